@@ -1,0 +1,198 @@
+"""Batches of one rank: the plan says which samples, stateless workers read, check, decode and augment them into one uint8 tensor.
+
+Workers hold no position, no generator and no epoch: each request names its samples, so that any number of workers gives the same
+batches, and what counts as seen is what the trainer finished, not what was prefetched.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dtl.data.decode import DecodeError, decode
+from dtl.data.index import Shards
+from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
+from dtl.errors import DamagedSample
+
+PREFETCH = 2
+# Larger images are refused before decoding: 60,000 x 60,000 pixels would take 10 GB.
+MAX_PIXELS = 200_000_000
+
+
+class Transform(Protocol):
+    """What `dtl.data.transforms` makes: draws for a whole batch before decoding, then one image at a time into the batch."""
+
+    def draw(self, samples: np.ndarray, widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int) -> Any: ...
+
+    def apply(self, image: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
+
+
+@dataclass
+class Batch:
+    """One micro-batch: B slots of one rank."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W], channels last in memory."""
+    labels: Tensor
+    """int64 [B]"""
+    weights: Tensor
+    """float32 [B]: 1 for a real sample, 0 for a pad or a damaged one."""
+    samples: Tensor
+    """int64 [B] sample ids"""
+    slots: Tensor
+    """int64 [B] places in the global batch, -1 for a pad"""
+    epoch: int
+    step: int
+    """Step within the epoch, from 0."""
+    bad: list[tuple[int, DamagedSample]] = field(default_factory=list)
+    """(sample id, what is wrong with it)"""
+
+    def pin_memory(self) -> Batch:
+        for name in ("images", "labels", "weights", "samples", "slots"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+
+class BatchDataset:
+    """Map-style for torch's DataLoader: its "index" is a whole MicroBatch, its item a Batch."""
+
+    def __init__(self, shards: Shards, transform: Transform, *, image_size: int, seed: int) -> None:
+        self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
+
+    def __getitems__(self, request: MicroBatch) -> Batch:
+        shards, size = self.shards, self.image_size
+        images = torch.empty((len(request.samples), 3, size, size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        weights = torch.from_numpy(request.weights.copy())
+        num_real = int((request.slots >= 0).sum())
+        bad: list[tuple[int, DamagedSample]] = []
+        distinct = request.samples[: max(num_real, 1)]
+        widths, heights = shards.widths[distinct].astype(np.int64), shards.heights[distinct].astype(np.int64)
+        draws = self.transform.draw(distinct, widths, heights, seed=self.seed, epoch=request.epoch)
+        for i, data in enumerate(shards.read(distinct)):
+            damage = self._fill(int(distinct[i]), data, draws, i, images[i])
+            if damage is not None:
+                images[i] = 0
+                weights[i] = 0.0
+                bad.append((int(distinct[i]), damage))
+        if len(distinct) < len(request.samples):
+            # A pad repeats a sample of its micro-batch, already decoded; its weight is 0.
+            images[len(distinct) :] = images[torch.arange(len(request.samples) - len(distinct)) % len(distinct)]
+        return Batch(
+            images=images,
+            labels=torch.from_numpy(shards.labels[request.samples].astype(np.int64)),
+            weights=weights,
+            samples=torch.from_numpy(request.samples),
+            slots=torch.from_numpy(request.slots),
+            epoch=request.epoch,
+            step=request.step,
+            bad=bad,
+        )
+
+    def _fill(self, sample: int, data: bytes | DamagedSample, draws: Any, i: int, out: Tensor) -> DamagedSample | None:
+        if isinstance(data, DamagedSample):
+            return data
+        shards = self.shards
+        width, height = int(shards.widths[sample]), int(shards.heights[sample])
+        reason = None
+        if width * height > MAX_PIXELS:
+            reason = f"{width} x {height} pixels are more than {MAX_PIXELS:,}"
+        elif not 0 <= int(shards.labels[sample]) < shards.num_classes:
+            reason = f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes"
+        else:
+            try:
+                image = decode(data)
+                if image.shape[:2] != (height, width):
+                    reason = f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}"
+                else:
+                    self.transform.apply(image, draws, i, out)
+            except DecodeError as error:
+                reason = str(error)
+        return None if reason is None else shards.damaged(sample, reason)
+
+
+class StepLoader:
+    """The steps of a stretch of training or evaluation, for one rank; each step a list of its micro-batches.
+
+    `plans(epoch)` gives the plan of an epoch. Use it as a context manager, or exhaust the iterator: loader processes must be gone
+    before the interpreter ends (they ignore SIGTERM, so that a signal to the whole job leaves the trainer time to save).
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Transform,
+        *,
+        plans: Callable[[int], EpochPlan],
+        layout: RankLayout,
+        rank: int,
+        image_size: int,
+        seed: int,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
+        self._dataset = BatchDataset(shards, transform, image_size=image_size, seed=seed)
+        self._pin_memory = pin_memory
+
+    def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
+        """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
+        loader: DataLoader[Batch] = DataLoader(
+            self._dataset,  # type: ignore[arg-type]
+            batch_sampler=_Requests(self, first_epoch, first_step, num_steps),  # type: ignore[arg-type]
+            num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
+            collate_fn=_as_it_is,
+            worker_init_fn=_init_worker if self.workers else None,
+            prefetch_factor=PREFETCH if self.workers else None,
+            pin_memory=self._pin_memory,
+        )
+        batches = iter(loader)
+        try:
+            for _ in range(num_steps):
+                yield [next(batches) for _ in range(self.layout.accumulation_steps)]
+        finally:
+            # The iterator's own end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
+            shutdown = getattr(batches, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+            del batches
+
+
+class _Requests(Sequence[MicroBatch]):
+    """The batch sampler: lives in the main process, computes each request from the plan as the workers ask for it."""
+
+    def __init__(self, loader: StepLoader, first_epoch: int, first_step: int, num_steps: int) -> None:
+        self.loader, self.first_epoch, self.first_step, self.num_steps = loader, first_epoch, first_step, num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps * self.loader.layout.accumulation_steps
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("requests are iterated, not indexed")
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        epoch, step = self.first_epoch, self.first_step
+        plan = self.loader.plans(epoch)
+        for _ in range(self.num_steps):
+            while step >= plan.num_steps:
+                epoch, step = epoch + 1, step - plan.num_steps
+                plan = self.loader.plans(epoch)
+            yield from self.loader.layout.micro_batches(plan, step, self.loader.rank)
+            step += 1
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _init_worker(worker: int) -> None:
+    """Signals to the job are the trainer's to answer: a loader process that dies of one would break the step that is to be saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,122 @@
+"""What the launcher was asked for, read before any process group exists.
+
+Seen with accelerate 1.15 on a machine without a GPU: `accelerate launch --cpu --num_processes 2` starts ONE process, and `--multi_gpu
+--num_processes 2` starts two that each believe to be alone unless told that they are on CPUs. Neither tells the script what was asked
+for, so that the launcher's own command line is looked at as well, where the system shows it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Launch:
+    world_size: int | None
+    """WORLD_SIZE of the environment: what a distributed launcher started."""
+    local_world_size: int
+    asked_for: int | None
+    """Number of processes on the launcher's command line or in its config file, where that can be seen."""
+    use_cpu: bool
+    """The launch says that the processes belong on CPUs."""
+    precision: str | None
+    """Mixed precision that the launch gives, if any: no, bf16, fp16."""
+
+
+def read_launch(environment: dict[str, str] | None = None, command: list[str] | None = None) -> Launch:
+    """The launch that this process came from. `command` is the launcher's command line (by default that of the parent process)."""
+    env = dict(os.environ) if environment is None else environment
+    options = _accelerate_options(_parent_command() if command is None else command)
+    world_size = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE") else None
+    asked_for = options.get("num_processes")
+    return Launch(
+        world_size=world_size,
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("WORLD_SIZE") or 1),
+        asked_for=int(asked_for) if asked_for is not None else None,
+        use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")) or _is_true(options.get("use_cpu")) or _is_true(options.get("cpu")),
+        precision=_precision(env, options),
+    )
+
+
+def _precision(env: dict[str, str], options: dict[str, Any]) -> str | None:
+    """Only what somebody wrote down: accelerate exports `no` also when nobody said anything."""
+    value = options.get("mixed_precision")
+    if value is None and not options:
+        value = env.get("ACCELERATE_MIXED_PRECISION")
+    if value is False:  # YAML reads a bare `no` as false
+        return "no"
+    return None if value is None else str(value)
+
+
+def _parent_command() -> list[str]:
+    try:
+        raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [part.decode(errors="replace") for part in raw.split(b"\0") if part]
+
+
+def _accelerate_options(command: list[str]) -> dict[str, Any]:
+    """num_processes, mixed_precision, cpu/use_cpu of `accelerate launch`, its config file included; {} for any other parent."""
+    start = _launch_arguments(command)
+    if start is None:
+        return {}
+    given: dict[str, Any] = {"launched": True}
+    rest = command[start:]
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            break  # the script: what follows belongs to it
+        name, equals, value = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if name in _SWITCHES:
+            given[name] = True
+            continue
+        given[name] = value if equals else (rest.pop(0) if rest else "")
+    file = given.get("config_file") or _default_config_file()
+    return {**_read_file(file), **given} if file else given
+
+
+_SWITCHES = frozenset(
+    "cpu multi_gpu tpu use_mps_device m module no_python use_deepspeed use_fsdp use_megatron_lm use_xpu same_network quiet q debug "
+    "downcast_bf16 tpu_cluster no_tpu_cluster tpu_use_sudo use_parallelism_config dynamo_use_dynamic dynamo_use_fullgraph "
+    "dynamo_use_regional_compilation enable_cpu_affinity".split()
+)
+
+
+def _launch_arguments(command: list[str]) -> int | None:
+    """Where the options of `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch` begin."""
+    for i, word in enumerate(command):
+        name = Path(word).name
+        if name == "accelerate-launch" or word == "accelerate.commands.launch" or word.endswith("accelerate/commands/launch.py"):
+            return i + 1
+        if name == "accelerate" and command[i + 1 : i + 2] == ["launch"]:
+            return i + 2
+    return None
+
+
+def _default_config_file() -> str | None:
+    from_environment = os.environ.get("ACCELERATE_CONFIG_FILE")
+    if from_environment:
+        return from_environment
+    home = Path(os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))).expanduser()
+    file = home / "accelerate" / "default_config.yaml"
+    return str(file) if file.exists() else None
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    """A config file that cannot be read is accelerate's to complain about."""
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_true(value: object) -> bool:
+    return str(value).lower() in ("1", "true", "yes", "y", "on")

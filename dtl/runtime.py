@@ -1,0 +1,260 @@
+"""The one place that knows ranks, devices, signals and how ranks come to agree.
+
+Accelerate gives launch, device, process group and mixed precision. It does not get the loader, the schedule, the metrics or the
+checkpoint (design section 4 says why). A launched world that is not the world seen is an error, never N silent single runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dtl.errors import UserError
+from dtl.launched import Launch, read_launch
+
+T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What any rank may have to tell the others before a step; after the exchange, what at least one of them said."""
+
+    stop: bool = False
+    """A signal asked this rank to save and leave."""
+    failed: bool = False
+    """This rank cannot take the step: its data is damaged."""
+    save: bool = False
+    """A checkpoint is due by the clock (the main process decides)."""
+
+    def to_list(self) -> list[int]:
+        return [int(self.stop), int(self.failed), int(self.save)]
+
+
+class Exchange:
+    """Flags on their way between the ranks; `result()` waits for the slowest of them."""
+
+    def __init__(self, flags: Flags, group: dist.ProcessGroup | None) -> None:
+        self._values = torch.tensor(flags.to_list(), dtype=torch.int32)
+        self._work = None if group is None else dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def result(self) -> Flags:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return Flags(*(bool(value) for value in self._values.tolist()))
+
+
+class Runtime:
+    """This process among its peers. `close()` (or the context manager) leaves the process group."""
+
+    def __init__(self, *, device: str = "auto", precision: str = "auto", broadcast_buffers: bool = False) -> None:
+        launch = read_launch()
+        self.launch = launch
+        use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("run.device is cuda, but this machine shows no GPU to PyTorch; use --run.device auto or cpu")
+        _check_gpus(launch, use_cpu)
+        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), broadcast_buffers)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.local_rank: int = self.accelerator.local_process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.precision = str(self.accelerator.mixed_precision)
+        _check_world(launch, self.world_size)
+        # Decisions travel over gloo, also beside NCCL: they must not make the host wait for the GPU.
+        self.group: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        self.stop_signal: int | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Runtime:
+        self.catch_signals()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.release_signals()
+        # After a fault the peers may be stuck or gone: destroying the group would wait for them.
+        if kind is None or issubclass(kind, (UserError, SystemExit)):
+            self.close()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ---- signals
+
+    def catch_signals(self) -> None:
+        """From here on SIGTERM, SIGUSR1 and Ctrl-C ask for a save and a clean end; a second Ctrl-C ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in STOP_SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._on_signal)
+
+    def release_signals(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    # ---- agreement
+
+    def exchange(self, flags: Flags) -> Exchange:
+        """Tell the other ranks, without waiting; every rank must call it the same number of times."""
+        return Exchange(flags, self.group)
+
+    def agree(self, value: T) -> T:
+        """The main process's `value` on all ranks. All decisions that ranks must share go through here or `exchange`."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on every rank. Small things only."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def same(self, what: str, value: T) -> T:
+        """`value`, after making sure that it is equal on all ranks; a UserError that names the ranks otherwise."""
+        values = self.gather(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise UserError(f"ranks disagree on {what}: rank 0 has {values[0]!r}, rank {others[0]} has {values[others[0]]!r}")
+        return value
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A stage that any rank may fail at: when one does, all leave with its one line, instead of waiting for it for ever."""
+        error: UserError | OSError | None = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            error = caught
+        problems = [problem for problem in self.gather(_describe(error)) if problem is not None]
+        if problems:
+            raise UserError(problems[0]) from (error if isinstance(error, OSError) else None)
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a small CPU tensor, on all ranks."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """`work` on the main process of each node first (it may fill a cache), then on the others."""
+        with self.accelerator.local_main_process_first():
+            return work()
+
+    def sync_tensors(self, tensors: list[torch.Tensor]) -> None:
+        """Give all ranks the main process's values, in one message per dtype."""
+        if self.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            dist.broadcast(flat, src=0)
+            for tensor, value in zip(group, flat.split([tensor.numel() for tensor in group])):
+                tensor.detach().copy_(value.view_as(tensor))
+
+
+def resolve_precision(wanted: str, launch: Launch, use_cpu: bool) -> str:
+    """`auto`: the launch file's value, else bf16 where the hardware computes in it. A conflict with the launch file is refused."""
+    if wanted != "auto":
+        if launch.precision not in (None, wanted):
+            raise UserError(f"precision is {wanted}, but the launch says mixed_precision {launch.precision}; make them agree, or use --precision auto")
+        if wanted == "fp16" and use_cpu:
+            raise UserError("precision fp16 needs a GPU; use bf16 or no on a CPU")
+        return wanted
+    if launch.precision is not None:
+        return launch.precision
+    if use_cpu:
+        return "bf16" if _cpu_has_bf16() else "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether matrix products in bf16 are native here; emulated ones are slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _accelerator(use_cpu: bool, precision: str, broadcast_buffers: bool) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    handlers = [
+        InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
+        DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
+    ]
+    return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+
+
+def _check_gpus(launch: Launch, use_cpu: bool) -> None:
+    if not use_cpu and launch.local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{launch.local_world_size} processes were launched on a machine with {torch.cuda.device_count()} GPU(s); "
+            "launch one a GPU, or use --run.device cpu"
+        )
+
+
+def _check_world(launch: Launch, world_size: int) -> None:
+    for number, source in ((launch.world_size, "WORLD_SIZE is"), (launch.asked_for, "the launch asked for")):
+        if number is not None and number != world_size:
+            raise UserError(
+                f"{source} {number} process(es), but this one sees a world of {world_size}: they would be separate runs. "
+                "On CPUs use `accelerate launch --config_file launch/cpu_2.yaml --num_processes N`, or torchrun --nproc-per-node N"
+            )
+
+
+def _describe(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    return " ".join(str(error).split())
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def report_error(message: str) -> None:
+    """One line on stderr, from one rank only."""
+    if rank_from_environment() == 0:
+        print(f"dtl: {message}", file=sys.stderr, flush=True)
