@@ -1,0 +1,148 @@
+"""Files and folders that are either whole on the disk or not there: what checkpoints and model folders are written with."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_BYTES = 8 << 20
+_NAMES_OF_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a manifest knows of a file: its size in bytes and the sha256 of its content."""
+
+    size: int
+    sha256: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
+    """Write a safetensors file, hashed on its way to the disk and synced to it. Tensors must lie in host memory.
+
+    Our own writer of that format (8 bytes of header length, a JSON header, the bytes: huggingface.co/docs/safetensors)
+    for two reasons: one pass writes and hashes what memory holds, in pieces that leave the interpreter to other threads,
+    and a full disk is an OSError with its errno. Tensors that share memory are written once under each name.
+    """
+    # Widest type first keeps every tensor aligned, as the reference writer does.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES_OF_TYPES:
+            raise TypeError(f"tensor {name} has type {tensor.dtype}, which a checkpoint cannot hold")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES_OF_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(path, [len(text).to_bytes(8, "little") + text, *(_LazyBytes(tensors[name]) for name in names)])
+
+
+def write_json(path: Path, value: object) -> FileFacts:
+    """Write a JSON file, synced to the disk. Floats come back exactly (Python's own NaN and Infinity included)."""
+    return _write(path, [(json.dumps(value, indent=1) + "\n").encode()])
+
+
+def hash_file(path: Path) -> FileFacts:
+    """Size and sha256 of a file as it lies on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileFacts(size, digest.hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries (new files, renames) survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot sync a folder, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a wholly written folder its name, in place of a folder that may have it now.
+
+    A folder cannot be replaced in one step: the present one is set aside, and `published` finds it there
+    should the process be killed between the two renames.
+    """
+    sync_folder(temporary)
+    aside = _aside(target)
+    if target.exists():
+        remove(aside)
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    sync_folder(target.parent)
+    remove(aside)
+
+
+def published(target: Path) -> Path:
+    """Where the folder named `target` lies: there, or set aside by a `publish` that was killed."""
+    aside = _aside(target)
+    return aside if not target.exists() and aside.exists() else target
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with its content; one that is not there is fine."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.before")
+
+
+class _LazyBytes:
+    """A tensor's bytes in row-major order, laid out only when their turn comes: never two copies of a whole model."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def view(self) -> memoryview:
+        flat = self.tensor.detach().contiguous().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _write(path: Path, pieces: Iterable[bytes | _LazyBytes]) -> FileFacts:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb", buffering=1 << 20) as file:
+        for piece in pieces:
+            view = piece.view() if isinstance(piece, _LazyBytes) else memoryview(piece)
+            for start in range(0, len(view), _CHUNK_BYTES):
+                chunk = view[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+                size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileFacts(size, digest.hexdigest())

@@ -1,0 +1,206 @@
+"""What a resume needs beside the model's own tensors: the optimizer by parameter names, the counters, the settings.
+
+A `torch.amp.GradScaler` needs nothing from here: its `state_dict()` is plain numbers, which JSON keeps exactly.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtl.errors import UserError
+
+FORMAT = 1
+# How torch computes a step, not what it computes: whoever builds the optimizer decides these anew on each machine.
+_EXECUTION_OPTIONS = frozenset({"foreach", "fused", "capturable"})
+
+
+@dataclass
+class Best:
+    """The best evaluation of a phase so far."""
+
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Steps are optimizer updates, counted from 1 when done; `step` and `epoch` count on over all phases."""
+
+    step: int = 0
+    phase: str = ""
+    phase_index: int = 0
+    phase_step: int = 0
+    """Steps done within the phase."""
+    epoch: int = 0
+    epoch_step: int = 0
+    """Steps done within the epoch."""
+    best: dict[str, Best] = field(default_factory=dict)
+    """By phase."""
+    evaluations_without_gain: int = 0
+    """The counter of the early stop, within the phase."""
+    wandb_id: str | None = None
+    dataset_ids: dict[str, str] = field(default_factory=dict)
+    """By split."""
+    world_size: int = 1
+    num_threads: int = 1
+    """Of each rank: the order in which sums are taken depends on it."""
+    history_offset: int = 0
+    """Bytes of history.jsonl that belong to this state."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Spent in each phase so far, over all starts."""
+    incarnation: int = 0
+    bad_samples: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else that JSON takes."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TrainState:
+        """Raises UserError for a state that a newer dtl has written, or one with unknown or missing fields."""
+        found = value.get("format")
+        if not isinstance(found, int):
+            raise UserError("the checkpoint's state has no format number: it was not written by dtl")
+        if found > FORMAT:
+            raise UserError(f"the checkpoint's state has format {found}, this dtl knows up to {FORMAT}: update dtl to go on with this run")
+        known = {entry.name for entry in fields(cls)}
+        wrong = sorted(known.symmetric_difference(value.keys() - {"format"}))
+        if wrong:
+            raise UserError(f"the checkpoint's state does not fit this dtl: {', '.join(wrong)} unknown or missing")
+        values = {name: value[name] for name in known}
+        values["best"] = {phase: Best(**best) for phase, best in value["best"].items()}
+        return cls(**values)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as `{"exp_avg/PARAMETER": tensor}` and, as JSON, what is not a tensor.
+
+    Each parameter group carries `names`, the dotted name of each of its parameters. Nothing is copied.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        names = _names(group)
+        groups.append({"names": names, "options": _options(group)})
+        for name, parameter in zip(names, group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{key}/{name}"] = value
+                else:
+                    plain.setdefault(name, {})[key] = value
+    return tensors, {"optimizer": _kind(optimizer), "groups": groups, "plain": plain}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Restore what `optimizer_tensors` gave, exactly, into an optimizer built from the same settings.
+
+    Raises UserError, and leaves the optimizer as it was, where kind, names, shapes or switches (amsgrad, nesterov ...) differ.
+    """
+    if meta["optimizer"] != _kind(optimizer):
+        raise UserError(f"the checkpoint holds the state of {meta['optimizer']}, the run uses {_kind(optimizer)}")
+    _check_groups(optimizer, meta["groups"])
+    parameters = {name: (group, p) for group in optimizer.param_groups for name, p in zip(_names(group), group["params"], strict=True)}
+    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in meta["plain"].items()}
+    for place, tensor in tensors.items():
+        key, _, name = place.partition("/")
+        if name not in parameters:
+            raise UserError(f"the checkpoint has optimizer state for {name}, which the optimizer does not train")
+        group, parameter = parameters[name]
+        state.setdefault(name, {})[key] = _placed(tensor, place, key, group, parameter)
+    for group, saved in zip(optimizer.param_groups, meta["groups"], strict=True):
+        for key, value in saved["options"].items():
+            if key in group and key not in _EXECUTION_OPTIONS:
+                group[key] = tuple(value) if isinstance(value, list) else value
+    optimizer.state.clear()
+    for name, values in state.items():
+        optimizer.state[parameters[name][1]] = values
+
+
+def config_conflicts(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Sequence[str] = (), ordered: Sequence[str] = ("phases",)
+) -> list[tuple[str, object, object]]:
+    """The settings that differ between two configs, as (dotted key, old, new); a key that one of them lacks counts as None.
+
+    `ignored` are patterns of dotted keys (`tracking.*`). The order of the keys counts only in the sections named in `ordered`.
+    """
+    flat_old, flat_new = _flat(old), _flat(new)
+    conflicts: list[tuple[str, object, object]] = []
+    for key in dict.fromkeys([*flat_old, *flat_new]):
+        before, after = flat_old.get(key), flat_new.get(key)
+        if before != after and not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignored):
+            conflicts.append((key, before, after))
+    for section in ordered:
+        sequences = [list(config.get(section) or {}) for config in (old, new)]
+        if sequences[0] != sequences[1] and sorted(sequences[0]) == sorted(sequences[1]):
+            conflicts.append((section, *sequences))
+    return conflicts
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    old = {name: number for number, group in enumerate(saved) for name in group["names"]}
+    new = {name: number for number, group in enumerate(optimizer.param_groups) for name in _names(group)}
+    if difference := sorted(old.keys() ^ new.keys()):
+        name = difference[0]
+        where = "the checkpoint's optimizer trained it, this run's does not" if name in old else "the checkpoint's optimizer did not train it"
+        raise UserError(f"the optimizer's parameters differ from the checkpoint's in {len(difference)}, the first is {name}: {where}")
+    if old != new or len(saved) != len(optimizer.param_groups):
+        raise UserError("the optimizer's parameter groups are not those of the checkpoint: the same names, divided differently")
+    for group, before in zip(optimizer.param_groups, saved, strict=True):
+        for key, value in before["options"].items():
+            switch = isinstance(value, bool) and key not in _EXECUTION_OPTIONS
+            if switch and key in group and bool(group[key]) != value:
+                raise UserError(f"the optimizer's {key} is {group[key]}, it was {value} when the checkpoint was written")
+
+
+def _placed(tensor: Tensor, place: str, key: str, group: Mapping[str, Any], parameter: Tensor) -> Tensor:
+    """A copy where torch would keep it: like its parameter, memory layout included (another layout takes other kernels,
+    whose sums may round differently); a step count on the host unless the optimizer runs fused or captured."""
+    if tensor.dim() == 0 and parameter.dim() > 0 or key == "step":
+        on_device = group.get("fused") or group.get("capturable")
+        return tensor.to(parameter.device if on_device else "cpu", copy=True)
+    if tensor.shape != parameter.shape:
+        raise UserError(f"optimizer state {place} has shape {list(tensor.shape)} in the checkpoint, its parameter {list(parameter.shape)}")
+    like = torch.empty_like(parameter, dtype=tensor.dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return like.copy_(tensor)
+
+
+def _names(group: Mapping[str, Any]) -> list[str]:
+    names = group.get("names")
+    if names is None or len(names) != len(group["params"]):
+        raise ValueError("each parameter group must carry `names`, one for each parameter")
+    return list(names)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything of a group but its parameters; a lr that is a tensor becomes a number."""
+    plain = {key: value for key, value in group.items() if key not in ("params", "names", "param_names")}
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in plain.items()}
+
+
+def _kind(optimizer: object) -> str:
+    # Accelerate's wrapper is not the optimizer.
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif value is not None:
+            flat[f"{prefix}{key}"] = _listed(value)
+    return flat
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, which is how JSON gives them back."""
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
