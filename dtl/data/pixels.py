@@ -1,0 +1,188 @@
+"""Colour and warp operations on one uint8 image [H,W,3], in NumPy.
+
+Brightness, contrast, saturation and gray give the very pixels of Pillow's ImageEnhance (what torchvision's transforms do to Pillow
+images); the others are within rounding of torchvision's tensor kernels. They are ours for two reasons: importing torchvision costs
+every loader worker four seconds of CPU, and here a result depends on no thread count, since there is no parallel float sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import grid_sample
+
+Pixels = npt.NDArray[np.uint8]
+Table = npt.NDArray[np.uint8]
+
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
+def gray(image: Pixels) -> Pixels:
+    """Luma [H,W] by ITU-R 601, in Pillow's 16-bit integer arithmetic."""
+    channels = image.astype(np.uint32)
+    luma = channels[..., 0] * 19595 + channels[..., 1] * 38470 + channels[..., 2] * 7471 + 0x8000
+    return (luma >> 16).astype(np.uint8)
+
+
+def grayscale(image: Pixels) -> Pixels:
+    """The luma in all three channels."""
+    return np.repeat(gray(image)[..., None], 3, axis=2)
+
+
+def brightness(image: Pixels, factor: float) -> Pixels:
+    """0 is black, 1 the image."""
+    return _look_up(image, _blend(np.zeros(1, np.float32), _LEVELS, factor))
+
+
+def contrast(image: Pixels, factor: float) -> Pixels:
+    """0 is the mean gray, 1 the image."""
+    luma = gray(image)
+    mean = int(int(luma.sum(dtype=np.int64)) / luma.size + 0.5)
+    return _look_up(image, _blend(np.full(1, mean, np.float32), _LEVELS, factor))
+
+
+def saturation(image: Pixels, factor: float) -> Pixels:
+    """0 is gray, 1 the image."""
+    return _blend(gray(image)[..., None].astype(np.float32), image.astype(np.float32), factor)
+
+
+def hue(image: Pixels, shift: float) -> Pixels:
+    """Turn the colour wheel by `shift` of a full turn, saturation and value kept (in floating point, unlike Pillow's 8-bit HSV)."""
+    rgb = image.astype(np.float32) / np.float32(255)
+    value, least = rgb.max(axis=2), rgb.min(axis=2)
+    chroma = value - least
+    safe = np.where(chroma == 0, np.float32(1), chroma)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    sector = np.where(
+        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    )
+    turned = sector + np.float32(6 * shift)
+    result = np.empty_like(rgb)
+    for channel, position in enumerate((5, 3, 1)):
+        k = np.mod(turned + np.float32(position), np.float32(6))
+        result[..., channel] = value - chroma * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return np.clip(result * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def sharpness(image: Pixels, factor: float) -> Pixels:
+    """0 is smoothed by a 3x3 kernel (5 in the middle, 1 around, over 13), 1 the image; the border stays as it is."""
+    height, width, _ = image.shape
+    if height <= 2 or width <= 2:
+        return image
+    wide = image.astype(np.int32)
+    total = 4 * wide[1:-1, 1:-1]
+    for y in range(3):
+        for x in range(3):
+            total = total + wide[y : y + height - 2, x : x + width - 2]
+    smooth = image.astype(np.float32)
+    smooth[1:-1, 1:-1] = (2 * total + 13) // 26
+    return _blend(smooth, image.astype(np.float32), factor)
+
+
+def posterize(image: Pixels, bits: int) -> Pixels:
+    """Keep the upper `bits` bits of each channel."""
+    return image & np.uint8(256 - (1 << (8 - bits)))
+
+
+def solarize(image: Pixels, threshold: float) -> Pixels:
+    """Invert every value at or above `threshold` (0 ... 255)."""
+    return np.where(image >= threshold, 255 - image, image)
+
+
+def autocontrast(image: Pixels) -> Pixels:
+    """Stretch each channel to the full range; a channel of one value stays."""
+    result = np.empty_like(image)
+    for channel in range(3):
+        plane = image[..., channel]
+        low, high = int(plane.min()), int(plane.max())
+        scale = np.float32(255) / np.float32(high - low) if high > low else np.float32(1)
+        table = np.clip((_LEVELS - np.float32(low if high > low else 0)) * scale, 0, 255)
+        result[..., channel] = table.astype(np.uint8)[plane]
+    return result
+
+
+def equalize(image: Pixels) -> Pixels:
+    """Flatten each channel's histogram, by Pillow's table: step = (pixels that are not the brightest value) // 255."""
+    result = np.empty_like(image)
+    for channel in range(3):
+        plane = image[..., channel]
+        counts = np.bincount(plane.ravel(), minlength=256)
+        step = (plane.size - int(counts[counts.nonzero()[0][-1]])) // 255
+        if step == 0:
+            result[..., channel] = plane
+            continue
+        before = np.cumsum(counts) - counts
+        result[..., channel] = np.clip((before + step // 2) // step, 0, 255).astype(np.uint8)[plane]
+    return result
+
+
+def rotate(image: Pixels, degrees: float) -> Pixels:
+    """Rotate counter-clockwise about the centre, bilinear, zeros outside, same size."""
+    height, width, _ = image.shape
+    x, y = _rotated_positions(height, width, degrees)
+    grid = np.stack([2 * x / width - 1, 2 * y / height - 1], axis=2).astype(np.float32)
+    planes = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
+    # grid_sample splits its work by image only, so that one image is always one thread's.
+    turned = grid_sample(planes[None], torch.from_numpy(grid)[None], mode="bilinear", padding_mode="zeros", align_corners=False)
+    return np.rint(turned[0].numpy()).astype(np.uint8).transpose(1, 2, 0)
+
+
+def rotate_nearest(image: Pixels, degrees: float) -> Pixels:
+    """As `rotate`, nearest neighbour (what RandAugment and TrivialAugment use)."""
+    return _gather(image, *_rotated_positions(image.shape[0], image.shape[1], degrees))
+
+
+def shear_x(image: Pixels, slope: float) -> Pixels:
+    """Move each row by `slope` pixels per row, about the upper left corner."""
+    x, y = _positions(image.shape[0], image.shape[1])
+    return _gather(image, x + slope * y, np.broadcast_to(y, (image.shape[0], image.shape[1])))
+
+
+def shear_y(image: Pixels, slope: float) -> Pixels:
+    """Move each column by `slope` pixels per column, about the upper left corner."""
+    x, y = _positions(image.shape[0], image.shape[1])
+    return _gather(image, np.broadcast_to(x, (image.shape[0], image.shape[1])), y + slope * x)
+
+
+def translate(image: Pixels, *, right: int = 0, down: int = 0) -> Pixels:
+    """Move the image, zeros behind it."""
+    height, width, _ = image.shape
+    result = np.zeros_like(image)
+    if abs(right) < width and abs(down) < height:
+        result[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
+            max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
+        ]
+    return result
+
+
+def _blend(start: npt.NDArray[np.float32], end: npt.NDArray[np.float32], factor: float) -> Pixels:
+    """start + factor * (end - start) in float32, clipped and rounded down, as Pillow's Image.blend; 1 returns `end` exactly."""
+    return np.clip(start + np.float32(factor) * (end - start), 0, 255).astype(np.uint8)
+
+
+def _look_up(image: Pixels, table: Table) -> Pixels:
+    return table[image]
+
+
+def _positions(height: int, width: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Pixel centres: x [1,W] and y [H,1], with the upper left corner of the image at 0."""
+    return np.arange(width)[None, :] + 0.5, np.arange(height)[:, None] + 0.5
+
+
+def _rotated_positions(height: int, width: int, degrees: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    x, y = _positions(height, width)
+    right, down = x - width / 2, y - height / 2
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return cosine * right - sine * down + width / 2, sine * right + cosine * down + height / 2
+
+
+def _gather(image: Pixels, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Pixels:
+    """The pixel that holds each position [H,W]; zeros outside."""
+    height, width, _ = image.shape
+    column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    index = np.where(inside, row * width + column, 0)
+    return image.reshape(-1, 3)[index] * inside[..., None]
