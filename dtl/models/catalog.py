@@ -1,0 +1,132 @@
+"""Which networks there are, by name: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from dtl.errors import UserError
+from dtl.models.plain_resnet import PLAIN_RESNETS
+from dtl.models.preprocessing import Preprocessing, timm_preprocessing, torchvision_preprocessing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One known network. `construct` takes num_classes (where `takes_num_classes`) and the options, and downloads nothing."""
+
+    name: str
+    library: str
+    construct: Callable[..., nn.Module]
+    takes_num_classes: bool = True
+
+    def preprocessing(self, module: nn.Module) -> Preprocessing:
+        """That of the default pretrained weights; ImageNet's values where there are none."""
+        if self.library == "torchvision":
+            return torchvision_preprocessing(self.name.removeprefix("torchvision/"))
+        if self.library == "timm":
+            return timm_preprocessing(dict(module.pretrained_cfg))  # type: ignore[arg-type]
+        if self.library == "dtl" and self.name != "dtl/resnet18_plain":
+            return Preprocessing(image_size=32, crop_ratio=1.0)
+        return Preprocessing()
+
+
+def model_names() -> list[str]:
+    """The full name of every network that can be built here, timm's included when it is installed; sorted within a library."""
+    names = [f"dtl/{name}" for name in PLAIN_RESNETS] + [f"torchvision/{name}" for name in _torchvision_names()]
+    return names + [f"timm/{name}" for name in _timm_names()]
+
+
+def find(name: str) -> Entry:
+    """The network of that name. The library may be left out: dtl's and torchvision's names come first, then timm's."""
+    if ":" in name:
+        return _function_entry(name)
+    library, _, short = name.rpartition("/")
+    if library not in ("", "dtl", "torchvision", "timm"):
+        # timm has names with a slash in them (hf-hub and local folders), which we do not take: they would need a download.
+        raise UserError(_unknown(name))
+    if library in ("", "dtl") and short in PLAIN_RESNETS:
+        return Entry(f"dtl/{short}", "dtl", PLAIN_RESNETS[short])
+    if library in ("", "torchvision") and short in _torchvision_names():
+        return Entry(f"torchvision/{short}", "torchvision", lambda **options: _construct_torchvision(short, **options))
+    if library == "timm" and importlib.util.find_spec("timm") is None:
+        raise UserError(f"model {name!r} needs timm, which is not installed: pip install 'dtl[timm]'")
+    if library in ("", "timm") and short.partition(".")[0] in _timm_names():
+        return Entry(f"timm/{short}", "timm", lambda **options: _construct_timm(short, **options))
+    raise UserError(_unknown(name))
+
+
+def _construct_torchvision(name: str, **options: Any) -> nn.Module:
+    import torchvision.models
+
+    if name in ("inception_v3", "googlenet"):
+        # Said outright, since the default is about to change; and both were trained on Inception's own normalisation, which
+        # torchvision undoes inside the network when (and only when) it loads the weights itself.
+        options = {"init_weights": True, "transform_input": True, **options}
+    module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return module
+
+
+def _construct_timm(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=False, **options)
+
+
+def _function_entry(name: str) -> Entry:
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        # A launcher puts the script's own folder on the path, and the user's modules lie in the working directory.
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"model {name!r}: cannot import {module_name!r} ({error}); give it as package.module:function") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = nearest(function_name, [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")])
+        raise UserError(f"model {name!r}: {module_name} has no function {function_name!r}{near}")
+    parameters = inspect.signature(function).parameters.values()
+    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return Entry(name, "function", function, takes_num_classes=takes)
+
+
+@lru_cache(maxsize=1)
+def _torchvision_names() -> tuple[str, ...]:
+    import torchvision.models
+
+    return tuple(sorted(torchvision.models.list_models(module=torchvision.models)))
+
+
+@lru_cache(maxsize=1)
+def _timm_names() -> tuple[str, ...]:
+    if importlib.util.find_spec("timm") is None:
+        return ()
+    import timm
+
+    return tuple(sorted(timm.list_models()))
+
+
+def _unknown(name: str) -> str:
+    return f"unknown model {name!r}{nearest(name, model_names())}; `dtl models` lists them all"
+
+
+def nearest(name: str, names: list[str]) -> str:
+    library, _, short = name.rpartition("/")
+    if library in ("dtl", "torchvision", "timm"):
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    else:
+        by_short: dict[str, str] = {}
+        for known in names:  # dtl's and torchvision's come first, and stand for a name that timm has too
+            by_short.setdefault(known.rpartition("/")[2], known)
+        near = [by_short[match] for match in difflib.get_close_matches(short, by_short, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

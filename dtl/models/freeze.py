@@ -1,0 +1,180 @@
+"""What is trained and what is frozen: by name, proof against `train()`, and proved by a checksum.
+
+A frozen parameter gets no gradient. A frozen module stays in eval mode whatever `train()` says, so that running statistics do not
+drift and dropout draws nothing (pytorch#86590: "people don't know that their feature extractor is not entirely frozen").
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import logging
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from dtl.errors import UserError
+from dtl.models.groups import head_parameters, layer_groups
+from dtl.models.meta import meta_copy
+from dtl.models.network import Network, forward_logits
+
+_log = logging.getLogger(__name__)
+
+
+def select(network: Network, train: str | Sequence[str]) -> frozenset[str]:
+    """The names of the parameters that `train` means: "all", "head", "last:N" (layer groups, the head is the first), or patterns.
+
+    A pattern is matched against whole parameter names as in a shell (`layer4.*`, `*.bias`); one that hits nothing is an error.
+    """
+    names = [name for name, _ in network.module.named_parameters()]
+    if train == "all":
+        return frozenset(names)
+    if train == "head":
+        return head_parameters(network)
+    if isinstance(train, str) and train.startswith("last:"):
+        return _last(network, train)
+    patterns = [train] if isinstance(train, str) else list(train)
+    if not patterns:
+        raise UserError('train: an empty list trains nothing; give "all", "head", "last:N" or patterns of parameter names')
+    return frozenset(name for pattern in patterns for name in _matching(pattern, names))
+
+
+def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool = True) -> None:
+    """Make exactly the parameters in `trainable` (names in `module`) require a gradient, and fix the modes of the rest.
+
+    Call it on the bare module, after any conversion to SyncBatchNorm and before the DDP wrap. It may be called again with other names.
+    With `freeze_norm=False` the running statistics of frozen norms go on adapting.
+    """
+    known = dict(module.named_parameters())
+    unknown = sorted(set(trainable) - known.keys())
+    assert not unknown, f"not parameters of this module: {unknown[:3]}"
+    for name, parameter in known.items():
+        parameter.requires_grad_(name in trainable)
+    kept, mixed = _modules_in_eval(module, freeze_norm=freeze_norm)
+    for name, part in module.named_modules():
+        part.__dict__.pop("train", None)
+        if name in kept:
+            part.__dict__["train"] = _StaysInEval(part)
+    if mixed:
+        _log.info("kept in eval mode, though some of their own parameters are trained: %s", ", ".join(mixed))
+
+
+def set_train_mode(module: nn.Module) -> None:
+    """Train mode for what is trained, eval mode for what `freeze` has frozen. The same as `module.train()`, which is safe too."""
+    module.train()
+
+
+def frozen_names(module: nn.Module, *, freeze_norm: bool = True) -> tuple[str, ...]:
+    """What must not change while the module is frozen as it is: frozen parameters, and the buffers of modules kept in eval mode; sorted."""
+    names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    kept, _ = _modules_in_eval(module, freeze_norm=freeze_norm)
+    for name in kept:
+        part = module.get_submodule(name)
+        names.update(f"{name}.{key}" if name else key for key, _ in part.named_buffers(recurse=False))
+    return tuple(sorted(names))
+
+
+def checksum(module: nn.Module, names: Iterable[str]) -> str:
+    """SHA-256 over name, type, shape and bytes of the named parameters and buffers, in the order of their names."""
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        # As bytes first: NumPy has no bfloat16. A view of one row also works for scalars and for empty tensors.
+        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def unused_parameters(
+    network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None
+) -> frozenset[str]:
+    """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
+
+    `auxiliary` says whether the auxiliary heads are in the loss. Found by one forward and backward pass over shapes alone
+    (meta device), so do it once a phase: the answer depends on nothing that changes between steps.
+    """
+    copy = meta_copy(network.module)
+    freeze(copy, trainable)
+    # Checkpointing changes no gradient, and does not know the meta device.
+    for part in copy.modules():
+        part.__dict__.pop("forward", None)
+    copy.train()
+    size = image_size or network.preprocessing.image_size
+    images = torch.empty(2, 3, size, size, device="meta")
+    logits, others = forward_logits(copy, images)
+    loss = logits.sum() + sum(other.sum() for other in others if auxiliary)
+    wanted = {name: parameter for name, parameter in copy.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return frozenset(name for name, gradient in zip(wanted, gradients) if gradient is None)
+
+
+class _StaysInEval:
+    """Stands in for one module's `train` method: the module itself stays in eval mode, its children decide for themselves.
+
+    An object that refers to its module, not a closure and not a bound method, so that deepcopy and pickle carry it along.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.module.training = False
+        for child in self.module.children():
+            child.train(mode)
+        return self.module
+
+
+def _modules_in_eval(root: nn.Module, *, freeze_norm: bool) -> tuple[set[str], list[str]]:
+    """Names of the modules that stay in eval mode, and those of them with trained and frozen parameters of their own."""
+    kept: set[str] = set()
+    mixed: list[str] = []
+
+    def visit(module: nn.Module, name: str, parent_trains: bool) -> None:
+        parameters = list(module.parameters())
+        own = list(module.parameters(recurse=False))
+        trains = all(parameter.requires_grad for parameter in parameters) if parameters else parent_trains
+        if own and any(parameter.requires_grad for parameter in own) and not all(parameter.requires_grad for parameter in own):
+            mixed.append(name)
+        # The root's own mode only decides what its forward does beside its parts: whether auxiliary heads run, which must be
+        # trained together with the main one.
+        stays = not any(parameter.requires_grad for parameter in parameters) if module is root else not trains
+        if stays and not (_has_statistics(module) and not freeze_norm):
+            kept.add(name)
+        for key, child in module.named_children():
+            visit(child, f"{name}.{key}" if name else key, trains)
+
+    visit(root, "", True)
+    return kept, mixed
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_mean", None) is not None
+
+
+def _last(network: Network, train: str) -> frozenset[str]:
+    groups = layer_groups(network)
+    text = train.removeprefix("last:").strip()
+    if not text.isdecimal() or not 1 <= int(text) <= len(groups):
+        raise UserError(f"train: {train!r} must be last:N with N from 1 (the head) to {len(groups)}, the layer groups of {network.name}")
+    return frozenset(name for group in groups[-int(text) :] for name in group)
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if hits:
+        return hits
+    if any(name.startswith(pattern + ".") for name in names):
+        near = [pattern + ".*"]
+    else:
+        near = difflib.get_close_matches(pattern, ["all", "head", "last:1", *names, *_prefixes(names)], n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; names look like {names[0]} and {names[-1]}"
+    raise UserError(f"train: the pattern {pattern!r} matches no parameter{hint}")
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    parts = {name.rsplit(".", depth)[0] + ".*" for name in names for depth in range(1, name.count(".") + 1)}
+    return sorted(parts)

@@ -1,0 +1,69 @@
+"""Initial values, for the modules that are given and for no others: a transfer must never be overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+Init = Literal["default", "xavier", "kaiming"]
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+def initialize(modules: Iterable[nn.Module], init: Init) -> None:
+    """Set the weights of convolutions, linear layers and attention by `init`, biases to zero, norms to one and zero.
+
+    `default` leaves what the modules' own constructors chose. Other parameters (class tokens, position embeddings, layer scales)
+    keep their constructor's values.
+    """
+    if init == "default":
+        return
+    fill = _xavier if init == "xavier" else _kaiming
+    for root in modules:
+        for module in root.modules():
+            _initialize_one(module, fill)
+
+
+@torch.no_grad()
+def _initialize_one(module: nn.Module, fill: Callable[[torch.Tensor], object]) -> None:
+    if is_norm(module):
+        _set(module, "weight", 1.0)
+        _set(module, "bias", 0.0)
+    elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        fill(module.weight)
+        _set(module, "bias", 0.0)
+    elif isinstance(module, nn.MultiheadAttention):
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            weight = getattr(module, name)
+            if weight is not None:
+                fill(weight)
+        _set(module, "in_proj_bias", 0.0)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation layer, another library's too (timm's RmsNorm ...): vectors only, and named a norm."""
+    if isinstance(module, NORMS):
+        return True
+    own = list(module.parameters(recurse=False))
+    named = "norm" in type(module).__name__.lower()
+    return named and bool(own) and len(own) == len(list(module.parameters())) and all(vector.ndim == 1 for vector in own)
+
+
+def _set(module: nn.Module, name: str, value: float) -> None:
+    tensor = getattr(module, name, None)
+    if isinstance(tensor, torch.Tensor):
+        tensor.fill_(value)
+
+
+def _xavier(weight: torch.Tensor) -> None:
+    nn.init.xavier_uniform_(weight)
+
+
+def _kaiming(weight: torch.Tensor) -> None:
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")

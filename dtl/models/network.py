@@ -1,0 +1,49 @@
+"""A network: a module, and what must be known about it to fine-tune it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtl.models.preprocessing import Preprocessing
+
+
+@dataclass
+class Network:
+    """A module and what must be known about it.
+
+    `heads` are dotted names of the layers with one output a class: the main one, then the auxiliary ones.
+    `name`, `num_outputs` and `options` are enough to build it again.
+    """
+
+    module: nn.Module
+    name: str
+    heads: tuple[str, ...]
+    preprocessing: Preprocessing
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_outputs(self) -> int:
+        return num_outputs(self.module.get_submodule(self.heads[0]))
+
+
+def forward_logits(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits [B, K], and those of the auxiliary heads (Inception and GoogLeNet in train mode, one [B, K] each) for their loss."""
+    output = module(images)
+    if isinstance(output, torch.Tensor):
+        return output, []
+    if isinstance(output, dict):
+        return output["logits"], []
+    logits, *rest = output
+    return logits, [auxiliary for auxiliary in rest if auxiliary is not None]
+
+
+def num_outputs(layer: nn.Module) -> int:
+    """How many classes a head's layer tells apart."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    assert isinstance(layer, nn.Conv2d)
+    return layer.out_channels

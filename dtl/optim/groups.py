@@ -1,0 +1,115 @@
+"""Parameter groups with their own learning rates and weight decay, and the optimizer over them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dtl.errors import UserError
+
+_log = logging.getLogger(__name__)
+# Embeddings and tokens are no weights of a product either; torchvision's references leave them out too.
+_EMBEDDINGS = ("pos_embedding", "pos_embed", "class_token", "cls_token", "dist_token", "reg_token", "relative_position_bias_table")
+_WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
+
+
+def build_groups(
+    module: nn.Module,
+    trainable: Collection[str],
+    *,
+    layer_groups: Sequence[Sequence[str]],
+    head_lr_scale: float = 1.0,
+    layer_decay: float = 1.0,
+    weight_decay: float = 0.0,
+    decay_norms_and_biases: bool = False,
+) -> list[dict[str, Any]]:
+    """Groups with `params`, `names`, `lr_scale`, `weight_decay`: every trainable parameter in exactly one, in one fixed order.
+
+    `layer_groups` are parameter names from input to head (`dtl.models.groups.layer_groups`), the last one the head. Layer-wise decay
+    as in ELECTRA (Clark et al. 2020) and BEiT: a group `d` groups before the head learns at layer_decay ** d; the head at head_lr_scale.
+    """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"layer_decay must be in (0, 1], not {layer_decay}")
+    if head_lr_scale <= 0:
+        raise UserError(f"head_lr_scale must be positive, not {head_lr_scale}")
+    if weight_decay < 0:
+        raise UserError(f"weight_decay must not be negative, not {weight_decay}")
+    if not trainable:
+        raise UserError("train: no parameter is left to train")
+    depth = {name: i for i, group in enumerate(layer_groups) for name in group}
+    head_depth = len(layer_groups) - 1
+    undecayed = frozenset() if decay_norms_and_biases else undecayed_names(module)
+    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if name not in trainable:
+            continue
+        distance = head_depth - depth[name]
+        scale = head_lr_scale if distance == 0 else layer_decay**distance
+        decay = 0.0 if name in undecayed else weight_decay
+        # Without layer-wise decay the backbone is one group: few groups, large fused updates.
+        key = (distance if layer_decay != 1 else min(distance, 1), decay)
+        group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    # From the input to the head, the decayed ones first.
+    return [groups[key] for key in sorted(groups, key=lambda key: (-key[0], -key[1]))]
+
+
+def undecayed_names(module: nn.Module) -> frozenset[str]:
+    """Parameters that weight decay usually spares: norms, biases, scales, tokens and position embeddings, and what timm's models list."""
+    listed: Any = getattr(module, "no_weight_decay", None)
+    names: set[str] = set(listed()) if callable(listed) else set()
+    for prefix, part in module.named_modules():
+        for key, parameter in part.named_parameters(recurse=False):
+            weight = isinstance(part, _WEIGHT_LAYERS) and not key.endswith("bias") and "bias" not in key
+            # Layer scales come as (C,) and as (C, 1, 1): one number for a channel either way.
+            if not weight and (parameter.squeeze().ndim <= 1 or key.endswith(_EMBEDDINGS)):
+                names.add(f"{prefix}.{key}" if prefix else key)
+    return frozenset(names)
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]],
+    name: Literal["sgd", "adam", "adamw"] | str = "sgd",
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    fused: bool | Literal["auto"] = "auto",
+) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW over `groups`; each group starts at lr * lr_scale. The caller sets `group["lr"]` before each step.
+
+    `fused="auto"` takes torch's fused kernels where the parameters' devices and types have them (CPU included), and says so otherwise.
+    """
+    if name not in ("sgd", "adam", "adamw"):
+        raise UserError(f"optimizer must be sgd, adam or adamw, not {name!r}")
+    if nesterov and momentum == 0:
+        raise UserError("nesterov needs a momentum above 0")
+    refusal = _why_not_fused([parameter for group in groups for parameter in group["params"]])
+    if fused is True and refusal:
+        raise UserError(f"optimizer: fused=true is not possible: {refusal}")
+    if fused == "auto" and refusal:
+        _log.info("optimizer: fused kernels not used: %s", refusal)
+    use_fused = not refusal if fused == "auto" else bool(fused)
+    groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=use_fused)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=betas, eps=eps, fused=use_fused)
+
+
+def _why_not_fused(parameters: list[nn.Parameter]) -> str:
+    """Empty when torch's fused optimizers take all these parameters."""
+    supported = ("cuda", "cpu", "mps", "xpu")
+    for parameter in parameters:
+        if parameter.device.type not in supported:
+            return f"there is none for the device {parameter.device.type}"
+        if not torch.is_floating_point(parameter):
+            return f"there is none for {parameter.dtype}"
+    return ""
