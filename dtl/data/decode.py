@@ -1,0 +1,141 @@
+"""Image bytes to pixels: exactly those that torchvision's ImageFolder gives, `PIL.Image.open(f).convert("RGB")`.
+
+So an EXIF orientation is not applied, alpha is dropped, and of an animation the first frame counts: pretrained networks were trained
+on these pixels. No torch here: the processes of `dtl pack` do without it.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageFile
+
+# What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Pillow's own limit for an error (twice MAX_IMAGE_PIXELS): 537 MB of pixels. Checked before anything is allocated.
+MAX_PIXELS = 178_956_970
+# The index keeps width and height as 16-bit numbers.
+MAX_SIDE = 65_535
+
+
+class DecodeError(Exception):
+    """These bytes are no image that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image says of itself. `format` is one of FORMATS, `mode` is Pillow's (RGB, L, P, CMYK ...); no EXIF turn."""
+
+    width: int
+    height: int
+    format: str
+    mode: str
+
+
+def probe(data: bytes) -> ImageHeader:
+    """Read the header only. Raises DecodeError where the bytes are no image, or one too large to decode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(data) as image:
+            # A phone's MPO is a JPEG with more pictures behind it; the first one counts.
+            name = "JPEG" if image.format == "MPO" else str(image.format)
+            return ImageHeader(width=image.width, height=image.height, format=name, mode=image.mode)
+
+
+def decode(data: bytes) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3]. Raises DecodeError for what is truncated, is no image, or is too large."""
+    pixels = decode_jpeg(data)
+    return decode_with_pillow(data) if pixels is None else pixels
+
+
+def decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
+    """Pixels [H, W, 3] of a JPEG without any complaint from libjpeg, or None: then Pillow has to say.
+
+    simplejpeg 1.9 was bit-equal to Pillow 13 for gray and for every chroma subsampling, baseline and progressive, and for JPEGs stored
+    as RGB; for CMYK it differed by 1, so Pillow decodes those. `strict` refuses whatever libjpeg warns about, such as stray bytes before
+    a marker, which ImageFolder reads; such images exist in ImageNet, and Pillow's pixels are then the right ones.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height)
+        if colorspace in ("CMYK", "YCCK"):
+            return None
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        return pixels
+    except ValueError:
+        return None
+
+
+def decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3] of any of FORMATS."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES was set by other code: cut images would decode as gray; set it to False")
+    # Pillow warns of odd palettes and metadata; the pixels are the same as ImageFolder's, which is what counts.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(data) as image:
+            try:
+                return np.asarray(image.convert("RGB"))
+            # Broken files reach Pillow's plugins as any of these (struct.error, KeyError ... among them).
+            except Exception as error:
+                raise DecodeError(_reason(error)) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise DecodeError("the file is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise DecodeError(f"not an image ({_look(data)})") from None
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"too many pixels: {error}") from None
+    except Exception as error:
+        raise DecodeError(_reason(error)) from error
+    _check_size(image.width, image.height)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are allowed")
+    if max(width, height) > MAX_SIDE:
+        raise DecodeError(f"{width} x {height} pixels, a side longer than {MAX_SIDE:,}")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _look(data: bytes) -> str:
+    """What the bytes seem to be, for the message."""
+    start = data[:256].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if start.startswith((b"<?xml", b"<svg")):
+        return "XML or SVG"
+    for magic, name in _MAGIC:
+        if magic in data[:16]:
+            return name
+    if data[:2] == b"\xff\xd8" or data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "its header is damaged"
+    printable = sum(9 <= byte <= 13 or 32 <= byte < 127 for byte in data[:256])
+    return "text" if printable == len(data[:256]) else "unknown format"
+
+
+_MAGIC = (
+    (b"%PDF", "a PDF"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"ftypheic", "HEIC, which has to be converted first"),
+    (b"ftypavif", "AVIF, which has to be converted first"),
+    (b"version https://", "a Git LFS pointer"),
+)

@@ -1,0 +1,299 @@
+"""Packed shards, opened: `index.bin` says where each sample lies, so any sample is one `pread` away and damage is noticed.
+
+index.bin, little-endian: magic, version, number of shards S, number of samples N, then columns one after another:
+samples per shard i64[S], offset u64[N], size u32[N], crc32 u32[N], label i32[N], width u16[N], height u16[N], flags u8[N].
+Sample number = position in packed order: the samples of shard 0, then those of shard 1 ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtl.data.decode import FORMATS
+from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
+from dtl.data.strings import StringTable
+from dtl.errors import DamagedSample, UserError
+
+__all__ = ["INDEX_NAME", "MANIFEST_NAME", "PATHS_NAME", "Manifest", "Shard", "Shards", "check_class_maps", "dataset_id", "write_index"]
+
+INDEX_NAME = "index.bin"
+PATHS_NAME = "paths.bin"
+INDEX_VERSION = 1
+
+_MAGIC = b"DTLINDEX"
+_HEADER = struct.Struct("<8sIIQQ")  # magic, version, shards, samples, zero
+_COLUMNS = (("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels", "<i4"), ("widths", "<u2"), ("heights", "<u2"), ("flags", "u1"))
+_BLOCK = 512  # of a tar
+
+# flags: the low 4 bits are the image's format, 1 + its place in FORMATS.
+FORMAT_FLAGS = {name: number for number, name in enumerate(FORMATS, start=1)}
+
+MAX_OPEN_SHARDS = 128
+# Neighbours in a shard are read together; two samples of our own are about 2 KB of headers apart.
+_GAP_BYTES = 64 * 1024
+_READ_BYTES = 8 * 1024 * 1024
+
+
+def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Write index.bin (fsynced, not renamed: the manifest makes it count) and return its sha256. `columns` are named as in `Shards`."""
+    num_samples = int(np.sum(shard_sizes))
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        parts: list[Any] = [_HEADER.pack(_MAGIC, INDEX_VERSION, len(shard_sizes), num_samples, 0), np.ascontiguousarray(shard_sizes, "<i8").data]
+        for name, kind in _COLUMNS:
+            assert len(columns[name]) == num_samples, (name, len(columns[name]), num_samples)
+            parts.append(np.ascontiguousarray(columns[name], kind).data)
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+class Shards:
+    """One packed split, opened for reading samples by number.
+
+    The columns `labels` int32, `widths`, `heights` uint16, `flags` uint8, `offsets` uint64, `sizes`, `crcs` uint32, each [N], and
+    `shard_sizes` int64 [S] are mapped from the index: all processes of a node share them. Pickles as its folder and manifest.
+    """
+
+    manifest: Manifest
+    folder: Path
+    shard_sizes: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.uint32]
+    crcs: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.int32]
+    widths: npt.NDArray[np.uint16]
+    heights: npt.NDArray[np.uint16]
+    flags: npt.NDArray[np.uint8]
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Use `Shards.open`, which also checks that the index belongs to the manifest."""
+        self.folder, self.manifest = folder, manifest
+        self._map_index()
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+        self._files = _OpenFiles()
+        self._paths: StringTable | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Shards:
+        """Open a folder written by `dtl pack`. UserError where the index is missing, short, or of another manifest."""
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        shards = cls(folder, manifest)
+        with (folder / INDEX_NAME).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        if found != manifest.index_sha256:
+            raise UserError(f"{folder / INDEX_NAME} does not belong to the {MANIFEST_NAME} beside it (another sha256); pack the data again")
+        return shards
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    @property
+    def dataset_id(self) -> str:
+        return self.manifest.dataset_id
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.manifest.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.classes)
+
+    def read(self, samples: npt.ArrayLike) -> list[bytes | DamagedSample]:
+        """The images' bytes, in the order asked for; what cannot be read or fails its crc32 is a DamagedSample in its slot."""
+        numbers = np.asarray(samples, np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.num_samples):
+            raise IndexError(f"samples go from 0 to {self.num_samples - 1}, asked for {numbers.min()} to {numbers.max()}")
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        offsets, sizes = self.offsets[numbers].astype(np.int64), self.sizes[numbers].astype(np.int64)
+        crcs = self.crcs[numbers]
+        out: list[bytes | DamagedSample | None] = [None] * len(numbers)
+        order = np.lexsort((offsets, shards))
+        with self._files.lock():
+            for run in _runs(order, shards, offsets, sizes):
+                shard, start = int(shards[run[0]]), int(offsets[run[0]])
+                end = int(max(offsets[slot] + sizes[slot] for slot in run))
+                block = self._pread(shard, start, end - start)
+                for slot in run:
+                    found = _cut(block, int(offsets[slot]) - start, int(sizes[slot]), int(crcs[slot]))
+                    out[slot] = found if isinstance(found, bytes) else self._damaged(int(numbers[slot]), found.reason)
+        assert all(one is not None for one in out)
+        return out  # type: ignore[return-value]
+
+    def key(self, sample: int) -> str:
+        """The sample's WebDataset key, read from its tar header. Raises DamagedSample where that is not there."""
+        with self._files.lock():
+            found = self._key(sample)
+        if isinstance(found, _Damage):
+            shard = self.shard_of(sample)
+            raise DamagedSample(shard=self.manifest.shards[shard].url, key="", offset=int(self.offsets[sample]), reason=found.reason)
+        return found
+
+    def path(self, sample: int) -> str | None:
+        """The image's path in the source that was packed, or None where it was not kept."""
+        if self._paths is None:
+            path = self.folder / PATHS_NAME
+            if not path.exists():
+                return None
+            self._paths = StringTable.read(path)
+        return self._paths[sample]
+
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self._starts, sample, side="right")) - 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shards, (self.folder, self.manifest)
+
+    def _map_index(self) -> None:
+        path = self.folder / INDEX_NAME
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; pack the data again") from None
+        if len(head) < _HEADER.size or head[:8] != _MAGIC:
+            raise UserError(f"{path} is not an index of dtl; pack the data again")
+        _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
+        if version != INDEX_VERSION:
+            raise UserError(f"{path} has format version {version}, this dtl reads version {INDEX_VERSION}; pack the data again")
+        expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes where {expected} are expected; pack the data again")
+        if [shard.samples for shard in self.manifest.shards] != list(np.fromfile(path, "<i8", num_shards, offset=_HEADER.size)):
+            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); pack the data again")
+        at = _HEADER.size
+        for name, kind, length in (("shard_sizes", "<i8", num_shards), *((name, kind, num_samples) for name, kind in _COLUMNS)):
+            column = np.memmap(path, kind, "r", at, (length,)) if length else np.zeros(0, kind)
+            setattr(self, name, column)
+            at += column.nbytes
+
+    def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
+        """Up to `size` bytes; fewer at the end of the file."""
+        path = self.folder / self.manifest.shards[shard].url
+        try:
+            return _pread_all(self._files.number(path), size, start)
+        except FileNotFoundError:
+            return _Damage("the shard is missing")
+        except OSError as error:
+            return _Damage(f"the shard cannot be read ({error.strerror})")
+
+    def _damaged(self, sample: int, reason: str) -> DamagedSample:
+        key = self._key(sample)
+        shard = self.manifest.shards[self.shard_of(sample)].url
+        return DamagedSample(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=reason)
+
+    def _key(self, sample: int) -> str | _Damage:
+        start = int(self.offsets[sample]) - _BLOCK
+        header = self._pread(self.shard_of(sample), start, _BLOCK)
+        return header if isinstance(header, _Damage) else _key_of(header)
+
+
+class _Damage:
+    """A reason, where bytes were expected."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _runs(
+    order: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> list[list[int]]:
+    """Slots in reading order, those that lie close together in one shard in one list."""
+    runs: list[list[int]] = []
+    end = start = 0
+    for slot in order.tolist():
+        near = runs and shards[slot] == shards[runs[-1][0]] and offsets[slot] - end <= _GAP_BYTES
+        if near and max(end, offsets[slot] + sizes[slot]) - start <= _READ_BYTES:
+            runs[-1].append(slot)
+            end = max(end, offsets[slot] + sizes[slot])
+        else:
+            runs.append([slot])
+            start, end = offsets[slot], offsets[slot] + sizes[slot]
+    return runs
+
+
+def _cut(block: bytes | _Damage, start: int, size: int, crc: int) -> bytes | _Damage:
+    if isinstance(block, _Damage):
+        return block
+    data = block if start == 0 and len(block) == size else block[start : start + size]
+    if len(data) < size:
+        return _Damage(f"the shard ends {size - len(data)} bytes before the image does")
+    if zlib.crc32(data) != crc:
+        return _Damage(f"the bytes are not those that were packed (crc32 {zlib.crc32(data):08x}, expected {crc:08x})")
+    return data
+
+
+def _key_of(header: bytes) -> str | _Damage:
+    """The key in a ustar header: the name up to the first dot of its last part, as webdataset cuts it."""
+    if len(header) < _BLOCK or header[257:262] != b"ustar":
+        return _Damage("there is no tar header before the image")
+    stored = header[148:156].split(b"\0")[0].strip()
+    if not stored.isdigit() or int(stored, 8) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
+        return _Damage("the tar header before the image is damaged")
+    prefix, name = (field.split(b"\0")[0].decode("utf-8", "surrogateescape") for field in (header[345:500], header[:100]))
+    folder, _, base = (f"{prefix}/{name}" if prefix else name).rpartition("/")
+    return (f"{folder}/" if folder else "") + base.split(".")[0]
+
+
+def _pread_all(number: int, size: int, start: int) -> bytes:
+    data = os.pread(number, size, start)
+    if len(data) == size or not data:
+        return data
+    parts = [data]  # a signal or a network file system may cut a read short of the file's end
+    got = len(data)
+    while got < size:
+        data = os.pread(number, size - got, start + got)
+        if not data:
+            break
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+class _OpenFiles:
+    """File numbers of the shards read last. A forked child opens its own: it shares neither the lock nor the numbers."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def lock(self) -> threading.Lock:
+        if self._pid != os.getpid():
+            self._reset()  # the parent's numbers stay open in it; ours are copies, closed with the process
+        return self._lock
+
+    def number(self, path: Path) -> int:
+        """Under the lock only: another thread could close the number."""
+        if path in self._numbers:
+            self._numbers.move_to_end(path)
+            return self._numbers[path]
+        while len(self._numbers) >= MAX_OPEN_SHARDS:
+            os.close(self._numbers.popitem(last=False)[1])
+        self._numbers[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._numbers[path]
+
+    def _reset(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._numbers: OrderedDict[Path, int] = OrderedDict()
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            for number in self._numbers.values():
+                os.close(number)

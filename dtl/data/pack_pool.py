@@ -1,0 +1,134 @@
+"""Processes for packing: each a fresh `python` that imports numpy, Pillow and simplejpeg, and nothing of the caller.
+
+Not `multiprocessing`: its spawn runs the caller's main module again in every child (for training that is torch, 5 s each; for a script without
+a `__main__` guard it is an error), and its fork copies a process that may have threads and a CUDA context. Tasks and answers are
+JSON lines; a child ends when its input ends, so also when the parent is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from dtl.data.pack_job import Job
+from dtl.errors import UserError
+
+_START = "import sys; sys.path.append({root!r}); from dtl.data.pack_pool import serve; serve({folder!r})"
+
+
+def run_tasks(job: Job, tasks: Iterable[dict[str, Any]], *, processes: int, done: Callable[[int], None]) -> None:
+    """Run all tasks, in this process where `processes` is 1; `done(samples)` after each. The first error ends it all."""
+    if processes == 1:
+        from dtl.data.pack_tasks import run_task
+
+        for task in tasks:
+            done(run_task(job, task))
+        return
+    children = [_Child(job.folder) for _ in range(processes)]
+    try:
+        for samples in _run_parallel(children, iter(tasks)):
+            done(samples)
+    finally:
+        for child in children:
+            child.close()
+
+
+def _run_parallel(children: list[_Child], tasks: Iterator[dict[str, Any]]) -> Iterator[int]:
+    idle: SimpleQueue[_Child] = SimpleQueue()
+    for child in children:
+        idle.put(child)
+
+    def ask(task: dict[str, Any]) -> int:
+        child = idle.get()
+        try:
+            return child.ask(task)
+        finally:
+            idle.put(child)
+
+    pool = ThreadPoolExecutor(len(children))
+    try:
+        running: set[Future[int]] = set()
+        for task in tasks:
+            running.add(pool.submit(ask, task))
+            if len(running) >= 2 * len(children):
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    finally:
+        # Closing the children unblocks the threads that wait for an answer of theirs.
+        for child in children:
+            child.close()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Child:
+    """One worker process, asked one task at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        command = [sys.executable, "-c", _START.format(root=root, folder=str(folder))]
+        # A session of its own: Ctrl-C reaches the parent, which closes the children in good order.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def ask(self, task: dict[str, Any]) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except (OSError, ValueError):
+            line = ""
+        if not line:
+            raise RuntimeError(f"a packing process ended with status {self._process.wait()} during {task}; was it killed for memory?")
+        answer = json.loads(line)
+        if answer["kind"] == "done":
+            return int(answer["samples"])
+        if answer["kind"] == "user":
+            raise UserError(answer["message"])
+        if answer["kind"] == "os":
+            raise OSError(answer["errno"], answer["message"], answer["filename"])
+        raise RuntimeError(f"a packing process failed during {task}:\n{answer['message']}")
+
+    def close(self) -> None:
+        """End it at once: whatever it was writing is still under a temporary name."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            try:
+                stream.close()
+            except OSError:
+                pass  # a task that the child did not live to read
+
+
+def serve(folder: str) -> None:
+    """The child's life: a task a line in, an answer a line out."""
+    from dtl.data.pack_tasks import run_task
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not be taken for an answer
+    job = Job(Path(folder))
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = {"kind": "done", "samples": run_task(job, json.loads(line))}
+        except UserError as error:
+            answer = {"kind": "user", "message": str(error)}
+        except OSError as error:
+            answer = {"kind": "os", "errno": error.errno, "message": error.strerror, "filename": str(error.filename or "")}
+        except Exception:
+            answer = {"kind": "fault", "message": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()

@@ -1,0 +1,191 @@
+"""Image folders: one folder a class, or a root with train/ and val/ of such folders. Class order is that of torchvision's ImageFolder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtl.data.display_names import find_display_names
+from dtl.data.sources import ALL, VAL_NAMES, Source, SourceBuilder
+from dtl.errors import UserError
+
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+_SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"))
+
+
+@dataclass
+class _Told:
+    """What was left out, by kind, for one line each at the end."""
+
+    hidden: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        kinds = (
+            (self.hidden, "hidden or system", "left out"),
+            (self.others, "without an image's extension", "left out"),
+            (self.loose, "outside of any class folder", "left out: they have no class"),
+        )
+        return self.lines + [f"{_count(paths, 'file or folder' if what.startswith('hidden') else 'file')} {what} {end} ({_few(paths)})" for paths, what, end in kinds if paths]
+
+
+def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str) -> Source:
+    """List an image folder. See `open_source`."""
+    told = _Told()
+    parts = _find_splits(root, told)
+    split_names = tuple(parts)
+    found = {split: _class_folders(root / place, root, told) for split, place in parts.items()}
+    images = {split: {name: _images(root, Path(parts[split]) / name, told) for name in folders} for split, folders in found.items()}
+    first = split_names[0]
+    if not any(listed for of_split in images.values() for listed in of_split.values()):
+        raise UserError(_why_no_images(root, told))
+    order = tuple(classes) if classes is not None else _train_classes(root / parts[first], images[first], told, drop_empty=on_error == "skip")
+    builder, number = SourceBuilder(), {name: label for label, name in enumerate(order)}
+    for split, of_class in images.items():
+        _refuse_unknown(root / parts[split], [name for name, listed in of_class.items() if listed], order, given=classes is not None)
+        if not any(of_class.values()):
+            raise UserError(f"{root / parts[split]} holds no images")
+        _tell_empty(parts[split], of_class, order, told)
+        for name in (name for name in order if of_class.get(name)):
+            listed = of_class[name]
+            paths, sizes, mtimes = zip(*listed)
+            builder.add(paths, label=number[name], split=split_names.index(split), sizes=sizes, mtimes=mtimes)
+    display = find_display_names(order, given=names, beside=[root / parts[first], root, root.parent], told=told.lines)
+    return builder.build(kind="image folder", root=root, classes=order, split_names=split_names, display_names=display, notes=told.notes())
+
+
+def _find_splits(root: Path, told: _Told) -> dict[str, str]:
+    """Split -> its folder under root; {"all": ""} where the root's own folders are the classes."""
+    folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
+    present = [name for name in VAL_NAMES if name in folders]
+    if "train" not in folders or not present:
+        return {ALL: ""}
+    if not any(entry.is_dir() and not _is_hidden(entry.name) for entry in _entries(root / folders["train"])):
+        return {ALL: ""}  # classes that happen to be called train and test: they hold images, not folders
+    parts = {"train": folders["train"], "val": folders[present[0]]}
+    others = [folders[name] for name in folders if folders[name] not in parts.values() and not _is_hidden(name)]
+    if "test" in present[1:]:
+        parts["test"] = folders["test"]
+        others.remove(folders["test"])
+        told.lines.append(f"'{parts['val']}' is used for validation, 'test' is kept apart")
+    elif parts["val"] != "val":
+        told.lines.append(f"'{parts['val']}' is used for validation")
+    if others:
+        told.lines.append(f"left out beside train and {parts['val']}: {_few(sorted(others))}")
+    return parts
+
+
+def _class_folders(place: Path, root: Path, told: _Told) -> list[str]:
+    folders = []
+    for entry in _entries(place):
+        if _is_hidden(entry.name):
+            told.hidden.append(_below(entry.path, root))
+        elif entry.is_dir():
+            folders.append(entry.name)
+        elif _is_image(entry.name):
+            told.loose.append(_below(entry.path, root))
+    return sorted(folders)
+
+
+def _images(root: Path, folder: Path, told: _Told) -> list[tuple[str, int, int]]:
+    """(path under root, bytes, mtime) of all images in a class folder and the folders in it, sorted by path."""
+    listed: list[tuple[str, int, int]] = []
+    stack = [(str(folder), frozenset[tuple[int, int]]())]
+    while stack:
+        place, above = stack.pop()
+        status = os.stat(root / place)
+        if (status.st_dev, status.st_ino) in above:
+            continue  # a link back to a folder that we are in
+        inside = above | {(status.st_dev, status.st_ino)}
+        for entry in _entries(root / place):
+            path = f"{place}/{entry.name}"
+            if _is_hidden(entry.name):
+                told.hidden.append(path)
+            elif entry.is_dir():
+                stack.append((path, inside))
+            elif _is_image(entry.name):
+                listed.append((path, *_size_and_time(entry)))
+            else:
+                told.others.append(path)
+    return sorted(listed)
+
+
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        status = entry.stat()
+    except OSError:
+        return 0, 0  # a broken link: packing lists it as unreadable
+    return status.st_size, status.st_mtime_ns
+
+
+def _train_classes(place: Path, images: dict[str, list[tuple[str, int, int]]], told: _Told, *, drop_empty: bool) -> tuple[str, ...]:
+    order = tuple(sorted(name for name, listed in images.items() if listed))
+    empty = [name for name, listed in images.items() if not listed]
+    if empty and not drop_empty:
+        what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
+        raise UserError(f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, or leave it out with --on-error skip")
+    if empty:
+        told.lines.append(f"class folders without an image left out: {_few(empty)}")
+    if len(order) == 1:
+        inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not _is_hidden(entry.name))
+        hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
+        raise UserError(f"{place} has one class only, '{order[0]}'{hint}")
+    return order
+
+
+def _refuse_unknown(place: Path, present: Sequence[str], order: Sequence[str], *, given: bool) -> None:
+    known = set(order)
+    unknown = [name for name in present if name not in known]
+    if unknown:
+        where = "the given class list" if given else "training"
+        raise UserError(f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: {_few(unknown)}; known are {_few(order)}")
+
+
+def _tell_empty(place: str, of_class: dict[str, list[tuple[str, int, int]]], order: Sequence[str], told: _Told) -> None:
+    without = [name for name in order if not of_class.get(name)]
+    if without:
+        told.lines.append(f"{place or 'the folder'} has no image of {_count(without, 'class', 'classes')}: {_few(without)}")
+
+
+def _why_no_images(root: Path, told: _Told) -> str:
+    if told.loose:
+        return (
+            f"{root} has {_count(told.loose, 'image')} directly in it and no class folders; "
+            f"put each class in a folder of its own ({root.name or root}/CLASS/{os.path.basename(told.loose[0])}), or give a list file with a line `path label` for each image"
+        )
+    if told.others:
+        return f"{root} holds no images, only other files ({_few(told.others)}); read are {', '.join(sorted(EXTENSIONS))}"
+    return f"{root} is empty: it holds no images"
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _below(path: str, root: Path) -> str:
+    return os.path.relpath(path, root)
+
+
+def _count(items: Sequence[str], one: str, many: str = "") -> str:
+    return f"{len(items):,} {one if len(items) == 1 else many or one + 's'}"
+
+
+def _few(items: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
+    return ", ".join(f"'{item}'" for item in items[:limit]) + more

@@ -1,0 +1,114 @@
+"""List files: `path label` a line, or CSV with a header. Paths are relative to the list's folder; labels are names or numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dtl.data.display_names import find_display_names
+from dtl.data.sources import ALL, Source, SourceBuilder, nearest
+from dtl.errors import UserError
+
+_PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
+_LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
+_NUMBER = re.compile(r"[+-]?\d+")
+_SHOWN_ERRORS = 3
+
+
+def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None) -> Source:
+    """Read a list. Names sort as text, numbers as numbers (class names "0", "1" ...). See `open_source`."""
+    rows = list(_rows(path))
+    if not rows:
+        raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
+    labels = [label for _, _, label in rows]
+    numeric = all(_NUMBER.fullmatch(label) for label in labels)
+    if numeric:
+        labels = [str(int(label)) for label in labels]
+    order = tuple(classes) if classes is not None else tuple(sorted(set(labels), key=int if numeric else None))
+    if classes is None and len(order) == 1:
+        raise UserError(f"{path} has one class only, '{order[0]}'; a classifier needs two or more")
+    number = {name: position for position, name in enumerate(order)}
+    for (line, _, _), label in zip(rows, labels):
+        if label not in number:
+            raise UserError(f"{path}, line {line}: class '{label}' is not in the given class list{nearest(label, order)}")
+    sizes, mtimes = _check_files(path, rows)
+    told: list[str] = []
+    builder = SourceBuilder()
+    builder.add([name for _, name, _ in rows], label=[number[label] for label in labels], split=0, sizes=sizes, mtimes=mtimes)
+    without = [name for name, count in zip(order, np.bincount([number[label] for label in labels], minlength=len(order))) if not count]
+    if without:
+        told.append(f"the list has no image of {len(without)} of {len(order)} classes: {', '.join(without[:5])}")
+    display = find_display_names(order, given=names, beside=[path.parent], told=told)
+    return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=told)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, path, label)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a list: it is no UTF-8 text; a list has a line `path label` for each image") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    first = text.lstrip().partition("\n")[0]
+    columns = _csv_columns(first)
+    if columns is not None:
+        yield from _csv_rows(path, text, *columns)
+        return
+    if path.suffix.lower() == ".csv":
+        raise UserError(f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`")
+    for line, row in enumerate(text.splitlines(), start=1):
+        if not row.strip():
+            continue
+        # The label is the last field, so a path may have spaces.
+        fields = row.strip().rsplit(None, 1)
+        if len(fields) < 2:
+            raise UserError(f"{path}, line {line}: no label: `{row.strip()[:80]}`; a line is `path label`")
+        yield line, fields[0].strip("\"'"), fields[1]
+
+
+def _csv_columns(first: str) -> tuple[str, str, str] | None:
+    """(delimiter, path column, label column) where the first line is a header that names both."""
+    for delimiter in (",", ";", "\t"):
+        header = [cell.strip().strip('"').lower() for cell in first.split(delimiter)]
+        paths = [name for name in _PATH_COLUMNS if name in header]
+        labels = [name for name in _LABEL_COLUMNS if name in header]
+        if paths and labels:
+            return delimiter, paths[0], labels[0]
+    return None
+
+
+def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
+    reader = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, skipinitialspace=True)
+    header = [cell.strip().lower() for cell in next(reader)]
+    at_path, at_label = header.index(path_column), header.index(label_column)
+    for row in reader:
+        if not any(cell.strip() for cell in row):
+            continue
+        values = [row[at].strip() if at < len(row) else "" for at in (at_path, at_label)]
+        for value, what in zip(values, ("path", "label")):
+            if not value:
+                raise UserError(f"{path}, line {reader.line_num}: no {what}: `{delimiter.join(row)[:80]}`")
+        yield reader.line_num, values[0], values[1]
+
+
+def _check_files(path: Path, rows: Sequence[tuple[int, str, str]]) -> tuple[list[int], list[int]]:
+    """Sizes and modification times; all lines whose file is missing are counted, the first ones named."""
+    sizes, mtimes, missing = [], [], []
+    for line, name, _ in rows:
+        try:
+            status = (path.parent / name).stat()
+        except OSError:
+            missing.append(f"line {line}: {name}")
+            continue
+        sizes.append(status.st_size)
+        mtimes.append(status.st_mtime_ns)
+    if missing:
+        more = f"; and {len(missing) - _SHOWN_ERRORS:,} more" if len(missing) > _SHOWN_ERRORS else ""
+        raise UserError(f"{path}: {len(missing):,} of {len(rows):,} images do not exist, {'; '.join(missing[:_SHOWN_ERRORS])}{more}; paths are relative to {path.parent}")
+    return sizes, mtimes
