@@ -1,0 +1,78 @@
+"""Planning by names: unit by unit, never half a layer, and never a tensor of another layer that happens to share a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dtl.checkpoint.fits import unit_transform
+from dtl.checkpoint.matching import Clash, Flag, Matching
+from dtl.checkpoint.names import Renaming
+from dtl.checkpoint.units import Entry, Key, Unit, names_speak, units_of
+
+
+def renamed_entries(source: Sequence[Entry], renaming: Renaming) -> list[Entry]:
+    """The source's tensors under the names that the target would give them."""
+    return [Entry(renaming.renamed[e.name], e.shape, e.family) for e in source if e.name in renaming.renamed]
+
+
+def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit], adapt: bool = True) -> Matching:
+    """Pair each target unit with the source tensors of the same names; shapes must be equal, or `adapt` knows the way.
+
+    `source` carries the target's names already (see `renamed_entries`). Clashes of shape leave the whole unit out:
+    a convolution that does not fit must not leave its bias behind. More than a tenth of the units clashing means that the
+    names do not mean the same layers (shifted Sequential indices, another depth of the same family): refused.
+    """
+    matching = Matching(view="names")
+    by_name = {entry.name: entry for entry in source}
+    kinds = _kinds(source)
+    apart = {id(unit) for unit in heads}
+    first = next((unit for unit in target if unit.kind in ("conv", "linear")), None)
+    same = clashing = 0
+    for unit in target:
+        roles = _same_named(unit, by_name)
+        if not roles or (unit.path in kinds and not roles.keys() - {"num_batches_tracked"}):
+            continue
+        same += 1
+        found = Unit(unit.path, kinds.get(unit.path, unit.kind), roles)
+        if {found.kind, unit.kind} == {"bn", "norm"}:
+            matching.flag(unit, f"the kind of norm changed: {found.kind} in the source, {unit.kind} here", found.names)
+            continue
+        transform = unit_transform(found, unit, first=unit is first) if adapt or _equal(found, unit) else None
+        if transform is not None:
+            matching.pair(found, unit, transform=transform, evidence="name")
+        elif id(unit) not in apart:
+            clashing += 1
+            _clash(matching, found, unit)
+    if clashing > 0.1 * same:
+        matching.refusals.append(
+            f"names fit but shapes do not: {clashing} of {same} layers of the same name clash, the first is {matching.clashes[0]}; "
+            "indices may have shifted or the depth differs (try by: auto)"
+        )
+    return matching
+
+
+def _same_named(unit: Unit, by_name: dict[str, Entry]) -> dict[str, tuple[Key, tuple[int, ...]]]:
+    found: dict[str, tuple[Key, tuple[int, ...]]] = {}
+    for role, (name, _) in unit.roles.items():
+        if isinstance(name, str) and name in by_name:
+            found[role] = (name, by_name[name].shape)
+    return found
+
+
+def _kinds(source: list[Entry]) -> dict[str, str]:
+    return {unit.path: unit.kind for unit in units_of(source)} if names_speak(source) else {}
+
+
+def _equal(found: Unit, unit: Unit) -> bool:
+    return all(unit.roles[role][1] == shape for role, (_, shape) in found.roles.items())
+
+
+def _clash(matching: Matching, found: Unit, unit: Unit) -> None:
+    for role, (name, shape) in found.roles.items():
+        target_name, target_shape = unit.roles[role]
+        if shape != target_shape:
+            clash = Clash(str(target_name), target_shape, str(name), shape)
+            matching.clashes.append(clash)
+            for each in unit.names:
+                matching.flags[each] = Flag(f"same name, other shape: {clash}")
+            return

@@ -1,0 +1,73 @@
+"""What a planner hands on: which source tensor goes to which target tensor, why, and what it would not decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dtl.checkpoint.units import Key, Shape, Unit
+
+
+@dataclass(frozen=True)
+class Match:
+    """One target tensor's source.
+
+    `transform`: the named function of `dtl.checkpoint.adapt` that makes it fit ("" for a plain copy).
+    `evidence`: name, unique-shape, structure, tree+number, graph, order or map. `margin`: by how much the best alignment
+    without this pair is worse (score units of `dtl.checkpoint.gaps`), where an alignment decided.
+    """
+
+    source: Key
+    transform: str = ""
+    evidence: str = "name"
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A target tensor that was not decided. `alternatives`: source tensors that would fit, best first."""
+
+    reason: str
+    alternatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Clash:
+    """A pair that names or positions ask for and shapes forbid."""
+
+    target: str
+    target_shape: Shape
+    source: str
+    source_shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.target} {list(self.target_shape)} against {self.source} {list(self.source_shape)}"
+
+
+@dataclass
+class Matching:
+    """`refusals` stop the transfer whatever the options say; `flags` only while `on_ambiguous` is `error`."""
+
+    view: str
+    matches: dict[str, Match] = field(default_factory=dict)
+    flags: dict[str, Flag] = field(default_factory=dict)
+    clashes: list[Clash] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def pair(self, source: Unit, target: Unit, *, transform: str = "", evidence: str, margin: float | None = None) -> None:
+        """Pair the tensors of two units by role. Shapes decide per tensor whether the transform is needed."""
+        for role, (target_key, target_shape) in target.roles.items():
+            if role not in source.roles:
+                continue
+            key, shape = source.roles[role]
+            needed = transform if shape != target_shape or isinstance(key, tuple) or isinstance(target_key, tuple) else ""
+            if isinstance(target_key, tuple):
+                for part, name in enumerate(target_key):
+                    self.matches[name] = Match(key, f"split_{part}_of_{len(target_key)}", evidence, margin)
+            else:
+                self.matches[target_key] = Match(key, needed, evidence, margin)
+
+    def flag(self, unit: Unit, reason: str, alternatives: Iterable[str] = ()) -> None:
+        for name in unit.names:
+            self.flags[name] = Flag(reason, tuple(alternatives))

@@ -1,0 +1,230 @@
+"""Open pretrained weights, wherever they are: one flat dict of names and tensors, and what is known about it.
+
+Nothing is ever unpickled freely: torch files are opened with `weights_only=True`, and what that blocks is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtl.checkpoint import hubs
+from dtl.checkpoint.containers import find_state_dict, without_wrappers
+from dtl.checkpoint.names import looks_sorted
+from dtl.checkpoint.units import entries_of
+from dtl.errors import UserError
+
+TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl")
+_IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """Pretrained weights as read.
+
+    `tensors`: name -> tensor on the CPU, memory-mapped where the format allows it, in the file's order.
+    `ordered`: whether that order is the one in which the network registered them (safetensors sorts by name).
+    `container`: words that led to the state dict inside the file; `passed_over`: other mappings of tensors beside it.
+    `prefix`: the beginning of names the user chose with `FILE#prefix.`.
+    `facts`: classes, preprocessing, architecture, as far as the source tells.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    origin: str
+    ordered: bool
+    sha256: str | None = None
+    container: str = ""
+    prefix: str = ""
+    passed_over: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeights, *, key: str | None = None) -> SourceWeights:
+    """Read pretrained weights from a file, a folder, a name, a web address, a dict or a module.
+
+    Takes `.pt .pth .th .bin .ckpt .safetensors`, sharded indexes (`*.index.json`), a dtl run or model folder, an Accelerate
+    or Hugging Face folder, `torchvision:NAME`, `timm:NAME` and `http(s)://` addresses. `FILE#KEY` (or `key`) chooses among
+    several state dicts in a file (`ckpt.pth#model_ema`) or, ending in a dot, a prefix of names (`moco.pth#encoder_q.`).
+    Raises UserError when the source is missing, unreadable, blocked, or could mean two things.
+    """
+    if isinstance(source, SourceWeights):
+        return source
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    if isinstance(source, Mapping):
+        return _from_mapping(source, origin="a dict", key=key)
+    named = str(source)
+    if named.startswith("torchvision:"):
+        return _from_cache(hubs.torchvision_file(named.removeprefix("torchvision:")), origin=named, key=key)
+    if named.startswith("timm:"):
+        tensors, facts = hubs.timm_tensors(named.removeprefix("timm:"))
+        return SourceWeights(tensors, named, ordered=True, facts=facts)
+    if named.startswith(("http://", "https://")):
+        return _from_cache(hubs.download(named), origin=named, key=key)
+    path, chosen = _split_fragment(named)
+    return _from_path(path, key=key or chosen)
+
+
+def _from_mapping(mapping: Mapping[str, Any], *, origin: str, key: str | None) -> SourceWeights:
+    contents = find_state_dict(mapping, key=key, origin=origin)
+    return SourceWeights(
+        contents.tensors,
+        origin,
+        ordered=not looks_sorted(entries_of(contents.tensors)),
+        container=contents.container,
+        prefix=contents.prefix,
+        passed_over=contents.passed_over,
+    )
+
+
+def _from_cache(cached: hubs.Cached, *, origin: str, key: str | None) -> SourceWeights:
+    read = _from_path(cached.path, key=key)
+    return replace(read, origin=origin, facts={**read.facts, **cached.facts})
+
+
+def _split_fragment(named: str) -> tuple[Path, str | None]:
+    if "#" in named and not Path(named).exists():
+        path, _, chosen = named.rpartition("#")
+        return Path(path), chosen
+    return Path(named), None
+
+
+def _from_path(path: Path, *, key: str | None) -> SourceWeights:
+    path = path.expanduser()
+    if path.is_dir():
+        return _from_folder(path, key=key)
+    if not path.exists():
+        raise UserError(f"no pretrained weights at {path}; give a file, a folder, torchvision:NAME, timm:NAME or an address")
+    if path.name.endswith(".index.json"):
+        return _from_index(path)
+    if path.suffix == ".safetensors":
+        tensors, ordered = _read_safetensors(path)
+        read = _from_mapping(tensors, origin=str(path), key=key)
+        read = replace(read, ordered=ordered)
+    else:
+        read = _from_mapping(_read_torch(path), origin=str(path), key=key)
+    return replace(read, tensors=without_wrappers(read.tensors), sha256=_sha256(path))
+
+
+def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
+    if (path / "model" / "model.json").is_file():
+        path = path / "model"
+    facts_file = path / "model.json"
+    for name in _IN_FOLDER:
+        if (path / name).is_file():
+            read = _from_path(path / name, key=key)
+            break
+    else:
+        raise UserError(f"{path}: holds no weights; expected one of {', '.join(_IN_FOLDER)}, or model/ of a run")
+    return _with_model_facts(read, facts_file) if facts_file.is_file() else read
+
+
+def _with_model_facts(read: SourceWeights, facts_file: Path) -> SourceWeights:
+    """A dtl model folder knows its classes, its preprocessing and the order in which the network registered its tensors."""
+    try:
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{facts_file}: not readable as JSON ({error})") from error
+    order = facts.pop("order", None)
+    if isinstance(order, list) and sorted(order) == sorted(read.tensors):
+        return replace(read, tensors={name: read.tensors[name] for name in order}, ordered=True, facts=facts)
+    return replace(read, facts=facts)
+
+
+def _from_index(path: Path) -> SourceWeights:
+    """Several files and a JSON that says which tensor lies in which (Hugging Face, Accelerate)."""
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an index of weights (a JSON object with 'weight_map'): {error!r}") from error
+    parts: dict[str, Mapping[str, Any]] = {}
+    digest = hashlib.sha256()
+    for name in sorted(set(where.values())):
+        part = path.parent / name
+        if not part.is_file():
+            raise UserError(f"{path}: names {name}, which is not beside it")
+        parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else _read_torch(part)
+        digest.update(_sha256(part).encode())
+    missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
+    if missing:
+        raise UserError(f"{path}: {where[missing[0]]} lacks {missing[0]}, which the index promises ({len(missing)} such)")
+    tensors = {tensor: parts[name][tensor] for tensor, name in where.items()}
+    read = _from_mapping(tensors, origin=str(path), key=None)
+    # JSON indexes are written sorted, or by file: neither is the order of registration.
+    return replace(read, tensors=without_wrappers(read.tensors), ordered=False, sha256=digest.hexdigest())
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """(tensors, whether in registration order). The format sorts; only our own model folders remember the order elsewhere."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, False  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable as safetensors ({_line(error)}); the file is damaged or of another format") from error
+
+
+def _read_torch(path: Path) -> Any:
+    # Only zip files (torch >= 1.6) can be mapped; older ones are read whole.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        raise UserError(f"{path}: {_why_blocked(path, error)}") from error
+
+
+def _why_blocked(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "TorchScript" in text:
+        return (
+            "a TorchScript archive, not a state dict; where you trust it, convert it once: "
+            f"python -c \"import torch; torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
+        )
+    blocked = _unsafe_globals(path)
+    if any(name.startswith("torch.nn.modules.") for name in blocked):
+        return (
+            f"a whole pickled module ({_some(blocked)}), which runs code when opened; where you trust it, convert it once, beside its "
+            f"source code: python -c \"import torch; torch.save(torch.load('{path}', weights_only=False).state_dict(), 'weights.pth')\""
+        )
+    if blocked:
+        return (
+            f"holds Python objects that could run code when opened ({_some(blocked)}); where you trust it, keep the weights only: "
+            f"python -c \"import torch; c = torch.load('{path}', weights_only=False); print(list(c)); "
+            "torch.save(c['state_dict'], 'weights.pth')\""
+        )
+    if isinstance(error, OSError):
+        return f"not readable ({_line(error)})"
+    return f"not readable as a torch file ({type(error).__name__}: {_line(error)}); it is damaged, cut short or of another format"
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """Names of what `weights_only` blocks, found without executing anything; empty where torch cannot tell (old formats)."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # any damage ends here; the caller reports the first error
+        return []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

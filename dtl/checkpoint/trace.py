@@ -1,0 +1,115 @@
+"""The order in which a network uses its tensors, and which layers feed which: one forward pass on the meta device.
+
+Registration order is a habit of whoever wrote the module; execution order is what the function is. No memory is allocated and
+no arithmetic done: the module is copied with every tensor replaced by a meta tensor, and a `TorchFunctionMode` watches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+# Reads of attributes and sizes: not uses.
+_NO_USE = frozenset(
+    "__get__ __set__ size dim numel is_floating_point __len__ get_device type stride is_contiguous __hash__ register_hook "
+    "requires_grad_ data_ptr is_complex element_size storage_offset".split()
+)
+_SIZES = (224, 256, 299, 384, 240, 288, 192, 160, 128, 64, 32, 28)
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """`order`: names of tensors by first use. `feeds`: tensor -> the tensors of the layers whose output it is applied to."""
+
+    order: tuple[str, ...]
+    feeds: dict[str, frozenset[str]]
+
+
+@dataclass
+class _Watch(TorchFunctionMode):
+    """Notes the first use of each named tensor, and hands each result the names of the layers it came from."""
+
+    names: dict[int, str]
+    order: list[str] = field(default_factory=list)
+    feeds: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.origins: dict[int, frozenset[str]] = {}
+        # Ids are only unique among living objects, so every result is kept alive.
+        self.alive: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _NO_USE:
+            return out
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        used = [self.names[id(tensor)] for tensor in inputs if id(tensor) in self.names]
+        upstream: frozenset[str] = frozenset().union(*(self.origins.get(id(tensor), frozenset()) for tensor in inputs))
+        for name in used:
+            if name not in self.feeds:
+                self.order.append(name)
+                self.feeds[name] = upstream
+        origin = frozenset(used[:1]) if used else upstream
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.origins[id(leaf)] = origin
+                self.alive.append(leaf)
+        return out
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of the module without memory: every tensor it holds becomes a meta tensor of the same shape."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def trace_dataflow(module: nn.Module, *, image_size: int | None = None) -> Dataflow | None:
+    """Run the module once on the meta device in eval mode; None where it cannot run there (control flow by values)."""
+    try:
+        shadow = on_meta(module).eval()
+    except Exception:  # modules that cannot be copied: the view is then not to be had
+        return None
+    names: dict[int, str] = {}
+    for name, tensor in (*shadow.named_parameters(remove_duplicate=False), *shadow.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(tensor), name)
+    for shape in _input_shapes(shadow, image_size):
+        watch = _Watch(names)
+        try:
+            with torch.no_grad(), torch.device("meta"), watch:
+                shadow(torch.empty(shape, device="meta"))
+        except Exception:  # another input size may fit
+            continue
+        return Dataflow(tuple(watch.order), watch.feeds)
+    return None
+
+
+def _input_shapes(module: nn.Module, image_size: int | None) -> list[tuple[int, ...]]:
+    first = next((p for p in module.parameters() if p.dim() in (2, 4)), None)
+    conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is None:
+        return [] if first is None else [(2, first.shape[-1])]
+    hints = [image_size, _hint(getattr(module, "image_size", None)), _hint(getattr(module, "img_size", None))]
+    config = getattr(module, "default_cfg", None) or {}
+    hints.append(_hint(config.get("input_size", (None,))[-1]) if isinstance(config, dict) else None)
+    embed = getattr(module, "patch_embed", None)
+    hints.insert(1, _hint(getattr(embed, "img_size", None)))
+    sizes = dict.fromkeys([hint for hint in hints if hint] + list(_SIZES))
+    return [(2, conv.in_channels, size, size) for size in sizes]
+
+
+def _hint(value: Any) -> int | None:
+    if isinstance(value, (tuple, list)) and value:
+        value = value[-1]
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,166 @@
+"""Load pretrained weights into any network: read, plan, check everything, then copy. All or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dtl.checkpoint.adapt import apply_transform
+from dtl.checkpoint.plan import By, TransferPlan, plan_transfer
+from dtl.checkpoint.read import SourceWeights, read_weights
+from dtl.checkpoint.transfer_report import TransferReport
+from dtl.errors import TransferRefused, UserError
+
+
+def load_pretrained(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any] | nn.Module | SourceWeights,
+    by: By = "auto",
+    mapping: Any = None,
+    assume_order: bool = False,
+    source_model: nn.Module | None = None,
+    on_ambiguous: Literal["error", "fresh"] = "error",
+    min_coverage: float = 0.6,
+    keep_head: bool | Literal["rows"] | None = None,
+    *,
+    key: str | None = None,
+    heads: Sequence[str] | None = None,
+    source_classes: Sequence[str] | None = None,
+    target_classes: Sequence[str] | None = None,
+    fill: Mapping[str, str] | None = None,
+    fold_norms: bool = False,
+    image_size: int | None = None,
+) -> TransferReport:
+    """Load the weights of `source` (see `read_weights`) into `model`, in place, and tell what became of each tensor.
+
+    The options are those of `plan_transfer`. Raises `TransferRefused`, the model untouched, when too little fits, when a
+    tensor is in doubt, or when a value is not finite; its message holds the reason and the table of outcomes.
+    """
+    started = time.perf_counter()
+    weights = read_weights(source, key=key)
+    plan = plan_transfer(
+        weights.tensors,
+        model,
+        by=by,
+        assume_order=assume_order,
+        source_model=source_model,
+        mapping=mapping,
+        heads=heads,
+        keep_head=keep_head,
+        source_classes=source_classes if source_classes is not None else weights.facts.get("classes"),
+        target_classes=target_classes,
+        on_ambiguous=on_ambiguous,
+        min_coverage=min_coverage,
+        ordered=weights.ordered if weights.sha256 is not None else None,
+        prefix=weights.prefix or None,
+        fill=fill,
+        fold_norms=fold_norms,
+        image_size=image_size,
+    )
+    classes = (source_classes if source_classes is not None else weights.facts.get("classes"), target_classes)
+    return apply_plan(plan, weights, model, classes=classes, started=started)
+
+
+def apply_plan(
+    plan: TransferPlan,
+    weights: SourceWeights,
+    model: nn.Module,
+    *,
+    classes: tuple[Sequence[str] | None, Sequence[str] | None] = (None, None),
+    started: float | None = None,
+) -> TransferReport:
+    """Copy what the plan says into the model. Raises TransferRefused before the first change when anything is wrong."""
+    report = TransferReport.of(plan, weights)
+    if plan.refusals:
+        raise TransferRefused(report.refusal())
+    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    values = _values(plan, weights, targets, classes)
+    _agree_on_ties(targets, values)
+    with torch.no_grad():
+        for name, value in values.items():
+            target = targets[name]
+            # copy_ broadcasts in silence, so shapes are asserted at the last moment, whatever was checked before.
+            assert tuple(value.shape) == tuple(target.shape), f"{name}: {tuple(value.shape)} into {tuple(target.shape)}"
+            target.copy_(value)
+    seconds = None if started is None else time.perf_counter() - started
+    return report.applied(
+        casts=_casts(values, targets),
+        checksum=checksum({name: targets[name] for name in values}),
+        warnings=_untrained(plan, weights),
+        seconds=seconds,
+    )
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names: equal on ranks that loaded the same."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _values(
+    plan: TransferPlan,
+    weights: SourceWeights,
+    targets: dict[str, torch.Tensor],
+    classes: tuple[Sequence[str] | None, Sequence[str] | None],
+) -> dict[str, torch.Tensor]:
+    """Target tensor -> the value it gets, each checked: shape, allocated target, finite."""
+    values = {}
+    for outcome in plan.outcomes:
+        name = outcome.target
+        if name is None or outcome.outcome not in ("loaded", "adapted", "filled"):
+            continue
+        target = targets[name]
+        if target.is_meta:
+            raise UserError(f"{name} has no memory (meta device): allocate the model before loading weights into it")
+        if outcome.source is None:
+            values[name] = torch.zeros_like(target)
+            continue
+        keys = outcome.source if isinstance(outcome.source, tuple) else (outcome.source,)
+        tensors = [weights.tensors[key] for key in keys]
+        value = apply_transform(outcome.transform, tensors, tuple(target.shape), source_classes=classes[0], target_classes=classes[1])
+        if value.shape != target.shape:
+            raise TransferRefused(f"{name} {list(target.shape)}: {'+'.join(keys)} gives {list(value.shape)}; nothing was loaded")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TransferRefused(f"{name}: {'+'.join(keys)} holds values that are not finite (NaN or infinite); nothing was loaded")
+        values[name] = value
+    return values
+
+
+def _agree_on_ties(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """Names that share one tensor get one value: drop the repeats, refuse where the source disagrees with itself."""
+    first: dict[int, str] = {}
+    for name in list(values):
+        earlier = first.setdefault(id(targets[name]), name)
+        if earlier == name:
+            continue
+        if not torch.equal(values[earlier], values[name]):
+            raise TransferRefused(f"{earlier} and {name} share one tensor here, but the source has two different ones; nothing was loaded")
+        del values[name]
+
+
+def _casts(values: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> dict[str, int]:
+    """"float16 -> float32" -> number of tensors."""
+    counts: dict[str, int] = {}
+    for name, value in values.items():
+        if value.dtype != targets[name].dtype:
+            change = f"{value.dtype} -> {targets[name].dtype}".replace("torch.", "")
+            counts[change] = counts.get(change, 0) + 1
+    return counts
+
+
+def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:
+    """A network that never saw data has running means of zero."""
+    means = [weights.tensors[s] for t, s in plan.pairs.items() if t.endswith("running_mean") and isinstance(s, str)]
+    if means and not any(bool(mean.any()) for mean in means):
+        return ("the source looks untrained: all of its running means are zero",)
+    return ()
