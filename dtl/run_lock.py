@@ -1,0 +1,305 @@
+"""One run folder, one run: who works in it, which start of it this is, and how it ended. No torch in here.
+
+    runs/NAME/status.json               {"state": running|done|stopped|failed, "why", "step", ...}
+    runs/NAME/lock/00000003.json        the third start's owner: host, pid, when; the highest number counts
+    runs/NAME/lock/00000003.beat        a number that the owner counts up while it lives
+
+Every start takes the next incarnation number by creating its file exclusively, which is atomic on network disks too. A process
+of an older start (a ghost on a node that was cut off) is thereby outdated the moment a newer one begins, finds out in
+`check_incarnation`, and can never write its way back: each start touches files of its own number only.
+
+May a start take the folder? The owner before it
+1. released the folder: yes;
+2. ran on this very machine: yes if its process has ended (a pid that was given to another process does not count as alive);
+3. ran elsewhere, and belongs to the same job as we do, started anew (Slurm has requeued it, or the elastic agent has formed the
+   ranks again): yes, at once. Should it still live there, it is a ghost;
+4. ran elsewhere, in another job: its heartbeat decides. Unmoved for 2 minutes by the clock of the disk, or for `stale_seconds` while we watch:
+   yes. As soon as it moves: no. No clocks of two machines are ever compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dtl.errors import UserError
+
+STATES = ("running", "done", "stopped", "failed")
+_LONG_DEAD_SECONDS = 120.0
+_LOCK_NAME = re.compile(r"(\d{8})\.json")
+
+
+class Superseded(UserError):
+    """This process belongs to an older start of the run: it must write nothing and end."""
+
+
+class RunFolder:
+    """The run folder of one start. Only the main process acquires it; others may hand its number to `check_incarnation`.
+
+    `stale_seconds`: how long an owner on another machine must have been silent, `beat_seconds`: how often ours is heard.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        stale_seconds: float = 30.0,
+        beat_seconds: float = 5.0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.path = Path(path)
+        self.incarnation = 0  # 0: not acquired
+        self._lock = self.path / "lock"
+        self._stale_seconds, self._beat_seconds, self._say = stale_seconds, beat_seconds, say
+        self._owner: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def acquire(self) -> int:
+        """Create the folder where needed, and make it ours; returns the number of this start (1 for the first).
+
+        Raises UserError when the folder cannot be written, or when another run works in it.
+        """
+        try:
+            self._lock.mkdir(parents=True, exist_ok=True)
+            while not self._claim(newest_incarnation(self.path)):
+                pass
+            self._beat(0)
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror or error}") from error
+        self._heart = threading.Thread(target=self._beat_on, name="run-heartbeat", daemon=True)
+        self._heart.start()
+        return self.incarnation
+
+    def check_incarnation(self) -> None:
+        """Raise Superseded when a newer start of the run has taken over."""
+        check_incarnation(self.path, self.incarnation)
+
+    def write_status(self, state: str, *, why: str = "", step: int = 0, **more: object) -> None:
+        """Write status.json, atomically, unless a newer start has taken over (Superseded)."""
+        if state not in STATES:
+            raise ValueError(f"state {state!r} is none of {STATES}")
+        self.check_incarnation()
+        facts = {"state": state, "why": why, "step": step, "incarnation": self.incarnation}
+        _replace_json(self.path / "status.json", facts | {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()} | more)
+
+    def release(self) -> None:
+        """Leave the folder to whoever comes next. Never raises: a folder that is gone is released too."""
+        self._stop.set()
+        if self._heart is not None:
+            self._heart.join()
+            self._heart = None
+        if self.incarnation and newest_incarnation(self.path) == self.incarnation:
+            with suppress(OSError):
+                _replace_json(self._file("json"), self._owner | {"released": True})
+                self._file("beat").unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def _claim(self, last: int) -> bool:
+        """Take the number after `last`; False when somebody was faster, UserError when its owner is at work."""
+        if last:
+            self._require_stale(last)
+        self._owner = _describe_self()
+        try:
+            descriptor = os.open(self._lock / f"{last + 1:08d}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(self._owner))
+            file.flush()
+            os.fsync(file.fileno())
+        self.incarnation = last + 1
+        for number in range(last, 0, -1):  # the numbers below need no file: only the highest counts
+            names = [self._lock / f"{number:08d}.{kind}" for kind in ("json", "beat")]
+            if not any(name.exists() for name in names):
+                break
+            for name in names:
+                name.unlink(missing_ok=True)
+        return True
+
+    def _require_stale(self, number: int) -> None:
+        owner = _read_json(self._lock / f"{number:08d}.json")
+        if owner is None:
+            time.sleep(0.2)  # its file may have been created a moment ago, and be written now
+            owner = _read_json(self._lock / f"{number:08d}.json") or {}
+        if owner.get("released"):
+            return
+        who = f"host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}"
+        alive = _lives_here(owner)
+        if alive is None:
+            alive = not _restarts(owner) and self._is_heard(number, who)
+        if alive:
+            raise UserError(
+                f"another run works in {self.path} ({who}, since {owner.get('since', 'unknown')}): wait until it ends, stop it, "
+                "or start this one under another name with --run.name NEW"
+            )
+
+    def _is_heard(self, number: int, who: str) -> bool:
+        """Whether the owner's heartbeat moves while we watch."""
+        beat = self._lock / f"{number:08d}.beat"
+        if self._age(beat) > _LONG_DEAD_SECONDS:
+            return False
+        before, until = _read_text(beat), time.monotonic() + self._stale_seconds
+        self._say(f"{self.path} was in use by {who}: watching up to {self._stale_seconds:.0f} s whether it still lives")
+        while time.monotonic() < until:
+            time.sleep(min(1.0, self._stale_seconds / 10))
+            # Read, not stat: an open asks the file server, the attributes of a file may be cached for a minute.
+            if _read_text(beat) != before:
+                return True
+        return False
+
+    def _age(self, path: Path) -> float:
+        """Seconds since the file was written, both ends by the clock of the disk's own machine."""
+        probe = self._lock / f".now-{socket.gethostname()}-{os.getpid()}"
+        try:
+            probe.write_bytes(b"")
+            return probe.stat().st_mtime - path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0  # claimed a moment ago, or never heard: watch it
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _beat_on(self) -> None:
+        count = 0
+        while not self._stop.wait(self._beat_seconds):
+            count += 1
+            with suppress(OSError):  # a disk that is away for a while must not end the run
+                if newest_incarnation(self.path) != self.incarnation:
+                    return
+                self._beat(count)
+
+    def _beat(self, count: int) -> None:
+        temporary = self._lock / f".beat-{self.incarnation}"
+        temporary.write_text(str(count))
+        os.replace(temporary, self._file("beat"))
+
+    def _file(self, kind: str) -> Path:
+        return self._lock / f"{self.incarnation:08d}.{kind}"
+
+
+def newest_incarnation(path: str | Path) -> int:
+    """The number of the newest start in a run folder, 0 where there was none yet (or the folder is gone)."""
+    try:
+        names = os.listdir(Path(path) / "lock")
+    except OSError:
+        return 0
+    return max((int(match[1]) for match in map(_LOCK_NAME.fullmatch, names) if match), default=0)
+
+
+def check_incarnation(path: str | Path, incarnation: int) -> None:
+    """Raise Superseded when a start newer than `incarnation` has taken the run folder. Costs one listing of a small folder."""
+    newest = newest_incarnation(path)
+    if newest > incarnation:
+        owner = _read_json(Path(path) / "lock" / f"{newest:08d}.json") or {}
+        raise Superseded(
+            f"this process is of start {incarnation} of the run in {path}, and start {newest} has taken over "
+            f"(host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}): it writes nothing more and ends"
+        )
+
+
+def read_status(path: str | Path) -> dict[str, Any] | None:
+    """What status.json of a run folder says; None where there is none."""
+    return _read_json(Path(path) / "status.json")
+
+
+def _describe_self() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "machine": _machine(),
+        "process_start": _process_start(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "slurm": _slurm_job(),
+        "elastic": _elastic_job(),
+    }
+
+
+def _restarts(owner: dict[str, Any]) -> bool:
+    """Whether we are the same job as the owner, started anew by Slurm or by the elastic agent."""
+    slurm, elastic = _slurm_job(), _elastic_job()
+    before = owner.get("slurm")
+    # The same job and the same start of it: two programs of one batch script, which must not share a folder.
+    requeued = slurm is not None and before is not None and slurm[0] == before[0] and slurm[1] != before[1]
+    return requeued or (elastic is not None and elastic == owner.get("elastic"))
+
+
+def _slurm_job() -> list[str] | None:
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else None
+
+
+def _elastic_job() -> str | None:
+    # Launchers without a rendezvous of their own call every job "none".
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
+
+
+def _machine() -> str | None:
+    """Names what pids are valid in: this boot of this kernel, this host name, this pid namespace. None: cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _process_start(pid: int) -> str | None:
+    """When a living process was started, in ticks since boot; None when there is no such process (or only its corpse)."""
+    try:
+        # The name in parentheses may hold anything, so count from its end: state is field 3, starttime field 22 (proc(5)).
+        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if values[0] in "ZX" else values[19]
+
+
+def _lives_here(owner: dict[str, Any]) -> bool | None:
+    """Whether the owner's process lives on this machine; None when it ran elsewhere, or that cannot be told."""
+    machine = _machine()
+    if machine is None or owner.get("machine") != machine:
+        return None
+    return bool(_process_start(int(owner["pid"])) == owner["process_start"])
+
+
+def _replace_json(path: Path, value: object) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
