@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class _LazyBytes:
 
     def view(self) -> memoryview:
         flat = self.tensor.detach().contiguous().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        return memoryview(cast(bytes, flat.view(torch.uint8).numpy())) if flat.numel() else memoryview(b"")
 
 
 def _write(path: Path, pieces: Iterable[bytes | _LazyBytes]) -> FileFacts:

@@ -139,9 +139,9 @@ def config_conflicts(
         if before != after and not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignored):
             conflicts.append((key, before, after))
     for section in ordered:
-        sequences = [list(config.get(section) or {}) for config in (old, new)]
-        if sequences[0] != sequences[1] and sorted(sequences[0]) == sorted(sequences[1]):
-            conflicts.append((section, *sequences))
+        first, second = (list(config.get(section) or {}) for config in (old, new))
+        if first != second and sorted(first) == sorted(second):
+            conflicts.append((section, first, second))
     return conflicts
 
 
@@ -150,7 +150,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str,
     new = {name: number for number, group in enumerate(optimizer.param_groups) for name in _names(group)}
     if difference := sorted(old.keys() ^ new.keys()):
         name = difference[0]
-        where = "the checkpoint's optimizer trained it, this run's does not" if name in old else "the checkpoint's optimizer did not train it"
+        where = "the checkpoint's optimizer trained it, this one does not" if name in old else "the checkpoint's optimizer did not train it"
         raise UserError(f"the optimizer's parameters differ from the checkpoint's in {len(difference)}, the first is {name}: {where}")
     if old != new or len(saved) != len(optimizer.param_groups):
         raise UserError("the optimizer's parameter groups are not those of the checkpoint: the same names, divided differently")
@@ -164,7 +164,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str,
 def _placed(tensor: Tensor, place: str, key: str, group: Mapping[str, Any], parameter: Tensor) -> Tensor:
     """A copy where torch would keep it: like its parameter, memory layout included (another layout takes other kernels,
     whose sums may round differently); a step count on the host unless the optimizer runs fused or captured."""
-    if tensor.dim() == 0 and parameter.dim() > 0 or key == "step":
+    if (tensor.dim() == 0 and parameter.dim() > 0) or key == "step":
         on_device = group.get("fused") or group.get("capturable")
         return tensor.to(parameter.device if on_device else "cpu", copy=True)
     if tensor.shape != parameter.shape:

@@ -149,7 +149,8 @@ class CheckpointStore:
         for group, members in tensors.items():
             if not re.fullmatch(r"[a-z0-9_]+", group):
                 raise ValueError(f"group name {group!r}: a file is named after it, so letters, digits and _ only")
-            copied[group], seen = {}, {}
+            copied[group] = {}
+            seen: dict[tuple[object, ...], str] = {}
             for name, tensor in members.items():
                 first = seen.setdefault(_memory(tensor), name)
                 if first != name and tensor.numel():

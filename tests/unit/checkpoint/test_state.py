@@ -119,7 +119,7 @@ def _unknown_name(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Non
 REFUSED: list[tuple[str, Callable[..., None] | None, dict[str, Any], str]] = [
     ("momentum", None, {}, "holds the state of Adam, the run uses SGD"),
     ("amsgrad", None, {}, "amsgrad is True, it was False"),
-    ("adam", None, {"skip": "4.bias"}, "in 1, the first is 4.bias: the checkpoint's optimizer trained it, this run's does not"),
+    ("adam", None, {"skip": "4.bias"}, "in 1, the first is 4.bias: the checkpoint's optimizer trained it, this one does not"),
     ("adam", None, {"turned": True}, "the same names, divided differently"),
     ("adam", _wrong_shape, {}, r"exp_avg/4.bias has shape \[5\] in the checkpoint, its parameter \[4\]"),
     ("adam", _unknown_name, {}, "state for 9.bias, which the optimizer does not train"),

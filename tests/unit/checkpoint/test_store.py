@@ -119,7 +119,9 @@ def test_tied_tensors_are_saved_once_and_tied_again(make: Callable[..., Checkpoi
     assert (found.path / "model.safetensors").stat().st_size < 2.2 * weight.nbytes
 
 
-def test_what_changes_after_save_returned_is_not_in_the_checkpoint(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_after_save_returned_is_not_in_the_checkpoint(
+    make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, write = threading.Event(), durable.write_tensors
     monkeypatch.setattr(durable, "write_tensors", lambda *given: (gate.wait(10), write(*given))[1])
     store, given = make(), tensors(1.0)
@@ -136,7 +138,9 @@ def test_what_changes_after_save_returned_is_not_in_the_checkpoint(make: Callabl
     assert torch.equal(found.tensors("model")["weight"], torch.full((100, 10), 1.0))
 
 
-def test_a_save_waits_for_the_one_before_and_reuses_its_memory(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
+    make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     active, most, pointers, write = [0], [0], [], durable.write_tensors
 
     def slow(path: Path, members: dict[str, Tensor]) -> durable.FileFacts:
@@ -235,7 +239,7 @@ def test_all_damaged_is_refused_and_none_is_none(make: Callable[..., CheckpointS
     damage_truncate(store.folder / "step-00000001")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(step-00000001: .*--run.resume never"):
         store.newest()
-    with pytest.raises(UserError, match="step 8 .* there is none"):
+    with pytest.raises(UserError, match=r"step 8 .* there is none"):
         store.at(8)
 
 
