@@ -6,16 +6,12 @@ shards. Between them everything is decided, so the bytes do not depend on the nu
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +21,13 @@ import numpy.typing as npt
 
 from dtl import __version__, keyed
 from dtl.data.content_split import split_by_content
-from dtl.data.index import INDEX_NAME, MANIFEST_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
+from dtl.data.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
 from dtl.data.manifest import MANIFEST_VERSION, fsync_folder
-from dtl.data.pack_job import DOUBTFUL, GOOD, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, Options
+from dtl.data.pack_destination import Existing, clear_errors, prepare_destination, working_alone
+from dtl.data.pack_job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, Options
 from dtl.data.pack_pool import run_tasks
 from dtl.data.pack_progress import PackProgress
-from dtl.data.pack_tasks import shard_name, shrink_factor
+from dtl.data.pack_tasks import load_chunk, shard_name, shrink_factor
 from dtl.data.sources import ALL, Source, open_source
 from dtl.errors import UserError
 
@@ -76,13 +73,15 @@ def pack(
     verify: bool = True,
     classes: Sequence[str] | None = None,
     names: str | Path | None = None,
-    overwrite: bool = False,
+    existing: Existing = "refuse",
     progress: bool = True,
 ) -> PackReport:
     """Pack `source` (see `open_source`) into the folder `destination`, or into a folder a split in it where there are splits.
 
     A split folder is whole once its manifest.json is there, which comes last. The same source and options give the same bytes.
     Unreadable images: `on_error="fail"` refuses, naming them; `"skip"` leaves them out and reports them. `classes` and `names` as in `open_source`.
+    `existing` is about a destination that holds a packed set: "replace" removes it; "join" is for several nodes that write the same into one
+    cache, and removes nothing.
     """
     begun = time.monotonic()
     options = Options(
@@ -93,13 +92,14 @@ def pack(
     if val_fraction and opened.has_splits:
         raise UserError(f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it")
     place = Path(destination).expanduser()
-    with _clear_errors(place):
-        folder = _prepare(place, overwrite=overwrite)
-        job = Job.create(folder, opened, options)
-        workers = processes or _default_processes(opened)
-        with PackProgress(visible=progress) as shown:
-            report = _Packing(job, opened, workers, shown, fixed_classes=classes is not None).run()
-        shutil.rmtree(folder)
+    with clear_errors(place):
+        folder = prepare_destination(place, existing)
+        with working_alone(folder, place):
+            job = Job.create(folder, opened, options)
+            workers = processes or _default_processes(opened)
+            with PackProgress(visible=progress) as shown:
+                report = _Packing(job, opened, workers, shown, fixed_classes=classes is not None).run()
+            shutil.rmtree(folder)
     return PackReport(destination=place, notes=opened.notes, seconds=time.monotonic() - begun, **report)
 
 
@@ -132,10 +132,11 @@ class _Packing:
         run_tasks(self.job, tasks, processes=min(self.processes, chunks), done=self.shown.advance)
         rows, reasons = np.empty(self.job.num_samples, SCAN), []
         for number in range(chunks):
-            path = self.job.folder / f"scan-{number:05d}.npy"
-            found = np.load(path)
-            rows[number * self.job.chunk_samples :][: len(found)] = found
-            reasons += [(sample, reason) for sample, reason in json.loads(path.with_suffix(".json").read_text())]
+            at = number * self.job.chunk_samples
+            found = load_chunk(self.job.folder / f"scan-{number:05d}.npy", min(self.job.chunk_samples, self.job.num_samples - at))
+            assert found is not None, f"chunk {number} has just been read"
+            rows[at : at + len(found[0])] = found[0]
+            reasons += [(sample, reason) for sample, reason in found[1]]
         return rows, reasons
 
     def members(self, scan: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.int64]]:
@@ -250,65 +251,3 @@ def _check_options(options: Options, processes: int | None) -> None:
 def _default_processes(source: Source) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, source.num_bytes // _BYTES_PER_PROCESS, 64) if source.images is None else min(cores, source.num_samples // _SAMPLES_PER_PROCESS))
-
-
-def _prepare(place: Path, *, overwrite: bool) -> Path:
-    """Make the destination ready and return the working folder in it. Never removes what is not ours."""
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{place} is a file; the destination must be a folder")
-    packed = [folder for folder in _split_folders(place) if (folder / MANIFEST_NAME).exists()]
-    if packed and not overwrite:
-        raise UserError(f"{place} holds a packed data set already; choose another folder, or replace it with --overwrite")
-    strangers = [] if not place.exists() else sorted(entry.name for entry in place.iterdir() if not _is_ours(entry))
-    if strangers:
-        raise UserError(f"{place} is not empty (it holds '{strangers[0]}'{' and more' if len(strangers) > 1 else ''}); choose a new folder")
-    for folder in packed:
-        (folder / MANIFEST_NAME).unlink()  # first: from here on it is no data set any more
-    place.mkdir(parents=True, exist_ok=True)
-    work = place / f".packing-{socket.gethostname()}"
-    if not work.exists():
-        _remove_ours(place)
-        work.mkdir()
-    for folder in (place, work, *_split_folders(place)):
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-    return work
-
-
-def _split_folders(place: Path) -> list[Path]:
-    return [folder for folder in (place, *(place / name for name in ("train", "val", "test"))) if folder.is_dir()]
-
-
-def _is_ours(entry: Path) -> bool:
-    if entry.is_dir():
-        split = entry.name in ("train", "val", "test") and all(_is_ours(inner) and not inner.is_dir() for inner in entry.iterdir())
-        return split or entry.name.startswith(".packing-")
-    shard = entry.name.startswith("shard-") and entry.suffix == ".tar"
-    return shard or entry.name in (MANIFEST_NAME, INDEX_NAME, PATHS_NAME) or (entry.name.startswith(".") and entry.suffix == ".tmp")
-
-
-def _remove_ours(place: Path) -> None:
-    for folder in _split_folders(place):
-        for entry in folder.iterdir():
-            if not entry.is_dir() and _is_ours(entry):
-                entry.unlink(missing_ok=True)
-
-
-@contextmanager
-def _clear_errors(place: Path) -> Iterator[None]:
-    """A full disk and a folder without permission are one clear line, and what was half written goes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            _give_space_back(place)
-            raise UserError(f"{place}: the disk is full ({error.strerror}); nothing was kept") from None
-        raise UserError(f"{place} cannot be written: {error.strerror}{f' ({error.filename})' if error.filename else ''}") from None
-
-
-def _give_space_back(place: Path) -> None:
-    _remove_ours(place)
-    for work in place.glob(".packing-*"):
-        shutil.rmtree(work, ignore_errors=True)

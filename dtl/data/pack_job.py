@@ -6,7 +6,8 @@
     SPLIT.order.npy    sample numbers in packed order, SPLIT.cuts.npy where each shard begins
     SPLIT-00000.npy    index columns of a finished shard (ROWS), .json beside it its bytes and sha256
 
-Every file here and every shard appears under its name only when it is whole.
+Every file here and every shard appears under its name only when it is whole. Only shards are flushed to the disk, though: after a power cut
+a result of this folder may be empty, so it is checked when it is used again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import secrets
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from dtl.data.sources import Source
 from dtl.data.strings import StringTable
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
+
+LOCK_NAME = "lock"
 
 GOOD, UNREADABLE, DOUBTFUL = 0, 1, 2
 SCAN = np.dtype([("hash", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2"), ("format", "u1"), ("state", "u1")])
@@ -71,7 +75,8 @@ class Job:
             same = False
         if not same:
             for leftover in folder.iterdir():
-                leftover.unlink()
+                if leftover.name != LOCK_NAME:
+                    leftover.unlink()
             source.names.write(folder / "names.bin")
             np.save(folder / "labels.npy", source.labels)
             if source.images is not None:
@@ -86,7 +91,7 @@ class Job:
     @property
     def chunk_samples(self) -> int:
         """Samples per scan task: a function of N alone, so that an interrupted scan goes on with other processes."""
-        return min(max(self.num_samples // 64, 16), 1024)
+        return min(max(self.num_samples // 64, 32), 1024)
 
     def read(self, sample: int) -> bytes:
         """The bytes of one image in the source. OSError where the file cannot be read."""
@@ -105,14 +110,20 @@ def job_facts(source: Source, options: Options) -> dict[str, Any]:
     return {"pack_version": PACK_VERSION, "source": source.fingerprint, "root": root, "options": asdict(options)}
 
 
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """`write(file)` under a temporary name of this process, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def temporary_suffix() -> str:
+    """Names the node, so that its leftovers can be told from what another node is writing."""
+    return f".{socket.gethostname()}.tmp"
+
+
+def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = False) -> None:
+    """`write(file)` under a temporary name of this process, with `sync` flushed to the disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{temporary_suffix()}")
     try:
         with temporary.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

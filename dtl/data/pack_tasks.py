@@ -38,7 +38,7 @@ def scan_chunk(job: Job, number: int) -> int:
     start = number * job.chunk_samples
     samples = range(start, min(start + job.chunk_samples, job.num_samples))
     path = job.folder / f"scan-{number:05d}.npy"
-    if path.exists():
+    if load_chunk(path, len(samples)) is not None:
         return len(samples)
     rows, reasons = np.zeros(len(samples), SCAN), []
     for row, sample in enumerate(samples):
@@ -48,6 +48,16 @@ def scan_chunk(job: Job, number: int) -> int:
     write_json(path.with_suffix(".json"), reasons)
     write_array(path, rows)
     return len(samples)
+
+
+def load_chunk(path: Path, num_samples: int) -> tuple[Any, list[tuple[int, str]]] | None:
+    """Rows of SCAN and the reasons of a finished chunk, or None."""
+    try:
+        rows = np.load(path)
+        reasons = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError, EOFError):
+        return None
+    return (rows, reasons) if len(rows) == num_samples and rows.dtype == SCAN else None
 
 
 def _scan_one(row: Any, job: Job, sample: int) -> str:
@@ -83,7 +93,7 @@ def write_shard(job: Job, split: str, number: int) -> int:
     order = np.load(job.folder / f"{split}.order.npy", mmap_mode="r")[cuts[number] : cuts[number + 1]]
     target = job.split_folder(split) / shard_name(number)
     rows_path = job.folder / f"{split}-{number:05d}.npy"
-    if _is_done(target, rows_path):
+    if _is_done(target, rows_path, len(order)):
         return len(order)
     rows = np.zeros(len(order), ROWS)
     hashing = _HashingFile()
@@ -92,7 +102,7 @@ def write_shard(job: Job, split: str, number: int) -> int:
         hashing.file = file
         _write_tar(hashing, job, order, first=int(cuts[number]), digits=max(6, len(str(int(cuts[-1]) - 1))), rows=rows)
 
-    write_whole(target, write)
+    write_whole(target, write, sync=True)
     write_array(rows_path, rows)
     write_json(rows_path.with_suffix(".json"), {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()})
     return len(order)
@@ -160,17 +170,17 @@ def _shrink(data: bytes, size: tuple[int, int], name: str, quality: int) -> tupl
     return out.getvalue(), "JPEG"
 
 
-def _is_done(target: Path, rows_path: Path) -> bool:
+def _is_done(target: Path, rows_path: Path, num_samples: int) -> bool:
     try:
         done = json.loads(rows_path.with_suffix(".json").read_text())
-        if target.stat().st_size != done["bytes"] or not rows_path.exists():
+        if target.stat().st_size != done["bytes"] or len(np.load(rows_path)) != num_samples:
             return False
         digest = hashlib.sha256()
         with target.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
         return bool(digest.hexdigest() == done["sha256"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError):
         return False
 
 

@@ -1,0 +1,124 @@
+"""`dtl pack SRC DST`: images to shards. The work is `dtl.data.pack`; this is its command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from dtl.data.pack import PackReport
+
+_DESCRIPTION = """\
+Pack images into WebDataset shards with a manifest and an index, once; training then reads them fast and exactly.
+
+SRC is one of
+  a folder with a folder of images for each class            photos/ants/1.jpg
+  a folder that holds train/ and val/ of such folders        (valid, validation or test will do for val)
+  a list file with a line `path label` for each image, or CSV with a header path,label
+  the python batches of CIFAR-10 or CIFAR-100
+  digits, the built-in example
+DST is a new folder. It gets manifest.json, index.bin and the shards, or train/ and val/ with these.
+"""
+_EPILOG = """\
+examples:
+  dtl pack photos shards --val-fraction 0.1
+  dtl pack photos shards --short-side 288 --processes 16
+  dtl pack photos/val shards/val --classes-from shards/train
+"""
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def run(argv: list[str]) -> int:
+    """The command. UserError for whatever is wrong with the source, the destination or the options."""
+    options = _parser().parse_args(argv)
+    from dtl.data.cache import describe_trouble
+    from dtl.data.manifest import Manifest
+    from dtl.data.pack import pack
+    from dtl.data.sources import open_source
+
+    classes = Manifest.read(options.classes_from).classes if options.classes_from else None
+    shard_bytes = parse_size(options.shard_size)
+    source = open_source(options.source, classes=classes, names=options.names, on_error=options.on_error)
+    if not options.quiet:
+        _say(f"{options.source}: {source.kind}, {source.num_samples:,} images of {len(source.classes):,} classes, {_size(source.num_bytes)}")
+        for note in source.notes:
+            _say(f"  {note}")
+    try:
+        report = pack(
+            source,
+            options.destination,
+            val_fraction=options.val_fraction,
+            processes=options.processes,
+            shard_bytes=shard_bytes,
+            seed=options.seed,
+            on_error=options.on_error,
+            max_side=options.max_side,
+            short_side=options.short_side,
+            quality=options.quality,
+            verify=options.verify,
+            classes=classes,
+            existing="replace" if options.overwrite else "refuse",
+            progress=not options.quiet,
+        )
+    except KeyboardInterrupt:
+        _say(f"stopped; run the same command again to go on, or remove {options.destination}")
+        return 130
+    for line in describe_trouble(report):
+        _say(line)
+    if not options.quiet:
+        _print_report(report)
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `128MB` (10^6), `128MiB` (2^20), `1.5G` or a plain number."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    if not found or found[2] not in _UNITS:
+        raise UserError(f"--shard-size {text}: not a size; write 128MB, 1GiB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl pack", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="where the images are")
+    add("destination", metavar="DST", help="a new folder for the shards")
+    split = parser.add_argument_group("splits and classes")
+    split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="set this share aside for validation, by content, from every class (0)")
+    split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards, for a validation set of theirs")
+    split.add_argument("--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json and the like beside the images)")
+    images = parser.add_argument_group("images")
+    images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and say so (fail)")
+    images.add_argument("--no-verify", dest="verify", action="store_false", help="read the headers only, do not decode every image")
+    images.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is over N pixels")
+    images.add_argument("--short-side", type=int, metavar="N", help="shrink images whose shorter side is over N pixels")
+    images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of images that were shrunk (95)")
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--shard-size", default="128MiB", metavar="SIZE", help="about this many bytes a shard (128MiB)")
+    shards.add_argument("--seed", type=int, default=0, help="of the order in which samples are packed (0)")
+    shards.add_argument("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
+    shards.add_argument("--overwrite", action="store_true", help="replace a packed data set that is in DST")
+    add("--quiet", action="store_true", help="say nothing but errors and what was left out")
+    return parser
+
+
+def _print_report(report: PackReport) -> None:
+    width = max(len(split.split) for split in report.splits)
+    for split in report.splits:
+        shards = "1 shard" if split.num_shards == 1 else f"{split.num_shards:,} shards"
+        print(f"{split.split:{width}}  {split.num_samples:,} images, {shards}, {_size(split.num_bytes)}: {split.folder}")
+    print(f"packed in {report.seconds:.1f} s, {len(report.skipped):,} images left out")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

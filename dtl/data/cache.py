@@ -1,0 +1,150 @@
+"""Training given an image folder: pack it once into a cache, whoever comes first, and say so."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dtl.data.manifest import MANIFEST_NAME
+from dtl.data.pack import PackReport, pack
+from dtl.data.pack_job import PACK_VERSION
+from dtl.data.sources import ALL, Source, open_source
+from dtl.errors import UserError
+
+# A validation set may be kept under any of these beside train.
+_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
+
+
+def default_cache_dir() -> Path:
+    """$DTL_CACHE, or ~/.cache/dtl."""
+    return Path(os.environ.get("DTL_CACHE") or Path.home() / ".cache" / "dtl").expanduser()
+
+
+def ensure_packed(
+    source: str | Path,
+    *,
+    split: str,
+    cache_dir: str | Path | None = None,
+    val_fraction: float = 0.0,
+    on_error: str = "fail",
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    names: str | Path | None = None,
+    processes: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
+
+    Packed shards, or a folder that holds them under train/ and val/, are used as they are. Anything that `open_source` reads is packed once into
+    `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source, or those
+    that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
+
+    Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
+    nodes on a shared disk write the same bytes by atomic renames.
+    """
+    if (ready := packed_folder(source, split)) is not None:
+        return ready
+    opened = open_source(source, classes=classes, names=names, on_error=on_error)
+    wanted = _wanted_split(source, opened, split, val_fraction)
+    fraction = 0.0 if opened.has_splits else val_fraction
+    place = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    home = place / _fingerprint(opened, val_fraction=fraction, on_error=on_error, seed=seed, fixed=classes is not None)
+    folder = home if wanted == ALL else home / wanted
+    if (folder / MANIFEST_NAME).exists():
+        return folder
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+    with _locked(home.with_name(home.name + ".lock"), waiting=lambda: say(f"waiting for another process that packs {source}")):
+        if not (folder / MANIFEST_NAME).exists():
+            _pack_into(home, source, opened, say, val_fraction=fraction, on_error=on_error, seed=seed, processes=processes, progress=progress, fixed=classes)
+    return folder
+
+
+def packed_folder(source: str | Path, split: str) -> Path | None:
+    """The folder of packed shards that `source` is, or holds for `split`; None where it is something else. UserError: the split is lacking."""
+    place = Path(source).expanduser()
+    if (place / MANIFEST_NAME).is_file():
+        return place
+    held = [name for names in _SPLIT_FOLDERS.values() for name in names if (place / name / MANIFEST_NAME).is_file()]
+    for name in _SPLIT_FOLDERS[split]:
+        if name in held:
+            return place / name
+    if held:
+        raise UserError(f"{place} holds packed shards of {', '.join(sorted(set(held)))}, but none of {split}")
+    return None
+
+
+def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:
+    if opened.has_splits:
+        if split not in opened.split_names:
+            raise UserError(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
+        return split
+    return split if val_fraction else ALL
+
+
+def _fingerprint(opened: Source, *, val_fraction: float, on_error: str, seed: int, fixed: bool) -> str:
+    facts = [PACK_VERSION, opened.kind, opened.fingerprint, val_fraction, on_error, seed, fixed]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+def _pack_into(
+    home: Path,
+    source: str | Path,
+    opened: Source,
+    say: Callable[[str], None],
+    *,
+    val_fraction: float,
+    on_error: str,
+    seed: int,
+    processes: int | None,
+    progress: bool,
+    fixed: Sequence[str] | None,
+) -> None:
+    say(f"packing {source} ({opened.num_samples:,} images of {len(opened.classes)} classes) into {home}")
+    for note in opened.notes:
+        say(f"  {note}")
+    report = pack(
+        opened, home, val_fraction=val_fraction, on_error=on_error, seed=seed, processes=processes, progress=progress, classes=fixed, existing="join"
+    )
+    for line in describe_trouble(report):
+        say(f"  {line}")
+    say(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
+
+
+def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
+    """Lines about images that were left out, or that look damaged."""
+    lines = []
+    for found, what in ((report.skipped, "cannot be read and were left out"), (report.doubtful, "look damaged, but decode; they were packed")):
+        if found:
+            more = f"; and {len(found) - limit:,} more" if len(found) > limit else ""
+            lines.append(f"{len(found):,} images {what}: " + "; ".join(f"{path}: {reason}" for path, reason in found[:limit]) + more)
+    return lines
+
+
+@contextmanager
+def _locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
+    """An exclusive lock of this node, freed by the system when its process ends. The file stays: removing it would let two in."""
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks. Packing twice is then waste, not harm.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
