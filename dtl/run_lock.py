@@ -13,8 +13,8 @@ May a start take the folder? The owner before it
 2. ran on this very machine: yes if its process has ended (a pid that was given to another process does not count as alive);
 3. ran elsewhere, and belongs to the same job as we do, started anew (Slurm has requeued it, or the elastic agent has formed the
    ranks again): yes, at once. Should it still live there, it is a ghost;
-4. ran elsewhere, in another job: its heartbeat decides. Unmoved for 2 minutes by the clock of the disk, or for `stale_seconds` while we watch:
-   yes. As soon as it moves: no. No clocks of two machines are ever compared.
+4. ran elsewhere, in another job: its heartbeat decides. Unmoved for 2 minutes by the clock of the disk, or for `stale_seconds`
+   while we watch: yes. As soon as it moves: no. No clocks of two machines are ever compared.
 """
 
 from __future__ import annotations

@@ -1,0 +1,166 @@
+"""wandb, kept from hurting the run: no prompt, no hang, no traceback, one run for each run folder.
+
+What it does wrong by default was seen with wandb 0.31: a key without a network blocks `init` for 101 s; SIGTERM, which Slurm
+sends to every process, ends its service, and each later call raises; rows that were not flushed (every 15 s) are lost then.
+history.jsonl is therefore the truth, and this a copy of it for those who like to look at it there.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+import string
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from dtl.errors import UserError
+
+Setting = Literal["auto", "online", "offline", "off"]
+_INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0
+_EXIT_CODES = {"done": 0, "stopped": 75}
+
+
+def choose_mode(setting: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """What is really done with a setting (auto, online, offline, off), and why where that needs saying.
+
+    WANDB_MODE=disabled always counts; its other values, and the presence of a key, decide only what `auto` means.
+    """
+    if setting not in ("auto", "online", "offline", "off"):
+        raise UserError(f"tracking.wandb is {setting!r}: it must be auto, online, offline or off")
+    wanted = environ.get("WANDB_MODE", "").lower()
+    if setting == "off" or wanted == "disabled" or environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
+        return "off", ""
+    if setting == "auto":
+        setting = wanted if wanted in ("online", "offline") else "online" if _key_is_known(environ) else "offline"
+    if setting == "online" and not _key_is_known(environ):
+        return "offline", "no wandb key is known (`wandb login` stores one), so it works offline"
+    return setting, ""
+
+
+class WandbRun:
+    """One wandb run, made at once. Every call may fail without harm: the first failure is said, then it is left alone.
+
+    `first_step`: rows of steps before it were logged by an earlier start, and are not logged again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        mode: str,
+        name: str,
+        run_id: str | None,
+        config: Mapping[str, Any],
+        first_step: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.id = run_id or stored_id(run_dir) or new_id()
+        self._say, self._step = say, first_step
+        self._run: Any = None
+        store_id(run_dir, self.id)
+        try:
+            import wandb
+        except Exception as error:  # a broken installation raises anything
+            say(f"wandb cannot be imported ({_short(error)}): the run goes on without it")
+            return
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                self._run = self._init(wandb, attempt, run_dir, name, config)
+            except Exception as error:
+                follows = "working offline" if attempt == "online" else "the run goes on without it"
+                say(f"wandb could not start {attempt} ({_short(error)}): {follows}")
+                # Its service still holds the id for the start that failed.
+                with suppress(Exception):
+                    wandb.teardown()
+            else:
+                break
+        if self._run is not None:
+            where = self._run.url if self._run.settings.mode == "online" else f"{self._run.settings.sync_dir} (`wandb sync` uploads it)"
+            say(f"wandb: {where}")
+
+    def log(self, metrics: Mapping[str, float | str], step: int) -> None:
+        """Log one row; rows of an earlier step than the last are left out, for wandb cannot take them."""
+        if step >= self._step:
+            self._step = step
+            self._try("logging", lambda: self._run.log(dict(metrics), step=step))
+
+    def summarize(self, values: Mapping[str, float | str]) -> None:
+        self._try("logging", lambda: self._run.summary.update(dict(values)))
+
+    def finish(self, state: str) -> None:
+        """End the run; one that was stopped to go on later is marked so."""
+        if state == "stopped":
+            self._try("ending", lambda: self._run.mark_preempting())
+        self._try("ending", lambda: self._run.finish(exit_code=_EXIT_CODES.get(state, 1)))
+        self._run = None
+
+    def _init(self, wandb: Any, mode: str, run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
+        known = wandb.Settings.model_fields if hasattr(wandb.Settings, "model_fields") else {}
+        wanted = {
+            "init_timeout": _INIT_SECONDS,
+            "finish_timeout": _FINISH_SECONDS,
+            "x_transaction_log_flush_interval": 1.0,
+            "silent": True,
+            "console": "off",  # its capture of stdout would break the bar, and our logs are files already
+        }
+        settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+        run = wandb.init(
+            mode=mode,
+            dir=str(run_dir),
+            id=self.id,
+            resume="allow",
+            name=name,
+            project=os.environ.get("WANDB_PROJECT", "dtl"),
+            config=dict(config),
+            settings=settings,
+        )
+        if mode == "online" and run.resumed:
+            self._step = run.step  # the server knows better than we do what arrived
+        return run
+
+    def _try(self, doing: str, action: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            self._say(f"wandb failed while {doing} ({_short(error)}): the run goes on without it, history.jsonl has everything")
+
+
+def stored_id(run_dir: Path) -> str | None:
+    """The wandb run that belongs to a run folder. Under a sweep it is the one that the agent has chosen."""
+    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+        return os.environ["WANDB_RUN_ID"]
+    path = run_dir / "wandb" / "run-id.txt"
+    return path.read_text().strip() or None if path.is_file() else None
+
+
+def store_id(run_dir: Path, run_id: str) -> None:
+    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
+    (run_dir / "wandb" / "run-id.txt").write_text(run_id + "\n")
+
+
+def new_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def _key_is_known(environ: Mapping[str, str]) -> bool:
+    if environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    path = environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    try:
+        entry = netrc.netrc(path).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return entry is not None and bool(entry[2])
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
