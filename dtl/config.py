@@ -124,7 +124,7 @@ class FillConfig(Section):
 
 class TransferConfig(Section):
     source: str
-    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS or timm:NAME."""
+    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, or pretrained: the default weights of model.name."""
     by: Literal["auto", "name", "order", "map"] = "auto"
     """How tensors find each other."""
     map: str | None = None

@@ -173,9 +173,14 @@ class Runtime:
         return values
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """`work` on the main process of each node first (it may fill a cache), then on the others."""
-        with self.accelerator.local_main_process_first():
+        """`work` on the main process of each node first (it may fill a cache), then on the others; also when it fails there."""
+        if self.local_rank != 0:
+            self.barrier()
             return work()
+        try:
+            return work()
+        finally:
+            self.barrier()
 
     def sync_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Give all ranks the main process's values, in one message per dtype."""

@@ -114,7 +114,12 @@ class BatchDataset:
                     self.transform.apply(image, draws, i, out)
             except DecodeError as error:
                 reason = str(error)
-        return None if reason is None else shards.damaged(sample, reason)
+        return None if reason is None else _damaged(shards, sample, reason)
+
+
+def _damaged(shards: Shards, sample: int, reason: str) -> DamagedSample:
+    shard = shards.manifest.shards[shards.shard_of(sample)].url
+    return DamagedSample(shard=shard, key=shards.key(sample), offset=int(shards.offsets[sample]), reason=reason)
 
 
 class StepLoader:
@@ -136,8 +141,10 @@ class StepLoader:
         seed: int,
         workers: int,
         pin_memory: bool = False,
+        steps_per_epoch: int | None = None,
     ) -> None:
         self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
+        self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
         self._dataset = BatchDataset(shards, transform, image_size=image_size, seed=seed)
         self._pin_memory = pin_memory
 
@@ -151,16 +158,14 @@ class StepLoader:
             worker_init_fn=_init_worker if self.workers else None,
             prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
         )
         batches = iter(loader)
         try:
             for _ in range(num_steps):
                 yield [next(batches) for _ in range(self.layout.accumulation_steps)]
         finally:
-            # The iterator's own end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
-            shutdown = getattr(batches, "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
+            # The iterator's end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
             del batches
 
 
@@ -180,8 +185,8 @@ class _Requests(Sequence[MicroBatch]):
         epoch, step = self.first_epoch, self.first_step
         plan = self.loader.plans(epoch)
         for _ in range(self.num_steps):
-            while step >= plan.num_steps:
-                epoch, step = epoch + 1, step - plan.num_steps
+            while step >= (num_steps := min(plan.num_steps, self.loader.steps_per_epoch or plan.num_steps)):
+                epoch, step = epoch + 1, step - num_steps
                 plan = self.loader.plans(epoch)
             yield from self.loader.layout.micro_batches(plan, step, self.loader.rank)
             step += 1

@@ -1,0 +1,78 @@
+"""`dtl COMMAND ...`: finds the command's module, and turns what goes wrong into one line and an exit status.
+
+Nothing heavy is imported before the command is known, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dtl import __version__
+from dtl.errors import UserError
+
+COMMANDS = {
+    "train": "train or fine-tune, in phases, on one process or many",
+    "pack": "pack images into shards, once",
+    "transfer": "show what a transfer of pretrained weights would load (a dry run)",
+    "models": "list the networks that can be named",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `dtl` program; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"dtl {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}")
+    return run_command(name, rest)
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Run one command; a user's mistake becomes one line on stderr, from one rank only, and status 2."""
+    try:
+        module = importlib.import_module(f"dtl.commands.{name.replace('-', '_')}")
+        return int(module.run(list(arguments)))
+    except UserError as error:
+        if os.environ.get("DTL_DEBUG") or getattr(error, "show_traceback", False):
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`dtl ... | head`): not our fault, and nothing to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"dtl {__version__}: distributed transfer learning for image classification",
+            "",
+            "usage: dtl COMMAND [options]         (dtl COMMAND --help tells them)",
+            "",
+            *lines,
+            "",
+            "On several GPUs or processes: accelerate launch dtl/train.py [options], or accelerate launch -m dtl train [options]",
+        ]
+    )
+
+
+def _fail(message: str) -> int:
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(f"dtl: {message}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,19 @@
+"""`dtl models [WORD]`: the networks that can be named in `model.name`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dtl models", description="List the networks that can be named in model.name.")
+    parser.add_argument("word", nargs="?", default="", help="only names that contain this")
+    options = parser.parse_args(list(arguments))
+
+    from dtl.models.build import model_names
+
+    for name in model_names():
+        if options.word in name:
+            print(name)
+    return 0

@@ -1,0 +1,127 @@
+"""`dtl train`: the whole run, as a table of contents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dtl.config import Config, load_config
+from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from dtl.engine.loop import Trainer
+    from dtl.run_lock import RunFolder
+    from dtl.runtime import Runtime
+    from dtl.tracking import Tracker
+
+EXIT_STOPPED = 75
+
+
+def run(arguments: Sequence[str]) -> int:
+    if any(argument in ("-h", "--help") for argument in arguments):
+        from dtl.config_help import help_text
+
+        print(help_text())
+        return 0
+    wanted = [argument for argument in arguments if argument != "--print-config"]
+    config, name = load_config(wanted)
+    if len(wanted) < len(arguments):
+        print(config.to_yaml(), end="")
+        return 0
+    if config.run.debug:
+        from dtl.engine.debug import debug_config
+
+        config, name = debug_config(config, name)
+    return train(config, name)
+
+
+def train(config: Config, name: str) -> int:
+    """One run from its config to its end; returns the exit status."""
+    from dtl.engine.debug import debugging
+    from dtl.run_lock import RunFolder
+    from dtl.runtime import Runtime
+
+    folder = RunFolder(f"{config.run.dir}/{name}")
+    with Runtime(device=config.run.device, precision=config.precision) as runtime, debugging(config.run.debug):
+        try:
+            return _train(config, name, folder, runtime)
+        except BaseException as error:
+            _note_failure(folder, error)
+            raise
+        finally:
+            folder.release()
+
+
+def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> int:
+    from dtl.checkpoint.store import CheckpointStore
+    from dtl.engine import build, finish
+    from dtl.engine.debug import overfit_one_batch
+    from dtl.engine.loop import Stopped
+    from dtl.tracking import Console
+
+    console = Console(is_main=runtime.is_main)
+    build.prepare_folder(config, folder, runtime)
+    train_shards, val_shards = build.open_shards(config, runtime, console.say)
+    with runtime.together("model"):
+        network = build.build_network(config, train_shards.num_classes)
+    feeds = build.build_feeds(config, runtime, train_shards, val_shards, network)
+    phases = build.planned(config, feeds)
+
+    store = CheckpointStore(
+        folder.path / "checkpoints",
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        say=console.say,
+        before_write=folder.check_incarnation,
+    )
+    checkpoint, state = build.find_checkpoint(config, store, runtime, train_shards, val_shards)
+    if finish.is_finished(folder, state, phases, runtime):
+        return finish.tell_result_again(folder, state, runtime, console)
+    build.note_changes(state, runtime, console.say)
+    tracker = build.open_tracker(config, name, folder, runtime, state, console)
+    report = None if checkpoint else build.transfer_weights(config, network, runtime, train_shards, tracker.say)
+    channels_last = build.place_network(config, network, runtime)
+    trainer = build.build_trainer(
+        config,
+        runtime,
+        folder=folder,
+        network=network,
+        phases=phases,
+        feeds=feeds,
+        state=state,
+        store=store,
+        tracker=tracker,
+        channels_last=channels_last,
+    )
+    finish.begin(trainer, folder, config, report)
+    if config.run.debug:
+        overfit_one_batch(trainer)
+    try:
+        trainer.run(checkpoint)
+    except Stopped:
+        return _stopped(trainer, folder, tracker, runtime)
+    finally:
+        store.close()
+    finish.end(trainer, folder, config)
+    return 0
+
+
+def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Runtime) -> int:
+    step = trainer.state.step
+    tracker.note(f"stopped by a signal at step {step}; the same command goes on from there", step=step)
+    tracker.close("stopped")
+    if runtime.is_main:
+        folder.write_status("stopped", why="signal", step=step)
+    return EXIT_STOPPED
+
+
+def _note_failure(folder: RunFolder, error: BaseException) -> None:
+    """status.json tells scripts what happened, also where launchers turn every status into 1."""
+    if folder.incarnation == 0 or isinstance(error, SystemExit):
+        return
+    kind = "input" if isinstance(error, UserError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "fault"
+    try:
+        folder.write_status("failed", why=f"{kind}: {error}" if str(error) else kind)
+    except (OSError, UserError) as problem:
+        print(f"dtl: status.json could not be written: {problem}", file=sys.stderr)

@@ -1,0 +1,317 @@
+"""From the config to the parts of a run. Only this file and the commands see the config; the parts take plain values."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtl.checkpoint.state import TrainState, config_conflicts
+from dtl.checkpoint.store import Checkpoint, CheckpointStore
+from dtl.checkpoint.transfer import TransferReport, load_pretrained
+from dtl.config import Config, config_from_dict
+from dtl.data.cache import ensure_packed
+from dtl.data.index import Shards
+from dtl.data.manifest import check_class_maps
+from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
+from dtl.engine.bad_samples import BadSamples
+from dtl.engine.feeds import Feeds
+from dtl.engine.loop import Settings, Trainer
+from dtl.engine.phases import Phase, plan_phases
+from dtl.errors import UserError
+from dtl.keyed import key
+from dtl.models.build import Network, build
+from dtl.models.activation import enable_activation_checkpointing
+from dtl.run_lock import RunFolder
+from dtl.runtime import Runtime
+from dtl.tracking import Console, Tracker
+
+Say = Callable[[str], None]
+# Settings that may change between two starts of one run: they do not change its result.
+FREE_SETTINGS = (
+    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "tracking.*", "checkpoint.*", "precision",
+    "data.workers", "data.micro_batch_size", "data.cache_dir", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
+)  # fmt: skip
+DEBUG_TRAIN_STEPS = 4
+DEBUG_VAL_STEPS = 2
+
+
+# ---- data
+
+
+def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Shards]:
+    """Training and validation shards; an image folder is packed into the cache first, by one process of each node."""
+    data = config.data
+    assert data.train is not None
+    quiet: Say = say if runtime.is_main else (lambda line: None)
+    with runtime.together("data"):
+        common: dict[str, Any] = {
+            "cache_dir": data.cache_dir,
+            "on_error": data.on_error,
+            "names": data.names,
+            "progress": runtime.is_main,
+            "say": quiet,
+        }
+        train = Shards.open(ensure_packed(data.train, split="train", val_fraction=data.val_fraction, **common))
+        if data.val is None:
+            val_folder = ensure_packed(data.train, split="val", val_fraction=data.val_fraction, **common)
+        else:
+            val_folder = ensure_packed(data.val, split="val", classes=train.classes, **common)
+        val = Shards.open(val_folder)
+        check_class_maps(train.manifest, val.manifest)
+        if val.folder == train.folder:
+            raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")
+    runtime.same("the training data", train.dataset_id)
+    runtime.same("the validation data", val.dataset_id)
+    return train, val
+
+
+def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
+    data = config.data
+    with runtime.together("batches"):
+        if data.global_batch_size < runtime.world_size:
+            raise UserError(
+                f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs a sample a step"
+            )
+        facts = network.preprocessing
+        crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
+        augment = AugmentSettings(**data.augment.model_dump())
+        transforms = {
+            "train_transform": train_transform(
+                image_size=data.image_size, augment=augment, interpolation=facts.interpolation, crop_ratio=crop_ratio
+            ),
+            "val_transform": eval_transform(
+                image_size=data.image_size,
+                crop_ratio=crop_ratio,
+                interpolation=facts.interpolation,
+                square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
+            ),
+        }
+        feeds = Feeds(
+            train=train,
+            val=val,
+            **transforms,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            image_size=data.image_size,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=None if data.micro_batch_size == "auto" else data.micro_batch_size,
+            workers=0 if config.run.debug else data.workers,
+            seed=config.run.seed,
+            window=data.window,
+            drop_last=data.last == "drop",
+            pin_memory=runtime.device.type == "cuda",
+            max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
+            max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
+        )
+        feeds.plan(0)
+    return feeds
+
+
+# ---- model
+
+
+def build_network(config: Config, num_classes: int) -> Network:
+    """The network with its initial values, the same on every rank; no weights transferred yet."""
+    torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
+    return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options))
+
+
+def place_network(config: Config, network: Network, runtime: Runtime) -> bool:
+    """Onto the device, channels last where asked; returns whether images should be channels last."""
+    wanted = config.model.channels_last
+    channels_last = any(isinstance(part, nn.Conv2d) for part in network.module.modules()) if wanted == "auto" else bool(wanted)
+    network.module.to(runtime.device)
+    if channels_last:
+        network.module.to(memory_format=torch.channels_last)
+    if config.model.checkpoint_activations:
+        enable_activation_checkpointing(network)
+    return channels_last
+
+
+def transfer_weights(config: Config, network: Network, runtime: Runtime, train: Shards, say: Say) -> TransferReport | None:
+    """Load the pretrained weights that the config names; the same on every rank, or not at all."""
+    if config.transfer is None:
+        return None
+    options = config.transfer
+    with runtime.together("transfer"):
+        source_model = build(options.source_arch, num_classes=1000, meta=True).module if options.source_arch else None
+        report = runtime.main_first(lambda: load_pretrained(
+            network.module,
+            _source(options.source, network.name),
+            by=options.by,
+            mapping=options.map,
+            assume_order=options.assume_order,
+            on_ambiguous=options.on_ambiguous,
+            min_coverage=options.min_coverage,
+            keep_head=None if options.keep_head == "auto" else options.keep_head,
+            heads=network.heads,
+            target_classes=list(train.classes),
+            fill=options.fill.model_dump(),
+            fold_norms=options.fold_norms,
+            image_size=config.data.image_size,
+            source_model=source_model,
+        ))
+    runtime.same("the transferred weights", report.checksum)
+    if runtime.is_main:
+        say(str(report))
+    return report
+
+
+def _source(source: str, model: str) -> str:
+    """`pretrained` as the name of the network's own weights."""
+    if source != "pretrained":
+        return source
+    zoo, _, name = model.partition("/")
+    if zoo not in ("torchvision", "timm") or not name:
+        raise UserError(f"transfer.source is pretrained, but {model} has no published weights; give a file with --transfer.source")
+    return f"{zoo}:{name}"
+
+
+# ---- the run
+
+
+def prepare_folder(config: Config, folder: RunFolder, runtime: Runtime) -> None:
+    """Take the run folder (main process) and clear it when the run is to start afresh."""
+    with runtime.together("run folder"):
+        if runtime.is_main:
+            folder.acquire()
+            if config.run.resume == "never":
+                for name in ("checkpoints", "model", "report"):
+                    shutil.rmtree(folder.path / name, ignore_errors=True)
+                for name in ("history.jsonl", "bad_samples.jsonl", "transfer.json", "status.json"):
+                    (folder.path / name).unlink(missing_ok=True)
+    folder.incarnation = runtime.agree(folder.incarnation)
+
+
+def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
+    """The newest whole checkpoint and the state in it; a fresh state without one. Changed settings are refused by name."""
+    with runtime.together("resume"):
+        checkpoint = store.newest()
+        if checkpoint is None:
+            if config.run.resume == "must":
+                raise UserError(f"run.resume is must, but {store.folder} holds no whole checkpoint")
+            state = TrainState(dataset_ids={"train": train.dataset_id, "val": val.dataset_id})
+        else:
+            state = TrainState.from_json(checkpoint.state["train"])
+            _check_settings(config, checkpoint, store.folder.parent)
+            _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)
+            _check_precision(str(checkpoint.state["precision"]), runtime.precision)
+    runtime.same("the newest checkpoint", -1 if checkpoint is None else checkpoint.step)
+    return checkpoint, state
+
+
+def note_changes(state: TrainState, runtime: Runtime, say: Say) -> None:
+    """What may change between two starts, but not go unsaid; then the state takes this start's facts."""
+    threads = torch.get_num_threads()
+    if state.step:
+        if state.world_size != runtime.world_size:
+            say(
+                f"this run was on {state.world_size} process(es) and goes on with {runtime.world_size}: the same samples in the same global "
+                "batches; batch norm statistics and the rounding of sums may differ"
+            )
+        elif state.num_threads != threads:
+            say(f"this run used {state.num_threads} threads a process and goes on with {threads}: the rounding of sums may differ")
+    state.world_size, state.num_threads = runtime.world_size, threads
+
+
+def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
+    old = config_from_dict(checkpoint.state["config"], str(checkpoint.path)).to_dict()
+    new = config.to_dict()
+    last = list(config.phases)[-1]
+    free = (*FREE_SETTINGS, f"phases.{last}.epochs", f"phases.{last}.steps")
+    conflicts = config_conflicts(old, new, ignored=free)
+    if conflicts:
+        name, before, after = conflicts[0]
+        more = f" (and {len(conflicts) - 1} more settings)" if len(conflicts) > 1 else ""
+        raise UserError(
+            f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{more}; "
+            "start another run with --run.name NEW, or this one afresh with --run.resume never"
+        )
+
+
+def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
+    for split, dataset_id in now.items():
+        if state.dataset_ids.get(split) != dataset_id:
+            raise UserError(
+                f"{run} was started with other {split} images (data.{split} has changed); "
+                "start another run with --run.name NEW, or this one afresh with --run.resume never"
+            )
+
+
+def _check_precision(before: str, now: str) -> None:
+    if before != now:
+        raise UserError(f"this run was started with precision {before}, here it would be {now}; go on with --precision {before}")
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else repr(value)
+
+
+def open_tracker(config: Config, name: str, folder: RunFolder, runtime: Runtime, state: TrainState, console: Console) -> Tracker:
+    with runtime.together("tracking"):
+        tracker = Tracker(
+            folder.path,
+            is_main=runtime.is_main,
+            wandb="off" if config.run.debug else config.tracking.wandb,
+            tensorboard=config.tracking.tensorboard and not config.run.debug,
+            config=config.to_dict(),
+            name=name,
+            wandb_id=state.wandb_id,
+            console=console,
+            resume_step=state.step,
+            history_offset=state.history_offset,
+            new_run=config.run.resume == "never",
+        )
+    return tracker
+
+
+def build_trainer(
+    config: Config,
+    runtime: Runtime,
+    *,
+    folder: RunFolder,
+    network: Network,
+    phases: list[Phase],
+    feeds: Feeds,
+    state: TrainState,
+    store: CheckpointStore,
+    tracker: Tracker,
+    channels_last: bool,
+) -> Trainer:
+    bad_samples = BadSamples(
+        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad
+    )
+    settings = Settings(
+        seed=config.run.seed,
+        init=config.model.init,
+        freeze_norm=config.model.freeze_norm,
+        sync_bn=config.model.sync_bn,
+        compile=config.model.compile,
+        channels_last=channels_last,
+        log_every=config.tracking.log_every,
+        every_steps=config.checkpoint.every_steps,
+        every_minutes=config.checkpoint.every_minutes,
+        monitor=config.checkpoint.monitor,
+        image_size=config.data.image_size,
+    )
+    return Trainer(
+        runtime=runtime,
+        network=network,
+        phases=phases,
+        feeds=feeds,
+        state=state,
+        store=store,
+        tracker=tracker,
+        bad_samples=bad_samples,
+        settings=settings,
+        config=config.to_dict(),
+    )
+
+
+def planned(config: Config, feeds: Feeds) -> list[Phase]:
+    return plan_phases(config.phases, steps_per_epoch=feeds.steps_per_epoch, num_classes=feeds.train.num_classes)

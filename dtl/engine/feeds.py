@@ -1,0 +1,113 @@
+"""The data of one rank: which plan, which layout and which loader each phase and each evaluation gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dtl.data.index import Shards
+from dtl.data.loader import Batch, StepLoader, Transform
+from dtl.data.plan import EpochPlan, RankLayout
+from dtl.engine.phases import Phase
+
+
+@dataclass
+class Feeds:
+    """Training and validation data of this rank. The shards are opened, the class maps checked."""
+
+    train: Shards
+    val: Shards
+    train_transform: Transform
+    val_transform: Transform
+    rank: int
+    world_size: int
+    image_size: int
+    global_batch_size: int
+    micro_batch_size: int | None
+    workers: int
+    seed: int
+    window: int
+    drop_last: bool = False
+    pin_memory: bool = False
+    max_train_steps: int | None = None
+    max_val_steps: int | None = None
+    _plans: dict[int, EpochPlan] = field(default_factory=dict, repr=False)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.train.classes)
+
+    @property
+    def class_counts(self) -> list[int]:
+        return list(self.train.manifest.class_counts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = self.plan(0).num_steps
+        return steps if self.max_train_steps is None else min(steps, self.max_train_steps)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of a training epoch; the last two are kept, since a loader may work ahead over an epoch's end."""
+        if epoch not in self._plans:
+            while len(self._plans) >= 2:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = EpochPlan(
+                self.train.shard_sizes,
+                seed=self.seed,
+                epoch=epoch,
+                global_batch_size=self.global_batch_size,
+                window=self.window,
+                drop_last=self.drop_last,
+            )
+        return self._plans[epoch]
+
+    def layout(self, phase: Phase) -> RankLayout:
+        pairs = bool(phase.config.mixup or phase.config.cutmix)
+        return RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=pairs)
+
+    def train_steps(self, phase: Phase, phase_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step, from the phase's step `phase_step` to its end."""
+        loader = self._loader(self.train, self.train_transform, self.plan, self.layout(phase), limit=self.max_train_steps)
+        epoch, step = phase.epoch_of(phase_step)
+        return loader.steps(epoch, step, phase.num_steps - phase_step)
+
+    def val_steps(self) -> Iterator[list[Batch]]:
+        plan = EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
+        layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
+        loader = self._loader(self.val, self.val_transform, lambda epoch: plan, layout, limit=None)
+        num_steps = plan.num_steps if self.max_val_steps is None else min(plan.num_steps, self.max_val_steps)
+        return loader.steps(0, 0, num_steps)
+
+    def step_samples(self, phase: Phase, phase_step: int) -> np.ndarray:
+        """Sample ids of the whole global batch, [n] in slot order."""
+        epoch, step = phase.epoch_of(phase_step)
+        return self.plan(epoch).step_samples(step)
+
+    def step_labels(self, phase: Phase, phase_step: int) -> np.ndarray:
+        return np.asarray(self.train.labels[self.step_samples(phase, phase_step)])
+
+    def step_size(self, phase: Phase, phase_step: int) -> int:
+        epoch, step = phase.epoch_of(phase_step)
+        first, last = self.plan(epoch).step_bounds(step)
+        return last - first
+
+    def sample_names(self, phase: Phase, phase_step: int, *, limit: int) -> list[str]:
+        """Original paths (or keys) of the first samples of a global batch, for messages."""
+        samples = self.step_samples(phase, phase_step)[:limit]
+        return [self.train.path(int(sample)) or self.train.key(int(sample)) for sample in samples]
+
+    def _loader(self, shards: Shards, transform: Transform, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
+        return StepLoader(
+            shards,
+            transform,
+            plans=plans,
+            layout=layout,
+            rank=self.rank,
+            image_size=self.image_size,
+            seed=self.seed,
+            workers=self.workers,
+            pin_memory=self.pin_memory,
+            steps_per_epoch=limit,
+        )

@@ -1,0 +1,120 @@
+"""The beginning and the end of a run's folder: config.yaml, transfer.json, status.json, the model folder, the closing table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtl import __version__
+from dtl.checkpoint.model_folder import save_model_folder
+from dtl.checkpoint.state import TrainState
+from dtl.checkpoint.transfer import TransferReport
+from dtl.config import Config
+from dtl.data.manifest import write_atomically
+from dtl.engine.loop import Trainer
+from dtl.engine.phases import Phase
+from dtl.models.build import Network
+from dtl.run_lock import RunFolder, read_status
+from dtl.runtime import Runtime
+from dtl.tracking import Console
+
+
+def begin(trainer: Trainer, folder: RunFolder, config: Config, report: TransferReport | None) -> None:
+    """Write down what this start is (main process)."""
+    trainer.state.incarnation = folder.incarnation
+    if not trainer.runtime.is_main:
+        return
+    write_atomically(folder.path / "config.yaml", config.to_yaml().encode())
+    if report is not None:
+        report.to_json(folder.path / "transfer.json")
+    folder.write_status("running", step=trainer.state.step)
+    state, runtime = trainer.state, trainer.runtime
+    done = f"; going on at step {state.step}" if state.step else ""
+    trainer.tracker.say(
+        f"run {folder.path}: {trainer.feeds.train.num_samples:,} training and {trainer.feeds.val.num_samples:,} validation images of "
+        f"{trainer.feeds.train.num_classes} classes, {trainer.network.name}, {runtime.world_size} process(es) on {runtime.device.type}, "
+        f"precision {runtime.precision}{done}"
+    )
+
+
+def is_finished(folder: RunFolder, state: TrainState, phases: Sequence[Phase], runtime: Runtime) -> bool:
+    """Nothing is left to train, and the last start said so: its model folder is whole."""
+    last = phases[-1]
+    at_end = state.phase_index == last.index and (state.phase_step >= last.num_steps or bool(state.extra.get("ended")))
+    status = read_status(folder.path) if runtime.is_main else None
+    return runtime.agree(at_end and (status or {}).get("state") == "done")
+
+
+def tell_result_again(folder: RunFolder, state: TrainState, runtime: Runtime, console: Console) -> int:
+    """A finished run started again prints its result and changes nothing."""
+    if runtime.is_main:
+        status = read_status(folder.path) or {}
+        console.say(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
+        console.table(table_rows(status.get("phases", [])))
+        folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
+    return 0
+
+
+def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
+    """Model folder, status, table, and what to do next."""
+    state, tracker = trainer.state, trainer.tracker
+    if trainer.runtime.is_main:
+        model = folder.path / "model"
+        _save_model(trainer, model, folder, config)
+        folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
+        tracker.table(table_rows(trainer.numbers()))
+        for line in next_steps(folder.path, config):
+            tracker.say(line)
+    tracker.close("done")
+    trainer.runtime.barrier()
+
+
+def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "val_loss": (row["val"] or {}).get("loss"), "top1": (row["val"] or {}).get("top1")} for row in results]
+
+
+def next_steps(run: Path, config: Config) -> list[str]:
+    lines = [
+        f"model        {run}/model (model.safetensors, model.json)",
+        f"history      {run}/history.jsonl",
+        f"checkpoints  {run}/checkpoints",
+    ]
+    if config.data.train == "digits":
+        lines.append("next         your own images: accelerate launch dtl/train.py --config finetune --data.train FOLDER --data.val FOLDER")
+    else:
+        lines.append("next         more epochs on the last phase, or another run with --run.name NEW")
+    return lines
+
+
+def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config) -> None:
+    network, train = trainer.network, trainer.feeds.train
+    last = trainer.numbers()[-1]
+    save_model_folder(
+        model,
+        network.module.state_dict(),
+        architecture=architecture(network),
+        classes=list(train.classes) if last["task"] == "classify" else [f"{90 * turn} degrees" for turn in range(4)],
+        display_names=dict(train.manifest.display_names),
+        preprocessing=preprocessing(network, config, trainer),
+        metrics={"phase": last["phase"], **(last["val"] or {})},
+        made_by={"run": str(folder.path), "step": trainer.state.step, "dtl": __version__, "torch": torch.__version__, "data": train.dataset_id},
+    )
+
+
+def architecture(network: Network) -> dict[str, Any]:
+    return {"name": network.name, "num_classes": network.num_outputs, "options": network.options}
+
+
+def preprocessing(network: Network, config: Config, trainer: Trainer) -> dict[str, Any]:
+    """What an image must go through before this network, as evaluation did it."""
+    return {
+        **asdict(network.preprocessing),
+        "image_size": config.data.image_size,
+        "crop_ratio": network.preprocessing.crop_ratio if config.data.crop_ratio == "auto" else config.data.crop_ratio,
+        "transform": json.loads(json.dumps(trainer.feeds.val_transform.describe())),  # type: ignore[attr-defined]
+    }

@@ -1,0 +1,359 @@
+"""The training loop: phases in order, steps in order, and after each step what is due, always in the order log, evaluate, save.
+
+A run may be killed at any instant: everything that decides what comes next is in `TrainState`, counted when a step is finished.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dtl.checkpoint.state import Best, TrainState
+from dtl.checkpoint.store import Checkpoint, CheckpointStore
+from dtl.data.loader import Batch
+from dtl.engine import saving
+from dtl.engine.active import ActivePhase, enter, leave, set_head
+from dtl.engine.bad_samples import BadSamples
+from dtl.engine.evaluate import evaluate
+from dtl.engine.feeds import Feeds
+from dtl.engine.phases import Phase
+from dtl.engine.step import Normalise, Stepper, Window, normaliser
+from dtl.errors import UserError
+from dtl.models.build import Network
+from dtl.runtime import Flags, Runtime
+from dtl.tracking import Tracker
+
+# Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
+SECONDS_BETWEEN_SAVES = 15.0
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is safely on the disk."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Plain values that the loop goes by."""
+
+    seed: int
+    init: str
+    freeze_norm: bool
+    sync_bn: str | bool
+    compile: bool
+    channels_last: bool
+    log_every: int
+    every_steps: int | None
+    every_minutes: float | None
+    monitor: str
+    image_size: int
+
+
+@dataclass
+class Trainer:
+    """All that one run needs; `run()` takes it to its end."""
+
+    runtime: Runtime
+    network: Network
+    phases: list[Phase]
+    feeds: Feeds
+    state: TrainState
+    store: CheckpointStore
+    tracker: Tracker
+    bad_samples: BadSamples
+    settings: Settings
+    config: dict[str, Any]
+    """As plain values, stored with each checkpoint."""
+    stall_seconds: float = 0.0
+    """How long the loop stood still for saving, in this start."""
+
+    def __post_init__(self) -> None:
+        self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
+        self._best: dict[str, Tensor] = {}
+        self._window = Window.start(self.runtime.device)
+        self._last_save = self._clock = self._step_started = time.monotonic()
+
+    # ---- the run
+
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        """All phases from where `state` stands; `checkpoint` is what it was read from. Raises Stopped after a signal."""
+        for phase in self.phases[self.state.phase_index :]:
+            if phase.index > self.state.phase_index or not self.state.phase:
+                self._begin(phase)
+            set_head(self.network, phase, init=self.settings.init, seed=self.settings.seed)
+            if checkpoint is not None:
+                saving.restore_model(self.network.module, checkpoint)
+            active = self._enter(phase)
+            if checkpoint is not None:
+                self._restore(active, checkpoint)
+                checkpoint = None
+            self._train(active)
+            self._finish(active)
+
+    def _begin(self, phase: Phase) -> None:
+        self.state.phase, self.state.phase_index, self.state.phase_step = phase.name, phase.index, 0
+        self.state.step = phase.first_step if phase.index == 0 else self.state.step
+        self.state.evaluations_without_gain = 0
+        self.state.extra = {**self.state.extra, "pending_eval": False, "ended": False, "images": 0, "train_seconds": 0.0}
+        self._best = {}
+        self._window = Window.start(self.runtime.device)
+
+    def _enter(self, phase: Phase) -> ActivePhase:
+        active = enter(
+            self.network,
+            phase,
+            self.runtime,
+            class_counts=self.feeds.class_counts,
+            classes=self.feeds.classes,
+            freeze_norm=self.settings.freeze_norm,
+            micro_batch_size=self.feeds.layout(phase).micro_batch_size,
+            image_size=self.settings.image_size,
+            sync_bn=self.settings.sync_bn,
+            compile_network=self.settings.compile,
+            say=self.tracker.say,
+        )
+        num = sum(parameter.numel() for parameter in active.parameters)
+        total = sum(parameter.numel() for parameter in self.network.module.parameters())
+        epochs = phase.num_steps / phase.steps_per_epoch
+        self.tracker.say(
+            f"phase {phase.name}: {phase.config.task}, {epochs:g} epochs of {phase.steps_per_epoch} steps, {num:,} of {total:,} parameters trained"
+        )
+        done = self.state.step - self.state.phase_step
+        self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)
+        return active
+
+    def _restore(self, active: ActivePhase, checkpoint: Checkpoint) -> None:
+        saving.restore_phase(active, checkpoint, self.runtime)
+        if self.runtime.is_main and "best" in checkpoint.groups:
+            self._best = checkpoint.tensors("best")
+        loss_sum, weight_sum = self.state.extra.get("window", (0.0, 0.0))
+        self._window = Window.start(self.runtime.device, loss_sum if self.runtime.is_main else 0.0, weight_sum)
+
+    # ---- one phase
+
+    def _train(self, active: ActivePhase) -> None:
+        phase, state = active.phase, self.state
+        stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.settings.seed)
+        self._clock = time.monotonic()
+        if state.extra.get("pending_eval"):
+            self._evaluate(active)
+        if state.phase_step >= phase.num_steps or state.extra.get("ended"):
+            return
+        with closing(self.feeds.train_steps(phase, state.phase_step)) as stream:
+            while state.phase_step < phase.num_steps and not state.extra.get("ended"):
+                batches, save_by_clock = self._next(active, stream)
+                phase_step = state.phase_step
+                weight = normaliser(active, self.feeds.step_labels(phase, phase_step))
+                lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                self._count(phase, self.feeds.step_size(phase, phase_step))
+                self._after_step(active, lr, save_by_clock)
+
+    def _next(self, active: ActivePhase, stream: Any) -> tuple[list[Batch], bool]:
+        """This rank's micro-batches of the next step, after all ranks have agreed that they can take it."""
+        self._step_started = time.monotonic()
+        batches = next(stream)
+        self._window.data_seconds += time.monotonic() - self._step_started
+        said = self._agree(batches, save=self._save_due_by_clock())
+        if said.failed:
+            self.bad_samples.take("train", batches)
+        if said.stop:
+            self._stop(active)
+        return batches, said.save
+
+    def _agree(self, batches: list[Batch], *, save: bool = False) -> Flags:
+        flags = Flags(stop=self.runtime.stop_signal is not None, failed=any(batch.bad for batch in batches), save=save)
+        return self.runtime.exchange(flags).result()
+
+    def _count(self, phase: Phase, num_images: int) -> None:
+        state = self.state
+        state.step += 1
+        state.phase_step += 1
+        state.epoch, state.epoch_step = phase.epoch_of(state.phase_step)
+        seconds = time.monotonic() - self._step_started
+        self._window.num_images += num_images
+        self._window.seconds += seconds
+        state.extra["images"] += num_images
+        state.extra["train_seconds"] += seconds
+
+    def _after_step(self, active: ActivePhase, lr: float, save_by_clock: bool) -> None:
+        phase, state, settings = active.phase, self.state, self.settings
+        last = state.phase_step == phase.num_steps
+        if state.step % settings.log_every == 0 or last:
+            self._log(active, lr)
+        evaluated = False
+        if phase.eval_due(state.phase_step):
+            state.extra["pending_eval"] = True
+            self._evaluate(active)
+            evaluated = True
+            last = last or bool(state.extra.get("ended"))
+        waited = self.runtime.agree(time.monotonic() - self._last_save >= SECONDS_BETWEEN_SAVES) if evaluated else False
+        every = settings.every_steps is not None and state.step % settings.every_steps == 0
+        if last or waited or every or save_by_clock:
+            self._save(active)
+
+    def _log(self, active: ActivePhase, lr: float) -> None:
+        loss = self._mean_loss(active)
+        window = self._window
+        seconds = max(window.seconds, 1e-9)
+        phase = active.phase
+        self.tracker.train(
+            phase=phase.name,
+            epoch=phase.epoch_of(self.state.phase_step - 1)[0],
+            step=self.state.step,
+            loss=loss,
+            lr=lr,
+            images_per_second=window.num_images / seconds,
+            data_wait=min(1.0, window.data_seconds / seconds),
+        )
+        self.state.extra["train_loss"] = loss
+        self._spend(phase)
+        self._window = Window.start(self.runtime.device)
+
+    def _mean_loss(self, active: ActivePhase) -> float:
+        """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
+        window = self._window
+        assert window.first_bad_step is not None
+        sums = self.runtime.sum(window.loss_sum.reshape(1).cpu())
+        bad = window.first_bad_step.item()
+        loss = float(sums[0]) / max(window.weight_sum, 1e-12)
+        if any(step >= 0 for step in self.runtime.gather(bad)) or loss != loss:
+            self._diverged(active, [int(step) for step in self.runtime.gather(bad) if step >= 0])
+        return loss
+
+    def _diverged(self, active: ActivePhase, steps: list[int]) -> None:
+        phase = active.phase
+        step = min(steps, default=self.state.step)
+        phase_step = step - 1 - (self.state.step - self.state.phase_step)
+        lr = active.set_lr(phase_step)
+        names = self.feeds.sample_names(phase, phase_step, limit=4)
+        raise UserError(
+            f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
+            f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"
+        )
+
+    def _spend(self, phase: Phase) -> None:
+        now = time.monotonic()
+        self.state.seconds[phase.name] = self.state.seconds.get(phase.name, 0.0) + now - self._clock
+        self._clock = now
+
+    # ---- evaluation
+
+    def _evaluate(self, active: ActivePhase) -> None:
+        """Validation metrics of the weights that the phase would hand on (the moving average where there is one)."""
+        if self._window.weight_sum:
+            self._mean_loss(active)
+        phase, state = active.phase, self.state
+        saving.sync_buffers(active, self.runtime)
+        with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
+            sums = evaluate(
+                active.module,
+                self.feeds.val_steps(),
+                self.runtime,
+                task=phase.task,
+                num_outputs=phase.num_outputs,
+                loss=active.eval_loss,
+                normalise=self._normalise,
+                before_step=self._before_val_step,
+            )
+            if sums is None:
+                stopped = True
+            else:
+                stopped = False
+                self._judge(active, sums.result())
+        if stopped:
+            self._stop(active)
+        state.extra["pending_eval"] = False
+        self._spend(phase)
+
+    def _before_val_step(self, batches: list[Batch]) -> bool:
+        said = self._agree(batches)
+        if said.failed:
+            self.bad_samples.take("val", batches)
+        return said.stop
+
+    def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
+        """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
+        phase, state, monitor = active.phase, self.state, self.settings.monitor
+        epoch = phase.epoch_of(max(0, state.phase_step - 1))[0]
+        self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
+        value = float(metrics[monitor])
+        best = state.best.get(phase.name)
+        gain = best is None or (value < best.value if monitor == "loss" else value > best.value)
+        if gain:
+            state.best[phase.name] = Best(metric=monitor, value=value, step=state.step)
+            state.evaluations_without_gain = 0
+            if self.runtime.is_main and phase.config.keep == "best":
+                self._best = saving.copy_to_host(active.module, self._best)
+        else:
+            state.evaluations_without_gain += 1
+        if gain or phase.config.keep == "last":
+            state.extra["val"] = metrics
+        stop = phase.config.early_stop
+        reached = stop.threshold is not None and (value <= stop.threshold if monitor == "loss" else value >= stop.threshold)
+        tired = stop.patience is not None and state.evaluations_without_gain >= stop.patience
+        if self.runtime.agree(reached or tired) and state.phase_step < phase.num_steps:
+            state.extra["ended"] = True
+            why = f"{monitor} {value:.4f} reached {stop.threshold}" if reached else f"no better {monitor} in {stop.patience} evaluations"
+            self.tracker.note("early stop", step=state.step, phase=phase.name, why=why)
+            self.tracker.say(f"phase {phase.name} ends early at step {state.step}: {why}")
+
+    # ---- saving, stopping, finishing
+
+    def _save_due_by_clock(self) -> bool:
+        minutes = self.settings.every_minutes
+        return self.runtime.is_main and minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def _save(self, active: ActivePhase, *, wait: bool = False) -> None:
+        if self._window.weight_sum:
+            self._mean_loss(active)  # a diverged run must not replace a good checkpoint
+        self._spend(active.phase)
+        saving.sync_buffers(active, self.runtime)
+        total = self.runtime.sum(self._window.loss_sum.reshape(1).cpu().clone())
+        self.state.extra["window"] = (float(total[0]), self._window.weight_sum)
+        self.state.history_offset = self.tracker.history_offset
+        self.state.wandb_id = self.tracker.wandb_id
+        stall = saving.save(
+            self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait
+        )
+        self.stall_seconds += stall
+        self._last_save = time.monotonic()
+
+    def _stop(self, active: ActivePhase) -> None:
+        """Save, wait until it is on the disk, and leave together."""
+        self._save(active, wait=True)
+        self.runtime.barrier()
+        raise Stopped
+
+    def _finish(self, active: ActivePhase) -> None:
+        """Hand the phase's weights on: those of its best evaluation, of its moving average, or the last."""
+        phase, state = active.phase, self.state
+        saving.sync_buffers(active, self.runtime)
+        module = active.module
+        if phase.config.keep == "best":
+            if self.runtime.is_main and self._best:
+                module.load_state_dict(self._best)
+            self.runtime.sync_tensors([*module.parameters(), *module.buffers()])
+        elif active.ema is not None:
+            active.ema.copy_to(module)
+        leave(active, self.runtime)
+        self.tracker.end_phase()
+        seconds = max(state.seconds.get(phase.name, 0.0), 1e-9)
+        row = {
+            "phase": phase.name,
+            "task": phase.config.task,
+            "epochs": round(state.phase_step / phase.steps_per_epoch, 2),
+            "seconds": seconds,
+            "images_per_second": state.extra["images"] / max(state.extra["train_seconds"], 1e-9),
+            "train_loss": state.extra.get("train_loss"),
+            "val": state.extra.get("val"),
+            "best": None if phase.name not in state.best else vars(state.best[phase.name]),
+        }
+        results = [old for old in state.extra.get("results", []) if old["phase"] != phase.name]
+        state.extra["results"] = [*results, row]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """One row a finished phase, for the closing table and status.json."""
+        return list(self.state.extra.get("results", []))

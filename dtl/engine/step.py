@@ -1,0 +1,128 @@
+"""One optimizer step from a rank's micro-batches, and the sums that its log line needs.
+
+Letters: B slots of a micro-batch, C H W channels and pixels, K outputs, R ranks. Nothing here makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtl.data.loader import Batch
+from dtl.data.mix import mix_batch
+from dtl.engine.active import ActivePhase
+from dtl.keyed import key
+from dtl.models.build import Preprocessing
+from dtl.runtime import Runtime
+
+# Weight of each auxiliary head's loss: Inception (Szegedy et al. 2016) has one at 0.4, GoogLeNet (2015) two at 0.3.
+AUXILIARY_WEIGHT = {1: 0.4, 2: 0.3}
+
+
+class Normalise:
+    """uint8 [B, 3, H, W] to float32 on the device, with the mean and standard deviation that the weights were trained with."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, channels_last: bool) -> None:
+        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
+        self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
+        self._device = device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self._device, non_blocking=True)
+        return images.to(torch.float32, memory_format=self._format).sub_(self._mean).mul_(self._scale)
+
+
+@dataclass
+class Window:
+    """Sums since the last log line, on the device. Weighted by the step's normaliser: `loss` is a mean over samples."""
+
+    loss_sum: Tensor
+    """float64, this rank's share"""
+    weight_sum: float = 0.0
+    """of all ranks"""
+    first_bad_step: Tensor | None = None
+    """int64: the first step whose loss was not finite, -1 so far"""
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    num_images: int = 0
+
+    @classmethod
+    def start(cls, device: torch.device, loss_sum: float = 0.0, weight_sum: float = 0.0) -> Window:
+        return cls(
+            loss_sum=torch.tensor(loss_sum, dtype=torch.float64, device=device),
+            weight_sum=weight_sum,
+            first_bad_step=torch.tensor(-1, dtype=torch.int64, device=device),
+        )
+
+
+class Stepper:
+    """Takes the optimizer steps of one phase."""
+
+    def __init__(self, active: ActivePhase, runtime: Runtime, *, normalise: Normalise, seed: int) -> None:
+        self.active, self.runtime, self.normalise, self.seed = active, runtime, normalise, seed
+        config = active.phase.config
+        self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
+
+    def step(self, batches: list[Batch], *, step: int, phase_step: int, normaliser: float, window: Window) -> float:
+        """Forward, backward and update for step number `step` of the run (from 0); returns the learning rate.
+
+        `normaliser`: the sum of the weights of all samples of the global batch, over all ranks and all micro-batches. DDP averages
+        gradients over R, so each local loss is sum(w * l) * R / normaliser: the gradient of the global batch at any R.
+        """
+        active, accelerator = self.active, self.runtime.accelerator
+        lr = active.set_lr(phase_step)
+        for micro_step, batch in enumerate(batches):
+            last = micro_step == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(active.wrapped):
+                # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
+                torch.manual_seed(int(key(self.seed, "step", step, self.runtime.rank, micro_step)) >> 1)
+                loss_sum = self._loss_sum(batch, step)
+                accelerator.backward(loss_sum * (self.runtime.world_size / normaliser))
+            window.loss_sum += loss_sum.detach()
+        if active.phase.config.clip_norm is not None:
+            accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
+        active.optimizer.step()
+        active.optimizer.zero_grad(set_to_none=True)
+        if active.ema is not None:
+            active.ema.update()
+        window.weight_sum += normaliser
+        assert window.first_bad_step is not None
+        bad_now = (window.first_bad_step < 0) & ~torch.isfinite(window.loss_sum)
+        window.first_bad_step = torch.where(bad_now, step + 1, window.first_bad_step)
+        return lr
+
+    def _loss_sum(self, batch: Batch, step: int) -> Tensor:
+        """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""
+        active, device = self.active, self.runtime.device
+        images = self.normalise(batch.images)
+        labels, weights = batch.labels.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
+        images, labels, weights = active.phase.task.prepare(images, labels, weights)
+        targets: Tensor = labels
+        if self._mixing is not None:
+            targets = torch.nn.functional.one_hot(labels, active.phase.num_outputs).to(torch.float32)
+            images, targets = mix_batch(
+                images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing
+            )
+        logits, auxiliary = active.wrapped(images)
+        total = _weighted_sum(active, logits, targets, weights)
+        for other in auxiliary:
+            total = total + AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * _weighted_sum(active, other, targets, weights)
+        return total
+
+
+def _weighted_sum(active: ActivePhase, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    losses, _ = active.loss(logits, targets)
+    # Masked, not multiplied: a padded slot's loss may be infinite, and 0 * inf is not 0.
+    return torch.where(weights > 0, losses * weights, 0.0).sum()
+
+
+def normaliser(active: ActivePhase, labels: np.ndarray) -> float:
+    """The sum of the weights of a global batch with these `labels` [n]; each rank knows them all from the plan and the index."""
+    if active.class_weights is None:
+        return float(len(labels) * active.phase.task.expansion)
+    return float(active.class_weights.double()[torch.from_numpy(labels.astype(np.int64))].sum())
