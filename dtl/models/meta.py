@@ -11,6 +11,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _ALLOCATORS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
+# Initial values take half of the time of a build, and there is nothing to fill. Some of nn.init's functions run their parts out of
+# our sight, so they are caught themselves.
+_FILLERS = frozenset(getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"))
+_INITIALISERS = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_})
 
 
 class _AllocateOnMeta(TorchFunctionMode):
@@ -24,6 +28,10 @@ class _AllocateOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _ALLOCATORS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        if func in _FILLERS or func in _INITIALISERS:
+            target = args[0] if args else kwargs["tensor"]
+            if target.is_meta:
+                return target
         return func(*args, **kwargs)
 
 

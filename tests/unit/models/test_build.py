@@ -1,0 +1,277 @@
+"""Networks by name: forward passes with replaced heads, options, preprocessing, user's functions, and every mistake's message."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dtl.errors import UserError
+from dtl.models import catalog
+from dtl.models.build import Preprocessing, build, forward_logits, model_names
+from dtl.models.heads import replace_head
+from dtl.models.meta import meta_copy
+
+FORWARD = [
+    ("torchvision/resnet18", "fc", 64, {}),
+    ("torchvision/squeezenet1_0", "classifier.1", 64, {}),
+    ("torchvision/vit_b_16", "heads.head", 32, {"image_size": 32}),
+    ("torchvision/swin_t", "head", 64, {}),
+    ("torchvision/convnext_tiny", "classifier.2", 64, {}),
+    ("torchvision/densenet121", "classifier", 64, {}),
+    ("torchvision/efficientnet_b0", "classifier.1", 64, {}),
+    ("torchvision/mobilenet_v2", "classifier.1", 64, {}),
+    ("torchvision/mobilenet_v3_small", "classifier.3", 64, {}),
+    ("torchvision/regnet_y_400mf", "fc", 64, {}),
+    ("torchvision/shufflenet_v2_x0_5", "fc", 64, {}),
+    ("torchvision/mnasnet0_5", "classifier.1", 64, {}),
+    ("dtl/resnet18_plain", "7", 64, {}),
+    ("dtl/resnet18_plain_small", "7", 32, {}),
+    ("dtl/resnet_tiny", "6", 32, {}),
+    ("timm/resnet10t", "fc", 64, {}),
+    ("timm/vit_tiny_patch16_224", "head", 32, {"img_size": 32}),
+    ("timm/convnext_atto", "head.fc", 64, {}),
+    ("timm/levit_128s", "head.linear", 224, {}),
+    ("timm/deit_tiny_distilled_patch16_224", "head", 32, {"img_size": 32}),
+    ("timm/mobilenetv3_small_050", "classifier", 64, {}),
+    ("timm/efficientnet_lite0", "classifier", 64, {}),
+]
+# Their forward pass is heavy, and shapes are all that counts here.
+FORWARD_META = [
+    ("torchvision/inception_v3", "fc", 299, 1),
+    ("torchvision/googlenet", "fc", 224, 2),
+    ("torchvision/vgg11_bn", "classifier.6", 224, 0),
+    ("torchvision/alexnet", "classifier.6", 224, 0),
+    ("torchvision/maxvit_t", "classifier.5", 224, 0),
+    ("torchvision/swin_v2_t", "head", 256, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "head", "size", "options"), FORWARD)
+def test_forward_with_a_replaced_head(name: str, head: str, size: int, options: dict[str, object]) -> None:
+    network = build(name, num_classes=4, options=options)
+    assert network.heads[0] == head
+    assert network.num_outputs == 4
+    old = network.module.get_submodule(head)
+    replace_head(network, 6)
+    new = network.module.get_submodule(head)
+    assert type(new) is type(old)
+    assert (new.bias is None) == (old.bias is None)
+    assert network.num_outputs == 6
+    logits, auxiliary = forward_logits(network.module.eval(), torch.rand(2, 3, size, size))
+    assert logits.shape == (2, 6)
+    assert torch.isfinite(logits).all()
+    assert auxiliary == []
+
+
+@pytest.mark.parametrize(("name", "head", "size", "num_auxiliary"), FORWARD_META)
+def test_forward_of_shapes_and_auxiliary_heads(name: str, head: str, size: int, num_auxiliary: int) -> None:
+    network = build(name, num_classes=4, meta=True)
+    replace_head(network, 6)
+    assert network.heads[0] == head
+    assert len(network.heads) == 1 + num_auxiliary
+    images = torch.empty(2, 3, size, size, device="meta")
+    logits, auxiliary = forward_logits(network.module.train(), images)
+    assert [tuple(out.shape) for out in (logits, *auxiliary)] == [(2, 6)] * (1 + num_auxiliary)
+    logits, auxiliary = forward_logits(network.module.eval(), images)
+    assert logits.shape == (2, 6)
+    assert auxiliary == []
+
+
+def test_a_new_head_keeps_the_rest_and_its_type() -> None:
+    network = build("torchvision/squeezenet1_0", num_classes=4)
+    network.module.to(torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
+    order = list(before)
+    replace_head(network, 9)
+    after = network.module.state_dict()
+    assert list(after) == order
+    assert all(torch.equal(after[key], before[key]) for key in order if not key.startswith("classifier.1."))
+    assert after["classifier.1.weight"].shape == (9, 512, 1, 1)
+    assert after["classifier.1.weight"].dtype == torch.bfloat16
+    assert network.module.get_submodule("classifier.1").weight.requires_grad
+    assert network.module.num_classes == 9
+
+
+def test_inception_undoes_the_normalisation_its_weights_never_saw() -> None:
+    for name in ("inception_v3", "googlenet"):
+        assert build(name, num_classes=4, meta=True).module.transform_input is True
+        assert build(name, num_classes=4, meta=True, options={"transform_input": False}).module.transform_input is False
+    network = build("inception_v3", num_classes=4, meta=True, options={"aux_logits": False})
+    assert network.heads == ("fc",)
+
+
+def test_the_plain_resnet_is_the_tutorials() -> None:
+    """The same 88 shapes as torchvision's ResNet-18 in running order, once its shortcut norms and head are set aside."""
+    module = build("dtl/resnet18_plain", num_classes=10, meta=True).module
+    block = [name for name, _ in module.get_submodule("2.0").named_children()]
+    assert block == ["conv1", "conv2", "conv3", "bn1", "bn2"]
+    assert [name for name, _ in module.get_submodule("1.0").named_children()] == ["conv1", "conv2", "bn1", "bn2"]
+    biases = [key for key in module.state_dict() if "conv" in key and key.endswith("bias")] + ["0.0.bias"]
+    assert len(biases) == 20
+    plain = {
+        key: t for key, t in module.state_dict().items() if key not in biases and "num_batches" not in key and not key.startswith("7.")
+    }
+    theirs = build("resnet18", num_classes=10, meta=True).module.state_dict()
+    wanted = {key: t for key, t in theirs.items() if "num_batches" not in key and "downsample.1" not in key and not key.startswith("fc.")}
+    assert len(plain) == len(wanted) == 88
+    assert sorted(tuple(t.shape) for t in plain.values()) == sorted(tuple(t.shape) for t in wanted.values())
+
+
+def test_names_without_a_library_and_meta_builds_agree() -> None:
+    assert build("resnet18", num_classes=2, meta=True).name == "torchvision/resnet18"
+    assert build("resnet_tiny", num_classes=2, meta=True).name == "dtl/resnet_tiny"
+    assert build("convnext_atto", num_classes=2, meta=True).name == "timm/convnext_atto"
+    for name in ("dtl/resnet_tiny", "torchvision/regnet_x_400mf", "timm/vit_tiny_patch16_224"):
+        real, shapes = build(name, num_classes=2).module.state_dict(), build(name, num_classes=2, meta=True).module.state_dict()
+        assert [(key, t.shape, t.dtype) for key, t in real.items()] == [(key, t.shape, t.dtype) for key, t in shapes.items()]
+
+
+def test_meta_copy_keeps_everything_but_the_data() -> None:
+    network = build("dtl/resnet_tiny", num_classes=2)
+    copy = meta_copy(network.module)
+    assert all(tensor.is_meta for tensor in copy.state_dict().values())
+    assert not any(tensor.is_meta for tensor in network.module.state_dict().values())
+    assert list(copy.state_dict()) == list(network.module.state_dict())
+
+
+def test_preprocessing_is_that_of_the_default_weights() -> None:
+    imagenet = Preprocessing()
+    assert build("resnet18", num_classes=2, meta=True).preprocessing == imagenet
+    assert build("dtl/resnet18_plain", num_classes=2, meta=True).preprocessing == imagenet
+    tiny = build("dtl/resnet_tiny", num_classes=2, meta=True).preprocessing
+    assert (tiny.image_size, tiny.crop_ratio) == (32, 1.0)
+    inception = build("inception_v3", num_classes=2, meta=True).preprocessing
+    assert (inception.image_size, round(inception.crop_ratio * 342)) == (299, 299)
+    swin = build("swin_t", num_classes=2, meta=True).preprocessing
+    assert (swin.interpolation, swin.crop_ratio) == ("bicubic", 224 / 232)
+    vit = build("timm/vit_tiny_patch16_224", num_classes=2, meta=True).preprocessing
+    assert vit == Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=224, interpolation="bicubic", crop_ratio=0.9)
+
+
+MINE = """
+import torch
+from torch import nn
+
+def counted(num_classes, width=8):
+    features = [nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*features, nn.Linear(width, num_classes), nn.Linear(num_classes, num_classes))
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(8, 1000)      # registered first, runs last
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.squeeze = nn.Conv2d(8, 8, 1)
+    def forward(self, x):
+        return self.classifier(self.squeeze(self.stem(x)).mean((2, 3)))
+
+class Choosy(Fixed):
+    def forward(self, x):
+        if x.sum() > 0:                           # cannot be decided without data
+            return super().forward(x)
+        return super().forward(x)
+
+class Odd(Fixed):
+    def forward(self, x):
+        return super().forward(x)[:, :5]
+
+def nothing(num_classes):
+    return "no network"
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_networks.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("my_networks", None)
+    return "my_networks"
+
+
+def test_a_users_function(mine: str) -> None:
+    network = build(f"{mine}:Fixed", num_classes=4)
+    assert network.heads == ("classifier",)
+    assert forward_logits(network.module, torch.rand(2, 3, 16, 16))[0].shape == (2, 4)
+    network = build(f"{mine}:counted", num_classes=4, options={"width": 16, "head": "4"})
+    assert network.heads == ("4",)
+    assert network.module[0].out_channels == 16
+    network = build(f"{mine}:Choosy", num_classes=4, options={"head": "classifier"})
+    assert network.num_outputs == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet19", {}, "unknown model 'resnet19'; did you mean torchvision/resnet18"),
+        ("torchvision/mobilnet_v2", {}, "did you mean torchvision/mobilenet_v2"),
+        ("timm/convnext_ato", {}, "did you mean timm/convnext_atto"),
+        ("keras/resnet50", {}, "unknown model 'keras/resnet50'; did you mean torchvision/resnet50"),
+        ("resnet18", {"widht": 3}, "torchvision/resnet18' cannot be built with the options {'widht': 3}"),
+        ("resnet18", {"head": "fcc"}, "the option head names 'fcc', which is no linear layer or 1x1 convolution of it; did you mean fc?"),
+        ("no_such_package:f", {}, "cannot import 'no_such_package'"),
+        ("my_networks:count", {}, "has no function 'count'; did you mean counted?"),
+        ("my_networks:nothing", {}, "returned a str, not a torch.nn.Module"),
+        ("my_networks:Choosy", {}, "its head was not found .* name its layer with the option head"),
+        ("my_networks:Odd", {}, "no linear layer or 1x1 convolution gives its output; name its layer with the option head"),
+    ],
+)
+def test_mistakes_are_told(mine: str, name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message if ".*" in message else re.escape(message)) as caught:
+        build(name, num_classes=4, options=options)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_mistakes() -> None:
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        build("resnet18", num_classes=0)
+    with pytest.raises(UserError, match="default, xavier or kaiming"):
+        build("resnet18", num_classes=2, init="javier")  # type: ignore[arg-type]
+    network = build("dtl/resnet_tiny", num_classes=2)
+    network.heads = ("0",)
+    with pytest.raises(UserError, match="the head '0' is a Sequential"):
+        replace_head(network, 3)
+
+
+def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: None)
+    catalog._timm_names.cache_clear()
+    try:
+        with pytest.raises(UserError, match=re.escape("pip install 'dtl[timm]'")):
+            build("timm/resnet18", num_classes=2)
+        assert not any(name.startswith("timm/") for name in model_names())
+    finally:
+        catalog._timm_names.cache_clear()
+
+
+@pytest.mark.parametrize("init", ["xavier", "kaiming"])
+def test_initial_values(init: str) -> None:
+    torch.manual_seed(0)
+    module = build("dtl/resnet_tiny", num_classes=10, init=init).module  # type: ignore[arg-type]
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert (layer.weight == 1).all()
+            assert (layer.bias == 0).all()
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+            assert (layer.bias == 0).all()
+            fan_in = layer.weight[0].numel()
+            fan_out = layer.weight.numel() // layer.weight.shape[1]
+            variance = 2 / (fan_in + fan_out) if init == "xavier" else 2 / fan_out
+            assert 0.75 < layer.weight.var().item() / variance < 1.3
+
+
+def test_initial_values_of_a_new_head_only() -> None:
+    network = build("timm/vit_tiny_patch16_224", num_classes=3, options={"img_size": 32})
+    before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
+    replace_head(network, 5, init="xavier")
+    after = network.module.state_dict()
+    assert [key for key in before if before[key].shape != after[key].shape or not torch.equal(before[key], after[key])] == [
+        "head.weight",
+        "head.bias",
+    ]
+    assert (after["head.bias"] == 0).all()
