@@ -11,6 +11,7 @@ import netrc
 import os
 import secrets
 import string
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -61,12 +62,14 @@ class WandbRun:
         self.id = run_id or stored_id(run_dir) or new_id()
         self._say, self._step = say, first_step
         self._run: Any = None
+        self._wandb: Any = None
         store_id(run_dir, self.id)
         try:
             import wandb
         except Exception as error:  # a broken installation raises anything
             say(f"wandb cannot be imported ({_short(error)}): the run goes on without it")
             return
+        self._wandb = wandb
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
                 self._run = self._init(wandb, attempt, run_dir, name, config)
@@ -93,10 +96,23 @@ class WandbRun:
 
     def finish(self, state: str) -> None:
         """End the run; one that was stopped to go on later is marked so."""
+        if self._wandb is None:
+            return
+        # In a thread, for even these may wait on a network that is gone.
+        ending = threading.Thread(target=self._finish, args=(state,), name="wandb-finish", daemon=True)
+        ending.start()
+        ending.join(_FINISH_SECONDS + 10)
+        if ending.is_alive():
+            self._say("wandb is still not done and is left behind: `wandb sync` uploads what is missing")
+        self._wandb = self._run = None
+
+    def _finish(self, state: str) -> None:
         if state == "stopped":
             self._try("ending", lambda: self._run.mark_preempting())
         self._try("ending", lambda: self._run.finish(exit_code=_EXIT_CODES.get(state, 1)))
-        self._run = None
+        # Takes its exit hook away, which would print a traceback where the service has died.
+        with suppress(Exception):
+            self._wandb.teardown()
 
     def _init(self, wandb: Any, mode: str, run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
         known = wandb.Settings.model_fields if hasattr(wandb.Settings, "model_fields") else {}
@@ -108,6 +124,7 @@ class WandbRun:
             "console": "off",  # its capture of stdout would break the bar, and our logs are files already
         }
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+        wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has told about the key
         run = wandb.init(
             mode=mode,
             dir=str(run_dir),
