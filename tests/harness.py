@@ -1,0 +1,147 @@
+"""Real runs of `dtl COMMAND` in processes that are forked from a warm server: 0.3 s a start instead of 8.
+
+The server imports torch, accelerate and dtl once a test session and nothing else ever happens in it, so each process starts clean.
+What the launchers themselves do is tested by a few real launches in tests/distributed/test_launchers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["warm"])
+
+
+@dataclass
+class Job:
+    """One launch: a process a rank."""
+
+    processes: list[ForkServerProcess]
+    folder: Path
+    _started: float = field(default_factory=time.monotonic)
+
+    def wait(self, timeout: float = 150.0) -> Job:
+        """Until all ranks have ended. A rank that does not is killed, and the test fails."""
+        deadline = self._started + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        stuck = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        if stuck:
+            self.kill()
+            raise AssertionError(f"ranks {stuck} did not end within {timeout} s:\n{self.err()}")
+        return self
+
+    def kill(self, rank: int | None = None, number: int = signal.SIGKILL) -> None:
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+        if number == signal.SIGKILL:
+            for process in self.processes if rank is None else [self.processes[rank]]:
+                process.join()
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
+    def err(self, rank: int | None = None) -> str:
+        return self._text("err", rank)
+
+    def out(self, rank: int | None = None) -> str:
+        return self._text("out", rank)
+
+    def _text(self, kind: str, rank: int | None) -> str:
+        ranks = range(len(self.processes)) if rank is None else [rank]
+        return "".join((self.folder / f"{kind}-{r}").read_text(errors="replace") for r in ranks if (self.folder / f"{kind}-{r}").exists())
+
+    def check(self, code: int = 0) -> Job:
+        assert self.codes == [code] * len(self.processes), f"exit codes {self.codes}:\n{self.err()}\n{self.out()}"
+        return self
+
+
+_jobs = 0
+
+
+def start(arguments: Sequence[str], *, cwd: Path, world: int = 1, env: Mapping[str, str] | None = None, command: str = "train", threads: int = 1) -> Job:
+    """`world` ranks of `dtl COMMAND ARGUMENTS`, in `cwd`, over gloo."""
+    global _jobs
+    _jobs += 1
+    folder = cwd / f".job-{_jobs}"
+    folder.mkdir(parents=True)
+    variables = {"DTL_CACHE": str(cwd / "cache"), "WANDB_MODE": "disabled", "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": str(threads), **(env or {})}
+    if world > 1:
+        variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = []
+    for rank in range(world):
+        ranked = {**variables, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})}
+        process = _context.Process(target=_run, args=(command, list(arguments), str(cwd), str(folder), rank, ranked, threads))
+        process.start()
+        processes.append(process)
+    return Job(processes, folder)
+
+
+def run(arguments: Sequence[str], *, cwd: Path, world: int = 1, code: int = 0, timeout: float = 150.0, **more: Any) -> Job:
+    """`start`, wait, and check every rank's exit status."""
+    return start(arguments, cwd=cwd, world=world, **more).wait(timeout).check(code)
+
+
+def _run(command: str, arguments: list[str], cwd: str, folder: str, rank: int, variables: dict[str, str], threads: int) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(variables)
+    for number, kind in ((1, "out"), (2, "err")):
+        target = os.open(f"{folder}/{kind}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(target, number)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+
+    import torch
+
+    from dtl.cli import main
+
+    torch.set_num_threads(threads)
+    code = main([command, *arguments])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def history(run: Path, *, times: bool = False) -> list[dict[str, Any]]:
+    """history.jsonl; without `times`, only what two equal runs share."""
+    events = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    if not times:
+        for event in events:
+            for key in ("images_per_second", "data_wait", "seconds", "checkpoint_stall_seconds"):
+                event.pop(key, None)
+    return events
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())  # type: ignore[no-any-return]
+
+
+def wait_for(condition: Any, *, seconds: float = 60.0, what: str = "it") -> Any:
+    """Poll until `condition()` is true; its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s for {what}")

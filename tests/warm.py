@@ -1,0 +1,18 @@
+"""What the harness's server imports once, before it forks the processes of the tests."""
+
+import warnings
+
+warnings.filterwarnings("ignore")
+
+import accelerate  # noqa: E402, F401
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (optimizers pull it in: 4 s)
+import torchvision  # noqa: E402, F401
+
+import dtl.cli  # noqa: E402, F401
+import dtl.commands.train  # noqa: E402, F401
+import dtl.engine.build  # noqa: E402, F401
+import dtl.engine.finish  # noqa: E402, F401
+
+warnings.resetwarnings()
+torch.set_num_threads(1)
