@@ -42,9 +42,9 @@ def ensure_packed(
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
-    Packed shards, or a folder that holds them under train/ and val/, are used as they are. Anything that `open_source` reads is packed once into
-    `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source, or those
-    that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
+    Packed shards, or a folder that holds them under train/ and val/, are used as they are. Anything that `open_source` reads is packed
+    once into `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
+    or those that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
 
     Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
     nodes on a shared disk write the same bytes by atomic renames.
@@ -65,12 +65,26 @@ def ensure_packed(
         raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
     with _locked(home.with_name(home.name + ".lock"), waiting=lambda: say(f"waiting for another process that packs {source}")):
         if not (folder / MANIFEST_NAME).exists():
-            _pack_into(home, source, opened, say, val_fraction=fraction, on_error=on_error, seed=seed, processes=processes, progress=progress, fixed=classes)
+            _pack_into(
+                home,
+                source,
+                opened,
+                say,
+                val_fraction=fraction,
+                on_error=on_error,
+                seed=seed,
+                processes=processes,
+                progress=progress,
+                fixed=classes,
+            )
     return folder
 
 
 def packed_folder(source: str | Path, split: str) -> Path | None:
-    """The folder of packed shards that `source` is, or holds for `split`; None where it is something else. UserError: the split is lacking."""
+    """The folder of packed shards that `source` is, or holds for `split`; None where it is something else.
+
+    UserError where it holds packed shards, but none of this split.
+    """
     place = Path(source).expanduser()
     if (place / MANIFEST_NAME).is_file():
         return place
@@ -113,7 +127,15 @@ def _pack_into(
     for note in opened.notes:
         say(f"  {note}")
     report = pack(
-        opened, home, val_fraction=val_fraction, on_error=on_error, seed=seed, processes=processes, progress=progress, classes=fixed, existing="join"
+        opened,
+        home,
+        val_fraction=val_fraction,
+        on_error=on_error,
+        seed=seed,
+        processes=processes,
+        progress=progress,
+        classes=fixed,
+        existing="join",
     )
     for line in describe_trouble(report):
         say(f"  {line}")
@@ -123,7 +145,10 @@ def _pack_into(
 def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
     """Lines about images that were left out, or that look damaged."""
     lines = []
-    for found, what in ((report.skipped, "cannot be read and were left out"), (report.doubtful, "look damaged, but decode; they were packed")):
+    for found, what in (
+        (report.skipped, "cannot be read and were left out"),
+        (report.doubtful, "look damaged, but decode; they were packed"),
+    ):
         if found:
             more = f"; and {len(found) - limit:,} more" if len(found) > limit else ""
             lines.append(f"{len(found):,} images {what}: " + "; ".join(f"{path}: {reason}" for path, reason in found[:limit]) + more)
@@ -136,7 +161,9 @@ def _locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
     try:
         file = path.open("a")
     except OSError as error:
-        raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+        raise UserError(
+            f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,7 +33,15 @@ INDEX_VERSION = 1
 
 _MAGIC = b"DTLINDEX"
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, shards, samples, zero
-_COLUMNS = (("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels", "<i4"), ("widths", "<u2"), ("heights", "<u2"), ("flags", "u1"))
+_COLUMNS = (
+    ("offsets", "<u8"),
+    ("sizes", "<u4"),
+    ("crcs", "<u4"),
+    ("labels", "<i4"),
+    ("widths", "<u2"),
+    ("heights", "<u2"),
+    ("flags", "u1"),
+)
 _BLOCK = 512  # of a tar
 
 # flags: the low 4 bits are the image's format, 1 + its place in FORMATS.
@@ -50,7 +58,10 @@ def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping
     num_samples = int(np.sum(shard_sizes))
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        parts: list[Any] = [_HEADER.pack(_MAGIC, INDEX_VERSION, len(shard_sizes), num_samples, 0), np.ascontiguousarray(shard_sizes, "<i8").data]
+        parts: list[Any] = [
+            _HEADER.pack(_MAGIC, INDEX_VERSION, len(shard_sizes), num_samples, 0),
+            np.ascontiguousarray(shard_sizes, "<i8").data,
+        ]
         for name, kind in _COLUMNS:
             assert len(columns[name]) == num_samples, (name, len(columns[name]), num_samples)
             parts.append(np.ascontiguousarray(columns[name], kind).data)
@@ -95,7 +106,11 @@ class Shards:
         manifest = Manifest.read(folder)
         shards = cls(folder, manifest)
         with (folder / INDEX_NAME).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+            found = (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else hashlib.sha256(file.read()).hexdigest()
+            )
         if found != manifest.index_sha256:
             raise UserError(f"{folder / INDEX_NAME} does not belong to the {MANIFEST_NAME} beside it (another sha256); pack the data again")
         return shards

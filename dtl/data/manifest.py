@@ -61,13 +61,17 @@ class Manifest:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{folder} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)") from None
+            raise UserError(
+                f"{folder} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(raw, dict) or "shards" not in raw:
             raise UserError(f"{path} is not a manifest of dtl")
         if raw.get("version") != MANIFEST_VERSION:
-            raise UserError(f"{path} has format version {raw.get('version')}, this dtl reads version {MANIFEST_VERSION}; pack the data again")
+            raise UserError(
+                f"{path} has format version {raw.get('version')}, this dtl reads version {MANIFEST_VERSION}; pack the data again"
+            )
         return cls._parse(raw, path)
 
     @classmethod
@@ -76,7 +80,9 @@ class Manifest:
         if wrong:
             raise UserError(f"{path} has missing or unknown fields: {', '.join(sorted(wrong))}")
         try:
-            shards = tuple(Shard(url=str(s["url"]), samples=int(s["samples"]), bytes=int(s["bytes"]), sha256=str(s["sha256"])) for s in raw["shards"])
+            shards = tuple(
+                Shard(url=str(s["url"]), samples=int(s["samples"]), bytes=int(s["bytes"]), sha256=str(s["sha256"])) for s in raw["shards"]
+            )
             manifest = cls(
                 version=MANIFEST_VERSION,
                 classes=tuple(str(name) for name in raw["classes"]),
@@ -90,7 +96,10 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
         if len(set(manifest.classes)) != len(manifest.classes) or len(manifest.class_counts) != len(manifest.classes):
-            raise UserError(f"{path} is damaged: {len(manifest.classes)} classes, {len(set(manifest.classes))} of them different, {len(manifest.class_counts)} counts")
+            raise UserError(
+                f"{path} is damaged: {len(manifest.classes)} classes, {len(set(manifest.classes))} of them different, "
+                f"{len(manifest.class_counts)} counts"
+            )
         if sum(manifest.class_counts) != manifest.num_samples:
             raise UserError(f"{path} is damaged: the classes have {sum(manifest.class_counts)} samples, the shards {manifest.num_samples}")
         return manifest
@@ -118,7 +127,10 @@ def check_class_maps(train: Manifest, val: Manifest) -> None:
     if missing:
         raise UserError(f"validation was packed without {_some(missing)}, so its label numbers mean other classes than training's; {again}")
     at = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes)) if a != b)
-    raise UserError(f"training and validation have their classes in another order: label {at} is '{train.classes[at]}' in training and '{val.classes[at]}' in validation; {again}")
+    raise UserError(
+        f"training and validation have their classes in another order: label {at} is '{train.classes[at]}' in training "
+        f"and '{val.classes[at]}' in validation; {again}"
+    )
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

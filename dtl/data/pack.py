@@ -79,18 +79,27 @@ def pack(
     """Pack `source` (see `open_source`) into the folder `destination`, or into a folder a split in it where there are splits.
 
     A split folder is whole once its manifest.json is there, which comes last. The same source and options give the same bytes.
-    Unreadable images: `on_error="fail"` refuses, naming them; `"skip"` leaves them out and reports them. `classes` and `names` as in `open_source`.
-    `existing` is about a destination that holds a packed set: "replace" removes it; "join" is for several nodes that write the same into one
-    cache, and removes nothing.
+    Unreadable images: `on_error="fail"` refuses, naming them; `"skip"` leaves them out and reports them. `classes` and `names` as in
+    `open_source`. `existing` is about a destination that holds a packed set: "replace" removes it; "join" is for several nodes that
+    write the same into one cache, and removes nothing.
     """
     begun = time.monotonic()
     options = Options(
-        val_fraction=val_fraction, shard_bytes=shard_bytes, seed=seed, on_error=on_error, max_side=max_side, short_side=short_side, quality=quality, verify=verify
+        val_fraction=val_fraction,
+        shard_bytes=shard_bytes,
+        seed=seed,
+        on_error=on_error,
+        max_side=max_side,
+        short_side=short_side,
+        quality=quality,
+        verify=verify,
     )
     _check_options(options, processes)
     opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error=on_error)
     if val_fraction and opened.has_splits:
-        raise UserError(f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it")
+        raise UserError(
+            f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it"
+        )
     place = Path(destination).expanduser()
     with clear_errors(place):
         folder = prepare_destination(place, existing)
@@ -162,7 +171,9 @@ class _Packing:
         counts = np.bincount(self.source.labels[members[first]], minlength=len(self.source.classes))
         empty = [self.source.classes[label] for label in np.flatnonzero(counts == 0)]
         if empty:
-            raise UserError(f"no image{'' if first == ALL else ' to train on'} for {len(empty)} of {len(counts)} classes: {', '.join(empty[:10])}{why}")
+            raise UserError(
+                f"no image{'' if first == ALL else ' to train on'} for {len(empty)} of {len(counts)} classes: {', '.join(empty[:10])}{why}"
+            )
 
     def check_space(self, scan: npt.NDArray[Any]) -> None:
         """Say before writing that the disk is too small. Re-encoded images are not known yet; theirs shows while writing."""
@@ -199,7 +210,9 @@ class _Packing:
         shards = []
         for number in range(num_shards):
             facts = json.loads((work / f"{split}-{number:05d}.json").read_text())
-            shards.append(Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts["bytes"], sha256=facts["sha256"]))
+            shards.append(
+                Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts["bytes"], sha256=facts["sha256"])
+            )
         columns = {name: rows[name] for name in ROWS.names or ()}
         index_sha256 = write_index(folder / INDEX_NAME, np.diff(cuts), columns)
         self.job.names.take(np.load(work / f"{split}.order.npy")).write(folder / PATHS_NAME)
@@ -212,9 +225,17 @@ class _Packing:
             class_counts=tuple(np.bincount(rows["labels"], minlength=len(self.source.classes)).tolist()),
             dataset_id=dataset_id(self.source.classes, sizes=rows["sizes"], crcs=rows["crcs"], labels=rows["labels"]),
             index_sha256=index_sha256,
-            made_by={"dtl": __version__, "pack_version": PACK_VERSION, "source": self.source.kind, "split": split, "options": self.job.facts["options"]},
+            made_by={
+                "dtl": __version__,
+                "pack_version": PACK_VERSION,
+                "source": self.source.kind,
+                "split": split,
+                "options": self.job.facts["options"],
+            },
         ).write(folder)
-        return PackedSplit(split=split, folder=folder, num_samples=len(samples), num_shards=num_shards, num_bytes=sum(shard.bytes for shard in shards))
+        return PackedSplit(
+            split=split, folder=folder, num_samples=len(samples), num_shards=num_shards, num_bytes=sum(shard.bytes for shard in shards)
+        )
 
     def _named(self, sample: int, reason: str) -> tuple[str, str]:
         return self.job.names[sample], reason
@@ -232,8 +253,9 @@ def _stored_bytes(scan: npt.NDArray[Any], options: Options) -> npt.NDArray[np.fl
 def _unreadable_message(unreadable: Sequence[tuple[str, str]], total: int) -> str:
     shown = "; ".join(f"{path}: {reason}" for path, reason in unreadable[:10])
     more = f"; and {len(unreadable) - 10:,} more" if len(unreadable) > 10 else ""
-    noun = "image" if len(unreadable) == 1 else "images"
-    return f"{len(unreadable):,} of {total:,} {noun} cannot be read: {shown}{more}. Mend or remove them, or leave them out with --on-error skip"
+    noun = "image" if total == 1 else "images"
+    way_out = "mend or remove them, or leave them out with --on-error skip (training: --data.on-error skip)"
+    return f"{len(unreadable):,} of {total:,} {noun} cannot be read: {shown}{more}; {way_out}"
 
 
 def _check_options(options: Options, processes: int | None) -> None:
@@ -241,7 +263,12 @@ def _check_options(options: Options, processes: int | None) -> None:
         raise UserError(f"on_error is 'fail' or 'skip', got '{options.on_error}'")
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is a number from 0 to below 1, got {options.val_fraction}")
-    for name, value in (("max_side", options.max_side), ("short_side", options.short_side), ("processes", processes), ("shard_bytes", options.shard_bytes)):
+    for name, value in (
+        ("max_side", options.max_side),
+        ("short_side", options.short_side),
+        ("processes", processes),
+        ("shard_bytes", options.shard_bytes),
+    ):
         if value is not None and value < 1:
             raise UserError(f"{name} is at least 1, got {value}")
     if not 1 <= options.quality <= 100:
@@ -250,4 +277,9 @@ def _check_options(options: Options, processes: int | None) -> None:
 
 def _default_processes(source: Source) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, source.num_bytes // _BYTES_PER_PROCESS, 64) if source.images is None else min(cores, source.num_samples // _SAMPLES_PER_PROCESS))
+    return max(
+        1,
+        min(cores, source.num_bytes // _BYTES_PER_PROCESS, 64)
+        if source.images is None
+        else min(cores, source.num_samples // _SAMPLES_PER_PROCESS),
+    )

@@ -1,8 +1,8 @@
 """Processes for packing: each a fresh `python` that imports numpy, Pillow and simplejpeg, and nothing of the caller.
 
-Not `multiprocessing`: its spawn runs the caller's main module again in every child (for training that is torch, 5 s each; for a script without
-a `__main__` guard it is an error), and its fork copies a process that may have threads and a CUDA context. Tasks and answers are
-JSON lines; a child ends when its input ends, so also when the parent is killed.
+Not `multiprocessing`: its spawn runs the caller's main module again in every child (for training that is torch, 5 s each; for a script
+without a `__main__` guard it is an error), and its fork copies a process that may have threads and a CUDA context. Tasks and answers
+are JSON lines; a child ends when its input ends, so also when the parent is killed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -80,7 +81,8 @@ class _Child:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
     def ask(self, task: dict[str, Any]) -> int:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
@@ -109,10 +111,8 @@ class _Child:
                 self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
-            try:
+            with suppress(OSError):  # a task that the child did not live to read
                 stream.close()
-            except OSError:
-                pass  # a task that the child did not live to read
 
 
 def serve(folder: str) -> None:

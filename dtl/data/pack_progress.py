@@ -25,7 +25,12 @@ class PackProgress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn(), console=Console(stderr=True)
+                TextColumn("{task.description:8}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("images"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
             )
             self._bar.start()
         return self

@@ -17,7 +17,8 @@ _STORED_BLOCK = 65_535  # the most that a stored block of deflate (RFC 1951, 3.2
 
 def store_png(image: npt.NDArray[np.uint8]) -> bytes:
     """PNG bytes of uint8 [H, W] (gray) or [H, W, 3] (RGB)."""
-    assert image.dtype == np.uint8 and image.ndim in (2, 3), (image.dtype, image.shape)
+    assert image.dtype == np.uint8, image.dtype
+    assert image.ndim in (2, 3), image.shape
     height, width = image.shape[:2]
     colour_type = 0 if image.ndim == 2 else 2
     rows = image.reshape(height, -1)

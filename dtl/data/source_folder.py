@@ -30,7 +30,11 @@ class _Told:
             (self.others, "without an image's extension", "left out"),
             (self.loose, "outside of any class folder", "left out: they have no class"),
         )
-        return self.lines + [f"{_count(paths, 'file or folder' if what.startswith('hidden') else 'file')} {what} {end} ({_few(paths)})" for paths, what, end in kinds if paths]
+        return self.lines + [
+            f"{_count(paths, 'file or folder' if what.startswith('hidden') else 'file')} {what} {end} ({_few(paths)})"
+            for paths, what, end in kinds
+            if paths
+        ]
 
 
 def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str) -> Source:
@@ -43,7 +47,9 @@ def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path 
     first = split_names[0]
     if not any(listed for of_split in images.values() for listed in of_split.values()):
         raise UserError(_why_no_images(root, told))
-    order = tuple(classes) if classes is not None else _train_classes(root / parts[first], images[first], told, drop_empty=on_error == "skip")
+    order = (
+        tuple(classes) if classes is not None else _train_classes(root / parts[first], images[first], told, drop_empty=on_error == "skip")
+    )
     builder, number = SourceBuilder(), {name: label for label, name in enumerate(order)}
     for split, of_class in images.items():
         _refuse_unknown(root / parts[split], [name for name, listed in of_class.items() if listed], order, given=classes is not None)
@@ -127,12 +133,17 @@ def _train_classes(place: Path, images: dict[str, list[tuple[str, int, int]]], t
     empty = [name for name, listed in images.items() if not listed]
     if empty and not drop_empty:
         what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
-        raise UserError(f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, or leave it out with --on-error skip")
+        raise UserError(
+            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, "
+            "or leave it out with --on-error skip (training: --data.on-error skip)"
+        )
     if empty:
         told.lines.append(f"class folders without an image left out: {_few(empty)}")
     if len(order) == 1:
         inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not _is_hidden(entry.name))
-        hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
+        hint = (
+            f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
+        )
         raise UserError(f"{place} has one class only, '{order[0]}'{hint}")
     return order
 
@@ -142,7 +153,10 @@ def _refuse_unknown(place: Path, present: Sequence[str], order: Sequence[str], *
     unknown = [name for name in present if name not in known]
     if unknown:
         where = "the given class list" if given else "training"
-        raise UserError(f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: {_few(unknown)}; known are {_few(order)}")
+        raise UserError(
+            f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: "
+            f"{_few(unknown)}; known are {_few(order)}"
+        )
 
 
 def _tell_empty(place: str, of_class: dict[str, list[tuple[str, int, int]]], order: Sequence[str], told: _Told) -> None:
@@ -155,7 +169,8 @@ def _why_no_images(root: Path, told: _Told) -> str:
     if told.loose:
         return (
             f"{root} has {_count(told.loose, 'image')} directly in it and no class folders; "
-            f"put each class in a folder of its own ({root.name or root}/CLASS/{os.path.basename(told.loose[0])}), or give a list file with a line `path label` for each image"
+            f"put each class in a folder of its own ({root.name or root}/CLASS/{os.path.basename(told.loose[0])}), "
+            "or give a list file with a line `path label` for each image"
         )
     if told.others:
         return f"{root} holds no images, only other files ({_few(told.others)}); read are {', '.join(sorted(EXTENSIONS))}"

@@ -61,7 +61,9 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
         yield from _csv_rows(path, text, *columns)
         return
     if path.suffix.lower() == ".csv":
-        raise UserError(f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`")
+        raise UserError(
+            f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`"
+        )
     for line, row in enumerate(text.splitlines(), start=1):
         if not row.strip():
             continue
@@ -110,5 +112,8 @@ def _check_files(path: Path, rows: Sequence[tuple[int, str, str]]) -> tuple[list
         mtimes.append(status.st_mtime_ns)
     if missing:
         more = f"; and {len(missing) - _SHOWN_ERRORS:,} more" if len(missing) > _SHOWN_ERRORS else ""
-        raise UserError(f"{path}: {len(missing):,} of {len(rows):,} images do not exist, {'; '.join(missing[:_SHOWN_ERRORS])}{more}; paths are relative to {path.parent}")
+        raise UserError(
+            f"{path}: {len(missing):,} of {len(rows):,} images do not exist: {'; '.join(missing[:_SHOWN_ERRORS])}{more}; "
+            f"paths are relative to {path.parent}"
+        )
     return sizes, mtimes

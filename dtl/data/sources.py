@@ -80,11 +80,25 @@ class SourceBuilder:
         self._labels.append(labels)
         self._splits.append(np.full(len(names), split, np.uint8))
         self.num_bytes += sum(sizes)
-        for part in (self._tables[-1].offsets, self._tables[-1].data, labels, self._splits[-1], np.array(sizes, np.int64), np.array(mtimes, np.int64)):
+        for part in (
+            self._tables[-1].offsets,
+            self._tables[-1].data,
+            labels,
+            self._splits[-1],
+            np.array(sizes, np.int64),
+            np.array(mtimes, np.int64),
+        ):
             self._digest.update(np.ascontiguousarray(part).data)
 
     def build(
-        self, *, kind: str, root: Path, classes: tuple[str, ...], split_names: tuple[str, ...], display_names: dict[str, str], notes: Sequence[str]
+        self,
+        *,
+        kind: str,
+        root: Path,
+        classes: tuple[str, ...],
+        split_names: tuple[str, ...],
+        display_names: dict[str, str],
+        notes: Sequence[str],
     ) -> Source:
         ends = np.cumsum([0, *(len(table.data) for table in self._tables)])
         offsets = [np.zeros(1, np.int64), *(table.offsets[1:] + start for table, start in zip(self._tables, ends))]
@@ -131,7 +145,10 @@ def open_source(
         else:
             found = open_folder(path, classes=classes, names=names, on_error=on_error)
     if classes is not None and found.classes != tuple(classes):
-        raise UserError(f"{source} has other classes ({len(found.classes)}, from '{found.classes[0]}') than asked for ({len(classes)}, from '{classes[0]}')")
+        raise UserError(
+            f"{source} has other classes ({len(found.classes)}: '{found.classes[0]}' ...) "
+            f"than training ({len(classes)}: '{classes[0]}' ...)"
+        )
     return found
 
 
