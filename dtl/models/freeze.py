@@ -6,10 +6,10 @@ drift and dropout draws nothing (pytorch#86590: "people don't know that their fe
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import hashlib
-import logging
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -20,13 +20,12 @@ from dtl.models.groups import head_parameters, layer_groups
 from dtl.models.meta import meta_copy
 from dtl.models.network import Network, forward_logits
 
-_log = logging.getLogger(__name__)
-
 
 def select(network: Network, train: str | Sequence[str]) -> frozenset[str]:
     """The names of the parameters that `train` means: "all", "head", "last:N" (layer groups, the head is the first), or patterns.
 
     A pattern is matched against whole parameter names as in a shell (`layer4.*`, `*.bias`); one that hits nothing is an error.
+    A list is the union of its items, each of any of these kinds.
     """
     names = [name for name, _ in network.module.named_parameters()]
     if train == "all":
@@ -35,17 +34,19 @@ def select(network: Network, train: str | Sequence[str]) -> frozenset[str]:
         return head_parameters(network)
     if isinstance(train, str) and train.startswith("last:"):
         return _last(network, train)
-    patterns = [train] if isinstance(train, str) else list(train)
-    if not patterns:
-        raise UserError('train: an empty list trains nothing; give "all", "head", "last:N" or patterns of parameter names')
-    return frozenset(name for pattern in patterns for name in _matching(pattern, names))
+    if isinstance(train, str):
+        return frozenset(_matching(train, names))
+    if not train:
+        raise UserError("train: an empty list trains nothing; give all, head, last:N or patterns of parameter names")
+    return frozenset().union(*(select(network, item) for item in train))
 
 
-def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool = True) -> None:
+def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool = True) -> list[str]:
     """Make exactly the parameters in `trainable` (names in `module`) require a gradient, and fix the modes of the rest.
 
     Call it on the bare module, after any conversion to SyncBatchNorm and before the DDP wrap. It may be called again with other names.
-    With `freeze_norm=False` the running statistics of frozen norms go on adapting.
+    With `freeze_norm=False` the running statistics of frozen norms go on adapting. Returns what is worth telling: the names of modules
+    with trained and frozen parameters of their own, which stay in eval mode too.
     """
     known = dict(module.named_parameters())
     unknown = sorted(set(trainable) - known.keys())
@@ -57,8 +58,7 @@ def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool =
         part.__dict__.pop("train", None)
         if name in kept:
             part.__dict__["train"] = _StaysInEval(part)
-    if mixed:
-        _log.info("kept in eval mode, though some of their own parameters are trained: %s", ", ".join(mixed))
+    return mixed
 
 
 def set_train_mode(module: nn.Module) -> None:
@@ -97,17 +97,22 @@ def unused_parameters(
     `auxiliary` says whether the auxiliary heads are in the loss. Found by one forward and backward pass over shapes alone
     (meta device), so do it once a phase: the answer depends on nothing that changes between steps.
     """
-    copy = meta_copy(network.module)
-    freeze(copy, trainable)
-    # Checkpointing changes no gradient, and does not know the meta device.
-    for part in copy.modules():
-        part.__dict__.pop("forward", None)
-    copy.train()
     size = image_size or network.preprocessing.image_size
-    images = torch.empty(2, 3, size, size, device="meta")
-    logits, others = forward_logits(copy, images)
+    try:
+        return _without_gradient(meta_copy(network.module), trainable, torch.empty(2, 3, size, size, device="meta"), auxiliary)
+    except (RuntimeError, NotImplementedError):
+        # A forward that looks at values cannot run on shapes alone. A real fault fails here again.
+        device = next(network.module.parameters()).device
+        return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(2, 3, size, size, device=device), auxiliary)
+
+
+def _without_gradient(module: nn.Module, trainable: Collection[str], images: torch.Tensor, auxiliary: bool) -> frozenset[str]:
+    """Trains nothing and may spoil `module`'s running statistics: give it a copy."""
+    freeze(module, trainable)
+    set_train_mode(module)
+    logits, others = forward_logits(module, images)
     loss = logits.sum() + sum(other.sum() for other in others if auxiliary)
-    wanted = {name: parameter for name, parameter in copy.named_parameters() if parameter.requires_grad}
+    wanted = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(wanted, gradients) if gradient is None)
 
