@@ -118,6 +118,12 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def discard(folder: Path) -> None:
+    """`remove` after a failure: as far as the disk lets us, for the failure itself is what must be told."""
+    with suppress(OSError):
+        shutil.rmtree(folder)
+
+
 def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.before")
 

@@ -213,7 +213,7 @@ class CheckpointStore:
             self._before_write()
             durable.publish(temporary, target)
         except BaseException:
-            durable.remove(temporary)  # at once: on a full disk the next save needs the space
+            durable.discard(temporary)  # at once: on a full disk the next save needs the space
             raise
         self._prune(snapshot.step)
 

@@ -360,7 +360,7 @@ def test_which_mode_is_chosen(tmp_path: Path) -> None:
     assert choose_mode("auto", nothing)[1] == ""
     netrc.write_text("what is this")
     assert choose_mode("auto", file)[0] == "offline"
-    with pytest.raises(UserError, match="tracking.wandb is 'on': it must be auto, online, offline or off"):
+    with pytest.raises(UserError, match=r"tracking.wandb is 'on': it must be auto, online, offline or off"):
         choose_mode("on", {})
 
 
