@@ -5,7 +5,6 @@ B samples, K classes. Nothing here waits for the device; `result()` is the one p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,8 +34,8 @@ class Sums:
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor, losses: Tensor) -> None:
         """Add a batch: logits [B,K], labels int64 [B], weights [B] (a weight over 0 is a real sample), losses [B] unweighted."""
-        assert logits.ndim == 2 and logits.shape[1] == self.num_classes
-        assert labels.shape == weights.shape == losses.shape == logits.shape[:1]
+        assert logits.shape == (len(labels), self.num_classes)
+        assert labels.shape == weights.shape == losses.shape
         with torch.no_grad():
             real = weights > 0
             rank = _rank_of_label(logits, labels)
@@ -53,23 +52,19 @@ class Sums:
         """(int64 vector, float64 vector): add them over ranks, then `from_tensors`. Both have one length on all ranks."""
         return self._counts.clone(), self._sums.clone()
 
-    @classmethod
-    def from_tensors(cls, counts: Tensor, sums: Tensor, *, num_classes: int) -> Sums:
-        """The sums whose `tensors()` are these."""
-        confusion = len(counts) > 3
-        restored = cls(num_classes, counts.device, confusion=confusion)
-        assert counts.shape == restored._counts.shape and sums.shape == restored._sums.shape
+    def from_tensors(self, counts: Tensor, sums: Tensor) -> Sums:
+        """Sums like these ones whose `tensors()` are `counts` and `sums`: what an all-reduce gave."""
+        assert (counts.shape, sums.shape) == (self._counts.shape, self._sums.shape)
+        restored = Sums(self.num_classes, counts.device, confusion=self._has_confusion)
         restored._counts, restored._sums = counts.clone(), sums.clone()
         return restored
 
-    @classmethod
-    def added(cls, parts: Iterable[Sums]) -> Sums:
-        """The sums of several parts of a data set together."""
-        first, *others = parts
-        counts, sums = first.tensors()
+    def added(self, *others: Sums) -> Sums:
+        """The sums of these parts of a data set together."""
+        counts, sums = self.tensors()
         for part in others:
             counts, sums = counts + part._counts, sums + part._sums
-        return cls.from_tensors(counts, sums, num_classes=first.num_classes)
+        return self.from_tensors(counts, sums)
 
     def result(self) -> dict[str, float | int]:
         """{top1, top5, loss, num_samples}: shares from 0 to 1 and the weighted mean loss; NaN where no sample was seen."""
