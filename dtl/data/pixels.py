@@ -18,6 +18,7 @@ Pixels = npt.NDArray[np.uint8]
 Table = npt.NDArray[np.uint8]
 
 _LEVELS = np.arange(256, dtype=np.float32)
+_THIRTEENTHS = ((2 * np.arange(13 * 255 + 1) + 13) // 26).astype(np.float32)  # n / 13, rounded
 
 
 def gray(image: Pixels) -> Pixels:
@@ -46,25 +47,30 @@ def contrast(image: Pixels, factor: float) -> Pixels:
 
 def saturation(image: Pixels, factor: float) -> Pixels:
     """0 is gray, 1 the image."""
-    return _blend(gray(image)[..., None].astype(np.float32), image.astype(np.float32), factor)
+    luma = gray(image).astype(np.float32)
+    result = np.empty_like(image)
+    for channel in range(3):  # by planes: NumPy is slow along an axis of three
+        result[..., channel] = _blend(luma, image[..., channel].astype(np.float32), factor)
+    return result
 
 
 def hue(image: Pixels, shift: float) -> Pixels:
     """Turn the colour wheel by `shift` of a full turn, saturation and value kept (in floating point, unlike Pillow's 8-bit HSV)."""
-    rgb = image.astype(np.float32) / np.float32(255)
-    value, least = rgb.max(axis=2), rgb.min(axis=2)
-    chroma = value - least
-    safe = np.where(chroma == 0, np.float32(1), chroma)
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    sector = np.where(
-        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    )
-    turned = sector + np.float32(6 * shift)
-    result = np.empty_like(rgb)
+    red, green, blue = (image[..., channel].astype(np.float32) for channel in range(3))
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    scale = 1 / np.where(chroma == 0, np.float32(1), chroma)
+    # The sixth of the wheel, counted from red: -1 ... 5.
+    sixth = np.where(value == red, (green - blue) * scale, np.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4))
+    result = np.empty_like(image)
     for channel, position in enumerate((5, 3, 1)):
-        k = np.mod(turned + np.float32(position), np.float32(6))
-        result[..., channel] = value - chroma * np.clip(np.minimum(k, 4 - k), 0, 1)
-    return np.clip(result * 255 + 0.5, 0, 255).astype(np.uint8)
+        k = sixth + np.float32(6 * shift + position)
+        k -= 6 * np.floor(k * np.float32(1 / 6))
+        np.minimum(k, 4 - k, out=k)
+        np.clip(k, 0, 1, out=k)
+        k *= chroma
+        result[..., channel] = value - k + np.float32(0.5)
+    return result
 
 
 def sharpness(image: Pixels, factor: float) -> Pixels:
@@ -72,24 +78,24 @@ def sharpness(image: Pixels, factor: float) -> Pixels:
     height, width, _ = image.shape
     if height <= 2 or width <= 2:
         return image
-    wide = image.astype(np.int32)
-    total = 4 * wide[1:-1, 1:-1]
-    for y in range(3):
-        for x in range(3):
-            total = total + wide[y : y + height - 2, x : x + width - 2]
+    wide = image.astype(np.int16)  # 13 * 255 fits
+    rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
+    total = rows[:-2] + rows[1:-1] + rows[2:] + 4 * wide[1:-1, 1:-1]
     smooth = image.astype(np.float32)
-    smooth[1:-1, 1:-1] = (2 * total + 13) // 26
+    smooth[1:-1, 1:-1] = _THIRTEENTHS[total]
     return _blend(smooth, image.astype(np.float32), factor)
 
 
 def posterize(image: Pixels, bits: int) -> Pixels:
     """Keep the upper `bits` bits of each channel."""
-    return image & np.uint8(256 - (1 << (8 - bits)))
+    kept: Pixels = image & np.uint8(256 - (1 << (8 - bits)))
+    return kept
 
 
 def solarize(image: Pixels, threshold: float) -> Pixels:
     """Invert every value at or above `threshold` (0 ... 255)."""
-    return np.where(image >= threshold, 255 - image, image)
+    inverted: Pixels = image ^ ((image >= threshold).view(np.uint8) * np.uint8(255))
+    return inverted
 
 
 def autocontrast(image: Pixels) -> Pixels:
@@ -100,7 +106,7 @@ def autocontrast(image: Pixels) -> Pixels:
         low, high = int(plane.min()), int(plane.max())
         scale = np.float32(255) / np.float32(high - low) if high > low else np.float32(1)
         table = np.clip((_LEVELS - np.float32(low if high > low else 0)) * scale, 0, 255)
-        result[..., channel] = table.astype(np.uint8)[plane]
+        result[..., channel] = _look_up(plane, table.astype(np.uint8))
     return result
 
 
@@ -115,7 +121,7 @@ def equalize(image: Pixels) -> Pixels:
             result[..., channel] = plane
             continue
         before = np.cumsum(counts) - counts
-        result[..., channel] = np.clip((before + step // 2) // step, 0, 255).astype(np.uint8)[plane]
+        result[..., channel] = _look_up(plane, np.clip((before + step // 2) // step, 0, 255).astype(np.uint8))
     return result
 
 
@@ -127,7 +133,8 @@ def rotate(image: Pixels, degrees: float) -> Pixels:
     planes = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
     # grid_sample splits its work by image only, so that one image is always one thread's.
     turned = grid_sample(planes[None], torch.from_numpy(grid)[None], mode="bilinear", padding_mode="zeros", align_corners=False)
-    return np.rint(turned[0].numpy()).astype(np.uint8).transpose(1, 2, 0)
+    result: Pixels = np.rint(turned[0].numpy()).astype(np.uint8).transpose(1, 2, 0)
+    return result
 
 
 def rotate_nearest(image: Pixels, degrees: float) -> Pixels:
@@ -160,16 +167,19 @@ def translate(image: Pixels, *, right: int = 0, down: int = 0) -> Pixels:
 
 def _blend(start: npt.NDArray[np.float32], end: npt.NDArray[np.float32], factor: float) -> Pixels:
     """start + factor * (end - start) in float32, clipped and rounded down, as Pillow's Image.blend; 1 returns `end` exactly."""
-    return np.clip(start + np.float32(factor) * (end - start), 0, 255).astype(np.uint8)
+    mixed = end - start
+    mixed *= np.float32(factor)
+    mixed += start
+    return np.clip(mixed, 0, 255, out=mixed).astype(np.uint8)
 
 
 def _look_up(image: Pixels, table: Table) -> Pixels:
-    return table[image]
+    return np.take(table, image)  # twice as fast as table[image]
 
 
 def _positions(height: int, width: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Pixel centres: x [1,W] and y [H,1], with the upper left corner of the image at 0."""
-    return np.arange(width)[None, :] + 0.5, np.arange(height)[:, None] + 0.5
+    return np.arange(width, dtype=np.float64)[None, :] + 0.5, np.arange(height, dtype=np.float64)[:, None] + 0.5
 
 
 def _rotated_positions(height: int, width: int, degrees: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -185,4 +195,5 @@ def _gather(image: Pixels, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     index = np.where(inside, row * width + column, 0)
-    return image.reshape(-1, 3)[index] * inside[..., None]
+    found: Pixels = image.reshape(-1, 3)[index] * inside[..., None]
+    return found

@@ -27,8 +27,7 @@ class Operation(NamedTuple):
 
 
 def _even(start: float, end: float) -> Callable[[int], npt.NDArray[np.float64]]:
-    # In float32, as torchvision's table is: int(magnitude) of a translation must not fall on the other side of a whole number.
-    return lambda size: np.linspace(start, end, NUM_BINS, dtype=np.float32).astype(np.float64)
+    return lambda size: np.linspace(start, end, NUM_BINS)
 
 
 def _share_of_size(share: float) -> Callable[[int], npt.NDArray[np.float64]]:

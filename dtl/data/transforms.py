@@ -26,7 +26,6 @@ from dtl.data.geometry import (
     RandomResizedCrop,
     ShortSide,
     Square,
-    below,
     place,
     random_boxes,
 )
@@ -85,11 +84,11 @@ class AugmentSettings:
         self.jitter  # noqa: B018  (refuses what it cannot read)
         if self.randaugment is not None and self.trivial:
             raise UserError("augment.randaugment and augment.trivial are both on; take one of them")
-        if self.randaugment is not None:
-            if len(self.randaugment) != 2 or self.randaugment[0] < 1 or not 0 <= self.randaugment[1] < NUM_BINS:
-                raise UserError(
-                    f"augment.randaugment is {self.randaugment}; it is two numbers: operations (1 or more) and magnitude (0 to {NUM_BINS - 1})"
-                )
+        given = self.randaugment
+        if given is not None and (len(given) != 2 or given[0] < 1 or not 0 <= given[1] < NUM_BINS):
+            raise UserError(
+                f"augment.randaugment is {given}; it is two numbers: operations (1 or more) and magnitude (0 to {NUM_BINS - 1})"
+            )
 
     @property
     def jitter(self) -> tuple[float, float, float, float]:
