@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,10 @@ class Tracker:
     def note(self, note: str, *, step: int | None = None, **facts: Any) -> None:
         """Anything else worth keeping, under a short name: a resume, a save, a summary."""
         self._tell({"event": "note", "note": note} | ({} if step is None else {"step": step}) | facts)
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print the closing table; `summary_table` says what a row holds."""
+        self.console.table(rows)
 
     def sync(self) -> None:
         """Put the history on the disk for certain."""

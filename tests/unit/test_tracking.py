@@ -174,7 +174,7 @@ def test_other_processes_tell_nothing(tmp_path: Path) -> None:
     tracker.note("x")
     tracker.say("y")
     tracker.sync()
-    tracker.console.table([])
+    tracker.table([])
     tracker.close()
     assert not (tmp_path / "run").exists()
     assert (err.getvalue(), tracker.history_offset, tracker.wandb_id) == ("", 0, None)
