@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -70,3 +71,35 @@ def links_by_neighbours(units: Sequence[Unit]) -> dict[int, set[Link]]:
         if found:
             links[unit.index] = found
     return links
+
+
+_NUMBER = re.compile(r"(\d+)$")
+
+
+def links_by_names(units: Sequence[Unit]) -> dict[int, int]:
+    """Norm -> its layer, from names alone: `conv1` and `bn1`, Sequential `0` and `1`, or the only two in a module."""
+    inside: dict[str, list[Unit]] = defaultdict(list)
+    for unit in units:
+        if unit.kind in (*WEIGHTED, *NORMS) and not unit.flat:
+            inside[unit.path.rpartition(".")[0]].append(unit)
+    links = {}
+    for siblings in inside.values():
+        layers = [unit for unit in siblings if unit.kind in WEIGHTED]
+        norms = [unit for unit in siblings if unit.kind in NORMS]
+        for norm in norms:
+            mates = [layer for layer in layers if _numbers_agree(layer, norm)]
+            if len(layers) == len(norms) == 1:
+                mates = layers
+            if len(mates) == 1 and mates[0].shape[0] == norm.shape[0]:
+                links[norm.index] = mates[0].index
+    return links
+
+
+def _numbers_agree(layer: Unit, norm: Unit) -> bool:
+    ours, theirs = (unit.path.rpartition(".")[2] for unit in (layer, norm))
+    a, b = _NUMBER.search(ours), _NUMBER.search(theirs)
+    if a is None or b is None:
+        return False
+    if ours.isdigit() and theirs.isdigit():
+        return int(ours) + 1 == int(theirs)
+    return a.group(1) == b.group(1) and not ours.isdigit() and not theirs.isdigit()

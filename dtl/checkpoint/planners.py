@@ -7,12 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from dtl.checkpoint.auto import Side, match_auto
 from dtl.checkpoint.by_name import match_names, renamed_entries
 from dtl.checkpoint.by_order import match_strict_order
 from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.names import Renaming, looks_sorted, rename
-from dtl.checkpoint.target import Target
-from dtl.checkpoint.units import Entry, Key, Unit
+from dtl.checkpoint.target import Target, target_of
+from dtl.checkpoint.trace import Dataflow
+from dtl.checkpoint.trust import trust_names
+from dtl.checkpoint.units import Entry, Key, Unit, units_of
+from dtl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,21 +46,75 @@ class Planned:
 
 def match(request: PlanRequest) -> Planned:
     """Run the planner that `by` names; the matching speaks of the source's tensors by their own names."""
+    request = replace(request, ordered=request.in_order)
+    if request.source_model is not None:
+        return _with_source_model(request)
     renaming = rename(request.source, request.target.entries, prefix=request.prefix)
     renamed = renamed_entries(request.source, renaming)
     if request.by == "order":
         matching = _by_order(replace(request, source=renamed))
     elif renaming.rivals:
         matching = _rivals(renaming)
-    else:
+    elif request.by == "name":
         matching = match_names(renamed, request.target.units, heads=request.heads)
-        few = len(matching.matches) < 0.5 * len(request.target.entries)
-        if request.by == "auto" and (few or matching.refusals) and request.assume_order and request.in_order:
-            in_order = match_strict_order(renamed, request.target.entries, heads=request.heads)
-            matching = matching if in_order.refusals else in_order
+    else:
+        matching = _auto(replace(request, source=renamed), source_flow=None)
     if renaming.hits and not renaming.rivals and renaming.source_prefix != renaming.target_prefix:
         matching.notes.append(f"prefix '{renaming.source_prefix}' stands for '{renaming.target_prefix}'")
     return Planned(_own_names(matching, renaming), (renaming.source_prefix, renaming.target_prefix))
+
+
+def _auto(request: PlanRequest, *, source_flow: Dataflow | None) -> Matching:
+    """Names first; where these leave layers on both sides, the views of structure."""
+    source, target = units_of(request.source), request.target.units
+    named = match_names(request.source, target, heads=request.heads)
+    trust = trust_names(named, source, target, request.heads)
+    used = set(trust.anchors.values())
+    left = [unit for unit in source if unit.index not in used]
+    complete = not left or all(unit.index in trust.anchors for unit in target)
+    # Tracing costs up to a second, so it is done only where something is left to decide.
+    flow = None if complete else request.target.dataflow
+    return match_auto(
+        Side(source, source_flow),
+        Side(target, flow),
+        named=named,
+        trust=trust,
+        heads=request.heads,
+        in_order=request.in_order,
+        assume_order=request.assume_order,
+    )
+
+
+def _with_source_model(request: PlanRequest) -> Planned:
+    """Speak of the source in the names of its own network, whose execution order and dataflow are then known."""
+    assert request.source_model is not None
+    network = target_of(request.source_model, image_size=request.image_size)
+    own = _names_in(request.source, network, request.in_order, request.prefix)
+    if own is None:
+        raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
+    flow = network.dataflow
+    if flow is None:
+        raise UserError("source_model: it cannot be run on the meta device, so its dataflow is not to be had")
+    entries = [Entry(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
+    matching = _auto(replace(request, source=entries, source_model=None), source_flow=flow)
+    return Planned(_own_names(matching, Renaming(own)), ("", ""))
+
+
+def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str | None) -> dict[str, str] | None:
+    """Source tensor -> its name in the network it was made for: by names, else by the whole sequence of shapes."""
+    shapes = {entry.name: entry.shape for entry in network.entries}
+    renaming = rename(source, network.entries, prefix=prefix)
+    fits = {name: now for name, now in renaming.renamed.items() if now in shapes}
+    wrong = [entry for entry in source if entry.name in fits and shapes[fits[entry.name]] != entry.shape]
+    learned = [entry for entry in network.entries if not entry.is_counter]
+    if not renaming.rivals and not wrong and len(set(fits.values()) & {entry.name for entry in learned}) >= 0.9 * len(learned):
+        return fits
+    if not in_order:
+        return None
+    ours = [entry for entry in source if not entry.is_counter]
+    if [entry.shape for entry in ours] != [entry.shape for entry in learned]:
+        return None
+    return {a.name: b.name for a, b in zip(ours, learned)}
 
 
 def _by_order(request: PlanRequest) -> Matching:

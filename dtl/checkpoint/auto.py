@@ -1,0 +1,361 @@
+"""Planning without being told how: names where they can be trusted, then alignment, attachment, dataflow and structure.
+
+The rule above all others: a pair is made when every view that knows something agrees and at least one argument for it does
+not rest on the order of registration; what is left is flagged with its alternatives. `assume_order` lifts the second half.
+The algorithm and the measurements behind its thresholds: docs/weight-transfer.md.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dtl.checkpoint.attach import Link, links_by_dataflow, links_by_names, links_by_neighbours, producers
+from dtl.checkpoint.evidence import NameEvidence, graph_colours, unique_shapes
+from dtl.checkpoint.flow_match import complete_by_dataflow, prune_by_dataflow
+from dtl.checkpoint.matching import Matching
+from dtl.checkpoint.qkv import fuse_projections
+from dtl.checkpoint.trace import Dataflow
+from dtl.checkpoint.tree import loose_signature, match_trees
+from dtl.checkpoint.trust import Trust
+from dtl.checkpoint.units import NORMS, Unit
+from dtl.checkpoint.views import Candidates, Viewed, in_use_order, look
+
+ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
+
+
+@dataclass
+class Side:
+    units: list[Unit]
+    flow: Dataflow | None
+
+
+@dataclass
+class Decided:
+    """`certain`: target unit -> source unit, with `evidence`. `doubts`: target unit -> (reason, source units that would fit)."""
+
+    certain: dict[int, int] = field(default_factory=dict)
+    evidence: dict[int, str] = field(default_factory=dict)
+    doubts: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
+
+    def put(self, j: int, i: int, evidence: str) -> None:
+        self.certain[j] = i
+        self.evidence[j] = evidence
+        self.doubts.pop(j, None)
+
+    def doubt(self, j: int, reason: str, options: Sequence[int | None]) -> None:
+        self.certain.pop(j, None)
+        self.evidence.pop(j, None)
+        self.doubts[j] = (reason, [i for i in options if i is not None])
+
+
+def match_auto(
+    source: Side,
+    target: Side,
+    *,
+    named: Matching,
+    trust: Trust,
+    heads: Sequence[Unit],
+    in_order: bool,
+    assume_order: bool,
+) -> Matching:
+    """Pair the layers of two networks. `named`: the matching by names and `trust` the judgement of it; `in_order`: whether the
+    source's sequence can be the order of registration."""
+    return _Auto(source, target, named, trust, heads, in_order, assume_order).run()
+
+
+class _Auto:
+    def __init__(
+        self,
+        source: Side,
+        target: Side,
+        named: Matching,
+        trust: Trust,
+        heads: Sequence[Unit],
+        in_order: bool,
+        assume_order: bool,
+    ) -> None:
+        self.named, self.trust, self.in_order, self.assume_order = named, trust, in_order, assume_order
+        ours = fuse_projections(source.units, target.units)
+        theirs = fuse_projections(target.units, source.units)
+        if len(ours) != len(source.units) or len(theirs) != len(target.units):
+            self.trust = _reindexed(trust, source.units, ours, target.units, theirs)
+        self.source, self.target = Side(ours, source.flow), Side(theirs, target.flow)
+        self.ours = {unit.index: unit for unit in ours}
+        self.theirs = {unit.index: unit for unit in theirs}
+        head_names = {name for unit in heads for name in unit.names}
+        self.heads = {unit.index for unit in theirs if head_names.intersection(unit.names)}
+        self.decided = Decided()
+
+    def run(self) -> Matching:
+        for j, i in self.trust.anchors.items():
+            self.decided.put(j, i, "name")
+        view = "names"
+        if self._left_over():
+            viewed = self._structure()
+            view = viewed.name if not self.trust.anchors else f"names, then {viewed.name}"
+        else:
+            viewed = Viewed("", {}, {})
+        return self._matching(view, viewed)
+
+    def _left_over(self) -> bool:
+        """Whether both sides still have layers that could be each other's."""
+        used = set(self.decided.certain.values())
+        ours = {loose_signature(unit) for unit in self.source.units if unit.index not in used}
+        return any(unit.index not in self.decided.certain and loose_signature(unit) in ours for unit in self.target.units)
+
+    # --- the views ---
+
+    def _structure(self) -> Viewed:
+        self.names = NameEvidence(self.source.units, self.target.units, distrusted=self.trust.distrusted)
+        self.our_links = _links(self.source)
+        self.their_links = _links(self.target)
+        viewed = look(
+            self.source.units,
+            self.target.units,
+            source_flow=self.source.flow,
+            target_flow=self.target.flow,
+            source_links=self.our_links,
+            target_links=self.their_links,
+            anchors=self.trust.anchors,
+        )
+        self.candidates: Candidates = viewed.candidates
+        self.transforms = viewed.transforms
+        self.trees = match_trees(self.source.units, self.target.units, target_rank=self._use_ranks())
+        self.unique = unique_shapes(self.source.units, self.target.units)
+        self._certain_by_views()
+        self._names_break_ties()
+        self._unique_and_dataflow()
+        self._names_contradict()
+        self._trees_agree()
+        self._norms_follow_layers()
+        self._order_alone()
+        self._list_doubts()
+        return viewed
+
+    def _use_ranks(self) -> dict[int, int] | None:
+        if self.target.flow is None:
+            return None
+        return {unit.index: rank for rank, unit in enumerate(in_use_order(self.target.units, self.target.flow))}
+
+    def _certain_by_views(self) -> None:
+        """Exactly one candidate both ways, and no near-optimal alignment that skips it; repeated as dataflow prunes the rest."""
+        for _ in range(4):
+            found = _only(self.candidates)
+            for j, i in found.items():
+                if j not in self.decided.certain:
+                    self.decided.put(j, i, "structure")
+            if not self._prune():
+                return
+
+    def _prune(self) -> bool:
+        taken = {i: j for j, i in self.decided.certain.items()}
+        changed = False
+        for j, options in self.candidates.items():
+            kept = [i for i in options if i is None or taken.get(i, j) == j]
+            if j not in self.decided.certain and len(kept) < len(options):
+                self.candidates[j] = kept
+                changed = True
+        if self.source.flow and self.target.flow:
+            before, after = producers(self.source.units, self.source.flow), producers(self.target.units, self.target.flow)
+            changed |= prune_by_dataflow(self.candidates, self.decided.certain, before, after)
+        return changed
+
+    def _names_break_ties(self) -> None:
+        for j, options in self.candidates.items():
+            i = self.names.best(j)
+            if j not in self.decided.certain and i is not None and i in options and i not in self._taken():
+                self.decided.put(j, i, "name")
+
+    def _unique_and_dataflow(self) -> None:
+        for j, i in self.unique.items():
+            if j not in self.decided.certain and i not in self._taken():
+                self.decided.put(j, i, "unique-shape")
+        if self.source.flow and self.target.flow:
+            found = complete_by_dataflow(self.source.units, self.target.units, self.decided.certain, self.source.flow, self.target.flow)
+            for j, i in found.items():
+                self.decided.put(j, i, "graph")
+
+    # --- what speaks against ---
+
+    def _names_contradict(self) -> None:
+        """Another layer of the shape has a name that fits clearly better: structure and names disagree, nobody is believed."""
+        for j, i in list(self.decided.certain.items()):
+            if j in self.trust.anchors or self.transforms.get((i, j)):
+                continue
+            better = self.names.better(i, j)
+            if better:
+                self.decided.doubt(j, "structure and names disagree", [i, *better])
+
+    def _trees_agree(self) -> None:
+        if not self.in_order and self.source.flow is None:
+            self._without_order()
+            return
+        if self.source.flow is None:
+            for j, i in list(self.decided.certain.items()):
+                other = self.trees.get(j, i)
+                if other != i and j not in self.trust.anchors and not self.transforms.get((i, j)):
+                    self.decided.doubt(j, "the order and the numbers in the names disagree", [i, other])
+        for j, i in self.trees.items():
+            if j in self.decided.certain or j in self.decided.doubts or i in self._taken():
+                continue
+            if i in self.candidates.get(j, ()):
+                self.decided.put(j, i, "tree+number")
+
+    def _without_order(self) -> None:
+        """Sorted names: what the alignment says of their order is noise; keep what names, numbers or shapes say."""
+        for j, i in list(self.decided.certain.items()):
+            if j in self.trust.anchors or self.unique.get(j) == i or self.trees.get(j) == i or self.names.best(j) == i:
+                continue
+            self.decided.doubt(j, "the source keeps no order, and neither names nor numbers place it", [i])
+        for j, i in self.trees.items():
+            if j not in self.decided.certain and i not in self._taken():
+                self.decided.put(j, i, "tree+number")
+
+    def _norms_follow_layers(self) -> None:
+        """A norm is loaded beside the layer it was trained with or not at all."""
+        before = producers(self.target.units, self.target.flow)[0] if self.target.flow else {}
+        for j, i in list(self.decided.certain.items()):
+            unit = self.theirs[j]
+            links = self.their_links.get(j)
+            if unit.kind not in NORMS or not links or j in self.trust.anchors:
+                continue
+            post = {link for link in links if link[0] == "post"}
+            # A BatchNorm with one producer belongs to that producer; others (pre-norm, sums) to any neighbour.
+            binding = post if unit.kind == "bn" and len(before.get(j, ())) == 1 and post else links
+            mates = {(side, self.decided.certain[other]) for side, other in binding if other in self.decided.certain}
+            known = self.our_links.get(i) if self.in_order or self.source.flow else None
+            if not mates or (known and not mates & known):
+                self.decided.doubt(j, "its convolution is not the one it was trained with", [i])
+
+    # --- evidence ---
+
+    def _order_alone(self) -> None:
+        """Tell pairs that rest on the order of registration alone from those with another argument."""
+        free = self._free_of_order()
+        for j in list(self.decided.certain):
+            if j in self.trust.anchors or j in self.heads:
+                continue
+            if j in free:
+                self.decided.evidence[j] = free[j]
+            elif self.assume_order:
+                self.decided.evidence[j] = "order"
+            else:
+                self.decided.doubt(j, ORDER_ONLY, [self.decided.certain[j]])
+
+    def _free_of_order(self) -> dict[int, str]:
+        """Target unit -> the argument for its pair that needs no order."""
+        colours = graph_colours(self.source.units, self.source.flow) if self.source.flow else {}
+        sharing: dict[tuple[object, int | None], int] = defaultdict(int)
+        for unit in self.source.units:
+            sharing[loose_signature(unit), colours.get(unit.index)] += 1
+        found = {}
+        for j, i in self.decided.certain.items():
+            if self.unique.get(j) == i:
+                found[j] = "unique-shape"
+            elif self.names.best(j) == i:
+                found[j] = "name"
+            elif self.trees.get(j) == i:
+                found[j] = "tree+number"
+            elif colours and sharing[loose_signature(self.ours[i]), colours[i]] == 1:
+                found[j] = "graph"
+        self._norms_with_their_layers(found)
+        return found
+
+    def _norms_with_their_layers(self, found: dict[int, str]) -> None:
+        """A norm that names or dataflow tie to a layer shares that layer's evidence."""
+        ours = links_by_names(self.source.units)
+        theirs = links_by_names(self.target.units)
+        for j, i in self.decided.certain.items():
+            if j in found or self.theirs[j].kind not in NORMS:
+                continue
+            layer = self._layer_of(j, theirs)
+            mate = ours.get(i) if not self.source.flow else self._source_layer_of(i)
+            if layer is not None and mate is not None and layer in found and self.decided.certain.get(layer) == mate:
+                found[j] = "structure"
+
+    def _layer_of(self, j: int, named: Mapping[int, int]) -> int | None:
+        if self.target.flow is not None:
+            post = [other for side, other in self.their_links.get(j, ()) if side == "post"]
+            return post[0] if len(post) == 1 else None
+        return named.get(j)
+
+    def _source_layer_of(self, i: int) -> int | None:
+        post = [other for side, other in self.our_links.get(i, ()) if side == "post"]
+        return post[0] if len(post) == 1 else None
+
+    def _list_doubts(self) -> None:
+        taken = self._taken()
+        for j, options in self.candidates.items():
+            if j in self.decided.certain or j in self.decided.doubts or j in self.heads:
+                continue
+            left = [i for i in options if i is not None and i not in taken and self.transforms.get((i, j)) != "head"]
+            if left:
+                self.decided.doubts[j] = ("several layers fit equally well" if len(options) > 1 else "it fits, but so does it elsewhere", left)
+
+    def _taken(self) -> set[int]:
+        return set(self.decided.certain.values())
+
+    # --- the result ---
+
+    def _matching(self, view: str, viewed: Viewed) -> Matching:
+        matching = Matching(view, clashes=list(self.named.clashes), notes=list(self.named.notes))
+        for j, i in sorted(self.decided.certain.items()):
+            transform = viewed.transforms.get((i, j), "")
+            if transform == "head":
+                continue
+            if j in self.trust.anchors:
+                # The matching by names knows the transforms of its own pairs.
+                matching.matches.update({name: self.named.matches[name] for name in self.theirs[j].names if name in self.named.matches})
+                continue
+            fused = any(isinstance(key, tuple) for key, _ in self.ours[i].roles.values())
+            matching.pair(
+                self.ours[i],
+                self.theirs[j],
+                transform="fuse" if fused else transform,
+                evidence=self.decided.evidence[j],
+                margin=viewed.margins.get((i, j)),
+            )
+        for j, (reason, options) in sorted(self.decided.doubts.items()):
+            if j not in self.heads:
+                matching.flag(self.theirs[j], reason, [self.ours[i].names[0] for i in options[:6]])
+        self._flags_of_names(matching)
+        return matching
+
+    def _flags_of_names(self, matching: Matching) -> None:
+        """Norms whose kind changed stay in doubt; plain clashes of shape are fresh, and told."""
+        clashed = {clash.target.rpartition(".")[0] for clash in matching.clashes}
+        for name, flag in self.named.flags.items():
+            if name in matching.matches or name in matching.flags or not self.trust.as_a_whole:
+                continue
+            if name.rpartition(".")[0] not in clashed:
+                matching.flags[name] = flag
+
+
+def _links(side: Side) -> dict[int, set[Link]]:
+    return links_by_dataflow(side.units, side.flow) if side.flow else links_by_neighbours(side.units)
+
+
+def _only(candidates: Candidates) -> dict[int, int]:
+    wanted: dict[int, list[int]] = defaultdict(list)
+    for j, options in candidates.items():
+        for i in options:
+            if i is not None:
+                wanted[i].append(j)
+    return {j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1}
+
+
+def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: list[Unit], new_theirs: list[Unit]) -> Trust:
+    """Trust in terms of the fused lists of layers."""
+
+    def moved(old: list[Unit], new: list[Unit]) -> dict[int, int]:
+        where = {name: unit.index for unit in new for name in unit.names}
+        return {unit.index: where[unit.names[0]] for unit in old}
+
+    a, b = moved(ours, new_ours), moved(theirs, new_theirs)
+    whole = {unit.index for unit in new_theirs if any(isinstance(key, str) for key, _ in unit.roles.values())}
+    anchors = {b[j]: a[i] for j, i in trust.anchors.items() if b[j] in whole}
+    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted})
+
+

@@ -1,0 +1,69 @@
+"""How far equal names can be believed: which layers they pair beyond doubt, and where their numbers have shifted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dtl.checkpoint.matching import Matching
+from dtl.checkpoint.units import Unit
+
+MOST_AGREE = 0.9
+
+
+@dataclass
+class Trust:
+    """`anchors`: target unit -> source unit of the same name, believed. `distrusted`: target units whose name says nothing.
+
+    `as_a_whole`: same names have the same shapes nearly everywhere, and cover nearly all of one side.
+    """
+
+    as_a_whole: bool
+    anchors: dict[int, int] = field(default_factory=dict)
+    distrusted: set[int] = field(default_factory=set)
+
+
+def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Unit], heads: Sequence[Unit]) -> Trust:
+    """Judge a matching by names. A numbered list in which a layer clashes with its namesake, while a neighbour in the same
+    list has its shape, is taken for shifted: its numbers are believed nowhere."""
+    own = {name: unit.index for unit in source for name in unit.names}
+    apart = {unit.index for unit in heads}
+    paired: dict[int, int] = {}
+    for unit in target:
+        sources = {own[str(matching.matches[name].source)] for name in unit.names if name in matching.matches}
+        if len(sources) == 1:
+            paired[unit.index] = sources.pop()
+    clashed = {clash.target for clash in matching.clashes}
+    clashing = [unit for unit in target if clashed.intersection(unit.names)]
+    kinds_changed = [unit for unit in target if any(name in matching.flags for name in unit.names) and unit not in clashing]
+    agree = len(paired) / max(1, len(paired) + len(clashing))
+    counted = [unit for unit in target if unit.index not in apart]
+    share = max(
+        sum(unit.index in paired for unit in counted) / max(1, len(counted)),
+        len(set(paired.values())) / max(1, len(source)),
+    )
+    if len(clashing) > 2 and agree < MOST_AGREE:
+        return Trust(False, distrusted={unit.index for unit in target})
+    shifted = _shifted_lists(clashing, source)
+    distrusted = {unit.index for unit in target if any(_in_list(unit.path, each) for each in shifted)}
+    if share + len(kinds_changed) / max(1, len(counted)) < MOST_AGREE:
+        return Trust(False, distrusted=distrusted)
+    return Trust(True, {j: i for j, i in paired.items() if j not in distrusted}, distrusted)
+
+
+def _shifted_lists(clashing: Sequence[Unit], source: Sequence[Unit]) -> set[tuple[str, str]]:
+    """Numbered lists, as what stands before and after the number, in which a namesake's neighbour has the wanted shape."""
+    shapes = {unit.path: unit.signature for unit in source}
+    found = set()
+    for unit in clashing:
+        for number in re.finditer(r"\d+", unit.path):
+            before, after = unit.path[: number.start()], unit.path[number.end() :]
+            pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after) + r"$")
+            if any(pattern.match(path) and signature == unit.signature for path, signature in shapes.items()):
+                found.add((before, ""))
+    return found
+
+
+def _in_list(path: str, numbered: tuple[str, str]) -> bool:
+    return path.startswith(numbered[0]) and path[len(numbered[0]) : len(numbered[0]) + 1].isdigit()
