@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.data.transforms import AugmentSettings, Transform, eval_transform, train_transform
+from dtl.data.transforms import TRANSFORM_VERSION, AugmentSettings, Draws, Transform, eval_transform, train_transform
 from dtl.errors import UserError
 
 EVERYTHING = AugmentSettings(
@@ -303,3 +303,29 @@ def test_bad_sizes_are_refused() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             eval_transform(**arguments)
+
+
+def test_golden_draws() -> None:
+    """Other numbers here mean that resumed runs see other pixels: raise TRANSFORM_VERSION, then put the new ones in."""
+    assert TRANSFORM_VERSION == 1
+    settings = {"rotation": 15, "color_jitter": 0.4, "vertical_flip": 0.5, "grayscale": 0.5, "erasing": 1.0, "trivial": True}
+
+    def draw(preset: str) -> Draws:
+        augment = AugmentSettings(preset=preset, **settings)  # type: ignore[arg-type]
+        return train_transform(image_size=64, augment=augment).draw([0, 1, 2**40], [500, 300, 64], [375, 400, 64], seed=1, epoch=2)
+
+    assert draw("imagenet").placement.boxes.tolist() == [[57, 139, 315, 340], [15, 1, 333, 298], [9, 10, 40, 51]]
+    assert draw("light").placement.offsets.tolist() == [[1, 9], [8, 9], [9, 3]]
+    assert draw("cifar").placement.offsets.tolist() == [[8, 6], [6, 8], [7, 2]]
+    draws = draw("none")
+    assert draws.horizontal_flip.tolist() == [False, False, False]
+    assert draws.vertical_flip.tolist() == [False, True, False]
+    for values, expected in [
+        (draws.operations, [[13], [3], [9]]),
+        (draws.erase, [[3, 35, 18, 16], [2, 23, 57, 20], [21, 15, 12, 28]]),
+        (draws.grayscale, [False, False, True]),
+        (draws.jitter_order, [[2, 3, 1, 0], [2, 1, 0, 3], [1, 0, 3, 2]]),
+    ]:
+        assert values is not None
+        assert values.tolist() == expected
+    assert draws.angles == pytest.approx([10.90742, 4.920119, 2.243034], abs=1e-6)
