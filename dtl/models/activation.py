@@ -55,6 +55,9 @@ class _Checkpointed:
             return forward(self.block, *inputs, **keywords)
         # DenseNet's blocks hand one growing list from layer to layer; the repetition must see it as it was.
         inputs = tuple(list(value) if isinstance(value, list) else value for value in inputs)
+        if torch.compiler.is_compiling():
+            # The compiler writes buffers back once, after the graph, and takes no context of ours.
+            return checkpoint(forward, self.block, *inputs, use_reentrant=False, **keywords)
         return checkpoint(forward, self.block, *inputs, use_reentrant=False, context_fn=self._contexts, **keywords)
 
     def _contexts(self) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ class Entry:
             return torchvision_preprocessing(self.name.removeprefix("torchvision/"))
         if self.library == "timm":
             return timm_preprocessing(dict(module.pretrained_cfg))  # type: ignore[arg-type]
-        if self.library == "dtl" and self.name != "dtl/resnet18_plain":
+        if self.library == "dtl" and module.get_submodule("0.0").kernel_size == (3, 3):  # the stem for small images
             return Preprocessing(image_size=32, crop_ratio=1.0)
         return Preprocessing()
 
@@ -61,6 +61,7 @@ def find(name: str) -> Entry:
     if library == "timm" and importlib.util.find_spec("timm") is None:
         raise UserError(f"model {name!r} needs timm, which is not installed: pip install 'dtl[timm]'")
     if library in ("", "timm") and short.partition(".")[0] in _timm_names():
+        _check_timm_tag(short)
         return Entry(f"timm/{short}", "timm", lambda **options: _construct_timm(short, **options))
     raise UserError(_unknown(name))
 
@@ -80,6 +81,17 @@ def _construct_timm(name: str, **options: Any) -> nn.Module:
     import timm
 
     return timm.create_model(name, pretrained=False, **options)
+
+
+def _check_timm_tag(name: str) -> None:
+    """timm's names may end in the tag of one set of pretrained weights (resnet18.a1_in1k), which decides the preprocessing."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if tag:
+        known = timm.list_pretrained(architecture + ".*")
+        if name not in known:
+            raise UserError(f"timm/{architecture} has no pretrained weights {tag!r}; it has {', '.join(known) or 'none'}")
 
 
 def _function_entry(name: str) -> Entry:

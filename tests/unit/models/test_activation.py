@@ -91,3 +91,20 @@ def test_a_network_without_blocks_is_told() -> None:
     network = build("torchvision/vgg11", num_classes=5, meta=True)
     with pytest.raises(UserError, match="no blocks to checkpoint"):
         enable_activation_checkpointing(network)
+
+
+def test_compiled() -> None:
+    """Frozen and checkpointed networks compile, and statistics are still counted once. `aot_eager` needs no C++ compiler."""
+    network = build("dtl/resnet_tiny", num_classes=5)
+    freeze(network.module, select(network, "last:2"))
+    plain = copy.deepcopy(network.module)
+    enable_activation_checkpointing(network)
+    images = torch.randn(4, 3, 32, 32)
+    logits, gradients, buffers = _one_step(torch.compile(network.module, backend="aot_eager"), images)
+    plain_logits, plain_gradients, plain_buffers = _one_step(plain, images)
+    torch.testing.assert_close(logits, plain_logits)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[key.removeprefix("_orig_mod.")])
+    for key, buffer in buffers.items():
+        torch.testing.assert_close(buffer, plain_buffers[key.removeprefix("_orig_mod.")])
+    assert len(gradients) == len(plain_gradients)

@@ -145,6 +145,7 @@ def test_preprocessing_is_that_of_the_default_weights() -> None:
     assert build("dtl/resnet18_plain", num_classes=2, meta=True).preprocessing == imagenet
     tiny = build("dtl/resnet_tiny", num_classes=2, meta=True).preprocessing
     assert (tiny.image_size, tiny.crop_ratio) == (32, 1.0)
+    assert build("dtl/resnet18_plain", num_classes=2, meta=True, options={"small_images": True}).preprocessing == tiny
     inception = build("inception_v3", num_classes=2, meta=True).preprocessing
     assert (inception.image_size, round(inception.crop_ratio * 342)) == (299, 299)
     swin = build("swin_t", num_classes=2, meta=True).preprocessing
@@ -211,6 +212,7 @@ def test_a_users_function(mine: str) -> None:
         ("resnet19", {}, "unknown model 'resnet19'; did you mean torchvision/resnet18"),
         ("torchvision/mobilnet_v2", {}, "did you mean torchvision/mobilenet_v2"),
         ("timm/convnext_ato", {}, "did you mean timm/convnext_atto"),
+        ("timm/resnet18.a9_in1k", {}, "timm/resnet18 has no pretrained weights 'a9_in1k'; it has resnet18.a1_in1k"),
         ("keras/resnet50", {}, "unknown model 'keras/resnet50'; did you mean torchvision/resnet50"),
         ("resnet18", {"widht": 3}, "torchvision/resnet18' cannot be built with the options {'widht': 3}"),
         ("resnet18", {"head": "fcc"}, "the option head names 'fcc', which is no linear layer or 1x1 convolution of it; did you mean fc?"),
