@@ -122,6 +122,31 @@ def test_the_plain_resnet_is_the_tutorials() -> None:
     assert sorted(tuple(t.shape) for t in plain.values()) == sorted(tuple(t.shape) for t in wanted.values())
 
 
+@torch.no_grad()
+def test_the_plain_resnet_computes_what_torchvisions_does() -> None:
+    """With torchvision's weights, its own biases zero, and torchvision's shortcut norms made to pass everything through."""
+    theirs, plain = build("resnet18", num_classes=10).module.eval(), build("dtl/resnet18_plain", num_classes=10).module.eval()
+    renamed = {"0.0": "conv1", "0.1": "bn1", "7": "fc"}
+    for stage, block in ((stage, block) for stage in (1, 2, 3, 4) for block in (0, 1)):
+        for part in ("conv1", "conv2", "bn1", "bn2"):
+            renamed[f"{stage}.{block}.{part}"] = f"layer{stage}.{block}.{part}"
+        renamed[f"{stage}.{block}.conv3"] = f"layer{stage}.{block}.downsample.0"
+    for name, layer in theirs.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.1)
+            if name.endswith("downsample.1"):
+                nn.init.zeros_(layer.running_mean)
+                layer.weight.fill_((1 + layer.eps) ** 0.5)
+    values = theirs.state_dict()
+    ours = plain.state_dict()
+    for key, tensor in ours.items():
+        layer, _, leaf = key.rpartition(".")
+        source = f"{renamed[layer]}.{leaf}"
+        tensor.copy_(values[source] if source in values else torch.zeros_like(tensor))
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(plain(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
 def test_names_without_a_library_and_meta_builds_agree() -> None:
     assert build("resnet18", num_classes=2, meta=True).name == "torchvision/resnet18"
     assert build("resnet_tiny", num_classes=2, meta=True).name == "dtl/resnet_tiny"
