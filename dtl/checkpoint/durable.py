@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ _NAMES_OF_TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,11 @@ class _LazyBytes:
         self.tensor = tensor
 
     def view(self) -> memoryview:
-        flat = self.tensor.detach().contiguous().reshape(-1)
-        return memoryview(cast(bytes, flat.view(torch.uint8).numpy())) if flat.numel() else memoryview(b"")
+        if not self.tensor.numel():
+            return memoryview(b"")
+        # numpy lays out with this thread alone; torch would take the threads that train. Plain integers: numpy has no bfloat16.
+        whole = np.ascontiguousarray(self.tensor.detach().view(_INTEGERS[self.tensor.element_size()]).numpy())
+        return memoryview(cast(bytes, whole.reshape(-1).view(np.uint8)))
 
 
 def _write(path: Path, pieces: Iterable[bytes | _LazyBytes]) -> FileFacts:

@@ -11,6 +11,7 @@ its hashes prove it when it is read. Only the main process may save, and only it
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -313,7 +314,12 @@ def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:
     pinned = tensor.is_cuda
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype or buffer.stride() != tensor.stride():
         buffer = torch.empty_like(tensor, device="cpu", memory_format=torch.preserve_format, pin_memory=pinned)
-    return buffer.copy_(tensor, non_blocking=pinned)
+    if tensor.device.type != "cpu" or buffer.stride() != tensor.stride():
+        return buffer.copy_(tensor, non_blocking=pinned)
+    # Same layout, no gaps: the plain copy. torch's would spread over all threads, and on a machine whose cores are busy (with
+    # loader workers, as ever) wait for the last of them, tensor by tensor: seen four times and more as long.
+    ctypes.memmove(buffer.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return buffer
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

@@ -352,7 +352,9 @@ def run(folder, pipe):
 
 torch.set_num_threads(1)
 random.seed(0)
-for _ in range(int(sys.argv[2])):
+kills, hits = 0, 0
+while kills < 30 or (hits < 5 and kills < 300):
+    kills += 1
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -367,19 +369,22 @@ for _ in range(int(sys.argv[2])):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(reading)
-    print(line.strip(), sum(not name.startswith("step-") for name in os.listdir(sys.argv[1])))
+    folder = sys.argv[1]
+    left = os.path.isdir(folder) and any(not name.startswith("step-") for name in os.listdir(folder))
+    hits += left
+    print(line.strip(), int(left))
 """
 
 
 def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     done = subprocess.run(
-        [sys.executable, tmp_path / "killed.py", tmp_path / "checkpoints", "40"], stdout=subprocess.PIPE, text=True, timeout=60, check=True
+        [sys.executable, tmp_path / "killed.py", tmp_path / "checkpoints"], stdout=subprocess.PIPE, text=True, timeout=60, check=True
     )
     starts, leftovers = zip(*[map(int, line.split()) for line in done.stdout.splitlines()], strict=True)
     assert starts == tuple(sorted(starts))
-    assert starts[-1] > 10
-    assert max(leftovers) >= 1, "some of the kills fell into a save"
+    assert starts[-1] > 0
+    assert sum(leftovers) >= 5, "some of the kills fell into a save"
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     store.save(10**6, tensors(), {}, wait=True)
     assert [name for name in os.listdir(store.folder) if not name.startswith("step-")] == [], "leftovers go at the next save"
