@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
@@ -35,12 +36,13 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def run(argv: list[str]) -> int:
     """The command. UserError for whatever is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
-    from dtl.data.cache import describe_trouble
+    from dtl.data.cache import describe_trouble, packed_folder
     from dtl.data.manifest import Manifest
     from dtl.data.pack import pack
     from dtl.data.sources import open_source
 
-    classes = Manifest.read(options.classes_from).classes if options.classes_from else None
+    like = options.classes_from
+    classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None
     shard_bytes = parse_size(options.shard_size)
     source = open_source(options.source, classes=classes, names=options.names, on_error=options.on_error)
     if not options.quiet:

@@ -144,14 +144,16 @@ def _pack_into(
 
 def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
     """Lines about images that were left out, or that look damaged."""
+    kinds = (
+        (report.skipped, "image cannot be read and was left out", "images cannot be read and were left out"),
+        (report.doubtful, "image looks damaged, but decodes, and was packed", "images look damaged, but decode, and were packed"),
+    )
     lines = []
-    for found, what in (
-        (report.skipped, "cannot be read and were left out"),
-        (report.doubtful, "look damaged, but decode; they were packed"),
-    ):
+    for found, one, many in kinds:
         if found:
             more = f"; and {len(found) - limit:,} more" if len(found) > limit else ""
-            lines.append(f"{len(found):,} images {what}: " + "; ".join(f"{path}: {reason}" for path, reason in found[:limit]) + more)
+            listed = "; ".join(f"{path}: {reason}" for path, reason in found[:limit])
+            lines.append(f"{len(found):,} {one if len(found) == 1 else many}: {listed}{more}")
     return lines
 
 

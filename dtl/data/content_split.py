@@ -27,7 +27,7 @@ def split_by_content(
     first[1:] = hashes[order][1:] != hashes[order][:-1]
     group = np.cumsum(first) - 1
     group_label, group_size = labels[order][first], np.bincount(group)
-    wanted = _shares(np.bincount(labels, minlength=num_classes), fraction)
+    wanted = _shares(np.bincount(group_label[group], minlength=num_classes), fraction)
     chosen = np.zeros(len(group_size), bool)
     for label in range(num_classes):
         members = np.flatnonzero(group_label == label)  # by growing hash
@@ -44,7 +44,7 @@ def split_by_content(
 def _shares(counts: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.int64]:
     """How many of each class, ceil(fraction x N) together: largest remainders, the lower class first where they are equal."""
     exact = counts * fraction
-    shares = np.floor(exact + 1e-9).astype(np.int64)
+    shares: npt.NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
     left = math.ceil(counts.sum() * fraction - 1e-9) - int(shares.sum())
     remainders = np.round(exact - shares, 9)
     shares[np.argsort(-remainders, kind="stable")[:left]] += 1

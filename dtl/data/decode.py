@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 # What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -93,7 +93,7 @@ def _open(data: bytes) -> Image.Image:
         raise DecodeError("the file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DecodeError(f"not an image ({_look(data)})") from None
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels: {error}") from None

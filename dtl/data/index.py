@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.data.decode import FORMATS
-from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
+from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id, sha256_of_file
 from dtl.data.strings import StringTable
 from dtl.errors import DamagedSample, UserError
 
@@ -105,13 +105,7 @@ class Shards:
         folder = Path(folder)
         manifest = Manifest.read(folder)
         shards = cls(folder, manifest)
-        with (folder / INDEX_NAME).open("rb") as file:
-            found = (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else hashlib.sha256(file.read()).hexdigest()
-            )
-        if found != manifest.index_sha256:
+        if sha256_of_file(folder / INDEX_NAME) != manifest.index_sha256:
             raise UserError(f"{folder / INDEX_NAME} does not belong to the {MANIFEST_NAME} beside it (another sha256); pack the data again")
         return shards
 
@@ -194,11 +188,13 @@ class Shards:
             raise UserError(f"{path} has {size} bytes where {expected} are expected; pack the data again")
         if [shard.samples for shard in self.manifest.shards] != list(np.fromfile(path, "<i8", num_shards, offset=_HEADER.size)):
             raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); pack the data again")
+        # One mapping for all columns (each costs a file number), as plain arrays: indexing a np.memmap is several times slower.
+        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
         at = _HEADER.size
-        for name, kind, length in (("shard_sizes", "<i8", num_shards), *((name, kind, num_samples) for name, kind in _COLUMNS)):
-            column = np.memmap(path, kind, "r", at, (length,)) if length else np.zeros(0, kind)
-            setattr(self, name, column)
-            at += column.nbytes
+        for name, kind, length in [("shard_sizes", "<i8", num_shards), *((name, kind, num_samples) for name, kind in _COLUMNS)]:
+            size = length * np.dtype(kind).itemsize
+            setattr(self, name, data[at : at + size].view(kind))
+            at += size
 
     def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
         """Up to `size` bytes; fewer at the end of the file."""

@@ -30,8 +30,11 @@ def prepare_destination(place: Path, existing: Existing) -> Path:
     work = place / f".packing-{socket.gethostname()}"
     if existing != "join":
         _make_room(place, work, replace=existing == "replace")
-    place.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{place} cannot be written: {error.strerror}") from None
     return work
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dtl.data.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
 from dtl.data.index import FORMAT_FLAGS
+from dtl.data.manifest import sha256_of_file
 from dtl.data.pack_job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, write_array, write_json, write_whole
 from dtl.data.sources import content_hash
 from dtl.errors import UserError
@@ -177,11 +178,7 @@ def _is_done(target: Path, rows_path: Path, num_samples: int) -> bool:
         done = json.loads(rows_path.with_suffix(".json").read_text())
         if target.stat().st_size != done["bytes"] or len(np.load(rows_path)) != num_samples:
             return False
-        digest = hashlib.sha256()
-        with target.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return bool(digest.hexdigest() == done["sha256"])
+        return bool(sha256_of_file(target) == done["sha256"])
     except (OSError, ValueError, KeyError, EOFError):
         return False
 

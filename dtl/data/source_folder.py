@@ -26,15 +26,11 @@ class _Told:
 
     def notes(self) -> list[str]:
         kinds = (
-            (self.hidden, "hidden or system", "left out"),
-            (self.others, "without an image's extension", "left out"),
-            (self.loose, "outside of any class folder", "left out: they have no class"),
+            (self.hidden, "hidden or system file left out", "hidden or system files left out"),
+            (self.others, "file without an image's extension left out", "files without an image's extension left out"),
+            (self.loose, "image outside of any class folder left out", "images outside of any class folder left out"),
         )
-        return self.lines + [
-            f"{_count(paths, 'file or folder' if what.startswith('hidden') else 'file')} {what} {end} ({_few(paths)})"
-            for paths, what, end in kinds
-            if paths
-        ]
+        return self.lines + [f"{_count(paths, one, many)} ({_few(paths)})" for paths, one, many in kinds if paths]
 
 
 def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str) -> Source:
