@@ -93,12 +93,13 @@ class RunFolder:
         _replace_json(self.path / "status.json", facts | {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()} | more)
 
     def release(self) -> None:
-        """Leave the folder to whoever comes next. Never raises: a folder that is gone is released too."""
+        """Leave the folder to whoever comes next. Nothing happens in a process that has not acquired it, or if it is gone."""
+        if self._heart is None:
+            return
         self._stop.set()
-        if self._heart is not None:
-            self._heart.join()
-            self._heart = None
-        if self.incarnation and newest_incarnation(self.path) == self.incarnation:
+        self._heart.join()
+        self._heart = None
+        if newest_incarnation(self.path) == self.incarnation:
             with suppress(OSError):
                 _replace_json(self._file("json"), self._owner | {"released": True})
                 self._file("beat").unlink(missing_ok=True)

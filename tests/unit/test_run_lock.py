@@ -101,6 +101,17 @@ def test_also_within_one_process(folder: Path) -> None:
     start(folder).release()
 
 
+def test_another_rank_releases_nothing(folder: Path) -> None:
+    run, other_rank = start(folder), RunFolder(folder)
+    other_rank.incarnation = run.incarnation  # told by the main process, to check it
+    other_rank.check_incarnation()
+    other_rank.release()
+    with pytest.raises(UserError, match="another run works"):
+        start(folder)
+    run.release()
+    start(folder).release()
+
+
 def test_a_killed_run_leaves_the_folder_free_at_once(folder: Path, other: subprocess.Popen[str]) -> None:
     other.kill()
     while Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
