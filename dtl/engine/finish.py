@@ -67,7 +67,7 @@ def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
         model = folder.path / "model"
         _save_model(trainer, model, folder, config)
         folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
-        tracker.table(table_rows(trainer.numbers()))
+        tracker.console.table(table_rows(trainer.numbers()))
         for line in next_steps(folder.path, config):
             tracker.say(line)
     tracker.close("done")

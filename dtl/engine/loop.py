@@ -216,7 +216,7 @@ class Trainer:
         """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
         window = self._window
         assert window.first_bad_step is not None
-        sums = self.runtime.sum(window.loss_sum.reshape(1).cpu())
+        sums = self.runtime.sum(window.loss_sum.reshape(1).cpu().clone())
         bad = window.first_bad_step.item()
         loss = float(sums[0]) / max(window.weight_sum, 1e-12)
         if any(step >= 0 for step in self.runtime.gather(bad)) or loss != loss:

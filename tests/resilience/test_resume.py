@@ -1,0 +1,94 @@
+"""Stop it anywhere, run the same command again: the same weights, bit for bit, and the same history."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from harness import history, run, start, status, wait_for
+from recipes import weights_hash, write_recipe
+
+
+def steps_done(folder: Path) -> int:
+    """The last step that history tells of."""
+    file = folder / "history.jsonl"
+    return max([event.get("step", 0) for event in history(folder)], default=0) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """An uninterrupted run for each world size."""
+    runs = {}
+    for world in (1, 2):
+        folder = tmp_path_factory.mktemp(f"reference-{world}")
+        run(["--config", str(write_recipe(folder))], cwd=folder, world=world)
+        runs[world] = folder / "runs/tiny"
+    return runs
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("when", [2, 6, 13, 20])
+def test_a_run_that_was_stopped_goes_on_bit_identically(tmp_path: Path, reference: dict[int, Path], world: int, when: int) -> None:
+    arguments = ["--config", str(write_recipe(tmp_path))]
+    folder = tmp_path / "runs/tiny"
+    job = start(arguments, cwd=tmp_path, world=world)
+    wait_for(lambda: steps_done(folder) >= when or None, what=f"step {when}")
+    job.kill(rank=world - 1, number=signal.SIGTERM)  # one rank's signal is enough
+    job.wait()
+    if job.codes == [75] * world:
+        assert status(folder)["state"] == "stopped"
+        run(arguments, cwd=tmp_path, world=world)
+    else:
+        job.check(0)  # it was quicker than the signal
+    assert status(folder)["state"] == "done"
+    assert weights_hash(folder) == weights_hash(reference[world])
+    assert history(folder) == history(reference[world])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("when", [1, 8, 16])
+def test_a_run_that_was_killed_goes_on_bit_identically(tmp_path: Path, reference: dict[int, Path], world: int, when: int) -> None:
+    arguments = ["--config", str(write_recipe(tmp_path))]
+    folder = tmp_path / "runs/tiny"
+    job = start(arguments, cwd=tmp_path, world=world)
+    wait_for(lambda: steps_done(folder) >= when or None, what=f"step {when}")
+    job.kill()
+    run(arguments, cwd=tmp_path, world=world)
+    assert weights_hash(folder) == weights_hash(reference[world])
+    assert history(folder) == history(reference[world])
+
+
+def test_a_finished_run_prints_its_result_and_changes_nothing(tmp_path: Path, reference: dict[int, Path]) -> None:
+    folder = reference[1]
+    before = weights_hash(folder), history(folder)
+    job = run(["--config", str(folder.parent.parent / "tiny.yaml")], cwd=folder.parent.parent)
+    assert "is finished" in job.err()
+    assert (weights_hash(folder), history(folder)) == before
+
+
+def test_more_epochs_on_the_last_phase_go_on(tmp_path: Path) -> None:
+    arguments = ["--config", str(write_recipe(tmp_path))]
+    run(arguments, cwd=tmp_path)
+    first = status(tmp_path / "runs/tiny")["step"]
+    run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path)
+    after = status(tmp_path / "runs/tiny")
+    assert after["state"] == "done"
+    assert after["step"] == first + 6
+    steps = [event["step"] for event in history(tmp_path / "runs/tiny")]
+    assert steps == sorted(steps)
+
+
+def test_a_changed_setting_is_refused_by_name_with_the_way_out(tmp_path: Path) -> None:
+    arguments = ["--config", str(write_recipe(tmp_path))]
+    run(arguments, cwd=tmp_path)
+    job = run([*arguments, "--phases.head.lr", "0.3", "--data.workers", "0"], cwd=tmp_path, code=2)
+    assert job.err().count("\n") == 1
+    for words in ("phases.head.lr", "0.1", "0.3", "--run.name NEW", "--run.resume never"):
+        assert words in job.err()
+    run([*arguments, "--phases.head.lr", "0.3", "--run.resume", "never"], cwd=tmp_path)
+
+
+def test_resume_must_refuses_to_start_from_nothing(tmp_path: Path) -> None:
+    job = run(["--config", str(write_recipe(tmp_path)), "--run.resume", "must"], cwd=tmp_path, code=2)
+    assert "run.resume is must" in job.err()
