@@ -19,6 +19,12 @@ COMMANDS = {
     "pack": "pack images into shards, once",
     "transfer": "show what a transfer of pretrained weights would load (a dry run)",
     "models": "list the networks that can be named",
+    "evaluate": "exact metrics of a run or model folder on a validation set",
+    "predict": "class names and probabilities for images, to CSV or JSON lines",
+    "export": "a model folder as ONNX, torch.export or safetensors, checked against PyTorch",
+    "report": "curves, confusion, example images of one run or several, as PNG and HTML",
+    "index": "manifest and index for WebDataset tars made by others",
+    "verify": "check packed shards: sizes, checksums, every image decoded",
 }
 
 
