@@ -245,8 +245,7 @@ def _stored_bytes(scan: npt.NDArray[Any], options: Options) -> npt.NDArray[np.fl
     """Bytes of each image in a shard, guessed by area where it gets smaller, with its share of headers and padding."""
     sizes = scan["size"].astype(np.float64)
     if options.max_side or options.short_side:
-        pairs = zip(scan["width"].tolist(), scan["height"].tolist())
-        sizes *= [shrink_factor(w, h, max_side=options.max_side, short_side=options.short_side) ** 2 for w, h in pairs]
+        sizes *= shrink_factor(scan["width"], scan["height"], max_side=options.max_side, short_side=options.short_side) ** 2
     return np.ceil(sizes / 512) * 512 + 3 * 512
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from dtl.data.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
@@ -140,7 +141,7 @@ def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, 
         raise UserError(f"{job.names[sample]} changed while it was packed; run the same command again when nothing writes to the source")
     height, width = int(scanned["height"]), int(scanned["width"])
     name = next(name for name, flag in FORMAT_FLAGS.items() if flag == scanned["format"])
-    scale = shrink_factor(width, height, max_side=job.options.max_side, short_side=job.options.short_side)
+    scale = float(shrink_factor(width, height, max_side=job.options.max_side, short_side=job.options.short_side))
     if scale >= 1:
         return data, (height, width, name)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -148,14 +149,14 @@ def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, 
     return smaller, (size[1], size[0], name)
 
 
-def shrink_factor(width: int, height: int, *, max_side: int | None, short_side: int | None) -> float:
-    """1 where the image is within the limits already."""
-    factors = [1.0]
+def shrink_factor(width: npt.ArrayLike, height: npt.ArrayLike, *, max_side: int | None, short_side: int | None) -> npt.NDArray[np.float64]:
+    """1 where an image is within the limits already; of one image, or of many at once."""
+    factor = np.ones(np.shape(width))
     if max_side is not None:
-        factors.append(max_side / max(width, height))
+        factor = np.minimum(factor, max_side / np.maximum(width, height))
     if short_side is not None:
-        factors.append(short_side / min(width, height))
-    return min(factors)
+        factor = np.minimum(factor, short_side / np.minimum(width, height))
+    return factor
 
 
 def _shrink(data: bytes, size: tuple[int, int], name: str, quality: int) -> tuple[bytes, str]:

@@ -38,26 +38,39 @@ def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path 
     told = _Told()
     parts = _find_splits(root, told)
     split_names = tuple(parts)
-    found = {split: _class_folders(root / place, root, told) for split, place in parts.items()}
-    images = {split: {name: _images(root, Path(parts[split]) / name, told) for name in folders} for split, folders in found.items()}
-    first = split_names[0]
-    if not any(listed for of_split in images.values() for listed in of_split.values()):
-        raise UserError(_why_no_images(root, told))
-    order = (
-        tuple(classes) if classes is not None else _train_classes(root / parts[first], images[first], told, drop_empty=on_error == "skip")
-    )
-    builder, number = SourceBuilder(), {name: label for label, name in enumerate(order)}
-    for split, of_class in images.items():
-        _refuse_unknown(root / parts[split], [name for name, listed in of_class.items() if listed], order, given=classes is not None)
-        if not any(of_class.values()):
-            raise UserError(f"{root / parts[split]} holds no images")
-        _tell_empty(parts[split], of_class, order, told)
-        for name in (name for name in order if of_class.get(name)):
-            listed = of_class[name]
-            paths, sizes, mtimes = zip(*listed)
-            builder.add(paths, label=number[name], split=split_names.index(split), sizes=sizes, mtimes=mtimes)
-    display = find_display_names(order, given=names, beside=[root / parts[first], root, root.parent], told=told.lines)
+    builder, order = SourceBuilder(), tuple(classes) if classes is not None else None
+    for split, place in enumerate(parts.values()):
+        counts = _add_split(builder, root, place, told, split=split, order=order)
+        if not any(counts.values()):
+            raise UserError(_why_no_images(root / place, root, told))
+        if order is None:
+            order = _train_classes(root / place, counts, told, drop_empty=on_error == "skip")
+        else:
+            _refuse_unknown(root / place, [name for name, count in counts.items() if count], order, given=classes is not None)
+            _tell_empty(place, counts, order, told)
+    assert order is not None
+    display = find_display_names(order, given=names, beside=[root / parts[split_names[0]], root, root.parent], told=told.lines)
     return builder.build(kind="image folder", root=root, classes=order, split_names=split_names, display_names=display, notes=told.notes())
+
+
+def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, split: int, order: Sequence[str] | None) -> dict[str, int]:
+    """Add the images of a split class by class, so that no more than one class is held as objects; returns images per class folder.
+
+    Without an `order` the classes are the folders that have images, as they come. A folder that `order` lacks is counted, not added.
+    """
+    counts: dict[str, int] = {}
+    labels = None if order is None else {name: label for label, name in enumerate(order)}
+    found = 0
+    for name in _class_folders(root / place, root, told):
+        listed = _images(root, Path(place) / name, told)
+        counts[name] = len(listed)
+        label = found if labels is None else labels.get(name)
+        if not listed or label is None:
+            continue
+        found += 1
+        paths, sizes, mtimes = zip(*listed)
+        builder.add(paths, label=label, split=split, sizes=sizes, mtimes=mtimes)
+    return counts
 
 
 def _find_splits(root: Path, told: _Told) -> dict[str, str]:
@@ -124,9 +137,9 @@ def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _train_classes(place: Path, images: dict[str, list[tuple[str, int, int]]], told: _Told, *, drop_empty: bool) -> tuple[str, ...]:
-    order = tuple(sorted(name for name, listed in images.items() if listed))
-    empty = [name for name, listed in images.items() if not listed]
+def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_empty: bool) -> tuple[str, ...]:
+    order = tuple(name for name, count in counts.items() if count)
+    empty = [name for name, count in counts.items() if not count]
     if empty and not drop_empty:
         what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         raise UserError(
@@ -155,22 +168,23 @@ def _refuse_unknown(place: Path, present: Sequence[str], order: Sequence[str], *
         )
 
 
-def _tell_empty(place: str, of_class: dict[str, list[tuple[str, int, int]]], order: Sequence[str], told: _Told) -> None:
-    without = [name for name in order if not of_class.get(name)]
+def _tell_empty(place: str, counts: dict[str, int], order: Sequence[str], told: _Told) -> None:
+    without = [name for name in order if not counts.get(name)]
     if without:
         told.lines.append(f"{place or 'the folder'} has no image of {_count(without, 'class', 'classes')}: {_few(without)}")
 
 
-def _why_no_images(root: Path, told: _Told) -> str:
-    if told.loose:
+def _why_no_images(place: Path, root: Path, told: _Told) -> str:
+    loose, others = ([path for path in paths if (root / path).is_relative_to(place)] for paths in (told.loose, told.others))
+    if loose:
         return (
-            f"{root} has {_count(told.loose, 'image')} directly in it and no class folders; "
-            f"put each class in a folder of its own ({root.name or root}/CLASS/{os.path.basename(told.loose[0])}), "
+            f"{place} has {_count(loose, 'image')} directly in it and no images in class folders; "
+            f"put each class in a folder of its own ({place.name or place}/CLASS/{os.path.basename(loose[0])}), "
             "or give a list file with a line `path label` for each image"
         )
-    if told.others:
-        return f"{root} holds no images, only other files ({_few(told.others)}); read are {', '.join(sorted(EXTENSIONS))}"
-    return f"{root} is empty: it holds no images"
+    if others:
+        return f"{place} holds no images, only other files ({_few(others)}); read are {', '.join(sorted(EXTENSIONS))}"
+    return f"{place} holds no images"
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dtl.data.display_names import find_display_names
 from dtl.data.sources import ALL, Source, SourceBuilder, nearest
+from dtl.data.strings import StringTable
 from dtl.errors import UserError
 
 _PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
@@ -22,10 +25,9 @@ _SHOWN_ERRORS = 3
 
 def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None) -> Source:
     """Read a list. Names sort as text, numbers as numbers (class names "0", "1" ...). See `open_source`."""
-    rows = list(_rows(path))
-    if not rows:
+    table, lines, coded, labels = _read_columns(path)
+    if not lines:
         raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
-    labels = [label for _, _, label in rows]
     numeric = all(_NUMBER.fullmatch(label) for label in labels)
     if numeric:
         labels = [str(int(label)) for label in labels]
@@ -33,18 +35,35 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
     if classes is None and len(order) == 1:
         raise UserError(f"{path} has one class only, '{order[0]}'; a classifier needs two or more")
     number = {name: position for position, name in enumerate(order)}
-    for (line, _, _), label in zip(rows, labels):
+    for code, label in enumerate(labels):
         if label not in number:
+            line = lines[int(np.argmax(coded == code))]
             raise UserError(f"{path}, line {line}: class '{label}' is not in the given class list{nearest(label, order)}")
-    sizes, mtimes = _check_files(path, rows)
+    sizes, mtimes = _check_files(path, table, lines)
+    numbers = np.array([number[label] for label in labels], np.int32)[coded]
     told: list[str] = []
     builder = SourceBuilder()
-    builder.add([name for _, name, _ in rows], label=[number[label] for label in labels], split=0, sizes=sizes, mtimes=mtimes)
-    without = [name for name, count in zip(order, np.bincount([number[label] for label in labels], minlength=len(order))) if not count]
+    builder.add_table(table, labels=numbers, split=0, sizes=sizes, mtimes=mtimes)
+    without = [name for name, count in zip(order, np.bincount(numbers, minlength=len(order))) if not count]
     if without:
         told.append(f"the list has no image of {len(without)} of {len(order)} classes: {', '.join(without[:5])}")
     display = find_display_names(order, given=names, beside=[path.parent], told=told)
     return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=told)
+
+
+def _read_columns(path: Path) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
+    """Paths, line numbers, a code for each label, and the label of each code, in order of appearance; no object stays for a line."""
+    lines, coded = array("q"), array("i")
+    codes: dict[str, int] = {}
+
+    def paths() -> Iterator[str]:
+        for line, name, label in _rows(path):
+            lines.append(line)
+            coded.append(codes.setdefault(label, len(codes)))
+            yield name
+
+    table = StringTable.build(paths())
+    return table, lines, np.frombuffer(coded, np.int32) if coded else np.zeros(0, np.int32), list(codes)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -64,7 +83,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
         raise UserError(
             f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`"
         )
-    for line, row in enumerate(text.splitlines(), start=1):
+    for line, row in enumerate(io.StringIO(text), start=1):
         if not row.strip():
             continue
         # The label is the last field, so a path may have spaces.
@@ -99,21 +118,23 @@ def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_col
         yield reader.line_num, values[0], values[1]
 
 
-def _check_files(path: Path, rows: Sequence[tuple[int, str, str]]) -> tuple[list[int], list[int]]:
+def _check_files(path: Path, table: StringTable, lines: Sequence[int]) -> tuple[array[int], array[int]]:
     """Sizes and modification times; all lines whose file is missing are counted, the first ones named."""
-    sizes, mtimes, missing = [], [], []
-    for line, name, _ in rows:
+    sizes, mtimes, missing, count = array("q"), array("q"), [], 0
+    for position, line in enumerate(lines):
+        name = table[position]
         try:
             status = (path.parent / name).stat()
         except OSError:
-            missing.append(f"line {line}: {name}")
+            count += 1
+            if count <= _SHOWN_ERRORS:
+                missing.append(f"line {line}: {name}")
             continue
         sizes.append(status.st_size)
         mtimes.append(status.st_mtime_ns)
-    if missing:
-        more = f"; and {len(missing) - _SHOWN_ERRORS:,} more" if len(missing) > _SHOWN_ERRORS else ""
+    if count:
+        more = f"; and {count - _SHOWN_ERRORS:,} more" if count > _SHOWN_ERRORS else ""
         raise UserError(
-            f"{path}: {len(missing):,} of {len(rows):,} images do not exist: {'; '.join(missing[:_SHOWN_ERRORS])}{more}; "
-            f"paths are relative to {path.parent}"
+            f"{path}: {count:,} of {len(lines):,} images do not exist: {'; '.join(missing)}{more}; paths are relative to {path.parent}"
         )
     return sizes, mtimes

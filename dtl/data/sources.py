@@ -66,28 +66,24 @@ class SourceBuilder:
     """Collects samples into columns. Names must come in a fixed order: it decides the packed order."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
         self._tables: list[StringTable] = []
         self._labels: list[npt.NDArray[np.int32]] = []
         self._splits: list[npt.NDArray[np.uint8]] = []
         self._digest = sha256()
         self.num_bytes = 0
 
-    def add(self, names: Sequence[str], *, label: int | Sequence[int], split: int, sizes: Sequence[int], mtimes: Sequence[int]) -> None:
-        """Some samples of one split; `mtimes` in nanoseconds."""
-        self._tables.append(StringTable.build(names))
-        labels = np.full(len(names), label, np.int32) if isinstance(label, int) else np.array(label, np.int32)
+    def add(self, names: Sequence[str], *, label: int, split: int, sizes: Sequence[int], mtimes: Sequence[int]) -> None:
+        """Samples of one class and split; `mtimes` in nanoseconds."""
+        self.add_table(StringTable.build(names), labels=np.full(len(names), label, np.int32), split=split, sizes=sizes, mtimes=mtimes)
+
+    def add_table(
+        self, names: StringTable, *, labels: npt.NDArray[np.int32], split: int, sizes: Sequence[int], mtimes: Sequence[int]
+    ) -> None:
+        self._tables.append(names)
         self._labels.append(labels)
         self._splits.append(np.full(len(names), split, np.uint8))
         self.num_bytes += sum(sizes)
-        for part in (
-            self._tables[-1].offsets,
-            self._tables[-1].data,
-            labels,
-            self._splits[-1],
-            np.array(sizes, np.int64),
-            np.array(mtimes, np.int64),
-        ):
+        for part in (names.offsets, names.data, labels, self._splits[-1], np.array(sizes, np.int64), np.array(mtimes, np.int64)):
             self._digest.update(np.ascontiguousarray(part).data)
 
     def build(

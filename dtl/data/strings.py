@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,11 +28,11 @@ class StringTable:
 
     @classmethod
     def build(cls, strings: Iterable[str]) -> StringTable:
-        ends, data = [0], bytearray()
+        ends, data = array("q", [0]), bytearray()
         for string in strings:
             data += os.fsencode(string)
             ends.append(len(data))
-        return cls(np.array(ends, np.int64), np.frombuffer(bytes(data), np.uint8))
+        return cls(np.frombuffer(ends, np.int64), np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8))
 
     @classmethod
     def read(cls, path: Path) -> StringTable:

@@ -128,7 +128,8 @@ def pack(*arguments, **options):
     time.sleep(slow)
     return real(*arguments, **options)
 cache.pack = pack
-print(cache.ensure_packed(sys.argv[1], split="train", cache_dir=sys.argv[2], processes=1, progress=False, say=lambda line: None), flush=True)
+quiet = {"processes": 1, "progress": False, "say": lambda line: None}
+print(cache.ensure_packed(sys.argv[1], split="train", cache_dir=sys.argv[2], **quiet), flush=True)
 """
 
 

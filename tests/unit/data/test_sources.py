@@ -216,10 +216,13 @@ def _make(root: Path, case: str) -> Path:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("empty", r"photos is empty: it holds no images$"),
+        ("empty", r"photos holds no images$"),
         ("one class", r"photos has one class only, 'only'; a classifier needs two or more"),
         ("train alone", r"has one class only, 'train'; did you mean .*photos/train, which has 2 folders\?"),
-        ("loose images", r"has 1 image directly in it and no class folders; put each class in a folder of its own \(photos/CLASS/1.jpg\)"),
+        (
+            "loose images",
+            r"has 1 image directly in it and no images in class folders; put each class in a folder of its own \(photos/CLASS/1.jpg\)",
+        ),
         ("other files", r"holds no images, only other files \('a/x.txt'\)"),
         ("unknown in val", r"photos/val has images of 1 class that training does not know: 'wasp'; known are 'a', 'b'"),
         ("empty val", r"photos/val holds no images"),
