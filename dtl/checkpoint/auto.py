@@ -122,7 +122,8 @@ class _Auto:
         )
         self.candidates: Candidates = viewed.candidates
         self.transforms = viewed.transforms
-        self.trees = match_trees(self.source.units, self.target.units, target_rank=self._use_ranks())
+        self.sole = viewed.sole
+        self.trees = match_trees(self.source.units, self.target.units, target_rank=self._use_ranks()) if self.trust.numbers else {}
         self.unique = unique_shapes(self.source.units, self.target.units)
         self._certain_by_views()
         self._names_break_ties()
@@ -252,7 +253,7 @@ class _Auto:
             sharing[loose_signature(unit), colours.get(unit.index)] += 1
         found = {}
         for j, i in self.decided.certain.items():
-            if self.unique.get(j) == i:
+            if self.unique.get(j) == i or (i, j) in self.sole:
                 found[j] = "unique-shape"
             elif self.names.best(j) == i:
                 found[j] = "name"
@@ -356,6 +357,6 @@ def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: lis
     a, b = moved(ours, new_ours), moved(theirs, new_theirs)
     whole = {unit.index for unit in new_theirs if any(isinstance(key, str) for key, _ in unit.roles.values())}
     anchors = {b[j]: a[i] for j, i in trust.anchors.items() if b[j] in whole}
-    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted})
+    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers)
 
 

@@ -64,11 +64,11 @@ def unique_shapes(source: Sequence[Unit], target: Sequence[Unit]) -> dict[int, i
     }
 
 
-def graph_colours(units: Sequence[Unit], flow: Dataflow, *, rounds: int = 12) -> dict[int, int]:
+def graph_colours(units: Sequence[Unit], flow: Dataflow) -> dict[int, int]:
     """Weisfeiler-Leman colours of the dataflow: layers of one colour cannot be told apart by shapes and connections."""
     before, after = producers(units, flow)
     colours = _numbered({unit.index: (loose_signature(unit), tuple(sorted(unit.roles))) for unit in units})
-    for _ in range(rounds):
+    for _ in range(len(units)):
         refined = _numbered(
             {
                 index: (

@@ -7,6 +7,10 @@ from math import isqrt
 from dtl.checkpoint.units import WEIGHTED, Shape, Unit, num_elements, squeezed
 
 
+IMAGE_CHANNELS = 4
+"""A first convolution is one of images if either side has at most this many input channels."""
+
+
 def unit_transform(source: Unit, target: Unit, *, first: bool) -> str | None:
     """The transform that makes `source` fit `target`: "" for equal shapes, None where there is none.
 
@@ -48,7 +52,7 @@ def _weight_transform(have: Shape, want: Shape, *, first: bool, patches: bool) -
     if {len(have), len(want)} == {2, 4} and have[0] == want[0] and num_elements(have) == num_elements(want):
         return "reshape_kernel"
     if len(have) == len(want) == 4 and have[0] == want[0] and first:
-        if have[2:] == want[2:]:
+        if have[2:] == want[2:] and min(have[1], want[1]) <= IMAGE_CHANNELS:
             return "stem_channels"
         if patches and have[1] == want[1] and have[2] == have[3] and want[2] == want[3]:
             return "resize_patches"

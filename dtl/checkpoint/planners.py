@@ -14,7 +14,7 @@ from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.names import Renaming, looks_sorted, rename
 from dtl.checkpoint.target import Target, target_of
 from dtl.checkpoint.trace import Dataflow
-from dtl.checkpoint.trust import trust_names
+from dtl.checkpoint.trust import Trust, trust_names
 from dtl.checkpoint.units import Entry, Key, Unit, units_of
 from dtl.errors import UserError
 
@@ -64,11 +64,14 @@ def match(request: PlanRequest) -> Planned:
     return Planned(_own_names(matching, renaming), (renaming.source_prefix, renaming.target_prefix))
 
 
-def _auto(request: PlanRequest, *, source_flow: Dataflow | None) -> Matching:
-    """Names first; where these leave layers on both sides, the views of structure."""
+def _auto(request: PlanRequest, *, source_flow: Dataflow | None, names: bool = True) -> Matching:
+    """Names first; where these leave layers on both sides, the views of structure. `names`: whether they are the source's own."""
     source, target = units_of(request.source), request.target.units
-    named = match_names(request.source, target, heads=request.heads)
-    trust = trust_names(named, source, target, request.heads)
+    if names:
+        named = match_names(request.source, target, heads=request.heads)
+        trust = trust_names(named, source, target, request.heads)
+    else:
+        named, trust = Matching("names"), Trust(False, distrusted={unit.index for unit in target}, numbers=False)
     used = set(trust.anchors.values())
     left = [unit for unit in source if unit.index not in used]
     complete = not left or all(unit.index in trust.anchors for unit in target)
@@ -89,32 +92,35 @@ def _with_source_model(request: PlanRequest) -> Planned:
     """Speak of the source in the names of its own network, whose execution order and dataflow are then known."""
     assert request.source_model is not None
     network = target_of(request.source_model, image_size=request.image_size)
-    own = _names_in(request.source, network, request.in_order, request.prefix)
+    own, spoken = _names_in(request.source, network, request.in_order, request.prefix)
     if own is None:
         raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
     flow = network.dataflow
     if flow is None:
         raise UserError("source_model: it cannot be run on the meta device, so its dataflow is not to be had")
     entries = [Entry(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
-    matching = _auto(replace(request, source=entries, source_model=None), source_flow=flow)
+    matching = _auto(replace(request, source=entries, source_model=None), source_flow=flow, names=spoken)
     return Planned(_own_names(matching, Renaming(own)), ("", ""))
 
 
-def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str | None) -> dict[str, str] | None:
-    """Source tensor -> its name in the network it was made for: by names, else by the whole sequence of shapes."""
+def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str | None) -> tuple[dict[str, str] | None, bool]:
+    """(source tensor -> its name in the network it was made for, whether the source itself has these names).
+
+    By names, else by the whole sequence of shapes; (None, False) where neither fits.
+    """
     shapes = {entry.name: entry.shape for entry in network.entries}
     renaming = rename(source, network.entries, prefix=prefix)
     fits = {name: now for name, now in renaming.renamed.items() if now in shapes}
     wrong = [entry for entry in source if entry.name in fits and shapes[fits[entry.name]] != entry.shape]
     learned = [entry for entry in network.entries if not entry.is_counter]
     if not renaming.rivals and not wrong and len(set(fits.values()) & {entry.name for entry in learned}) >= 0.9 * len(learned):
-        return fits
+        return fits, True
     if not in_order:
-        return None
+        return None, False
     ours = [entry for entry in source if not entry.is_counter]
     if [entry.shape for entry in ours] != [entry.shape for entry in learned]:
-        return None
-    return {a.name: b.name for a, b in zip(ours, learned)}
+        return None, False
+    return {a.name: b.name for a, b in zip(ours, learned)}, False
 
 
 def _by_order(request: PlanRequest) -> Matching:

@@ -6,7 +6,7 @@ no arithmetic done: the module is copied with every tensor replaced by a meta te
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,11 @@ from torch.utils._pytree import tree_leaves
 _NO_USE = frozenset(
     "__get__ __set__ size dim numel is_floating_point __len__ get_device type stride is_contiguous __hash__ register_hook "
     "requires_grad_ data_ptr is_complex element_size storage_offset".split()
+)
+# Their result has the shape of their first argument and nothing else of it: an empty tensor saves the slow decompositions.
+_SHAPE_KEPT = frozenset(
+    "batch_norm layer_norm group_norm instance_norm relu relu_ relu6 silu gelu sigmoid hardswish hardsigmoid hardtanh leaky_relu elu "
+    "mish softmax dropout dropout2d feature_dropout stochastic_depth".split()
 )
 _SIZES = (224, 256, 299, 384, 240, 288, 192, 160, 128, 64, 32, 28)
 
@@ -48,8 +53,12 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if getattr(func, "__name__", "") in _NO_USE:
+        name = getattr(func, "__name__", "")
+        if name in _SHAPE_KEPT and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            out = torch.empty_like(args[0])
+        else:
+            out = func(*args, **kwargs)
+        if name in _NO_USE:
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         used = [self.names[id(tensor)] for tensor in inputs if id(tensor) in self.names]
@@ -67,31 +76,53 @@ class _Watch(TorchFunctionMode):
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """A copy of the module without memory: every tensor it holds becomes a meta tensor of the same shape."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    """A shallow copy of the module in eval mode, without memory: every tensor becomes a meta tensor of the same shape.
+
+    Submodules are copied, everything else they hold is shared: `copy.deepcopy` takes several times as long.
+    """
+    copies: dict[int, Any] = {}
+
+    def tensor(value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None or value.is_meta:
+            return value
+        if id(value) not in copies:
+            empty = torch.empty_like(value, device="meta")
+            copies[id(value)] = nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
+        found: torch.Tensor = copies[id(value)]
+        return found
+
+    def shadow(original: nn.Module) -> nn.Module:
+        if id(original) in copies:
+            known: nn.Module = copies[id(original)]
+            return known
+        twin = original.__new__(type(original))
+        copies[id(original)] = twin
+        twin.__dict__ = original.__dict__.copy()
+        twin.__dict__["training"] = False
+        twin.__dict__["_parameters"] = {name: tensor(value) for name, value in original._parameters.items()}
+        twin.__dict__["_buffers"] = {name: tensor(value) for name, value in original._buffers.items()}
+        twin.__dict__["_modules"] = {name: child and shadow(child) for name, child in original._modules.items()}
+        return twin
+
+    return shadow(module)
 
 
 def trace_dataflow(module: nn.Module, *, image_size: int | None = None) -> Dataflow | None:
     """Run the module once on the meta device in eval mode; None where it cannot run there (control flow by values)."""
-    try:
-        shadow = on_meta(module).eval()
-    except Exception:  # modules that cannot be copied: the view is then not to be had
-        return None
+    shadow = on_meta(module)
     names: dict[int, str] = {}
     for name, tensor in (*shadow.named_parameters(remove_duplicate=False), *shadow.named_buffers(remove_duplicate=False)):
         names.setdefault(id(tensor), name)
     for shape in _input_shapes(shadow, image_size):
-        watch = _Watch(names)
-        try:
-            with torch.no_grad(), torch.device("meta"), watch:
-                shadow(torch.empty(shape, device="meta"))
-        except Exception:  # another input size may fit
-            continue
-        return Dataflow(tuple(watch.order), watch.feeds)
+        # Networks that make tensors on their way need the default device to be meta, which slows every call down.
+        for default in (contextlib.nullcontext(), torch.device("meta")):
+            watch = _Watch(names)
+            try:
+                with torch.no_grad(), default, watch:
+                    shadow(torch.empty(shape, device="meta"))
+            except Exception:  # another size may fit; what fails with all of them cannot run here
+                continue
+            return Dataflow(tuple(watch.order), watch.feeds)
     return None
 
 

@@ -19,6 +19,9 @@ Part = tuple[int | str, ...]
 
 @lru_cache(maxsize=200_000)
 def _tokens(part: str) -> Part:
+    """Numbers, and what stands between them. A part that is one letter counts as its place in the alphabet (RegNet's a, b, c)."""
+    if len(part) == 1 and "a" <= part <= "f":
+        return (ord(part) - ord("a"),)
     return tuple(int(token) if token.isdigit() else token for token in re.findall(r"\d+|[^\d]+", part))
 
 

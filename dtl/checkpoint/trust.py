@@ -16,12 +16,14 @@ MOST_AGREE = 0.9
 class Trust:
     """`anchors`: target unit -> source unit of the same name, believed. `distrusted`: target units whose name says nothing.
 
-    `as_a_whole`: same names have the same shapes nearly everywhere, and cover nearly all of one side.
+    `as_a_whole`: same names have the same shapes nearly everywhere, and cover nearly all of one side. `numbers`: whether numbers
+    in names may be used at all.
     """
 
     as_a_whole: bool
     anchors: dict[int, int] = field(default_factory=dict)
     distrusted: set[int] = field(default_factory=set)
+    numbers: bool = True
 
 
 def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Unit], heads: Sequence[Unit]) -> Trust:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dtl.checkpoint.attach import Link
-from dtl.checkpoint.fits import is_position_table, is_relative_table
+from dtl.checkpoint.fits import IMAGE_CHANNELS, is_position_table, is_relative_table
 from dtl.checkpoint.gaps import IMPOSSIBLE, Alignment, Scores, align
 from dtl.checkpoint.trace import Dataflow
 from dtl.checkpoint.units import NORMS, WEIGHTED, Unit, num_elements, squeezed
@@ -37,6 +37,8 @@ class Viewed:
     candidates: Candidates
     margins: dict[tuple[int, int], float]
     transforms: dict[tuple[int, int], str] = field(default_factory=dict)
+    sole: frozenset[tuple[int, int]] = frozenset()
+    """(source, target) of pairs where either fits nothing else, whatever the order."""
 
 
 def in_use_order(units: Sequence[Unit], flow: Dataflow) -> list[Unit]:
@@ -82,7 +84,7 @@ def _fit_weighted(source: Unit, target: Unit, *, first: bool, last: bool) -> tup
             return 1.4, "reshape_kernel"
         return None
     if source.kind == "conv" and first and len(have) == len(want) and have[0] == want[0]:
-        if have[2:] == want[2:]:
+        if have[2:] == want[2:] and min(have[1], want[1]) <= IMAGE_CHANNELS:
             return 1.0, "stem_channels"
         square = len(have) == 4 and have[2] == have[3] and want[2] == want[3]
         # Only patch embeddings (kernel = stride) may be resized; at least 8 pixels tells them from other stems.
@@ -101,6 +103,8 @@ def score_matrix(source: Sequence[Unit], target: Sequence[Unit]) -> tuple[Scores
     how: dict[tuple[int, int], str] = {}
     for i, (a, a_ends) in enumerate(a_classes):
         for j, (b, b_ends) in enumerate(b_classes):
+            if not _may_fit(a, b, a_ends[0] and b_ends[0] or a_ends[1] and b_ends[1]):
+                continue
             found = fit(a, b, (a_ends[0], b_ends[0], a_ends[1], b_ends[1]))
             if found is not None:
                 small[i, j] = found[0]
@@ -115,6 +119,15 @@ def score_matrix(source: Sequence[Unit], target: Sequence[Unit]) -> tuple[Scores
             members_b[of].append(unit.index)
         transforms = {(i, j): name for (ca, cb), name in how.items() for i in members_a[ca] for j in members_b[cb]}
     return small[np.ix_(a_of, b_of)], transforms
+
+
+def _may_fit(a: Unit, b: Unit, ends: bool) -> bool:
+    """Cheap necessary conditions: most pairs of shapes fail them."""
+    if a.kind == b.kind and a.kind in (*WEIGHTED, *NORMS):
+        return ends or a.shape == b.shape
+    if a.kind in WEIGHTED and b.kind in WEIGHTED:
+        return a.shape[0] == b.shape[0]
+    return a.kind not in (*WEIGHTED, *NORMS) and b.kind not in (*WEIGHTED, *NORMS)
 
 
 def _classes(units: Sequence[Unit]) -> tuple[list[tuple[Unit, tuple[bool, bool]]], list[int]]:
@@ -151,6 +164,7 @@ class View:
             for i, j in np.argwhere(scores > IMPOSSIBLE / 2):
                 if not allowed(source[i], target[j]):
                     scores[i, j] = IMPOSSIBLE
+        self.sole = _sole_pairs(scores, source, target, self.transforms)
         _anchor(scores, source, target, anchors)
         self.scores = scores
         self.alignment: Alignment = align(scores)
@@ -172,16 +186,35 @@ class View:
     def margins(self) -> dict[tuple[int, int], float]:
         """(source, target) of each best pair -> by how much the best alignment without it is worse."""
         through = self.alignment.through
+        alone = self.alignment
+        columns, rows = _two_best(through.T), _two_best(through)
         margins = {}
-        for j, unit in enumerate(self.target):
-            column = through[:, j]
-            i = int(np.argmax(column))
-            if column[i] < IMPOSSIBLE / 2:
+        for j, i in enumerate(np.argmax(through, axis=0)):
+            score = through[i, j]
+            if score < IMPOSSIBLE / 2:
                 continue
-            others = [np.delete(column, i).max(initial=IMPOSSIBLE), np.delete(through[i], j).max(initial=IMPOSSIBLE)]
-            others += [self.alignment.skips_target[j], self.alignment.skips_source[i]]
-            margins[self.source[i].index, unit.index] = float(min(column[i] - max(others), 99.0))
+            # Without this pair: another partner for either, or none.
+            rival = rows[i, 0] if rows[i, 0] > score else rows[i, 1]
+            without = max(columns[j, 1], rival, alone.skips_target[j], alone.skips_source[i])
+            margins[self.source[i].index, self.target[j].index] = float(min(score - without, 99.0))
         return margins
+
+
+def _two_best(rows: Scores) -> Scores:
+    """The largest and the second largest value of each row."""
+    if rows.shape[1] == 1:
+        return np.column_stack([rows[:, 0], np.full(len(rows), IMPOSSIBLE)])
+    return -np.partition(-rows, 1, axis=1)[:, :2]
+
+
+def _sole_pairs(
+    scores: Scores, source: Sequence[Unit], target: Sequence[Unit], transforms: Mapping[tuple[int, int], str]
+) -> frozenset[tuple[int, int]]:
+    possible = scores > IMPOSSIBLE / 2
+    rows = np.flatnonzero(possible.sum(axis=1) == 1)
+    pairs = [(int(i), int(np.argmax(possible[i]))) for i in rows]
+    found = [(source[i].index, target[j].index) for i, j in pairs if possible[:, j].sum() == 1]
+    return frozenset(pair for pair in found if transforms.get(pair) != "head")
 
 
 def _anchor(scores: Scores, source: Sequence[Unit], target: Sequence[Unit], anchors: Mapping[int, int]) -> None:
@@ -215,12 +248,13 @@ def look(
         targets["used"] = in_use_order(target, target_flow)
     views = [View(f"{a}/{b}", ours, theirs, anchors=anchors) for a, ours in sources.items() for b, theirs in targets.items()]
     best = max(view.best for view in views)
+    sole = frozenset[tuple[int, int]]().union(*(view.sole for view in views))
     transforms = {pair: name for view in views for pair, name in view.transforms.items()}
     last_source, last_target = list(sources.values())[-1], list(targets.values())[-1]
     split = _split_view(last_source, last_target, source_links, target_links, anchors)
     # Layers and norms apart only where that explains clearly more: the attachment of norms is all that holds it together.
     if split.best > best + 1.5:
-        return Viewed("layers, then norms", split.candidates, split.margins, transforms | split.transforms)
+        return Viewed("layers, then norms", split.candidates, split.margins, transforms | split.transforms, sole)
     top = [view for view in views if view.best >= best - TAU]
     merged: dict[int, list[int | None]] = {unit.index: [] for unit in target}
     margins: dict[tuple[int, int], float] = {}
@@ -229,7 +263,7 @@ def look(
             merged[j] += [i for i in options if i not in merged[j]]
         for pair, margin in view.margins().items():
             margins[pair] = min(margin, margins.get(pair, margin))
-    return Viewed(" + ".join(view.name for view in top), merged, margins, transforms)
+    return Viewed(" + ".join(view.name for view in top), merged, margins, transforms, sole)
 
 
 @dataclass

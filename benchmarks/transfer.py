@@ -1,0 +1,189 @@
+"""Weight transfer on more than a hundred pairs of networks with known truth, against what people use today.
+
+    python -m benchmarks.transfer [--out RESULTS.json] [--only TEXT] [--show]
+
+Compared: dtl's `auto` without and with `assume_order`, and with the source's network; the loop of the tutorials
+(`if shapes are equal: i += 1`), a plain zip, equal names (`strict=False` without the clashes), and weightbridge if installed.
+Counted are floating tensors: right pairs found of those in the truth, and false pairs. The last line says whether dtl made a
+false assignment without being told to assume anything; the exit status is 1 if it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.transfer_adversaries import adversaries
+from benchmarks.transfer_pairs import Pair, State, edits, families, tutorial
+from dtl.checkpoint.plan import plan_transfer
+
+Found = dict[str, Any]
+
+
+def all_pairs() -> Iterator[Pair]:
+    yield from edits()
+    yield from tutorial()
+    yield from adversaries()
+    yield from families()
+
+
+# --- methods ---
+
+
+def dtl_auto(pair: Pair) -> Found:
+    return plan_transfer(pair.source, pair.target).pairs
+
+
+def dtl_assume_order(pair: Pair) -> Found:
+    return plan_transfer(pair.source, pair.target, assume_order=True).pairs
+
+
+def dtl_source_model(pair: Pair) -> Found:
+    return plan_transfer(pair.source, pair.target, source_model=pair.source_model).pairs
+
+
+def tutorial_loop(pair: Pair) -> Found:
+    """Walk through the target; take the next source tensor whenever its shape fits."""
+    source, found, at = list(pair.source.items()), {}, 0
+    for name, value in pair.target.state_dict().items():
+        if at < len(source) and source[at][1].shape == value.shape:
+            found[name] = source[at][0]
+            at += 1
+    return found
+
+
+def plain_zip(pair: Pair) -> Found:
+    target = pair.target.state_dict()
+    return {t: s for t, s in zip(target, pair.source) if target[t].shape == pair.source[s].shape}
+
+
+def equal_names(pair: Pair) -> Found:
+    return {t: t for t, v in pair.target.state_dict().items() if t in pair.source and pair.source[t].shape == v.shape}
+
+
+def weightbridge(pair: Pair) -> Found:
+    import weightbridge as wb
+
+    names = list(pair.source)
+    # Each tensor holds its own number, so that the result tells where it came from; broadcasts need no memory.
+    ours = {name: np.broadcast_to(np.float64(n), tuple(pair.source[name].shape)) for n, name in enumerate(names)}
+    theirs = {name: np.broadcast_to(np.float64(0), tuple(value.shape)) for name, value in pair.target.state_dict().items()}
+    try:
+        adapted = wb.adapt(ours, theirs)
+    except Exception:  # it raises where it cannot pair everything: nothing loaded
+        return {}
+    return {name: names[int(value.flat[0])] for name, value in adapted.items() if value.size}
+
+
+METHODS: dict[str, Callable[[Pair], Found]] = {
+    "tutorial loop": tutorial_loop,
+    "zip": plain_zip,
+    "equal names": equal_names,
+    "weightbridge": weightbridge,
+    "dtl auto": dtl_auto,
+    "dtl auto, assume_order": dtl_assume_order,
+    "dtl auto, source_model": dtl_source_model,
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    right: int
+    of: int
+    false: int
+    seconds: float
+    wrong: tuple[str, ...]
+
+
+def score(pair: Pair, method: Callable[[Pair], Found]) -> Score:
+    started = time.perf_counter()
+    found = method(pair)
+    seconds = time.perf_counter() - started
+    target = pair.target.state_dict()
+    floating = {t: s for t, s in found.items() if target[t].is_floating_point()}
+    head = _head_names(pair.target)
+    right = sum(pair.truth.get(t) == s for t, s in floating.items())
+    wrong = [t for t, s in floating.items() if pair.truth.get(t) != s and not (t in head and t not in pair.truth)]
+    return Score(right, len(pair.truth), len(wrong), seconds, tuple(wrong[:3]))
+
+
+def _head_names(target: nn.Module) -> set[str]:
+    """A head of another task may be loaded by others by chance of equal shape; that is not counted."""
+    from dtl.checkpoint.heads import detect_heads
+    from dtl.checkpoint.units import entries_of, units_of
+
+    return {name for unit in detect_heads(units_of(entries_of(target.state_dict()))) for name in unit.names}
+
+
+def available() -> list[str]:
+    try:
+        import weightbridge as _  # noqa: F401
+    except ImportError:
+        print("weightbridge is not installed (pip install weightbridge): left out")
+        return [name for name in METHODS if name != "weightbridge"]
+    return list(METHODS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="write every score as JSON")
+    parser.add_argument("--only", default="", help="pairs whose name holds this text")
+    parser.add_argument("--show", action="store_true", help="one line a pair")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    methods = available()
+    scores: dict[str, dict[str, Score]] = defaultdict(dict)
+    groups: dict[str, str] = {}
+    for pair in all_pairs():
+        if options.only not in pair.name:
+            continue
+        groups[pair.name] = pair.group
+        for method in methods:
+            if method == "dtl auto, source_model" and pair.source_model is None:
+                continue
+            scores[method][pair.name] = score(pair, METHODS[method])
+        if options.show:
+            cells = [f"{scores[m][pair.name].right}/{len(pair.truth)}-{scores[m][pair.name].false}" for m in methods if pair.name in scores[m]]
+            print(f"{pair.name:60s} " + "  ".join(cells), flush=True)
+    return summary(scores, groups, options.out)
+
+
+def summary(scores: dict[str, dict[str, Score]], groups: dict[str, str], out: str | None) -> int:
+    names = list(dict.fromkeys(groups.values()))
+    print(f"\n{len(groups)} pairs; right pairs found / false pairs (in how many pairs of networks)")
+    print("method".ljust(26) + "".join(name.ljust(26) for name in names) + "median s  most s")
+    for method, results in scores.items():
+        cells = []
+        for group in names:
+            members = [s for name, s in results.items() if groups[name] == group]
+            right, of, false = (sum(getattr(s, field) for s in members) for field in ("right", "of", "false"))
+            cells.append(f"{100 * right / max(1, of):5.1f} % / {false} ({sum(s.false > 0 for s in members)})")
+        seconds = [s.seconds for s in results.values()]
+        times = f"{statistics.median(seconds):8.3f}  {max(seconds):6.2f}"
+        print(method.ljust(26) + "".join(cell.ljust(26) for cell in cells) + times)
+    if out:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump({m: {name: vars(s) for name, s in results.items()} for m, results in scores.items()}, file, indent=1)
+    false = {name: s for name, s in scores["dtl auto"].items() if s.false}
+    false |= {name: s for name, s in scores.get("dtl auto, source_model", {}).items() if s.false}
+    for name, s in false.items():
+        print(f"FALSE in {name}: {s.false}, for instance {', '.join(s.wrong)}")
+    print("no false assignment without assume_order" if not false else f"false assignments in {len(false)} pairs")
+    return 1 if false else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
