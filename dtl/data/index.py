@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl.data.atomic import sha256_of_file, write_whole
 from dtl.data.decode import FORMATS
-from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id, sha256_of_file
+from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
 from dtl.data.strings import StringTable
 from dtl.errors import DamagedSample, UserError
 
@@ -54,22 +55,19 @@ _READ_BYTES = 8 * 1024 * 1024
 
 
 def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Write index.bin (fsynced, not renamed: the manifest makes it count) and return its sha256. `columns` are named as in `Shards`."""
+    """Write index.bin whole and return its sha256. `columns` are named as in `Shards`."""
     num_samples = int(np.sum(shard_sizes))
+    parts: list[Any] = [
+        _HEADER.pack(_MAGIC, INDEX_VERSION, len(shard_sizes), num_samples, 0),
+        np.ascontiguousarray(shard_sizes, "<i8").data,
+    ]
+    for name, kind in _COLUMNS:
+        assert len(columns[name]) == num_samples, (name, len(columns[name]), num_samples)
+        parts.append(np.ascontiguousarray(columns[name], kind).data)
+    write_whole(path, lambda file: file.writelines(parts))
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        parts: list[Any] = [
-            _HEADER.pack(_MAGIC, INDEX_VERSION, len(shard_sizes), num_samples, 0),
-            np.ascontiguousarray(shard_sizes, "<i8").data,
-        ]
-        for name, kind in _COLUMNS:
-            assert len(columns[name]) == num_samples, (name, len(columns[name]), num_samples)
-            parts.append(np.ascontiguousarray(columns[name], kind).data)
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 

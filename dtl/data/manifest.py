@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl.data.atomic import fsync_folder, write_whole
 from dtl.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -53,7 +52,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Under a temporary name, then renamed: a reader sees all of it or nothing."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / MANIFEST_NAME, text.encode())
+        write_whole(folder / MANIFEST_NAME, lambda file: file.write(text.encode()))
+        fsync_folder(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -137,30 +137,3 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"class{'' if len(names) == 1 else 'es'} {shown}{more}"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all, also after a power cut: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_folder(path.parent)
-
-
-def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from dtl import __version__, keyed
 from dtl.data.content_split import split_by_content
 from dtl.data.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
-from dtl.data.manifest import MANIFEST_VERSION, fsync_folder
-from dtl.data.pack_destination import Existing, clear_errors, prepare_destination, working_alone
+from dtl.data.manifest import MANIFEST_VERSION
+from dtl.data.pack_destination import Existing, clear_errors, prepare_destination, remove_ours, working_alone
 from dtl.data.pack_job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, Options
 from dtl.data.pack_pool import run_tasks
 from dtl.data.pack_progress import PackProgress
@@ -104,7 +104,12 @@ def pack(
     with clear_errors(place):
         folder = prepare_destination(place, existing)
         with working_alone(folder, place):
-            job = Job.create(folder, opened, options)
+            if Job.is_of(folder, opened, options):
+                job = Job(folder)
+            else:
+                if existing != "join":
+                    remove_ours(place)  # what an interrupted packing of something else left
+                job = Job.create(folder, opened, options)
             workers = processes or _default_processes(opened)
             with PackProgress(visible=progress) as shown:
                 report = _Packing(job, opened, workers, shown, fixed_classes=classes is not None).run()
@@ -130,7 +135,7 @@ class _Packing:
         self.check_space(scan)
         shards = {split: self.plan_shards(split, samples, scan) for split, samples in members.items()}
         self.write_shards(shards)
-        packed = tuple(self.finish_split(split, samples, shards[split]) for split, samples in members.items())
+        packed = tuple(self.finish_split(split, num_shards) for split, num_shards in shards.items())
         return {"classes": self.source.classes, "splits": packed, "skipped": tuple(unreadable), "doubtful": tuple(doubtful)}
 
     def scan(self) -> tuple[npt.NDArray[Any], list[tuple[int, str]]]:
@@ -162,7 +167,7 @@ class _Packing:
     def refuse_empty_classes(self, members: dict[str, npt.NDArray[np.int64]], num_unreadable: int) -> None:
         """Every class has an image to train on; a validation set with given classes may lack some."""
         first = next(iter(members))
-        why = f" ({num_unreadable} images could not be read)" if num_unreadable else ""
+        why = f" (of {self.job.num_samples:,} images {num_unreadable:,} cannot be read)" if num_unreadable else ""
         for split, samples in members.items():
             if not len(samples):
                 raise UserError(f"no image is left for {'packing' if split == ALL else split}{why}")
@@ -202,9 +207,11 @@ class _Packing:
         tasks = ({"kind": "shard", "split": split, "number": number} for split, count in shards.items() for number in range(count))
         run_tasks(self.job, tasks, processes=min(self.processes, sum(shards.values())), done=self.shown.advance)
 
-    def finish_split(self, split: str, samples: npt.NDArray[np.int64], num_shards: int) -> PackedSplit:
+    def finish_split(self, split: str, num_shards: int) -> PackedSplit:
         """Write index and paths, then the manifest, which makes the split whole."""
         folder, work = self.job.split_folder(split), self.job.folder
+        if self.job.is_finished(split):
+            return _described(split, folder, Manifest.read(folder))
         rows = np.concatenate([np.load(work / f"{split}-{number:05d}.npy") for number in range(num_shards)])
         cuts = np.load(work / f"{split}.cuts.npy")
         shards = []
@@ -216,8 +223,7 @@ class _Packing:
         columns = {name: rows[name] for name in ROWS.names or ()}
         index_sha256 = write_index(folder / INDEX_NAME, np.diff(cuts), columns)
         self.job.names.take(np.load(work / f"{split}.order.npy")).write(folder / PATHS_NAME)
-        fsync_folder(folder)
-        Manifest(
+        manifest = Manifest(
             version=MANIFEST_VERSION,
             classes=self.source.classes,
             display_names=self.source.display_names,
@@ -232,13 +238,17 @@ class _Packing:
                 "split": split,
                 "options": self.job.facts["options"],
             },
-        ).write(folder)
-        return PackedSplit(
-            split=split, folder=folder, num_samples=len(samples), num_shards=num_shards, num_bytes=sum(shard.bytes for shard in shards)
         )
+        manifest.write(folder)
+        return _described(split, folder, manifest)
 
     def _named(self, sample: int, reason: str) -> tuple[str, str]:
         return self.job.names[sample], reason
+
+
+def _described(split: str, folder: Path, manifest: Manifest) -> PackedSplit:
+    num_bytes = sum(shard.bytes for shard in manifest.shards)
+    return PackedSplit(split=split, folder=folder, num_samples=manifest.num_samples, num_shards=len(manifest.shards), num_bytes=num_bytes)
 
 
 def _stored_bytes(scan: npt.NDArray[Any], options: Options) -> npt.NDArray[np.float64]:

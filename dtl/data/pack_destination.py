@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from dtl.data.atomic import temporary_suffix
 from dtl.data.index import INDEX_NAME, MANIFEST_NAME, PATHS_NAME
-from dtl.data.pack_job import LOCK_NAME, temporary_suffix
+from dtl.data.pack_job import LOCK_NAME
 from dtl.errors import UserError
 
 Existing = Literal["refuse", "replace", "join"]
@@ -62,7 +63,7 @@ def clear_errors(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            _remove_ours(place)
+            remove_ours(place)
             for work in place.glob(".packing-*"):
                 shutil.rmtree(work, ignore_errors=True)
             raise UserError(f"{place}: the disk is full ({error.strerror}); nothing was kept") from None
@@ -83,7 +84,7 @@ def _make_room(place: Path, work: Path, *, replace: bool) -> None:
     for folder in packed:
         (folder / MANIFEST_NAME).unlink()  # first: from here on it is no data set any more
     if not work.exists():
-        _remove_ours(place)
+        remove_ours(place)
 
 
 def _split_folders(place: Path) -> list[Path]:
@@ -98,7 +99,8 @@ def _is_ours(entry: Path) -> bool:
     return shard or entry.name in (MANIFEST_NAME, INDEX_NAME, PATHS_NAME) or (entry.name.startswith(".") and entry.suffix == ".tmp")
 
 
-def _remove_ours(place: Path) -> None:
+def remove_ours(place: Path) -> None:
+    """Shards, indexes, manifests; not the working folders."""
     for folder in _split_folders(place):
         for entry in folder.iterdir():
             if not entry.is_dir() and _is_ours(entry):

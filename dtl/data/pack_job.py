@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import secrets
-import socket
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl.data.atomic import write_whole
+from dtl.data.manifest import MANIFEST_NAME
 from dtl.data.png import store_png
-from dtl.data.sources import Source
+from dtl.data.sources import ALL, Source
 from dtl.data.strings import StringTable
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
@@ -69,22 +67,24 @@ class Job:
 
     @classmethod
     def create(cls, folder: Path, source: Source, options: Options) -> Job:
-        """Go on with the same job's folder, or begin. `job.json` is written last, so a folder that has it is complete."""
-        facts = job_facts(source, options)
-        try:
-            same = json.loads((folder / "job.json").read_text(encoding="utf-8")) == facts
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            for leftover in folder.iterdir():
-                if leftover.name != LOCK_NAME:
-                    leftover.unlink()
-            source.names.write(folder / "names.bin")
-            np.save(folder / "labels.npy", source.labels)
-            if source.images is not None:
-                np.save(folder / "images.npy", source.images)
-            write_json(folder / "job.json", facts)
+        """Begin. `job.json` is written last, so a folder that has it is complete."""
+        for leftover in folder.iterdir():
+            if leftover.name != LOCK_NAME:
+                leftover.unlink()
+        source.names.write(folder / "names.bin")
+        np.save(folder / "labels.npy", source.labels)
+        if source.images is not None:
+            np.save(folder / "images.npy", source.images)
+        write_json(folder / "job.json", job_facts(source, options))
         return cls(folder)
+
+    @staticmethod
+    def is_of(folder: Path, source: Source, options: Options) -> bool:
+        """Whether the folder holds a job of this source and these options, to go on with."""
+        try:
+            return bool(json.loads((folder / "job.json").read_text(encoding="utf-8")) == job_facts(source, options))
+        except (OSError, ValueError):
+            return False
 
     @property
     def num_samples(self) -> int:
@@ -104,7 +104,11 @@ class Job:
 
     def split_folder(self, split: str) -> Path:
         """Where a split's shards go: the destination itself where the source has no splits."""
-        return self.destination if split == "all" else self.destination / split
+        return self.destination if split == ALL else self.destination / split
+
+    def is_finished(self, split: str) -> bool:
+        """A split is finished by its manifest: by us before an interruption, or by another node that packs the same."""
+        return (self.split_folder(split) / MANIFEST_NAME).exists()
 
 
 def job_facts(source: Source, options: Options) -> dict[str, Any]:
@@ -112,31 +116,11 @@ def job_facts(source: Source, options: Options) -> dict[str, Any]:
     return {"pack_version": PACK_VERSION, "source": source.fingerprint, "root": root, "options": asdict(options)}
 
 
-def temporary_suffix() -> str:
-    """Names the node, so that its leftovers can be told from what another node is writing."""
-    return f".{socket.gethostname()}.tmp"
-
-
-def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = False) -> None:
-    """`write(file)` under a temporary name of this process, with `sync` flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{temporary_suffix()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(value, ensure_ascii=True).encode()))
+    write_whole(path, lambda file: file.write(json.dumps(value, ensure_ascii=True).encode()), sync=False)
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
-    write_whole(path, lambda file: file.write(buffer.getvalue()))
+    write_whole(path, lambda file: file.write(buffer.getvalue()), sync=False)

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dtl.data.atomic import sha256_of_file, write_whole
 from dtl.data.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
 from dtl.data.index import FORMAT_FLAGS
-from dtl.data.manifest import sha256_of_file
-from dtl.data.pack_job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, write_array, write_json, write_whole
+from dtl.data.pack_job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, write_array, write_json
 from dtl.data.sources import content_hash
 from dtl.errors import UserError
 
@@ -90,12 +90,12 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
 
 
 def write_shard(job: Job, split: str, number: int) -> int:
-    """Write one tar and its index rows; a finished one whose sha256 still holds is kept."""
+    """Write one tar and its index rows; one that is finished is kept: its split is, or its sha256 holds."""
     cuts = np.load(job.folder / f"{split}.cuts.npy")
     order = np.load(job.folder / f"{split}.order.npy", mmap_mode="r")[cuts[number] : cuts[number + 1]]
     target = job.split_folder(split) / shard_name(number)
     rows_path = job.folder / f"{split}-{number:05d}.npy"
-    if _is_done(target, rows_path, len(order)):
+    if job.is_finished(split) or _is_done(target, rows_path, len(order)):
         return len(order)
     rows = np.zeros(len(order), ROWS)
     hashing = _HashingFile()
@@ -104,7 +104,7 @@ def write_shard(job: Job, split: str, number: int) -> int:
         hashing.file = file
         _write_tar(hashing, job, order, first=int(cuts[number]), digits=max(6, len(str(int(cuts[-1]) - 1))), rows=rows)
 
-    write_whole(target, write, sync=True)
+    write_whole(target, write)
     write_array(rows_path, rows)
     write_json(rows_path.with_suffix(".json"), {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()})
     return len(order)

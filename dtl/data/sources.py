@@ -23,6 +23,7 @@ from dtl.errors import UserError
 
 # Names of the folders of a split, best first: val is set aside for choosing, test is meant for the end.
 VAL_NAMES = ("val", "valid", "validation", "test")
+_ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
 ALL = "all"  # the one split of a source that has no splits of its own
 
 
@@ -134,6 +135,8 @@ def open_source(
     else:
         path = Path(source).expanduser()
         _check_exists(path)
+        if path.is_file() and path.suffix.lower() in _ARCHIVES:
+            raise UserError(f"{path} is an archive; unpack it and give the folder")
         if path.is_file():
             found = open_list(path, classes=classes, names=names)
         elif (batches := cifar_folder(path)) is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dtl.data.atomic import write_whole
 from dtl.errors import UserError
 
 _MAGIC = b"DTLSTR01"
@@ -53,12 +54,8 @@ class StringTable:
         return cls(offsets, data)
 
     def write(self, path: Path) -> None:
-        with path.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, len(self)))
-            file.write(np.ascontiguousarray(self.offsets, "<i8").data)
-            file.write(np.ascontiguousarray(self.data).data)
-            file.flush()
-            os.fsync(file.fileno())
+        parts = (_HEADER.pack(_MAGIC, len(self)), np.ascontiguousarray(self.offsets, "<i8").data, np.ascontiguousarray(self.data).data)
+        write_whole(path, lambda file: file.writelines(parts))
 
     def take(self, numbers: npt.NDArray[np.integer]) -> StringTable:
         """The strings at these positions, in this order."""

@@ -24,7 +24,7 @@ from tiny_images import encoded, image_folder, pixels
 from dtl.commands.pack import parse_size, run
 from dtl.data import pack_tasks
 from dtl.data.decode import decode
-from dtl.data.index import Shards
+from dtl.data.index import Manifest, Shards
 from dtl.data.pack import pack as pack_loudly
 from dtl.data.pack_job import Job, Options
 from dtl.errors import UserError
@@ -254,6 +254,25 @@ def test_an_interrupted_packing_of_other_options_starts_clean(source: Path, tmp_
     assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("again", ["same options", "other options"])
+def test_interrupted_between_the_manifests_of_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+    root = image_folder(tmp_path / "s", {"a": 20, "b": 20})
+    real = Manifest.write
+    monkeypatch.setattr(Manifest, "write", lambda manifest, folder: _cut() if folder.name == "val" else real(manifest, folder))
+    with pytest.raises(_Cut):
+        pack(root, tmp_path / "d", val_fraction=0.25)
+    monkeypatch.undo()
+    assert (tmp_path / "d" / "train" / "manifest.json").exists()
+    options: dict[str, Any] = {"val_fraction": 0.25} if again == "same options" else {"val_fraction": 0.5, "shard_bytes": 20_000}
+    pack(root, tmp_path / "d", **options)
+    pack(root, tmp_path / "fresh", **options)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
+
+
+def _cut() -> None:
+    raise _Cut
+
+
 def test_killed_in_the_middle_then_run_again(source: Path, packed: Path, tmp_path: Path) -> None:
     """SIGKILL of the main process while children write: they end too, and the next run finishes the job."""
     code = f"""
@@ -375,7 +394,7 @@ def test_a_class_that_loses_all_its_images_is_refused(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
     (root / "wasp").mkdir()
     (root / "wasp" / "1.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no image for 1 of 3 classes: wasp \(1 images could not be read\)"):
+    with pytest.raises(UserError, match=r"no image for 1 of 3 classes: wasp \(of 7 images 1 cannot be read\)"):
         pack(root, tmp_path / "d", on_error="skip")
 
 

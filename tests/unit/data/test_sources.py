@@ -309,6 +309,12 @@ def test_many_missing_files_are_counted(tmp_path: Path) -> None:
         open_source(_listed(tmp_path, text))
 
 
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "photos.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"photos.tar.gz is an archive; unpack it and give the folder"):
+        open_source(tmp_path / "photos.tar.gz")
+
+
 def test_csv_without_header_and_a_file_that_is_no_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 1: a CSV list begins with a header that names a path and a label column"):
         open_source(_listed(tmp_path, "ants/0000.jpg,ant\n", "list.csv"))
