@@ -11,6 +11,8 @@ false assignment without being told to assume anything; the exit status is 1 if 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import sys
@@ -26,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.transfer_adversaries import adversaries
-from benchmarks.transfer_pairs import Pair, State, edits, families, tutorial
+from benchmarks.transfer_pairs import Pair, edits, families, tutorial
 from dtl.checkpoint.plan import plan_transfer
 
 Found = dict[str, Any]
@@ -81,7 +83,8 @@ def weightbridge(pair: Pair) -> Found:
     ours = {name: np.broadcast_to(np.float64(n), tuple(pair.source[name].shape)) for n, name in enumerate(names)}
     theirs = {name: np.broadcast_to(np.float64(0), tuple(value.shape)) for name, value in pair.target.state_dict().items()}
     try:
-        adapted = wb.adapt(ours, theirs)
+        with contextlib.redirect_stdout(io.StringIO()):
+            adapted = wb.adapt(ours, theirs)
     except Exception:  # it raises where it cannot pair everything: nothing loaded
         return {}
     return {name: names[int(value.flat[0])] for name, value in adapted.items() if value.size}
@@ -156,7 +159,9 @@ def main() -> int:
                 continue
             scores[method][pair.name] = score(pair, METHODS[method])
         if options.show:
-            cells = [f"{scores[m][pair.name].right}/{len(pair.truth)}-{scores[m][pair.name].false}" for m in methods if pair.name in scores[m]]
+            cells = [
+                f"{scores[m][pair.name].right}/{len(pair.truth)}-{scores[m][pair.name].false}" for m in methods if pair.name in scores[m]
+            ]
             print(f"{pair.name:60s} " + "  ".join(cells), flush=True)
     return summary(scores, groups, options.out)
 

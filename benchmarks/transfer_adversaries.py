@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.transfer_pairs import RENAMINGS, Pair, hash_all, hash_parts, learned, meta, other_words, state_of, tutorial_name, tutorial_resnet, wrapped
+from benchmarks.transfer_pairs import (
+    RENAMINGS,
+    Pair,
+    hash_all,
+    hash_parts,
+    learned,
+    meta,
+    other_words,
+    state_of,
+    tutorial_name,
+    tutorial_resnet,
+    wrapped,
+)
 
 
 def adversaries() -> Iterator[Pair]:

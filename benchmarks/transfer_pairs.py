@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from dtl.checkpoint.attach import Link, links_by_dataflow, links_by_names, links_by_neighbours, producers
 from dtl.checkpoint.evidence import NameEvidence, graph_colours, unique_shapes
+from dtl.checkpoint.fits import unit_transform
 from dtl.checkpoint.flow_match import complete_by_dataflow, prune_by_dataflow
 from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.qkv import fuse_projections
@@ -293,7 +294,10 @@ class _Auto:
                 continue
             left = [i for i in options if i is not None and i not in taken and self.transforms.get((i, j)) != "head"]
             if left:
-                self.decided.doubts[j] = ("several layers fit equally well" if len(options) > 1 else "it fits, but so does it elsewhere", left)
+                self.decided.doubts[j] = (
+                    "several layers fit equally well" if len(options) > 1 else "it fits, but so does it elsewhere",
+                    left,
+                )
 
     def _taken(self) -> set[int]:
         return set(self.decided.certain.values())
@@ -305,6 +309,11 @@ class _Auto:
         for j, i in sorted(self.decided.certain.items()):
             transform = viewed.transforms.get((i, j), "")
             if transform == "head":
+                continue
+            if j in self.trust.mapped:
+                fits = unit_transform(self.ours[i], self.theirs[j], first=True)
+                if fits is not None:
+                    matching.pair(self.ours[i], self.theirs[j], transform=fits, evidence="map")
                 continue
             if j in self.trust.anchors:
                 # The matching by names knows the transforms of its own pairs.
@@ -344,7 +353,9 @@ def _only(candidates: Candidates) -> dict[int, int]:
         for i in options:
             if i is not None:
                 wanted[i].append(j)
-    return {j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1}
+    return {
+        j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1
+    }
 
 
 def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: list[Unit], new_theirs: list[Unit]) -> Trust:
@@ -357,6 +368,4 @@ def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: lis
     a, b = moved(ours, new_ours), moved(theirs, new_theirs)
     whole = {unit.index for unit in new_theirs if any(isinstance(key, str) for key, _ in unit.roles.values())}
     anchors = {b[j]: a[i] for j, i in trust.anchors.items() if b[j] in whole}
-    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers)
-
-
+    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers, {b[j] for j in trust.mapped})

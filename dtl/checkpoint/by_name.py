@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dtl.checkpoint.fits import unit_transform
 from dtl.checkpoint.matching import Clash, Flag, Matching
@@ -10,9 +10,25 @@ from dtl.checkpoint.names import Renaming
 from dtl.checkpoint.units import Entry, Key, Unit, names_speak, units_of
 
 
-def renamed_entries(source: Sequence[Entry], renaming: Renaming) -> list[Entry]:
-    """The source's tensors under the names that the target would give them."""
-    return [Entry(renaming.renamed[e.name], e.shape, e.family) for e in source if e.name in renaming.renamed]
+def renamed_entries(source: Sequence[Entry], renaming: Renaming, *, turned: Collection[str] = ()) -> list[Entry]:
+    """The source's tensors under the names that the target would give them; those `turned` with output channels first."""
+    entries = []
+    for entry in source:
+        if entry.name in renaming.renamed:
+            shape = entry.shape
+            if entry.name in turned:
+                shape = (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
+            entries.append(Entry(renaming.renamed[entry.name], shape, entry.family))
+    return entries
+
+
+def kernels(source: Sequence[Entry], renaming: Renaming) -> set[str]:
+    """Tensors that other frameworks call `kernel`: they keep their output channels last, [kh, kw, I, O] and [I, O]."""
+    return {
+        entry.name
+        for entry in source
+        if entry.name.endswith(".kernel") and renaming.renamed.get(entry.name, "").endswith(".weight") and len(entry.shape) in (2, 4)
+    }
 
 
 def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit], adapt: bool = True) -> Matching:

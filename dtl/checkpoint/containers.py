@@ -12,7 +12,21 @@ from dtl.checkpoint.names import strip_wrappers
 from dtl.errors import UserError
 
 # State of other things than the network: never looked into.
-_NOT_WEIGHTS = ("optim", "sched", "scaler", "amp", "rng", "loops", "callbacks", "hparams", "hyper", "momentum", "sampler", "criterion", "loss")
+_NOT_WEIGHTS = (
+    "optim",
+    "sched",
+    "scaler",
+    "amp",
+    "rng",
+    "loops",
+    "callbacks",
+    "hparams",
+    "hyper",
+    "momentum",
+    "sampler",
+    "criterion",
+    "loss",
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from math import isqrt
 
 from dtl.checkpoint.units import WEIGHTED, Shape, Unit, num_elements, squeezed
 
-
 IMAGE_CHANNELS = 4
 """A first convolution is one of images if either side has at most this many input channels."""
 

@@ -55,7 +55,9 @@ def complete_by_dataflow(
         new.update(found)
 
 
-def _pinned(source: Sequence[Unit], target: Sequence[Unit], known: Mapping[int, int], ours: Neighbours, theirs: Neighbours) -> dict[int, int]:
+def _pinned(
+    source: Sequence[Unit], target: Sequence[Unit], known: Mapping[int, int], ours: Neighbours, theirs: Neighbours
+) -> dict[int, int]:
     used = set(known.values())
     back = {i: j for j, i in known.items()}
     options: dict[int, list[int]] = {}
@@ -65,7 +67,9 @@ def _pinned(source: Sequence[Unit], target: Sequence[Unit], known: Mapping[int, 
         fits = [
             other.index
             for other in source
-            if other.index not in used and other.signature == unit.signature and _corresponds(other.index, unit.index, known, back, ours, theirs)
+            if other.index not in used
+            and other.signature == unit.signature
+            and _corresponds(other.index, unit.index, known, back, ours, theirs)
         ]
         if fits:
             options[unit.index] = fits

@@ -91,7 +91,7 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise UserError(f"timm:{name}: timm has no such model; the nearest names are {', '.join(near)}")
     config = timm.get_pretrained_cfg(name, allow_unregistered=False) if name in timm.list_pretrained() or name == base else None
     if config is None or not config.has_weights:
-        tags = [tag for tag in timm.list_pretrained(f"{base}.*")][:5]
+        tags = list(timm.list_pretrained(f"{base}.*"))[:5]
         raise UserError(f"timm:{name}: timm has no pretrained weights of this name; it has {', '.join(tags) or 'none for this model'}")
     try:
         module = timm.create_model(name, pretrained=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtl.checkpoint.attach import links_by_dataflow, links_by_neighbours
+from dtl.checkpoint.folding import fold_orphans
 from dtl.checkpoint.heads import detect_heads
 from dtl.checkpoint.matching import Match, Matching
 from dtl.checkpoint.target import Target
@@ -85,6 +86,8 @@ class _Settlement:
                 self._weighted(unit)
             elif unit.kind == "bn":
                 self._batch_norm(unit)
+        if self.policy.fold_norms:
+            self._fold()
         self._ties()
         self._lonely_norms()
         coverage, source_coverage = self._coverage(), self._source_coverage()
@@ -95,7 +98,7 @@ class _Settlement:
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
             self.hard.append("nothing would be loaded")
         doubts = self.doubts if self.policy.on_ambiguous == "error" else []
-        return Settled(tuple(outcomes), coverage, source_coverage, (*self.hard, *doubts))
+        return Settled(tuple(outcomes), coverage, source_coverage, tuple(self.hard or doubts))
 
     # --- single layers ---
 
@@ -124,8 +127,12 @@ class _Settlement:
             outputs = self._source_outputs()
             if outputs is None:
                 return "the source has none"
-            return "no part of the source belongs here" if outputs == unit.shape[0] else f"{unit.shape[0]} outputs here, {outputs} in the source"
-        if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel") for match in found):
+            return (
+                "no part of the source belongs here"
+                if outputs == unit.shape[0]
+                else f"{unit.shape[0]} outputs here, {outputs} in the source"
+            )
+        if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
             return f"{unit.shape[0]} outputs here, {self._source_outputs()} in the source"
         ours, theirs = self.policy.target_classes, self.policy.source_classes
         if self.policy.keep_head is None and ours is not None and theirs is not None and list(ours) != list(theirs):
@@ -187,6 +194,12 @@ class _Settlement:
             return
         if counter is not None and counter[0] not in self.matches:
             self.filled[_names(counter[0])[0]] = "zero: the source keeps no counter"
+
+    def _fold(self) -> None:
+        folded = fold_orphans(self.matches, self.source_units, self.target)
+        self.matches.update(folded)
+        for name in folded:
+            self.filled.pop(name, None)
 
     # --- the whole ---
 
@@ -309,7 +322,7 @@ class _Settlement:
 
 
 _EVIDENCE = {
-    "name": "same name and shape",
+    "name": "the same name",
     "unique-shape": "the only layer of this shape on both sides",
     "structure": "the same in every near-optimal alignment",
     "tree+number": "the same place in the tree of modules, by content and numbers",

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from dtl.checkpoint.heads import head_units
-from dtl.checkpoint.matching import Clash, Matching
+from dtl.checkpoint.matching import Clash
 from dtl.checkpoint.outcomes import Outcome, Policy, settle
 from dtl.checkpoint.planners import PlanRequest, match
-from dtl.checkpoint.target import Target, target_of
-from dtl.checkpoint.units import Key, entries_of
+from dtl.checkpoint.target import target_of
+from dtl.checkpoint.units import Entry, Key, entries_of
 from dtl.errors import UserError
 
 By = Literal["auto", "name", "order", "map"]
@@ -45,7 +45,7 @@ class TransferPlan:
     notes: tuple[str, ...] = ()
     clashes: tuple[Clash, ...] = ()
     prefix: tuple[str, str] = ("", "")
-    matching: Matching = field(default_factory=lambda: Matching(""), repr=False, compare=False)
+    source_entries: list[Entry] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -101,7 +101,8 @@ def plan_transfer(
 
     `by`: name, order, map, or auto (names where they can be trusted, then alignment; never a guess).
     `assume_order`: accept pairs that only the order of registration tells apart. `source_model`: the network the weights
-    were made for; with it both execution orders are known. `mapping`: for `by="map"`, a file or a dict.
+    were made for; with it both execution orders are known. `mapping`: for `by="map"`, a file or a dict
+    of rules (`dtl.checkpoint.mapping`); with `by="auto"` its lines settle single layers.
     `heads`: dotted names of the classifier's modules (found when not given). `keep_head`: None loads the head when shapes
     are equal and class lists, where both are known, agree; "rows" picks its rows by class names.
     `ordered`: whether `source_tensors` stand in registration order (guessed from the names when None).
@@ -153,8 +154,5 @@ def _finish(request: PlanRequest, policy: Policy) -> TransferPlan:
         notes=tuple(found.matching.notes),
         clashes=tuple(found.matching.clashes),
         prefix=found.prefix,
-        matching=found.matching,
+        source_entries=request.source,
     )
-
-
-__all__ = ["Outcome", "Target", "TransferPlan", "plan_transfer"]

@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 
 from dtl.checkpoint.auto import Side, match_auto
-from dtl.checkpoint.by_name import match_names, renamed_entries
+from dtl.checkpoint.by_name import kernels, match_names, renamed_entries
 from dtl.checkpoint.by_order import match_strict_order
-from dtl.checkpoint.matching import Matching
+from dtl.checkpoint.heads import detect_heads
+from dtl.checkpoint.mapping import Rule, match_map, read_rules
+from dtl.checkpoint.matching import Flag, Match, Matching
 from dtl.checkpoint.names import Renaming, looks_sorted, rename
 from dtl.checkpoint.target import Target, target_of
 from dtl.checkpoint.trace import Dataflow
-from dtl.checkpoint.trust import Trust, trust_names
+from dtl.checkpoint.trust import Trust, trust_names, with_settled
 from dtl.checkpoint.units import Entry, Key, Unit, units_of
 from dtl.errors import UserError
 
@@ -47,10 +49,17 @@ class Planned:
 def match(request: PlanRequest) -> Planned:
     """Run the planner that `by` names; the matching speaks of the source's tensors by their own names."""
     request = replace(request, ordered=request.in_order)
+    rules = _rules(request)
+    if request.by == "map":
+        return Planned(match_map(rules, request.source, request.target.entries), ("", ""))
+    settled = match_map(rules, request.source, request.target.entries) if rules else Matching("map")
+    if settled.refusals:
+        return Planned(settled, ("", ""))
     if request.source_model is not None:
-        return _with_source_model(request)
+        return _with_source_model(request, settled)
     renaming = rename(request.source, request.target.entries, prefix=request.prefix)
-    renamed = renamed_entries(request.source, renaming)
+    channels_last = kernels(request.source, renaming)
+    renamed = renamed_entries(request.source, renaming, turned=channels_last)
     if request.by == "order":
         matching = _by_order(replace(request, source=renamed))
     elif renaming.rivals:
@@ -58,26 +67,65 @@ def match(request: PlanRequest) -> Planned:
     elif request.by == "name":
         matching = match_names(renamed, request.target.units, heads=request.heads)
     else:
-        matching = _auto(replace(request, source=renamed), source_flow=None)
+        matching = _auto(replace(request, source=renamed), None, _renamed(settled, renaming))
     if renaming.hits and not renaming.rivals and renaming.source_prefix != renaming.target_prefix:
         matching.notes.append(f"prefix '{renaming.source_prefix}' stands for '{renaming.target_prefix}'")
-    return Planned(_own_names(matching, renaming), (renaming.source_prefix, renaming.target_prefix))
+    matching = _own_names(matching, renaming)
+    _turn_kernels(matching, channels_last)
+    return Planned(matching, (renaming.source_prefix, renaming.target_prefix))
 
 
-def _auto(request: PlanRequest, *, source_flow: Dataflow | None, names: bool = True) -> Matching:
-    """Names first; where these leave layers on both sides, the views of structure. `names`: whether they are the source's own."""
+def _turn_kernels(matching: Matching, channels_last: set[str]) -> None:
+    """Kernels planned in torch's layout are turned when applied; what needs a second transform on top is left undecided."""
+    for name, found in list(matching.matches.items()):
+        if found.source not in channels_last:
+            continue
+        if found.transform:
+            del matching.matches[name]
+            matching.flags[name] = Flag(f"a channels-last kernel that would need {found.transform} as well", (str(found.source),))
+        else:
+            matching.matches[name] = replace(found, transform="transpose_kernel")
+
+
+def _rules(request: PlanRequest) -> list[Rule]:
+    if request.mapping is None:
+        if request.by == "map":
+            raise UserError("by: map needs a map (a YAML or JSON file, or a dict)")
+        return []
+    if request.by not in ("map", "auto"):
+        raise UserError(f"by: {request.by} takes no map; use by: map, or by: auto to settle single layers")
+    return read_rules(request.mapping)
+
+
+def _renamed(settled: Matching, renaming: Renaming) -> dict[str, Match]:
+    """What the user's map settles, in the names that the planner uses for the source."""
+
+    def now(key: Key) -> Key:
+        names = renaming.renamed
+        return tuple(names.get(name, name) for name in key) if isinstance(key, tuple) else names.get(key, key)
+
+    return {target: replace(found, source=now(found.source)) for target, found in settled.matches.items()}
+
+
+def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str, Match], *, names: bool = True) -> Matching:
+    """Names first; where these leave layers on both sides, the views of structure.
+
+    `settled`: pairs given by the user's map. `names`: whether the names are the source's own and may be used.
+    """
     source, target = units_of(request.source), request.target.units
     if names:
         named = match_names(request.source, target, heads=request.heads)
         trust = trust_names(named, source, target, request.heads)
     else:
         named, trust = Matching("names"), Trust(False, distrusted={unit.index for unit in target}, numbers=False)
+    if settled:
+        trust = with_settled(trust, settled, source, target)
     used = set(trust.anchors.values())
     left = [unit for unit in source if unit.index not in used]
     complete = not left or all(unit.index in trust.anchors for unit in target)
     # Tracing costs up to a second, so it is done only where something is left to decide.
     flow = None if complete else request.target.dataflow
-    return match_auto(
+    matching = match_auto(
         Side(source, source_flow),
         Side(target, flow),
         named=named,
@@ -86,9 +134,12 @@ def _auto(request: PlanRequest, *, source_flow: Dataflow | None, names: bool = T
         in_order=request.in_order,
         assume_order=request.assume_order,
     )
+    matching.matches.update(settled)
+    matching.flags = {name: flag for name, flag in matching.flags.items() if name not in settled}
+    return matching
 
 
-def _with_source_model(request: PlanRequest) -> Planned:
+def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
     """Speak of the source in the names of its own network, whose execution order and dataflow are then known."""
     assert request.source_model is not None
     network = target_of(request.source_model, image_size=request.image_size)
@@ -99,7 +150,7 @@ def _with_source_model(request: PlanRequest) -> Planned:
     if flow is None:
         raise UserError("source_model: it cannot be run on the meta device, so its dataflow is not to be had")
     entries = [Entry(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
-    matching = _auto(replace(request, source=entries, source_model=None), source_flow=flow, names=spoken)
+    matching = _auto(replace(request, source=entries, source_model=None), flow, _renamed(settled, Renaming(own)), names=spoken)
     return Planned(_own_names(matching, Renaming(own)), ("", ""))
 
 
@@ -118,9 +169,13 @@ def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str 
     if not in_order:
         return None, False
     ours = [entry for entry in source if not entry.is_counter]
-    if [entry.shape for entry in ours] != [entry.shape for entry in learned]:
-        return None, False
-    return {a.name: b.name for a, b in zip(ours, learned)}, False
+    head = {name for unit in detect_heads(network.units) for name in unit.names}
+    for theirs in (learned, [entry for entry in learned if entry.name not in head]):
+        if [entry.shape for entry in ours] == [entry.shape for entry in theirs]:
+            counters = [[entry for entry in side if entry.is_counter] for side in (source, network.entries)]
+            both = zip(*counters) if len(counters[0]) == len(counters[1]) else ()
+            return {a.name: b.name for a, b in (*zip(ours, theirs), *both)}, False
+    return None, False
 
 
 def _by_order(request: PlanRequest) -> Matching:
@@ -131,7 +186,14 @@ def _by_order(request: PlanRequest) -> Matching:
             "(safetensors keeps no order); use by: name, auto or map"
         )
         return matching
-    return match_strict_order(request.source, request.target.entries, heads=request.heads)
+    strict = match_strict_order(request.source, request.target.entries, heads=request.heads)
+    if not strict.refusals:
+        return strict
+    # Not the same sequence: align the layers, with gaps, by position alone.
+    aligned = _auto(replace(request, assume_order=True), None, {}, names=False)
+    aligned.clashes = strict.clashes + aligned.clashes
+    aligned.notes += strict.refusals
+    return aligned
 
 
 def _rivals(renaming: Renaming) -> Matching:
@@ -153,10 +215,16 @@ def _own_names(matching: Matching, renaming: Renaming) -> Matching:
 
     matching.matches = {name: replace(found, source=back(found.source)) for name, found in matching.matches.items()}
     matching.flags = {
-        name: replace(flag, alternatives=tuple(own.get(other, other) for other in flag.alternatives)) for name, flag in matching.flags.items()
+        name: replace(flag, alternatives=tuple(own.get(other, other) for other in flag.alternatives))
+        for name, flag in matching.flags.items()
     }
     matching.clashes = [replace(clash, source=own.get(clash.source, clash.source)) for clash in matching.clashes]
     return matching
 
 
-
+def names_in_network(source: list[Entry], network: nn.Module) -> dict[str, str]:
+    """Source tensor -> its name in the network it was made for; UserError where neither names nor shapes tell."""
+    own, _ = _names_in(source, target_of(network, trace=False), not looks_sorted(source), None)
+    if own is None:
+        raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
+    return own

@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 # Reads of attributes and sizes: not uses.
 _NO_USE = frozenset(
-    "__get__ __set__ size dim numel is_floating_point __len__ get_device type stride is_contiguous __hash__ register_hook "
-    "requires_grad_ data_ptr is_complex element_size storage_offset".split()
+    """__get__ __set__ size dim numel is_floating_point __len__ get_device type stride is_contiguous __hash__ register_hook
+    requires_grad_ data_ptr is_complex element_size storage_offset""".split()  # noqa: SIM905
 )
 # Their result has the shape of their first argument and nothing else of it: an empty tensor saves the slow decompositions.
 _SHAPE_KEPT = frozenset(
-    "batch_norm layer_norm group_norm instance_norm relu relu_ relu6 silu gelu sigmoid hardswish hardsigmoid hardtanh leaky_relu elu "
-    "mish softmax dropout dropout2d feature_dropout stochastic_depth".split()
+    """batch_norm layer_norm group_norm instance_norm relu relu_ relu6 silu gelu sigmoid hardswish hardsigmoid hardtanh leaky_relu
+    elu mish softmax dropout dropout2d feature_dropout stochastic_depth""".split()  # noqa: SIM905
 )
 _SIZES = (224, 256, 299, 384, 240, 288, 192, 160, 128, 64, 32, 28)
 

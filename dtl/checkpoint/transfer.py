@@ -149,7 +149,7 @@ def _agree_on_ties(targets: dict[str, torch.Tensor], values: dict[str, torch.Ten
 
 
 def _casts(values: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> dict[str, int]:
-    """"float16 -> float32" -> number of tensors."""
+    """ "float16 -> float32" -> number of tensors."""
     counts: dict[str, int] = {}
     for name, value in values.items():
         if value.dtype != targets[name].dtype:

@@ -7,6 +7,7 @@ where the numbers of all siblings look like an index: those of a hash do not.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ class Numbers:
     def ranked(self, paths: Sequence[str]) -> list[str] | None:
         """Paths by their numbers, or None where words tell two of them apart."""
         ordered = sorted(paths, key=_natural)
-        return ordered if all(self.tell_apart(a, b) for a, b in zip(ordered, ordered[1:])) else None
+        return ordered if all(self.tell_apart(a, b) for a, b in itertools.pairwise(ordered)) else None
 
 
 def loose_signature(unit: Unit) -> tuple[str, tuple[int, ...]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from dtl.checkpoint.matching import Matching
+from dtl.checkpoint.matching import Match, Matching
 from dtl.checkpoint.units import Unit
 
 MOST_AGREE = 0.9
@@ -17,13 +17,14 @@ class Trust:
     """`anchors`: target unit -> source unit of the same name, believed. `distrusted`: target units whose name says nothing.
 
     `as_a_whole`: same names have the same shapes nearly everywhere, and cover nearly all of one side. `numbers`: whether numbers
-    in names may be used at all.
+    in names may be used at all. `mapped`: anchors that the user's map gave.
     """
 
     as_a_whole: bool
     anchors: dict[int, int] = field(default_factory=dict)
     distrusted: set[int] = field(default_factory=set)
     numbers: bool = True
+    mapped: set[int] = field(default_factory=set)
 
 
 def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Unit], heads: Sequence[Unit]) -> Trust:
@@ -69,3 +70,13 @@ def _shifted_lists(clashing: Sequence[Unit], source: Sequence[Unit]) -> set[tupl
 
 def _in_list(path: str, numbered: tuple[str, str]) -> bool:
     return path.startswith(numbered[0]) and path[len(numbered[0]) : len(numbered[0]) + 1].isdigit()
+
+
+def with_settled(trust: Trust, settled: Mapping[str, Match], source: Sequence[Unit], target: Sequence[Unit]) -> Trust:
+    """The layers that the user's map pairs become anchors, before anything that names say."""
+    ours = {name: unit.index for unit in source for name in unit.names}
+    theirs = {name: unit.index for unit in target for name in unit.names}
+    given = {theirs[name]: ours[match.source] for name, match in settled.items() if isinstance(match.source, str)}
+    taken = set(given.values())
+    anchors = {j: i for j, i in trust.anchors.items() if i not in taken and j not in given}
+    return replace(trust, anchors={**anchors, **given}, mapped=set(given))

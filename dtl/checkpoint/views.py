@@ -103,7 +103,7 @@ def score_matrix(source: Sequence[Unit], target: Sequence[Unit]) -> tuple[Scores
     how: dict[tuple[int, int], str] = {}
     for i, (a, a_ends) in enumerate(a_classes):
         for j, (b, b_ends) in enumerate(b_classes):
-            if not _may_fit(a, b, a_ends[0] and b_ends[0] or a_ends[1] and b_ends[1]):
+            if not _may_fit(a, b, (a_ends[0] and b_ends[0]) or (a_ends[1] and b_ends[1])):
                 continue
             found = fit(a, b, (a_ends[0], b_ends[0], a_ends[1], b_ends[1]))
             if found is not None:
