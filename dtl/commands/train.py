@@ -101,6 +101,9 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> in
         trainer.run(checkpoint)
     except Stopped:
         return _stopped(trainer, folder, tracker, runtime)
+    except BaseException:
+        tracker.close("failed")
+        raise
     finally:
         store.close()
     finish.end(trainer, folder, config)

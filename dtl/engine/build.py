@@ -82,7 +82,11 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
         augment = AugmentSettings(**data.augment.model_dump())
         transforms = {
             "train_transform": train_transform(
-                image_size=data.image_size, augment=augment, interpolation=facts.interpolation, crop_ratio=crop_ratio
+                image_size=data.image_size,
+                augment=augment,
+                interpolation=facts.interpolation,
+                crop_ratio=crop_ratio,
+                erase_fill=_mean_colour(facts.mean),
             ),
             "val_transform": eval_transform(
                 image_size=data.image_size,
@@ -110,6 +114,12 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
         )
         feeds.plan(0)
     return feeds
+
+
+def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """What random erasing fills with: zero after normalisation."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
 
 
 # ---- model
@@ -191,7 +201,11 @@ def prepare_folder(config: Config, folder: RunFolder, runtime: Runtime) -> None:
 def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
     """The newest whole checkpoint and the state in it; a fresh state without one. Changed settings are refused by name."""
     with runtime.together("resume"):
-        checkpoint = store.newest()
+        newest = store.newest() if runtime.is_main else None
+    # The main process has checked the hashes; the others need not read everything twice.
+    step = runtime.agree(None if newest is None else newest.step)
+    with runtime.together("resume"):
+        checkpoint = newest if runtime.is_main or step is None else store.at(step)
         if checkpoint is None:
             if config.run.resume == "must":
                 raise UserError(f"run.resume is must, but {store.folder} holds no whole checkpoint")
@@ -201,7 +215,6 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, tr
             _check_settings(config, checkpoint, store.folder.parent)
             _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)
             _check_precision(str(checkpoint.state["precision"]), runtime.precision)
-    runtime.same("the newest checkpoint", -1 if checkpoint is None else checkpoint.step)
     return checkpoint, state
 
 
@@ -266,6 +279,7 @@ def open_tracker(config: Config, name: str, folder: RunFolder, runtime: Runtime,
             resume_step=state.step,
             history_offset=state.history_offset,
             new_run=config.run.resume == "never",
+            before_write=folder.check_incarnation,
         )
     return tracker
 

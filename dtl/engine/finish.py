@@ -15,7 +15,7 @@ from dtl.checkpoint.model_folder import save_model_folder
 from dtl.checkpoint.state import TrainState
 from dtl.checkpoint.transfer import TransferReport
 from dtl.config import Config
-from dtl.data.manifest import write_atomically
+from dtl.data.atomic import write_whole
 from dtl.engine.loop import Trainer
 from dtl.engine.phases import Phase
 from dtl.models.build import Network
@@ -29,7 +29,7 @@ def begin(trainer: Trainer, folder: RunFolder, config: Config, report: TransferR
     trainer.state.incarnation = folder.incarnation
     if not trainer.runtime.is_main:
         return
-    write_atomically(folder.path / "config.yaml", config.to_yaml().encode())
+    write_whole(folder.path / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
     if report is not None:
         report.to_json(folder.path / "transfer.json")
     folder.write_status("running", step=trainer.state.step)
@@ -67,7 +67,7 @@ def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
         model = folder.path / "model"
         _save_model(trainer, model, folder, config)
         folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
-        tracker.console.table(table_rows(trainer.numbers()))
+        tracker.table(table_rows(trainer.numbers()))
         for line in next_steps(folder.path, config):
             tracker.say(line)
     tracker.close("done")
@@ -98,7 +98,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
         model,
         network.module.state_dict(),
         architecture=architecture(network),
-        classes=list(train.classes) if last["task"] == "classify" else [f"{90 * turn} degrees" for turn in range(4)],
+        classes=list(trainer.phases[-1].task.class_names(train.classes)),
         display_names=dict(train.manifest.display_names),
         preprocessing=preprocessing(network, config, trainer),
         metrics={"phase": last["phase"], **(last["val"] or {})},

@@ -313,18 +313,22 @@ class Trainer:
         saving.sync_buffers(active, self.runtime)
         total = self.runtime.sum(self._window.loss_sum.reshape(1).cpu().clone())
         self.state.extra["window"] = (float(total[0]), self._window.weight_sum)
+        self.tracker.sync()
         self.state.history_offset = self.tracker.history_offset
         self.state.wandb_id = self.tracker.wandb_id
-        stall = saving.save(
-            self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait
-        )
-        self.stall_seconds += stall
+        with self.runtime.together("checkpoint"):
+            self.stall_seconds += saving.save(
+                self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait
+            )
         self._last_save = time.monotonic()
 
     def _stop(self, active: ActivePhase) -> None:
         """Save, wait until it is on the disk, and leave together."""
         self._save(active, wait=True)
-        self.runtime.barrier()
+        if not self.runtime.agree(self.store.saved_step == self.state.step):
+            raise UserError(
+                f"stopped by a signal at step {self.state.step}, but its checkpoint could not be written; the newest whole one is step {self.store.saved_step}"
+            )
         raise Stopped
 
     def _finish(self, active: ActivePhase) -> None:
