@@ -1,0 +1,54 @@
+"""`dtl evaluate` on real ranks over gloo: the same numbers, down to the last bit, at any world size, and those of the run itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import history, run
+from recipes import write_recipe
+
+PRETEXT = {"pretext": {"task": "rotate", "train": "all", "steps": 4, "lr": 0.05}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/tiny (digits) and runs/turns (the rotation task alone)."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(["--config", str(write_recipe(folder))], cwd=folder)
+    run(["--config", str(write_recipe(folder, "turns", phases=PRETEXT))], cwd=folder)
+    return folder
+
+
+def evaluated(folder: Path, arguments: list[str], *, world: int) -> dict[str, Any]:
+    file = folder / f"evaluation-{world}.json"
+    run([*arguments, "--json", str(file), "--workers", "1"], cwd=folder, world=world, command="evaluate")
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["tiny", "turns"])
+def test_any_world_gives_the_same_numbers_and_those_of_the_run(trained: Path, name: str) -> None:
+    found = {world: evaluated(trained, [f"runs/{name}", "--batch-size", "25"], world=world) for world in (1, 2, 3)}
+    assert found[1] == found[2] == found[3]
+    images = 360 if name == "tiny" else 4 * 360
+    assert found[1]["num_samples"] == images
+    assert sum(map(sum, found[1]["confusion"])) == images
+    last = json.loads((trained / f"runs/{name}/model/model.json").read_text())["metrics"]
+    for key in ("num_samples", "top1", "top5"):
+        assert found[1][key] == last[key]
+    assert found[1]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert any(event.get("top1") == found[1]["top1"] for event in history(trained / "runs" / name) if event["event"] == "val")
+
+
+def test_more_ranks_than_batches(trained: Path) -> None:
+    """Two batches for three ranks: one has nothing to do, and waits for nothing."""
+    whole = evaluated(trained, ["runs/tiny", "--batch-size", "200"], world=1)
+    assert evaluated(trained, ["runs/tiny", "--batch-size", "200"], world=3) == whole
+
+
+def test_a_mistake_is_told_once_and_ends_all_ranks(trained: Path) -> None:
+    job = run(["runs/tiny/model"], cwd=trained, world=2, code=2, command="evaluate")
+    assert job.err().count("dtl:") == 1
+    assert "--data.val" in job.err()
