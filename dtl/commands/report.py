@@ -1,0 +1,57 @@
+"""`dtl report RUN [RUN ...]`: pictures and a page about one run, or about several side by side. The work is `dtl.report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dtl.errors import UserError
+
+_DESCRIPTION = """\
+Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
+numbers by class, what was transferred. Given several runs, one plot and one table that compare them.
+
+RUN is a run folder. The page opens without a network. What is missing (a data set that has moved, say) is left out, and said.
+"""
+_EPILOG = """\
+examples:
+  dtl report runs/digits                              writes runs/digits/report/index.html and PNGs
+  dtl report runs/rotnet runs/supervised              writes runs/report/index.html and compare.png
+  dtl report runs/rot-s* runs/sup-s* --out comparison runs that differ in their seed only become one curve with a band
+"""
+
+
+def run(argv: list[str]) -> int:
+    """The command. UserError where a RUN is no run folder or nothing can be written."""
+    options = _parser().parse_args(argv)
+    if options.max_images < 1:
+        raise UserError(f"--max-images {options.max_images}: at least one image")
+    if options.seconds < 0:
+        raise UserError(f"--seconds {options.seconds:g}: 0 or more")
+    from dtl.report import make_comparison, make_report
+
+    if len(options.runs) == 1:
+        page = make_report(
+            options.runs[0], out=options.out, device=options.device, max_images=options.max_images, seconds=options.seconds, say=_say
+        )
+    else:
+        page = make_comparison(options.runs, out=options.out, say=_say)
+    print(page)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl report", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/digits")
+    add("--out", metavar="FOLDER", help="where to write (RUN/report; for several runs `report` beside the first)")
+    add("--max-images", type=int, default=1000, metavar="N", help="show the model at most N validation images, drawn at random (1000)")
+    add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (6)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (auto: as the run did)")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

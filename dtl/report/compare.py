@@ -1,0 +1,184 @@
+"""Several runs in one plot: validation top1 and loss over the epochs that learned the same task.
+
+Runs that differ in nothing but their seed are one curve: the mean, in a band from the lowest to the highest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtl.errors import UserError
+from dtl.report.record import Column, RunRecord
+from dtl.report.style import BLACK, CYCLE, MARKERS, as_percent, lines_on, new_figure, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_RUNS = 60
+_MOST_MARKERS = 30
+# Settings that cannot change a result, or only name things.
+_NO_DIFFERENCE = ("run.name", "run.dir", "run.resume", "run.device", "tracking.", "checkpoint.", "data.workers", "data.cache_dir")
+
+
+@dataclass(frozen=True)
+class Course:
+    """The evaluations of one run in the phases that are compared. `x` in epochs or steps since the first of these phases began."""
+
+    record: RunRecord
+    x: Column
+    top1: Column
+    loss: Column
+
+    @property
+    def best(self) -> float:
+        return float(np.nanmax(self.top1)) if np.isfinite(self.top1).any() else float("nan")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only; one run, usually."""
+
+    name: str
+    courses: tuple[Course, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    groups: tuple[Group, ...]
+    unit: str
+    """epoch or step"""
+    task: str
+    left_out: tuple[str, ...]
+    """What is not in the plot, in words."""
+
+
+def compare(records: Sequence[RunRecord]) -> Comparison:
+    """UserError where there is nothing to compare."""
+    if len(records) > MOST_RUNS:
+        raise UserError(f"{len(records)} runs are more than one plot can show; give at most {MOST_RUNS}")
+    tasks = {phase.task for record in records for phase in record.phases if len(phase.val["step"])}
+    if not tasks:
+        raise UserError(f"nothing to compare: {', '.join(str(record.path) for record in records)} have no evaluation in their history")
+    task = "classify" if "classify" in tasks else sorted(tasks)[0]
+    unit = "epoch" if all(record.steps_per_epoch for record in records) else "step"
+    courses = {record.path: _course(record, task, unit) for record in records}
+    left_out = [f"{record.name} has no evaluation of the task {task}" for record in records if courses[record.path] is None]
+    pretext = sorted({f"{record.name}: {phase.name}" for record in records for phase in record.phases if phase.task != task and courses[record.path]})
+    if pretext:
+        left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s count from the first phase that is")
+    groups: dict[str, list[Course]] = {}
+    for record in records:
+        course = courses[record.path]
+        if course is not None:
+            groups.setdefault(_identity(record), []).append(course)
+    names = _group_names([[course.record.name for course in members] for members in groups.values()])
+    return Comparison(tuple(Group(name, tuple(members)) for name, members in zip(names, groups.values())), unit, task, tuple(left_out))
+
+
+def compare_figure(comparison: Comparison) -> Figure:
+    """Draw and save it inside `style.plain()`."""
+    rows = len(comparison.groups)
+    figure = new_figure(460, 500 + 17 * min(rows, 20))
+    top1, loss = figure.subplots(2, 1, sharex=True)
+    for place, group in enumerate(comparison.groups):
+        color, marker = CYCLE[place % len(CYCLE)], MARKERS[place % len(MARKERS)]
+        style = ("-", "--", ":")[place // len(CYCLE) % 3]
+        label = shorten(group.name, 44) + (f" (mean of {len(group.courses)})" if len(group.courses) > 1 else "")
+        _draw(top1, group, "top1", color=color, marker=marker, style=style, label=label)
+        _draw(loss, group, "loss", color=color, marker=marker, style=style, label="")
+    top1.set_title("Top-1 on validation images")
+    loss.set_title("Loss on validation images")
+    as_percent(top1)
+    for axes in (top1, loss):
+        lines_on(axes)
+    loss.set_xlabel(f"{comparison.unit}s" + (" of classification" if comparison.task == "classify" else " of the pretext task"))
+    loss.set_xlim(left=0)
+    figure.legend(loc="outside lower left", alignment="left", labelcolor=BLACK)
+    return figure
+
+
+def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) for every setting that differs; a dash where a run has no such setting."""
+    settings = [_flat(record.config.to_dict()) if record.config is not None else {} for record in records]
+    names = sorted({name for values in settings for name in values})
+    rows = []
+    for name in names:
+        if name.startswith(_NO_DIFFERENCE):
+            continue
+        values = [_shown(found[name]) if name in found else "–" for found in settings]
+        if len(set(values)) > 1:
+            rows.append((name, values))
+    return _without_whole_phases(rows, records)
+
+
+def _without_whole_phases(rows: list[tuple[str, list[str]]], records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """A phase that some runs do not have is one line, not thirty."""
+    partial = []
+    for name in dict.fromkeys(name for record in records if record.config for name in record.config.phases):
+        has = [record.config is not None and name in record.config.phases for record in records]
+        if not all(has):
+            partial.append((f"phases.{name}", ["yes" if found else "–" for found in has]))
+    skip = tuple(f"{name}." for name, _ in partial)
+    return [*partial, *(row for row in rows if not (skip and row[0].startswith(skip)))]
+
+
+def _course(record: RunRecord, task: str, unit: str) -> Course | None:
+    phases = [phase for phase in record.phases if phase.task == task and len(phase.val["step"])]
+    if not phases:
+        return None
+    per_x = (record.steps_per_epoch or 1) if unit == "epoch" else 1
+    columns = {name: np.concatenate([phase.val[name] for phase in phases]) for name in ("step", "top1", "loss")}
+    return Course(record, (columns["step"] - phases[0].first_step) / per_x, columns["top1"], columns["loss"])
+
+
+def _draw(axes: Axes, group: Group, name: str, *, color: str, marker: str, style: str, label: str) -> None:
+    first = group.courses[0]
+    x, y = first.x, getattr(first, name)
+    if len(group.courses) > 1:
+        x = np.asarray(sorted(set.intersection(*(set(course.x.tolist()) for course in group.courses))))
+        table = np.stack([getattr(course, name)[np.searchsorted(course.x, x)] for course in group.courses]) if len(x) else np.empty((1, 0))
+        y = table.mean(axis=0)
+        axes.fill_between(x, table.min(axis=0), table.max(axis=0), color=color, alpha=0.16, linewidth=0)
+    if not len(x):
+        return
+    shown = marker if len(x) <= _MOST_MARKERS else None
+    axes.plot(x, y, color=color, marker=shown, linestyle=style, label=label or None, clip_on=False)
+
+
+def _identity(record: RunRecord) -> str:
+    """Equal for runs that differ in their seed only; the path of a run without a config."""
+    if record.config is None:
+        return str(record.path.resolve())
+    values = _flat(record.config.to_dict())
+    return json.dumps({name: value for name, value in values.items() if name != "run.seed" and not name.startswith(_NO_DIFFERENCE)}, sort_keys=True)
+
+
+def _group_names(names: Sequence[Sequence[str]]) -> list[str]:
+    """What the runs of a group have in common in their names, without a dangling `-s` or `_seed`; all names where that is not clear."""
+    found = []
+    for members in names:
+        common = members[0]
+        for other in members[1:]:
+            while not other.startswith(common):
+                common = common[:-1]
+        if len(members) > 1:
+            common = re.sub(r"[-_. ]*(seed|s)?[-_. ]*$", "", common) or ", ".join(members)
+        found.append(common)
+    return [name if found.count(name) == 1 else ", ".join(members) for name, members in zip(found, names)]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: values}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "–" if value is None else value if isinstance(value, str) else json.dumps(value)

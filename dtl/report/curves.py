@@ -1,0 +1,174 @@
+"""The course of one run: loss, top1 and learning rate over steps, epochs on top, borders of phases marked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dtl.report.record import Column, PhaseRecord, RunRecord
+from dtl.report.style import BLUE, FAINT, GREY, VERMILION, as_percent, lines_on, new_figure, percent, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_POINTS = 600
+_MOST_MARKERS = 40
+_EPOCH_TICKS = 7
+# Learning rates that differ by more than this between phases need a logarithmic axis to be seen.
+_LOG_LR = 20.0
+
+
+def curves_figure(record: RunRecord) -> Figure | None:
+    """None where history holds nothing to draw. Draw and save it inside `style.plain()`."""
+    if not any(len(phase.train["step"]) or len(phase.val["step"]) for phase in record.phases):
+        return None
+    figure = new_figure(460, 560)
+    loss, top1, lr = figure.subplots(3, 1, sharex=True, height_ratios=[5, 5, 2.6])
+    for phase in record.phases:
+        _line(loss, phase.train["step"], phase.train["loss"], BLUE, "train")
+        _dots(loss, phase.val["step"], phase.val["loss"], "validation")
+        _dots(top1, phase.val["step"], phase.val["top1"], "validation")
+        _mark_best(top1, phase, record.monitor, record.last_step)
+        _line(lr, phase.train["step"], phase.train["lr"], GREY, "")
+    loss.set_title("Loss", pad=17)
+    _title(top1, "Top-1 on validation images (◇ best)")
+    _title(lr, "Learning rate")
+    _limit_loss(loss, record.phases)
+    as_percent(top1)
+    # Room for the numbers of the best above, and for the phases' names below.
+    low, high = top1.dataLim.intervaly if top1.lines else (0.0, 1.0)
+    height = max(high - low, 0.02)
+    top1.set_ylim(low - 0.17 * height, high + 0.17 * height)
+    _lr_scale(lr, record.phases)
+    for axes in (loss, top1, lr):
+        lines_on(axes)
+        axes.margins(x=0.01)
+    lr.set_xlabel("step")
+    lr.set_xlim(0, max(1, record.last_step))
+    _legend(loss)
+    _mark_phases(figure, [loss, top1, lr], record)
+    _epoch_axis(loss, record)
+    return figure
+
+
+def thinned(x: Column, y: Column, most: int = _MOST_POINTS) -> tuple[Column, Column]:
+    """At most `most` points: means of equal stretches, so that long runs stay readable and small."""
+    if len(x) <= most:
+        return x, y
+    edges = np.linspace(0, len(x), most + 1).astype(np.int64)[:-1]
+    counts = np.diff(np.append(edges, len(x)))
+    return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
+
+
+def epoch_marks(record: RunRecord) -> list[tuple[int, int]]:
+    """(step, epoch) where each epoch begins, at most a handful of them; empty where epochs are not known."""
+    per_epoch = record.steps_per_epoch
+    if not per_epoch:
+        return []
+    spans = []
+    for phase in record.phases:
+        first = record.first_epoch(phase)
+        if first is not None:
+            spans.append((phase.first_step, first, -(-phase.num_steps // per_epoch)))
+    if not spans:
+        return []
+    # Sparse marks are chosen before they are made: a run may have a million epochs.
+    every = _nice_step(sum(count for _, _, count in spans) / _EPOCH_TICKS)
+    marks = []
+    for step, first, count in spans:
+        for epoch in range(first + -first % every, first + count, every):
+            marks.append((step + (epoch - first) * per_epoch, epoch))
+    return marks
+
+
+def _nice_step(least: float) -> int:
+    step = 1
+    while step < least:
+        step = next(candidate for candidate in (step * 2, step * 5 // 2, step * 5) if str(candidate)[0] in "125" and candidate > step)
+    return step
+
+
+def _line(axes: Axes, x: Column, y: Column, color: str, label: str) -> None:
+    if len(x):
+        axes.plot(*thinned(x, y), color=color, label=label, marker="o" if len(x) == 1 else None)
+
+
+def _dots(axes: Axes, x: Column, y: Column, label: str) -> None:
+    if len(x):
+        x, y = thinned(x, y)
+        axes.plot(x, y, color=VERMILION, label=label, marker="o" if len(x) <= _MOST_MARKERS else None, clip_on=False)
+
+
+def _mark_best(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> None:
+    best = phase.best(monitor)
+    if best is None or not np.isfinite(phase.val["top1"][best]):
+        return
+    step, value = phase.val["step"][best], phase.val["top1"][best]
+    axes.plot(step, value, marker="D", markersize=8, markerfacecolor="none", markeredgecolor=VERMILION, markeredgewidth=1.1, clip_on=False)
+    edge = 0.06 * last_step  # a number at the end of its phase must not cross the border
+    side = "right" if step > phase.last_step - edge else "left" if step < phase.first_step + edge else "center"
+    axes.annotate(percent(value), (step, value), xytext=(0, 7), textcoords="offset points", ha=side, va="bottom", fontsize=8, color=VERMILION)
+
+
+def _limit_loss(axes: Axes, phases: list[PhaseRecord]) -> None:
+    """A few values far above all others (the first steps, usually) would press the rest flat: they leave the plot, and it says so."""
+    values = np.concatenate([values for phase in phases for values in (phase.train["loss"], phase.val["loss"])])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    usual = float(np.quantile(values, 0.97))
+    if values.max() > 3 * usual > 0:
+        above = int((values > 1.3 * usual).sum())
+        axes.set_ylim(top=1.3 * usual)
+        axes.text(0.01, 0.97, f"↑ {above} higher, up to {values.max():.3g}", transform=axes.transAxes, va="top", fontsize=7.5, color=GREY)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]) if values.min() >= 0 else None)
+
+
+def _lr_scale(axes: Axes, phases: list[PhaseRecord]) -> None:
+    peaks = [float(phase.train["lr"].max()) for phase in phases if len(phase.train["lr"])]
+    peaks = [peak for peak in peaks if peak > 0]
+    if peaks and max(peaks) / min(peaks) > _LOG_LR:
+        axes.set_yscale("log")
+        axes.set_ylim(min(peaks) / 100, max(peaks) * 2)
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, pad=5)
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    first = {label: handle for handle, label in reversed(list(zip(handles, labels)))}
+    names = [name for name in ("train", "validation") if name in first]
+    axes.legend([first[name] for name in names], names, loc="upper right", ncols=2, borderaxespad=0.1)
+
+
+def _mark_phases(figure: Figure, panels: list[Axes], record: RunRecord) -> None:
+    for phase in record.phases[1:]:
+        for axes in panels:
+            axes.axvline(phase.first_step, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+    if len(record.phases) < 2:
+        return
+    total = max(1, record.last_step)
+    for phase in record.phases:
+        room = int(66 * phase.num_steps / total)
+        if room >= 3:
+            panels[1].text(
+                (phase.first_step + phase.last_step) / 2, 0.015, shorten(phase.name, room), transform=panels[1].get_xaxis_transform(),
+                ha="center", va="bottom", fontsize=8, color=GREY,
+            )  # fmt: skip
+
+
+def _epoch_axis(axes: Axes, record: RunRecord) -> None:
+    marks = epoch_marks(record)
+    if not marks:
+        return
+    top = axes.secondary_xaxis("top")
+    top.set_xticks([step for step, _ in marks], [str(epoch) for _, epoch in marks])
+    top.tick_params(length=2.5, color=FAINT, pad=1)
+    top.spines["top"].set_visible(False)
+    axes.annotate("epoch", (1, 1), xycoords="axes fraction", xytext=(0, 18), textcoords="offset points", ha="right", fontsize=8, color=GREY)

@@ -1,0 +1,336 @@
+"""Images of a finished run, through the run's own loader, transforms and model: what it trained on, and what it says about others.
+
+B images of a batch, S pixels of a side, K classes. One process, no workers; memory is bounded by one batch and by 16 bytes a sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dtl.checkpoint.model_folder import ModelFacts, load_model_tensors, read_model_json
+from dtl.config import Config
+from dtl.data.index import Shards
+from dtl.data.loader import Batch, BatchDataset
+from dtl.data.mix import mix_batch
+from dtl.data.plan import MicroBatch
+from dtl.engine import build
+from dtl.engine.evaluate import evaluate
+from dtl.engine.feeds import Feeds
+from dtl.engine.losses import build_loss
+from dtl.engine.phases import Phase
+from dtl.engine.step import Normalise
+from dtl.engine.tasks import Task, task_named
+from dtl.errors import UserError
+from dtl.keyed import permutation, uniform
+from dtl.models.build import Network
+from dtl.models.build import build as build_model
+from dtl.report.record import RunRecord
+from dtl.runtime import Runtime
+
+Ints = npt.NDArray[np.int64]
+Say = Callable[[str], None]
+NUM_TILES = 24
+_BATCH = {"cpu": 32, "cuda": 128}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image with its words. `right` is None where nothing was predicted."""
+
+    pixels: npt.NDArray[np.uint8]
+    """[S, S, 3]"""
+    caption: str
+    note: str = ""
+    right: bool | None = None
+
+    @property
+    def words(self) -> str:
+        """For those who do not see the picture."""
+        verdict = {None: "", True: "right: ", False: "wrong: "}[self.right]
+        return f"{verdict}{self.caption}" + (f", {self.note}" if self.note else "")
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """How images look to the network in `phases` (which look alike)."""
+
+    phases: tuple[str, ...]
+    words: str
+    tiles: list[Tile]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model said about `num_seen` of `num_samples` validation images. Rows: the images, turned ones each for itself."""
+
+    labels: Ints
+    predicted: Ints
+    names: list[str]
+    metrics: dict[str, Any]
+    num_seen: int
+    num_samples: int
+    num_damaged: int
+    sample: list[Tile]
+    mistakes: list[Tile]
+
+
+class Alone(Runtime):
+    """One process on its own, also inside a launched one: whoever makes a report must not wait for other ranks."""
+
+    def __init__(self, device: str = "auto") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device is cuda, but this machine shows no GPU to PyTorch")
+        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.rank = self.local_rank = 0
+        self.world_size, self.group, self.precision = 1, None, "no"
+        self.accelerator = SimpleNamespace(autocast=nullcontext)
+        self.stop_signal = None
+
+
+@dataclass
+class Examples:
+    """The data of a run, opened."""
+
+    config: Config
+    runtime: Runtime
+    feeds: Feeds
+    phases: list[Phase]
+    names: list[str]
+    """Display names of the classes."""
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seed = self.config.run.seed
+
+    @classmethod
+    def open(cls, record: RunRecord, *, device: str = "auto", say: Say = lambda line: None) -> Examples:
+        """UserError where the data is gone, or is not what the run was trained on."""
+        if record.config is None:
+            raise UserError("the run's config.yaml is missing or cannot be used")
+        config = _at_home(record.config, record.path)
+        runtime = Alone(_device(config, device))
+        train, val = build.open_shards(config, runtime, say)
+        made_with = (record.model or {}).get("made_by", {}).get("data")
+        if made_with not in (None, train.dataset_id):
+            raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")
+        network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True)
+        feeds = build.build_feeds(config, runtime, train, val, network)
+        names = [train.manifest.display_names.get(name, name) for name in train.classes]
+        return cls(config, runtime, feeds, build.planned(config, feeds), names)
+
+    # ---- training images
+
+    def training_views(self, num_tiles: int = NUM_TILES) -> list[TrainingView]:
+        """The first images of each kind of phase: phases with the same task and mixing look alike."""
+        kinds: dict[tuple[str, float, float], list[Phase]] = {}
+        for phase in self.phases:
+            kinds.setdefault((phase.config.task, phase.config.mixup, phase.config.cutmix), []).append(phase)
+        return [self._training_view(phases, num_tiles) for phases in kinds.values()]
+
+    def _training_view(self, phases: Sequence[Phase], num_tiles: int) -> TrainingView:
+        phase = phases[0]
+        mixed = bool(phase.config.mixup or phase.config.cutmix)
+        samples = self.feeds.plan(phase.first_epoch).step_samples(0)[: num_tiles // phase.task.expansion]
+        batch = self._load(self.feeds.train, self.feeds.train_transform, samples, epoch=phase.first_epoch)
+        images, labels, weights = phase.task.prepare(batch.images, batch.labels, batch.weights)
+        names = self._names(phase.task)
+        shares = torch.nn.functional.one_hot(labels, phase.num_outputs).float()
+        if mixed:
+            floats, shares = mix_batch(
+                images.float(), shares, batch.slots, weights=weights, mixup=phase.config.mixup, cutmix=phase.config.cutmix,
+                seed=self.seed, epoch=batch.epoch, step=batch.step,
+            )  # fmt: skip
+            images = floats.round().clamp(0, 255).to(torch.uint8)
+        # The turns of one image side by side, not all images of one turn.
+        rows = np.arange(len(images)).reshape(phase.task.expansion, -1).T.ravel()
+        tiles = [Tile(_pixels(images[row]), _shares_text(shares[row], names)) for row in rows.tolist() if weights[row] > 0]
+        words = "each image in its four rotations" if phase.task.name == "rotate" else "mixed in pairs" if mixed else ""
+        return TrainingView(tuple(phase.name for phase in phases), words, tiles)
+
+    # ---- validation images
+
+    def predictions(self, model: Path, *, max_images: int, seconds: float, num_tiles: int = NUM_TILES) -> Predictions:
+        """Ask the model folder about at most `max_images` validation images, drawn by key, for about `seconds`."""
+        facts = read_model_json(model)
+        task = self._task_of(facts)
+        network = _load_network(model, facts, self.runtime)
+        samples = draw_samples(self.feeds.val.num_samples, max_images, self.seed)
+        rows = _Rows(self, task, samples, seconds)
+        hook = network.module.register_forward_hook(rows.take)
+        channels_last = any(isinstance(part, torch.nn.Conv2d) for part in network.module.modules())
+        try:
+            sums = evaluate(
+                network.module,
+                rows.steps(),
+                self.runtime,
+                task=task,
+                num_outputs=network.num_outputs,
+                loss=build_loss("cross_entropy"),
+                normalise=Normalise(network.preprocessing, self.runtime.device, channels_last=channels_last),
+            )
+        finally:
+            hook.remove()
+        assert sums is not None
+        if not len(rows.labels):
+            raise UserError("not one of the validation images could be read")
+        names = self._names(task)
+        wrong = np.flatnonzero(rows.labels != rows.predicted)
+        worst = wrong[np.argsort(-rows.confidence[wrong], kind="stable")][:num_tiles]
+        return Predictions(
+            labels=rows.labels,
+            predicted=rows.predicted,
+            names=names,
+            metrics=sums.result(),
+            num_seen=rows.num_seen,
+            num_samples=self.feeds.val.num_samples,
+            num_damaged=rows.num_damaged,
+            sample=self._tiles(rows, np.arange(min(num_tiles, len(rows.labels))), task, names),
+            mistakes=self._tiles(rows, worst, task, names),
+        )
+
+    def _tiles(self, rows: _Rows, chosen: Ints, task: Task, names: list[str]) -> list[Tile]:
+        """The images of these rows, loaded once more: keeping all of them until now would cost memory."""
+        if not len(chosen):
+            return []
+        batch = self._load(self.feeds.val, self.feeds.val_transform, rows.samples[chosen], epoch=0)
+        tiles = []
+        for place, row in enumerate(chosen.tolist()):
+            label, predicted = int(rows.labels[row]), int(rows.predicted[row])
+            image = batch.images[place]
+            if task.name == "rotate":
+                image = torch.rot90(image, label, dims=(1, 2))
+            sure = f"{100 * rows.confidence[row]:.0f} %"
+            right = label == predicted
+            tiles.append(Tile(_pixels(image), f"{names[predicted]} {sure}", "" if right else f"is {names[label]}", right))
+        return tiles
+
+    def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int) -> Batch:
+        samples = np.asarray(samples, np.int64)
+        request = MicroBatch(epoch, 0, 0, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
+        return BatchDataset(shards, transform, image_size=self.feeds.image_size, seed=self.seed).__getitems__(request)
+
+    def _names(self, task: Task) -> list[str]:
+        return self.names if task.name == "classify" else list(task.class_names(self.names))
+
+    def _task_of(self, facts: ModelFacts) -> Task:
+        """The model folder belongs to the last phase."""
+        task = task_named(self.phases[-1].config.task)
+        if task.num_outputs(self.feeds.val.num_classes) != len(facts.classes):
+            raise UserError(f"the model tells {len(facts.classes)} classes apart, the validation data has {self.feeds.val.num_classes}")
+        return task
+
+
+class _Rows:
+    """Feeds `evaluate` and listens to what the network answers. All arrays are [rows], damaged images left out."""
+
+    def __init__(self, examples: Examples, task: Task, samples: Ints, seconds: float) -> None:
+        self.examples, self.task, self._wanted, self._seconds = examples, task, samples, seconds
+        self.num_seen = self.num_damaged = 0
+        self._batch: Batch | None = None
+        self._found: list[tuple[Ints, Ints, Ints, npt.NDArray[np.float64]]] = []
+        self._joined: tuple[Any, ...] = ()
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """Batches until the samples or the seconds are used up; one batch at least."""
+        examples, size = self.examples, _BATCH[self.examples.runtime.device.type]
+        ends = time.monotonic() + self._seconds
+        for start in range(0, len(self._wanted), size):
+            self._batch = examples._load(examples.feeds.val, examples.feeds.val_transform, self._wanted[start : start + size], epoch=0)
+            self.num_damaged += len(self._batch.bad)
+            self.num_seen += len(self._batch.samples) - len(self._batch.bad)
+            yield [self._batch]
+            if time.monotonic() >= ends:
+                return
+
+    def take(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        batch = self._batch
+        assert batch is not None
+        logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
+        confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
+        turns = self.task.expansion
+        labels = batch.labels if turns == 1 else torch.arange(turns).repeat_interleave(len(batch.labels))
+        real = batch.weights.repeat(turns) > 0
+        columns = (batch.samples.repeat(turns), labels, predicted.cpu(), confidence.double().cpu())
+        self._found.append(tuple(column[real].numpy() for column in columns))  # type: ignore[arg-type]
+
+    def _column(self, number: int) -> Any:
+        if not self._joined:
+            self._joined = tuple(np.concatenate(parts) for parts in zip(*self._found))
+        return self._joined[number]
+
+    @property
+    def samples(self) -> Ints:
+        return self._column(0)  # type: ignore[no-any-return]
+
+    @property
+    def labels(self) -> Ints:
+        return self._column(1)  # type: ignore[no-any-return]
+
+    @property
+    def predicted(self) -> Ints:
+        return self._column(2)  # type: ignore[no-any-return]
+
+    @property
+    def confidence(self) -> npt.NDArray[np.float64]:
+        return self._column(3)  # type: ignore[no-any-return]
+
+
+def draw_samples(num_samples: int, most: int, seed: int) -> Ints:
+    """At most `most` distinct sample numbers in a keyed random order; costs O(most), not O(num_samples)."""
+    if num_samples <= 4 * most:
+        return permutation(num_samples, seed, "report")[:most]
+    drawn = (uniform(np.arange(2 * most), seed, "report") * num_samples).astype(np.int64)
+    _, first = np.unique(drawn, return_index=True)
+    return drawn[np.sort(first)][:most]
+
+
+def _load_network(model: Path, facts: ModelFacts, runtime: Runtime) -> Network:
+    architecture = facts.architecture
+    network = build_model(architecture["name"], num_classes=architecture["num_classes"], options=architecture["options"])
+    try:
+        network.module.load_state_dict(load_model_tensors(model))
+    except RuntimeError as error:
+        raise UserError(f"{model} does not fit {architecture['name']}: {str(error).splitlines()[0]}") from None
+    network.module.to(runtime.device)
+    return network
+
+
+def _device(config: Config, wanted: str) -> str:
+    return config.run.device if wanted == "auto" else wanted
+
+
+def _at_home(config: Config, run: Path) -> Config:
+    """Relative paths are those of the folder the run was started in, which may not be this one: seen from RUN's place."""
+    place = Path(config.run.dir)
+    home = run.resolve().parents[len(place.parts)] if not place.is_absolute() and len(run.resolve().parents) > len(place.parts) else None
+    if home is None:
+        return config
+    moved = {}
+    for name in ("train", "val", "names", "cache_dir"):
+        value = getattr(config.data, name)
+        if isinstance(value, str) and not Path(value).exists() and (home / value).exists():
+            moved[name] = str(home / value)
+    return config.model_copy(update={"data": config.data.model_copy(update=moved)}) if moved else config
+
+
+def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def _shares_text(shares: Tensor, names: Sequence[str]) -> str:
+    """`ants`, or `ants 64 % + bees 36 %` of a mixed image."""
+    found = [(float(share), index) for index, share in enumerate(shares.tolist()) if share > 0.005]
+    if len(found) == 1:
+        return names[found[0][1]]
+    return " + ".join(f"{names[index]} {100 * share:.0f} %" for share, index in sorted(found, reverse=True))

@@ -1,0 +1,302 @@
+"""The report of one run, part by part. A part that cannot be made is left out, and the page says so."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtl import __version__
+from dtl.errors import UserError
+from dtl.report import html, style
+from dtl.report.confusion import ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
+from dtl.report.curves import curves_figure
+from dtl.report.grids import save_grid
+from dtl.report.html import Cell
+from dtl.report.record import PhaseRecord, RunRecord, read_run
+from dtl.report.style import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dtl.report.examples import Examples, Predictions
+
+Say = Callable[[str], None]
+PAGE = "index.html"
+_MOST_NOTES = 30
+_WITHOUT_TOP5 = 6  # with fewer classes top5 says nothing
+
+
+@dataclass
+class _Parts:
+    """Runs the parts of a report, and keeps what went wrong."""
+
+    out: Path
+    say: Say
+    left_out: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """`work()`, or None after a note. Any exception: the model may be anybody's code, and a run must not fail by its report."""
+        try:
+            return work()
+        except Exception as error:
+            words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.leave_out(f"{what}: {' '.join(words.split())}")
+            return None
+
+    def leave_out(self, words: str) -> None:
+        if words not in self.left_out:
+            self.left_out.append(words)
+            self.say(f"left out of the report: {words}")
+
+    def plot(self, name: str, draw: Callable[[], Figure | None], *, alt: str, caption: str = "") -> str:
+        """Draw, save as NAME.png, and embed; "" where there is nothing to draw."""
+        with style.plain():
+            figure = draw()
+            if figure is None:
+                return ""
+            style.save(figure, self.out / f"{name}.png")
+        return html.plot(self.out / f"{name}.png", alt, width=style.page_width(figure), caption=caption)
+
+
+def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, say: Say) -> Path:
+    """See `dtl.report.make_report`."""
+    record = read_run(run_folder)
+    parts = _Parts(prepare_folder(record.path / "report" if out is None else Path(out)), say)
+    for words in record.missing:
+        parts.leave_out(words)
+    examples = None
+    if record.config is not None:
+        examples = parts.attempt("the run's images", lambda: _open_examples(record, device, say))
+    predictions = None
+    if examples is not None and record.model is not None:
+        model = record.path / "model"
+        predictions = parts.attempt("predictions", lambda: examples.predictions(model, max_images=max_images, seconds=seconds))
+    sections = [
+        parts.attempt("the table of phases", lambda: _phases(record)),
+        parts.attempt("the curves", lambda: _curves(parts, record)),
+        parts.attempt("training images", lambda: _training(parts, examples)),
+        parts.attempt("predictions", lambda: _predictions(parts, predictions)),
+        parts.attempt("confusion", lambda: _confusion(parts, predictions)),
+        parts.attempt("the transfer", lambda: _transfer(record)),
+        parts.attempt("the run's notes", lambda: _notes(record)),
+    ]
+    if parts.left_out:
+        sections.append(html.section("Left out", html.bullets(parts.left_out)))
+    if record.config_text:
+        sections.append(html.section("Settings", html.details("config.yaml", record.config_text)))
+    lead = parts.attempt("the headline", lambda: _lead(record, examples)) or ""
+    document = html.page(record.name, lead, [found for found in sections if found], footer=footer())
+    return write_page(parts.out, document)
+
+
+def prepare_folder(out: Path) -> Path:
+    """The folder for a report, without the pictures of an earlier one (a phase may have gone)."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (*out.glob("training*.png"), *(out / f"{name}.png" for name in ("curves", "predictions", "mistakes", "confusion", "classes"))):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
+    return out
+
+
+def write_page(out: Path, document: str) -> Path:
+    """index.html, whole or not at all; returns its path."""
+    page, temporary = out / PAGE, out / f".{PAGE}-{os.getpid()}"
+    try:
+        # A class name from an odd file system may hold what UTF-8 cannot: it is shown as "?".
+        temporary.write_text(document, encoding="utf-8", errors="replace")
+        os.replace(temporary, page)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
+    return page
+
+
+def footer() -> str:
+    return f"Made by dtl {__version__} on {time.strftime('%Y-%m-%d %H:%M %Z')}."
+
+
+def _open_examples(record: RunRecord, device: str, say: Say) -> Examples:
+    from dtl.report.examples import Examples
+
+    return Examples.open(record, device=device, say=say)
+
+
+# ---- parts
+
+
+def _lead(record: RunRecord, examples: Examples | None) -> str:
+    numbers: list[tuple[str, str]] = []
+    metrics = result(record)
+    if metrics:
+        numbers.append((percent(metrics["top1"], 2), "top-1"))
+        if len((record.model or {}).get("classes", ())) >= _WITHOUT_TOP5:
+            numbers.append((percent(metrics["top5"], 2), "top-5"))
+        numbers.append((f"{metrics['loss']:.4g}", "loss"))
+        numbers.append((f"{metrics['num_samples']:,.0f}", "validation images"))
+    seconds = sum(phase.row.get("seconds") or 0.0 for phase in record.phases)
+    if seconds:
+        numbers.append((duration(seconds), "training time"))
+    facts: list[tuple[str, str]] = []
+    if record.config is not None:
+        config = record.config
+        images = f" ({examples.feeds.train.num_samples:,} images of {examples.feeds.train.num_classes:,} classes)" if examples else ""
+        facts = [
+            ("Network", config.model.name),
+            ("Training data", f"{config.data.train}{images}"),
+            ("Pretrained weights", config.transfer.source if config.transfer else "none"),
+            ("Image size", f"{config.data.image_size} × {config.data.image_size} pixels"),
+            ("Global batch", f"{config.data.global_batch_size} images"),
+            ("Seed", str(config.run.seed)),
+        ]
+    state = record.status.get("state")
+    if state not in (None, "done"):
+        why = f" ({record.status['why']})" if record.status.get("why") else ""
+        facts.append(("State", f"{state} at step {record.last_step:,}{why}"))
+    return (html.headline(numbers) if numbers else "") + (html.facts(facts) if facts else "")
+
+
+def result(record: RunRecord) -> dict[str, float] | None:
+    """The numbers of the weights that the run hands on: the model folder's, or those of the last phase's best evaluation."""
+    names = ("top1", "top5", "loss", "num_samples")
+    metrics = (record.model or {}).get("metrics")
+    if isinstance(metrics, dict) and all(isinstance(metrics.get(name), (int, float)) for name in names):
+        return {name: float(metrics[name]) for name in names}
+    best = record.phases[-1].best(record.monitor) if record.phases else None
+    return None if best is None else {name: float(record.phases[-1].val[name][best]) for name in names}
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _phases(record: RunRecord) -> str:
+    if not record.phases:
+        return ""
+    rows = []
+    for phase in record.phases:
+        rows.append([Cell(phase.name), *_phase_cells(record, phase)])
+    columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "train loss", "val loss", "top-1", "time"]
+    chosen = f"Validation numbers are those of each phase's best evaluation (by {record.monitor})."
+    return html.section("Phases", html.table(columns, rows), html.text(chosen, "soft"))
+
+
+def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
+    settings = record.config.phases.get(phase.name) if record.config is not None else None
+    per_epoch, best = record.steps_per_epoch, phase.best(record.monitor)
+    trained = "–" if settings is None else settings.train if isinstance(settings.train, str) else ", ".join(settings.train)
+    train_loss = phase.train["loss"]
+    seconds = phase.row.get("seconds")
+    return [
+        Cell(phase.task),
+        Cell(trained),
+        Cell(f"{round(phase.num_steps / per_epoch, 2):g}" if per_epoch else "–", number=True),
+        Cell(f"{phase.num_steps:,}", number=True),
+        Cell("–" if settings is None else f"{settings.optimizer}, {settings.lr:g}"),
+        Cell(f"{train_loss[-1]:.4f}" if len(train_loss) else "–", number=True),
+        Cell("–" if best is None else f"{phase.val['loss'][best]:.4f}", number=True),
+        Cell("–" if best is None else percent(float(phase.val["top1"][best]), 2), number=True),
+        Cell(duration(seconds) if seconds else "–", number=True),
+    ]
+
+
+def _curves(parts: _Parts, record: RunRecord) -> str:
+    names = ", ".join(phase.name for phase in record.phases)
+    alt = f"Loss, top-1 and learning rate over {record.last_step} steps in the phases {names}."
+    plot = parts.plot("curves", lambda: curves_figure(record), alt=alt)
+    return html.section("Course of the run", plot) if plot else ""
+
+
+def _training(parts: _Parts, examples: Examples | None) -> str:
+    if examples is None:
+        return ""
+    blocks = []
+    views = examples.training_views()
+    for view in views:
+        name = f"training-{view.phases[0]}" if len(views) > 1 else "training"
+        save_grid(view.tiles, parts.out / f"{name}.png")
+        heading = ", ".join(view.phases) + (f": {view.words}" if view.words else "")
+        blocks.append((f"<h3>{html.escape(heading)}</h3>" if len(views) > 1 or view.words else "") + html.tiles(view.tiles))
+    about = "Training images exactly as they reach the network, after augmentation: the first of the first batch."
+    return html.section("What the network sees", html.text(about, "soft"), *blocks)
+
+
+def _predictions(parts: _Parts, predictions: Predictions | None) -> str:
+    if predictions is None:
+        return ""
+    save_grid(predictions.sample, parts.out / "predictions.png")
+    blocks = [html.text(f"{about(predictions)} A random few of them, with the class predicted and how sure the network was:", "soft"), html.tiles(predictions.sample)]
+    if predictions.mistakes:
+        save_grid(predictions.mistakes, parts.out / "mistakes.png")
+        blocks += ["<h3>Mistakes, the surest first</h3>", html.tiles(predictions.mistakes)]
+    else:
+        blocks.append(html.text("There was no mistake among them."))
+    return html.section("Predictions", *blocks)
+
+
+def about(predictions: Predictions) -> str:
+    """How many images the numbers stand on."""
+    seen, total = predictions.num_seen, predictions.num_samples
+    turned = ", each in four rotations" if len(predictions.labels) > seen else ""
+    which = f"all {total:,} validation images" if seen == total else f"{seen:,} of {total:,} validation images, drawn at random"
+    damaged = f" ({predictions.num_damaged:,} damaged ones left out)" if predictions.num_damaged else ""
+    return f"The model folder was asked about {which}{damaged}{turned}: top-1 {percent(predictions.metrics['top1'], 2)}."
+
+
+def _confusion(parts: _Parts, predictions: Predictions | None) -> str:
+    if predictions is None:
+        return ""
+    labels, predicted, names = predictions.labels, predictions.predicted, predictions.names
+    numbers = ClassNumbers.count(labels, predicted, len(names))
+    counted = f"Counted over {predictions.num_seen:,} of {predictions.num_samples:,} validation images"
+    order = hardest_classes(numbers)
+    matrix = parts.plot(
+        "confusion",
+        lambda: confusion_figure(labels, predicted, names),
+        alt=f"Confusion matrix of {len(names)} classes: {percent(float((labels == predicted).mean()))} lie on the diagonal.",
+        caption=f"{counted}. A row's colour is its share of the true class, as a square root, so that rare mistakes can be seen.",
+    )
+    worst = ", ".join(f"{names[c]} {percent(float(numbers.recall[c]), 0)}" for c in order[:3])
+    many = f"The {min(30, len(order))} hardest of {len(order)} classes. " if len(order) > 30 else ""
+    bars = parts.plot(
+        "classes",
+        lambda: classes_figure(numbers, names),
+        alt=f"Recall and precision by class; lowest recall: {worst}.",
+        caption=f"{many}Recall: found among the images of the class (how many in brackets). Precision: right among those taken for it.",
+    )
+    pairs = confused_pairs(labels, predicted, len(names))
+    rows = [[Cell(names[true]), Cell(names[taken]), Cell(f"{count:,}", number=True), Cell(f"{numbers.samples[true]:,}", number=True)] for true, taken, count in pairs]
+    listed = "<h3>Most often confused</h3>" + html.table(["class", "taken for", "times", "of"], rows) if rows else ""
+    return html.section("Classes", html.beside(matrix, bars + listed))
+
+
+def _transfer(record: RunRecord) -> str:
+    found = record.transfer
+    if found is None:
+        return ""
+    totals = found.get("totals") or {}
+    rows = [[Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)] for name, n in totals.items()]
+    words = f"From {found.get('source')}, by {found.get('by')}: {percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
+    told = [str(line) for key in ("warnings", "notes") for line in found.get(key) or []]
+    return html.section(
+        "Pretrained weights",
+        html.text(words),
+        html.table(["outcome", "tensors", "parameters"], rows) if rows else "",
+        html.bullets(told) if told else "",
+    )
+
+
+def _notes(record: RunRecord) -> str:
+    lines = []
+    for note in record.notes[-_MOST_NOTES:]:
+        known = {key: value for key, value in note.items() if key not in ("event", "note", "step")}
+        more = ", ".join(f"{key} {value}" for key, value in known.items() if isinstance(value, (str, int, float)))
+        step = f"step {note['step']}: " if "step" in note else ""
+        lines.append(f"{step}{note.get('note', '')}" + (f" ({more})" if more else ""))
+    return html.section("Notes of the run", html.bullets(lines)) if lines else ""

@@ -1,0 +1,253 @@
+"""What a run folder tells, read once: history.jsonl as columns by phase, the config, the status, the transfer, the model's facts.
+
+Whatever is missing is None or empty, and `missing` says so in words; only a folder that is no run at all is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from dtl.config import Config, config_from_dict
+from dtl.errors import UserError
+
+Column = npt.NDArray[np.float64]
+TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
+VAL_COLUMNS = ("step", "epoch", "loss", "top1", "top5", "num_samples")
+
+
+@dataclass
+class PhaseRecord:
+    """The events of one phase, in the order of steps. `first_step`: steps of the run that were done before it."""
+
+    name: str
+    task: str
+    first_step: int
+    train: dict[str, Column]
+    val: dict[str, Column]
+    row: dict[str, Any] = field(default_factory=dict)
+    """What status.json says of the phase once it is finished."""
+
+    @property
+    def last_step(self) -> int:
+        steps = [int(events["step"][-1]) for events in (self.train, self.val) if len(events["step"])]
+        return max(steps, default=self.first_step)
+
+    @property
+    def num_steps(self) -> int:
+        return self.last_step - self.first_step
+
+    def best(self, metric: str = "top1") -> int | None:
+        """The place of the best evaluation in `val`, the first of equals; None where there was none."""
+        values = self.val[metric]
+        known = np.flatnonzero(np.isfinite(values))
+        if not len(known):
+            return None
+        chosen = np.argmin(values[known]) if metric == "loss" else np.argmax(values[known])
+        return int(known[chosen])
+
+
+@dataclass
+class RunRecord:
+    """One run folder."""
+
+    path: Path
+    config: Config | None = None
+    config_text: str = ""
+    phases: list[PhaseRecord] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    status: dict[str, Any] = field(default_factory=dict)
+    transfer: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    """model.json"""
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def monitor(self) -> str:
+        return self.config.checkpoint.monitor if self.config is not None else "top1"
+
+    @property
+    def last_step(self) -> int:
+        return self.phases[-1].last_step if self.phases else 0
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """As the events' steps and epochs tell it, helped by the planned durations; None where no epoch was ever finished."""
+        return _steps_per_epoch(self)
+
+    def first_epoch(self, phase: PhaseRecord) -> int | None:
+        """The epoch of the run that the phase began with."""
+        per_epoch = self.steps_per_epoch
+        for events in (phase.train, phase.val):
+            if per_epoch and len(events["step"]):
+                return int(events["epoch"][0]) - (int(events["step"][0]) - 1 - phase.first_step) // per_epoch
+        return None
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run folder. UserError where it is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    if not any((path / name).exists() for name in ("history.jsonl", "config.yaml", "model")):
+        raise UserError(f"{path} is no run folder: it has no history.jsonl, no config.yaml and no model folder")
+    record = RunRecord(path)
+    _read_config(record)
+    record.status = _json(record, "status.json") or {}
+    record.transfer = _json(record, "transfer.json")
+    record.model = _json(record, "model/model.json")
+    _read_history(record)
+    if record.model is None:
+        record.missing.append("no model folder: predictions, confusion and the numbers per class need one")
+    return record
+
+
+def _read_config(record: RunRecord) -> None:
+    file = record.path / "config.yaml"
+    try:
+        record.config_text = file.read_text(encoding="utf-8")
+        values = yaml.safe_load(record.config_text)
+        record.config = config_from_dict(values if isinstance(values, dict) else {}, str(file))
+    except FileNotFoundError:
+        record.missing.append("no config.yaml: what needs the run's data or settings is left out")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+        record.missing.append(f"config.yaml cannot be used: {' '.join(str(error).split())}")
+
+
+def _json(record: RunRecord, name: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads((record.path / name).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        record.missing.append(f"{name} cannot be read: {error}")
+        return None
+    if not isinstance(value, dict):
+        record.missing.append(f"{name} cannot be used: it holds no object")
+        return None
+    return value
+
+
+# ---- history
+
+
+def _read_history(record: RunRecord) -> None:
+    """Columns are gathered phase by phase: a run of weeks has a million lines, and each is dropped once it is read."""
+    file = record.path / "history.jsonl"
+    columns: dict[str, dict[str, dict[str, list[float]]]] = {}
+    unread = 0
+    try:
+        for event in _events(file):
+            kind, phase = event.get("event"), event.get("phase")
+            if kind == "note":
+                record.notes.append(event)
+            elif kind in ("train", "val") and isinstance(phase, str):
+                kinds = columns.setdefault(phase, {"train": _empty(TRAIN_COLUMNS), "val": _empty(VAL_COLUMNS)})
+                for name, values in kinds[kind].items():
+                    values.append(_number(event.get(name)))
+            elif not event:
+                unread += 1
+    except FileNotFoundError:
+        record.missing.append("no history.jsonl: there are no curves")
+        return
+    except OSError as error:
+        record.missing.append(f"history.jsonl cannot be read: {error.strerror}")
+        return
+    if unread:
+        record.missing.append(f"{unread} line(s) of history.jsonl cannot be read and are left out")
+    rows = {row.get("phase"): row for row in record.status.get("phases", []) if isinstance(row, dict)}
+    first_step = 0
+    for name, kinds in columns.items():
+        settings = record.config.phases.get(name) if record.config is not None else None
+        arrays = {kind: {column: np.asarray(values) for column, values in found.items()} for kind, found in kinds.items()}
+        phase = PhaseRecord(name, settings.task if settings else "classify", first_step, arrays["train"], arrays["val"], rows.get(name, {}))
+        record.phases.append(phase)
+        first_step = phase.last_step
+
+
+def _events(file: Path) -> Iterator[dict[str, Any]]:
+    """Each line's object; an empty one for a line that is none (a run that is being written ends in half a line)."""
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            yield value if isinstance(value, dict) else {}
+
+
+def _empty(names: tuple[str, ...]) -> dict[str, list[float]]:
+    return {name: [] for name in names}
+
+
+def _number(value: Any) -> float:
+    """History writes what JSON has no number for as "nan", "inf", "-inf"."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+# ---- epochs
+
+
+def _steps_per_epoch(record: RunRecord) -> int | None:
+    """History has no such number. Event (step s, epoch e) of a phase begun at (f, e0) says (s-1-f) // n == e-e0: that bounds n."""
+    low, high = 1, None
+    for phase in record.phases:
+        seen = [events for events in (phase.train, phase.val) if len(events["step"])]
+        if not seen:
+            continue
+        steps = np.concatenate([events["step"] for events in seen]).astype(np.int64) - 1 - phase.first_step
+        epochs = np.concatenate([events["epoch"] for events in seen]).astype(np.int64)
+        # A phase begins in a new epoch; its first event may come after that epoch when an epoch is shorter than the log interval.
+        epochs -= _first_epoch_of(record, phase, int(epochs.min()))
+        low = max(low, int((steps // (epochs + 1) + 1).max()))
+        later = epochs > 0
+        if later.any():
+            most = int((steps[later] // epochs[later]).min())
+            high = most if high is None else min(high, most)
+    planned = _planned_steps_per_epoch(record)
+    if high is None:
+        return planned if planned is not None and planned >= low else None
+    if planned is not None and low <= planned <= high:
+        return planned
+    return max(low, high) if high >= low else None
+
+
+def _first_epoch_of(record: RunRecord, phase: PhaseRecord, seen: int) -> int:
+    index = record.phases.index(phase)
+    if index == 0:
+        return 0
+    before = record.phases[index - 1]
+    last = max((int(events["epoch"].max()) for events in (before.train, before.val) if len(events["epoch"])), default=seen - 1)
+    return min(seen, last + 1)
+
+
+def _planned_steps_per_epoch(record: RunRecord) -> int | None:
+    """From a finished phase with a duration in epochs, or the evaluation after one."""
+    if record.config is None:
+        return None
+    for place, phase in enumerate(record.phases):
+        settings = record.config.phases.get(phase.name)
+        finished = place < len(record.phases) - 1 or record.status.get("state") == "done"
+        ended_early = any(note.get("note") == "early stop" and note.get("phase") == phase.name for note in record.notes)
+        if settings is not None and settings.epochs and not settings.steps and finished and not ended_early:
+            return max(1, round(phase.num_steps / settings.epochs))
+    for phase in record.phases:
+        epochs = phase.row.get("epochs")
+        if isinstance(epochs, (int, float)) and epochs > 0:
+            return max(1, round(phase.num_steps / epochs))
+    return None
