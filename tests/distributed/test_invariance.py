@@ -1,0 +1,83 @@
+"""The same experiment at any world size: the same samples in the same global batches, the same lr, the same metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import history, run, status
+from recipes import write_recipe
+from safetensors.torch import load_file
+
+PHASES = {"all": {"train": "all", "steps": 8, "lr": 0.05, "momentum": 0.9, "mixup": 0.2, "schedule": "one_cycle", "eval_every": 0.3}}
+
+
+def train(folder: Path, *, world: int, **data: Any) -> list[dict[str, Any]]:
+    folder.mkdir()
+    recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=PHASES, data=data)
+    run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=world, env={"DTL_CACHE": str(folder.parent / "cache")})
+    assert status(folder / "runs/tiny")["state"] == "done"
+    return history(folder / "runs/tiny")
+
+
+def test_ranks_workers_and_accumulation_do_not_change_the_experiment(tmp_path: Path) -> None:
+    """Losses, learning rates and metrics step by step, and the final weights, to float tolerance. 119 = 7 * 17 does not divide evenly."""
+    expected = train(tmp_path / "one", world=1, global_batch_size=119)
+    reference = load_file(tmp_path / "one/runs/tiny/model/model.safetensors")
+    worlds = {
+        "two": {"world": 2, "global_batch_size": 119},
+        "three": {"world": 3, "global_batch_size": 119, "workers": 2},
+        "accumulated": {"world": 1, "global_batch_size": 119, "micro_batch_size": 16, "workers": 0},
+        "both": {"world": 2, "global_batch_size": 119, "micro_batch_size": 10, "workers": 3},
+    }
+    for name, options in worlds.items():
+        got = train(tmp_path / name, **options)
+        assert len(got) == len(expected), name
+        for event, other in zip(got, expected):
+            assert {k: v for k, v in event.items() if k not in ("loss", "top1", "top5")} == {
+                k: v for k, v in other.items() if k not in ("loss", "top1", "top5")
+            }, name
+            assert event["loss"] == pytest.approx(other["loss"], rel=1e-4), (name, event)
+        weights = load_file(tmp_path / name / "runs/tiny/model/model.safetensors")
+        for key, value in weights.items():
+            assert value.allclose(reference[key], rtol=1e-3, atol=1e-5), (name, key)
+
+
+def test_class_weights_have_a_global_denominator(tmp_path: Path) -> None:
+    phases = {"all": {"train": "all", "steps": 4, "lr": 0.05, "class_weights": "inverse", "loss": "focal", "label_smoothing": 0.1}}
+    losses = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=phases)
+        run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=world, env={"DTL_CACHE": str(tmp_path / "cache")})
+        losses[world] = [event["loss"] for event in history(folder / "runs/tiny") if event["event"] == "train"]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_stop_on_two_ranks_and_go_on_with_one_and_three(tmp_path: Path) -> None:
+    """Checkpoints of one world are read by another: the remaining steps are the same global batches."""
+    expected = train(tmp_path / "reference", world=1, global_batch_size=119)
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=PHASES, data={"global_batch_size": 119})
+    arguments = ["--config", str(recipe), "--tracking.log-every", "1", "--checkpoint.every-steps", "1"]
+    env = {"DTL_CACHE": str(tmp_path / "cache")}
+    from harness import start, wait_for
+
+    for world in (2, 3):
+        job = start(arguments, cwd=folder, world=world, env=env)
+        file = folder / "runs/tiny/history.jsonl"
+        before = len(history(folder / "runs/tiny")) if file.exists() else 0
+        wait_for(lambda before=before, file=file: file.exists() and len(file.read_text().splitlines()) > before + 1, what="two more lines")
+        job.kill(number=15)
+        job.wait()
+    told = run(arguments, cwd=folder, world=1, env=env)
+    if "is finished" not in told.err():
+        assert "goes on with 1" in told.err() or "goes on with" in told.err()
+    got = history(folder / "runs/tiny")
+    assert [event["step"] for event in got] == [event["step"] for event in expected]
+    assert [event.get("lr") for event in got] == [event.get("lr") for event in expected]
+    for event, other in zip(got, expected):
+        assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
