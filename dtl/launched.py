@@ -82,10 +82,34 @@ def _accelerate_options(command: list[str]) -> dict[str, Any]:
     return {**_read_file(file), **given} if file else given
 
 
+# Options of accelerate launch that take no value.
 _SWITCHES = frozenset(
-    "cpu multi_gpu tpu use_mps_device m module no_python use_deepspeed use_fsdp use_megatron_lm use_xpu same_network quiet q debug "
-    "downcast_bf16 tpu_cluster no_tpu_cluster tpu_use_sudo use_parallelism_config dynamo_use_dynamic dynamo_use_fullgraph "
-    "dynamo_use_regional_compilation enable_cpu_affinity".split()
+    (
+        "cpu",
+        "multi_gpu",
+        "tpu",
+        "use_mps_device",
+        "m",
+        "module",
+        "no_python",
+        "use_deepspeed",
+        "use_fsdp",
+        "use_megatron_lm",
+        "use_xpu",
+        "same_network",
+        "quiet",
+        "q",
+        "debug",
+        "downcast_bf16",
+        "tpu_cluster",
+        "no_tpu_cluster",
+        "tpu_use_sudo",
+        "use_parallelism_config",
+        "dynamo_use_dynamic",
+        "dynamo_use_fullgraph",
+        "dynamo_use_regional_compilation",
+        "enable_cpu_affinity",
+    )
 )
 
 

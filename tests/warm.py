@@ -6,12 +6,12 @@ warnings.filterwarnings("ignore")
 
 import accelerate  # noqa: E402, F401
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  (optimizers pull it in: 4 s)
+import torch._dynamo  # noqa: E402  (optimizers pull it in: 4 s)
 import torchvision  # noqa: E402, F401
 
-import dtl.cli  # noqa: E402, F401
-import dtl.commands.train  # noqa: E402, F401
-import dtl.engine.build  # noqa: E402, F401
+import dtl.cli  # noqa: E402
+import dtl.commands.train  # noqa: E402
+import dtl.engine.build  # noqa: E402
 import dtl.engine.finish  # noqa: E402, F401
 
 warnings.resetwarnings()

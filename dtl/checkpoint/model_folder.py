@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 import dtl
@@ -127,7 +127,7 @@ def load_model_tensors(folder: str | Path) -> dict[str, Tensor]:
     order = read_model_json(folder).order
     path = durable.published(Path(folder)) / "model.safetensors"
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
+        tensors = load_safetensors(path.read_bytes())
     except OSError as error:
         raise UserError(f"the weights {path} cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from dtl.checkpoint import durable
@@ -49,7 +49,7 @@ class Checkpoint:
         if group not in self.groups:
             raise UserError(f"{self.path} holds no tensors of {group!r}, only of: {', '.join(self.groups) or 'nothing'}")
         # Read, not mapped: a shard of a network disk that vanishes under a mapping kills the process (SIGBUS).
-        tensors = safetensors.torch.load((self.path / f"{group}.safetensors").read_bytes())
+        tensors = load_safetensors((self.path / f"{group}.safetensors").read_bytes())
         for name, other in self.aliases.get(group, {}).items():
             tensors[name] = tensors[other]
         return tensors

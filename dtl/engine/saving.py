@@ -19,7 +19,7 @@ def sync_buffers(active: ActivePhase, runtime: Runtime) -> None:
     """All ranks get the main process's normalisation statistics: what is evaluated, saved and handed on is one network."""
     tensors = list(active.module.buffers())
     if active.ema is not None:
-        tensors += [tensor for tensor in active.ema.buffers()]
+        tensors += active.ema.buffers()
     runtime.sync_tensors(tensors)
 
 

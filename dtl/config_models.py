@@ -1,0 +1,256 @@
+"""What a run can be told: one model a section, each key documented by the text under it.
+
+Only values that are wrong by themselves, or beside another of their section, are refused here; dtl.config reads files and options.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict about names, documented by the docstring under each field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: str | None = None
+    """Name of the run's folder; by default the config file's name (digits for the built-in example)."""
+    dir: str = "runs"
+    """Where run folders lie."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the data order, the augmentations, the initial values and dropout."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on where this run stopped; never: start it afresh; must: refuse to start from nothing."""
+    debug: bool = False
+    """One process, no workers, few samples, anomaly detection, deterministic algorithms, no tracker, full traceback; overfits one batch first."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+
+
+class AugmentConfig(Section):
+    preset: Literal["imagenet", "cifar", "light", "none"] = "imagenet"
+    """imagenet: random resized crop and flip; cifar: pad, random crop, flip; light: random crop near the full size, flip; none: as in evaluation."""
+    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    """Largest rotation, in degrees to either side."""
+    color_jitter: NotNegative | tuple[NotNegative, NotNegative, NotNegative, NotNegative] = 0.0
+    """One strength for brightness, contrast and saturation, or four: brightness, contrast, saturation, hue."""
+    horizontal_flip: bool | None = None
+    """Mirror half of the images; by default the preset decides. Set it to false where left and right differ (digits, text)."""
+    vertical_flip: Fraction = 0.0
+    """Probability of turning an image upside down."""
+    grayscale: Fraction = 0.0
+    """Probability of dropping the colours."""
+    erasing: Fraction = 0.0
+    """Probability of erasing a random rectangle (Zhong et al. 2017)."""
+    randaugment: tuple[Count, Annotated[int, Field(ge=0, le=30)]] | None = None
+    """[number of operations, magnitude of 30] (Cubuk et al. 2019)."""
+    trivial: bool = False
+    """TrivialAugment (Mueller and Hutter 2021)."""
+
+
+class DataConfig(Section):
+    train: str | None = None
+    """Training data: an image folder (a folder a class), a list file, CIFAR batches, packed shards, or the word digits."""
+    val: str | None = None
+    """Validation data; not needed where `train` holds a train/ and a val/ folder, or with `val_fraction`."""
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the training images to validate on, split by content and stratified by class."""
+    image_size: Annotated[int, Field(ge=8)] = 224
+    """Side of the square that the network sees, in pixels."""
+    global_batch_size: Count = 64
+    """Samples a step, all ranks and all accumulation together."""
+    micro_batch_size: Literal["auto"] | Count = "auto"
+    """Samples that one rank passes forward at once; auto: its whole share of the global batch."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes of each rank; 0: load in the training process."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a damaged sample does: end the run, or keep its place with weight 0."""
+    max_bad: Annotated[int, Field(ge=0)] = 0
+    """With `on_error: skip`: more damaged samples than this end the run."""
+    augment: AugmentConfig = AugmentConfig()
+    last: Literal["keep", "drop"] = "keep"
+    """keep: every sample once an epoch, in steps of nearly equal size; drop: leave out what does not fill a global batch."""
+    window: Count = 65_536
+    """Samples are shuffled within windows of this many, over shards in random order."""
+    cache_dir: str | None = None
+    """Where image folders are packed once; by default $DTL_CACHE, else the user's cache folder."""
+    names: str | None = None
+    """JSON file of display names of the classes, {folder name: name}."""
+    crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
+    """Evaluation: the centre crop's share of the resized short side; auto: that of the pretrained weights, or the whole image for `cifar`."""
+
+
+class ModelConfig(Section):
+    name: str = "torchvision/resnet18"
+    """torchvision/NAME, timm/NAME, dtl/NAME, or package.module:function."""
+    init: Literal["default", "xavier", "kaiming"] = "default"
+    """Initial values of new layers; of the whole network only when nothing is transferred."""
+    options: dict[str, Any] = {}
+    """Keyword arguments for the network's constructor."""
+    freeze_norm: bool = True
+    """Normalisation layers of frozen parts keep their statistics; false lets the statistics adapt to the new images."""
+    sync_bn: Literal["auto"] | bool = "auto"
+    """Batch statistics over all ranks (GPU only); auto: where norms are trained with fewer than 16 samples a rank."""
+    channels_last: Literal["auto"] | bool = "auto"
+    """Memory layout of images and convolutions; auto: channels last where the network has convolutions."""
+    compile: bool = False
+    """torch.compile the network."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+
+
+class FillConfig(Section):
+    conv_bias: Literal["keep", "zero"] = "keep"
+    """Biases of convolutions that the source does not have: keep the initial values, or zero."""
+
+
+class TransferConfig(Section):
+    source: str
+    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, or pretrained: the default weights of model.name."""
+    by: Literal["auto", "name", "order", "map"] = "auto"
+    """How tensors find each other."""
+    map: str | None = None
+    """YAML or JSON file of names, for `by: map`."""
+    source_arch: str | None = None
+    """Name of the network that the source was saved from, where it can be built: settles what the file alone cannot."""
+    assume_order: bool = False
+    """Trust the order of registration where nothing else tells layers of one shape apart."""
+    on_ambiguous: Literal["error", "fresh"] = "error"
+    """What is not certain: refuse the transfer, or leave those layers at their initial values."""
+    min_coverage: Fraction = 0.6
+    """Refuse when a smaller share of the network's convolution and linear layers would be loaded."""
+    keep_head: Literal["auto"] | bool = "auto"
+    """auto: the source's head is kept when it is for the very same classes."""
+    fill: FillConfig = FillConfig()
+    fold_norms: bool = False
+    """Fold a norm that the network lacks into the convolution before it."""
+
+    @model_validator(mode="after")
+    def _map_belongs_to_by_map(self) -> TransferConfig:
+        if (self.by == "map") != (self.map is not None):
+            raise ValueError("`by: map` and `map: FILE` go together")
+        return self
+
+
+class EarlyStopConfig(Section):
+    threshold: float | None = None
+    """End the phase once the monitored metric reaches this."""
+    patience: Count | None = None
+    """End the phase after this many evaluations without a better value."""
+
+
+class PhaseConfig(Section):
+    task: Literal["classify", "rotate"] = "classify"
+    """classify: the labels; rotate: which of four rotations an image was given (labels unused)."""
+    train: str | tuple[str, ...] = "all"
+    """all, head, last:N (the N last groups of layers, the head counted), or patterns of parameter names."""
+    epochs: Positive | None = None
+    """Duration in epochs; fractions are allowed."""
+    steps: Count | None = None
+    """Duration in steps, instead of epochs."""
+    lr: NotNegative = 0.01
+    """Learning rate."""
+    head_lr_scale: NotNegative = 1.0
+    """The head's learning rate, as a multiple of `lr`."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each group of layers further from the head learns at this share of the next one's rate."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam and AdamW."""
+    weight_decay: NotNegative = 0.0
+    decay_norms_and_biases: bool = False
+    """Weight decay on norms and biases too."""
+    schedule: Literal["constant", "step", "cosine", "linear", "one_cycle"] = "cosine"
+    """Course of the learning rate over the phase."""
+    step_epochs: Positive | tuple[Positive, ...] = 7.0
+    """`schedule: step`: every so many epochs, or at these epochs, the rate is multiplied by `gamma`."""
+    gamma: Positive = 0.1
+    final_lr: Fraction = 0.0
+    """`schedule: cosine | linear`: last learning rate, as a share of `lr`."""
+    warmup: NotNegative = 0.0
+    """Epochs over which the learning rate rises from 0."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: NotNegative = 2.0
+    focal_alpha: Positive | tuple[Positive, ...] | None = None
+    """Weight of the focal loss: one number, or one a class."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    class_weights: str = "none"
+    """none, inverse, sqrt (of the class counts), or a JSON file {class: weight}."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup (Zhang et al. 2018); 0: off."""
+    cutmix: NotNegative = 0.0
+    """Alpha of cutmix (Yun et al. 2019); 0: off. With both, each pair of images takes one of them."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the moving average of the weights, a step; 0: off. The average is what is evaluated and kept."""
+    clip_norm: Positive | None = None
+    """Largest norm of the gradient of all parameters together."""
+    early_stop: EarlyStopConfig = EarlyStopConfig()
+    eval_every: Positive = 1.0
+    """Epochs between evaluations; the phase's end is always evaluated."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the phase hands on: those of its best evaluation, or its last."""
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> PhaseConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        if self.task == "rotate" and (self.mixup or self.cutmix):
+            raise ValueError("mixup and cutmix do not go with the rotation task")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: Count | None = None
+    """Save each so many steps, besides each evaluation and the end of each phase."""
+    every_minutes: Positive | None = 10.0
+    """Save when the last save is this long ago."""
+    keep: Count = 3
+    """How many checkpoints stay on disk."""
+    asynchronous: Annotated[bool, Field(alias="async")] = True
+    """Write in the background while training goes on."""
+    monitor: Literal["top1", "top5", "loss"] = "top1"
+    """The metric of validation that says which weights are best."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online where a key is known, else offline; never a prompt."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs the package tensorboard)."""
+    log_every: Count = 10
+    """Steps between the lines of history.jsonl."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    transfer: TransferConfig | None = None
+    phases: dict[str, PhaseConfig] = {}
+    """The run, in order: NAME: {task, train, epochs or steps, lr, ...}."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: the launch file's value, else bf16 where the hardware has it."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the names that the YAML file uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
