@@ -1,4 +1,4 @@
-"""Training given an image folder: pack it once into a cache, whoever comes first, and say so."""
+"""Training given an image folder: pack it once into a cache, whoever comes first, and say so. Shards of others are indexed there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dtl.data.foreign import INDEX_VERSION, IndexReport, index_shards
+from dtl.data.foreign_find import shards_for_training
 from dtl.data.manifest import MANIFEST_NAME
 from dtl.data.pack import PackReport, pack
 from dtl.data.pack_job import PACK_VERSION
@@ -42,7 +44,8 @@ def ensure_packed(
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
-    Packed shards, or a folder that holds them under train/ and val/, are used as they are. Anything that `open_source` reads is packed
+    Packed or indexed shards, or a folder that holds them under train/ and val/, are used as they are. Tars of others (a folder of them,
+    a brace pattern, a list) stay where they are, and are indexed once into the cache. Anything that `open_source` reads is packed
     once into `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
     or those that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
 
@@ -51,18 +54,20 @@ def ensure_packed(
     """
     if (ready := packed_folder(source, split)) is not None:
         return ready
+    if (tars := shards_for_training(source, split)) is not None:
+        if val_fraction:
+            raise UserError(f"{source}: no validation samples can be set aside from shards made by others; give --data.val SHARDS")
+        return _ensure_indexed(
+            source, tars, cache_dir=cache_dir, on_error=on_error, classes=classes, names=names, processes=processes, progress=progress, say=say
+        )
     opened = open_source(source, classes=classes, names=names, on_error=on_error)
     wanted = _wanted_split(source, opened, split, val_fraction)
     fraction = 0.0 if opened.has_splits else val_fraction
-    place = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    place = _cache_place(cache_dir)
     home = place / _fingerprint(opened, val_fraction=fraction, on_error=on_error, seed=seed, fixed=classes is not None)
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
         return folder
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
     with _locked(home.with_name(home.name + ".lock"), waiting=lambda: say(f"waiting for another process that packs {source}")):
         if not (folder / MANIFEST_NAME).exists():
             _pack_into(
@@ -78,6 +83,54 @@ def ensure_packed(
                 fixed=classes,
             )
     return folder
+
+
+def _ensure_indexed(
+    source: str | Path,
+    tars: Sequence[Path],
+    *,
+    cache_dir: str | Path | None,
+    on_error: str,
+    classes: Sequence[str] | None,
+    names: str | Path | None,
+    processes: int | None,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Path:
+    """The index of shards made by others, in the cache; their bytes are read where they are."""
+    place = _cache_place(cache_dir)
+    folder = place / _fingerprint_of_tars(tars, on_error=on_error, classes=classes, names=names)
+    if (folder / MANIFEST_NAME).exists():
+        return folder
+    with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that indexes {source}")):
+        if (folder / MANIFEST_NAME).exists():
+            return folder
+        say(f"indexing {source} ({len(tars):,} WebDataset shard{'' if len(tars) == 1 else 's'}) into {folder}; they stay as they are")
+        report = index_shards(
+            tars, out=folder, on_error=on_error, classes=classes, names=names, processes=processes, progress=progress, existing="join"
+        )
+        for line in describe_index(report):
+            say(f"  {line}")
+        say(f"  indexed in {report.seconds:.1f} s; it is used again as long as the shards do not change")
+    return folder
+
+
+def _fingerprint_of_tars(tars: Sequence[Path], *, on_error: str, classes: Sequence[str] | None, names: str | Path | None) -> str:
+    digest = hashlib.sha256(json.dumps(["tars", INDEX_VERSION, on_error, classes, str(names)]).encode())
+    for tar in tars:
+        facts = tar.stat()
+        digest.update(json.dumps([os.path.abspath(tar), facts.st_size, facts.st_mtime_ns]).encode())
+    return digest.hexdigest()[:20]
+
+
+def _cache_place(cache_dir: str | Path | None) -> Path:
+    """The cache's folder, made if need be."""
+    place = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+    return place
 
 
 def packed_folder(source: str | Path, split: str) -> Path | None:
@@ -154,6 +207,17 @@ def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
             more = f"; and {len(found) - limit:,} more" if len(found) > limit else ""
             listed = "; ".join(f"{path}: {reason}" for path, reason in found[:limit])
             lines.append(f"{len(found):,} {one if len(found) == 1 else many}: {listed}{more}")
+    return lines
+
+
+def describe_index(report: IndexReport, *, limit: int = 10) -> list[str]:
+    """Lines about an index: what is in it, what was left out, what should be looked at."""
+    lines = [f"{report.num_samples:,} images of {len(report.classes):,} classes", *report.notes]
+    if report.num_skipped:
+        left_out = "sample is not usable and was left out" if report.num_skipped == 1 else "samples are not usable and were left out"
+        listed = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:limit])
+        more = f"; and {report.num_skipped - limit:,} more" if report.num_skipped > limit else ""
+        lines.append(f"{report.num_skipped:,} {left_out}: {listed}{more}")
     return lines
 
 

@@ -94,7 +94,7 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise DecodeError(f"not an image ({_look(data)})") from None
+        raise DecodeError(f"not an image ({look(data)})") from None
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels: {error}") from None
     except Exception as error:
@@ -115,7 +115,7 @@ def _reason(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _look(data: bytes) -> str:
+def look(data: bytes) -> str:
     """What the bytes seem to be, for the message."""
     start = data[:256].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):

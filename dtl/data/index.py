@@ -23,13 +23,26 @@ import numpy.typing as npt
 from dtl.data.atomic import sha256_of_file, write_whole
 from dtl.data.decode import FORMATS
 from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
+from dtl.data.quarantine import Quarantine, original_number
 from dtl.data.strings import StringTable
 from dtl.errors import DamagedSample, UserError
 
-__all__ = ["INDEX_NAME", "MANIFEST_NAME", "PATHS_NAME", "Manifest", "Shard", "Shards", "check_class_maps", "dataset_id", "write_index"]
+__all__ = [
+    "INDEX_NAME",
+    "KEYS_NAME",
+    "MANIFEST_NAME",
+    "PATHS_NAME",
+    "Manifest",
+    "Shard",
+    "Shards",
+    "check_class_maps",
+    "dataset_id",
+    "write_index",
+]
 
 INDEX_NAME = "index.bin"
 PATHS_NAME = "paths.bin"
+KEYS_NAME = "keys.bin"  # of shards made by others, whose headers may hold less than the whole name
 INDEX_VERSION = 1
 
 _MAGIC = b"DTLINDEX"
@@ -89,23 +102,41 @@ class Shards:
     heights: npt.NDArray[np.uint16]
     flags: npt.NDArray[np.uint8]
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Use `Shards.open`, which also checks that the index belongs to the manifest."""
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None) -> None:
+        """Use `Shards.open`, which also checks that the index belongs to the manifest. `manifest` has the quarantine applied."""
+        self.folder, self.manifest, self.quarantine = folder, manifest, quarantine
+        self.quarantined = np.zeros(0, np.int64) if quarantine is None else quarantine.numbers
         self._map_index()
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
         self._files = _OpenFiles()
-        self._paths: StringTable | None = None
+        self._tables: dict[str, StringTable | None] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Shards:
-        """Open a folder written by `dtl pack`. UserError where the index is missing, short, or of another manifest."""
+    def open(cls, folder: str | Path, *, whole: bool = False) -> Shards:
+        """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
+
+        Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.
+        """
         folder = Path(folder)
         manifest = Manifest.read(folder)
-        shards = cls(folder, manifest)
-        if sha256_of_file(folder / INDEX_NAME) != manifest.index_sha256:
-            raise UserError(f"{folder / INDEX_NAME} does not belong to the {MANIFEST_NAME} beside it (another sha256); pack the data again")
+        quarantine = None if whole else Quarantine.read(folder, manifest)
+        if quarantine is not None:
+            manifest = quarantine.applied(manifest)
+        shards = cls(folder, manifest, quarantine)
+        if sha256_of_file(shards.index_path) != manifest.index_sha256:
+            raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (another sha256); {shards.again}")
         return shards
+
+    @property
+    def index_path(self) -> Path:
+        return self.folder / (INDEX_NAME if self.quarantine is None else self.quarantine.index)
+
+    @property
+    def again(self) -> str:
+        """What to do about an index that cannot be used."""
+        if self.quarantine is not None:
+            return "run `dtl verify SHARDS --quarantine` again"
+        return "index the shards again" if "keys_sha256" in self.manifest.made_by else "pack the data again"
 
     @property
     def num_samples(self) -> int:
@@ -131,7 +162,7 @@ class Shards:
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         offsets, sizes = self.offsets[numbers].astype(np.int64), self.sizes[numbers].astype(np.int64)
         crcs = self.crcs[numbers]
-        out: list[bytes | DamagedSample | None] = [None] * len(numbers)
+        found: list[bytes | _Damage] = [b""] * len(numbers)
         order = np.lexsort((offsets, shards))
         with self._files.lock():
             for run in _runs(order, shards, offsets, sizes):
@@ -139,53 +170,57 @@ class Shards:
                 end = int(max(offsets[slot] + sizes[slot] for slot in run))
                 block = self._pread(shard, start, end - start)
                 for slot in run:
-                    found = _cut(block, int(offsets[slot]) - start, int(sizes[slot]), int(crcs[slot]))
-                    out[slot] = found if isinstance(found, bytes) else self._damaged(int(numbers[slot]), found.reason)
-        assert all(one is not None for one in out)
-        return out  # type: ignore[return-value]
+                    found[slot] = _cut(block, int(offsets[slot]) - start, int(sizes[slot]), int(crcs[slot]))
+        return [one if isinstance(one, bytes) else self.damaged(int(sample), one.reason) for sample, one in zip(numbers, found)]
 
     def key(self, sample: int) -> str:
-        """The sample's WebDataset key, read from its tar header. Raises DamagedSample where that is not there."""
-        with self._files.lock():
-            found = self._key(sample)
+        """The sample's WebDataset key, from its tar header or, for shards of others, from the stored names.
+
+        Raises DamagedSample where that is not there; `damaged` does not.
+        """
+        found = self._key(sample)
         if isinstance(found, _Damage):
-            shard = self.shard_of(sample)
-            raise DamagedSample(shard=self.manifest.shards[shard].url, key="", offset=int(self.offsets[sample]), reason=found.reason)
+            raise self.damaged(sample, found.reason)
         return found
+
+    def damaged(self, sample: int, reason: str) -> DamagedSample:
+        """What to report about `sample`; its key is empty where that cannot be read either."""
+        key, shard = self._key(sample), self.manifest.shards[self.shard_of(sample)].url
+        return DamagedSample(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=reason)
 
     def path(self, sample: int) -> str | None:
         """The image's path in the source that was packed, or None where it was not kept."""
-        if self._paths is None:
-            path = self.folder / PATHS_NAME
-            if not path.exists():
-                return None
-            self._paths = StringTable.read(path)
-        return self._paths[sample]
+        table = self._table(PATHS_NAME)
+        return None if table is None else table[self.original(sample)]
+
+    def original(self, sample: int) -> int:
+        """The sample's number in index.bin: another one only where samples before it are in quarantine."""
+        return original_number(sample, self.quarantined)
 
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shards, (self.folder, self.manifest)
+        return Shards, (self.folder, self.manifest, self.quarantine)
 
     def _map_index(self) -> None:
-        path = self.folder / INDEX_NAME
+        path, again = self.index_path, self.again
         try:
             with path.open("rb") as file:
                 head = file.read(_HEADER.size)
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}; pack the data again") from None
+            raise UserError(f"{path} cannot be read: {error.strerror}; {again}") from None
         if len(head) < _HEADER.size or head[:8] != _MAGIC:
-            raise UserError(f"{path} is not an index of dtl; pack the data again")
+            raise UserError(f"{path} is not an index of dtl; {again}")
         _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
         if version != INDEX_VERSION:
-            raise UserError(f"{path} has format version {version}, this dtl reads version {INDEX_VERSION}; pack the data again")
+            raise UserError(f"{path} has format version {version}, this dtl reads version {INDEX_VERSION}; {again}")
         expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
         if size != expected:
-            raise UserError(f"{path} has {size} bytes where {expected} are expected; pack the data again")
+            raise UserError(f"{path} has {size} bytes where {expected} are expected; {again}")
         if [shard.samples for shard in self.manifest.shards] != list(np.fromfile(path, "<i8", num_shards, offset=_HEADER.size)):
-            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); pack the data again")
+            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); {again}")
         # One mapping for all columns (each costs a file number), as plain arrays: indexing a np.memmap is several times slower.
         data = np.memmap(path, np.uint8, "r").view(np.ndarray)
         at = _HEADER.size
@@ -204,15 +239,24 @@ class Shards:
         except OSError as error:
             return _Damage(f"the shard cannot be read ({error.strerror})")
 
-    def _damaged(self, sample: int, reason: str) -> DamagedSample:
-        key = self._key(sample)
-        shard = self.manifest.shards[self.shard_of(sample)].url
-        return DamagedSample(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=reason)
-
     def _key(self, sample: int) -> str | _Damage:
-        start = int(self.offsets[sample]) - _BLOCK
-        header = self._pread(self.shard_of(sample), start, _BLOCK)
+        if "keys_sha256" in self.manifest.made_by:
+            table = self._table(KEYS_NAME)
+            return _Damage(f"{KEYS_NAME} is missing or damaged") if table is None else table[self.original(sample)]
+        with self._files.lock():
+            header = self._pread(self.shard_of(sample), int(self.offsets[sample]) - _BLOCK, _BLOCK)
         return header if isinstance(header, _Damage) else _key_of(header)
+
+    def _table(self, name: str) -> StringTable | None:
+        """A table of names beside the index, one for each of its samples; None where it is not there or not whole: names are for reports."""
+        if name not in self._tables:
+            try:
+                table = StringTable.read(self.folder / name)
+            except (OSError, UserError):
+                table = None
+            fits = table is not None and len(table) == self.num_samples + len(self.quarantined)
+            self._tables[name] = table if fits else None
+        return self._tables[name]
 
 
 class _Damage:

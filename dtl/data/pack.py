@@ -34,6 +34,7 @@ from dtl.errors import UserError
 # Below this, starting processes costs more than it saves.
 _BYTES_PER_PROCESS = 8 * 2**20
 _SAMPLES_PER_PROCESS = 4000
+PACKING = "dtl.data.pack_tasks"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class _Packing:
         chunks = math.ceil(self.job.num_samples / self.job.chunk_samples)
         self.shown.start("reading", self.job.num_samples)
         tasks = ({"kind": "scan", "number": number} for number in range(chunks))
-        run_tasks(self.job, tasks, processes=min(self.processes, chunks), done=self.shown.advance)
+        run_tasks(PACKING, self.job.folder, tasks, processes=min(self.processes, chunks), done=self.shown.advance)
         rows, reasons = np.empty(self.job.num_samples, SCAN), []
         for number in range(chunks):
             at = number * self.job.chunk_samples
@@ -205,7 +206,7 @@ class _Packing:
         for split in shards:
             self.job.split_folder(split).mkdir(exist_ok=True)
         tasks = ({"kind": "shard", "split": split, "number": number} for split, count in shards.items() for number in range(count))
-        run_tasks(self.job, tasks, processes=min(self.processes, sum(shards.values())), done=self.shown.advance)
+        run_tasks(PACKING, self.job.folder, tasks, processes=min(self.processes, sum(shards.values())), done=self.shown.advance)
 
     def finish_split(self, split: str, num_shards: int) -> PackedSplit:
         """Write index and paths, then the manifest, which makes the split whole."""

@@ -57,19 +57,20 @@ def working_alone(work: Path, place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def clear_errors(place: Path) -> Iterator[None]:
-    """A full disk and a folder that cannot be written are one clear line; a full disk gets its space back."""
+def clear_errors(place: Path, *, remove: bool = True, hint: str = "") -> Iterator[None]:
+    """A full disk and a folder that cannot be written are one clear line; with `remove` a full disk gets back what was packed."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            remove_ours(place)
-            for work in place.glob(".packing-*"):
-                shutil.rmtree(work, ignore_errors=True)
-            raise UserError(f"{place}: the disk is full ({error.strerror}); nothing was kept") from None
+            if remove:
+                remove_ours(place)
+                for work in place.glob(".packing-*"):
+                    shutil.rmtree(work, ignore_errors=True)
+            raise UserError(f"{place}: the disk is full ({error.strerror}); nothing was kept{hint}") from None
         if error.errno in _UNWRITABLE:
             where = f" ({error.filename})" if error.filename and str(error.filename) != str(place) else ""
-            raise UserError(f"{place} cannot be written: {error.strerror}{where}") from None
+            raise UserError(f"{place} cannot be written: {error.strerror}{where}{hint}") from None
         raise
 
 

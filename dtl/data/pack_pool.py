@@ -1,12 +1,16 @@
-"""Processes for packing: each a fresh `python` that imports numpy, Pillow and simplejpeg, and nothing of the caller.
+"""Processes for packing, indexing and verifying: each a fresh `python` that imports numpy, Pillow and simplejpeg, and nothing of the caller.
 
 Not `multiprocessing`: its spawn runs the caller's main module again in every child (for training that is torch, 5 s each; for a script
 without a `__main__` guard it is an error), and its fork copies a process that may have threads and a CUDA context. Tasks and answers
 are JSON lines; a child ends when its input ends, so also when the parent is killed.
+
+What is done is a module, by its name: `open_job(folder) -> job` reads the working folder once a process, `run_task(job, task)` does one
+task and returns its answer, which JSON can hold.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -18,35 +22,34 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from dtl.data.pack_job import Job
 from dtl.errors import UserError
 
-_START = "import sys; sys.path.append({root!r}); from dtl.data.pack_pool import serve; serve({folder!r})"
+_START = "import sys; sys.path.append({root!r}); from dtl.data.pack_pool import serve; serve({work!r}, {folder!r})"
 
 
-def run_tasks(job: Job, tasks: Iterable[dict[str, Any]], *, processes: int, done: Callable[[int], None]) -> None:
-    """Run all tasks, in this process where `processes` is 1; `done(samples)` after each. The first error ends it all."""
+def run_tasks(work: str, folder: Path, tasks: Iterable[dict[str, Any]], *, processes: int, done: Callable[[Any], None]) -> None:
+    """Run all tasks, in this process where `processes` is 1; `done(answer)` after each, in any order. The first error ends it all."""
     if processes == 1:
-        from dtl.data.pack_tasks import run_task
-
+        module = importlib.import_module(work)
+        job = module.open_job(folder)
         for task in tasks:
-            done(run_task(job, task))
+            done(module.run_task(job, task))
         return
-    children = [_Child(job.folder) for _ in range(processes)]
+    children = [_Child(work, folder) for _ in range(processes)]
     try:
-        for samples in _run_parallel(children, iter(tasks)):
-            done(samples)
+        for answer in _run_parallel(children, iter(tasks)):
+            done(answer)
     finally:
         for child in children:
             child.close()
 
 
-def _run_parallel(children: list[_Child], tasks: Iterator[dict[str, Any]]) -> Iterator[int]:
+def _run_parallel(children: list[_Child], tasks: Iterator[dict[str, Any]]) -> Iterator[Any]:
     idle: SimpleQueue[_Child] = SimpleQueue()
     for child in children:
         idle.put(child)
 
-    def ask(task: dict[str, Any]) -> int:
+    def ask(task: dict[str, Any]) -> Any:
         child = idle.get()
         try:
             return child.ask(task)
@@ -55,7 +58,7 @@ def _run_parallel(children: list[_Child], tasks: Iterator[dict[str, Any]]) -> It
 
     pool = ThreadPoolExecutor(len(children))
     try:
-        running: set[Future[int]] = set()
+        running: set[Future[Any]] = set()
         for task in tasks:
             running.add(pool.submit(ask, task))
             if len(running) >= 2 * len(children):
@@ -74,13 +77,13 @@ def _run_parallel(children: list[_Child], tasks: Iterator[dict[str, Any]]) -> It
 class _Child:
     """One worker process, asked one task at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, work: str, folder: Path) -> None:
         root = str(Path(__file__).resolve().parents[2])
-        command = [sys.executable, "-c", _START.format(root=root, folder=str(folder))]
+        command = [sys.executable, "-c", _START.format(root=root, work=work, folder=str(folder))]
         # A session of its own: Ctrl-C reaches the parent, which closes the children in good order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
-    def ask(self, task: dict[str, Any]) -> int:
+    def ask(self, task: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -93,7 +96,7 @@ class _Child:
             raise RuntimeError(f"a packing process ended with status {self._process.wait()} during {task}; was it killed for memory?")
         answer = json.loads(line)
         if answer["kind"] == "done":
-            return int(answer["samples"])
+            return answer["answer"]
         if answer["kind"] == "user":
             raise UserError(answer["message"])
         if answer["kind"] == "os":
@@ -115,15 +118,14 @@ class _Child:
                 stream.close()
 
 
-def serve(folder: str) -> None:
+def serve(work: str, folder: str) -> None:
     """The child's life: a task a line in, an answer a line out."""
-    from dtl.data.pack_tasks import run_task
-
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not be taken for an answer
-    job = Job(Path(folder))
+    module = importlib.import_module(work)
+    job = module.open_job(Path(folder))
     for line in sys.stdin:
         try:
-            answer: dict[str, Any] = {"kind": "done", "samples": run_task(job, json.loads(line))}
+            answer: dict[str, Any] = {"kind": "done", "answer": module.run_task(job, json.loads(line))}
         except UserError as error:
             answer = {"kind": "user", "message": str(error)}
         except OSError as error:

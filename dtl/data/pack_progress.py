@@ -1,4 +1,4 @@
-"""Progress of packing: a bar where stderr is a terminal, otherwise a plain line now and then."""
+"""Progress of packing, indexing and verifying: a bar where stderr is a terminal, otherwise a plain line now and then."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LINE_EVERY_SECONDS = 10.0
 class PackProgress:
     """`start` names a pass and its number of images, `advance` counts; nothing at all where not `visible`."""
 
-    def __init__(self, *, visible: bool) -> None:
-        self._visible = visible
+    def __init__(self, *, visible: bool, unit: str = "images") -> None:
+        self._visible, self._unit = visible, unit
         self._bar: Any = None
         self._task: Any = None
         self._pass, self._total, self._done, self._said = "", 0, 0, 0.0
@@ -28,7 +28,7 @@ class PackProgress:
                 TextColumn("{task.description:8}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("images"),
+                TextColumn(self._unit),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -50,4 +50,4 @@ class PackProgress:
             self._bar.advance(self._task, samples)
         elif self._visible and time.monotonic() - self._said >= _LINE_EVERY_SECONDS:
             self._said = time.monotonic()
-            print(f"{self._pass}: {self._done:,} of {self._total:,} images", file=sys.stderr, flush=True)
+            print(f"{self._pass}: {self._done:,} of {self._total:,} {self._unit}", file=sys.stderr, flush=True)

@@ -28,6 +28,10 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF":
 _BLOCK = 512
 
 
+def open_job(folder: Path) -> Job:
+    return Job(folder)
+
+
 def run_task(job: Job, task: dict[str, Any]) -> int:
     """Do one task and return its number of samples. Done already: nothing but the check that it is."""
     if task["kind"] == "scan":

@@ -97,15 +97,12 @@ class SourceBuilder:
         display_names: dict[str, str],
         notes: Sequence[str],
     ) -> Source:
-        ends = np.cumsum([0, *(len(table.data) for table in self._tables)])
-        offsets = [np.zeros(1, np.int64), *(table.offsets[1:] + start for table, start in zip(self._tables, ends))]
-        data = np.concatenate([np.zeros(0, np.uint8), *(table.data for table in self._tables)])
         self._digest.update("\0".join([*classes, "", *split_names, "", *display_names.values()]).encode("utf-8", "surrogateescape"))
         return Source(
             kind=kind,
             root=root,
             classes=classes,
-            names=StringTable(np.concatenate(offsets), data),
+            names=StringTable.join(self._tables),
             labels=np.concatenate([np.zeros(0, np.int32), *self._labels]),
             splits=np.concatenate([np.zeros(0, np.uint8), *self._splits]),
             split_names=split_names,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,13 @@ class StringTable:
     def write(self, path: Path) -> None:
         parts = (_HEADER.pack(_MAGIC, len(self)), np.ascontiguousarray(self.offsets, "<i8").data, np.ascontiguousarray(self.data).data)
         write_whole(path, lambda file: file.writelines(parts))
+
+    @classmethod
+    def join(cls, tables: Sequence[StringTable]) -> StringTable:
+        """All strings of `tables`, one table after another."""
+        starts = np.cumsum([0, *(len(table.data) for table in tables)])
+        offsets = [np.zeros(1, np.int64), *(table.offsets[1:] + start for table, start in zip(tables, starts))]
+        return cls(np.concatenate(offsets), np.concatenate([np.zeros(0, np.uint8), *(table.data for table in tables)]))
 
     def take(self, numbers: npt.NDArray[np.integer]) -> StringTable:
         """The strings at these positions, in this order."""

@@ -276,11 +276,12 @@ def _cut() -> None:
 def test_killed_in_the_middle_then_run_again(source: Path, packed: Path, tmp_path: Path) -> None:
     """SIGKILL of the main process while children write: they end too, and the next run finishes the job."""
     code = f"""
+import os
 import time
 from dtl.data import pack_pool
 from dtl.data.pack import pack
 ask = pack_pool._Child.ask
-pack_pool._Child.ask = lambda self, task: (print(self._process.pid, flush=True), time.sleep(0.2), ask(self, task))[2]
+pack_pool._Child.ask = lambda self, task: (os.write(1, b"%d\\n" % self._process.pid), time.sleep(0.2), ask(self, task))[2]
 pack({str(source)!r}, {str(tmp_path / "d")!r}, shard_bytes=50_000, processes=2, progress=False)
 """
     main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

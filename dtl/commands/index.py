@@ -1,0 +1,66 @@
+"""`dtl index TARS`: manifest and index for WebDataset shards that others wrote. The work is `dtl.data.foreign`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+_DESCRIPTION = """\
+Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
+read: each is checked once from end to end (headers, sizes, end marks, every image's header).
+
+TARS are folders of tars, brace patterns, globs, single tars, or text files with a tar a line.
+A sample's label is its `cls` (a number or a name), a field of its `json` (--label-field), or the last folder of its key.
+"""
+_EPILOG = """\
+examples:
+  dtl index shards/                                    labels in cls, or class folders in the keys
+  dtl index 'imagenet-train-{0000..1281}.tar' --classes imagenet_classes.txt
+  dtl index laion/ --label-field json_field.class_name --out laion-index
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """The command. UserError for whatever is wrong with the shards or the options."""
+    options = _parser().parse_args(arguments)
+    from dtl.data.cache import describe_index
+    from dtl.data.foreign import index_shards
+    from dtl.data.foreign_labels import read_classes
+
+    report = index_shards(
+        options.tars,
+        out=options.out,
+        image_field=options.image_field,
+        label_field=options.label_field,
+        classes=read_classes(options.classes) if options.classes else None,
+        names=options.names,
+        on_error=options.on_error,
+        processes=options.processes,
+        existing="replace" if options.overwrite else "refuse",
+        progress=not options.quiet,
+    )
+    lines = describe_index(report)
+    for line in lines[1:]:
+        print(line, file=sys.stderr)
+    if not options.quiet:
+        shards = "1 shard" if report.num_shards == 1 else f"{report.num_shards:,} shards"
+        print(f"{lines[0]} in {shards}, {report.num_bytes / 2**20:,.1f} MiB, indexed in {report.seconds:.1f} s: {report.folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl index", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("tars", metavar="TARS", nargs="+", help="folder, 'train-{000..099}.tar', glob, tar, or list of tars")
+    add("--out", metavar="DIR", help="where the index goes (the folder of the shards)")
+    add("--label-field", metavar="F", help="where labels are: an extension (cls), a field of the json member, or the word folder")
+    add("--image-field", metavar="E", help="the extension of the image, where samples have several")
+    add("--classes", metavar="FILE", help="class names in the order of their numbers: a line each, JSON, or a folder of packed shards")
+    add("--names", metavar="FILE", help="JSON {class name: display name}")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used: refuse, or leave them out and say so (fail)")
+    add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
+    add("--overwrite", action="store_true", help="replace an index that is there")
+    add("--quiet", action="store_true", help="say nothing but errors and what was left out")
+    return parser
