@@ -1,0 +1,178 @@
+"""What a user can get wrong ends with status 2 and one clear line, once, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import run, start, status, wait_for
+from PIL import Image
+from recipes import write_recipe
+
+
+def images(folder: Path, classes: dict[str, int], *, seed: int = 0) -> Path:
+    """A folder of small random images, `classes` of so many each."""
+    generator = np.random.default_rng(seed)
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / name / f"{i}.jpg")
+    return folder
+
+
+def empty_folder(folder: Path) -> list[str]:
+    (folder / "photos").mkdir()
+    return ["--data.train", "photos", "--data.val", "photos"]
+
+
+def one_class(folder: Path) -> list[str]:
+    images(folder / "photos", {"ants": 4})
+    return ["--data.train", "photos", "--data.val-fraction", "0.5"]
+
+
+def class_without_image(folder: Path) -> list[str]:
+    images(folder / "photos", {"ants": 4, "bees": 4})
+    (folder / "photos/cows").mkdir()
+    return ["--data.train", "photos", "--data.val-fraction", "0.5"]
+
+
+def truncated_image(folder: Path) -> list[str]:
+    images(folder / "photos", {"ants": 4, "bees": 4})
+    file = folder / "photos/bees/2.jpg"
+    file.write_bytes(file.read_bytes()[:-200])
+    return ["--data.train", "photos", "--data.val-fraction", "0.5"]
+
+
+def other_classes_in_val(folder: Path) -> list[str]:
+    images(folder / "a", {"ants": 4, "bees": 4})
+    images(folder / "b", {"ants": 4, "cows": 4}, seed=1)
+    return ["--data.train", "a", "--data.val", "b"]
+
+
+def weights_of_another_network(folder: Path) -> list[str]:
+    torch.save({"a.weight": torch.ones(3, 3), "b.weight": torch.ones(7)}, folder / "other.pt")
+    return ["--transfer.source", "other.pt"]
+
+
+def weights_that_are_a_pickle(folder: Path) -> list[str]:
+    torch.save({"model": torch.nn.Linear(2, 2)}, folder / "other.pt")
+    return ["--transfer.source", "other.pt"]
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "missing folder": (lambda folder: ["--data.train", "nowhere", "--data.val", "nowhere"], "nowhere"),
+    "empty folder": (empty_folder, "photos"),
+    "one class": (one_class, "one class"),
+    "class without image": (class_without_image, "cows"),
+    "truncated image": (truncated_image, "bees/2.jpg"),
+    "other classes in val": (other_classes_in_val, "cows"),
+    "no validation data": (lambda folder: [*one_class(folder)[:2], "--data.val-fraction", "0"], "photos"),
+    "unknown model": (lambda folder: ["--model.name", "torchvision/resnet19"], "resnet18"),
+    "weights that do not fit": (weights_of_another_network, "other.pt"),
+    "weights that are a pickle": (weights_that_are_a_pickle, "other.pt"),
+    "missing weights": (lambda folder: ["--transfer.source", "gone.pt"], "gone.pt"),
+    "unknown key": (lambda folder: ["--data.wrkers", "1"], "did you mean workers"),
+    "unknown pattern": (lambda folder: ["--phases.head.train", "[layr4.*]"], "layr4"),
+    "bad last": (lambda folder: ["--phases.head.train", "last:99"], "last:99"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_process_says_it_in_one_line(tmp_path: Path, name: str) -> None:
+    prepare, words = MISTAKES[name]
+    arguments = prepare(tmp_path)
+    job = run(["--config", str(write_recipe(tmp_path)), *arguments], cwd=tmp_path, code=2)
+    check_message(job.err(), words)
+
+
+@pytest.mark.parametrize("name", ["missing folder", "truncated image", "weights that do not fit", "unknown model", "unknown key"])
+def test_two_ranks_say_it_once(tmp_path: Path, name: str) -> None:
+    prepare, words = MISTAKES[name]
+    arguments = prepare(tmp_path)
+    job = run(["--config", str(write_recipe(tmp_path)), *arguments], cwd=tmp_path, world=2, code=2)
+    check_message(job.err(), words)
+    assert "dtl:" not in job.err(rank=1)
+
+
+def check_message(text: str, words: str) -> None:
+    errors = [line for line in text.splitlines() if line.startswith("dtl: ")]
+    assert len(errors) == 1, text
+    assert words in text.split("dtl: ", 1)[1], text
+    assert "Traceback" not in text, text
+
+
+def test_a_batch_smaller_than_the_world(tmp_path: Path) -> None:
+    job = run(["--config", str(write_recipe(tmp_path, data={"global_batch_size": 1}))], cwd=tmp_path, world=2, code=2)
+    check_message(job.err(), "global_batch_size 1 is smaller than the 2 processes")
+
+
+def test_a_run_folder_that_is_in_use(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    first = start(["--config", str(recipe), "--phases.all.epochs", "200"], cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "runs/tiny/history.jsonl").exists(), what="the first run")
+    second = run(["--config", str(recipe), "--phases.all.epochs", "200"], cwd=tmp_path, code=2)
+    check_message(second.err(), "another run works in")
+    assert status(tmp_path / "runs/tiny")["state"] == "running"
+    first.kill()
+    first.wait()
+
+
+def test_an_unwritable_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    job = run(["--config", str(write_recipe(tmp_path))], cwd=tmp_path, world=2, code=2)
+    check_message(job.err(), "runs")
+
+
+def test_a_loss_that_is_not_finite_names_step_lr_and_samples(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model={"name": "networks:diverging"}, phases={"all": {"train": "all", "steps": 9, "lr": 0.1}})
+    for world in (1, 2):
+        job = run(["--config", str(recipe), "--run.name", f"world{world}"], cwd=tmp_path, world=world, code=2)
+        check_message(job.err(), "the loss is not finite at step 2 of phase all (lr 0.0")
+        assert "samples digits" in job.err() or "samples " in job.err()
+        assert status(tmp_path / f"runs/world{world}")["state"] == "failed"
+
+
+def test_a_rank_that_sees_other_data_is_told(tmp_path: Path) -> None:
+    """One rank has another copy of the images: an error on both, not a silent mixture."""
+    for name, seed in (("a", 0), ("b", 5)):
+        images(tmp_path / name / "photos", {"ants": 6, "bees": 6}, seed=seed)
+    recipe = write_recipe(tmp_path, data={"global_batch_size": 4, "train": "photos", "val_fraction": 0.5})
+    from harness import free_port
+
+    port = free_port()
+    jobs = []
+    for rank, name in enumerate(("a", "b")):
+        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = ["--config", str(recipe), "--run.dir", str(tmp_path / "runs")]
+        jobs.append(start(arguments, cwd=tmp_path / name, env={**variables, "GLOO_SOCKET_IFNAME": "lo"}))
+    for job in jobs:
+        job.wait().check(2)
+    check_message(jobs[0].err(), "ranks disagree on the training data")
+
+
+def test_the_debug_mode_overfits_one_batch_and_keeps_the_traceback(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    job = run(["--config", str(recipe), "--run.debug"], cwd=tmp_path)
+    assert "overfit one batch: loss" in job.err()
+    assert "it can learn" in job.err()
+    assert status(tmp_path / "runs/tiny-debug")["state"] == "done"
+    job = start(["--config", str(recipe), "--run.debug", "--data.train", "nowhere", "--data.val", "nowhere"], cwd=tmp_path).wait()
+    assert job.codes == [1]
+    assert "Traceback" in job.err()
+    assert run(["--config", str(recipe), "--run.debug"], cwd=tmp_path, world=2, code=2).err().count("one process") == 1
+
+
+def test_a_full_disk_is_said_and_the_run_ends(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    recipe = write_recipe(tmp_path)
+    run_folder = tmp_path / "runs/tiny"
+    run_folder.mkdir(parents=True)
+    (run_folder / "history.jsonl").symlink_to("/dev/full")
+    job = start(["--config", str(recipe)], cwd=tmp_path).wait()
+    assert job.codes in ([0], [2])
+    assert "history.jsonl cannot be written" in job.err()
