@@ -56,6 +56,7 @@ _COLUMNS = (
     ("heights", "<u2"),
     ("flags", "u1"),
 )
+ROW_COLUMNS = tuple(name for name, _ in _COLUMNS)
 _BLOCK = 512  # of a tar
 
 # flags: the low 4 bits are the image's format, 1 + its place in FORMATS.

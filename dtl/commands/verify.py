@@ -1,0 +1,68 @@
+"""`dtl verify SHARDS`: is everything still there, whole, and readable. The work is `dtl.data.verify`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtl.data.verify import VerifyReport
+
+_DESCRIPTION = """\
+Check packed or indexed shards: sizes, sha256, the tars' structure, index against tars, the crc of every image, labels, and that every
+image decodes. Prints what is wrong with shard, key, offset and reason. Exit status 0: all right; 2: something is damaged.
+"""
+_EPILOG = """\
+With --quarantine the damaged samples are listed in quarantine.json beside the manifest, and training leaves them out (which makes it
+another data set: a run that began with them does not go on without them). The shards stay as they are. The status is then 0 if the rest
+is sound. Remove quarantine.json, or verify again after mending the shards, to take the samples back.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
+    options = _parser().parse_args(arguments)
+    from dtl.data.verify import describe, split_folders, verify
+
+    usable = True
+    for folder in split_folders(options.shards):
+        report = verify(folder, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)
+        describe(report, _say)
+        if not options.quiet:
+            print(_summary(report, quarantine=options.quarantine))
+        usable = usable and report.is_usable
+    return 0 if usable else 2
+
+
+def _summary(report: VerifyReport, *, quarantine: bool) -> str:
+    shards = "1 shard" if report.num_shards == 1 else f"{report.num_shards:,} shards"
+    new = len(report.new_samples)
+    parts = [f"{report.folder}: {report.num_samples:,} samples in {shards}, checked in {report.seconds:.1f} s"]
+    if report.in_quarantine:
+        parts.append(f"{len(report.in_quarantine):,} in quarantine")
+    if new:
+        parts.append(f"{new:,} damaged; mend the shards, or leave these out: dtl verify {report.folder} --quarantine")
+    elif report.shards and not report.is_usable:
+        parts.append("the shards named above are not those of the manifest")
+    elif not report.in_quarantine:
+        parts.append("all right")
+    elif quarantine:
+        parts.append("the rest is sound")
+    return "; ".join(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl verify", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("shards", metavar="SHARDS", help="folder with a manifest.json, or with train/ and val/ that have one")
+    add("--quarantine", action="store_true", help="leave damaged samples out of training from now on")
+    add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
+    add("--quiet", action="store_true", help="say nothing but what is wrong")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

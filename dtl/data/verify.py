@@ -1,0 +1,206 @@
+"""Check a packed or indexed split against itself, byte by byte and image by image, and set the damaged samples aside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtl.data.atomic import sha256_of_file
+from dtl.data.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
+from dtl.data.manifest import MANIFEST_NAME
+from dtl.data.pack_pool import run_tasks
+from dtl.data.pack_progress import PackProgress
+from dtl.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine, left_out_index_name
+from dtl.data.verify_tasks import WHOLE, Finding
+from dtl.errors import DamagedSample, UserError
+
+VERIFYING = "dtl.data.verify_tasks"
+_IMAGES_PER_TASK = 1024
+# Decoding takes about 1 ms an image: starting a process has to be worth it.
+_IMAGES_PER_PROCESS = 500
+
+
+@dataclass
+class VerifyReport:
+    """`samples` are the damaged ones, one entry each; `shards` (shard, offset, reason) is what concerns a shard as a whole."""
+
+    folder: Path
+    num_samples: int
+    num_shards: int
+    samples: list[BadSample] = field(default_factory=list)
+    shards: list[tuple[str, int, str]] = field(default_factory=list)
+    in_quarantine: frozenset[int] = frozenset()
+    """Numbers of the samples that are set aside now."""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def new_samples(self) -> list[BadSample]:
+        """Damaged samples that a training would meet."""
+        return [bad for bad in self.samples if bad.sample not in self.in_quarantine]
+
+    @property
+    def is_usable(self) -> bool:
+        """Nothing is wrong but what is in quarantine, and what is wrong with a shard because of it."""
+        explained = {bad.shard for bad in self.samples if bad.sample in self.in_quarantine}
+        return not self.new_samples and all(shard in explained for shard, _, _ in self.shards)
+
+
+def split_folders(place: str | Path) -> list[Path]:
+    """The folder itself, or its train/, val/ and test/ that hold packed shards. UserError where there are none."""
+    folder = Path(place).expanduser()
+    if (folder / MANIFEST_NAME).is_file():
+        return [folder]
+    found = [folder / name for name in ("train", "val", "valid", "validation", "test") if (folder / name / MANIFEST_NAME).is_file()]
+    if not found:
+        hint = f"index its tars with `dtl index {folder}`" if folder.is_dir() and any(folder.glob("*.tar")) else "make one with `dtl pack SRC DST`"
+        raise UserError(f"{folder} holds no {MANIFEST_NAME}, so there is nothing to check it against; {hint}")
+    return found
+
+
+def verify(folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False) -> VerifyReport:
+    """Check one split: sizes, sha256, tars, index, crc, labels, and decode every image.
+
+    With `quarantine` the damaged samples are set aside (see `dtl.data.quarantine`): a list that was there is replaced, or removed where
+    nothing is damaged any more. UserError where manifest and index cannot be used at all, or where no sample would be left.
+    """
+    begun = time.monotonic()
+    if processes is not None and processes < 1:
+        raise UserError(f"processes is at least 1, got {processes}")
+    shards = Shards.open(folder, whole=True)
+    before = _old_quarantine(folder, shards, lenient=quarantine)
+    report = VerifyReport(folder, shards.num_samples, len(shards.manifest.shards), in_quarantine=before)
+    _check_keys(shards, report)
+    # What reading an image finds says more than what the tar's structure does, so it comes first.
+    of_images: dict[int, list[Finding]] = {}
+    of_shards: dict[int, list[Finding]] = {}
+    with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
+        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute())}), encoding="utf-8")
+        shown.start("verifying", shards.num_samples)
+
+        def done(answer: dict[str, Any]) -> None:
+            findings = of_images if answer["kind"] == "images" else of_shards
+            findings.setdefault(answer["shard"], []).extend((s, o, r) for s, o, r in answer["findings"])
+            shown.advance(answer["samples"])
+
+        run_tasks(VERIFYING, Path(work), _tasks(shards), processes=_processes(shards, processes), done=done)
+    for number in range(len(shards.shard_sizes)):
+        _judge(shards, number, [*of_images.get(number, []), *of_shards.get(number, [])], report)
+    if quarantine:
+        _set_aside(shards, report)
+    report.seconds = time.monotonic() - begun
+    return report
+
+
+def _tasks(shards: Shards) -> Iterator[dict[str, Any]]:
+    first = 0
+    for number, size in enumerate(shards.shard_sizes.tolist()):
+        yield {"kind": "shard", "shard": number}
+        for start in range(first, first + size, _IMAGES_PER_TASK):
+            yield {"kind": "images", "shard": number, "first": start, "last": min(start + _IMAGES_PER_TASK, first + size)}
+        first += size
+
+
+def _processes(shards: Shards, wanted: int | None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or max(1, min(cores, shards.num_samples // _IMAGES_PER_PROCESS, 64))
+
+
+def _old_quarantine(folder: Path, shards: Shards, *, lenient: bool) -> frozenset[int]:
+    try:
+        found = Quarantine.read(folder, shards.manifest)
+    except UserError:
+        if lenient:
+            return frozenset()  # it is about to be replaced
+        raise
+    return frozenset(bad.sample for bad in found.samples) if found else frozenset()
+
+
+def _check_keys(shards: Shards, report: VerifyReport) -> None:
+    expected = shards.manifest.made_by.get("keys_sha256")
+    if expected is None:
+        return
+    path = shards.folder / KEYS_NAME
+    if not path.is_file() or sha256_of_file(path) != expected:
+        report.shards.append((KEYS_NAME, 0, "it is missing, or not the one that the manifest is about; index the shards again"))
+
+
+def _judge(shards: Shards, number: int, findings: list[Finding], report: VerifyReport) -> None:
+    """One entry for each damaged sample, the first finding; a shard's own findings where samples do not say as much."""
+    url = shards.manifest.shards[number].url
+    first: dict[int, Finding] = {}
+    for finding in findings:
+        if finding[0] != WHOLE:
+            first.setdefault(finding[0], finding)
+    whole = [finding for finding in findings if finding[0] == WHOLE]
+    if first and len(whole) == 1 and "sha256" in whole[0][2]:
+        whole = []  # its samples have told already
+    report.shards += [(url, offset, reason) for _, offset, reason in whole]
+    for sample in sorted(first):
+        _, offset, reason = first[sample]
+        report.samples.append(BadSample(sample=sample, shard=url, key=shards.damaged(sample, reason).key, offset=offset, reason=reason))
+
+
+def _set_aside(shards: Shards, report: VerifyReport) -> None:
+    """Write quarantine.json and the index without its samples; or remove them where nothing is damaged."""
+    folder = shards.folder
+    if not report.samples:
+        if (folder / QUARANTINE_NAME).exists():
+            (folder / QUARANTINE_NAME).unlink()
+            report.notes.append(f"no sample is damaged any more: {QUARANTINE_NAME} was removed")
+    else:
+        report.in_quarantine = frozenset(bad.sample for bad in report.samples)
+        if len(report.samples) == shards.num_samples:
+            raise UserError(f"{folder}: all {shards.num_samples:,} samples are damaged ({report.samples[0].reason}); none would be left to train on")
+        _write_quarantine(shards, report)
+    used = "" if not report.samples else left_out_index_name([bad.sample for bad in report.samples])
+    for old in folder.glob("index-without-*.bin"):
+        if old.name != used:
+            old.unlink(missing_ok=True)
+
+
+def _write_quarantine(shards: Shards, report: VerifyReport) -> None:
+    numbers = np.array([bad.sample for bad in report.samples], np.int64)
+    left = np.ones(shards.num_samples, bool)
+    left[numbers] = False
+    owner = np.repeat(np.arange(len(shards.shard_sizes)), shards.shard_sizes)
+    sizes = np.bincount(owner[left], minlength=len(shards.shard_sizes)).astype(np.int64)
+    labels = shards.labels[left]
+    counts = np.bincount(labels, minlength=shards.num_classes)
+    name = left_out_index_name(numbers.tolist())
+    digest = write_index(shards.folder / name, sizes, {column: getattr(shards, column)[left] for column in ROW_COLUMNS})
+    Quarantine(
+        of=shards.dataset_id,
+        index=name,
+        index_sha256=digest,
+        shard_samples=tuple(sizes.tolist()),
+        class_counts=tuple(counts.tolist()),
+        samples=tuple(report.samples),
+    ).write(shards.folder)
+    lost = [shards.classes[label] for label in np.flatnonzero((counts == 0) & (np.array(shards.manifest.class_counts) > 0))]
+    if lost:
+        report.notes.append(f"no sample is left of {len(lost)} class{'' if len(lost) == 1 else 'es'}: {', '.join(lost[:10])}")
+
+
+def describe(report: VerifyReport, say: Callable[[str], None], *, per_shard: int = 10) -> None:
+    """A line for each finding, at most `per_shard` of one shard, then a summary."""
+    for shard, offset, reason in report.shards:
+        say(f"{shard}: at byte {offset}: {reason}")
+    shown: dict[str, int] = {}
+    for bad in report.new_samples:
+        shown[bad.shard] = shown.get(bad.shard, 0) + 1
+        if shown[bad.shard] <= per_shard:
+            say(str(DamagedSample(shard=bad.shard, key=bad.key, offset=bad.offset, reason=bad.reason)))
+    for shard, count in shown.items():
+        if count > per_shard:
+            say(f"{shard}: {count - per_shard:,} more damaged samples")
+    for note in report.notes:
+        say(note)

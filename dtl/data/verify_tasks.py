@@ -1,0 +1,146 @@
+"""The work of `dtl verify`, in the processes of pack_pool, without torch: a shard as a whole, and a stretch of its images.
+
+An answer is {"kind", "shard", "samples" done, "findings": [[sample, offset, reason]]}; sample -1 is about the shard as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtl.data.atomic import sha256_of_file
+from dtl.data.decode import DecodeError, decode
+from dtl.data.foreign_samples import Ignored, Rules, Sample, open_tar, read_samples, shown
+from dtl.data.foreign_tar import DamagedTar, TarFile
+from dtl.data.index import Shards
+from dtl.errors import DamagedSample, UserError
+
+WHOLE = -1
+_IMAGES_AT_ONCE = 32
+# Findings about a shard whose index is about something else altogether would be as many as its samples.
+_MAX_STRANGERS = 3
+
+Finding = tuple[int, int, str]
+
+
+@dataclass
+class VerifyJob:
+    """One split, opened whole."""
+
+    shards: Shards
+    rules: Rules
+    as_names: bool
+    """Labels in the tars are class names, not numbers."""
+
+
+def open_job(folder: Path) -> VerifyJob:
+    shards = Shards.open(json.loads((folder / "job.json").read_text(encoding="utf-8"))["split"], whole=True)
+    made_by = shards.manifest.made_by
+    rules = Rules(**made_by["rules"]) if "rules" in made_by else Rules(None, "cls")
+    return VerifyJob(shards, rules, made_by.get("label_numbers") == "name")
+
+
+def run_task(job: VerifyJob, task: dict[str, Any]) -> dict[str, Any]:
+    """Do one task: `{"kind": "shard", "shard"}`, or `{"kind": "images", "shard", "first", "last"}` (sample numbers)."""
+    if task["kind"] == "shard":
+        return {"kind": "shard", "shard": task["shard"], "samples": 0, "findings": check_shard(job, task["shard"])}
+    samples = np.arange(task["first"], task["last"])
+    return {"kind": "images", "shard": task["shard"], "samples": len(samples), "findings": check_images(job.shards, samples)}
+
+
+def check_images(shards: Shards, samples: np.ndarray) -> list[Finding]:
+    """Read, compare with the crc, decode, and compare with the index."""
+    findings: list[Finding] = []
+    for start in range(0, len(samples), _IMAGES_AT_ONCE):
+        some = samples[start : start + _IMAGES_AT_ONCE]
+        for sample, data in zip(some.tolist(), shards.read(some)):
+            if reason := _check_image(shards, sample, data):
+                findings.append((sample, int(shards.offsets[sample]), reason))
+    return findings
+
+
+def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> str:
+    if isinstance(data, DamagedSample):
+        return data.reason
+    label, width, height = int(shards.labels[sample]), int(shards.widths[sample]), int(shards.heights[sample])
+    if not 0 <= label < shards.num_classes:
+        return f"label {label} is not one of {shards.num_classes} classes"
+    try:
+        image = decode(data)
+    except DecodeError as error:
+        return str(error)
+    if image.shape[:2] != (height, width):
+        return f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}"
+    return ""
+
+
+def check_shard(job: VerifyJob, number: int) -> list[Finding]:
+    """Size, sha256, the tar's structure, and whether the index says of each sample what the tar does."""
+    shards, shard = job.shards, job.shards.manifest.shards[number]
+    path = shards.folder / shard.url
+    findings: list[Finding] = []
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            findings.append((WHOLE, min(size, shard.bytes), f"it has {size:,} bytes, the manifest says {shard.bytes:,}"))
+        with open_tar(path) as file:
+            tar = TarFile(file)
+            try:
+                findings += _compare(job, number, tar)
+                digest = tar.sha256
+            except DamagedTar as error:
+                findings.append((WHOLE, error.offset, error.reason))
+                digest = sha256_of_file(path)
+    except UserError as error:
+        return [*findings, (WHOLE, 0, str(error))]
+    except OSError as error:
+        return [*findings, (WHOLE, 0, f"the shard cannot be read ({error.strerror})")]
+    if digest != shard.sha256:
+        findings.append((WHOLE, 0, "its sha256 is not the one in the manifest: it was changed, or it is another shard"))
+    return findings
+
+
+def _compare(job: VerifyJob, number: int, tar: TarFile) -> list[Finding]:
+    """What differs between the tar and the index. Both are in the order of the tar."""
+    shards = job.shards
+    first = int(shards.shard_sizes[:number].sum())
+    rows = np.arange(first, first + int(shards.shard_sizes[number]))
+    offsets = shards.offsets[rows]
+    order = np.argsort(offsets, kind="stable")
+    met = np.zeros(len(rows), bool)
+    findings: list[Finding] = []
+    strangers = 0
+    for sample in read_samples(tar, job.rules, Ignored()):
+        place = int(np.searchsorted(offsets, sample.offset, sorter=order))
+        known = place < len(rows) and int(offsets[order[place]]) == sample.offset
+        if known:
+            row = int(order[place])
+            met[row] = True
+            if reason := _differs(job, int(rows[row]), sample):
+                findings.append((int(rows[row]), sample.offset, reason))
+        elif not sample.problem:
+            strangers += 1
+            if strangers <= _MAX_STRANGERS:
+                findings.append((WHOLE, sample.offset, f"the tar has sample {shown(sample.key)} there, which the index does not know"))
+    for row in np.flatnonzero(~met).tolist():
+        findings.append((int(rows[row]), int(offsets[row]), "the tar has no image at this place"))
+    return findings
+
+
+def _differs(job: VerifyJob, row: int, sample: Sample) -> str:
+    shards = job.shards
+    if sample.size != int(shards.sizes[row]):
+        return f"the image has {sample.size:,} bytes in the tar, {int(shards.sizes[row]):,} in the index"
+    label = int(shards.labels[row])
+    if not 0 <= label < shards.num_classes:
+        return f"label {label} is not one of {shards.num_classes} classes"
+    wanted: int | str = shards.classes[label] if job.as_names else label
+    if sample.label != wanted and str(sample.label) != str(wanted):
+        return f"its label is {sample.label!r} in the tar, {wanted!r} in the index"
+    if "keys_sha256" in shards.manifest.made_by and shards.damaged(row, "").key != sample.key:
+        return f"its key is {shown(sample.key)} in the tar, {shown(shards.damaged(row, '').key)} in the index"
+    return ""

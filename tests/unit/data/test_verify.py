@@ -1,0 +1,258 @@
+"""`dtl verify` finds every damage and names it; what it sets aside is left out everywhere, and comes back when mended."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import damage
+import numpy as np
+import pytest
+from foreign_tars import sample as members
+from foreign_tars import write_tar
+from tiny_images import encoded, image_folder
+
+from dtl.commands import verify as command
+from dtl.data.foreign import index_shards
+from dtl.data.index import Shards
+from dtl.data.pack import pack
+from dtl.data.verify import verify
+from dtl.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = image_folder(tmp_path_factory.mktemp("source"), {"ant": 20, "bee": 15})
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(root, folder, shard_bytes=30_000, processes=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def checked(folder: Path, **options: bool) -> tuple[int, list[int], str]:
+    """(status, damaged samples, all that was said)."""
+    report = verify(folder, processes=1, progress=False, **options)
+    lines: list[str] = []
+    from dtl.data.verify import describe
+
+    describe(report, lines.append)
+    return (0 if report.is_usable else 2), [bad.sample for bad in report.new_samples], "\n".join(lines)
+
+
+def test_sound_shards_are_all_right(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run([str(packed), "--processes", "2"]) == 0
+    said = capsys.readouterr()
+    assert "35 samples in" in said.out
+    assert said.out.rstrip().endswith("all right")
+    assert said.err == ""
+
+
+def _label_in_tar(folder: Path) -> None:
+    path = damage.shard_path(folder, 9)
+    shards = Shards.open(folder)
+    data = bytearray(path.read_bytes())
+    at = int(shards.offsets[9]) - 1024  # cls comes before jpg
+    data[at] = ord("1") if data[at] == ord("0") else ord("0")
+    path.write_bytes(data)
+    damage.set_sha256(folder)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "one bit": (lambda f: damage.flip_bit(f, 9), 1, "the bytes are not those that were packed"),
+    "a zeroed block": (lambda f: damage.zero_block(f, 9), 1, "the bytes are not those that were packed"),
+    "cut": (lambda f: damage.cut_shard(f, 9), -1, "bytes before the image does"),
+    "cut in a header": (lambda f: damage.cut_shard(f, 9, in_header=True), -1, "bytes before the image does"),
+    "missing": (lambda f: damage.shard_path(f, 9).unlink(), -1, "the shard is missing"),
+    "a header": (lambda f: damage.damage_header(f, 9), -2, "this is no tar header, its checksum is wrong"),
+    "a label": (lambda f: damage.rewrite_index(f, 9, labels=7), 1, "label 7 is not one of 2 classes"),
+    "another label": (_label_in_tar, 1, "in the tar"),
+    "a size in the index": (lambda f: damage.rewrite_index(f, 9, widths=5), 1, "the index says 5 x"),
+    "an offset": (lambda f: damage.rewrite_index(f, 9, offsets=512), 1, "the bytes are not those that were packed"),
+    "no image": (lambda f: damage.put_image(f, 9, b"nothing"), 1, "not an image"),
+    "half an image": (lambda f: damage.put_image(f, 9, encoded(height=10, width=12)[:300]), 1, ""),
+    "too large": (lambda f: damage.put_image(f, 9, _huge(), width=60_000, height=60_000), 1, "pixels"),
+    "another shard": (lambda f: shutil.copy(damage.shard_path(f, 34), damage.shard_path(f, 9)), -1, "the bytes are not those that were packed"),
+}
+
+
+def _huge() -> bytes:
+    data = bytearray(encoded("BMP", height=4, width=4))
+    data[18:26] = (60_000).to_bytes(4, "little") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("which", list(DAMAGES))
+def test_every_damage_is_found_and_named(copy: Path, which: str) -> None:
+    do, count, reason = DAMAGES[which]
+    key = Shards.open(copy).key(9)
+    do(copy)
+    shard = Shards.open(copy).manifest.shards[Shards.open(copy).shard_of(9)].url
+    status, samples, said = checked(copy)
+    assert status == 2
+    assert reason in said
+    assert shard in said
+    if count == 1:
+        assert samples == [9]
+        # The key stands in the tar before the image, so a wrong offset finds another one.
+        assert f"{shard}: sample {'000000' if which == 'an offset' else key} at byte " in said
+    elif count == -1:
+        assert 9 in samples
+        assert len(samples) > 1
+    # Setting the damaged samples aside leaves a split that is sound, but where no sample is damaged: a header alone.
+    if count == -2:
+        return
+    checked(copy, quarantine=True)
+    left = Shards.open(copy)
+    assert left.num_samples == 35 - len(samples)
+    assert all(isinstance(one, bytes) for one in left.read(np.arange(left.num_samples)))
+    assert checked(copy)[1] == []
+
+
+def test_another_index_is_refused(copy: Path, tmp_path: Path) -> None:
+    pack(image_folder(tmp_path / "o", {"ant": 20, "bee": 15}, seed=3), tmp_path / "other", shard_bytes=30_000, processes=1, progress=False)
+    shutil.copy(tmp_path / "other/index.bin", copy / "index.bin")
+    with pytest.raises(UserError, match=r"index.bin does not belong to the manifest.json beside it"):
+        command.run([str(copy)])
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"holds no manifest.json, .* `dtl index "):
+        command.run([str(copy)])
+
+
+def test_quarantine_leaves_samples_out_and_gives_them_back(copy: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = Shards.open(packed)
+    bad = [3, 9, 20]
+    images = {name: path.read_bytes() for path in copy.glob("*.tar") for name in [path.name]}
+    for sample in bad:
+        damage.flip_bit(copy, sample)
+    assert command.run([str(copy)]) == 2
+    assert "3 damaged; mend the shards, or leave these out: dtl verify" in capsys.readouterr().out
+    assert command.run([str(copy), "--quarantine"]) == 0
+    said = capsys.readouterr()
+    assert "3 in quarantine" in said.out
+    assert "the rest is sound" in said.out
+    assert command.run([str(copy)]) == 0
+
+    left, rest = Shards.open(copy), [sample for sample in range(35) if sample not in bad]
+    assert left.quarantined.tolist() == bad
+    for name in ("labels", "offsets", "sizes", "crcs", "widths", "heights", "flags"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(whole, name)[rest], err_msg=name)
+    for shards in (left, pickle.loads(pickle.dumps(left))):
+        assert shards.read(np.arange(32)) == whole.read(rest)
+        assert [shards.key(sample) for sample in range(32)] == [whole.key(sample) for sample in rest]
+        assert [shards.path(sample) for sample in range(32)] == [whole.path(sample) for sample in rest]
+        assert shards.shard_of(31) == len(shards.manifest.shards) - 1
+    assert left.dataset_id != whole.dataset_id
+    assert left.shard_sizes.tolist() == [shard.samples for shard in left.manifest.shards]
+    assert sum(left.manifest.class_counts) == left.manifest.num_samples == 32
+    assert left.manifest.class_counts == tuple(np.bincount(left.labels).tolist())
+    entries = json.loads((copy / "quarantine.json").read_text())["samples"]
+    assert [entry["key"] for entry in entries] == [whole.key(sample) for sample in bad]
+
+    for name, data in images.items():
+        (copy / name).write_bytes(data)
+    assert command.run([str(copy), "--quarantine"]) == 0
+    assert "quarantine.json was removed" in capsys.readouterr().err
+    assert Shards.open(copy).dataset_id == whole.dataset_id
+    assert not list(copy.glob("index-without-*"))
+
+
+def test_quarantine_grows(copy: Path) -> None:
+    damage.flip_bit(copy, 3)
+    first = checked(copy, quarantine=True)
+    damage.flip_bit(copy, 4)
+    before = Shards.open(copy).dataset_id
+    status, samples, _ = checked(copy)
+    assert (first[0], status, samples) == (0, 2, [4])
+    checked(copy, quarantine=True)
+    assert Shards.open(copy).quarantined.tolist() == [3, 4]
+    assert Shards.open(copy).dataset_id != before
+    assert len(list(copy.glob("index-without-*"))) == 1
+
+
+def test_a_quarantine_that_does_not_belong_is_refused(copy: Path) -> None:
+    damage.flip_bit(copy, 3)
+    checked(copy, quarantine=True)
+    path = copy / "quarantine.json"
+    good = path.read_text()
+    for text, said in [
+        (good.replace('"of": "', '"of": "x'), "is about another data set"),
+        (good[:50], "cannot be read"),
+        (good.replace('"version": 1', '"version": 9'), "has format version 9"),
+        (good.replace('"key"', '"kex"'), "is damaged"),
+        (good.replace('"index": "', '"index": "x'), "cannot be read"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            Shards.open(copy)
+    checked(copy, quarantine=True)
+    assert Shards.open(copy).num_samples == 34
+
+
+def test_nothing_left_is_refused(tmp_path: Path) -> None:
+    pack(image_folder(tmp_path / "s", {"a": 2, "b": 2}), tmp_path / "d", processes=1, progress=False)
+    (tmp_path / "d/shard-00000.tar").unlink()
+    with pytest.raises(UserError, match=r"all 4 samples are damaged .the shard is missing."):
+        verify(tmp_path / "d", processes=1, progress=False, quarantine=True)
+    assert not (tmp_path / "d/quarantine.json").exists()
+
+
+def test_a_class_that_is_lost_is_told(tmp_path: Path) -> None:
+    pack(image_folder(tmp_path / "s", {"a": 4, "b": 1}), tmp_path / "d", processes=1, progress=False)
+    damage.flip_bit(tmp_path / "d", Shards.open(tmp_path / "d").labels.tolist().index(1))
+    assert "no sample is left of 1 class: b" in checked(tmp_path / "d", quarantine=True)[2]
+
+
+def test_splits_are_checked_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(image_folder(tmp_path / "s", {"a": 8, "b": 8}), tmp_path / "d", val_fraction=0.25, processes=1, progress=False)
+    damage.flip_bit(tmp_path / "d/val", 1)
+    assert command.run([str(tmp_path / "d")]) == 2
+    out = capsys.readouterr().out
+    assert "d/train: 12 samples" in out
+    assert "all right" in out
+    assert "1 damaged" in out
+
+
+@pytest.mark.parametrize("label", ["number", "name", "folder"])
+def test_shards_of_others(tmp_path: Path, label: str) -> None:
+    found = []
+    for number in range(6):
+        name = f"c{number % 2}"
+        key = f"{name}/k{number}" if label == "folder" else f"k{number}"
+        found.append(members(key, number % 2 if label == "number" else name, seed=number))
+    field = None if label != "folder" else "folder"
+    path = write_tar(tmp_path / "a.tar", [one for pair in found for one in pair])
+    index_shards([path], label_field=field, processes=1, progress=False)
+    assert checked(tmp_path) == (0, [], "")
+    damage.flip_bit(tmp_path, 2)
+    status, samples, said = checked(tmp_path)
+    assert (status, samples) == (2, [2])
+    assert f"a.tar: sample {'c0/' if label == 'folder' else ''}k2 at byte " in said
+    checked(tmp_path, quarantine=True)
+    assert [Shards.open(tmp_path).key(n).rpartition("/")[2] for n in range(5)] == ["k0", "k1", "k3", "k4", "k5"]
+    (tmp_path / "keys.bin").unlink()
+    assert "keys.bin: at byte 0: it is missing" in checked(tmp_path)[2]
+
+
+def test_the_same_for_any_number_of_processes(copy: Path) -> None:
+    damage.flip_bit(copy, 30)
+    damage.cut_shard(copy, 5)
+    reports = [verify(copy, processes=processes, progress=False) for processes in (1, 3)]
+    assert reports[0].samples == reports[1].samples
+    assert reports[0].shards == reports[1].shards
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom dtl.cli import main\ntry:\n    main(['verify', '--help'])\nexcept SystemExit:\n    assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--quarantine" in done.stdout
