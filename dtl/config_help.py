@@ -101,3 +101,16 @@ def _kind(annotation: Any) -> str:
         return "{KEY: VALUE}"
     names = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
     return names.get(annotation, str(annotation))
+
+
+HEADER = """\
+# Configuration
+
+Every key of a config file, which is also its option on the command line: `--section.key VALUE`. VALUE is YAML; `--a.b-c` and `--a.b_c` are
+the same; the command line wins over the file. `--print-config` prints what a run would use. Unknown keys are refused.
+This page is made from the models: `python -m dtl.config_help > docs/configuration.md`.
+"""
+
+if __name__ == "__main__":
+    print(HEADER)
+    print(reference().rstrip())

@@ -47,3 +47,9 @@ def test_a_launch_file_is_one_that_accelerate_takes(file: Path) -> None:
     assert f"--config_file launch/{file.name}" in file.read_text()
     for line in file.read_text().splitlines():
         assert len(line) < 160
+
+
+def test_the_configuration_page_is_made_from_the_models() -> None:
+    from dtl.config_help import HEADER, reference
+
+    assert (ROOT / "docs/configuration.md").read_text() == f"{HEADER}\n{reference().rstrip()}\n"
