@@ -1,0 +1,125 @@
+"""`dtl average RUN... --out FOLDER`: the mean of several runs' weights, as a model folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtl.checkpoint.model_folder import ModelFacts
+
+_DESCRIPTION = """\
+Average the weights of several models that started from the same pretrained weights (Wortsman et al. 2022, "Model soups",
+arXiv 2203.05482). The result is a model folder like any other: evaluate it, it may be better or worse than its parts.
+
+The models must have one architecture, one list of classes and one preprocessing. Whole-number tensors are the first model's.
+Statistics of batch normalisation are averaged too, which is an approximation.
+"""
+_EPILOG = """\
+example:
+  dtl average runs/seed0 runs/seed1 runs/seed2 --out models/soup
+  dtl evaluate models/soup --data.val photos/val
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command. UserError where the models do not belong together."""
+    options = _parser().parse_args(list(arguments))
+    if len(options.models) < 2:
+        raise UserError("an average needs two models or more")
+    target = Path(options.out)
+    from dtl.checkpoint.model_folder import load_model_tensors, read_model_json, save_model_folder
+    from dtl.engine.model_run import find_model
+
+    folders = [find_model(place)[0] for place in options.models]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a model is named twice; its weights would count double")
+    _check_target(target, folders, overwrite=options.overwrite)
+    facts = [read_model_json(folder) for folder in folders]
+    for folder, one in zip(folders[1:], facts[1:]):
+        _check_same(folders[0], facts[0], folder, one)
+    mean = average((load_model_tensors(folder) for folder in folders), [str(folder) for folder in folders])
+    first = facts[0]
+    save_model_folder(
+        target,
+        mean,
+        architecture=first.architecture,
+        classes=first.classes,
+        display_names=first.display_names,
+        preprocessing=first.preprocessing,
+        metrics={},
+        made_by={"average_of": [{"model": str(folder), **_origin(one)} for folder, one in zip(folders, facts)]},
+    )
+    print(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
+    print(f"  dtl evaluate {target} --data.val SRC")
+    return 0
+
+
+def average(models: object, names: Sequence[str]) -> dict[str, Tensor]:
+    """Mean of the floating-point tensors, summed in float64 and given back in the first model's types; the rest are the first model's.
+
+    `models` gives one state dict after another: two are in memory at a time. UserError where they do not match.
+    """
+    import torch
+
+    first: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    for name, tensors in zip(names, models):  # type: ignore[call-overload]
+        if not first:
+            first = tensors
+        if difference := sorted(tensors.keys() ^ first.keys()):
+            raise UserError(f"{names[0]} and {name} do not have the same tensors: {difference[0]} is in one of them only")
+        for key, tensor in tensors.items():
+            if tensor.shape != first[key].shape:
+                raise UserError(f"the tensor {key} is {tuple(first[key].shape)} in {names[0]} and {tuple(tensor.shape)} in {name}")
+            if tensor.is_floating_point():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise UserError(f"{name}: the tensor {key} holds values that are not finite; leave this model out")
+                sums[key] = tensor.double() if key not in sums else sums[key].add_(tensor.double())
+    return {key: (sums[key] / len(names)).to(tensor.dtype) if key in sums else tensor for key, tensor in first.items()}
+
+
+def _check_same(first_folder: Path, first: ModelFacts, folder: Path, other: ModelFacts) -> None:
+    for what, a, b in (
+        ("network", first.architecture["name"], other.architecture["name"]),
+        ("number of classes", len(first.classes), len(other.classes)),
+        ("options of the network", first.architecture.get("options") or {}, other.architecture.get("options") or {}),
+    ):
+        if a != b:
+            raise UserError(f"{first_folder} and {folder} cannot be averaged: the {what} is {a} and {b}")
+    for label, (a, b) in enumerate(zip(first.classes, other.classes)):
+        if a != b:
+            raise UserError(f"{first_folder} and {folder} cannot be averaged: class {label} is '{a}' in one and '{b}' in the other")
+    for key in first.preprocessing.keys() | other.preprocessing.keys():
+        a, b = first.preprocessing.get(key), other.preprocessing.get(key)
+        if a != b:
+            raise UserError(f"{first_folder} and {folder} cannot be averaged: their images are prepared with {key} {a} and {b}")
+
+
+def _check_target(target: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
+    if target.resolve() in {folder.resolve() for folder in folders}:
+        raise UserError(f"--out {target} is one of the models to average")
+    if target.exists() and not (overwrite and (target / "model.json").is_file()):
+        again = "; --overwrite replaces it" if (target / "model.json").is_file() and not overwrite else "; give a new folder"
+        raise UserError(f"--out {target} exists{again}")
+
+
+def _origin(facts: ModelFacts) -> dict[str, object]:
+    return {key: facts.made_by[key] for key in ("run", "step") if key in facts.made_by}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl average", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("models", metavar="RUN", nargs="+", help="runs (runs/NAME) or model folders")
+    add("--out", required=True, metavar="FOLDER", help="a new model folder")
+    add("--overwrite", action="store_true", help="replace a model folder that is there")
+    return parser

@@ -1,0 +1,69 @@
+"""`dtl export MODEL --to FORMAT --out FILE`. The work is `dtl.engine.export`; this is its command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtl.errors import UserError
+
+_DESCRIPTION = """\
+Write a trained model for other programs, and compare it with PyTorch on real images before it gets its name.
+
+  onnx           one ONNX file (needs the packages onnx and onnxscript; run with onnxruntime where that is installed)
+  torch-export   a graph for torch.export.load, without any code of the network
+  safetensors    the state dict alone
+
+Input: float32 images [batch, 3, S, S], normalised; output: logits. How images are prepared, and the classes, are stored in the file
+(ONNX metadata `dtl`, extra file `dtl.json`, safetensors metadata `dtl`) and beside it in FILE.json.
+"""
+_EPILOG = """\
+examples:
+  dtl export runs/flowers --to onnx --out flowers.onnx --images photos/val
+  dtl export runs/flowers/model --to torch-export --out flowers.pt2
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; nothing is written where the result differs from PyTorch."""
+    options = _parser().parse_args(list(arguments))
+    target = Path(options.out)
+    if options.opset is not None and options.to != "onnx":
+        raise UserError(f"--opset goes with --to onnx, not with {options.to}")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"--out {target}: the folder {target.absolute().parent} does not exist")
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder; give a file")
+
+    from dtl.engine.export import export, need, real_images
+    from dtl.engine.image_inputs import find_images
+    from dtl.engine.model_run import find_model, open_model
+
+    if options.to == "onnx":
+        need("onnx", "onnxscript")  # before the work
+    folder, _ = find_model(options.model)
+    model = open_model(folder)
+    inputs = find_images(options.images) if options.images else None
+    done = export(model, target, to=options.to, images=real_images(model, inputs), opset=options.opset)
+    of = "images" if inputs is not None else "of the built-in digits (--images takes your own)"
+    if done.difference is None:
+        print(f"not checked against PyTorch: {done.note}", file=sys.stderr)
+    else:
+        print(f"checked against PyTorch on {done.num_images} {of}: largest difference of a logit {done.difference:.2g}")
+    print(f"{done.path} ({options.to}{'' if done.difference is None else ', ' + done.note}), {done.path}.json")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model folder, or a run (runs/NAME)")
+    add("--to", choices=("onnx", "torch-export", "safetensors"), required=True, help="the format")
+    add("--out", required=True, metavar="FILE", help="the file to write; FILE.json is written beside it")
+    add("--opset", type=int, metavar="N", help="version of the ONNX operators (torch's default)")
+    add("--images", action="append", metavar="PATH", help="images to compare on: a folder, a list, shards; may be repeated")
+    return parser
