@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import signal
 import statistics
 import sys
 import time
@@ -83,11 +84,27 @@ def weightbridge(pair: Pair) -> Found:
     ours = {name: np.broadcast_to(np.float64(n), tuple(pair.source[name].shape)) for n, name in enumerate(names)}
     theirs = {name: np.broadcast_to(np.float64(0), tuple(value.shape)) for name, value in pair.target.state_dict().items()}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), time_limit(15):
             adapted = wb.adapt(ours, theirs)
     except Exception:  # it raises where it cannot pair everything: nothing loaded
         return {}
     return {name: names[int(value.flat[0])] for name, value in adapted.items() if value.size}
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """TimeoutError after so long: hundreds of tensors without words take weightbridge many minutes."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 METHODS: dict[str, Callable[[Pair], Found]] = {
@@ -159,9 +176,7 @@ def main() -> int:
                 continue
             scores[method][pair.name] = score(pair, METHODS[method])
         if options.show:
-            cells = [
-                f"{scores[m][pair.name].right}/{len(pair.truth)}-{scores[m][pair.name].false}" for m in methods if pair.name in scores[m]
-            ]
+            cells = [f"{scores[m][pair.name].right}/{len(pair.truth)}-{scores[m][pair.name].false}" for m in methods if pair.name in scores[m]]
             print(f"{pair.name:60s} " + "  ".join(cells), flush=True)
     return summary(scores, groups, options.out)
 

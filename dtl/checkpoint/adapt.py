@@ -99,9 +99,7 @@ def transpose_kernel(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     return weight.permute(order).reshape(shape)
 
 
-def rows(
-    tensor: torch.Tensor, source_classes: Sequence[str], target_classes: Sequence[str], merge: Mapping[str, Sequence[str]] | None = None
-) -> torch.Tensor:
+def rows(tensor: torch.Tensor, source_classes: Sequence[str], target_classes: Sequence[str], merge: Mapping[str, Sequence[str]] | None = None) -> torch.Tensor:
     """Rows of a head [K, ...] in the order of `target_classes`. `merge`: target class -> source classes whose rows are averaged."""
     index = {name: row for row, name in enumerate(source_classes)}
     merge = merge or {}

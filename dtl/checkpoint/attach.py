@@ -41,11 +41,7 @@ def links_by_dataflow(units: Sequence[Unit], flow: Dataflow) -> dict[int, set[Li
     for unit in units:
         if unit.kind not in NORMS:
             continue
-        found: set[Link] = {
-            ("post", other)
-            for other in before[unit.index]
-            if by_index[other].kind in WEIGHTED and by_index[other].shape[0] == unit.shape[0]
-        }
+        found: set[Link] = {("post", other) for other in before[unit.index] if by_index[other].kind in WEIGHTED and by_index[other].shape[0] == unit.shape[0]}
         found |= {("pre", other) for other in after[unit.index] if by_index[other].kind in WEIGHTED}
         if found:
             links[unit.index] = found

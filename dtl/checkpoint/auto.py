@@ -248,12 +248,19 @@ class _Auto:
 
     def _free_of_order(self) -> dict[int, str]:
         """Target unit -> the argument for its pair that needs no order."""
+        if self.source.flow is None and any(unit.flat for unit in self.source.units):
+            # Where names say nothing, even what belongs to one layer was read off the order.
+            return {}
         colours = graph_colours(self.source.units, self.source.flow) if self.source.flow else {}
         sharing: dict[tuple[object, int | None], int] = defaultdict(int)
         for unit in self.source.units:
             sharing[loose_signature(unit), colours.get(unit.index)] += 1
         found = {}
         for j, i in self.decided.certain.items():
+            # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
+            new_name = self.trust.as_a_whole and j not in self.trust.anchors and not self.transforms.get((i, j))
+            if new_name and self.names.best(j) != i:
+                continue
             if self.unique.get(j) == i or (i, j) in self.sole:
                 found[j] = "unique-shape"
             elif self.names.best(j) == i:
@@ -353,9 +360,7 @@ def _only(candidates: Candidates) -> dict[int, int]:
         for i in options:
             if i is not None:
                 wanted[i].append(j)
-    return {
-        j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1
-    }
+    return {j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1}
 
 
 def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: list[Unit], new_theirs: list[Unit]) -> Trust:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from dtl.checkpoint.fits import unit_transform
 from dtl.checkpoint.matching import Clash, Flag, Matching
@@ -31,10 +31,10 @@ def kernels(source: Sequence[Entry], renaming: Renaming) -> set[str]:
     }
 
 
-def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit], adapt: bool = True) -> Matching:
-    """Pair each target unit with the source tensors of the same names; shapes must be equal, or `adapt` knows the way.
+def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit], first: Callable[[], int | None]) -> Matching:
+    """Pair each target unit with the source tensors of the same names; shapes must be equal, or an adapter must know the way.
 
-    `source` carries the target's names already (see `renamed_entries`). Clashes of shape leave the whole unit out:
+    `source` carries the target's names already (see `renamed_entries`); `first` tells which layer sees the input. Clashes of shape leave the whole unit out:
     a convolution that does not fit must not leave its bias behind. More than a tenth of the units clashing means that the
     names do not mean the same layers (shifted Sequential indices, another depth of the same family): refused.
     """
@@ -42,7 +42,6 @@ def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit
     by_name = {entry.name: entry for entry in source}
     kinds = _kinds(source)
     apart = {id(unit) for unit in heads}
-    first = next((unit for unit in target if unit.kind in ("conv", "linear")), None)
     same = clashing = 0
     for unit in target:
         roles = _same_named(unit, by_name)
@@ -53,7 +52,7 @@ def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit
         if {found.kind, unit.kind} == {"bn", "norm"}:
             matching.flag(unit, f"the kind of norm changed: {found.kind} in the source, {unit.kind} here", found.names)
             continue
-        transform = unit_transform(found, unit, first=unit is first) if adapt or _equal(found, unit) else None
+        transform = unit_transform(found, unit, first=not _equal(found, unit) and unit.kind == "conv" and unit.index == first())
         if transform is not None:
             matching.pair(found, unit, transform=transform, evidence="name")
         elif id(unit) not in apart:

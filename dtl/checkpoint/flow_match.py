@@ -31,8 +31,7 @@ def prune_by_dataflow(candidates: Candidates, certain: Mapping[int, int], ours: 
 
 def _no_neighbour_missing(i: int, j: int, certain: Mapping[int, int], ours: Neighbours, theirs: Neighbours) -> bool:
     return all(
-        {certain[other] for other in their_side.get(j, _NONE) if other in certain} <= our_side.get(i, set())
-        for our_side, their_side in zip(ours, theirs)
+        {certain[other] for other in their_side.get(j, _NONE) if other in certain} <= our_side.get(i, set()) for our_side, their_side in zip(ours, theirs)
     )
 
 
@@ -55,9 +54,7 @@ def complete_by_dataflow(
         new.update(found)
 
 
-def _pinned(
-    source: Sequence[Unit], target: Sequence[Unit], known: Mapping[int, int], ours: Neighbours, theirs: Neighbours
-) -> dict[int, int]:
+def _pinned(source: Sequence[Unit], target: Sequence[Unit], known: Mapping[int, int], ours: Neighbours, theirs: Neighbours) -> dict[int, int]:
     used = set(known.values())
     back = {i: j for j, i in known.items()}
     options: dict[int, list[int]] = {}
@@ -67,9 +64,7 @@ def _pinned(
         fits = [
             other.index
             for other in source
-            if other.index not in used
-            and other.signature == unit.signature
-            and _corresponds(other.index, unit.index, known, back, ours, theirs)
+            if other.index not in used and other.signature == unit.signature and _corresponds(other.index, unit.index, known, back, ours, theirs)
         ]
         if fits:
             options[unit.index] = fits

@@ -31,9 +31,7 @@ def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
             # Writes beside the file and moves it into place, so that a broken download leaves nothing behind.
             torch.hub.download_url_to_file(address, str(path), found.group(1) if found else None, progress=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cannot fetch {address} ({error}); without a network, put the file at {path}, where it is looked for first"
-            ) from error
+            raise UserError(f"cannot fetch {address} ({error}); without a network, put the file at {path}, where it is looked for first") from error
     return Cached(path, facts or {})
 
 

@@ -69,9 +69,7 @@ def read_rules(mapping: str | Path | Mapping[str, Any]) -> list[Rule]:
 
             loaded = yaml.safe_load(text)
     except Exception as error:  # both parsers raise their own kinds
-        raise UserError(
-            f"map {path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({' '.join(str(error).split())})"
-        ) from error
+        raise UserError(f"map {path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, Mapping) or not loaded:
         raise UserError(f"map {path}: expected lines of `target: source`, found {type(loaded).__name__}")
     return _rules(loaded, f"map {path}")

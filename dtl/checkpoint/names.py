@@ -105,11 +105,7 @@ def rename(source: Sequence[Entry], target: Sequence[Entry], *, prefix: str | No
     if not swaps:
         return Renaming({entry.name: clean[entry.name] for entry in source})
     hits, _, old, new = swaps[0]
-    rivals = tuple(
-        dict.fromkeys(
-            other for count, _, other, _ in swaps[1:] if count >= 0.98 * hits and not other.startswith(old) and not old.startswith(other)
-        )
-    )
+    rivals = tuple(dict.fromkeys(other for count, _, other, _ in swaps[1:] if count >= 0.98 * hits and not other.startswith(old) and not old.startswith(other)))
     kept = {entry.name: clean[entry.name] for entry in source}
     if rivals or hits < 0.3 * min(len(wanted), len(shapes)):
         return Renaming(kept, old, new, hits, rivals)

@@ -127,11 +127,7 @@ class _Settlement:
             outputs = self._source_outputs()
             if outputs is None:
                 return "the source has none"
-            return (
-                "no part of the source belongs here"
-                if outputs == unit.shape[0]
-                else f"{unit.shape[0]} outputs here, {outputs} in the source"
-            )
+            return "no part of the source belongs here" if outputs == unit.shape[0] else f"{unit.shape[0]} outputs here, {outputs} in the source"
         if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
             return f"{unit.shape[0]} outputs here, {self._source_outputs()} in the source"
         ours, theirs = self.policy.target_classes, self.policy.source_classes

@@ -18,6 +18,7 @@ from dtl.checkpoint.target import Target, target_of
 from dtl.checkpoint.trace import Dataflow
 from dtl.checkpoint.trust import Trust, trust_names, with_settled
 from dtl.checkpoint.units import Entry, Key, Unit, units_of
+from dtl.checkpoint.views import first_layer
 from dtl.errors import UserError
 
 
@@ -38,6 +39,10 @@ class PlanRequest:
     def in_order(self) -> bool:
         """Whether the source's sequence can be the order of registration."""
         return not looks_sorted(self.source) if self.ordered is None else self.ordered
+
+    def first(self) -> int | None:
+        """The target's layer that sees the input."""
+        return first_layer(self.target.units, self.target.dataflow)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def match(request: PlanRequest) -> Planned:
     elif renaming.rivals:
         matching = _rivals(renaming)
     elif request.by == "name":
-        matching = match_names(renamed, request.target.units, heads=request.heads)
+        matching = match_names(renamed, request.target.units, heads=request.heads, first=request.first)
     else:
         matching = _auto(replace(request, source=renamed), None, _renamed(settled, renaming))
     if renaming.hits and not renaming.rivals and renaming.source_prefix != renaming.target_prefix:
@@ -113,8 +118,10 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
     `settled`: pairs given by the user's map. `names`: whether the names are the source's own and may be used.
     """
     source, target = units_of(request.source), request.target.units
+    if source_flow is None and not request.in_order and any(unit.flat for unit in source):
+        return _nothing_to_go_by()
     if names:
-        named = match_names(request.source, target, heads=request.heads)
+        named = match_names(request.source, target, heads=request.heads, first=request.first)
         trust = trust_names(named, source, target, request.heads)
     else:
         named, trust = Matching("names"), Trust(False, distrusted={unit.index for unit in target}, numbers=False)
@@ -136,6 +143,12 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
     )
     matching.matches.update(settled)
     matching.flags = {name: flag for name, flag in matching.flags.items() if name not in settled}
+    return matching
+
+
+def _nothing_to_go_by() -> Matching:
+    matching = Matching("nothing")
+    matching.refusals.append("the source's names say nothing, and its order is lost (the names are sorted): only a map can place its tensors")
     return matching
 
 
@@ -164,7 +177,8 @@ def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str 
     fits = {name: now for name, now in renaming.renamed.items() if now in shapes}
     wrong = [entry for entry in source if entry.name in fits and shapes[fits[entry.name]] != entry.shape]
     learned = [entry for entry in network.entries if not entry.is_counter]
-    if not renaming.rivals and not wrong and len(set(fits.values()) & {entry.name for entry in learned}) >= 0.9 * len(learned):
+    whole = len(fits) >= 0.9 * len(renaming.renamed)
+    if not renaming.rivals and not wrong and whole and len(set(fits.values()) & {entry.name for entry in learned}) >= 0.9 * len(learned):
         return fits, True
     if not in_order:
         return None, False
@@ -200,8 +214,7 @@ def _rivals(renaming: Renaming) -> Matching:
     matching = Matching(view="names")
     both = "', '".join((renaming.source_prefix, *renaming.rivals))
     matching.refusals.append(
-        f"the source holds several networks that fit equally well, with the prefixes '{both}'; choose one with "
-        f"source: FILE#{renaming.source_prefix}"
+        f"the source holds several networks that fit equally well, with the prefixes '{both}'; choose one with source: FILE#{renaming.source_prefix}"
     )
     return matching
 
@@ -214,10 +227,7 @@ def _own_names(matching: Matching, renaming: Renaming) -> Matching:
         return tuple(own.get(name, name) for name in key) if isinstance(key, tuple) else own.get(key, key)
 
     matching.matches = {name: replace(found, source=back(found.source)) for name, found in matching.matches.items()}
-    matching.flags = {
-        name: replace(flag, alternatives=tuple(own.get(other, other) for other in flag.alternatives))
-        for name, flag in matching.flags.items()
-    }
+    matching.flags = {name: replace(flag, alternatives=tuple(own.get(other, other) for other in flag.alternatives)) for name, flag in matching.flags.items()}
     matching.clashes = [replace(clash, source=own.get(clash.source, clash.source)) for clash in matching.clashes]
     return matching
 

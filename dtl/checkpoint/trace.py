@@ -127,20 +127,27 @@ def trace_dataflow(module: nn.Module, *, image_size: int | None = None) -> Dataf
 
 
 def _input_shapes(module: nn.Module, image_size: int | None) -> list[tuple[int, ...]]:
-    first = next((p for p in module.parameters() if p.dim() in (2, 4)), None)
-    conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None:
-        return [] if first is None else [(2, first.shape[-1])]
-    hints = [image_size, _hint(getattr(module, "image_size", None)), _hint(getattr(module, "img_size", None))]
-    config = getattr(module, "default_cfg", None) or {}
-    hints.append(_hint(config.get("input_size", (None,))[-1]) if isinstance(config, dict) else None)
-    embed = getattr(module, "patch_embed", None)
-    hints.insert(1, _hint(getattr(embed, "img_size", None)))
-    sizes = dict.fromkeys([hint for hint in hints if hint] + list(_SIZES))
-    return [(2, conv.in_channels, size, size) for size in sizes]
+    """Inputs to try: images of the channels that a convolution takes, at the size the module hints at, else at common ones."""
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if not convolutions:
+        widths = dict.fromkeys(m.in_features for m in module.modules() if isinstance(m, nn.Linear))
+        return [(2, width) for width in list(widths)[:8]]
+    taken = dict.fromkeys(m.in_channels for m in convolutions)
+    # The first one registered is nearly always the one that sees the image; else one that takes as many channels as images have.
+    channels = [next(iter(taken)), *(count for count in (3, 1, 4, 2) if count in taken)]
+    sizes = dict.fromkeys([size for size in (image_size, *_size_hints(module)) if size] + list(_SIZES))
+    return [(2, count, size, size) for count in dict.fromkeys(channels) for size in sizes]
 
 
-def _hint(value: Any) -> int | None:
+def _size_hints(module: nn.Module) -> list[int | None]:
+    """Where torchvision and timm keep the input size of networks that take no other."""
+    config = getattr(module, "default_cfg", None)
+    size = config.get("input_size", (None,)) if isinstance(config, dict) else None
+    places = (getattr(getattr(module, "patch_embed", None), "img_size", None), getattr(module, "image_size", None))
+    return [_last_size(value) for value in (*places, getattr(module, "img_size", None), size)]
+
+
+def _last_size(value: Any) -> int | None:
     if isinstance(value, (tuple, list)) and value:
         value = value[-1]
     return value if isinstance(value, int) and value > 0 else None

@@ -112,9 +112,7 @@ class TransferReport:
         fresh = sum(o.parameters for o in self.outcomes if o.outcome in ("fresh", "ambiguous"))
         target = sum(o.parameters for o in self.outcomes if o.target) or 1
         lines = [f"warning: {warning}" for warning in self.warnings]
-        lines.append(
-            f"{self.source}: coverage {self.coverage:.1%} of convolution and linear layers, fresh {fresh / target:.1%} of all parameters"
-        )
+        lines.append(f"{self.source}: coverage {self.coverage:.1%} of convolution and linear layers, fresh {fresh / target:.1%} of all parameters")
         details = [f"by {self.plan.by} ({self.plan.view})"]
         details += [f"from '{self.container}'"] if self.container else []
         details += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []

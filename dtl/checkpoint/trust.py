@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from dtl.checkpoint.matching import Match, Matching
 from dtl.checkpoint.units import Unit
 
-MOST_AGREE = 0.9
+MOST_AGREE = 0.75
+"""Least share of same-named layers that must have the same shape: below it the names mean other layers."""
+MOST_NAMED = 0.9
+"""Least share of one side's layers that must have a namesake, for names to be believed as a whole."""
 
 
 @dataclass
@@ -42,15 +45,16 @@ def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Uni
     kinds_changed = [unit for unit in target if any(name in matching.flags for name in unit.names) and unit not in clashing]
     agree = len(paired) / max(1, len(paired) + len(clashing))
     counted = [unit for unit in target if unit.index not in apart]
+    namesakes = len(clashing) + len(kinds_changed)
     share = max(
-        sum(unit.index in paired for unit in counted) / max(1, len(counted)),
-        len(set(paired.values())) / max(1, len(source)),
+        (sum(unit.index in paired for unit in counted) + namesakes) / max(1, len(counted)),
+        (len(set(paired.values())) + namesakes) / max(1, len(source)),
     )
     if len(clashing) > 2 and agree < MOST_AGREE:
         return Trust(False, distrusted={unit.index for unit in target})
     shifted = _shifted_lists(clashing, source)
     distrusted = {unit.index for unit in target if any(_in_list(unit.path, each) for each in shifted)}
-    if share + len(kinds_changed) / max(1, len(counted)) < MOST_AGREE:
+    if share < MOST_NAMED:
         return Trust(False, distrusted=distrusted)
     return Trust(True, {j: i for j, i in paired.items() if j not in distrusted}, distrusted)
 

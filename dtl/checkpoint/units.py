@@ -170,9 +170,7 @@ class _Cutter:
         return position < len(self.entries) and self.entries[position].is_counter
 
     def emit(self, kind: str, start: int, *roles: str) -> None:
-        found: dict[str, tuple[Key, Shape]] = {
-            role: (self.entries[start + n].name, self.entries[start + n].shape) for n, role in enumerate(roles)
-        }
+        found: dict[str, tuple[Key, Shape]] = {role: (self.entries[start + n].name, self.entries[start + n].shape) for n, role in enumerate(roles)}
         self.units.append(Unit(f"#{len(self.units)}", kind, found, flat=True))
 
     def norms(self, start: int, count: int) -> None:

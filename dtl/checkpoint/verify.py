@@ -72,9 +72,10 @@ def verify_plan(plan: TransferPlan, source_model: nn.Module, target_model: nn.Mo
     pairs = _paired_modules(plan, source, target, own)
     channels = next((m.in_channels for m in source.modules() if isinstance(m, nn.Conv2d)), 3)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    ours, _, ours_out = _activations(source, [a for a, _ in pairs], images)
-    theirs, order, theirs_out = _activations(target, [b for _, b in pairs], _as_input(images, target))
-    partner = {b: a for a, b in pairs}
+    # Of norms only the settings are compared: some hold their activation. What they do shows in the next layer's output.
+    partner = {b: a for a, b in pairs if _weight_of(source, a).dim() > 1}
+    ours, _, ours_out = _activations(source, list(partner.values()), images)
+    theirs, order, theirs_out = _activations(target, list(partner), _as_input(images, target))
     differences = [(name, _difference(ours[partner[name]], theirs[name])) for name in order if partner[name] in ours]
     diverged = [(name, value) for name, value in differences if value is None or value > TOLERANCE]
     return Verification(
@@ -116,13 +117,18 @@ def _paired_modules(plan: TransferPlan, source: nn.Module, target: nn.Module, ow
     modules, theirs = dict(source.named_modules()), dict(target.named_modules())
     pairs = {}
     for name, key in plan.pairs.items():
-        # Norms are left out: some hold their activation, some do not; what they do shows in the next layer.
-        if not isinstance(key, str) or not name.endswith(".weight") or own[key].dim() < 2:
+        if not isinstance(key, str) or not name.endswith(".weight"):
             continue
         a, b = where[own[key].data_ptr()].rpartition(".")[0], name.rpartition(".")[0]
         if a in modules and b in theirs and not isinstance(theirs[b], nn.MultiheadAttention):
             pairs[b] = a
     return [(a, b) for b, a in pairs.items()]
+
+
+def _weight_of(module: nn.Module, path: str) -> torch.Tensor:
+    weight = module.get_submodule(path).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def _activations(module: nn.Module, names: list[str], images: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[str], torch.Tensor]:

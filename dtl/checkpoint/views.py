@@ -95,10 +95,16 @@ def _fit_weighted(source: Unit, target: Unit, *, first: bool, last: bool) -> tup
     return None
 
 
-def score_matrix(source: Sequence[Unit], target: Sequence[Unit]) -> tuple[Scores, dict[tuple[int, int], str]]:
+def first_layer(units: Sequence[Unit], flow: Dataflow | None) -> int | None:
+    """The layer that sees the input: the first one used, or the first one registered where use is not known."""
+    ordered = in_use_order(units, flow) if flow else units
+    return next((unit.index for unit in ordered if unit.kind in WEIGHTED), None)
+
+
+def score_matrix(source: Sequence[Unit], target: Sequence[Unit], firsts: tuple[int | None, int | None]) -> tuple[Scores, dict[tuple[int, int], str]]:
     """Scores of all pairs, computed once per distinct pair of signatures, and the transforms of those that need one."""
-    a_classes, a_of = _classes(source)
-    b_classes, b_of = _classes(target)
+    a_classes, a_of = _classes(source, firsts[0])
+    b_classes, b_of = _classes(target, firsts[1])
     small = np.full((len(a_classes), len(b_classes)), IMPOSSIBLE)
     how: dict[tuple[int, int], str] = {}
     for i, (a, a_ends) in enumerate(a_classes):
@@ -130,8 +136,7 @@ def _may_fit(a: Unit, b: Unit, ends: bool) -> bool:
     return a.kind not in (*WEIGHTED, *NORMS) and b.kind not in (*WEIGHTED, *NORMS)
 
 
-def _classes(units: Sequence[Unit]) -> tuple[list[tuple[Unit, tuple[bool, bool]]], list[int]]:
-    first = next((u.index for u in units if u.kind in WEIGHTED), None)
+def _classes(units: Sequence[Unit], first: int | None) -> tuple[list[tuple[Unit, tuple[bool, bool]]], list[int]]:
     last = next((u.index for u in reversed(units) if u.kind == "linear"), None)
     seen: dict[tuple[object, ...], int] = {}
     classes: list[tuple[Unit, tuple[bool, bool]]] = []
@@ -156,10 +161,11 @@ class View:
         target: Sequence[Unit],
         *,
         anchors: Mapping[int, int],
+        firsts: tuple[int | None, int | None],
         allowed: Callable[[Unit, Unit], bool] | None = None,
     ) -> None:
         self.name, self.source, self.target = name, source, target
-        scores, self.transforms = score_matrix(source, target)
+        scores, self.transforms = score_matrix(source, target, firsts)
         if allowed is not None:
             for i, j in np.argwhere(scores > IMPOSSIBLE / 2):
                 if not allowed(source[i], target[j]):
@@ -207,9 +213,7 @@ def _two_best(rows: Scores) -> Scores:
     return -np.partition(-rows, 1, axis=1)[:, :2]
 
 
-def _sole_pairs(
-    scores: Scores, source: Sequence[Unit], target: Sequence[Unit], transforms: Mapping[tuple[int, int], str]
-) -> frozenset[tuple[int, int]]:
+def _sole_pairs(scores: Scores, source: Sequence[Unit], target: Sequence[Unit], transforms: Mapping[tuple[int, int], str]) -> frozenset[tuple[int, int]]:
     possible = scores > IMPOSSIBLE / 2
     rows = np.flatnonzero(possible.sum(axis=1) == 1)
     pairs = [(int(i), int(np.argmax(possible[i]))) for i in rows]
@@ -246,12 +250,13 @@ def look(
     targets = {"registered": list(target)}
     if target_flow:
         targets["used"] = in_use_order(target, target_flow)
-    views = [View(f"{a}/{b}", ours, theirs, anchors=anchors) for a, ours in sources.items() for b, theirs in targets.items()]
+    firsts = first_layer(source, source_flow), first_layer(target, target_flow)
+    views = [View(f"{a}/{b}", ours, theirs, anchors=anchors, firsts=firsts) for a, ours in sources.items() for b, theirs in targets.items()]
     best = max(view.best for view in views)
     sole = frozenset[tuple[int, int]]().union(*(view.sole for view in views))
     transforms = {pair: name for view in views for pair, name in view.transforms.items()}
     last_source, last_target = list(sources.values())[-1], list(targets.values())[-1]
-    split = _split_view(last_source, last_target, source_links, target_links, anchors)
+    split = _split_view(last_source, last_target, source_links, target_links, anchors, firsts)
     # Layers and norms apart only where that explains clearly more: the attachment of norms is all that holds it together.
     if split.best > best + 1.5:
         return Viewed("layers, then norms", split.candidates, split.margins, transforms | split.transforms, sole)
@@ -280,6 +285,7 @@ def _split_view(
     source_links: Mapping[int, set[Link]],
     target_links: Mapping[int, set[Link]],
     anchors: Mapping[int, int],
+    firsts: tuple[int | None, int | None],
 ) -> _Split:
     """Weighted layers, norms and the rest aligned apart; a norm only with one whose convolution can be its convolution's."""
     result = _Split(0.0, {}, {}, {})
@@ -296,7 +302,7 @@ def _split_view(
         if not theirs or not ours:
             result.candidates.update({unit.index: [None] for unit in theirs})
             continue
-        view = View("", ours, theirs, anchors=anchors, allowed=linked if kinds is NORMS else None)
+        view = View("", ours, theirs, anchors=anchors, firsts=firsts, allowed=linked if kinds is NORMS else None)
         result.best += view.best
         result.candidates.update(view.candidates())
         result.margins.update(view.margins())

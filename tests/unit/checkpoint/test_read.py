@@ -1,0 +1,192 @@
+"""Reading pretrained weights: every layout people have, and one clear line for what cannot be read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dtl.checkpoint.read import read_weights
+from dtl.errors import UserError
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def names(folder: Path, content: object, **options: object) -> list[str]:
+    torch.save(content, folder / "w.pth")
+    return list(read_weights(folder / "w.pth", **options).tensors)  # type: ignore[arg-type]
+
+
+def test_a_flat_file_keeps_order_and_is_memory_mapped(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    read = read_weights(tmp_path / "w.pt")
+    assert list(read.tensors) == list(state)
+    assert read.ordered
+    assert read.sha256 is not None
+    assert len(read.sha256) == 64
+    assert all(torch.equal(read.tensors[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []}},
+        lambda s: {"model_state_dict": s, "loss": torch.tensor(1.0)},
+        lambda s: {"classy_state_dict": {"base_model": {"model": {"trunk": s, "heads": {}}}}},
+        lambda s: {"state_dict": s, "pytorch-lightning_version": "2", "hyper_parameters": {"lr": 0.1}, "callbacks": {}},
+    ],
+)
+def test_containers_are_undone(tmp_path: Path, wrap: object) -> None:
+    state = small().state_dict()
+    assert names(tmp_path, wrap(state)) == list(state)  # type: ignore[operator]
+
+
+def test_wrappers_are_undone(tmp_path: Path) -> None:
+    state = small().state_dict()
+    assert names(tmp_path, {"state_dict": {f"module._orig_mod.{n}": v for n, v in state.items()}}) == list(state)
+
+
+def test_two_networks_in_one_file_need_a_choice(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": {n: v + 1 for n, v in state.items()}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"'state_dict' .* and 'state_dict_ema' .*#state_dict"):
+        read_weights(tmp_path / "w.pth")
+    read = read_weights(f"{tmp_path / 'w.pth'}#state_dict_ema")
+    assert read.container == "state_dict_ema"
+    assert read.passed_over == ("state_dict",)
+    with pytest.raises(UserError, match="no state dict under 'teacher'; found: 'state_dict', 'state_dict_ema'"):
+        read_weights(f"{tmp_path / 'w.pth'}#teacher")
+
+
+def test_a_key_that_ends_in_a_dot_is_a_prefix_of_names(tmp_path: Path) -> None:
+    state = {f"{side}.{n}": v for side in ("encoder_q", "encoder_k") for n, v in small().state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    assert read_weights(f"{tmp_path / 'w.pth'}#encoder_q.").prefix == "encoder_q."
+
+
+class Custom(nn.Linear):
+    """A class that weights_only does not know."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"w": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, "argparse.Namespace.*weights_only=False"),
+        ({"w": torch.zeros(2), "rng": random.Random(0)}, "random.Random"),
+        (small(), "a whole pickled module.*convert it once.*state_dict"),
+        ([1, 2], "holds a list, not a state dict"),
+        ({"epoch": 3}, "holds no tensors .*'epoch'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    torch.save(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"not readable as .*"):
+        read_weights(path)
+
+
+def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pretrained weights at"):
+        read_weights(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="holds no weights; expected one of model.safetensors"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    archive = tmp_path / "w.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), archive)
+    with pytest.raises(UserError, match=r"TorchScript archive.*torch.jit.load"):
+        read_weights(archive)
+
+
+def test_safetensors_keeps_no_order_but_a_model_folder_does(tmp_path: Path) -> None:
+    state = small().state_dict()
+    run = tmp_path / "runs" / "a" / "model"
+    run.mkdir(parents=True)
+    save_file(dict(state), run / "model.safetensors")
+    assert not read_weights(run / "model.safetensors").ordered
+    facts = {"format": 1, "classes": ["ants", "bees"], "order": list(state)}
+    (run / "model.json").write_text(json.dumps(facts))
+    for folder in (run, tmp_path / "runs" / "a"):
+        read = read_weights(folder)
+        assert read.ordered
+        assert list(read.tensors) == list(state)
+        assert read.facts["classes"] == ["ants", "bees"]
+
+
+def test_sharded_index(tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in small().state_dict().items()}
+    halves = [dict(list(state.items())[:3]), dict(list(state.items())[3:])]
+    where = {}
+    for number, half in enumerate(halves):
+        save_file(half, tmp_path / f"part{number}.safetensors")
+        where.update(dict.fromkeys(half, f"part{number}.safetensors"))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    read = read_weights(tmp_path)
+    assert set(read.tensors) == set(state)
+    assert not read.ordered
+    (tmp_path / "part1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names part1.safetensors, which is not beside it"):
+        read_weights(tmp_path)
+
+
+def test_dicts_modules_and_arrays() -> None:
+    module = small()
+    assert list(read_weights(module).tensors) == list(module.state_dict())
+    arrays = OrderedDict((name, value.numpy()) for name, value in module.state_dict().items())
+    assert torch.equal(read_weights(arrays).tensors["3.bias"], module[3].bias)
+
+
+def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    with pytest.raises(UserError, match=r"cannot fetch https://.*resnet18-.*\.pth .*put the file at .*resnet18-.*\.pth"):
+        read_weights("torchvision:resnet18")
+    with pytest.raises(UserError, match="no such weights.*resnet18"):
+        read_weights("torchvision:resnet81")
+    with pytest.raises(UserError, match="no such weights"):
+        read_weights("torchvision:ResNet18_Weights.IMAGENET9")
+    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert not cached.exists()
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(models.resnet18().state_dict(), cached)
+    read = read_weights("torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    assert len(read.tensors) == 122
+    assert len(read.facts["classes"]) == 1000
+    assert read.facts["preprocessing"]["image_size"] == 224
+    assert read.origin == "torchvision:ResNet18_Weights.IMAGENET1K_V1"
+
+
+def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", _no_network)
+    with pytest.raises(UserError, match="timm has no such model; the nearest names are .*resnet18"):
+        read_weights("timm:resnet188")
+    with pytest.raises(UserError, match=r"cannot fetch timm/resnet18.*without a network"):
+        read_weights("timm:resnet18")
+
+
+def _no_network(*_args: object, **_kwargs: object) -> None:
+    raise OSError("no network")

@@ -1,0 +1,66 @@
+"""`dtl transfer`: the dry run that people look at before they believe a transfer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtl.cli import main
+from dtl.models.plain_resnet import resnet_tiny
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.save(resnet_tiny(num_classes=10).state_dict(), tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from dtl.commands.transfer import parser; parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_a_dry_run_prints_the_table_and_writes_report_and_map(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights)]
+    assert main([*arguments, "--report", str(tmp_path / "r.json"), "--save-map", str(tmp_path / "m.yaml")]) == 0
+    assert "coverage 100.0%" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["checksum"] is None
+    assert report["refusals"] == []
+    assert main([*arguments, "--map", str(tmp_path / "m.yaml"), "--report", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    pairs = [{o["target"]: o["source"] for o in r["outcomes"] if o["source"] and o["target"]} for r in (report, again)]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", "--model", "dtl/resnet18_plain", "--source", str(weights)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dtl: transfer refused: ")
+    assert len(captured.err.splitlines()) == 1
+    assert "fresh" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--verify"], "--verify needs --source-arch"),
+        (["--by", "map"], "by: map needs a map"),
+        (["--min-coverage", "7"], "min_coverage: 7.0 is not between 0 and 1"),
+    ],
+)
+def test_wrong_options(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), "--source-arch", "dtl/resnet_tiny"]
+    assert main(["transfer", *arguments, "--verify", "--image-size", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "verify: 9 of 9 paired layers compute the same" in out
