@@ -8,12 +8,17 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _word_of(word: str) -> BeforeValidator:
+    """YAML 1.1 reads a bare `no` or `off` as false."""
+    return BeforeValidator(lambda value: word if value is False else value)
 
 
 class Section(BaseModel):
@@ -228,10 +233,12 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    wandb: Annotated[Literal["auto", "online", "offline", "off"], _word_of("off")] = "auto"
     """auto: online where a key is known, else offline; never a prompt."""
     tensorboard: bool = False
     """Write TensorBoard files too (needs the package tensorboard)."""
+    report: bool = True
+    """Make the pictures and the page in report/ at the end of the run."""
     log_every: Count = 10
     """Steps between the lines of history.jsonl."""
 
@@ -243,7 +250,7 @@ class Config(Section):
     transfer: TransferConfig | None = None
     phases: dict[str, PhaseConfig] = {}
     """The run, in order: NAME: {task, train, epochs or steps, lr, ...}."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _word_of("no")] = "auto"
     """auto: the launch file's value, else bf16 where the hardware has it."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

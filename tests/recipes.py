@@ -19,7 +19,7 @@ RECIPE: dict[str, Any] = {
     },
     "checkpoint": {"every_steps": 3},
     "precision": "no",
-    "tracking": {"wandb": "off", "log_every": 2},
+    "tracking": {"wandb": "off", "log_every": 2, "report": False},
 }
 
 

@@ -16,7 +16,8 @@ from dtl.errors import UserError
 from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
 
-OVERFIT_STEPS = 40
+OVERFIT_STEPS = 200
+OVERFIT_IMAGES = 16
 
 
 def debug_config(config: Config, name: str) -> tuple[Config, str]:
@@ -59,10 +60,11 @@ def overfit_one_batch(trainer: Trainer) -> None:
     freeze(module, {name for name, _ in module.named_parameters()})
     module.train()
     normalise = Normalise(trainer.network.preprocessing, device, channels_last=trainer.settings.channels_last)
-    images, labels, _ = phase.task.prepare(normalise(batch.images), batch.labels.to(device), batch.weights.to(device))
+    few = slice(OVERFIT_IMAGES)
+    images, labels, _ = phase.task.prepare(normalise(batch.images[few]), batch.labels[few].to(device), batch.weights[few].to(device))
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(OVERFIT_STEPS):
+    losses: list[float] = []
+    while len(losses) < OVERFIT_STEPS and not (losses and losses[-1] < 0.5 * losses[0]):
         logits, _auxiliary = forward_logits(module, images)
         if logits.shape[1] != phase.num_outputs:
             trainer.tracker.say("overfit one batch: skipped, the last phase gets its head later")
@@ -73,4 +75,4 @@ def overfit_one_batch(trainer: Trainer) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     verdict = "it can learn" if losses[-1] < 0.5 * losses[0] else "IT DOES NOT LEARN: look at the images, the labels and the network"
-    trainer.tracker.say(f"overfit one batch: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {OVERFIT_STEPS} steps: {verdict}")
+    trainer.tracker.say(f"overfit one batch: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps: {verdict}")

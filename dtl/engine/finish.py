@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,34 @@ def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
         _save_model(trainer, model, folder, config)
         folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
         tracker.table(table_rows(trainer.numbers()))
-        for line in next_steps(folder.path, config):
-            tracker.say(line)
     tracker.close("done")
     trainer.runtime.barrier()
+    if trainer.runtime.is_main:
+        page = _make_report(folder, config, tracker.say)
+        for line in next_steps(folder.path, config, page):
+            tracker.say(line)
+
+
+def _make_report(folder: RunFolder, config: Config, say: Callable[[str], None]) -> Path | None:
+    """The run is done and safe: whatever may be wrong with its pictures is only said."""
+    if not config.tracking.report or config.run.debug:
+        return None
+    from dtl.report import make_report
+
+    try:
+        return make_report(folder.path, say=say)
+    except Exception as error:
+        say(f"the report could not be made ({type(error).__name__}: {error}); dtl report {folder.path} tries again")
+        return None
 
 
 def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "val_loss": (row["val"] or {}).get("loss"), "top1": (row["val"] or {}).get("top1")} for row in results]
 
 
-def next_steps(run: Path, config: Config) -> list[str]:
-    lines = [
+def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
+    lines = [f"report       {page}"] if page else []
+    lines += [
         f"model        {run}/model (model.safetensors, model.json)",
         f"history      {run}/history.jsonl",
         f"checkpoints  {run}/checkpoints",

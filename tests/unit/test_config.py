@@ -44,6 +44,15 @@ def test_values_are_yaml(tmp_path: Path) -> None:
     assert config.transfer.source == "torchvision:resnet18"
 
 
+def test_a_bare_no_and_off_mean_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("data: {train: a, val: b}\nphases: {all: {}}\nprecision: no\ntracking: {wandb: off}\n")
+    config, _ = load_config(["--config", str(file)])
+    assert (config.precision, config.tracking.wandb) == ("no", "off")
+    config, _ = load_config(["--precision", "no", "--tracking.wandb", "off"])
+    assert (config.precision, config.tracking.wandb) == ("no", "off")
+
+
 def test_the_stored_config_reads_back_as_the_same() -> None:
     config, _ = load_config(["--checkpoint.async", "false", "--data.augment.randaugment", "[2, 9]"])
     assert config.checkpoint.asynchronous is False
