@@ -1,0 +1,146 @@
+"""`dtl verify-epoch SRC`: what an epoch's loaders deliver, without a model. The work is `dtl.data.epoch_proof`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from dtl.data.epoch_proof import EpochProof
+    from dtl.data.plan import EpochPlan
+
+_DESCRIPTION = """\
+Run the training loaders of one epoch, for each of --world ranks in turn, without a model, and count what they deliver: every sample
+exactly once? The hash of the sequence of global batches is the same for every world size and every number of workers, and after a
+start at a later step it is that of the steps that are left.
+
+Exit status 0: each sample once; 2: a sample is missing, doubled or damaged.
+"""
+_EPILOG = """\
+examples:
+  dtl verify-epoch shards --world 8 --workers 4
+  dtl verify-epoch digits --global-batch-size 120 --start 7 --pixels
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """The command. UserError for whatever is wrong with the source or the options."""
+    options = _parser().parse_args(arguments)
+    _check(options)
+    import torch
+
+    from dtl.data.cache import ensure_packed
+    from dtl.data.epoch_proof import prove_epoch
+    from dtl.data.index import Shards
+    from dtl.data.pack_progress import PackProgress
+    from dtl.data.plan import EpochPlan
+    from dtl.data.transforms import AugmentSettings, train_transform
+
+    shards = Shards.open(
+        ensure_packed(
+            options.source,
+            split=options.split,
+            val_fraction=options.val_fraction,
+            cache_dir=options.cache_dir,
+            on_error=options.on_error,
+            progress=not options.quiet,
+            say=_say,
+        )
+    )
+    plan = EpochPlan(
+        shards.shard_sizes,
+        seed=options.seed,
+        epoch=options.epoch,
+        global_batch_size=options.global_batch_size,
+        window=options.window,
+        drop_last=options.last == "drop",
+    )
+    if options.start >= plan.num_steps:
+        raise UserError(f"--start {options.start}: the epoch has {plan.num_steps} steps, 0 to {plan.num_steps - 1}")
+    torch.set_num_threads(1)  # as in a loader process
+    with PackProgress(visible=not options.quiet) as shown:
+        shown.start("loading", plan.num_positions - plan.step_bounds(options.start)[0])
+        proof = prove_epoch(
+            shards,
+            train_transform(image_size=options.image_size, augment=AugmentSettings(preset=options.augment)),
+            plan=plan,
+            num_ranks=options.world,
+            micro_batch_size=options.micro_batch_size,
+            workers=options.workers,
+            first_step=options.start,
+            image_size=options.image_size,
+            pixels=options.pixels,
+            advance=shown.advance,
+        )
+    _report(proof, plan, options)
+    return 0 if proof.is_exact else 2
+
+
+def _report(proof: EpochProof, plan: EpochPlan, options: argparse.Namespace) -> None:
+    for line in proof.damaged:
+        _say(line)
+    if options.json:
+        facts: dict[str, Any] = {**asdict(proof), "world": options.world, "workers": options.workers, "epoch": options.epoch}
+        print(json.dumps({**facts, "start": options.start, "steps_per_epoch": plan.num_steps}))
+        return
+    last = plan.num_steps - 1
+    print(f"epoch {options.epoch}, steps {options.start} to {last} of 0 to {last}, {options.world} ranks of {options.workers} workers each")
+    print(f"expected    {proof.expected:,}")
+    print(f"seen        {proof.seen:,}")
+    print(f"duplicated  {proof.duplicated:,}")
+    print(f"missing     {proof.missing:,}")
+    print(f"damaged     {len(proof.damaged):,}")
+    print(f"batches     {proof.order_hash}")
+    if proof.pixel_hash is not None:
+        print(f"pixels      {proof.pixel_hash}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("world", "global_batch_size", "micro_batch_size", "image_size", "window"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+    for name in ("workers", "epoch", "start"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} is at least 0, got {getattr(options, name)}")
+    if options.global_batch_size < options.world:
+        raise UserError(f"--global-batch-size {options.global_batch_size} is smaller than --world {options.world}; each rank needs a sample a step")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl verify-epoch", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="packed shards, or anything that data.train takes")
+    who = parser.add_argument_group("who reads what")
+    who.add_argument("--world", type=int, default=1, metavar="N", help="ranks to simulate, one after another (1)")
+    who.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes of each rank (2)")
+    who.add_argument("--micro-batch-size", type=int, metavar="N", help="samples a rank takes at once (its whole share)")
+    which = parser.add_argument_group("which part of the training; the defaults are those of `dtl train`")
+    which.add_argument("--epoch", type=int, default=0, metavar="E", help="which epoch (0)")
+    which.add_argument("--start", type=int, default=0, metavar="STEP", help="first step of the epoch, as after a resume (0)")
+    which.add_argument("--global-batch-size", type=int, default=64, metavar="G", help="samples a step, all ranks together (64)")
+    which.add_argument("--seed", type=int, default=0, help="run.seed (0)")
+    which.add_argument("--window", type=int, default=65_536, metavar="N", help="data.window (65536)")
+    which.add_argument("--last", choices=("keep", "drop"), default="keep", help="data.last (keep)")
+    which.add_argument("--split", choices=("train", "val"), default="train", help="which split, where SRC has several (train)")
+    which.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="data.val_fraction (0)")
+    which.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="data.on_error, while packing (fail)")
+    which.add_argument("--cache-dir", metavar="DIR", help="data.cache_dir")
+    images = parser.add_argument_group("images")
+    images.add_argument("--image-size", type=int, default=224, metavar="N", help="side of the square (224)")
+    images.add_argument("--augment", choices=("imagenet", "cifar", "light", "none"), default="imagenet", help="data.augment.preset (imagenet)")
+    images.add_argument("--pixels", action="store_true", help="hash the augmented pixels too")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
