@@ -1,6 +1,6 @@
 """Weight transfer on more than a hundred pairs of networks with known truth, against what people use today.
 
-    python -m benchmarks.transfer [--out RESULTS.json] [--only TEXT] [--show]
+    python -m benchmarks.transfer [--out RESULTS.json] [--only TEXT] [--methods TEXT] [--show]
 
 Compared: dtl's `auto` without and with `assume_order`, and with the source's network; the loop of the tutorials
 (`if shapes are equal: i += 1`), a plain zip, equal names (`strict=False` without the clashes), and weightbridge if installed.
@@ -160,11 +160,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="write every score as JSON")
     parser.add_argument("--only", default="", help="pairs whose name holds this text")
+    parser.add_argument("--methods", default="", help="methods whose name holds this text")
     parser.add_argument("--show", action="store_true", help="one line a pair")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    methods = available()
+    methods = [name for name in available() if options.methods in name]
     scores: dict[str, dict[str, Score]] = defaultdict(dict)
     groups: dict[str, str] = {}
     for pair in all_pairs():
@@ -197,7 +198,7 @@ def summary(scores: dict[str, dict[str, Score]], groups: dict[str, str], out: st
     if out:
         with open(out, "w", encoding="utf-8") as file:
             json.dump({m: {name: vars(s) for name, s in results.items()} for m, results in scores.items()}, file, indent=1)
-    false = {name: s for name, s in scores["dtl auto"].items() if s.false}
+    false = {name: s for name, s in scores.get("dtl auto", {}).items() if s.false}
     false |= {name: s for name, s in scores.get("dtl auto, source_model", {}).items() if s.false}
     for name, s in false.items():
         print(f"FALSE in {name}: {s.false}, for instance {', '.join(s.wrong)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +37,12 @@ def load_pretrained(
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
     image_size: int | None = None,
+    target_preprocessing: Mapping[str, Any] | None = None,
 ) -> TransferReport:
     """Load the weights of `source` (see `read_weights`) into `model`, in place, and tell what became of each tensor.
 
-    The options are those of `plan_transfer`. Raises `TransferRefused`, the model untouched, when too little fits, when a
+    The options are those of `plan_transfer`; `target_preprocessing` (mean, std) is compared with what the source says of
+    itself. Raises `TransferRefused`, the model untouched, when too little fits, when a
     tensor is in doubt, or when a value is not finite; its message holds the reason and the table of outcomes.
     """
     started = time.perf_counter()
@@ -64,7 +67,9 @@ def load_pretrained(
         image_size=image_size,
     )
     classes = (source_classes if source_classes is not None else weights.facts.get("classes"), target_classes)
-    return apply_plan(plan, weights, model, classes=classes, started=started)
+    report = apply_plan(plan, weights, model, classes=classes, started=started)
+    told = _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
+    return replace(report, warnings=report.warnings + told)
 
 
 def apply_plan(
@@ -156,6 +161,18 @@ def _casts(values: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) ->
             change = f"{value.dtype} -> {targets[name].dtype}".replace("torch.", "")
             counts[change] = counts.get(change, 0) + 1
     return counts
+
+
+def _other_preprocessing(source: Any, target: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Images normalised in another way than the weights were trained with."""
+    if not isinstance(source, Mapping) or target is None:
+        return ()
+    lines = []
+    for name in ("mean", "std"):
+        ours, theirs = target.get(name), source.get(name)
+        if ours is not None and theirs is not None and any(abs(a - b) > 1e-3 for a, b in zip(ours, theirs)):
+            lines.append(f"the source was trained with {name} {list(theirs)}, here it is {list(ours)}")
+    return tuple(lines)
 
 
 def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:

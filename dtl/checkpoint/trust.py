@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from dtl.checkpoint.matching import Match, Matching
 from dtl.checkpoint.units import Unit
 
-MOST_AGREE = 0.75
+MOST_AGREE = 0.6
 """Least share of same-named layers that must have the same shape: below it the names mean other layers."""
 MOST_NAMED = 0.9
 """Least share of one side's layers that must have a namesake, for names to be believed as a whole."""

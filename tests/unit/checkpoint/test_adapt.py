@@ -101,5 +101,5 @@ def test_a_folded_norm_is_the_same_function(bias: bool) -> None:
 def test_unknown_transforms_are_named() -> None:
     assert adapt.is_transform("split_1_of_3")
     assert not adapt.is_transform("magic")
-    with pytest.raises(UserError, match="no way to do 'magic'; known are .*stem_channels"):
+    with pytest.raises(UserError, match=r"no way to do 'magic'; known are .*stem_channels"):
         adapt.apply_transform("magic", [torch.zeros(1)], (1,))

@@ -107,7 +107,7 @@ def test_damaged_files(tmp_path: Path, suffix: str) -> None:
 def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pretrained weights at"):
         read_weights(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="holds no weights; expected one of model.safetensors"):
+    with pytest.raises(UserError, match=r"holds no weights; expected one of model.safetensors"):
         read_weights(tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     with pytest.raises(UserError, match=r"cannot fetch https://.*resnet18-.*\.pth .*put the file at .*resnet18-.*\.pth"):
         read_weights("torchvision:resnet18")
-    with pytest.raises(UserError, match="no such weights.*resnet18"):
+    with pytest.raises(UserError, match=r"no such weights.*resnet18"):
         read_weights("torchvision:resnet81")
     with pytest.raises(UserError, match="no such weights"):
         read_weights("torchvision:ResNet18_Weights.IMAGENET9")
@@ -182,7 +182,7 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(timm, "create_model", _no_network)
-    with pytest.raises(UserError, match="timm has no such model; the nearest names are .*resnet18"):
+    with pytest.raises(UserError, match=r"timm has no such model; the nearest names are .*resnet18"):
         read_weights("timm:resnet188")
     with pytest.raises(UserError, match=r"cannot fetch timm/resnet18.*without a network"):
         read_weights("timm:resnet18")

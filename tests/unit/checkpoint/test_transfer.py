@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,12 @@ def test_tied_tensors_are_loaded_once_and_must_agree() -> None:
 def test_an_untrained_source_is_told(source: Net) -> None:
     assert str(load_pretrained(Net(), Net().state_dict())).startswith("warning: the source looks untrained")
     assert "untrained" not in str(load_pretrained(Net(), source.state_dict()))
+
+
+def test_another_normalisation_is_told(source: Net) -> None:
+    weights = replace(read_weights(source), facts={"preprocessing": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}})
+    report = load_pretrained(Net(), weights, target_preprocessing={"mean": (0.485, 0.456, 0.406), "std": (0.5, 0.5, 0.5)})
+    assert report.warnings == ("the source was trained with mean [0.5, 0.5, 0.5], here it is [0.485, 0.456, 0.406]",)
 
 
 def test_gray_images_through_an_adapted_stem(source: Net) -> None:
