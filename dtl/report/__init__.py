@@ -30,9 +30,9 @@ def make_report(
     on the page and through `say`. One process, no collectives: rank 0 of a launched world may call it alone. Raises UserError where
     `run_folder` is no run or `out` cannot be written.
     """
-    from dtl.report.make import make_report
+    from dtl.report import single
 
-    return make_report(run_folder, out=out, device=device, max_images=max_images, seconds=seconds, say=say)
+    return single.make_report(run_folder, out=out, device=device, max_images=max_images, seconds=seconds, say=say)
 
 
 def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None = None, say: Callable[[str], None] = _quiet) -> Path:
@@ -40,6 +40,6 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
 
     Needs no data, no model and no torch. Raises UserError where there is nothing to compare.
     """
-    from dtl.report.make_comparison import make_comparison
+    from dtl.report import several
 
-    return make_comparison(run_folders, out=out, say=say)
+    return several.make_comparison(run_folders, out=out, say=say)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dtl.errors import UserError
 from dtl.report.record import Column, RunRecord
-from dtl.report.style import BLACK, CYCLE, MARKERS, as_percent, lines_on, new_figure, shorten
+from dtl.report.style import BLACK, CYCLE, MARKERS, WIDE, as_percent, lines_on, new_figure, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +23,18 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 60
 _MOST_MARKERS = 30
-# Settings that cannot change a result, or only name things.
-_NO_DIFFERENCE = ("run.name", "run.dir", "run.resume", "run.device", "tracking.", "checkpoint.", "data.workers", "data.cache_dir")
+# Settings that cannot change a result, or only name things; seeds have a column of their own.
+_NO_DIFFERENCE = (
+    "run.name",
+    "run.seed",
+    "run.dir",
+    "run.resume",
+    "run.device",
+    "tracking.",
+    "checkpoint.",
+    "data.workers",
+    "data.cache_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,11 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     unit = "epoch" if all(record.steps_per_epoch for record in records) else "step"
     courses = {record.path: _course(record, task, unit) for record in records}
     left_out = [f"{record.name} has no evaluation of the task {task}" for record in records if courses[record.path] is None]
-    pretext = sorted({f"{record.name}: {phase.name}" for record in records for phase in record.phases if phase.task != task and courses[record.path]})
+    pretext = sorted(
+        {f"{record.name}: {phase.name}" for record in records for phase in record.phases if phase.task != task and courses[record.path]}
+    )
     if pretext:
-        left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s count from the first phase that is")
+        left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s count from the first phase that is drawn")
     groups: dict[str, list[Course]] = {}
     for record in records:
         course = courses[record.path]
@@ -82,10 +94,10 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     return Comparison(tuple(Group(name, tuple(members)) for name, members in zip(names, groups.values())), unit, task, tuple(left_out))
 
 
-def compare_figure(comparison: Comparison) -> Figure:
+def compare_figure(comparison: Comparison, width: int = WIDE) -> Figure:
     """Draw and save it inside `style.plain()`."""
     rows = len(comparison.groups)
-    figure = new_figure(460, 500 + 17 * min(rows, 20))
+    figure = new_figure(width, 500 + 17 * min(rows, 20))
     top1, loss = figure.subplots(2, 1, sharex=True)
     for place, group in enumerate(comparison.groups):
         color, marker = CYCLE[place % len(CYCLE)], MARKERS[place % len(MARKERS)]
@@ -157,7 +169,7 @@ def _identity(record: RunRecord) -> str:
     if record.config is None:
         return str(record.path.resolve())
     values = _flat(record.config.to_dict())
-    return json.dumps({name: value for name, value in values.items() if name != "run.seed" and not name.startswith(_NO_DIFFERENCE)}, sort_keys=True)
+    return json.dumps({name: value for name, value in values.items() if not name.startswith(_NO_DIFFERENCE)}, sort_keys=True)
 
 
 def _group_names(names: Sequence[Sequence[str]]) -> list[str]:
@@ -176,7 +188,9 @@ def _group_names(names: Sequence[Sequence[str]]) -> list[str]:
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, dict) and values:
-        return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     return {prefix: values}
 
 

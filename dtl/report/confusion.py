@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dtl.report.style import BLUE, GREY, VERMILION, as_percent, lines_on, new_figure, percent, shorten
+from dtl.report.style import BLUE, GREY, NARROW, VERMILION, as_percent, lines_on, new_figure, percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Ints = npt.NDArray[np.int64]
-_MOST_NUMBERS, _MOST_NAMES, _MOST_CELLS, _MOST_BARS = 14, 40, 250, 30
+_MOST_NUMBERS, _MOST_NAMES, _MOST_CELLS, _MOST_BARS = 20, 40, 250, 30
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,17 @@ def confusion_figure(labels: Ints, predicted: Ints, names: Sequence[str]) -> Fig
     counts = np.zeros((cells, cells), np.int64)
     np.add.at(counts, (labels // group, predicted // group), 1)
     shares = _share(counts, counts.sum(axis=1, keepdims=True))
-    side = 460 if k <= _MOST_NUMBERS else 620
+    side = NARROW if k <= _MOST_NUMBERS else 620
     figure = new_figure(side, side - 20)
     axes = figure.subplots()
     # The square root shows the rare mistakes beside the full diagonal.
     axes.imshow(np.sqrt(np.nan_to_num(shares)), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     _name_classes(axes, names, k, group)
     if k <= _MOST_NUMBERS:
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8.2, color="white" if shares[row, column] > 0.36 else "#1a1a1a")
+        for row, column in np.argwhere(counts).tolist():
+            ink = "white" if shares[row, column] > 0.36 else "#1a1a1a"
+            size = 8.2 if k <= 12 else 6.6
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=ink)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.tick_params(length=0)
@@ -77,16 +78,28 @@ def classes_figure(numbers: ClassNumbers, names: Sequence[str]) -> Figure | None
     order = hardest_classes(numbers)[:_MOST_BARS]
     if not len(order):
         return None
-    figure = new_figure(460, 84 + 21 * len(order))
+    figure = new_figure(NARROW, 84 + 21 * len(order))
     axes = figure.subplots()
     places = np.arange(len(order))
     recall, precision = numbers.recall[order], numbers.precision[order]
     axes.barh(places, recall, color=BLUE, height=0.62, label="recall")
-    axes.plot(precision, places, linestyle="none", marker="D", markersize=5, color=VERMILION, markeredgecolor="white", markeredgewidth=0.7, label="precision", clip_on=False, zorder=4)
+    axes.plot(
+        precision,
+        places,
+        linestyle="none",
+        marker="D",
+        markersize=5,
+        color=VERMILION,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        label="precision",
+        clip_on=False,
+        zorder=4,
+    )
     axes.set_yticks(places, [f"{shorten(names[c], 22)} ({numbers.samples[c]:,})" for c in order])
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xlim(0, 1.0)
-    for place, value in zip(places, recall):
+    for place, value in enumerate(recall.tolist()):
         axes.text(1.04, place, percent(value, 0), va="center", ha="left", fontsize=7.6, color=GREY)
     as_percent(axes, "x")
     lines_on(axes, "x")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtl.report.record import Column, PhaseRecord, RunRecord
-from dtl.report.style import BLUE, FAINT, GREY, VERMILION, as_percent, lines_on, new_figure, percent, shorten
+from dtl.report.style import BLUE, FAINT, GREY, VERMILION, WIDE, as_percent, lines_on, new_figure, percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +20,12 @@ _EPOCH_TICKS = 7
 _LOG_LR = 20.0
 
 
-def curves_figure(record: RunRecord) -> Figure | None:
+def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
     """None where history holds nothing to draw. Draw and save it inside `style.plain()`."""
     if not any(len(phase.train["step"]) or len(phase.val["step"]) for phase in record.phases):
         return None
-    figure = new_figure(460, 560)
+    figure = new_figure(width, 560, fit=False)
+    figure.subplots_adjust(left=54 / width, right=1 - 12 / width, top=1 - 40 / 560, bottom=44 / 560, hspace=0.22)
     loss, top1, lr = figure.subplots(3, 1, sharex=True, height_ratios=[5, 5, 2.6])
     for phase in record.phases:
         _line(loss, phase.train["step"], phase.train["loss"], BLUE, "train")
@@ -48,7 +49,7 @@ def curves_figure(record: RunRecord) -> Figure | None:
     lr.set_xlabel("step")
     lr.set_xlim(0, max(1, record.last_step))
     _legend(loss)
-    _mark_phases(figure, [loss, top1, lr], record)
+    _mark_phases([loss, top1, lr], record, letters=0.143 * width)
     _epoch_axis(loss, record)
     return figure
 
@@ -109,7 +110,9 @@ def _mark_best(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> 
     axes.plot(step, value, marker="D", markersize=8, markerfacecolor="none", markeredgecolor=VERMILION, markeredgewidth=1.1, clip_on=False)
     edge = 0.06 * last_step  # a number at the end of its phase must not cross the border
     side = "right" if step > phase.last_step - edge else "left" if step < phase.first_step + edge else "center"
-    axes.annotate(percent(value), (step, value), xytext=(0, 7), textcoords="offset points", ha=side, va="bottom", fontsize=8, color=VERMILION)
+    axes.annotate(
+        percent(value), (step, value), xytext=(0, 7), textcoords="offset points", ha=side, va="bottom", fontsize=8, color=VERMILION
+    )
 
 
 def _limit_loss(axes: Axes, phases: list[PhaseRecord]) -> None:
@@ -144,10 +147,11 @@ def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in reversed(list(zip(handles, labels)))}
     names = [name for name in ("train", "validation") if name in first]
-    axes.legend([first[name] for name in names], names, loc="upper right", ncols=2, borderaxespad=0.1)
+    axes.legend([first[name] for name in names], names, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=1.6)
 
 
-def _mark_phases(figure: Figure, panels: list[Axes], record: RunRecord) -> None:
+def _mark_phases(panels: list[Axes], record: RunRecord, *, letters: float) -> None:
+    """`letters`: how many fit on the whole width."""
     for phase in record.phases[1:]:
         for axes in panels:
             axes.axvline(phase.first_step, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -155,7 +159,7 @@ def _mark_phases(figure: Figure, panels: list[Axes], record: RunRecord) -> None:
         return
     total = max(1, record.last_step)
     for phase in record.phases:
-        room = int(66 * phase.num_steps / total)
+        room = int(letters * phase.num_steps / total)
         if room >= 3:
             panels[1].text(
                 (phase.first_step + phase.last_step) / 2, 0.015, shorten(phase.name, room), transform=panels[1].get_xaxis_transform(),

@@ -36,6 +36,7 @@ from dtl.keyed import permutation, uniform
 from dtl.models.build import Network
 from dtl.models.build import build as build_model
 from dtl.report.record import RunRecord
+from dtl.report.style import percent
 from dtl.runtime import Runtime
 
 Ints = npt.NDArray[np.int64]
@@ -210,9 +211,8 @@ class Examples:
             image = batch.images[place]
             if task.name == "rotate":
                 image = torch.rot90(image, label, dims=(1, 2))
-            sure = f"{100 * rows.confidence[row]:.0f} %"
-            right = label == predicted
-            tiles.append(Tile(_pixels(image), f"{names[predicted]} {sure}", "" if right else f"is {names[label]}", right))
+            sure, right = percent(rows.confidence[row], 0), label == predicted
+            tiles.append(Tile(_pixels(image), names[predicted], sure if right else f"{sure}, is {names[label]}", right))
         return tiles
 
     def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int) -> Batch:
@@ -333,4 +333,4 @@ def _shares_text(shares: Tensor, names: Sequence[str]) -> str:
     found = [(float(share), index) for index, share in enumerate(shares.tolist()) if share > 0.005]
     if len(found) == 1:
         return names[found[0][1]]
-    return " + ".join(f"{names[index]} {100 * share:.0f} %" for share, index in sorted(found, reverse=True))
+    return " + ".join(f"{names[index]} {percent(share, 0)}" for share, index in sorted(found, reverse=True))

@@ -63,6 +63,10 @@ def section(heading: str, *parts: str) -> str:
     return f"<section>\n<h2>{escape(heading)}</h2>\n{inner}\n</section>"
 
 
+def subheading(words: str) -> str:
+    return f"<h3>{escape(words)}</h3>"
+
+
 def text(words: str, kind: str = "") -> str:
     mark = f' class="{kind}"' if kind else ""
     return f"<p{mark}>{escape(words)}</p>"
@@ -83,27 +87,40 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """In a narrow window each row becomes a small card, so that nothing has to be scrolled sideways."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, compact: bool = False) -> str:
+    """In a narrow window each row becomes a small card, so that nothing has to be scrolled sideways; a `compact` table fits as it is."""
     numbers = [all(row[i].number or row[i].text == "–" for row in rows) for i in range(len(columns))]
     head = "".join(f'<th scope="col"{_number(right)}>{escape(name)}</th>' for name, right in zip(columns, numbers))
     lines = []
     for row in rows:
         cells = [f'<th scope="row">{escape(row[0].text)}</th>']
-        cells += [f'<td data-label="{escape(name)}"{_number(right)}>{escape(cell.text)}</td>' for name, cell, right in zip(columns[1:], row[1:], numbers[1:])]
+        cells += [
+            f'<td data-label="{escape(name)}"{_number(right)}>{escape(cell.text)}</td>'
+            for name, cell, right in zip(columns[1:], row[1:], numbers[1:])
+        ]
         lines.append("<tr>" + "".join(cells) + "</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    kind = "compact" if compact else "cards"
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def plot(file: Path, alt: str, *, width: int, caption: str = "") -> str:
-    """A PNG with dark ink on white; dark windows show it with light ink on black."""
+def plot(file: Path, alt: str, *, width: int, caption: str = "", narrow: Path | None = None) -> str:
+    """A PNG with dark ink on white; dark windows show it with light ink on black. `narrow` is the PNG for narrow windows."""
+    source, size = _embedded(file)
+    image = f'<img src="{source}" alt="{escape(alt)}" {size}>'
+    if narrow is not None:
+        source, size = _embedded(narrow)
+        image = f'<picture><source media="(max-width: 40rem)" srcset="{source}" {size}>{image}</picture>'
+    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="plot" style="max-width:{round(width * 1.2)}px">{image}{words}</figure>'
+
+
+def _embedded(file: Path) -> tuple[str, str]:
+    """A PNG as an address that holds it, and its size as attributes, so that the page does not jump while it loads."""
     from PIL import Image
 
     with Image.open(file) as image:
-        size = f'width="{width}" height="{round(width * image.height / image.width)}"'
-    source = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="plot" style="max-width:{round(width * 1.2)}px"><img src="{source}" alt="{escape(alt)}" {size}>{words}</figure>'
+        size = f'width="{image.width}" height="{image.height}"'
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", size
 
 
 def beside(*parts: str) -> str:
@@ -111,8 +128,9 @@ def beside(*parts: str) -> str:
     return '<div class="beside">' + "".join(f"<div>{part}</div>" for part in parts if part) + "</div>"
 
 
-def tiles(shown: Sequence[Tile]) -> str:
-    return '<div class="tiles">' + "".join(_tile(tile) for tile in shown) + "</div>"
+def tiles(shown: Sequence[Tile], *, fours: bool = False) -> str:
+    """A grid that fits the window; with `fours` each row holds whole fours."""
+    return f'<div class="tiles{" fours" if fours else ""}">' + "".join(_tile(tile) for tile in shown) + "</div>"
 
 
 def details(summary: str, body: str) -> str:
@@ -170,8 +188,8 @@ section{border-top:1px solid var(--line);padding-top:1.3rem;margin-top:2.4rem}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.7rem 1.6rem;margin:0}
 .facts dt{font-size:.85rem}
 .facts dd{margin:0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.94rem}
-th,td{padding:.42rem .9rem .42rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;width:100%;margin-bottom:.8rem;font-variant-numeric:tabular-nums;font-size:.94rem}
+th,td{padding:.42rem 1.4rem .42rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{font-weight:500;color:var(--soft);font-size:.85rem}
 tbody th{font-weight:600}
 .n{text-align:right}
@@ -197,15 +215,17 @@ pre{background:var(--wash);padding:.9rem 1rem;margin:.6rem 0 0;font-size:.82rem;
 footer{border-top:1px solid var(--line);margin-top:2.4rem;padding-top:.9rem;font-size:.85rem}
 @media(max-width:40rem){
  body{padding:1.4rem 1rem 2rem}
+ .fours{grid-template-columns:repeat(4,1fr)}
  h1{font-size:1.5rem}
  .headline dd{font-size:1.7rem}
  .headline{gap:.6rem 1.8rem}
- table,tbody,tr,tbody th,td{display:block}
- thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
- tr{border-bottom:1px solid var(--line);padding:.55rem 0}
- tbody th,td,.n{border:0;padding:.08rem 0;text-align:left}
- td{display:flex;justify-content:space-between;gap:1rem;text-align:right}
- td::before{content:attr(data-label);color:var(--soft);text-align:left;flex:none;max-width:55%}
+ th,td{padding-right:.8rem}
+ .cards,.cards tbody,.cards tr,.cards tbody th{display:block}
+ .cards thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+ .cards tr{border-bottom:1px solid var(--line);padding:.55rem 0}
+ .cards tbody th,.cards td{border:0;padding:.08rem 0;text-align:left}
+ .cards td{display:flex;justify-content:space-between;gap:1rem;text-align:right}
+ .cards td::before{content:attr(data-label);color:var(--soft);text-align:left;flex:none;max-width:55%}
 }
 @media print{section{break-inside:avoid}}
 """

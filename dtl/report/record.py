@@ -219,12 +219,10 @@ def _steps_per_epoch(record: RunRecord) -> int | None:
         if later.any():
             most = int((steps[later] // epochs[later]).min())
             high = most if high is None else min(high, most)
-    planned = _planned_steps_per_epoch(record)
-    if high is None:
-        return planned if planned is not None and planned >= low else None
-    if planned is not None and low <= planned <= high:
-        return planned
-    return max(low, high) if high >= low else None
+    for planned in _planned_steps_per_epoch(record):
+        if low <= planned and (high is None or planned <= high):
+            return planned
+    return high if high is not None and high >= low else None
 
 
 def _first_epoch_of(record: RunRecord, phase: PhaseRecord, seen: int) -> int:
@@ -236,18 +234,19 @@ def _first_epoch_of(record: RunRecord, phase: PhaseRecord, seen: int) -> int:
     return min(seen, last + 1)
 
 
-def _planned_steps_per_epoch(record: RunRecord) -> int | None:
-    """From a finished phase with a duration in epochs, or the evaluation after one."""
-    if record.config is None:
-        return None
+def _planned_steps_per_epoch(record: RunRecord) -> Iterator[int]:
+    """Likely values: from finished phases with a duration in epochs, from the status, from the first evaluation of a phase."""
     for place, phase in enumerate(record.phases):
-        settings = record.config.phases.get(phase.name)
+        settings = record.config.phases.get(phase.name) if record.config is not None else None
         finished = place < len(record.phases) - 1 or record.status.get("state") == "done"
         ended_early = any(note.get("note") == "early stop" and note.get("phase") == phase.name for note in record.notes)
         if settings is not None and settings.epochs and not settings.steps and finished and not ended_early:
-            return max(1, round(phase.num_steps / settings.epochs))
+            yield max(1, round(phase.num_steps / settings.epochs))
     for phase in record.phases:
         epochs = phase.row.get("epochs")
         if isinstance(epochs, (int, float)) and epochs > 0:
-            return max(1, round(phase.num_steps / epochs))
-    return None
+            yield max(1, round(phase.num_steps / epochs))
+    for phase in record.phases:
+        settings = record.config.phases.get(phase.name) if record.config is not None else None
+        if settings is not None and len(phase.val["step"]):
+            yield max(1, round((int(phase.val["step"][0]) - phase.first_step) / settings.eval_every))

@@ -1,6 +1,7 @@
 """How the plots look: plain, few inks, and colours that people with any colour vision tell apart.
 
-Plots are drawn for a width of about 460 pixels on a page, so that their text is still read at 340, and saved at more than twice that.
+Plots are drawn for a width of NARROW pixels of a page, so that their text is still read at 340; what has a course is drawn WIDE
+too, for wide windows. They are saved at about twice that, for sharp screens.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK = "#0072B2", "#D55E00", "#009
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY, FAINT = "#5f5f5f", "#e3e3e3"
+NARROW, WIDE = 460, 960  # pixels of the page
 _PIXELS_PER_INCH = 100  # of the page
-_SCALE = 2.2  # pixels of the file for one of the page
+_SHARPNESS = 2.2  # pixels of the file for one of the page
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.6,  # points: 12 pixels of the page
     "axes.titlesize": 8.6,
@@ -66,11 +68,11 @@ def plain() -> Iterator[None]:
         yield
 
 
-def new_figure(width: int, height: int) -> Figure:
-    """A figure of this many pixels of the page."""
+def new_figure(width: int, height: int, *, fit: bool = True) -> Figure:
+    """A figure of this many pixels of the page. `fit` makes room for all texts, which takes as long again as drawing them."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), layout="constrained")
+    return Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), layout="constrained" if fit else None)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -78,7 +80,7 @@ def save(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=_PIXELS_PER_INCH * _SCALE)
+    figure.savefig(data, format="png", dpi=_PIXELS_PER_INCH * (_SHARPNESS if page_width(figure) < WIDE else 1.8))
     # Few inks: a palette of 256 colours looks the same and takes a third of the bytes.
     with Image.open(data) as image:
         image.convert("RGB").quantize(256).save(path, optimize=True)
@@ -100,8 +102,8 @@ def as_percent(axes: Axes, axis: str = "y") -> None:
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """0.983 -> 98.3 %; a dash for what is not known."""
-    return "–" if share != share else f"{100 * share:.{decimals}f} %"
+    """0.983 -> 98.3 % with a space that no line breaks at; a dash for what is not known."""
+    return "–" if share != share else f"{100 * share:.{decimals}f}\u00a0%"
 
 
 def shorten(text: str, limit: int) -> str:

@@ -17,7 +17,7 @@ from dtl.report.curves import curves_figure
 from dtl.report.grids import save_grid
 from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
-from dtl.report.style import percent
+from dtl.report.style import NARROW, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,14 +52,17 @@ class _Parts:
             self.left_out.append(words)
             self.say(f"left out of the report: {words}")
 
-    def plot(self, name: str, draw: Callable[[], Figure | None], *, alt: str, caption: str = "") -> str:
-        """Draw, save as NAME.png, and embed; "" where there is nothing to draw."""
-        with style.plain():
-            figure = draw()
-            if figure is None:
-                return ""
-            style.save(figure, self.out / f"{name}.png")
-        return html.plot(self.out / f"{name}.png", alt, width=style.page_width(figure), caption=caption)
+    def plot(
+        self,
+        name: str,
+        draw: Callable[[], Figure | None],
+        *,
+        alt: str,
+        caption: str = "",
+        narrow: Callable[[], Figure | None] | None = None,
+    ) -> str:
+        """Draw, save as NAME.png, and embed, also as drawn for narrow windows; "" where there is nothing to draw."""
+        return embed_plot(self.out / f"{name}.png", draw, alt=alt, caption=caption, narrow=narrow)
 
 
 def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, say: Say) -> Path:
@@ -93,11 +96,28 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
     return write_page(parts.out, document)
 
 
+def embed_plot(
+    file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None
+) -> str:
+    """Draw into `file`, and embed; with `narrow` beside a second drawing for narrow windows. "" where there is nothing to draw."""
+    small = file.with_name(f"{file.stem}-narrow.png")
+    with style.plain():
+        figure = draw()
+        if figure is None:
+            return ""
+        style.save(figure, file)
+        second = narrow() if narrow is not None else None
+        if second is not None:
+            style.save(second, small)
+    return html.plot(file, alt, width=style.page_width(figure), caption=caption, narrow=None if second is None else small)
+
+
 def prepare_folder(out: Path) -> Path:
     """The folder for a report, without the pictures of an earlier one (a phase may have gone)."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (*out.glob("training*.png"), *(out / f"{name}.png" for name in ("curves", "predictions", "mistakes", "confusion", "classes"))):
+        names = ("curves", "curves-narrow", "compare", "compare-narrow", "predictions", "mistakes", "confusion", "classes")
+        for old in (*out.glob("training*.png"), *(out / f"{name}.png" for name in names)):
             old.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
@@ -209,7 +229,7 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
 def _curves(parts: _Parts, record: RunRecord) -> str:
     names = ", ".join(phase.name for phase in record.phases)
     alt = f"Loss, top-1 and learning rate over {record.last_step} steps in the phases {names}."
-    plot = parts.plot("curves", lambda: curves_figure(record), alt=alt)
+    plot = parts.plot("curves", lambda: curves_figure(record), alt=alt, narrow=lambda: curves_figure(record, NARROW))
     return html.section("Course of the run", plot) if plot else ""
 
 
@@ -222,7 +242,10 @@ def _training(parts: _Parts, examples: Examples | None) -> str:
         name = f"training-{view.phases[0]}" if len(views) > 1 else "training"
         save_grid(view.tiles, parts.out / f"{name}.png")
         heading = ", ".join(view.phases) + (f": {view.words}" if view.words else "")
-        blocks.append((f"<h3>{html.escape(heading)}</h3>" if len(views) > 1 or view.words else "") + html.tiles(view.tiles))
+        blocks.append(
+            (html.subheading(heading) if len(views) > 1 or view.words else "")
+            + html.tiles(view.tiles, fours=view.words.endswith("rotations"))
+        )
     about = "Training images exactly as they reach the network, after augmentation: the first of the first batch."
     return html.section("What the network sees", html.text(about, "soft"), *blocks)
 
@@ -231,10 +254,13 @@ def _predictions(parts: _Parts, predictions: Predictions | None) -> str:
     if predictions is None:
         return ""
     save_grid(predictions.sample, parts.out / "predictions.png")
-    blocks = [html.text(f"{about(predictions)} A random few of them, with the class predicted and how sure the network was:", "soft"), html.tiles(predictions.sample)]
+    blocks = [
+        html.text(f"{about(predictions)} A random few of them, with the class predicted and how sure the network was:", "soft"),
+        html.tiles(predictions.sample),
+    ]
     if predictions.mistakes:
         save_grid(predictions.mistakes, parts.out / "mistakes.png")
-        blocks += ["<h3>Mistakes, the surest first</h3>", html.tiles(predictions.mistakes)]
+        blocks += [html.subheading("Mistakes, the surest first"), html.tiles(predictions.mistakes)]
     else:
         blocks.append(html.text("There was no mistake among them."))
     return html.section("Predictions", *blocks)
@@ -271,8 +297,11 @@ def _confusion(parts: _Parts, predictions: Predictions | None) -> str:
         caption=f"{many}Recall: found among the images of the class (how many in brackets). Precision: right among those taken for it.",
     )
     pairs = confused_pairs(labels, predicted, len(names))
-    rows = [[Cell(names[true]), Cell(names[taken]), Cell(f"{count:,}", number=True), Cell(f"{numbers.samples[true]:,}", number=True)] for true, taken, count in pairs]
-    listed = "<h3>Most often confused</h3>" + html.table(["class", "taken for", "times", "of"], rows) if rows else ""
+    rows = [
+        [Cell(names[true]), Cell(names[taken]), Cell(f"{count:,}", number=True), Cell(f"{numbers.samples[true]:,}", number=True)]
+        for true, taken, count in pairs
+    ]
+    listed = html.subheading("Most often confused") + html.table(["class", "taken for", "times", "of"], rows, compact=True) if rows else ""
     return html.section("Classes", html.beside(matrix, bars + listed))
 
 
@@ -281,13 +310,19 @@ def _transfer(record: RunRecord) -> str:
     if found is None:
         return ""
     totals = found.get("totals") or {}
-    rows = [[Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)] for name, n in totals.items()]
-    words = f"From {found.get('source')}, by {found.get('by')}: {percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
+    rows = [
+        [Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)]
+        for name, n in totals.items()
+    ]
+    words = (
+        f"From {found.get('source')}, by {found.get('by')}: "
+        f"{percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
+    )
     told = [str(line) for key in ("warnings", "notes") for line in found.get(key) or []]
     return html.section(
         "Pretrained weights",
         html.text(words),
-        html.table(["outcome", "tensors", "parameters"], rows) if rows else "",
+        html.table(["outcome", "tensors", "parameters"], rows, compact=True) if rows else "",
         html.bullets(told) if told else "",
     )
 

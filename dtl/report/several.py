@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from dtl.errors import UserError
-from dtl.report import html, style
+from dtl.report import html
 from dtl.report.compare import Comparison, Course, compare, compare_figure, differences
 from dtl.report.html import Cell
-from dtl.report.make import duration, footer, prepare_folder, write_page
 from dtl.report.record import RunRecord, read_run
-from dtl.report.style import percent
+from dtl.report.single import duration, embed_plot, footer, prepare_folder, write_page
+from dtl.report.style import NARROW, percent
 
 _MOST_COLUMNS = 8  # of a table of differences
 
@@ -26,23 +26,38 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         raise UserError(f"{twice[0]} is given twice")
     folder = _place(records[0], out)
     comparison = compare(records)
-    with style.plain():
-        figure = compare_figure(comparison)
-        prepare_folder(folder)
-        style.save(figure, folder / "compare.png")
-    left_out = [*comparison.left_out, *(f"{record.name}: {words}" for record in records for words in record.missing if "model folder" not in words)]
+    prepare_folder(folder)
+    left_out = [
+        *comparison.left_out,
+        *(f"{record.name}: {words}" for record in records for words in record.missing if "model folder" not in words),
+    ]
     for words in left_out:
         say(f"left out of the comparison: {words}")
-    alt = "Top-1 and loss on validation images of " + "; ".join(f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups)
-    caption = "The line of several seeds is their mean, the band goes from the lowest to the highest." if any(len(g.courses) > 1 for g in comparison.groups) else ""
+    alt = "Top-1 and loss on validation images of " + "; ".join(
+        f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups
+    )
+    caption = (
+        "The line of several seeds is their mean, the band goes from the lowest to the highest."
+        if any(len(g.courses) > 1 for g in comparison.groups)
+        else ""
+    )
+    plot = embed_plot(
+        folder / "compare.png",
+        lambda: compare_figure(comparison),
+        alt=alt,
+        caption=caption,
+        narrow=lambda: compare_figure(comparison, NARROW),
+    )
     sections = [
-        html.section("Course", html.plot(folder / "compare.png", alt, width=style.page_width(figure), caption=caption)),
+        html.section("Course", plot),
         html.section("Results", _results(comparison)),
         _differences(records),
         html.section("Left out", html.bullets(left_out)) if left_out else "",
     ]
     title = " · ".join(group.name for group in comparison.groups) if len(comparison.groups) <= 4 else f"{len(records)} runs"
-    lead = html.headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]) + html.text("Best top-1 on validation images.", "soft")
+    lead = html.headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]) + html.text(
+        "Best top-1 on validation images.", "soft"
+    )
     return write_page(folder, html.page(title, lead, [part for part in sections if part], footer=footer()))
 
 
@@ -60,7 +75,7 @@ def _best(courses: Sequence[Course]) -> str:
     values = np.asarray([course.best for course in courses])
     if len(values) == 1:
         return percent(float(values[0]), 2)
-    return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f} %"
+    return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f}\u00a0%"
 
 
 def _results(comparison: Comparison) -> str:
@@ -82,7 +97,12 @@ def _results(comparison: Comparison) -> str:
             ])  # fmt: skip
     columns = ["run", "seed", "best top-1", f"at {comparison.unit}", "last top-1", "lowest loss", "steps in all", "time in all"]
     several = [group for group in comparison.groups if len(group.courses) > 1]
-    groups = html.bullets([f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several])
+    groups = html.bullets(
+        [
+            f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)"
+            for group in several
+        ]
+    )
     return html.table(columns, rows) + (groups if several else "")
 
 
@@ -90,4 +110,7 @@ def _differences(records: Sequence[RunRecord]) -> str:
     if len(records) > _MOST_COLUMNS:
         return html.section("Settings that differ", html.text(f"Not listed for more than {_MOST_COLUMNS} runs.", "soft"))
     rows = [[Cell(name), *(Cell(value) for value in values)] for name, values in differences(records)]
-    return html.section("Settings that differ", html.table(["setting", *(record.name for record in records)], rows) if rows else html.text("None but names."))
+    return html.section(
+        "Settings that differ",
+        html.table(["setting", *(record.name for record in records)], rows) if rows else html.text("None but names."),
+    )

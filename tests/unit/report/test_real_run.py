@@ -1,0 +1,41 @@
+"""The report of a run that was really trained: what it says is what the run measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import harness
+import pytest
+from page_reader import Page
+from recipes import write_recipe
+
+from dtl.report import make_report
+from dtl.report.record import read_run
+from dtl.report.style import percent
+
+
+PHASES = {
+    "pretext": {"task": "rotate", "train": "all", "steps": 2, "lr": 0.05},
+    "head": {"train": "head", "steps": 3, "lr": 0.1},
+    "all": {"train": "all", "steps": 14, "lr": 0.05, "mixup": 0.2},
+}
+
+
+def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    harness.run(["--config", str(write_recipe(tmp_path, phases=PHASES))], cwd=tmp_path)
+    run = tmp_path / "runs/tiny"
+    said: list[str] = []
+    page = Page.read(make_report(run, say=said.append))
+    page.check_self_contained()
+    assert said == []
+    record = read_run(run)
+    assert record.steps_per_epoch == 12
+    assert [(phase.first_step, phase.num_steps, record.first_epoch(phase)) for phase in record.phases] == [(0, 2, 0), (2, 3, 1), (5, 14, 2)]
+    best = record.phases[-1].best()
+    assert best is not None
+    top1 = percent(float(record.phases[-1].val["top1"][best]), 2).replace("\u00a0", " ")
+    # Measured again here, on the same images with the model folder's weights.
+    assert f"all 360 validation images: top-1 {top1}" in page.text
+    assert "mixed in pairs" in page.text
+    assert "each image in its four rotations" in page.text
