@@ -23,7 +23,7 @@ PHASES = {
 
 def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    harness.run(["--config", str(write_recipe(tmp_path, phases=PHASES))], cwd=tmp_path)
+    harness.run(["--config", str(write_recipe(tmp_path, phases=PHASES, data={"workers": 0}))], cwd=tmp_path)
     run = tmp_path / "runs/tiny"
     said: list[str] = []
     page = Page.read(make_report(run, say=said.append))
