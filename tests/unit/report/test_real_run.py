@@ -13,7 +13,6 @@ from dtl.report import make_report
 from dtl.report.record import read_run
 from dtl.report.style import percent
 
-
 PHASES = {
     "pretext": {"task": "rotate", "train": "all", "steps": 2, "lr": 0.05},
     "head": {"train": "head", "steps": 3, "lr": 0.1},
