@@ -118,6 +118,9 @@ class Runtime:
         if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
+        if self.stop_signal is None and self.is_main:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\ndtl: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
         self.stop_signal = number
 
     # ---- agreement

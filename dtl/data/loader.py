@@ -7,6 +7,7 @@ batches, and what counts as seen is what the trainer finished, not what was pref
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -150,17 +151,20 @@ class StepLoader:
 
     def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
-        loader: DataLoader[Batch] = DataLoader(
-            self._dataset,  # type: ignore[arg-type]
-            batch_sampler=_Requests(self, first_epoch, first_step, num_steps),  # type: ignore[arg-type]
-            num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
-            collate_fn=_as_it_is,
-            worker_init_fn=_init_worker if self.workers else None,
-            prefetch_factor=PREFETCH if self.workers else None,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
-        )
-        batches = iter(loader)
+        with warnings.catch_warnings():
+            # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader: DataLoader[Batch] = DataLoader(
+                self._dataset,  # type: ignore[arg-type]
+                batch_sampler=_Requests(self, first_epoch, first_step, num_steps),  # type: ignore[arg-type]
+                num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
+                collate_fn=_as_it_is,
+                worker_init_fn=_init_worker if self.workers else None,
+                prefetch_factor=PREFETCH if self.workers else None,
+                pin_memory=self._pin_memory,
+                generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
+            )
+            batches = iter(loader)
         try:
             for _ in range(num_steps):
                 yield [next(batches) for _ in range(self.layout.accumulation_steps)]
