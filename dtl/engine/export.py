@@ -31,6 +31,7 @@ FORMATS = ("onnx", "torch-export", "safetensors")
 NUM_CHECKED = 8
 # Of the largest logit: runtimes fuse and reorder float32 sums; a wrong weight or a lost layer is off by a thousand times more.
 TOLERANCE = 1e-3
+SMALLEST = 1e-5
 _METADATA = "dtl"
 
 
@@ -228,7 +229,7 @@ def _compare(run: Run, images: Tensor, expected: np.ndarray, to: str) -> float:
     if together.shape != expected.shape or not np.isfinite(together).all():
         raise UserError(f"the exported {to} file gives {together.shape} logits, PyTorch finite ones of {expected.shape}; nothing was written")
     difference = float(max(np.abs(together - expected).max(), np.abs(alone - expected[:1]).max()))
-    limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    limit = SMALLEST + TOLERANCE * float(np.abs(expected).max())
     if difference > limit:
         raise UserError(f"the exported {to} file differs from PyTorch by {difference:.2g} (over {limit:.2g}); nothing was written")
     return difference

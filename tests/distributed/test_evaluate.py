@@ -1,4 +1,4 @@
-"""`dtl evaluate` on real ranks over gloo: the same numbers, down to the last bit, at any world size, and those of the run itself."""
+"""`dtl evaluate` and `dtl predict` on real ranks over gloo: the same numbers, to the last bit, at any world size, and those of the run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 from harness import history, run
+from model_folders import model_folder, write_image
 from recipes import write_recipe
 
-PRETEXT = {"pretext": {"task": "rotate", "train": "all", "steps": 4, "lr": 0.05}}
+PHASES = {"tiny": {"all": {"train": "all", "steps": 6, "lr": 0.05, "ema": 0.5}}, "turns": {"pretext": {"task": "rotate", "steps": 4, "lr": 0.05}}}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/tiny (digits) and runs/turns (the rotation task alone)."""
     folder = tmp_path_factory.mktemp("trained")
-    run(["--config", str(write_recipe(folder))], cwd=folder)
-    run(["--config", str(write_recipe(folder, "turns", phases=PRETEXT))], cwd=folder)
+    for name, phases in PHASES.items():
+        run(["--config", str(write_recipe(folder, name, phases=phases))], cwd=folder)
     return folder
 
 
@@ -52,3 +53,22 @@ def test_a_mistake_is_told_once_and_ends_all_ranks(trained: Path) -> None:
     job = run(["runs/tiny/model"], cwd=trained, world=2, code=2, command="evaluate")
     assert job.err().count("dtl:") == 1
     assert "--data.val" in job.err()
+
+
+def test_predictions_are_one_file_in_one_order_at_any_world_size(tmp_path: Path) -> None:
+    model_folder(tmp_path / "model")
+    for number in range(23):
+        write_image(tmp_path / f"photos/{number % 3}/{number}.jpg", number)
+    (tmp_path / "photos/1/broken.jpg").touch()
+    texts = []
+    for world, workers in ((1, 0), (1, 2), (2, 1), (3, 0)):
+        out = tmp_path / f"{world}-{workers}.csv"
+        job = run(
+            ["model", "photos", "--out", str(out), "--batch-size", "2", "--workers", str(workers)], cwd=tmp_path, world=world, command="predict"
+        )
+        assert job.err().count("broken.jpg") == 1
+        texts.append(out.read_text())
+    assert texts[0].count("\n") == 24
+    assert texts == [texts[0]] * 4
+    paths = [line.split(",")[0] for line in texts[0].splitlines()[1:]]
+    assert paths == sorted(paths)

@@ -1,0 +1,48 @@
+"""Model folders without training, for the commands that use a model."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dtl.checkpoint.model_folder import save_model_folder
+from dtl.models.build import build
+
+CLASSES = ("bee", "cat", "ant")
+
+
+def model_folder(folder: Path, *, name: str = "networks:small", classes: tuple[str, ...] = CLASSES, seed: int = 0, **facts: object) -> Path:
+    """A model folder with random weights whose norms have seen images, so that they are not what a fresh network has."""
+    torch.manual_seed(seed)
+    network = build(name, num_classes=len(classes))
+    network.module.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network.module(torch.randn(8, 3, 16, 16))
+    values: dict[str, object] = {
+        "architecture": {"name": network.name, "num_classes": len(classes), "options": {}},
+        "classes": list(classes),
+        "display_names": {"ant": "Ant, the small one"},
+        "preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 16, "interpolation": "bilinear", "crop_ratio": 0.8},
+        "metrics": {"top1": 0.5},
+        "made_by": {"run": "runs/test", "step": 3},
+        **facts,
+    }
+    save_model_folder(folder, network.module.state_dict(), **values)  # type: ignore[arg-type]
+    return folder
+
+
+def write_image(path: Path, seed: int, *, size: tuple[int, int] = (20, 28)) -> Path:
+    """A JPEG of smooth colours."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    rng = np.random.default_rng(seed)
+    picture = np.stack([127 + 120 * np.sin(x / rng.uniform(2, 9) + y / rng.uniform(2, 9) + seed) for _ in range(3)], axis=-1)
+    buffer = io.BytesIO()
+    Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return path

@@ -1,0 +1,67 @@
+"""`dtl average`: the mean, tensor by tensor, and nothing that does not belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_folders import CLASSES, model_folder
+
+from dtl.checkpoint.model_folder import load_model_tensors, read_model_json
+from dtl.commands.average import average, run
+from dtl.engine.model_run import open_model
+from dtl.errors import UserError
+
+
+def test_the_mean_of_three_is_a_model_folder(tmp_path: Path) -> None:
+    folders = [model_folder(tmp_path / str(seed) / "model", seed=seed) for seed in range(3)]
+    assert run([*map(str, folders[:2]), str(tmp_path / "2"), "--out", str(tmp_path / "soup")]) == 0  # a run's folder will do
+    parts, mean = [load_model_tensors(folder) for folder in folders], load_model_tensors(tmp_path / "soup")
+    for name, tensor in mean.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.stack([part[name] for part in parts]).mean(dim=0))
+        else:
+            assert torch.equal(tensor, parts[0][name])
+        assert tensor.dtype == parts[0][name].dtype
+    facts = read_model_json(tmp_path / "soup")
+    assert facts.classes == CLASSES
+    assert facts.metrics == {}  # nobody has measured it
+    assert [one["model"] for one in facts.made_by["average_of"]] == [str(folder) for folder in folders]
+    open_model(tmp_path / "soup")
+
+
+def test_half_precision_is_summed_in_float64() -> None:
+    models = [{"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(7)}, {"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(9)}]
+    mean = average(models, ["a", "b"])
+    assert mean["w"].item() == 60000.0
+    assert mean["n"].item() == 7
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"name": "networks:without_norms"}, "the network is networks:small and networks:without_norms"),
+        ({"classes": ("bee", "cat")}, "the number of classes is 3 and 2"),
+        ({"classes": ("bee", "ant", "cat")}, "class 1 is 'cat' in one and 'ant' in the other"),
+        ({"preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 24, "interpolation": "bilinear", "crop_ratio": 0.8}}, "image_size 16 and 24"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    first, second = model_folder(tmp_path / "a"), model_folder(tmp_path / "b", **other)
+    with pytest.raises(UserError, match=message):
+        run([str(first), str(second), "--out", str(tmp_path / "soup")])
+    assert not (tmp_path / "soup").exists()
+
+
+def test_what_is_there_is_kept_unless_told(tmp_path: Path) -> None:
+    a, b, c = (str(model_folder(tmp_path / name, seed=seed)) for seed, name in enumerate("abc"))
+    for out, message in ((c, "--overwrite"), (str(tmp_path), "give a new folder"), (a, "one of the models")):
+        with pytest.raises(UserError, match=message):
+            run([a, b, "--out", out])
+    assert run([a, b, "--out", c, "--overwrite"]) == 0
+    with pytest.raises(UserError, match="twice"):
+        run([a, a, "--out", str(tmp_path / "d")])
+    with pytest.raises(UserError, match="two models"):
+        run([a, "--out", str(tmp_path / "d")])

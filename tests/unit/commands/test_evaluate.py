@@ -1,0 +1,181 @@
+"""`dtl evaluate`: every number against a plain computation, and data that does not fit the model refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_folders import CLASSES, model_folder, write_image
+
+from dtl.commands.evaluate import run
+from dtl.data.decode import decode
+from dtl.data.index import Shards
+from dtl.data.pack import pack
+from dtl.engine.evaluation import class_rates, confused_pairs
+from dtl.engine.model_run import open_model
+from dtl.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # The order of the classes is not the alphabet's: labels must follow the model's.
+    return model_folder(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    for number in range(37):
+        write_image(folder / CLASSES[(5 * number + number // 7) % 3] / f"{number}.jpg", number, size=(16 + number % 5, 24))
+    return folder
+
+
+def evaluated(model: Path, data: Path, tmp_path: Path, *more: str) -> dict[str, Any]:
+    file = tmp_path / "evaluation.json"
+    assert run([str(model), "--data.val", str(data), "--json", str(file), "--workers", "0", "--precision", "no", *more]) == 0
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def by_hand(model: Path, photos: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Paths, float64 logits [N, K] and labels [N], one image after another."""
+    stored = open_model(model)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.25]))
+    paths, rows, labels = [], [], []
+    for path in sorted(photos.rglob("*.jpg")):
+        image = decode(path.read_bytes())
+        pixels = torch.empty(1, 3, 16, 16, dtype=torch.uint8)
+        draws = stored.transform.draw([0], [image.shape[1]], [image.shape[0]], seed=0, epoch=0)
+        stored.transform.apply(image, draws, 0, pixels[0])
+        with torch.no_grad():
+            rows.append(stored.network.module((pixels / 255 - mean) / std)[0])
+        paths.append(str(path.relative_to(photos)))
+        labels.append(CLASSES.index(path.parent.name))
+    return paths, torch.stack(rows).double(), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("batch_size", ["5", "64"])
+def test_every_number_against_a_plain_computation(model: Path, photos: Path, tmp_path: Path, batch_size: str) -> None:
+    found = evaluated(model, photos, tmp_path, "--batch-size", batch_size)
+    paths, logits, labels = by_hand(model, photos)
+    predicted, losses = logits.argmax(dim=1), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert found["num_samples"] == 37
+    assert found["top1"] == int((predicted == labels).sum()) / 37
+    assert found["top5"] == 1.0
+    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (labels.numpy(), predicted.numpy()), 1)
+    assert found["confusion"] == confusion.tolist()
+    for k, row in enumerate(found["per_class"]):
+        hits = int(((predicted == k) & (labels == k)).sum())
+        assert (row["label"], row["support"]) == (CLASSES[k], int((labels == k).sum()))
+        assert row["recall"] == hits / row["support"]
+        assert row["precision"] == (hits / int((predicted == k).sum()) if (predicted == k).any() else 0.0)
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    error = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            error += inside.sum().item() / 37 * abs((predicted == labels)[inside].double().mean() - confidence[inside].mean()).item()
+    assert found["calibration_error"] == pytest.approx(error, abs=1e-5)
+    assert sum(found["calibration"]["num_samples"]) == 37
+    order = sorted(range(37), key=lambda i: -losses[i].item())[:20]
+    assert [hard["path"] for hard in found["hardest"]] == [paths[i] for i in order]
+    assert [hard["loss"] for hard in found["hardest"]] == pytest.approx([losses[i].item() for i in order], rel=1e-4)
+    assert [hard["predicted"] for hard in found["hardest"]] == [CLASSES[predicted[i]] for i in order]
+
+
+def test_a_table_with_display_names(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([str(model), "--data.val", str(photos), "--workers", "0"]) == 0
+    told = capsys.readouterr().out
+    for words in ("37 images: top1", "Ant, the small one", "precision", "hardest images", "calibration error"):
+        assert words in told
+
+
+def test_json_on_standard_output_is_all_there_is(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([str(model), "--data.val", str(photos), "--workers", "0", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 37
+
+
+def test_rates_and_pairs_of_hand_made_counts() -> None:
+    counts = np.array([[5, 0, 3, 0], [3, 1, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]])
+    rows = class_rates(counts)
+    assert rows[0] == {"precision": 5 / 12, "recall": 5 / 8, "f1": 10 / 20, "support": 8}
+    assert rows[2] == {"precision": 0.0, "recall": None, "f1": 0.0, "support": 0}  # never there, named three times
+    assert rows[3] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 4}  # there, never named
+    pairs = [(pair["label"], pair["predicted"], pair["count"]) for pair in confused_pairs(counts, "abcd")]
+    assert pairs == [("d", "a", 4), ("a", "c", 3), ("b", "a", 3)]
+
+
+def test_a_network_that_gives_nan_is_measured_and_stays_json(photos: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["9.bias"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors")
+    found = evaluated(folder, photos, tmp_path)
+    assert (found["top1"], found["loss"]) == (0.0, None)
+    assert found["num_samples"] == 37
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("bee", "cat", "dog"), "dog"),
+        (("ant", "bee", "cat"), "label 0 is 'ant' there and 'bee' in the model"),
+        (("bee", "cat"), "without 'ant'"),
+    ],
+)
+def test_shards_of_other_classes_are_refused(model: Path, tmp_path: Path, classes: tuple[str, ...], message: str) -> None:
+    for number, name in enumerate(classes * 2):
+        write_image(tmp_path / "photos" / name / f"{number}.jpg", number)
+    pack(tmp_path / "photos", tmp_path / "shards", progress=False, processes=1)
+    with pytest.raises(UserError, match=message) as caught:
+        run([str(model), "--data.val", str(tmp_path / "shards"), "--workers", "0"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_an_unknown_class_is_refused(model: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "photos/dog/1.jpg", 1)
+    with pytest.raises(UserError, match="dog"):
+        run([str(model), "--data.val", str(tmp_path / "photos"), "--workers", "0"])
+
+
+def test_damage_ends_the_evaluation_or_is_left_out_by_name(model: Path, photos: Path, tmp_path: Path) -> None:
+    whole = evaluated(model, photos, tmp_path)
+    pack(photos, tmp_path / "shards", classes=CLASSES, progress=False, processes=1)
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    data = bytearray(shard.read_bytes())
+    data[int(Shards.open(tmp_path / "shards").offsets[0]) + 300] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="--on-error skip"):
+        run([str(model), "--data.val", str(tmp_path / "shards"), "--workers", "0"])
+    found = evaluated(model, tmp_path / "shards", tmp_path, "--on-error", "skip")
+    assert found["num_samples"] == whole["num_samples"] - 1
+    (damaged,) = found["damaged"]
+    assert (photos / damaged["path"]).is_file()
+    assert "crc32" in damaged["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}"], "--data.val"),
+        (["{tmp}/none"], "does not exist"),
+        (["{tmp}"], "neither a run nor a model folder"),
+        (["{tmp}/run"], "no model yet"),
+        (["{model}", "--data.val", "{tmp}/none"], "does not exist"),
+        (["{model}", "--data.val", "digits", "--json", "{tmp}/no/e.json"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_clear_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("{}")
+    with pytest.raises(UserError, match=message) as caught:
+        run([one.format(model=model, tmp=tmp_path) for one in arguments])
+    assert "\n" not in str(caught.value)
