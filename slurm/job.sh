@@ -1,0 +1,247 @@
+# shellcheck shell=bash
+# What all templates share: start the run on all nodes, pass Slurm's warning on, and decide what comes next. Sourced by them, never run.
+#
+# Nothing here names a site. Where yours needs something, see site.example.sh and docs/slurm.md; the variables that may be set there,
+# or before sbatch (it passes the environment on):
+#     DTL_SITE       file that is sourced first (default: slurm/site.sh where it exists): modules, virtual environment, network
+#     DTL_PYTHON     Python that has dtl's packages (default: python)
+#     DTL_WRAP       words before Python on every node, such as `apptainer exec --nv dtl.sif`: the container
+#     DTL_PROCESSES  ranks a node (default: the GPUs that the job has on its first node; 1 where it has none)
+#     DTL_LAUNCH     accelerate config file (default: chosen from launch/ by nodes and GPUs)
+#     DTL_CACHE      where packed image folders and fetched shards are kept (default: the node's own disk, see node.sh)
+#     DTL_REQUEUE    off: end with status 75 instead of requeueing (for jobs that you chain yourself)
+#     DTL_MAX_TRIES  rounds in a row that may end without a new checkpoint (default 3): no job fails for ever
+
+run_job() {  # CONFIG [--section.key VALUE ...]
+  set_up
+  find_run_folder "$@"
+  open_notes
+  count_ranks
+  choose_launch_file
+  choose_port
+  if [[ -z $warned ]]; then
+    start_step
+    wait_for_step
+  fi
+  decide
+}
+
+run_sweep_element() {  # CONFIG SETTINGS.txt [--section.key VALUE ...]
+  [[ $# -ge 2 && -r $2 ]] || fail "usage: sbatch --array=1-N slurm/array_sweep.sbatch CONFIG SETTINGS.txt [--section.key VALUE ...]"
+  local config=$1 file=$2 settings lines=() name
+  shift 2
+  mapfile -t lines < <(grep -v -E '^[[:space:]]*(#|$)' "$file")
+  local task=${SLURM_ARRAY_TASK_ID:-0}
+  [[ $task -ge 1 && $task -le ${#lines[@]} ]] || fail "$file has ${#lines[@]} settings, and this is element $task of the array: submit with --array=1-${#lines[@]}"
+  # xargs reads words and quotes as the shell does, but runs nothing.
+  mapfile -t settings < <(xargs -n 1 printf '%s\n' <<<"${lines[task - 1]}")
+  name=$(basename "$file")
+  run_job "$config" --run.dir "runs/${name%.*}" --run.name "$(element_name "$task" "${settings[@]}")" "$@" "${settings[@]}"
+}
+
+element_name() {  # 2 --phases.all.lr 0.03 --run.seed=1  ->  2-lr0.03-seed1
+  local name=$1 word option value
+  shift
+  for word in "$@"; do
+    if [[ $word == --* ]]; then
+      option=${word%%=*} value=''
+      [[ $word != *=* ]] || value=${word#*=}
+      name+=-${option##*[.-]}$value
+    else
+      name+=$word
+    fi
+  done
+  name=${name//[^A-Za-z0-9._-]/_}
+  echo "${name:0:80}"
+}
+
+# ---- before the start
+
+set_up() {
+  # The name that scancel and scontrol take. An element of an array needs both numbers: the last one has the array's own job id, and
+  # `scontrol requeue` of that id would start all elements again.
+  job=$SLURM_JOB_ID
+  [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  step='' sender=''
+  trap on_warning USR1
+  trap on_term TERM
+  local site=${DTL_SITE:-$DTL_HOME/slurm/site.sh}
+  if [[ -e $site ]]; then
+    # shellcheck source=/dev/null
+    source "$site"
+  elif [[ -n ${DTL_SITE:-} ]]; then
+    fail "DTL_SITE is $DTL_SITE, but there is no such file"
+  fi
+  export DTL_HOME DTL_PYTHON=${DTL_PYTHON:-python} DTL_WRAP=${DTL_WRAP:-}
+  read -ra python <<<"$DTL_WRAP $DTL_PYTHON"
+  command -v "${python[0]}" >/dev/null || fail "${python[0]} is not found on $(hostname): set DTL_PYTHON, or activate your environment in $site"
+}
+
+find_run_folder() {  # sets `train`, the trainer's arguments, and `run`, the folder that it will work in
+  train=("$@")
+  [[ $# -eq 0 || $1 == --* ]] || train=(--config "$@")
+  # A mistake in the config or the options is found here, in one line, before anything starts.
+  run=$("${python[@]}" "$DTL_HOME/slurm/run_folder.py" "${train[@]}") || exit $?
+}
+
+open_notes() {  # what the rounds of one job tell each other
+  round=${SLURM_RESTART_COUNT:-0} notes=$run/slurm/$SLURM_JOB_ID before=$(status_print)
+  mkdir -p "$notes"
+  if [[ $round -eq 0 || ! -e $notes/first_status ]]; then
+    echo "$before" >"$notes/first_status"
+    echo "0 $(newest_checkpoint)" >"$notes/tries"
+  elif [[ $before != "$(<"$notes/first_status")" ]]; then
+    train+=(--run.resume auto)  # an earlier round has begun the run: `--run.resume never` must not begin it again
+  fi
+}
+
+count_ranks() {
+  # What the job was given, not what the node has: GPUs that others use may be visible too.
+  local gpus=${SLURM_GPUS_ON_NODE:-}
+  [[ $gpus =~ ^[0-9]+$ ]] || gpus=$(awk -F, '{print $NF ? NF : 0}' <<<"${CUDA_VISIBLE_DEVICES:-}")
+  has_gpus=$((gpus > 0))
+  local processes=${DTL_PROCESSES:-$gpus}
+  [[ $processes -gt 0 ]] || processes=1
+  world=$((processes * SLURM_NNODES))
+  # The number of threads is part of what makes sums come out the same: fixed here, the same in every round.
+  local threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
+  export DTL_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
+}
+
+choose_launch_file() {
+  local name
+  if [[ $has_gpus -eq 0 ]]; then
+    name=cpu; [[ $world -eq 1 ]] || name=cpu_2
+  else
+    name=gpu; [[ $world -eq 1 ]] || name=gpus; [[ $SLURM_NNODES -eq 1 ]] || name=nodes
+  fi
+  launch=${DTL_LAUNCH:-$DTL_HOME/launch/$name.yaml}
+  [[ -r $launch || ! -r $DTL_HOME/$launch ]] || launch=$DTL_HOME/$launch
+  [[ -r $launch ]] || fail "no launch file $launch: DTL_LAUNCH names an accelerate config file"
+}
+
+choose_port() {
+  # Rank 0's node is this one. Each job id has 16 ports of its own, outside the range that the system gives to outgoing connections;
+  # the first one that nobody listens on is taken, a different one each round.
+  local low high from=20000 size=10000
+  read -r low high </proc/sys/net/ipv4/ip_local_port_range || { low=32768 high=60999; }
+  if [[ $low -lt 30000 ]]; then
+    if [[ $low -ge 12000 ]]; then from=10000 size=$((low - 10000))
+    elif [[ $high -le 63000 ]]; then from=$((high + 1)) size=$((65535 - high)); fi
+  fi
+  local first=$((from + SLURM_JOB_ID * 16 % (size / 16 * 16))) i
+  for i in {0..15}; do
+    port=$((first + (i + round) % 16))
+    is_listening "$port" || return 0
+  done
+  fail "ports $first to $((first + 15)) of $(hostname) are all in use"
+}
+
+is_listening() {  # PORT. /proc lists sockets in hex; state 0A is LISTEN.
+  local hex
+  printf -v hex '%04X' "$1"
+  grep -qs -E "^ *[0-9]+: [0-9A-F]+:$hex [0-9A-F]+:[0-9A-F]+ 0A " /proc/net/tcp /proc/net/tcp6
+}
+
+# ---- the run
+
+start_step() {
+  local host
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  [[ $SLURM_NNODES -gt 1 ]] || host=127.0.0.1
+  export DTL_WORLD=$world DTL_MAIN_HOST=$host DTL_MAIN_PORT=$port DTL_LAUNCH_FILE=$launch DTL_LOGS=$notes/round-$round
+  # Without it a node that joins a rendezvous again waits for an address that nobody writes (torch's shared store).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over by itself
+  unset SLURM_EXPORT_ENV  # after `sbatch --export=NONE` the tasks would have no environment at all
+  say "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
+  # One node's end ends all: the ranks of the others would wait for it.
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "$DTL_HOME/slurm/node.sh" "${train[@]}" &
+  step=$!
+  [[ -z $warned ]] || on_warning
+}
+
+wait_for_step() {
+  while kill -0 "$step" 2>/dev/null; do  # a signal to this script ends the wait, not the step
+    wait "$step" || true
+  done
+  [[ -z $sender ]] || kill "$sender" 2>/dev/null || true
+}
+
+on_warning() {  # Slurm's warning (--signal), which only this script gets: time limit, or preemption with a grace time
+  warned=1
+  [[ -n $step && -z $sender ]] || return 0
+  say "warned: the run is asked to save and stop"
+  # Again and again, because a trainer that is still starting does not listen yet (and ignores it: see node.sh).
+  (while :; do scancel --signal=USR1 "$job" 2>/dev/null || true; sleep 5; done) &
+  sender=$!
+}
+
+on_term() {  # the job ends in KillWait seconds; all its processes got the same signal, so the run is saving already
+  say "Slurm ends this round"
+}
+
+# ---- afterwards
+
+decide() {
+  local state=unknown why='' after
+  after=$(status_print)
+  if [[ $after != "$before" ]]; then  # otherwise it is what an earlier round has left
+    state=$(status_field state) why=$(status_field why)
+  fi
+  case $state:$why in
+    done:*) say "done: $run"; exit 0 ;;
+    failed:input*) say "not started again, the input is wrong: ${why#input: }"; exit 2 ;;
+    failed:interrupted*) say "interrupted, not started again"; exit 1 ;;
+    stopped:*) requeue "stopped after saving" ;;
+    *)
+      if [[ -n $warned ]]; then requeue "stopped before it could save"; fi
+      requeue "ended without saying why, or by a fault (state $state${why:+, $why})" ;;
+  esac
+}
+
+requeue() {  # WHY
+  local tries newest last slurm_says
+  newest=$(newest_checkpoint)
+  read -r tries last <"$notes/tries"
+  if [[ $newest == "$last" ]]; then tries=$((tries + 1)); else tries=0; fi
+  echo "$tries $newest" >"$notes/tries"
+  if [[ $tries -ge ${DTL_MAX_TRIES:-3} ]]; then
+    say "$1; $tries rounds without a new checkpoint (DTL_MAX_TRIES), given up: the same sbatch command goes on from $newest"
+    exit 1
+  fi
+  if [[ ${DTL_REQUEUE:-on} == off ]]; then
+    say "$1; the same sbatch command goes on from $newest (DTL_REQUEUE is off)"
+    exit 75
+  fi
+  # A preempted job is requeued by Slurm, and one that was cancelled shall stay so: both are not running any more. A job that has
+  # reached its time limit is not either, but nobody else starts it again.
+  slurm_says=$(squeue --noheader --jobs="$job" --format='%T %r' 2>/dev/null || true)
+  if [[ $slurm_says != RUNNING* && $slurm_says != *TimeLimit ]]; then
+    say "$1; Slurm says ${slurm_says:-nothing}, so what comes next is Slurm's"
+    exit 75
+  fi
+  say "$1; requeued, to go on from $newest"
+  scontrol requeue "$job" || { say "Slurm did not requeue it: the same sbatch command goes on"; exit 75; }
+  exit 0
+}
+
+newest_checkpoint() {
+  local names
+  names=$(compgen -G "$run/checkpoints/step-*" | sort | tail -n 1) || true
+  names=${names##*/}
+  echo "${names:-the-beginning}"
+}
+
+status_print() { cksum 2>/dev/null <"$run/status.json" || echo none; }
+
+status_field() {  # NAME. The trainer writes one key a line, so that neither Python nor jq is needed here.
+  sed -n -E 's/^ *"'"$1"'": "(.*)",?$/\1/p' "$run/status.json" 2>/dev/null || true
+}
+
+say() { echo "slurm/$job $(date '+%F %T'): $*"; }
+
+fail() {
+  echo "slurm/$SLURM_JOB_ID: $*" >&2
+  exit 2
+}

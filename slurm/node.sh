@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Started by srun once on each node (job.sh says with what): starts the node's ranks with accelerate.
+set -euo pipefail
+rank=$SLURM_NODEID
+
+# What the run keeps between epochs belongs on the node's own disk, where there is one. It may be empty in the next round.
+disk=${SLURM_TMPDIR:-${TMPDIR:-}}
+if [[ -z ${DTL_CACHE:-} && -n $disk && -d $disk && -w $disk ]]; then
+  export DTL_CACHE=$disk/dtl-cache-$UID
+fi
+
+read -ra command <<<"$DTL_WRAP $DTL_PYTHON"
+# (`accelerate launch` is the same program, but takes seconds longer to start.)
+command+=(-m accelerate.commands.launch --config_file "$DTL_LAUNCH_FILE" --num_machines "$SLURM_NNODES" --machine_rank "$rank"
+  --num_processes "$DTL_WORLD" --num_cpu_threads_per_process "$DTL_THREADS")
+if [[ $DTL_WORLD -gt 1 ]]; then
+  command+=(--main_process_ip "$DTL_MAIN_HOST" --main_process_port "$DTL_MAIN_PORT")
+  mkdir -p "$DTL_LOGS/node-$rank"
+  command+=(--tee 3 --log_dir "$DTL_LOGS/node-$rank")  # each rank's output in a file of its own, and in the job's log
+fi
+# Slurm has chosen the GPUs (CUDA_VISIBLE_DEVICES): the launch file shall not choose again.
+grep -q -E '^use_cpu: *true' "$DTL_LAUNCH_FILE" || command+=(--gpu_ids all)
+command+=("$DTL_HOME/dtl/train.py" "$@")
+
+# Signals reach every process of the step. USR1 would end the launcher, and a trainer that has no handler yet: an ignored signal stays
+# ignored across exec, until the trainer sets its own handler.
+trap '' USR1
+# TERM comes twice when Slurm ends a round. The launcher dies of the second (of the first, with a single rank) and leaves its ranks,
+# which are saving: this script must outlive them, since Slurm kills what is left when it ends.
+ending=''
+trap 'ending=1' TERM
+status=0
+DTL_STEP=$SLURM_JOB_ID.$SLURM_STEP_ID "${command[@]}" &
+while kill -0 $! 2>/dev/null; do wait $! && status=0 || status=$?; done
+while [[ -n $ending ]] && grep -qsz "^DTL_STEP=$SLURM_JOB_ID.$SLURM_STEP_ID\$" /proc/[0-9]*/environ; do sleep 0.2 || true; done
+exit "$status"

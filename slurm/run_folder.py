@@ -1,0 +1,30 @@
+"""Print the run folder that a training command line will work in; a mistake in it is one line on stderr, and status 2.
+
+The templates need the folder to read status.json; this way it follows from the same code as in training.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dtl.config import load_config
+from dtl.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config, name = load_config(arguments)
+        if config.run.debug:
+            raise UserError("run.debug is for a terminal (on a node: srun --pty), not for a job")
+    except UserError as error:
+        print(f"dtl: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.run.dir}/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""The templates' shell functions, without a Slurm."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).resolve().parent.parent.parent / "slurm"
+SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
+
+
+def shell(commands: str, **environment: str) -> str:
+    """What bash prints for `commands` after job.sh was sourced."""
+    done = subprocess.run(
+        ["bash", "-c", f'set -euo pipefail; source "{SLURM}/job.sh"; {commands}'],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_there_are_scripts() -> None:
+    assert len(SCRIPTS) >= 6
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_it(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("template", sorted(SLURM.glob("*.sbatch")), ids=lambda path: path.name)
+def test_every_option_is_explained_and_none_names_a_site(template: Path) -> None:
+    options = [line for line in template.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert options
+    for line in options:
+        assert "  # " in line, line
+        assert not any(word in line for word in ("--partition", "--account", "--qos", "--constraint", "--mail")), line
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("2 --phases.all.lr 0.03 --run.seed 1", "2-lr0.03-seed1"),
+        ("1 --phases.all.lr=0.03", "1-lr0.03"),
+        ("5 --run.seed 1 --debug", "5-seed1-debug"),
+        ("3 --phases.top.train '[layer4.*, fc.*]'", "3-train_layer4.___fc.__"),
+        ("4 --model.name torchvision/resnet18", "4-nametorchvision_resnet18"),
+    ],
+)
+def test_a_sweep_element_is_named_after_its_settings(words: str, name: str) -> None:
+    assert shell(f"element_name {words}") == name
+
+
+def port(**environment: str) -> int:
+    return int(shell('round=${ROUND:-0}; choose_port; echo "$port"', **environment))
+
+
+def test_jobs_that_run_side_by_side_get_ports_of_their_own_outside_the_ephemeral_range() -> None:
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [port(SLURM_JOB_ID=str(number)) for number in range(1_234_560, 1_234_580)]
+    assert len(set(ports)) == len(ports)
+    assert not any(low <= number <= high for number in ports)
+    assert all(1024 < number < 65536 for number in ports)
+
+
+def test_a_port_that_somebody_listens_on_is_not_taken() -> None:
+    first = port()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", first))
+        other.listen()
+        assert port() == first + 1
+    assert port(ROUND="3") == first + 3  # a new round, a new port
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}, "8 1 nodes.yaml"),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "4 1 gpus.yaml"),
+        ({"SLURM_GPUS_ON_NODE": "1"}, "1 1 gpu.yaml"),
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, "2 1 gpus.yaml"),
+        ({}, "1 0 cpu.yaml"),
+        ({"DTL_PROCESSES": "3"}, "3 0 cpu_2.yaml"),
+        ({"SLURM_NNODES": "2"}, "2 0 cpu_2.yaml"),
+        ({"SLURM_GPUS_ON_NODE": "2", "DTL_LAUNCH": "launch/cpu_2.yaml"}, "2 1 cpu_2.yaml"),
+    ],
+)
+def test_ranks_and_launch_file_follow_from_the_allocation(environment: dict[str, str], ranks: str) -> None:
+    told = shell('count_ranks; choose_launch_file; echo "$world $has_gpus ${launch##*/}"', DTL_HOME=str(SLURM.parent), **environment)
+    assert told == ranks
+
+
+def test_threads_are_shared_among_the_ranks_of_a_node() -> None:
+    assert shell('count_ranks; echo "$DTL_THREADS"', SLURM_CPUS_PER_TASK="32", SLURM_GPUS_ON_NODE="4") == "8"
+    assert shell('count_ranks; echo "$DTL_THREADS"', SLURM_CPUS_PER_TASK="2", SLURM_GPUS_ON_NODE="4") == "1"
