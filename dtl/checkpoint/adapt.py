@@ -75,7 +75,8 @@ def resize_patches(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     resize = _resize(basis, new).reshape(old[0] * old[1], new[0] * new[1])
     inverse = torch.linalg.pinv(resize)
     flat = weight.double().reshape(-1, old[0] * old[1])
-    return (flat @ inverse.T).reshape(*weight.shape[:2], *new).to(weight.dtype)
+    resized: torch.Tensor = (flat @ inverse.T).reshape(*weight.shape[:2], *new)
+    return resized.to(weight.dtype)
 
 
 def _resize(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

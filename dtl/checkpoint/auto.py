@@ -258,7 +258,8 @@ class _Auto:
         found = {}
         for j, i in self.decided.certain.items():
             # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
-            new_name = self.trust.as_a_whole and j not in self.trust.anchors and not self.transforms.get((i, j))
+            named = j in self.trust.anchors or j in self.trust.distrusted
+            new_name = self.trust.as_a_whole and not named and not self.transforms.get((i, j))
             if new_name and self.names.best(j) != i:
                 continue
             if self.unique.get(j) == i or (i, j) in self.sole:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from dtl.checkpoint.fits import unit_transform
-from dtl.checkpoint.matching import Clash, Flag, Matching
+from dtl.checkpoint.matching import Clash, Matching
 from dtl.checkpoint.names import Renaming
 from dtl.checkpoint.units import Entry, Key, Unit, names_speak, units_of
 
@@ -88,6 +88,4 @@ def _clash(matching: Matching, found: Unit, unit: Unit) -> None:
         if shape != target_shape:
             clash = Clash(str(target_name), target_shape, str(name), shape)
             matching.clashes.append(clash)
-            for each in unit.names:
-                matching.flags[each] = Flag(f"same name, other shape: {clash}")
             return

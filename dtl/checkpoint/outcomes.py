@@ -74,6 +74,10 @@ class _Settlement:
         self.source_shapes = {entry.name: entry.shape for entry in source}
         self.source_units = units_of(source)
         self.reasons: dict[str, str] = {}
+        clashed = {clash.target: clash for clash in matching.clashes}
+        for unit in target.units:
+            for clash in (clashed[name] for name in unit.names if name in clashed):
+                self.reasons.update(dict.fromkeys(unit.names, f"same name, other shape: {clash}"))
         self.filled: dict[str, str] = {}
         self.doubts: list[str] = []
         self.hard = list(matching.refusals)
@@ -89,6 +93,7 @@ class _Settlement:
         if self.policy.fold_norms:
             self._fold()
         self._ties()
+        self._norms_of_fresh_layers()
         self._lonely_norms()
         coverage, source_coverage = self._coverage(), self._source_coverage()
         self._judge(coverage)
@@ -165,7 +170,8 @@ class _Settlement:
             if role != "bias":
                 continue
             for name in _names(key):
-                if not have and self.matches.pop(name, None):
+                if not have and name in self.matches:
+                    del self.matches[name]
                     self.reasons[name] = "the layer's weight has no source"
                 elif have and name not in self.matches:
                     self._bias_without_source(name)
@@ -205,6 +211,26 @@ class _Settlement:
                 self.matches[name] = self.matches[first]
             elif name in self.matches:
                 self.matches[first] = self.matches[name]
+
+    def _norms_of_fresh_layers(self) -> None:
+        """Statistics of another layer's outputs are worse than none: a norm behind a layer without a source stays fresh too."""
+        loose = [u for u in self.target.units if u.kind in WEIGHTED and u.index not in self.heads and not self._is_matched(u)]
+        if not loose:
+            return
+        flow = self.target.dataflow
+        links = links_by_dataflow(self.target.units, flow) if flow else links_by_neighbours(self.target.units)
+        fresh = {unit.index: unit for unit in loose}
+        for unit in self.target.units:
+            if unit.kind not in NORMS or not self._is_matched(unit) or self._by_map(unit):
+                continue
+            layers = [other for side, other in links.get(unit.index, ()) if side == "post"]
+            if len(layers) == 1 and layers[0] in fresh:
+                self._drop(unit, f"its layer {fresh[layers[0]].path} has no source")
+                for name in unit.names:
+                    self.filled.pop(name, None)
+
+    def _by_map(self, unit: Unit) -> bool:
+        return any(name in self.matches and self.matches[name].evidence == "map" for name in unit.names)
 
     def _lonely_norms(self) -> None:
         flow = self.target.dataflow if self._any_fresh_norm() else None
@@ -312,8 +338,7 @@ class _Settlement:
                 reason = "a counter with no place here"
             else:
                 reason = "the source's head" if entry.name in head else "no place for it here"
-            shape = {"source_shape": entry.shape, "parameters": num_elements(entry.shape)}
-            outcomes.append(Outcome(None, entry.name, "unused", reason, **shape))
+            outcomes.append(Outcome(None, entry.name, "unused", reason, source_shape=entry.shape, parameters=num_elements(entry.shape)))
         return outcomes
 
 

@@ -205,7 +205,8 @@ def _by_order(request: PlanRequest) -> Matching:
         return strict
     # Not the same sequence: align the layers, with gaps, by position alone.
     aligned = _auto(replace(request, assume_order=True), None, {}, names=False)
-    aligned.clashes = strict.clashes + aligned.clashes
+    if not aligned.matches:
+        aligned.clashes = strict.clashes
     aligned.notes += strict.refusals
     return aligned
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dtl.checkpoint.matching import Match, Matching
-from dtl.checkpoint.units import Unit
+from dtl.checkpoint.units import WEIGHTED, Unit
 
 MOST_AGREE = 0.6
 """Least share of same-named layers that must have the same shape: below it the names mean other layers."""
@@ -63,7 +63,8 @@ def _shifted_lists(clashing: Sequence[Unit], source: Sequence[Unit]) -> set[tupl
     """Numbered lists, as what stands before and after the number, in which a namesake's neighbour has the wanted shape."""
     shapes = {unit.path: unit.signature for unit in source}
     found = set()
-    for unit in clashing:
+    # Norms have few shapes, which say little; a convolution with a neighbour's shape does.
+    for unit in (each for each in clashing if each.kind in WEIGHTED):
         for number in re.finditer(r"\d+", unit.path):
             before, after = unit.path[: number.start()], unit.path[number.end() :]
             pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after) + r"$")

@@ -183,7 +183,7 @@ class View:
         enough = self.best - TAU
         found: Candidates = {}
         for j, unit in enumerate(self.target):
-            options: list[int | None] = [self.source[i].index for i in np.flatnonzero(self.alignment.through[:, j] >= enough)]
+            options: list[int | None] = [self.source[int(i)].index for i in np.flatnonzero(self.alignment.through[:, j] >= enough)]
             if self.alignment.skips_target[j] >= enough:
                 options.append(None)
             found[unit.index] = options

@@ -413,3 +413,14 @@ def test_plans_do_not_depend_on_hashing() -> None:
     outputs = {run.communicate(timeout=120)[0] for run in runs}
     assert len(outputs) == 1
     assert next(iter(outputs)).strip()
+
+
+def test_a_norm_does_not_stay_with_a_layer_that_changed() -> None:
+    target = net()
+    with torch.device("meta"):
+        target.conv1 = nn.Conv2d(3, 8, 5, padding=2, bias=False)
+    for by in ("name", "auto"):
+        plan = plan_transfer(state(net()), target, by=by)  # type: ignore[arg-type]
+        assert plan.ok
+        assert {"conv1.weight", "bn1.weight", "bn1.running_mean"} <= set(plan.fresh)
+        assert next(o.reason for o in plan.outcomes if o.target == "bn1.weight") == "its layer conv1 has no source"
