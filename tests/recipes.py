@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 RECIPE: dict[str, Any] = {
-    "data": {"train": "digits", "image_size": 16, "global_batch_size": 120, "workers": 1, "augment": {"preset": "cifar", "rotation": 10}},
+    "data": {"train": "digits", "image_size": 16, "global_batch_size": 120, "workers": 1, "augment": {"preset": "cifar", "erasing": 0.3}},
     "model": {"name": "networks:small"},
     "phases": {
         "pretext": {"task": "rotate", "train": "all", "steps": 5, "lr": 0.05},

@@ -1,5 +1,6 @@
 """What the harness's server imports once, before it forks the processes of the tests."""
 
+import gc
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -16,3 +17,5 @@ import dtl.engine.finish  # noqa: E402, F401
 
 warnings.resetwarnings()
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()

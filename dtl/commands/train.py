@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -42,6 +43,9 @@ def train(config: Config, name: str) -> int:
     from dtl.run_lock import RunFolder
     from dtl.runtime import Runtime
 
+    # What the imports made never dies: the collector need not walk it, and so does not copy its pages in every loader process.
+    gc.collect()
+    gc.freeze()
     folder = RunFolder(f"{config.run.dir}/{name}")
     with Runtime(device=config.run.device, precision=config.precision) as runtime, debugging(config.run.debug):
         try:
