@@ -66,9 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _write_all(
-    options: argparse.Namespace, kind: str, model: StoredModel, inputs: ImageInputs, runtime: Runtime
-) -> list[tuple[str, str]] | range:
+def _write_all(options: argparse.Namespace, kind: str, model: StoredModel, inputs: ImageInputs, runtime: Runtime) -> list[tuple[str, str]] | range:
     """Predict, and write as it comes (main process). Returns (path, reason) of what could not be read, on the other ranks as many."""
     from dtl.engine.model_run import place
     from dtl.engine.prediction import predict

@@ -98,9 +98,7 @@ class RankBatches:
                 yield batch
 
 
-def assess(
-    model: PlacedModel, batches: RankBatches, runtime: Runtime, *, task: Task, num_outputs: int, skip_damaged: bool = False
-) -> Assessment:
+def assess(model: PlacedModel, batches: RankBatches, runtime: Runtime, *, task: Task, num_outputs: int, skip_damaged: bool = False) -> Assessment:
     """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped."""
     seen = _Seen(num_outputs, batches.num_batches, runtime.device)
     with runtime.together("evaluation"), torch.inference_mode():
@@ -174,4 +172,3 @@ class _Seen:
 
 def _hard(numbers: list[int], values: list[float]) -> Hard:
     return Hard(**dict(zip(_WHAT, numbers)), loss=values[0], confidence=values[1])
-

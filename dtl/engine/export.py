@@ -152,9 +152,7 @@ def _to_onnx(module: nn.Module, images: Tensor, path: Path, facts: dict[str, Any
 
     with_any_batch = _exported_program(module, images)
     try:
-        program = torch.onnx.export(
-            with_any_batch, (), input_names=["images"], output_names=["logits"], opset_version=opset, dynamo=True, verbose=False
-        )
+        program = torch.onnx.export(with_any_batch, (), input_names=["images"], output_names=["logits"], opset_version=opset, dynamo=True, verbose=False)
     except Exception as error:  # the exporter's own errors share no base class
         raise UserError(f"this network cannot be exported to ONNX{_at(opset)}: {_first_line(error)}") from error
     assert program is not None

@@ -74,8 +74,7 @@ def find_model(place: str | Path) -> tuple[Path, Path | None]:
     if (path / "config.yaml").is_file():
         status = read_status(path) or {}
         raise UserError(
-            f"{path} has no model yet: the run is {status.get('state', 'unknown')} (step {status.get('step', 0)}), "
-            "and the model is written when it is done"
+            f"{path} has no model yet: the run is {status.get('state', 'unknown')} (step {status.get('step', 0)}), and the model is written when it is done"
         )
     raise UserError(f"{path} is neither a run nor a model folder: it holds no model.json and no model/ folder")
 

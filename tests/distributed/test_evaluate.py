@@ -63,9 +63,7 @@ def test_predictions_are_one_file_in_one_order_at_any_world_size(tmp_path: Path)
     texts = []
     for world, workers in ((1, 0), (1, 2), (2, 1), (3, 0)):
         out = tmp_path / f"{world}-{workers}.csv"
-        job = run(
-            ["model", "photos", "--out", str(out), "--batch-size", "2", "--workers", str(workers)], cwd=tmp_path, world=world, command="predict"
-        )
+        job = run(["model", "photos", "--out", str(out), "--batch-size", "2", "--workers", str(workers)], cwd=tmp_path, world=world, command="predict")
         assert job.err().count("broken.jpg") == 1
         texts.append(out.read_text())
     assert texts[0].count("\n") == 24

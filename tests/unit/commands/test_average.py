@@ -33,7 +33,10 @@ def test_the_mean_of_three_is_a_model_folder(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_summed_in_float64() -> None:
-    models = [{"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(7)}, {"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(9)}]
+    models = [
+        {"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(7)},
+        {"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(9)},
+    ]
     mean = average(models, ["a", "b"])
     assert mean["w"].item() == 60000.0
     assert mean["n"].item() == 7
@@ -45,7 +48,10 @@ def test_half_precision_is_summed_in_float64() -> None:
         ({"name": "networks:without_norms"}, "the network is networks:small and networks:without_norms"),
         ({"classes": ("bee", "cat")}, "the number of classes is 3 and 2"),
         ({"classes": ("bee", "ant", "cat")}, "class 1 is 'cat' in one and 'ant' in the other"),
-        ({"preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 24, "interpolation": "bilinear", "crop_ratio": 0.8}}, "image_size 16 and 24"),
+        (
+            {"preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 24, "interpolation": "bilinear", "crop_ratio": 0.8}},
+            "image_size 16 and 24",
+        ),
     ],
 )
 def test_models_that_do_not_belong_together_are_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
