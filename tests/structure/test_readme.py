@@ -1,0 +1,115 @@
+"""What the README and the docs tell people to type exists: commands, options, files, keys. CI runs the README's own test command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dtl.cli import COMMANDS
+from dtl.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(page, command) of every line of every bash block; backslashes join lines, `&&` parts them."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.split(" #")[0].strip()
+                found += [(page.name, part.strip()) for part in line.split("&&") if part.strip() and not part.strip().startswith("#")]
+    return found
+
+
+LINES = command_lines()
+
+
+def test_there_are_some() -> None:
+    assert len(LINES) > 15
+    commands = {line.split()[0] for _, line in LINES}
+    assert {"accelerate", "dtl", "sbatch", "pytest"} <= commands
+
+
+@pytest.mark.parametrize(("page", "line"), [entry for entry in LINES if "dtl/train.py" in entry[1] or entry[1].startswith("dtl train")])
+def test_a_training_command_parses(page: str, line: str) -> None:
+    words = shlex.split(line)
+    start = next(i for i, word in enumerate(words) if word in ("dtl/train.py", "train"))
+    arguments = [word if word != "..." else "" for word in words[start + 1 :]]
+    arguments = [word for word in arguments if word]
+    if "--config" in arguments:
+        place = arguments.index("--config") + 1
+        assert (ROOT / arguments[place]).exists() or arguments[place] in ("finetune", "features", "digits"), f"{page}: {arguments[place]}"
+        if (ROOT / arguments[place]).exists():
+            arguments[place] = str(ROOT / arguments[place])
+    load_config([word for word in arguments if word not in ("--print-config", "--help")])
+    for i, word in enumerate(words):
+        if word == "--config_file":
+            assert (ROOT / words[i + 1]).exists(), f"{page}: {words[i + 1]}"
+
+
+@pytest.mark.parametrize(("page", "line"), [entry for entry in LINES if re.match(r"dtl (?!train)\w", entry[1])])
+def test_a_command_and_its_options_exist(page: str, line: str) -> None:
+    words = shlex.split(line)
+    assert words[1] in COMMANDS or words[1].startswith("-"), f"{page}: dtl {words[1]}"
+    if words[1] in COMMANDS:
+        for word in words[2:]:
+            if word.startswith("--"):
+                assert word.split("=")[0] in help_of(words[1]), f"{page}: dtl {words[1]} has no {word}"
+
+
+@lru_cache
+def help_of(command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dtl", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_a_help_without_torch(command: str) -> None:
+    code = f"import sys; sys.argv = ['dtl', '{command}', '--help']\nfrom dtl.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"dtl {command} --help imports torch\n{done.stderr}"
+    assert len(done.stdout.splitlines()) > 3
+
+
+@pytest.mark.parametrize(("page", "line"), [entry for entry in LINES if entry[1].startswith("sbatch ")])
+def test_an_sbatch_file_and_its_config_exist(page: str, line: str) -> None:
+    for word in shlex.split(line)[1:]:
+        if word.endswith((".sbatch", ".yaml")) and "/" in word:
+            assert (ROOT / word).exists(), f"{page}: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_yaml_in_the_readme_is_a_valid_recipe(tmp_path: Path) -> None:
+    found = [yaml.safe_load(block) for block in blocks(ROOT / "README.md", "yaml")]
+    assert found
+    for values in found:
+        file = tmp_path / "readme.yaml"
+        file.write_text(yaml.safe_dump({"data": {"train": "a", "val": "b"}} | values))
+        load_config(["--config", str(file)])
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    command = text.split("<!-- the test command -->")[1].split("```bash\n")[1].split("\n```")[0]
+    assert "pytest" in command
+    assert "\n" not in command
+    assert "<!-- the test command -->" in (ROOT / ".ci/run").read_text()
