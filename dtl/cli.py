@@ -22,9 +22,11 @@ COMMANDS = {
     "evaluate": "exact metrics of a run or model folder on a validation set",
     "predict": "class names and probabilities for images, to CSV or JSON lines",
     "export": "a model folder as ONNX, torch.export or safetensors, checked against PyTorch",
+    "average": "the mean of several runs' weights, as a model folder",
     "report": "curves, confusion, example images of one run or several, as PNG and HTML",
     "index": "manifest and index for WebDataset tars made by others",
     "verify": "check packed shards: sizes, checksums, every image decoded",
+    "verify-epoch": "prove an epoch: count and hash what the loaders of any world size deliver",
 }
 
 

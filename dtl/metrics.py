@@ -92,7 +92,7 @@ class Sums:
     def _count_classes(self, logits: Tensor, labels: Tensor, real: Tensor, top1: Tensor) -> None:
         k = self.num_classes
         label = torch.where(real, labels, 0)
-        predicted = torch.where(real, _first_greatest(logits), 0)
+        predicted = torch.where(real, first_greatest(logits), 0)
         self._counts[3 : 3 + k].index_add_(0, label, real.long())
         self._counts[3 + k : 3 + 2 * k].index_add_(0, label, top1.long())
         self._counts[3 + 2 * k :].index_add_(0, label * k + predicted, real.long())
@@ -107,7 +107,7 @@ def _rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(logits.isnan().any(dim=1), num_classes, before.sum(dim=1))
 
 
-def _first_greatest(logits: Tensor) -> Tensor:
+def first_greatest(logits: Tensor) -> Tensor:
     """The smallest class number of the greatest logit [B]: argmax leaves ties open, and counts NaN as greatest."""
     finite = logits.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     greatest = finite.max(dim=1, keepdim=True).values

@@ -78,7 +78,7 @@ class Runtime:
         # Decisions travel over gloo, also beside NCCL: they must not make the host wait for the GPU.
         self.group: dist.ProcessGroup | None = None
         if self.world_size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+            self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)  # type: ignore[assignment]
         self.stop_signal: int | None = None
         self._old_handlers: dict[int, Any] = {}
 
@@ -195,7 +195,7 @@ class Runtime:
         for group in by_dtype.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
             dist.broadcast(flat, src=0)
-            for tensor, value in zip(group, flat.split([tensor.numel() for tensor in group])):
+            for tensor, value in zip(group, torch.split(flat, [tensor.numel() for tensor in group])):
                 tensor.detach().copy_(value.view_as(tensor))
 
 

@@ -38,7 +38,7 @@ class ModelFacts:
     display_names: dict[str, str]
     """By class, where it has one."""
     preprocessing: dict[str, Any]
-    """`mean`, `std`, `image_size` (pixels), `interpolation`, `crop_ratio`."""
+    """`mean`, `std`, `image_size` (pixels), `interpolation`, `crop_ratio`; and `transform`, what evaluation did exactly, where it is known."""
     metrics: dict[str, Any]
     made_by: dict[str, Any]
     order: tuple[str, ...]
@@ -70,7 +70,7 @@ def save_model_folder(
         "architecture": dict(architecture),
         "classes": list(classes),
         "display_names": dict(display_names),
-        "preprocessing": {key: preprocessing[key] for key in _PREPROCESSING},
+        "preprocessing": dict(preprocessing),
         "metrics": dict(metrics),
         "made_by": {**made_by, "dtl": dtl.__version__, "torch": torch.__version__},
         "order": list(state_dict),
@@ -107,7 +107,7 @@ def read_model_json(folder: str | Path) -> ModelFacts:
             architecture=dict(value["architecture"]),
             classes=tuple(value["classes"]),
             display_names=dict(value["display_names"]),
-            preprocessing={key: value["preprocessing"][key] for key in _PREPROCESSING},
+            preprocessing={**value["preprocessing"], **{key: value["preprocessing"][key] for key in _PREPROCESSING}},
             metrics=dict(value["metrics"]),
             made_by=dict(value["made_by"]),
             order=tuple(value["order"]),

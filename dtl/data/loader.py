@@ -158,7 +158,7 @@ class StepLoader:
                 self._dataset,  # type: ignore[arg-type]
                 batch_sampler=_Requests(self, first_epoch, first_step, num_steps),  # type: ignore[arg-type]
                 num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
-                collate_fn=_as_it_is,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]
                 worker_init_fn=_init_worker if self.workers else None,
                 prefetch_factor=PREFETCH if self.workers else None,
                 pin_memory=self._pin_memory,

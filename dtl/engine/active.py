@@ -167,7 +167,8 @@ def leave(active: ActivePhase, runtime: Runtime) -> None:
 
 def _schedule(phase: Phase) -> Schedule:
     config, per_epoch = phase.config, phase.steps_per_epoch
-    every_steps, milestones = 0, ()
+    every_steps = 0
+    milestones: tuple[int, ...] = ()
     if config.schedule == "step":
         if isinstance(config.step_epochs, tuple):
             milestones = tuple(max(1, round(epoch * per_epoch)) for epoch in config.step_epochs)
@@ -192,5 +193,5 @@ def _sync_norms(module: nn.Module, runtime: Runtime, wanted: str | bool, micro_b
             raise UserError("model.sync_bn is true, but PyTorch has synchronised batch norm on GPUs only; use auto or false")
         return
     if wanted is True or micro_batch_size < SYNC_BN_BELOW:
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         say(f"batch norm statistics are taken over all {runtime.world_size} ranks")

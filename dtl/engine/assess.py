@@ -24,7 +24,7 @@ from dtl.engine.losses import Loss
 from dtl.engine.model_run import PlacedModel
 from dtl.engine.tasks import Task
 from dtl.errors import UserError
-from dtl.metrics import Sums, _first_greatest
+from dtl.metrics import Sums, first_greatest
 from dtl.runtime import Runtime
 
 NUM_BINS = 15
@@ -131,7 +131,7 @@ class _Seen:
         self._sums.update(logits, labels, weights, losses)
         real = weights > 0
         self._losses[number] = torch.where(real, losses, 0).double().sum()
-        predicted = _first_greatest(logits)
+        predicted = first_greatest(logits)
         confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
         correct = real & (predicted == labels) & ~logits.isnan().any(dim=1)
         place = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)

@@ -12,7 +12,8 @@ from torch import nn
 
 from dtl.checkpoint.state import TrainState, config_conflicts
 from dtl.checkpoint.store import Checkpoint, CheckpointStore
-from dtl.checkpoint.transfer import TransferReport, load_pretrained
+from dtl.checkpoint.transfer import load_pretrained
+from dtl.checkpoint.transfer_report import TransferReport
 from dtl.config import Config, config_from_dict
 from dtl.data.cache import ensure_packed
 from dtl.data.index import Shards
@@ -24,8 +25,8 @@ from dtl.engine.loop import Settings, Trainer
 from dtl.engine.phases import Phase, plan_phases
 from dtl.errors import UserError
 from dtl.keyed import key
-from dtl.models.build import Network, build
 from dtl.models.activation import enable_activation_checkpointing
+from dtl.models.build import Network, build
 from dtl.run_lock import RunFolder
 from dtl.runtime import Runtime
 from dtl.tracking import Console, Tracker
@@ -80,25 +81,24 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
         facts = network.preprocessing
         crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
         augment = AugmentSettings(**data.augment.model_dump())
-        transforms = {
-            "train_transform": train_transform(
-                image_size=data.image_size,
-                augment=augment,
-                interpolation=facts.interpolation,
-                crop_ratio=crop_ratio,
-                erase_fill=_mean_colour(facts.mean),
-            ),
-            "val_transform": eval_transform(
-                image_size=data.image_size,
-                crop_ratio=crop_ratio,
-                interpolation=facts.interpolation,
-                square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
-            ),
-        }
+        train_view = train_transform(
+            image_size=data.image_size,
+            augment=augment,
+            interpolation=facts.interpolation,
+            crop_ratio=crop_ratio,
+            erase_fill=_mean_colour(facts.mean),
+        )
+        val_view = eval_transform(
+            image_size=data.image_size,
+            crop_ratio=crop_ratio,
+            interpolation=facts.interpolation,
+            square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
+        )
         feeds = Feeds(
             train=train,
             val=val,
-            **transforms,
+            train_transform=train_view,
+            val_transform=val_view,
             rank=runtime.rank,
             world_size=runtime.world_size,
             image_size=data.image_size,

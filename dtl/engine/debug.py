@@ -71,7 +71,7 @@ def overfit_one_batch(trainer: Trainer) -> None:
             return
         loss = torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
     verdict = "it can learn" if losses[-1] < 0.5 * losses[0] else "IT DOES NOT LEARN: look at the images, the labels and the network"

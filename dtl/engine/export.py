@@ -136,7 +136,7 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
     size = model.transform.image_size
     pixels = torch.empty((len(found), 3, size, size), dtype=torch.uint8)
     heights, widths = zip(*(image.shape[:2] for image in found))
-    draws = model.transform.draw(range(len(found)), widths, heights, seed=0, epoch=0)  # type: ignore[arg-type]
+    draws = model.transform.draw(range(len(found)), widths, heights, seed=0, epoch=0)
     for row, image in enumerate(found):
         model.transform.apply(image, draws, row, pixels[row])
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.network.preprocessing.mean, model.network.preprocessing.std))

@@ -13,7 +13,7 @@ import torch
 from dtl import __version__
 from dtl.checkpoint.model_folder import save_model_folder
 from dtl.checkpoint.state import TrainState
-from dtl.checkpoint.transfer import TransferReport
+from dtl.checkpoint.transfer_report import TransferReport
 from dtl.config import Config
 from dtl.data.atomic import write_whole
 from dtl.engine.loop import Trainer

@@ -142,7 +142,7 @@ class Trainer:
             self._evaluate(active)
         if state.phase_step >= phase.num_steps or state.extra.get("ended"):
             return
-        with closing(self.feeds.train_steps(phase, state.phase_step)) as stream:
+        with closing(self.feeds.train_steps(phase, state.phase_step)) as stream:  # type: ignore[type-var]
             while state.phase_step < phase.num_steps and not state.extra.get("ended"):
                 batches, save_by_clock = self._next(active, stream)
                 phase_step = state.phase_step

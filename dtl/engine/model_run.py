@@ -97,7 +97,7 @@ def place(model: StoredModel, runtime: Runtime) -> PlacedModel:
     module = model.network.module.to(runtime.device)
     channels_last = any(isinstance(part, nn.Conv2d) for part in module.modules())
     if channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(memory_format=torch.channels_last)
     normalise = Normalise(model.network.preprocessing, runtime.device, channels_last=channels_last)
     return PlacedModel(module=module, normalise=normalise, runtime=runtime)
 
@@ -138,8 +138,8 @@ def _preprocessing(folder: Path, values: dict[str, Any]) -> Preprocessing:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std}")
         return Preprocessing(
-            mean=mean,  # type: ignore[arg-type]
-            std=std,  # type: ignore[arg-type]
+            mean=mean,
+            std=std,
             image_size=int(values["image_size"]),
             interpolation=str(values["interpolation"]),
             crop_ratio=float(values["crop_ratio"]),

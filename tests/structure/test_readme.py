@@ -78,7 +78,8 @@ def help_of(command: str) -> str:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_a_help_without_torch(command: str) -> None:
-    code = f"import sys; sys.argv = ['dtl', '{command}', '--help']\nfrom dtl.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    lines = ["import sys", f"sys.argv = ['dtl', '{command}', '--help']", "from dtl.cli import main", "try: main()", "except SystemExit: pass"]
+    code = "\n".join([*lines, "sys.exit('torch' in sys.modules)"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"dtl {command} --help imports torch\n{done.stderr}"
     assert len(done.stdout.splitlines()) > 3
