@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dtl.config import load_config
-from dtl.errors import UserError
+from dtl.config import load_config  # noqa: E402
+from dtl.errors import UserError  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:

@@ -83,11 +83,11 @@ class SlurmLab:
         (self.base / "cgroup.conf").write_text("")
         (self.base / "munge.key").write_bytes(os.urandom(128))
         (self.base / "munge.key").chmod(0o400)
+        command = ["unshare", *"--net --mount --pid --uts --fork --kill-child --mount-proc".split()]
+        command += [str(Path(__file__).with_name("lab_init.sh")), str(self.base), str(NUM_NODES)]
         with open(self.base / "log/init.log", "w") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
-                + [str(Path(__file__).with_name("lab_init.sh")), str(self.base), str(NUM_NODES)],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PATH": _path()},
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PATH": _path()},
             )  # fmt: skip
         try:
             self._wait_until_ready()

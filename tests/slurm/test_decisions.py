@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Desk, SlurmJob
+from desk import Desk, SlurmJob
 from lab import SlurmLab
 from recipes import write_recipe
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Desk
+from desk import Desk
 from harness import history, run, status
 from lab import SlurmLab
 from recipes import weights_hash, write_recipe
