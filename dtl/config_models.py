@@ -65,7 +65,7 @@ class AugmentConfig(Section):
 
 class DataConfig(Section):
     train: str | None = None
-    """Training data: an image folder (a folder a class), a list file, CIFAR batches, packed shards, or the word digits."""
+    """Training data: an image folder (a folder a class), a list file, CIFAR batches, packed shards, WebDataset tars, or the word digits."""
     val: str | None = None
     """Validation data; not needed where `train` holds a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -85,9 +85,11 @@ class BatchDataset:
         if len(distinct) < len(request.samples):
             # A pad repeats a sample of its micro-batch, already decoded; its weight is 0.
             images[len(distinct) :] = images[torch.arange(len(request.samples) - len(distinct)) % len(distinct)]
+        labels = shards.labels[request.samples].astype(np.int64)
+        labels[(labels < 0) | (labels >= shards.num_classes)] = 0  # such a sample has weight 0, but no loss takes such a label
         return Batch(
             images=images,
-            labels=torch.from_numpy(shards.labels[request.samples].astype(np.int64)),
+            labels=torch.from_numpy(labels),
             weights=weights,
             samples=torch.from_numpy(request.samples),
             slots=torch.from_numpy(request.slots),
@@ -115,12 +117,7 @@ class BatchDataset:
                     self.transform.apply(image, draws, i, out)
             except DecodeError as error:
                 reason = str(error)
-        return None if reason is None else _damaged(shards, sample, reason)
-
-
-def _damaged(shards: Shards, sample: int, reason: str) -> DamagedSample:
-    shard = shards.manifest.shards[shards.shard_of(sample)].url
-    return DamagedSample(shard=shard, key=shards.key(sample), offset=int(shards.offsets[sample]), reason=reason)
+        return None if reason is None else shards.damaged(sample, reason)
 
 
 class StepLoader:

@@ -49,20 +49,25 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
     data = config.data
     assert data.train is not None
     quiet: Say = say if runtime.is_main else (lambda line: None)
-    with runtime.together("data"):
-        common: dict[str, Any] = {
-            "cache_dir": data.cache_dir,
-            "on_error": data.on_error,
-            "names": data.names,
-            "progress": runtime.is_main,
-            "say": quiet,
-        }
-        train = Shards.open(ensure_packed(data.train, split="train", val_fraction=data.val_fraction, **common))
+    common: dict[str, Any] = {
+        "cache_dir": data.cache_dir,
+        "on_error": data.on_error,
+        "names": data.names,
+        "progress": runtime.is_main,
+        "say": quiet,
+    }
+
+    def packed() -> tuple[Shards, Shards]:
+        train = Shards.open(ensure_packed(str(data.train), split="train", val_fraction=data.val_fraction, **common))
         if data.val is None:
-            val_folder = ensure_packed(data.train, split="val", val_fraction=data.val_fraction, **common)
+            val_folder = ensure_packed(str(data.train), split="val", val_fraction=data.val_fraction, **common)
         else:
             val_folder = ensure_packed(data.val, split="val", classes=train.classes, **common)
-        val = Shards.open(val_folder)
+        return train, Shards.open(val_folder)
+
+    with runtime.together("data"):
+        # The main process of each node packs, where there is anything to pack, since it is the one that tells of it.
+        train, val = runtime.main_first(packed)
         check_class_maps(train.manifest, val.manifest)
         if val.folder == train.folder:
             raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")

@@ -86,7 +86,9 @@ class Feeds:
         return self.plan(epoch).step_samples(step)
 
     def step_labels(self, phase: Phase, phase_step: int) -> np.ndarray:
-        return np.asarray(self.train.labels[self.step_samples(phase, phase_step)])
+        labels = np.array(self.train.labels[self.step_samples(phase, phase_step)])
+        labels[(labels < 0) | (labels >= self.train.num_classes)] = 0  # as the loader gives them, at weight 0
+        return labels
 
     def step_size(self, phase: Phase, phase_step: int) -> int:
         epoch, step = phase.epoch_of(phase_step)
@@ -96,7 +98,7 @@ class Feeds:
     def sample_names(self, phase: Phase, phase_step: int, *, limit: int) -> list[str]:
         """Original paths (or keys) of the first samples of a global batch, for messages."""
         samples = self.step_samples(phase, phase_step)[:limit]
-        return [self.train.path(int(sample)) or self.train.key(int(sample)) for sample in samples]
+        return [self.train.path(int(sample)) or self.train.damaged(int(sample), "").key for sample in samples]
 
     def _loader(self, shards: Shards, transform: Transform, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
         return StepLoader(

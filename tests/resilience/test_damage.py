@@ -120,7 +120,6 @@ def test_a_damaged_validation_sample_ends_the_run_too(tmp_path: Path, digits: Pa
     assert "sample 000300 at byte" in the_line(job.err())
 
 
-@pytest.mark.xfail(reason="the loader passes the bad label on to the loss", strict=True)
 def test_skip_with_a_label_out_of_range(tmp_path: Path, digits: Path) -> None:
     damage.rewrite_index(digits / "train", 9, labels=10)
     run(arguments(tmp_path, digits, "--data.on-error", "skip", "--data.max-bad", "1"), cwd=tmp_path, timeout=60)
