@@ -70,6 +70,7 @@ class _Settlement:
     def __init__(self, matching: Matching, source: list[Entry], target: Target, heads: Sequence[Unit], policy: Policy) -> None:
         self.matching, self.source, self.target, self.policy = matching, source, target, policy
         self.heads = {unit.index for unit in heads}
+        self.head_names = {name for unit in heads for name in unit.names}
         self.matches = dict(matching.matches)
         self.source_shapes = {entry.name: entry.shape for entry in source}
         self.source_units = units_of(source)
@@ -299,7 +300,7 @@ class _Settlement:
     # --- per tensor ---
 
     def _outcome(self, entry: Entry) -> Outcome:
-        common: dict[str, Any] = {"shape": entry.shape, "parameters": num_elements(entry.shape), "head": self._in_head(entry.name)}
+        common: dict[str, Any] = {"shape": entry.shape, "parameters": num_elements(entry.shape), "head": entry.name in self.head_names}
         match = self.matches.get(entry.name)
         if match is not None:
             shape = self.source_shapes.get(match.source) if isinstance(match.source, str) else None
@@ -323,9 +324,6 @@ class _Settlement:
             return Outcome(entry.name, None, "kept", "a table of the architecture, not learned", **common)
         reason = "the transfer was refused" if self.hard else self.reasons.get(entry.name) or "no source"
         return Outcome(entry.name, None, "fresh", reason, **common)
-
-    def _in_head(self, name: str) -> bool:
-        return any(name in unit.names for unit in self.target.units if unit.index in self.heads)
 
     def _unused(self) -> list[Outcome]:
         used = self._used()

@@ -128,8 +128,9 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
     if settled:
         trust = with_settled(trust, settled, source, target)
     used = set(trust.anchors.values())
-    left = [unit for unit in source if unit.index not in used]
-    complete = not left or all(unit.index in trust.anchors for unit in target)
+    apart = {id(unit) for unit in (*request.heads, *detect_heads(source))}
+    left = [unit for unit in source if unit.index not in used and id(unit) not in apart]
+    complete = not left or all(unit.index in trust.anchors or id(unit) in apart for unit in target)
     # Tracing costs up to a second, so it is done only where something is left to decide.
     flow = None if complete else request.target.dataflow
     matching = match_auto(
