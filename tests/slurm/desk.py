@@ -82,6 +82,7 @@ class Desk:
 
     def submit(self, template: str, *arguments: str, options: Sequence[str] = (), run: str = "runs/tiny", **environment: str) -> SlurmJob:
         number = self.lab.call(
-            "sbatch", "--parsable", *options, str(ROOT / "slurm" / template), *arguments, cwd=self.folder, env=self.environment | environment
+            "sbatch", "--parsable", *options, str(ROOT / "slurm" / template), *arguments,
+            cwd=self.folder, env=self.environment | environment,
         ).strip()  # fmt: skip
         return SlurmJob(self.lab, number, self.folder, self.folder / run)

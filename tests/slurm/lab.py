@@ -83,7 +83,7 @@ class SlurmLab:
         (self.base / "cgroup.conf").write_text("")
         (self.base / "munge.key").write_bytes(os.urandom(128))
         (self.base / "munge.key").chmod(0o400)
-        command = ["unshare", *"--net --mount --pid --uts --fork --kill-child --mount-proc".split()]
+        command = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         command += [str(Path(__file__).with_name("lab_init.sh")), str(self.base), str(NUM_NODES)]
         with open(self.base / "log/init.log", "w") as log:
             self._process = subprocess.Popen(
@@ -116,7 +116,8 @@ class SlurmLab:
         """The output of a command that runs inside; AssertionError where it fails."""
         done = subprocess.run(
             ["nsenter", "-t", str(self._init), "-n", "-m", "-p", "-u", f"--wdns={cwd or self.base}", "--", *command],
-            capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": _path(), "SLURM_CONF": f"{self.base}/slurm.conf", **(env or {})},
+            capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PATH": _path(), "SLURM_CONF": f"{self.base}/slurm.conf", **(env or {})},
         )  # fmt: skip
         assert done.returncode == 0, f"{command} gave {done.returncode}: {done.stderr}{done.stdout}"
         return done.stdout

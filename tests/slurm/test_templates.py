@@ -90,9 +90,10 @@ def test_a_job_that_loses_a_node_goes_on_with_others(desk: Desk, lab: SlurmLab, 
 
 
 def test_a_sweep_leaves_its_results_side_by_side(desk: Desk, reference: dict[int, Path]) -> None:
-    (desk.folder / "lr.txt").write_text("# the first is the recipe as it is\n--run.seed 0\n\n--phases.all.lr 0.02 --run.seed '1'\n--phases.all.lrr 1\n")
-    config = recipe(desk.folder)
-    job = desk.submit("array_sweep.sbatch", config, "lr.txt", "--data.workers", "0", options=["--array=1-3", "--gpus-per-node=0"], DTL_LAUNCH="")
+    lines = ["# the first is the recipe as it is", "--run.seed 0", "", "--phases.all.lr 0.02 --run.seed '1'", "--phases.all.lrr 1"]
+    (desk.folder / "lr.txt").write_text("\n".join(lines) + "\n")
+    config, options = recipe(desk.folder), ["--array=1-3", "--gpus-per-node=0"]
+    job = desk.submit("array_sweep.sbatch", config, "lr.txt", "--data.workers", "0", options=options, DTL_LAUNCH="")
     folder = desk.folder / "runs/lr"
     names = ["1-seed0", "2-lr0.02-seed1"]
     job.wait("to end", lambda: not job.lab.call("squeue", "--noheader"))
