@@ -16,7 +16,7 @@ from test_launchers import ROOT, launch
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("digits")
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "dtl/train.py")]
-    return folder, launch(command, folder, OMP_NUM_THREADS="2")
+    return folder, launch(command, folder, limit=1200, OMP_NUM_THREADS="2")
 
 
 def test_it_runs_through_its_phases_to_97_percent(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -17,7 +17,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 PHASES = {"all": {"train": "all", "steps": 3, "lr": 0.05}}
 
 
-def launch(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str], cwd: Path, *, limit: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "DTL_CACHE": str(cwd / "cache"),
@@ -26,7 +26,7 @@ def launch(command: list[str], cwd: Path, **variables: str) -> subprocess.Comple
         "GLOO_SOCKET_IFNAME": "lo",
         **variables,
     }
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=limit, check=False)
 
 
 def port() -> list[str]:
