@@ -19,6 +19,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+# Python 3.11's fork server looks for what it should import on the default path only, and says nothing when it is not there.
+_here = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_here), str(_here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["warm"])
 

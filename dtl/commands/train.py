@@ -116,10 +116,13 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> in
 
 def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Runtime) -> int:
     step = trainer.state.step
-    tracker.note(f"stopped by a signal at step {step}; the same command goes on from there", step=step)
-    tracker.close("stopped")
     if runtime.is_main:
         folder.write_status("stopped", why="signal", step=step)
+    tracker.note("stopped by a signal", step=step)
+    tracker.say(f"stopped by a signal at step {step}, its checkpoint is on the disk; the same command goes on from there")
+    tracker.close("stopped")
+    # The first rank that leaves with this status makes the launcher end the others: they must have nothing left to do.
+    runtime.barrier()
     return EXIT_STOPPED
 
 

@@ -131,8 +131,8 @@ def enter(
     if compile_network:
         trained.compile()
     with warnings.catch_warnings():
-        # torch warns of its own default (find_unused_parameters off), which is what we want.
-        warnings.filterwarnings("ignore", module="torch.nn.parallel")
+        # torch 2.14 has another name for it, which older ones do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         wrapped = runtime.accelerator.prepare_model(trained)
     return ActivePhase(
         phase=phase,
