@@ -1,0 +1,30 @@
+"""A real fine-tune: ants and bees, MobileNetV2, ImageNet weights whose names changed, loaded by order; on one process and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from harness import run, status
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ants_and_bees_by_order(tmp_path: Path, world: int) -> None:
+    data, weights = os.environ.get("DTL_DATA"), os.environ.get("DTL_MBV2")
+    if not data or not weights:
+        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data, and DTL_MBV2 to MobileNetV2's weights (see configs/ants_bees_by_order.yaml)")
+    arguments = ["--config", str(ROOT / "configs/ants_bees_by_order.yaml"), "--data.train", f"{data}/hymenoptera_data"]
+    short = ["--phases.head.epochs", "2", "--phases.all.epochs", "0.5", "--tracking.report", "false", "--tracking.wandb", "off"]
+    run([*arguments, "--transfer.source", weights, *short], cwd=tmp_path, world=world, timeout=900, threads=2 if world == 1 else 1)
+    folder = tmp_path / "runs/ants_bees_by_order"
+    result = status(folder)["phases"]
+    assert [phase["phase"] for phase in result] == ["head", "all"]
+    assert all(phase["val"]["num_samples"] == 153 for phase in result)
+    assert result[0]["val"]["top1"] >= 0.90, "about 0.6 would mean that the weights did not load"
+    assert result[1]["val"]["top1"] >= 0.92
+    report = json.loads((folder / "transfer.json").read_text())
+    assert report["coverage"] == 1.0
