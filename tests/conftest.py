@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples at each run: a test that fails fails for everybody. Machines are busy at times, which is no fault of the code.
+settings.register_profile("dtl", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dtl")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: tests that start processes would fight over them
 os.environ["WANDB_MODE"] = "disabled"

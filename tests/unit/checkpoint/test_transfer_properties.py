@@ -14,7 +14,13 @@ from dtl.checkpoint.plan import plan_transfer
 
 EDITS = ("insert", "delete", "width", "classes", "permute")
 NAMES = ("keep", "wrap", "words", "hash parts", "hash")
-QUIET = settings(max_examples=int(os.environ.get("DTL_EXAMPLES", "40")), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same examples at each run; DTL_EXAMPLES=N looks at that many new ones.
+QUIET = settings(
+    max_examples=int(os.environ.get("DTL_EXAMPLES", "40")),
+    derandomize="DTL_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @QUIET
@@ -41,8 +47,9 @@ def test_no_false_assignment(seed: int, edits: list[str], how: str, permuted: bo
     plan = plan_transfer(state, target, min_coverage=0.0)
     wrong = {t: s for t, s in plan.pairs.items() if true.get(t) != s}
     assert wrong == {}
-    # With names that tell the truth nearly all of it is found, whatever was done to the order.
-    if how in ("keep", "wrap") and "width" not in edits:
+    # With names that tell the truth nearly all of it is found, whatever was done to the order. Where blocks were put in and taken out
+    # as well, names and structure may contradict each other, and what is in doubt is left out: benchmarks/transfer.py measures how much.
+    if how in ("keep", "wrap") and set(edits) <= {"classes", "permute"}:
         assert sum(plan.pairs.get(t) == s for t, s in true.items()) >= 0.95 * len(true)
 
 
