@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -68,3 +69,16 @@ def test_with_the_source_network_hashed_names_do_no_harm(seed: int, how: str, pe
     plan = plan_transfer(state, target, source_model=source)
     floating = {t: s for t, s in plan.pairs.items() if not t.endswith("num_batches_tracked")}
     assert floating == true
+
+
+@pytest.mark.xfail(reason="recall with blocks both inserted and deleted is below the 95 % that the issue asks: 44 of 62 here, none false", strict=True)
+def test_recall_where_blocks_are_put_in_and_taken_out() -> None:
+    """Found by the property above, which asked this of every such network; mend the alignment, then ask it there again."""
+    rng = random.Random(727000)
+    ours = random_plan(rng)
+    theirs = edit(edit(ours, "insert", rng), "delete", rng)
+    with torch.device("meta"):
+        source, target = RandomNetwork(ours), RandomNetwork(theirs)
+        true = truth(ours, theirs, "keep")
+    plan = plan_transfer({rename(name, "keep"): value for name, value in source.state_dict().items()}, target, min_coverage=0.0)
+    assert sum(plan.pairs.get(t) == s for t, s in true.items()) >= 0.95 * len(true)
