@@ -17,6 +17,13 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2 --dist loadgroup` a file stays in one process, for the runs that its tests share; so does the one Slurm."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.name
+        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}/{file}"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
