@@ -44,7 +44,8 @@ def run(argv: list[str]) -> int:
     like = options.classes_from
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None
     shard_bytes = parse_size(options.shard_size)
-    source = open_source(options.source, classes=classes, names=options.names, on_error=options.on_error)
+    # An empty class folder is told and left out: who packs reads the notes. A training job has no reader, and refuses.
+    source = open_source(options.source, classes=classes, names=options.names, on_error="skip")
     if not options.quiet:
         _say(
             f"{options.source}: {source.kind}, {source.num_samples:,} images of {len(source.classes):,} classes, {_size(source.num_bytes)}"

@@ -96,7 +96,7 @@ def pack(
         verify=verify,
     )
     _check_options(options, processes)
-    opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error=on_error)
+    opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error="skip")
     if val_fraction and opened.has_splits:
         raise UserError(
             f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it"

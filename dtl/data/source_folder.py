@@ -144,7 +144,7 @@ def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_emp
         what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         raise UserError(
             f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, "
-            "or leave it out with --on-error skip (training: --data.on-error skip)"
+            "or leave it out with --data.on-error skip"
         )
     if empty:
         told.lines.append(f"class folders without an image left out: {_few(empty)}")

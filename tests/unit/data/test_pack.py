@@ -631,6 +631,16 @@ def test_command_packs_val_with_the_classes_of_train(tmp_path: Path) -> None:
         run([str(tmp_path / "val"), str(tmp_path / "d3"), "--classes-from", str(tmp_path / "train")])
 
 
+def test_command_tells_and_leaves_out_hidden_files_and_empty_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3, "c": 0})
+    (root / "a" / ".hidden.jpg").write_bytes(b"")
+    assert run([str(root), str(tmp_path / "d")]) == 0
+    told = capsys.readouterr().err
+    assert "class folders without an image left out: 'c'" in told
+    assert "1 hidden or system file left out ('a/.hidden.jpg')" in told
+    assert Shards.open(tmp_path / "d").classes == ("a", "b")
+
+
 def test_quiet_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["digits", str(tmp_path / "d"), "--quiet"]) == 0
     assert capfd.readouterr() == ("", "")
