@@ -101,8 +101,6 @@ def run(arguments: Sequence[str], *, cwd: Path, world: int = 1, code: int = 0, t
 def _run(command: str, arguments: list[str], cwd: str, folder: str, rank: int, variables: dict[str, str], threads: int) -> None:
     os.setsid()
     os.chdir(cwd)
-    # A child of a fork server would give its loader processes a fork server of their own, 4 s of imports each. A user's run forks.
-    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(variables)
     for number, kind in ((1, "out"), (2, "err")):
         target = os.open(f"{folder}/{kind}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -7,6 +7,7 @@ batches, and what counts as seen is what the trainer finished, not what was pref
 from __future__ import annotations
 
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class BatchDataset:
         bad: list[tuple[int, DamagedSample]] = []
         distinct = request.samples[: max(num_real, 1)]
         widths, heights = shards.widths[distinct].astype(np.int64), shards.heights[distinct].astype(np.int64)
-        draws = self.transform.draw(distinct, widths, heights, seed=self.seed, epoch=request.epoch)
+        keyed_by = distinct if request.draws is None else request.draws[: len(distinct)]
+        draws = self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=request.epoch)
         for i, data in enumerate(shards.read(distinct)):
             damage = self._fill(int(distinct[i]), data, draws, i, images[i])
             if damage is not None:
@@ -158,6 +160,8 @@ class StepLoader:
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 worker_init_fn=_init_worker if self.workers else None,
                 prefetch_factor=PREFETCH if self.workers else None,
+                # Python 3.14's own choice, a fork server, imports torch anew in each (5 s), and keeps them alive after a killed trainer.
+                multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
                 pin_memory=self._pin_memory,
                 generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
             )
