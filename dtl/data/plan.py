@@ -76,6 +76,14 @@ class EpochPlan:
 
     def samples(self, positions: npt.ArrayLike) -> Int:
         """Sample ids at `positions`; O(window), whatever N is."""
+        return self.draws(positions) % self.num_samples
+
+    def times(self) -> Int:
+        """[N] how often the whole epoch should draw each sample: once. For checks; nothing else here is of length N."""
+        return np.ones(self.num_samples, np.int64)
+
+    def draws(self, positions: npt.ArrayLike) -> Int:
+        """What augmentation is keyed by, at `positions`: the sample id, plus a multiple of N where samples come more than once."""
         positions = np.asarray(positions, dtype=np.int64)
         if not self.shuffle:
             return positions.copy()
@@ -129,6 +137,8 @@ class MicroBatch:
     """[B] places in the global batch; -1 for a pad."""
     weights: npt.NDArray[np.float32]
     """[B] 1 for a real sample, 0 for a pad."""
+    draws: Int | None = None
+    """[B] what augmentation is keyed by; None: the sample ids."""
 
 
 @dataclass(frozen=True)
@@ -163,17 +173,19 @@ class RankLayout:
         """The micro-batches of one rank at one step: always `accumulation_steps` of `micro_batch_size` slots."""
         low, high = plan.step_bounds(step)
         first, last = self.slots(high - low, rank)
-        samples = plan.samples(np.arange(low + first, low + last))
-        spare = plan.samples([low])  # for a micro-batch without any real sample
+        draws = plan.draws(np.arange(low + first, low + last))
+        spare = plan.draws([low])  # for a micro-batch without any real sample
         for micro_step in range(self.accumulation_steps):
             start = micro_step * self.micro_batch_size
-            real = samples[start : start + self.micro_batch_size]
+            real = draws[start : start + self.micro_batch_size]
             padding = self.micro_batch_size - len(real)
+            padded = np.concatenate([real, np.resize(real if len(real) else spare, padding)]).astype(np.int64)
             yield MicroBatch(
                 epoch=plan.epoch,
                 step=step,
                 micro_step=micro_step,
-                samples=np.concatenate([real, np.resize(real if len(real) else spare, padding)]).astype(np.int64),
+                samples=padded % plan.num_samples,
                 slots=np.concatenate([first + start + np.arange(len(real)), np.full(padding, -1)]).astype(np.int64),
                 weights=np.concatenate([np.ones(len(real)), np.zeros(padding)]).astype(np.float32),
+                draws=padded,
             )
