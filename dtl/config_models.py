@@ -87,6 +87,8 @@ class DataConfig(Section):
     """keep: every sample once an epoch, in steps of nearly equal size; drop: leave out what does not fill a global batch."""
     window: Count = 65_536
     """Samples are shuffled within windows of this many, over shards in random order."""
+    balance: Literal["none", "sqrt", "uniform"] = "none"
+    """Draw classes alike (uniform), in proportion to the roots of their sizes (sqrt), or each sample once an epoch (none)."""
     cache_dir: str | None = None
     """Where image folders are packed once; by default $DTL_CACHE, else the user's cache folder."""
     names: str | None = None

@@ -19,7 +19,9 @@ Run the training loaders of one epoch, for each of --world ranks in turn, withou
 exactly once? The hash of the sequence of global batches is the same for every world size and every number of workers, and after a
 start at a later step it is that of the steps that are left.
 
-Exit status 0: each sample once; 2: a sample is missing, doubled or damaged.
+With --balance, each sample as often as its class's quota asks: expected counts draws, and nothing is duplicated that should come again.
+
+Exit status 0: each sample once (or as often as it should); 2: a sample is missing, doubled or damaged.
 """
 _EPILOG = """\
 examples:
@@ -34,11 +36,11 @@ def run(arguments: list[str]) -> int:
     _check(options)
     import torch
 
+    from dtl.data.balance import class_members, plan_epoch
     from dtl.data.cache import ensure_packed
     from dtl.data.epoch_proof import prove_epoch
     from dtl.data.index import Shards
     from dtl.data.pack_progress import PackProgress
-    from dtl.data.plan import EpochPlan
     from dtl.data.transforms import AugmentSettings, train_transform
 
     shards = Shards.open(
@@ -52,8 +54,10 @@ def run(arguments: list[str]) -> int:
             say=_say,
         )
     )
-    plan = EpochPlan(
+    plan = plan_epoch(
         shards.shard_sizes,
+        members=class_members(shards, options.balance, cache_dir=options.cache_dir),
+        balance=options.balance,
         seed=options.seed,
         epoch=options.epoch,
         global_batch_size=options.global_batch_size,
@@ -91,7 +95,8 @@ def _report(proof: EpochProof, plan: EpochPlan, options: argparse.Namespace) -> 
     last = plan.num_steps - 1
     print(f"epoch {options.epoch}, steps {options.start} to {last} of 0 to {last}, {options.world} ranks of {options.workers} workers each")
     print(f"expected    {proof.expected:,}")
-    print(f"seen        {proof.seen:,}")
+    again = "" if options.balance == "none" else f"  ({proof.distinct:,} different samples of {proof.num_samples:,}, data.balance {options.balance})"
+    print(f"seen        {proof.seen:,}{again}")
     print(f"duplicated  {proof.duplicated:,}")
     print(f"missing     {proof.missing:,}")
     print(f"damaged     {len(proof.damaged):,}")
@@ -128,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--global-batch-size", type=int, default=64, metavar="G", help="samples a step, all ranks together (64)")
     which.add_argument("--seed", type=int, default=0, help="run.seed (0)")
     which.add_argument("--window", type=int, default=65_536, metavar="N", help="data.window (65536)")
+    which.add_argument("--balance", choices=("none", "sqrt", "uniform"), default="none", help="data.balance (none)")
     which.add_argument("--last", choices=("keep", "drop"), default="keep", help="data.last (keep)")
     which.add_argument("--split", choices=("train", "val"), default="train", help="which split, where SRC has several (train)")
     which.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="data.val_fraction (0)")

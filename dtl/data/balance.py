@@ -17,18 +17,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dtl.data.class_members import ClassMembers
+from dtl.data.index import Shards
 from dtl.data.plan import EpochPlan, Int
 from dtl.keyed import keys, permutation
 
 Balance = Literal["sqrt", "uniform"]
+AnyBalance = Literal["none", "sqrt", "uniform"]
 # Of swap-or-not. Each moves a place with probability 1/2 to anywhere, so after these 2^-40 of the order is left.
 _ROUNDS = 40
+
+
+def class_members(shards: Shards, balance: AnyBalance, *, cache_dir: str | Path | None = None) -> ClassMembers | None:
+    """What `plan_epoch` needs for this balance; None for `none`."""
+    return None if balance == "none" else ClassMembers.of_shards(shards, cache_dir=cache_dir)
+
+
+def plan_epoch(shard_sizes: Int, *, balance: AnyBalance, members: ClassMembers | None, **options: Any) -> EpochPlan:
+    """The plan of one epoch; `options` are those of EpochPlan."""
+    if balance == "none":
+        return EpochPlan(shard_sizes, **options)
+    assert members is not None
+    return BalancedPlan(shard_sizes, balance=balance, members=members, **options)
 
 
 def quotas(counts: npt.ArrayLike, balance: Balance) -> Int:
@@ -124,11 +140,12 @@ class BalancedPlan(EpochPlan):
         within = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
         places = self.epoch * self.quotas[classes] + before[classes] + within
         draws = self._stream(classes, places, self.members.counts[classes])
-        return draws[permutation(len(draws), self.seed, self.epoch, "balanced window", number)]
+        ordered: Int = draws[permutation(len(draws), self.seed, self.epoch, "balanced window", number)]
+        return ordered
 
     def _stream(self, classes: Int, places: Int, sizes: Int) -> Int:
         """The draws at these places of the classes' endless streams."""
         passes, places = np.divmod(places, sizes)
         streams = keys(keys(classes, self.seed, "balance") ^ passes.astype(np.uint64), "pass")
-        samples = self.members.members[self.members.starts[classes] + permuted(places, sizes, streams)].astype(np.int64)
+        samples: Int = self.members.members[self.members.starts[classes] + permuted(places, sizes, streams)].astype(np.int64)
         return samples + self.num_samples * (passes % (2**62 // self.num_samples))

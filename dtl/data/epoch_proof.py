@@ -28,8 +28,10 @@ class EpochProof:
     seen: int
     """Slots that were filled, damaged samples among them."""
     duplicated: int
-    """Samples that were seen more than once, counted by how often too often."""
+    """Samples that were seen more often than they should (once, or as their class's quota asks), counted by how often too often."""
     missing: int
+    distinct: int
+    """Different samples among them: fewer than seen where data.balance draws some again."""
     damaged: tuple[str, ...]
     """A line for each sample that cannot be used; it keeps its slot, at weight 0."""
     order_hash: str
@@ -57,7 +59,7 @@ def prove_epoch(
 ) -> EpochProof:
     """Run each rank's loader to the epoch's end, one rank after another; `advance(samples)` as they come.
 
-    Takes 8 bytes for each sample (16 with `pixels`), and one for each of the split.
+    Takes 8 bytes for each sample (16 with `pixels`), and 16 for each of the split.
     """
     start = plan.step_bounds(first_step)[0]
     found = _Found(start, plan.num_positions - start, pixels)
@@ -98,20 +100,19 @@ class _Found:
         return len(real)
 
     def result(self, num_samples: int, plan: EpochPlan, first_step: int) -> EpochProof:
-        times = np.zeros(num_samples, np.uint8)
-        filled = self.samples[self.samples >= 0]
-        distinct, counts = np.unique(filled, return_counts=True)
-        times[distinct] = 1
+        seen = np.bincount(self.samples[self.samples >= 0], minlength=num_samples)
         whole = first_step == 0 and not plan.drop_last
-        # From step 0 on it is the whole split, whatever the plan says; from a later step on, the plan has to say which samples are left.
-        left = np.arange(num_samples) if whole else plan.samples(np.arange(self.start, plan.num_positions))
+        # From step 0 on each sample has its number of times, whatever order the plan gives them; from a later step on, or where the last
+        # are dropped, the plan has to say which are left.
+        left = plan.times() if whole else np.bincount(plan.samples(np.arange(self.start, plan.num_positions)), minlength=num_samples)
         return EpochProof(
             num_samples=num_samples,
             num_steps=plan.num_steps - first_step,
-            expected=len(left),
+            expected=int(left.sum()),
             seen=self.seen,
-            duplicated=self.too_often + int((counts - 1).sum()),
-            missing=int((times[left] == 0).sum()),
+            duplicated=self.too_often + int(np.maximum(seen - left, 0).sum()),
+            missing=int(np.maximum(left - seen, 0).sum()),
+            distinct=int((seen > 0).sum()),
             damaged=tuple(line for _, line in sorted(set(self.damaged))),
             order_hash=self._digest(self.samples, plan, first_step),
             pixel_hash=None if self.pixels is None else self._digest(self.pixels, plan, first_step),

@@ -15,6 +15,7 @@ from dtl.checkpoint.store import Checkpoint, CheckpointStore
 from dtl.checkpoint.transfer import load_pretrained
 from dtl.checkpoint.transfer_report import TransferReport
 from dtl.config import Config, config_from_dict
+from dtl.data.balance import class_members
 from dtl.data.cache import ensure_packed
 from dtl.data.index import Shards
 from dtl.data.manifest import check_class_maps
@@ -113,6 +114,8 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             seed=config.run.seed,
             window=data.window,
             drop_last=data.last == "drop",
+            balance=data.balance,
+            members=runtime.main_first(lambda: class_members(train, data.balance, cache_dir=data.cache_dir)),
             pin_memory=runtime.device.type == "cuda",
             max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,

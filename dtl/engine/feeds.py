@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dtl.data.balance import AnyBalance, plan_epoch
+from dtl.data.class_members import ClassMembers
 from dtl.data.index import Shards
 from dtl.data.loader import Batch, StepLoader, Transform
 from dtl.data.plan import EpochPlan, RankLayout
@@ -30,6 +32,9 @@ class Feeds:
     seed: int
     window: int
     drop_last: bool = False
+    balance: AnyBalance = "none"
+    members: ClassMembers | None = None
+    """Which samples each class has; needed with `balance`."""
     pin_memory: bool = False
     max_train_steps: int | None = None
     max_val_steps: int | None = None
@@ -53,8 +58,10 @@ class Feeds:
         if epoch not in self._plans:
             while len(self._plans) >= 2:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[epoch] = EpochPlan(
+            self._plans[epoch] = plan_epoch(
                 self.train.shard_sizes,
+                balance=self.balance,
+                members=self.members,
                 seed=self.seed,
                 epoch=epoch,
                 global_batch_size=self.global_batch_size,

@@ -14,6 +14,7 @@ import pytest
 from tiny_images import image_folder
 
 from dtl.commands import verify_epoch as command
+from dtl.data import balance as balance_module
 from dtl.data import plan as plan_module
 from dtl.data.index import Shards
 from dtl.data.pack import pack
@@ -25,6 +26,14 @@ COMMON = ["--image-size", "8", "--global-batch-size", "10", "--window", "16", "-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = image_folder(tmp_path_factory.mktemp("source"), {"ant": 24, "bee": 23})
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(root, folder, shard_bytes=30_000, processes=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = image_folder(tmp_path_factory.mktemp("uneven"), {"ant": 24, "bee": 5, "cow": 1})
     folder = tmp_path_factory.mktemp("packed") / "shards"
     pack(root, folder, shard_bytes=30_000, processes=1, progress=False)
     return folder
@@ -69,16 +78,44 @@ def test_dropping_the_last(packed: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (one["num_samples"], one["expected"], one["seen"], one["missing"]) == (47, 40, 40, 0)
 
 
+@pytest.mark.parametrize("balance", ["sqrt", "uniform"])
+def test_balanced_epochs_are_proved_by_their_quotas(uneven: Path, capsys: pytest.CaptureFixture[str], balance: str) -> None:
+    """Draws by quota: the same for every world, and what should come again is no duplicate."""
+    found = [
+        proof(uneven, capsys, "--balance", balance, "--workers", w, "--world", r, "--pixels", "--epoch", "1") for w, r in (("0", "1"), ("1", "2"), ("0", "3"))
+    ]
+    for one in found:
+        assert (one["expected"], one["seen"], one["duplicated"], one["missing"], one["damaged"]) == (30, 30, 0, 0, [])
+        assert one["distinct"] < 30
+    assert len({(one["order_hash"], one["pixel_hash"]) for one in found}) == 1
+    later = [proof(uneven, capsys, "--balance", balance, "--workers", "0", "--world", r, "--start", "1") for r in ("1", "4")]
+    assert later[0]["order_hash"] == later[1]["order_hash"]
+    assert {(one["expected"], one["seen"], one["missing"]) for one in later} == {(20, 20, 0)}
+
+
+def test_a_wrong_draw_of_a_balanced_epoch_is_noticed(uneven: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = balance_module.BalancedPlan.draws
+
+    def wrong(self: Any, positions: Any) -> Any:
+        found = real(self, positions)
+        found[np.asarray(positions) == 5] = (real(self, [5]) + 1)[0] % self.num_samples
+        return found
+
+    monkeypatch.setattr(balance_module.BalancedPlan, "draws", wrong)
+    one = proof(uneven, capsys, "--balance", "sqrt", "--workers", "0", code=2)
+    assert (one["seen"], one["duplicated"], one["missing"]) == (30, 1, 1)
+
+
 def test_it_notices_what_is_missing_or_doubled(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that gives a sample twice, and so another one never."""
-    real = plan_module.EpochPlan.samples
+    real = plan_module.EpochPlan.draws
 
     def wrong(self: Any, positions: Any) -> Any:
         found = real(self, positions)
         found[np.asarray(positions) == 5] = real(self, [6])[0]
         return found
 
-    monkeypatch.setattr(plan_module.EpochPlan, "samples", wrong)
+    monkeypatch.setattr(plan_module.EpochPlan, "draws", wrong)
     one = proof(packed, capsys, "--workers", "0", code=2)
     assert (one["seen"], one["duplicated"], one["missing"]) == (47, 1, 1)
 
