@@ -40,6 +40,8 @@ class RunConfig(Section):
     """One process, no workers, few samples, anomaly detection, deterministic algorithms, no tracker, full traceback; overfits one batch first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    timeout_minutes: Positive = 30.0
+    """A run that makes no progress for this long ends, and names the rank that the others waited for, its stage and its samples."""
 
 
 class AugmentConfig(Section):

@@ -7,10 +7,14 @@ checkpoint (design section 4 says why). A launched world that is not the world s
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import secrets
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,13 +24,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dtl.errors import UserError
 from dtl.launched import Launch, read_launch
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GROUP_TIMEOUT = timedelta(minutes=30)
+# The hang doctor ends a run that makes no progress, and says why; the collectives' own limit is the net below it.
+MARGIN = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,15 @@ class Exchange:
 class Runtime:
     """This process among its peers. `close()` (or the context manager) leaves the process group."""
 
-    def __init__(self, *, device: str = "auto", precision: str = "auto", broadcast_buffers: bool = False) -> None:
+    def __init__(self, *, device: str = "auto", precision: str = "auto", broadcast_buffers: bool = False, timeout_minutes: float = 30.0) -> None:
+        timeout = timedelta(minutes=timeout_minutes) + MARGIN
         launch = read_launch()
         self.launch = launch
         use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("run.device is cuda, but this machine shows no GPU to PyTorch; use --run.device auto or cpu")
         _check_gpus(launch, use_cpu)
-        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), broadcast_buffers)
+        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), broadcast_buffers, timeout)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
@@ -78,9 +85,15 @@ class Runtime:
         # Decisions travel over gloo, also beside NCCL: they must not make the host wait for the GPU.
         self.group: dist.ProcessGroup | None = None
         if self.world_size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)  # type: ignore[assignment]
+            self.group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
+        self.token: str = self.agree(secrets.token_hex(4))
+        """Names this start of the ranks together, for keys in the store that they met in."""
+        self._num_firsts = 0
         self.stop_signal: int | None = None
+        self.on_abort: Callable[[], object] = lambda: None
+        """Called when a second Ctrl-C ends the process."""
         self._old_handlers: dict[int, Any] = {}
+        self._old_wakeup: tuple[int, socket.socket] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -108,16 +121,41 @@ class Runtime:
             return
         for number in STOP_SIGNALS:
             self._old_handlers[number] = signal.signal(number, self._on_signal)
+        # Python runs its handlers between two steps of the main thread, which may be deep in a collective: a thread listens too.
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        self._old_wakeup = (signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth)
+        threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
 
     def release_signals(self) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers.clear()
+        if self._old_wakeup is not None:
+            previous, mouth = self._old_wakeup
+            signal.set_wakeup_fd(previous)
+            mouth.close()
+            self._old_wakeup = None
+
+    def _listen(self, ear: socket.socket) -> None:
+        """A second Ctrl-C ends the process at once, whatever the main thread is doing."""
+        interrupts = 0
+        with ear:
+            while heard := ear.recv(16):
+                interrupts += heard.count(signal.SIGINT)
+                if interrupts >= 2:
+                    self.abort()
+
+    def abort(self) -> None:
+        """End this process now. A checkpoint that is being written stays unfinished, and does not count."""
+        os.write(2, b"\ndtl: ended at once\n" if self.is_main else b"")
+        with contextlib.suppress(Exception):
+            self.on_abort()
+        for child in multiprocessing.active_children():
+            child.kill()  # loader processes, which ignore gentler signals
+        os._exit(130)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
         if self.stop_signal is None and self.is_main:
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"\ndtl: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
@@ -177,13 +215,21 @@ class Runtime:
 
     def main_first(self, work: Callable[[], T]) -> T:
         """`work` on the main process of each node first (it may fill a cache), then on the others; also when it fails there."""
+        if self.group is None:
+            return work()
+        # Not a barrier, whose time limit is the collectives': packing may take hours.
+        self._num_firsts += 1
+        done = f"dtl/first/{self.token}/{self._num_firsts}"
+        num_mains = sum(self.gather(self.local_rank == 0))
+        store = meeting_store()
         if self.local_rank != 0:
-            self.barrier()
+            _wait_until(lambda: store.add(done, 0) >= num_mains)
             return work()
         try:
             return work()
         finally:
-            self.barrier()
+            store.add(done, 1)
+            _wait_until(lambda: store.add(done, 0) >= num_mains)
 
     def sync_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Give all ranks the main process's values, in one message per dtype."""
@@ -223,12 +269,26 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _accelerator(use_cpu: bool, precision: str, broadcast_buffers: bool) -> Any:
+def meeting_store() -> TCPStore:
+    """Another connection to the store that the ranks met in: the launcher's, or that of rank 0."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
+    )
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    pause = 0.01
+    while not condition():
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.5)
+
+
+def _accelerator(use_cpu: bool, precision: str, broadcast_buffers: bool, timeout: timedelta) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     handlers = [
-        InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
+        InitProcessGroupKwargs(timeout=timeout),
         DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
     ]
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)

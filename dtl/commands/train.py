@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from dtl.errors import UserError
 
 if TYPE_CHECKING:
     from dtl.engine.loop import Trainer
+    from dtl.heartbeat import Heartbeat
     from dtl.run_lock import RunFolder
     from dtl.runtime import Runtime
     from dtl.tracking import Tracker
@@ -40,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
 def train(config: Config, name: str) -> int:
     """One run from its config to its end; returns the exit status."""
     from dtl.engine.debug import debugging
+    from dtl.heartbeat import Doctor, Heartbeat, PeerLost
     from dtl.run_lock import RunFolder
     from dtl.runtime import Runtime
 
@@ -47,9 +50,20 @@ def train(config: Config, name: str) -> int:
     gc.collect()
     gc.freeze()
     folder = RunFolder(f"{config.run.dir}/{name}")
-    with Runtime(device=config.run.device, precision=config.precision) as runtime, debugging(config.run.debug):
+    limit, heart = config.run.timeout_minutes, Heartbeat()
+    with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=limit) as runtime, debugging(config.run.debug):
+        runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt())
+        doctor = Doctor(
+            heart, rank=runtime.rank, world_size=runtime.world_size, name=runtime.token, limit=60 * limit, say=_tell, end=lambda line: _end(folder, heart, line)
+        )
         try:
-            return _train(config, name, folder, runtime)
+            with doctor:
+                return _train(config, name, folder, runtime, heart)
+        except PeerLost as lost:
+            if str(lost):
+                _end(folder, heart, str(lost))
+            sys.stderr.flush()
+            os._exit(1)  # the usual way out would wait for the rank that is gone
         except BaseException as error:
             _note_failure(folder, error)
             raise
@@ -57,7 +71,17 @@ def train(config: Config, name: str) -> int:
             folder.release()
 
 
-def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> int:
+def _tell(line: str) -> None:
+    print(f"dtl: {line}", file=sys.stderr, flush=True)
+
+
+def _end(folder: RunFolder, heart: Heartbeat, line: str) -> None:
+    """Why the run ends although no rank has said so."""
+    _tell(f"{line}; the same command goes on from the newest checkpoint")
+    _note_failure(folder, RuntimeError(line), step=heart.step)
+
+
+def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat) -> int:
     from dtl.checkpoint.store import CheckpointStore
     from dtl.engine import build, finish
     from dtl.engine.debug import overfit_one_batch
@@ -66,7 +90,9 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> in
 
     console = Console(is_main=runtime.is_main)
     build.prepare_folder(config, folder, runtime)
+    heart.enter("data")
     train_shards, val_shards = build.open_shards(config, runtime, console.say)
+    heart.enter("model")
     with runtime.together("model"):
         network = build.build_network(config, train_shards.num_classes)
     feeds = build.build_feeds(config, runtime, train_shards, val_shards, network)
@@ -97,6 +123,7 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> in
         store=store,
         tracker=tracker,
         channels_last=channels_last,
+        heart=heart,
     )
     finish.begin(trainer, folder, config, report)
     if config.run.debug:
@@ -110,6 +137,7 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime) -> in
         raise
     finally:
         store.close()
+    heart.enter("finish")
     finish.end(trainer, folder, config)
     return 0
 
@@ -126,12 +154,12 @@ def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Run
     return EXIT_STOPPED
 
 
-def _note_failure(folder: RunFolder, error: BaseException) -> None:
+def _note_failure(folder: RunFolder, error: BaseException, *, step: int = 0) -> None:
     """status.json tells scripts what happened, also where launchers turn every status into 1."""
     if folder.incarnation == 0 or isinstance(error, SystemExit):
         return
     kind = "input" if isinstance(error, UserError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "fault"
     try:
-        folder.write_status("failed", why=f"{kind}: {error}" if str(error) else kind)
+        folder.write_status("failed", why=f"{kind}: {error}" if str(error) else kind, step=step)
     except (OSError, UserError) as problem:
         print(f"dtl: status.json could not be written: {problem}", file=sys.stderr)

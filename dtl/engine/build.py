@@ -25,6 +25,7 @@ from dtl.engine.feeds import Feeds
 from dtl.engine.loop import Settings, Trainer
 from dtl.engine.phases import Phase, plan_phases
 from dtl.errors import UserError
+from dtl.heartbeat import Heartbeat
 from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build
@@ -35,7 +36,7 @@ from dtl.tracking import Console, Tracker
 Say = Callable[[str], None]
 # Settings that may change between two starts of one run: they do not change its result.
 FREE_SETTINGS = (
-    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "tracking.*", "checkpoint.*", "precision",
+    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.timeout_minutes", "tracking.*", "checkpoint.*", "precision",
     "data.workers", "data.micro_batch_size", "data.cache_dir", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
 )  # fmt: skip
 DEBUG_TRAIN_STEPS = 4
@@ -304,6 +305,7 @@ def build_trainer(
     store: CheckpointStore,
     tracker: Tracker,
     channels_last: bool,
+    heart: Heartbeat,
 ) -> Trainer:
     bad_samples = BadSamples(
         folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad
@@ -332,6 +334,7 @@ def build_trainer(
         bad_samples=bad_samples,
         settings=settings,
         config=config.to_dict(),
+        heart=heart,
     )
 
 

@@ -107,6 +107,13 @@ class Feeds:
         samples = self.step_samples(phase, phase_step)[:limit]
         return [self.train.path(int(sample)) or self.train.damaged(int(sample), "").key for sample in samples]
 
+    def batch_name(self, phase: Phase, phase_step: int) -> str:
+        """This rank's share of a global batch, for messages: how many samples, and the first one's key and shard (read from the disk)."""
+        samples = self.step_samples(phase, phase_step)
+        mine = samples[len(samples) * self.rank // self.world_size :][: max(1, len(samples) // self.world_size)]
+        damaged = self.train.damaged(int(mine[0]), "")
+        return f"{len(mine)} samples that begin with {damaged.key} of {damaged.shard}"
+
     def _loader(self, shards: Shards, transform: Transform, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
         return StepLoader(
             shards,

@@ -23,6 +23,7 @@ from dtl.engine.feeds import Feeds
 from dtl.engine.phases import Phase
 from dtl.engine.step import Normalise, Stepper, Window, normaliser
 from dtl.errors import UserError
+from dtl.heartbeat import Heartbeat
 from dtl.models.build import Network
 from dtl.runtime import Flags, Runtime
 from dtl.tracking import Tracker
@@ -67,6 +68,8 @@ class Trainer:
     settings: Settings
     config: dict[str, Any]
     """As plain values, stored with each checkpoint."""
+    heart: Heartbeat
+    """Told of every stage, for whoever waits for this rank."""
     stall_seconds: float = 0.0
     """How long the loop stood still for saving, in this start."""
 
@@ -83,6 +86,7 @@ class Trainer:
         for phase in self.phases[self.state.phase_index :]:
             if phase.index > self.state.phase_index or not self.state.phase:
                 self._begin(phase)
+            self.heart.enter("phase", self.state.step)
             set_head(self.network, phase, init=self.settings.init, seed=self.settings.seed)
             if checkpoint is not None:
                 saving.restore_model(self.network.module, checkpoint)
@@ -136,7 +140,7 @@ class Trainer:
 
     def _train(self, active: ActivePhase) -> None:
         phase, state = active.phase, self.state
-        stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.settings.seed)
+        stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.settings.seed, heart=self.heart)
         self._clock = time.monotonic()
         if state.extra.get("pending_eval"):
             self._evaluate(active)
@@ -154,6 +158,9 @@ class Trainer:
     def _next(self, active: ActivePhase, stream: Any) -> tuple[list[Batch], bool]:
         """This rank's micro-batches of the next step, after all ranks have agreed that they can take it."""
         self._step_started = time.monotonic()
+        phase, phase_step = active.phase, self.state.phase_step
+        self.heart.what = lambda: self.feeds.batch_name(phase, phase_step)
+        self.heart.enter("load", self.state.step + 1)
         batches = next(stream)
         self._window.data_seconds += time.monotonic() - self._step_started
         said = self._agree(batches, save=self._save_due_by_clock())
@@ -165,6 +172,7 @@ class Trainer:
 
     def _agree(self, batches: list[Batch], *, save: bool = False) -> Flags:
         flags = Flags(stop=self.runtime.stop_signal is not None, failed=any(batch.bad for batch in batches), save=save)
+        self.heart.enter("collective")
         return self.runtime.exchange(flags).result()
 
     def _count(self, phase: Phase, num_images: int) -> None:
@@ -243,6 +251,7 @@ class Trainer:
 
     def _evaluate(self, active: ActivePhase) -> None:
         """Validation metrics of the weights that the phase would hand on (the moving average where there is one)."""
+        self.heart.enter("evaluate", self.state.step)
         if self._window.weight_sum:
             self._mean_loss(active)
         phase, state = active.phase, self.state
@@ -272,6 +281,7 @@ class Trainer:
         said = self._agree(batches)
         if said.failed:
             self.bad_samples.take("val", batches)
+        self.heart.enter("evaluate")
         return said.stop
 
     def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
@@ -307,6 +317,7 @@ class Trainer:
         return self.runtime.is_main and minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def _save(self, active: ActivePhase, *, wait: bool = False) -> None:
+        self.heart.enter("save", self.state.step)
         if self._window.weight_sum:
             self._mean_loss(active)  # a diverged run must not replace a good checkpoint
         self._spend(active.phase)
@@ -334,6 +345,7 @@ class Trainer:
     def _finish(self, active: ActivePhase) -> None:
         """Hand the phase's weights on: those of its best evaluation, of its moving average, or the last."""
         phase, state = active.phase, self.state
+        self.heart.enter("phase", state.step)
         saving.sync_buffers(active, self.runtime)
         module = active.module
         if phase.config.keep == "best":

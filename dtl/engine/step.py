@@ -15,6 +15,7 @@ from torch import Tensor
 from dtl.data.loader import Batch
 from dtl.data.mix import mix_batch
 from dtl.engine.active import ActivePhase
+from dtl.heartbeat import Heartbeat
 from dtl.keyed import key
 from dtl.models.build import Preprocessing
 from dtl.runtime import Runtime
@@ -63,8 +64,8 @@ class Window:
 class Stepper:
     """Takes the optimizer steps of one phase."""
 
-    def __init__(self, active: ActivePhase, runtime: Runtime, *, normalise: Normalise, seed: int) -> None:
-        self.active, self.runtime, self.normalise, self.seed = active, runtime, normalise, seed
+    def __init__(self, active: ActivePhase, runtime: Runtime, *, normalise: Normalise, seed: int, heart: Heartbeat) -> None:
+        self.active, self.runtime, self.normalise, self.seed, self.heart = active, runtime, normalise, seed, heart
         config = active.phase.config
         self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
 
@@ -81,7 +82,9 @@ class Stepper:
             with contextlib.nullcontext() if last else accelerator.no_sync(active.wrapped):
                 # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
                 torch.manual_seed(int(key(self.seed, "step", step, self.runtime.rank, micro_step)) >> 1)
+                self.heart.enter("forward")
                 loss_sum = self._loss_sum(batch, step)
+                self.heart.enter("backward")
                 accelerator.backward(loss_sum * (self.runtime.world_size / normaliser))
             window.loss_sum += loss_sum.detach()
         if active.phase.config.clip_norm is not None:

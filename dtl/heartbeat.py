@@ -1,0 +1,343 @@
+"""Which rank do the others wait for? Each rank notes its stage in memory; a thread beside it tells the others, and speaks up in a stall.
+
+A stage is noted in a microsecond and touches no disk. Every 2 seconds the thread puts this rank's newest note into the store that the
+ranks met in (its own connection, so that a stuck loop cannot keep it from it). Nobody reads it, until this rank's stage has lasted
+too long: then all notes are read, once an interval, and the rank is named that is furthest behind, or that no longer writes.
+
+All ranks pass through the same stages in the same order, so that the number of stages passed tells who is behind. No clocks of two
+machines are compared: a note says how old it is, and a silent rank is one whose notes do not change while we watch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+INTERVAL = 2.0
+PATIENT = ("start", "data", "model")
+"""Stages that may take hours on one rank (packing, a download): only a rank that falls silent ends the run in them."""
+_RECORD = struct.Struct("<qqq16s")
+_LOST = "lost another rank"
+# What torch says when a peer is gone, over gloo and over NCCL.
+_NETWORK = re.compile(r"gloo|nccl|connection|socket|peer|broken pipe|store|timed? ?out", re.IGNORECASE)
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+
+class PeerLost(Exception):
+    """Another rank is gone. The message names it for the one rank that speaks for all; it is empty in the others."""
+
+
+class Heartbeat:
+    """This rank's stage. `enter` is called by the training thread only, the rest by any thread."""
+
+    def __init__(self) -> None:
+        self.stage, self.step, self.tick = "start", 0, 0
+        self.since = time.monotonic()
+        self.what: Callable[[], str] = str
+        """What the stage works on, for instance its samples; called only in a stall, by another thread."""
+        self._file = _stage_file()
+
+    def enter(self, stage: str, step: int | None = None) -> None:
+        self.stage = stage
+        if step is not None:
+            self.step = step
+        self.tick += 1
+        self.since = time.monotonic()
+        if self._file is not None:
+            _RECORD.pack_into(self._file, 0, self.tick, self.step, os.getpid(), stage.encode())
+
+
+def _stage_file() -> mmap.mmap | None:
+    """For tools that watch from outside (`dtl verify-resume`): $DTL_STAGES/rank-N holds the stage, in memory shared with them."""
+    folder = os.environ.get("DTL_STAGES")
+    if not folder:
+        return None
+    path = Path(folder) / f"rank-{os.environ.get('RANK') or 0}"
+    with open(path, "wb+") as file:
+        file.truncate(_RECORD.size)
+        return mmap.mmap(file.fileno(), _RECORD.size)
+
+
+def read_stage(path: Path) -> tuple[str, int, int, int]:
+    """(stage, step, number of stages passed, pid) of a rank's file in $DTL_STAGES; an empty stage before the first."""
+    try:
+        tick, step, pid, stage = _RECORD.unpack(path.read_bytes())
+    except (OSError, struct.error):
+        return "", 0, 0, 0
+    return stage.rstrip(b"\0").decode(), step, tick, pid
+
+
+@dataclass
+class Note:
+    """What a rank last said of itself, and for how long it has said nothing new (as seen from here)."""
+
+    rank: int
+    count: int = -1
+    host: str = ""
+    pid: int = 0
+    stage: str = "start"
+    step: int = 0
+    tick: int = -1
+    age: float = 0.0
+    what: str = ""
+    ended: str | None = None
+    silent: float = 0.0
+    fate: str = ""
+    """What this machine's kernel says of it, where it runs here: "has ended", "is stopped"."""
+
+    @property
+    def gone(self) -> bool:
+        """It ended, or is silent. One that ended because it lost another rank is not the culprit."""
+        return self.ended != _LOST and (self.ended is not None or bool(self.fate) or self.silent > 2.5 * INTERVAL)
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank}" + (f" (host {self.host}, pid {self.pid})" if self.host else "")
+        if self.count < 0:
+            return f"{who}, which has not been heard of at all"
+        if self.ended not in (None, _LOST):
+            return f"{who}, which ended: {self.ended}" if self.ended else f"{who}, which ended"
+        where = f"stage {self.stage} of step {self.step}" + (f", {self.what}" if self.what else "")
+        if self.fate:
+            return f"{who}, which {self.fate}; it was last in {where}"
+        if self.silent > 2.5 * INTERVAL:
+            return f"{who}, silent for {self.silent:.0f} s, last heard of in {where}"
+        return f"{who}, in {where}, for {self.age:.0f} s"
+
+
+class Notes:
+    """The notes of all ranks, in the store that they met in."""
+
+    def __init__(self, rank: int, world_size: int, name: str) -> None:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        self.rank, self.world_size, self._prefix = rank, world_size, f"dtl/notes/{name}"
+        # A connection of its own to the store of init_process_group (the launcher's, or rank 0's).
+        self._store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
+        )
+        self._worker: threading.Thread | None = None
+        self._known = {other: Note(other) for other in range(world_size)}
+        self._changed = dict.fromkeys(range(world_size), time.monotonic())
+        self._count = 0
+        self._machine = _machine()
+
+    def write(self, heart: Heartbeat, *, ended: str | None = None, what: str = "") -> None:
+        """Raises RuntimeError when the store cannot be reached, as `read` does."""
+        self._count += 1
+        note = {
+            "count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "machine": self._machine, "stage": heart.stage, "step": heart.step,
+            "tick": heart.tick, "age": time.monotonic() - heart.since, "what": what, "ended": ended,
+        }  # fmt: skip
+        self._bounded(lambda: self._store.set(f"{self._prefix}/{self.rank}", json.dumps(note)))
+
+    def read(self) -> list[Note]:
+        """The newest note of each rank, by rank."""
+        found: list[dict[str, Any]] = self._bounded(self._fetch)
+        for note, values in zip(self._known.values(), found, strict=True):
+            now = time.monotonic()
+            machine = values.pop("machine", None)
+            if values and values["count"] != note.count:
+                self._changed[note.rank] = now
+                note.__dict__.update(values)
+            note.silent = now - self._changed[note.rank]
+            note.fate = _fate(note.pid) if machine is not None and machine == self._machine and note.ended is None else ""
+        return [Note(**vars(note)) for note in self._known.values()]
+
+    def _fetch(self) -> list[dict[str, Any]]:
+        keys = [f"{self._prefix}/{rank}" for rank in range(self.world_size)]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else {} for key in keys]
+
+    def _bounded(self, work: Callable[[], T], seconds: float = 5.0) -> T:
+        """`work` in a thread: over a cable that was cut, a store's answer may be waited for without an end."""
+        if self._worker is not None and self._worker.is_alive():
+            raise RuntimeError("an earlier call is still waiting for the store")
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        def do() -> None:
+            try:
+                results.append(work())
+            except Exception as error:
+                errors.append(error)
+
+        self._worker = threading.Thread(target=do, daemon=True)
+        self._worker.start()
+        self._worker.join(seconds)
+        if not results:
+            raise RuntimeError("the store cannot be reached") from (errors[0] if errors else None)
+        return results[0]
+
+
+def awaited(notes: list[Note]) -> list[Note]:
+    """The ranks that the others wait for: those that are gone or silent, else those that have passed the fewest stages."""
+    gone = [note for note in notes if note.gone]
+    if gone:
+        return gone
+    first = min(note.tick for note in notes)
+    behind = [note for note in notes if note.tick == first]
+    return behind if len(behind) < len(notes) else []
+
+
+def describe(notes: list[Note]) -> str:
+    names = [str(note) for note in awaited(notes)]
+    if not names:
+        return f"all {len(notes)} ranks are in stage {notes[0].stage} of step {notes[0].step}, and nothing comes through between them (network?)"
+    return "waiting for " + "; ".join(names[:4]) + (f"; and {len(names) - 4} more ranks" if len(names) > 4 else "")
+
+
+class Doctor:
+    """Watches this rank's stage beside the training loop; `with` starts and ends it.
+
+    `limit`: seconds without any progress after which the run ends; it says who is waited for after a sixth of that, and again later.
+    `end`: called with the line that says why, just before the process ends with status 1; only by the rank that speaks for all.
+    """
+
+    def __init__(self, heart: Heartbeat, *, rank: int, world_size: int, name: str, limit: float, say: Say, end: Say) -> None:
+        self.heart, self.rank, self.limit, self._say, self._end = heart, rank, limit, say, end
+        self._notes = Notes(rank, world_size, name) if world_size > 1 else None
+        self._interval = min(INTERVAL, limit / 20)
+        self._stop = threading.Event()
+        self._told = 0.0
+        self._what = _Lazily()
+        self._thread = threading.Thread(target=self._watch, name="hang-doctor", daemon=True)
+
+    def __enter__(self) -> Doctor:
+        if self._notes is not None:
+            self._notes.write(self.heart)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raises PeerLost in place of an error of the network when another rank is gone."""
+        line = self._lost() if isinstance(error, RuntimeError) and _NETWORK.search(str(error)) else None
+        self._stop.set()
+        self._thread.join(15.0)
+        self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500])
+        if line is not None:
+            raise PeerLost(line) from error
+
+    def _leave(self, why: str) -> None:
+        if self._notes is not None:
+            with suppress(RuntimeError):  # the store may be gone with the rank that held it
+                self._notes.write(self.heart, ended=why, what=self._what(self.heart) if why == _LOST else "")
+
+    def _lost(self) -> str | None:
+        """After an error between ranks: which rank is gone, in a line for the rank that speaks; "" for the others, None if none is gone."""
+        if self._notes is None:
+            return None
+        until = time.monotonic() + 3.5 * INTERVAL
+        while time.monotonic() < until:
+            try:
+                notes = self._notes.read()
+            except RuntimeError:
+                return "" if self.rank > 1 else "lost the main process (rank 0), or the network to it: it cannot be reached any more"
+            gone = [note for note in notes if note.gone] or [note for note in notes if note.ended == _LOST]
+            if gone:
+                speaker = min((note.rank for note in notes if note.rank not in {other.rank for other in gone}), default=self.rank)
+                return "lost " + "; ".join(str(note) for note in gone[:4]) if self.rank == speaker else ""
+            time.sleep(0.2)
+        return None
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            age = time.monotonic() - self.heart.since
+            stalled = age > self.limit / 6
+            try:
+                if self._notes is not None:
+                    self._notes.write(self.heart, what=self._what(self.heart) if stalled else "")
+                if stalled:
+                    self._diagnose(age)
+                else:
+                    self._told = 0.0
+            except RuntimeError:
+                self._unreachable(age)
+
+    def _diagnose(self, age: float) -> None:
+        notes = [Note(self.rank, 0, socket.gethostname(), os.getpid(), self.heart.stage, self.heart.step, 0, age, self._what(self.heart))]
+        if self._notes is not None:
+            notes = self._notes.read()
+        behind = awaited(notes) if len(notes) > 1 else notes
+        waiting = [note.rank for note in notes if note not in behind]
+        speaks = self.rank == min(waiting, default=0)
+        text = describe(notes) if len(notes) > 1 else f"nothing has happened for long: {notes[0]}"
+        silent = [note for note in behind if note.gone]
+        if age > self.limit and (self.heart.stage not in PATIENT or silent):
+            self._finish(f"no progress for {age:.0f} s (run.timeout_minutes): {text}", speaks)
+        elif speaks and age > max(self.limit / 6, 2 * self._told):
+            # The first look cannot tell who is silent: it has seen each rank once.
+            if self._told == 0.0 and age < self.limit / 6 + 3 * self._interval:
+                return
+            self._told = age
+            self._say(f"no progress for {age:.0f} s: {text}")
+
+    def _unreachable(self, age: float) -> None:
+        if age > self.limit:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            self._finish(
+                f"no progress for {age:.0f} s (run.timeout_minutes), and {place}, where the ranks meet, cannot be reached from rank {self.rank} "
+                f"(host {socket.gethostname()}): rank 0 hangs, or the network between them is cut",
+                self.heart.stage != "load",  # else the others wait for this one
+            )
+
+    def _finish(self, line: str, speaks: bool) -> None:
+        self._leave(_LOST)
+        if speaks:
+            self._end(line)
+        # The first to leave makes the launcher end the others, and takes the store with it if it is rank 0: all must have had their look.
+        time.sleep(max(3.0, 0.0 if speaks else self.limit / 10))
+        sys.stderr.flush()
+        os._exit(1)
+
+
+class _Lazily:
+    """`heart.what()` in a thread of its own: where a disk hangs, asking it for a sample's name hangs too."""
+
+    def __init__(self) -> None:
+        self._tick, self._text = -1, ""
+
+    def __call__(self, heart: Heartbeat) -> str:
+        if self._tick != heart.tick:
+            self._tick, self._text = heart.tick, ""
+            asked = threading.Thread(target=self._ask, args=(heart, heart.tick), daemon=True)
+            asked.start()
+            asked.join(1.0)
+        return self._text
+
+    def _ask(self, heart: Heartbeat, tick: int) -> None:
+        try:
+            text = heart.what()
+        except Exception:
+            return  # only a detail of a message
+        if tick == self._tick:
+            self._text = text
+
+
+def _fate(pid: int) -> str:
+    """What has become of a process of this machine; empty while it runs."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "has ended"
+    return {"Z": "has ended", "X": "has ended", "T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger"}.get(state, "")
+
+
+def _machine() -> str | None:
+    """Names what pids are valid in; None where that cannot be told."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None

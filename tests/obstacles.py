@@ -1,0 +1,30 @@
+"""Networks by the name of `obstacles:FUNCTION` that bring trouble with them, of a kind that the environment names."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import networks
+from torch import nn
+
+
+def small(num_classes: int) -> nn.Module:
+    """`networks:small`; on the rank in $SLEEP_ON, reading sleeps for ever once there is a file named `sleep`."""
+    if os.environ.get("SLEEP_ON") == os.environ.get("RANK", "0"):
+        _sleep_when_told()
+    return networks.small(num_classes)
+
+
+def _sleep_when_told() -> None:
+    from dtl.data.loader import BatchDataset
+
+    read = BatchDataset.__getitems__
+
+    def slow(self: BatchDataset, request):  # type: ignore[no-untyped-def]
+        while Path("sleep").exists():
+            time.sleep(0.1)
+        return read(self, request)
+
+    BatchDataset.__getitems__ = slow  # type: ignore[method-assign]
