@@ -148,4 +148,5 @@ class BalancedPlan(EpochPlan):
         passes, places = np.divmod(places, sizes)
         streams = keys(keys(classes, self.seed, "balance") ^ passes.astype(np.uint64), "pass")
         samples: Int = self.members.members[self.members.starts[classes] + permuted(places, sizes, streams)].astype(np.int64)
-        return samples + self.num_samples * (passes % (2**62 // self.num_samples))
+        draws: Int = samples + self.num_samples * (passes % (2**62 // self.num_samples))
+        return draws
