@@ -237,7 +237,7 @@ class _Auto:
         """Tell pairs that rest on the order of registration alone from those with another argument."""
         free = self._free_of_order()
         for j in list(self.decided.certain):
-            if j in self.trust.anchors or j in self.heads:
+            if j in self.trust.anchors:
                 continue
             if j in free:
                 self.decided.evidence[j] = free[j]
@@ -259,7 +259,7 @@ class _Auto:
         for j, i in self.decided.certain.items():
             # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
             named = j in self.trust.anchors or j in self.trust.distrusted
-            new_name = self.trust.as_a_whole and not named and not self.transforms.get((i, j))
+            new_name = self.trust.new_names and not named and not self.transforms.get((i, j))
             if new_name and self.names.best(j) != i:
                 continue
             if self.unique.get(j) == i or (i, j) in self.sole:
@@ -374,4 +374,4 @@ def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: lis
     a, b = moved(ours, new_ours), moved(theirs, new_theirs)
     whole = {unit.index for unit in new_theirs if any(isinstance(key, str) for key, _ in unit.roles.values())}
     anchors = {b[j]: a[i] for j, i in trust.anchors.items() if b[j] in whole}
-    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers, {b[j] for j in trust.mapped})
+    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers, {b[j] for j in trust.mapped}, trust.new_names)

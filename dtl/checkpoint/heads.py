@@ -24,11 +24,15 @@ def head_units(units: Sequence[Unit], heads: Sequence[str] | None) -> list[Unit]
 
 
 def detect_heads(units: Sequence[Unit]) -> list[Unit]:
-    """The last linear layer (or last convolution that is called a classifier), and auxiliary heads of as many outputs."""
+    """The last linear layer (or last convolution that is called a classifier), and auxiliary heads of as many outputs.
+
+    The last of those whose module says so at the top (`fc`, `head.fc`), wherever it is registered; else the last of all.
+    """
     weighted = [unit for unit in units if unit.kind in WEIGHTED]
     if len(weighted) < 2:
         return []
-    last = weighted[-1]
+    called = [unit for unit in weighted if unit.kind == "linear" and _called_head(unit.path.split(".")[0]) and not _auxiliary(unit.path)]
+    last = called[-1] if called and weighted[-1].kind == "linear" and not _called_head(weighted[-1].path) else weighted[-1]
     if last.kind == "conv" and not _called_head(last.path):
         return []
     if last.kind == "linear" and len(last.shape) != 2:

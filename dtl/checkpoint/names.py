@@ -128,9 +128,29 @@ def _swaps(shapes: dict[str, Shape], wanted: dict[str, Shape]) -> list[tuple[int
             if new and target_counts[new] < max(4, least):
                 continue
             hits = sum(wanted.get(new + name[len(old) :]) == shapes[name] for name in inside)
-            if hits:
+            if hits and not _is_part(old, new, shapes, wanted):
                 found.append((hits, -len(old) - len(new), old, new))
     return sorted(found, key=lambda swap: (-swap[0], -swap[1], swap[2], swap[3]))
+
+
+def _is_part(old: str, new: str, shapes: dict[str, Shape], wanted: dict[str, Shape]) -> bool:
+    """Whether the two prefixes are parts of networks whose names fit already outside of them: `block0.` for `extra.` is then
+    another block, and no other way to write the same."""
+    ours, theirs = _ancestors(old), _ancestors(new)
+    for above in ours:
+        for beside in theirs:
+            if beside + old[len(above) :] == new:
+                continue
+            outside = (name for name in shapes if name.startswith(above) and not name.startswith(old))
+            # A head is two tensors: these alone make no network.
+            if sum(wanted.get(beside + name[len(above) :]) == shapes[name] for name in outside) > 2:
+                return True
+    return False
+
+
+def _ancestors(prefix: str) -> list[str]:
+    parts = prefix.split(".")[:-1]
+    return ["".join(part + "." for part in parts[:depth]) for depth in range(len(parts))]
 
 
 _SYNONYMS = {

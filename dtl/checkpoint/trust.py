@@ -13,6 +13,8 @@ MOST_AGREE = 0.6
 """Least share of same-named layers that must have the same shape: below it the names mean other layers."""
 MOST_NAMED = 0.9
 """Least share of one side's layers that must have a namesake, for names to be believed as a whole."""
+SOME_NAMED = 0.5
+"""The same for believing the namesakes alone, where every one of them has its shape: blocks were put in and taken out."""
 
 
 @dataclass
@@ -20,7 +22,8 @@ class Trust:
     """`anchors`: target unit -> source unit of the same name, believed. `distrusted`: target units whose name says nothing.
 
     `as_a_whole`: same names have the same shapes nearly everywhere, and cover nearly all of one side. `numbers`: whether numbers
-    in names may be used at all. `mapped`: anchors that the user's map gave.
+    in names may be used at all. `mapped`: anchors that the user's map gave. `new_names`: namesakes are believed, so that a
+    layer without one is a new layer, unless more than its shape speaks for it.
     """
 
     as_a_whole: bool
@@ -28,11 +31,12 @@ class Trust:
     distrusted: set[int] = field(default_factory=set)
     numbers: bool = True
     mapped: set[int] = field(default_factory=set)
+    new_names: bool = False
 
 
 def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Unit], heads: Sequence[Unit]) -> Trust:
-    """Judge a matching by names. A numbered list in which a layer clashes with its namesake, while a neighbour in the same
-    list has its shape, is taken for shifted: its numbers are believed nowhere."""
+    """Judge a matching by names. Numbered lists that have shifted are believed nowhere: those in which a layer clashes with its
+    namesake, while a neighbour in the same list has its shape, and those that both sides number from another beginning."""
     own = {name: unit.index for unit in source for name in unit.names}
     apart = {unit.index for unit in heads}
     paired: dict[int, int] = {}
@@ -52,15 +56,36 @@ def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Uni
     )
     if len(clashing) > 2 and agree < MOST_AGREE:
         return Trust(False, distrusted={unit.index for unit in target})
-    shifted = _shifted_lists(clashing, source)
+    shifted = _shifted_lists(clashing, source) | _renumbered_lists(source, target)
     distrusted = {unit.index for unit in target if any(_in_list(unit.path, each) for each in shifted)}
-    if share < MOST_NAMED:
-        return Trust(False, distrusted=distrusted)
-    return Trust(True, {j: i for j, i in paired.items() if j not in distrusted}, distrusted)
+    believed = {j: i for j, i in paired.items() if j not in distrusted}
+    if share >= MOST_NAMED:
+        return Trust(True, believed, distrusted, new_names=True)
+    if share >= SOME_NAMED and not namesakes:
+        return Trust(False, believed, distrusted, new_names=True)
+    return Trust(False, distrusted=distrusted)
 
 
-def _shifted_lists(clashing: Sequence[Unit], source: Sequence[Unit]) -> set[tuple[str, str]]:
-    """Numbered lists, as what stands before and after the number, in which a namesake's neighbour has the wanted shape."""
+def _renumbered_lists(source: Sequence[Unit], target: Sequence[Unit]) -> set[str]:
+    """Numbered lists (as what stands before the number) in which each side has numbers that the other has not.
+
+    0 to 11 against 1 to 12: the same blocks, counted from another beginning. A namesake is then another block of the same
+    shape. Where one side's numbers are all among the other's, blocks were added or left out, and the names hold.
+    """
+    ours, theirs = _numbers(source), _numbers(target)
+    return {before for before, numbers in theirs.items() if before in ours and numbers - ours[before] and ours[before] - numbers}
+
+
+def _numbers(units: Sequence[Unit]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for unit in units:
+        for number in re.finditer(r"\d+", unit.path):
+            found.setdefault(unit.path[: number.start()], set()).add(int(number.group()))
+    return found
+
+
+def _shifted_lists(clashing: Sequence[Unit], source: Sequence[Unit]) -> set[str]:
+    """Numbered lists, as what stands before the number, in which a namesake's neighbour has the wanted shape."""
     shapes = {unit.path: unit.signature for unit in source}
     found = set()
     # Norms have few shapes, which say little; a convolution with a neighbour's shape does.
@@ -69,12 +94,12 @@ def _shifted_lists(clashing: Sequence[Unit], source: Sequence[Unit]) -> set[tupl
             before, after = unit.path[: number.start()], unit.path[number.end() :]
             pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after) + r"$")
             if any(pattern.match(path) and signature == unit.signature for path, signature in shapes.items()):
-                found.add((before, ""))
+                found.add(before)
     return found
 
 
-def _in_list(path: str, numbered: tuple[str, str]) -> bool:
-    return path.startswith(numbered[0]) and path[len(numbered[0]) : len(numbered[0]) + 1].isdigit()
+def _in_list(path: str, before: str) -> bool:
+    return path.startswith(before) and path[len(before) : len(before) + 1].isdigit()
 
 
 def with_settled(trust: Trust, settled: Mapping[str, Match], source: Sequence[Unit], target: Sequence[Unit]) -> Trust:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,9 +47,8 @@ def test_no_false_assignment(seed: int, edits: list[str], how: str, permuted: bo
     plan = plan_transfer(state, target, min_coverage=0.0)
     wrong = {t: s for t, s in plan.pairs.items() if true.get(t) != s}
     assert wrong == {}
-    # With names that tell the truth nearly all of it is found, whatever was done to the order. Where blocks were put in and taken out
-    # as well, names and structure may contradict each other, and what is in doubt is left out: benchmarks/transfer.py measures how much.
-    if how in ("keep", "wrap") and set(edits) <= {"classes", "permute"}:
+    # With names that tell the truth nearly all of it is found, whatever was put in, taken out or registered in another order.
+    if how in ("keep", "wrap") and "width" not in edits:
         assert sum(plan.pairs.get(t) == s for t, s in true.items()) >= 0.95 * len(true)
 
 
@@ -71,14 +69,12 @@ def test_with_the_source_network_hashed_names_do_no_harm(seed: int, how: str, pe
     assert floating == true
 
 
-@pytest.mark.xfail(reason="recall with blocks both inserted and deleted is below the 95 % that the issue asks: 44 of 62 here, none false", strict=True)
 def test_recall_where_blocks_are_put_in_and_taken_out() -> None:
-    """Found by the property above, which asked this of every such network; mend the alignment, then ask it there again."""
+    """Three of four blocks have a namesake here, and the alignment would rather pair four: names that all fit decide."""
     rng = random.Random(727000)
     ours = random_plan(rng)
     theirs = edit(edit(ours, "insert", rng), "delete", rng)
     with torch.device("meta"):
         source, target = RandomNetwork(ours), RandomNetwork(theirs)
-        true = truth(ours, theirs, "keep")
-    plan = plan_transfer({rename(name, "keep"): value for name, value in source.state_dict().items()}, target, min_coverage=0.0)
-    assert sum(plan.pairs.get(t) == s for t, s in true.items()) >= 0.95 * len(true)
+    plan = plan_transfer(source.state_dict(), target)
+    assert plan.pairs == truth(ours, theirs, "keep")
