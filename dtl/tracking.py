@@ -210,6 +210,17 @@ class Tracker:
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
         self.say(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({num_samples} samples)")
 
+    def epoch(self, *, phase: str, epoch: int, step: int, expected: int, seen: int, damaged: int) -> None:
+        """The end of an epoch (or of the part of it that a phase took): the samples that it should have, and those trained on.
+
+        `damaged` ones are among the seen, at weight 0.
+        """
+        self._tell({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, "expected": expected, "seen": seen, "damaged": damaged})
+        line = f"{phase}  epoch {epoch}  step {step}  {seen:,} of {expected:,} samples seen"
+        self.say(line + (f", {damaged:,} of them damaged, at weight 0 (bad_samples.jsonl)" if damaged else ""))
+        if seen != expected:
+            self.say(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")
+
     def note(self, note: str, *, step: int | None = None, **facts: Any) -> None:
         """Anything else worth keeping, under a short name: a resume, a save, a summary."""
         self._tell({"event": "note", "note": note} | ({} if step is None else {"step": step}) | facts)
@@ -294,6 +305,6 @@ def _read(line: bytes) -> dict[str, Any]:
 
 def _identity(event: Mapping[str, Any]) -> tuple[object, ...] | None:
     """What may be told only once; notes may repeat."""
-    if event.get("event") not in ("train", "val"):
+    if event.get("event") not in ("train", "val", "epoch"):
         return None
     return event["event"], event.get("phase"), event.get("step")

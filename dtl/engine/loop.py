@@ -18,6 +18,7 @@ from dtl.data.loader import Batch
 from dtl.engine import saving
 from dtl.engine.active import ActivePhase, enter, leave, set_head
 from dtl.engine.bad_samples import BadSamples
+from dtl.engine.epoch_count import EpochCount
 from dtl.engine.evaluate import evaluate
 from dtl.engine.feeds import Feeds
 from dtl.engine.phases import Phase
@@ -76,6 +77,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
         self._best: dict[str, Tensor] = {}
+        self._counted = EpochCount()
         self._window = Window.start(self.runtime.device)
         self._last_save = self._clock = self._step_started = time.monotonic()
 
@@ -103,6 +105,7 @@ class Trainer:
         self.state.evaluations_without_gain = 0
         self.state.extra = {**self.state.extra, "pending_eval": False, "ended": False, "images": 0, "train_seconds": 0.0}
         self._best = {}
+        self._counted = EpochCount()
         self._window = Window.start(self.runtime.device)
 
     def _enter(self, phase: Phase) -> ActivePhase:
@@ -135,6 +138,7 @@ class Trainer:
             self._best = checkpoint.tensors("best")
         loss_sum, weight_sum = self.state.extra.get("window", (0.0, 0.0))
         self._window = Window.start(self.runtime.device, loss_sum if self.runtime.is_main else 0.0, weight_sum)
+        self._counted = EpochCount.restored(self.state, self.runtime)
 
     # ---- one phase
 
@@ -152,6 +156,7 @@ class Trainer:
                 phase_step = state.phase_step
                 weight = normaliser(active, self.feeds.step_labels(phase, phase_step))
                 lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                self._counted.take(batches)
                 self._count(phase, self.feeds.step_size(phase, phase_step))
                 self._after_step(active, lr, save_by_clock)
 
@@ -191,6 +196,8 @@ class Trainer:
         last = state.phase_step == phase.num_steps
         if state.step % settings.log_every == 0 or last:
             self._log(active, lr)
+        if last or state.epoch_step == 0:
+            self._tell_epoch(phase)
         evaluated = False
         if phase.eval_due(state.phase_step):
             state.extra["pending_eval"] = True
@@ -201,6 +208,9 @@ class Trainer:
         every = settings.every_steps is not None and state.step % settings.every_steps == 0
         if last or waited or every or save_by_clock:
             self._save(active)
+
+    def _tell_epoch(self, phase: Phase) -> None:
+        self._counted.tell(phase, self.state, feeds=self.feeds, runtime=self.runtime, tracker=self.tracker)
 
     def _log(self, active: ActivePhase, lr: float) -> None:
         loss = self._mean_loss(active)
@@ -324,6 +334,7 @@ class Trainer:
         saving.sync_buffers(active, self.runtime)
         total = self.runtime.sum(self._window.loss_sum.reshape(1).cpu().clone())
         self.state.extra["window"] = (float(total[0]), self._window.weight_sum)
+        self._counted.store(self.state, self.runtime)
         self.tracker.sync()
         self.state.history_offset = self.tracker.history_offset
         self.state.wandb_id = self.tracker.wandb_id
@@ -347,6 +358,8 @@ class Trainer:
         phase, state = active.phase, self.state
         self.heart.enter("phase", state.step)
         saving.sync_buffers(active, self.runtime)
+        if state.extra.get("ended") and state.epoch_step:
+            self._tell_epoch(phase)
         module = active.module
         if phase.config.keep == "best":
             if self.runtime.is_main and self._best:
