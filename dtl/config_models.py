@@ -209,6 +209,10 @@ class PhaseConfig(Section):
     early_stop: EarlyStopConfig = EarlyStopConfig()
     eval_every: Positive = 1.0
     """Epochs between evaluations; the phase's end is always evaluated."""
+    cache_features: Literal["auto"] | bool = "auto"
+    """Compute what a frozen backbone gives the head once; auto: where the images are the same each epoch, or with `views`."""
+    views: Count = 1
+    """Cached features: augmented views of each image, one an epoch, in turn; 1: the images as they are, without augmentation."""
     keep: Literal["best", "last"] = "best"
     """Which weights the phase hands on: those of its best evaluation, or its last."""
 

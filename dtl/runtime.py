@@ -183,6 +183,14 @@ class Runtime:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's CPU tensor of one shape, in rank order, on every rank."""
+        if self.group is None:
+            return [rows]
+        gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(gathered, rows, group=self.group)
+        return gathered
+
     def same(self, what: str, value: T) -> T:
         """`value`, after making sure that it is equal on all ranks; a UserError that names the ranks otherwise."""
         values = self.gather(value)

@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 from dtl.data.decode import DecodeError, decode
 from dtl.data.index import Shards
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
+from dtl.data.prefetch import Prefetcher, prefetcher
+from dtl.data.shard_uses import ShardUses
 from dtl.errors import DamagedSample
 
 PREFETCH = 2
@@ -30,6 +32,11 @@ MAX_PIXELS = 200_000_000
 
 class Transform(Protocol):
     """What `dtl.data.transforms` makes: draws for a whole batch before decoding, then one image at a time into the batch."""
+
+    @property
+    def is_fixed(self) -> bool: ...
+
+    def describe(self) -> dict[str, Any]: ...
 
     def draw(self, samples: np.ndarray, widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int) -> Any: ...
 
@@ -70,6 +77,7 @@ class BatchDataset:
 
     def __getitems__(self, request: MicroBatch) -> Batch:
         shards, size = self.shards, self.image_size
+        shards.at(request.epoch, request.step)
         images = torch.empty((len(request.samples), 3, size, size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
         weights = torch.from_numpy(request.weights.copy())
         num_real = int((request.slots >= 0).sum())
@@ -142,14 +150,17 @@ class StepLoader:
         workers: int,
         pin_memory: bool = False,
         steps_per_epoch: int | None = None,
+        dataset: Any = None,
     ) -> None:
+        """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images."""
         self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
         self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
-        self._dataset = BatchDataset(shards, transform, image_size=image_size, seed=seed)
+        self._dataset = dataset or BatchDataset(shards, transform, image_size=image_size, seed=seed)
         self._pin_memory = pin_memory
 
     def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
+        ahead = self._follow(first_epoch, first_step, num_steps)
         with warnings.catch_warnings():
             # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -160,18 +171,48 @@ class StepLoader:
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 worker_init_fn=_init_worker if self.workers else None,
                 prefetch_factor=PREFETCH if self.workers else None,
-                # Python 3.14's own choice, a fork server, imports torch anew in each (5 s), and keeps them alive after a killed trainer.
-                multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
                 pin_memory=self._pin_memory,
                 generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
             )
             batches = iter(loader)
         try:
-            for _ in range(num_steps):
+            for plan, step in self.walk(first_epoch, first_step, num_steps):
+                if ahead is not None:
+                    ahead.at(plan.epoch, step)
                 yield [next(batches) for _ in range(self.layout.accumulation_steps)]
         finally:
             # The iterator's end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
             del batches
+            if ahead is not None:
+                ahead.close()
+
+    def walk(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[EpochPlan, int]]:
+        """(plan, step within the epoch) of each step."""
+        epoch, step = first_epoch, first_step
+        plan = self.plans(epoch)
+        for _ in range(num_steps):
+            while step >= (last := min(plan.num_steps, self.steps_per_epoch or plan.num_steps)):
+                epoch, step = epoch + 1, step - last
+                plan = self.plans(epoch)
+            yield plan, step
+            step += 1
+
+    def uses(self, plan: EpochPlan) -> ShardUses:
+        """When these loaders need which shard; what is on its way to the trainer may be this far behind what is asked for."""
+        steps = -(-max(1, self.workers) * PREFETCH // self.layout.accumulation_steps) + 1
+        return ShardUses(replace(plan, _windows={}), behind=steps * plan.largest_step)
+
+    def _follow(self, first_epoch: int, first_step: int, num_steps: int) -> Prefetcher | None:
+        """Tell the cache of remote shards what comes; one process of each node fetches ahead."""
+        cache = self._dataset.shards.cache
+        if cache is None:
+            return None
+        plan = self.plans(first_epoch)
+        uses = self.uses(plan)
+        cache.follow(uses)
+        epochs, step = divmod(first_step + num_steps, min(plan.num_steps, self.steps_per_epoch or plan.num_steps))
+        until = uses.step_time(first_epoch + epochs, step)
+        return prefetcher(cache, uses, first=(first_epoch, first_step), until=until)
 
 
 class _Requests(Sequence[MicroBatch]):
@@ -187,14 +228,8 @@ class _Requests(Sequence[MicroBatch]):
         raise TypeError("requests are iterated, not indexed")
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        epoch, step = self.first_epoch, self.first_step
-        plan = self.loader.plans(epoch)
-        for _ in range(self.num_steps):
-            while step >= (num_steps := min(plan.num_steps, self.loader.steps_per_epoch or plan.num_steps)):
-                epoch, step = epoch + 1, step - num_steps
-                plan = self.loader.plans(epoch)
+        for plan, step in self.loader.walk(self.first_epoch, self.first_step, self.num_steps):
             yield from self.loader.layout.micro_batches(plan, step, self.loader.rank)
-            step += 1
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -138,6 +138,14 @@ class Transform:
         """S, the side of the output in pixels."""
         return self.geometry.image_size
 
+    @property
+    def is_fixed(self) -> bool:
+        """A sample gives the same pixels each epoch: nothing is drawn at random."""
+        if self.augment is None:
+            return True
+        plain = replace(self.augment, horizontal_flip=bool(self.augment.horizontal_flip), color_jitter=self.augment.jitter)
+        return plain == AugmentSettings(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
+
     def describe(self) -> dict[str, Any]:
         """All that the pixels depend on, for checkpoints and caches (JSON)."""
         augment = None

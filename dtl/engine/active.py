@@ -61,6 +61,13 @@ class ActivePhase:
     frozen_names: tuple[str, ...]
     frozen_checksum: str
     parameters: list[nn.Parameter]
+    cut: str | None = None
+    """Name of the module that is trained on cached features, instead of the whole network on images."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What gives logits for the batches that the phase is fed."""
+        return self.module if self.cut is None else self.module.get_submodule(self.cut)
 
     @property
     def module(self) -> nn.Module:
@@ -95,9 +102,13 @@ def enter(
     image_size: int,
     sync_bn: str | bool = "auto",
     compile_network: bool = False,
+    choose_cut: Callable[[frozenset[str]], str | None] = lambda trainable: None,
     say: Callable[[str], None],
 ) -> ActivePhase:
-    """Freeze, build the optimizer, wrap. The head must already be the phase's (`set_head`)."""
+    """Freeze, build the optimizer, wrap. The head must already be the phase's (`set_head`).
+
+    `choose_cut(names of what is trained)`: the module to train on cached features, or None.
+    """
     config = phase.config
     trainable = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
     unused = unused_parameters(network, trainable, image_size=image_size)
@@ -127,7 +138,8 @@ def enter(
         weights = class_weights(config.class_weights, class_counts, classes)
     frozen = frozen_names(network.module, freeze_norm=freeze_norm)
     parameters = [parameter for parameter in network.module.parameters() if parameter.requires_grad]
-    trained: nn.Module = Trained(network.module)
+    cut = choose_cut(trainable)
+    trained: nn.Module = Trained(network.module if cut is None else network.module.get_submodule(cut))
     if compile_network:
         trained.compile()
     with warnings.catch_warnings():
@@ -154,6 +166,7 @@ def enter(
         frozen_names=frozen,
         frozen_checksum=checksum(network.module, frozen),
         parameters=parameters,
+        cut=cut,
     )
 
 

@@ -16,7 +16,7 @@ from dtl.checkpoint.transfer import load_pretrained
 from dtl.checkpoint.transfer_report import TransferReport
 from dtl.config import Config, config_from_dict
 from dtl.data.balance import class_members
-from dtl.data.cache import ensure_packed
+from dtl.data.cache import default_cache_dir, ensure_packed
 from dtl.data.index import Shards
 from dtl.data.manifest import check_class_maps
 from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
@@ -322,6 +322,7 @@ def build_trainer(
         every_minutes=config.checkpoint.every_minutes,
         monitor=config.checkpoint.monitor,
         image_size=config.data.image_size,
+        cache_dir=None if config.run.debug else Path(config.data.cache_dir or default_cache_dir()).expanduser(),
     )
     return Trainer(
         runtime=runtime,

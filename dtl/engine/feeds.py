@@ -12,6 +12,7 @@ from dtl.data.class_members import ClassMembers
 from dtl.data.index import Shards
 from dtl.data.loader import Batch, StepLoader, Transform
 from dtl.data.plan import EpochPlan, RankLayout
+from dtl.engine.feature_data import FeatureDataset
 from dtl.engine.phases import Phase
 
 
@@ -38,6 +39,8 @@ class Feeds:
     pin_memory: bool = False
     max_train_steps: int | None = None
     max_val_steps: int | None = None
+    cached: dict[str, FeatureDataset] = field(default_factory=dict, repr=False)
+    """Features instead of images, by split, while a phase trains on them."""
     _plans: dict[int, EpochPlan] = field(default_factory=dict, repr=False)
 
     @property
@@ -76,14 +79,14 @@ class Feeds:
 
     def train_steps(self, phase: Phase, phase_step: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step, from the phase's step `phase_step` to its end."""
-        loader = self._loader(self.train, self.train_transform, self.plan, self.layout(phase), limit=self.max_train_steps)
+        loader = self._loader("train", self.plan, self.layout(phase), limit=self.max_train_steps)
         epoch, step = phase.epoch_of(phase_step)
         return loader.steps(epoch, step, phase.num_steps - phase_step)
 
     def val_steps(self) -> Iterator[list[Batch]]:
         plan = EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
         layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
-        loader = self._loader(self.val, self.val_transform, lambda epoch: plan, layout, limit=None)
+        loader = self._loader("val", lambda epoch: plan, layout, limit=None)
         num_steps = plan.num_steps if self.max_val_steps is None else min(plan.num_steps, self.max_val_steps)
         return loader.steps(0, 0, num_steps)
 
@@ -114,16 +117,18 @@ class Feeds:
         damaged = self.train.damaged(int(mine[0]), "")
         return f"{len(mine)} samples that begin with {damaged.key} of {damaged.shard}"
 
-    def _loader(self, shards: Shards, transform: Transform, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
+    def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
+        cached = self.cached.get(split)
         return StepLoader(
-            shards,
-            transform,
+            self.train if split == "train" else self.val,
+            self.train_transform if split == "train" else self.val_transform,
             plans=plans,
             layout=layout,
             rank=self.rank,
             image_size=self.image_size,
             seed=self.seed,
-            workers=self.workers,
+            workers=0 if cached is not None else self.workers,
             pin_memory=self.pin_memory,
             steps_per_epoch=limit,
+            dataset=cached,
         )

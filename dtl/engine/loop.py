@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,9 +21,11 @@ from dtl.engine.active import ActivePhase, enter, leave, set_head
 from dtl.engine.bad_samples import BadSamples
 from dtl.engine.epoch_count import EpochCount
 from dtl.engine.evaluate import evaluate
+from dtl.engine.feature_phase import PhaseFeatures
 from dtl.engine.feeds import Feeds
 from dtl.engine.phases import Phase
 from dtl.engine.step import Normalise, Stepper, Window, normaliser
+from dtl.engine.step_trace import StepTrace
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
 from dtl.models.build import Network
@@ -52,6 +55,8 @@ class Settings:
     every_minutes: float | None
     monitor: str
     image_size: int
+    cache_dir: Path | None
+    """Where features of frozen backbones are kept; None: they are not."""
 
 
 @dataclass
@@ -76,8 +81,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
+        self._features = PhaseFeatures(
+            self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.say
+        )
         self._best: dict[str, Tensor] = {}
         self._counted = EpochCount()
+        self._trace = StepTrace(self.runtime.rank)
+        self._told_stall = 0.0
         self._window = Window.start(self.runtime.device)
         self._last_save = self._clock = self._step_started = time.monotonic()
 
@@ -120,6 +130,7 @@ class Trainer:
             image_size=self.settings.image_size,
             sync_bn=self.settings.sync_bn,
             compile_network=self.settings.compile,
+            choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
             say=self.tracker.say,
         )
         num = sum(parameter.numel() for parameter in active.parameters)
@@ -146,6 +157,8 @@ class Trainer:
         phase, state = active.phase, self.state
         stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.settings.seed, heart=self.heart)
         self._clock = time.monotonic()
+        if not self._features.fill(active, self._before_feature_step):
+            self._stop(active)
         if state.extra.get("pending_eval"):
             self._evaluate(active)
         if state.phase_step >= phase.num_steps or state.extra.get("ended"):
@@ -156,6 +169,7 @@ class Trainer:
                 phase_step = state.phase_step
                 weight = normaliser(active, self.feeds.step_labels(phase, phase_step))
                 lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                self._trace.record(state.step + 1, batches)
                 self._counted.take(batches)
                 self._count(phase, self.feeds.step_size(phase, phase_step))
                 self._after_step(active, lr, save_by_clock)
@@ -225,7 +239,9 @@ class Trainer:
             lr=lr,
             images_per_second=window.num_images / seconds,
             data_wait=min(1.0, window.data_seconds / seconds),
+            checkpoint_stall_seconds=round(self.stall_seconds - self._told_stall, 4),
         )
+        self._told_stall = self.stall_seconds
         self.state.extra["train_loss"] = loss
         self._spend(phase)
         self._window = Window.start(self.runtime.device)
@@ -268,7 +284,7 @@ class Trainer:
         saving.sync_buffers(active, self.runtime)
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
-                active.module,
+                active.evaluated,
                 self.feeds.val_steps(),
                 self.runtime,
                 task=phase.task,
@@ -292,6 +308,13 @@ class Trainer:
         if said.failed:
             self.bad_samples.take("val", batches)
         self.heart.enter("evaluate")
+        return said.stop
+
+    def _before_feature_step(self, batches: list[Batch]) -> bool:
+        self.heart.enter("features", self.state.step)
+        said = self._agree(batches)
+        if said.failed:
+            self.bad_samples.take("train", batches)
         return said.stop
 
     def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
@@ -368,6 +391,7 @@ class Trainer:
         elif active.ema is not None:
             active.ema.copy_to(module)
         leave(active, self.runtime)
+        self.feeds.cached = {}
         self.tracker.end_phase()
         seconds = max(state.seconds.get(phase.name, 0.0), 1e-9)
         row = {

@@ -33,8 +33,16 @@ class Normalise:
         self._device = device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
+    @property
+    def facts(self) -> list[float]:
+        """Mean and scale, for what is kept under their name."""
+        return [*self._mean.flatten().tolist(), *self._scale.flatten().tolist()]
+
     def __call__(self, images: Tensor) -> Tensor:
+        """Cached features (float32, engine.features) are only moved."""
         images = images.to(self._device, non_blocking=True)
+        if images.dtype != torch.uint8:
+            return images
         return images.to(torch.float32, memory_format=self._format).sub_(self._mean).mul_(self._scale)
 
 
