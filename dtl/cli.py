@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "curves, confusion, example images of one run or several, as PNG and HTML",
     "index": "manifest and index for WebDataset tars made by others",
     "verify": "check packed shards: sizes, checksums, every image decoded",
+    "verify-resume": "kill a recipe at random moments, and compare with an undisturbed run",
     "verify-epoch": "prove an epoch: count and hash what the loaders of any world size deliver",
 }
 

@@ -17,6 +17,14 @@ def small(num_classes: int) -> nn.Module:
     return networks.small(num_classes)
 
 
+def unrepeatable(num_classes: int) -> nn.Module:
+    """Its initial values are others in each process, and nothing restores what hangs on them but is no parameter."""
+    network = networks.small(num_classes)
+    scale = 1.0 + int.from_bytes(os.urandom(2), "little") / 65536
+    network[0].register_forward_hook(lambda module, inputs, output: output * scale)
+    return network
+
+
 def _sleep_when_told() -> None:
     from dtl.data.loader import BatchDataset
 
