@@ -9,23 +9,19 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from dtl.data.foreign import INDEX_VERSION, IndexReport, index_shards
-from dtl.data.foreign_find import shards_for_training
-from dtl.data.manifest import MANIFEST_NAME
+from dtl.data.foreign_find import Tar, is_remote_folder, shards_for_training
+from dtl.data.manifest import MANIFEST_NAME, Manifest
 from dtl.data.pack import PackReport, pack
 from dtl.data.pack_job import PACK_VERSION
+from dtl.data.remote import RemoteOptions, shown, without_query
+from dtl.data.remote import default_cache_dir as default_cache_dir
+from dtl.data.remote_folder import SPLIT_FOLDERS, find_remote_folder, mirror, mirror_place
 from dtl.data.sources import ALL, Source, open_source
 from dtl.errors import UserError
-
-# A validation set may be kept under any of these beside train.
-_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
-
-
-def default_cache_dir() -> Path:
-    """$DTL_CACHE, or ~/.cache/dtl."""
-    return Path(os.environ.get("DTL_CACHE") or Path.home() / ".cache" / "dtl").expanduser()
 
 
 def ensure_packed(
@@ -41,24 +37,38 @@ def ensure_packed(
     processes: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
+    remote: RemoteOptions | None = None,
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
     Packed or indexed shards, or a folder that holds them under train/ and val/, are used as they are. Tars of others (a folder of them,
-    a brace pattern, a list) stay where they are, and are indexed once into the cache. Anything that `open_source` reads is packed
+    a brace pattern, a list), also remote ones, stay where they are, and are indexed once into the cache. Of a remote folder that dtl has
+    packed the manifest and index are copied there; `remote` says how remote things are fetched. Anything that `open_source` reads is packed
     once into `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
     or those that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
 
     Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
     nodes on a shared disk write the same bytes by atomic renames.
     """
+    options = replace(remote or RemoteOptions(), cache_dir=None if cache_dir is None else str(cache_dir))
+    if isinstance(source, str) and is_remote_folder(source):
+        return _ensure_mirrored(source, split, cache_dir, options, say)
     if (ready := packed_folder(source, split)) is not None:
         return ready
     if (tars := shards_for_training(source, split)) is not None:
         if val_fraction:
             raise UserError(f"{source}: no validation samples can be set aside from shards made by others; give --data.val SHARDS")
         return _ensure_indexed(
-            source, tars, cache_dir=cache_dir, on_error=on_error, classes=classes, names=names, processes=processes, progress=progress, say=say
+            source,
+            tars,
+            cache_dir=cache_dir,
+            on_error=on_error,
+            classes=classes,
+            names=names,
+            processes=processes,
+            progress=progress,
+            say=say,
+            options=options,
         )
     opened = open_source(source, classes=classes, names=names, on_error=on_error)
     wanted = _wanted_split(source, opened, split, val_fraction)
@@ -85,9 +95,19 @@ def ensure_packed(
     return folder
 
 
+def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, say: Callable[[str], None]) -> Path:
+    """The copy of a remote folder's manifest and index, brought up to date by the leader of each node."""
+    place = _cache_place(cache_dir)
+    url, text = find_remote_folder(source, split, options=options)
+    folder = mirror_place(place, url)
+    folder.parent.mkdir(exist_ok=True)
+    with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that reads {shown(url)}")):
+        return mirror(url, text, folder, options=options)
+
+
 def _ensure_indexed(
     source: str | Path,
-    tars: Sequence[Path],
+    tars: Sequence[Tar],
     *,
     cache_dir: str | Path | None,
     on_error: str,
@@ -96,18 +116,29 @@ def _ensure_indexed(
     processes: int | None,
     progress: bool,
     say: Callable[[str], None],
+    options: RemoteOptions,
 ) -> Path:
     """The index of shards made by others, in the cache; their bytes are read where they are."""
     place = _cache_place(cache_dir)
     folder = place / _fingerprint_of_tars(tars, on_error=on_error, classes=classes, names=names)
     if (folder / MANIFEST_NAME).exists():
+        _sign_anew(folder, tars)
         return folder
     with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that indexes {source}")):
         if (folder / MANIFEST_NAME).exists():
             return folder
         say(f"indexing {source} ({len(tars):,} WebDataset shard{'' if len(tars) == 1 else 's'}) into {folder}; they stay as they are")
         report = index_shards(
-            tars, out=folder, on_error=on_error, classes=classes, names=names, processes=processes, progress=progress, existing="join"
+            tars,
+            out=folder,
+            on_error=on_error,
+            classes=classes,
+            names=names,
+            processes=processes,
+            progress=progress,
+            existing="join",
+            remote=options,
+            keep=True,
         )
         for line in describe_index(report):
             say(f"  {line}")
@@ -115,9 +146,20 @@ def _ensure_indexed(
     return folder
 
 
-def _fingerprint_of_tars(tars: Sequence[Path], *, on_error: str, classes: Sequence[str] | None, names: str | Path | None) -> str:
+def _sign_anew(folder: Path, tars: Sequence[Tar]) -> None:
+    """Addresses may be the same but for a signature that has expired: the manifest takes those of now."""
+    manifest = Manifest.read(folder)
+    if any(isinstance(tar, str) and tar != shard.url for tar, shard in zip(tars, manifest.shards)):
+        shards = tuple(replace(shard, url=str(tar)) if isinstance(tar, str) else shard for tar, shard in zip(tars, manifest.shards))
+        replace(manifest, shards=shards).write(folder)
+
+
+def _fingerprint_of_tars(tars: Sequence[Tar], *, on_error: str, classes: Sequence[str] | None, names: str | Path | None) -> str:
     digest = hashlib.sha256(json.dumps(["tars", INDEX_VERSION, on_error, classes, str(names)]).encode())
     for tar in tars:
+        if isinstance(tar, str):
+            digest.update(json.dumps([without_query(tar)]).encode())
+            continue
         facts = tar.stat()
         digest.update(json.dumps([os.path.abspath(tar), facts.st_size, facts.st_mtime_ns]).encode())
     return digest.hexdigest()[:20]
@@ -141,8 +183,8 @@ def packed_folder(source: str | Path, split: str) -> Path | None:
     place = Path(source).expanduser()
     if (place / MANIFEST_NAME).is_file():
         return place
-    held = [name for names in _SPLIT_FOLDERS.values() for name in names if (place / name / MANIFEST_NAME).is_file()]
-    for name in _SPLIT_FOLDERS[split]:
+    held = [name for names in SPLIT_FOLDERS.values() for name in names if (place / name / MANIFEST_NAME).is_file()]
+    for name in SPLIT_FOLDERS[split]:
         if name in held:
             return place / name
     if held:

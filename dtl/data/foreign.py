@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dtl import __version__
 from dtl.data.atomic import sha256_of_file
 from dtl.data.display_names import find_display_names
-from dtl.data.foreign_find import find_shards
+from dtl.data.foreign_find import Tar, find_shards
 from dtl.data.foreign_labels import decide_classes, one_rule
 from dtl.data.foreign_samples import Label, Rules, shown
 from dtl.data.index import INDEX_NAME, KEYS_NAME, Manifest, Shard, dataset_id, write_index
@@ -27,6 +27,9 @@ from dtl.data.pack_destination import clear_errors, working_alone
 from dtl.data.pack_job import ROWS, write_json
 from dtl.data.pack_pool import run_tasks
 from dtl.data.pack_progress import PackProgress
+from dtl.data.remote import RemoteOptions, is_remote
+from dtl.data.remote import shown as shown_address
+from dtl.data.shard_cache import open_cache
 from dtl.data.strings import StringTable
 from dtl.errors import UserError
 
@@ -51,7 +54,7 @@ class IndexReport:
 
 
 def index_shards(
-    sources: Sequence[str | Path],
+    sources: Sequence[Tar],
     *,
     out: str | Path | None = None,
     image_field: str | None = None,
@@ -62,10 +65,13 @@ def index_shards(
     processes: int | None = None,
     existing: str = "refuse",
     progress: bool = True,
+    remote: RemoteOptions | None = None,
+    keep: bool = False,
 ) -> IndexReport:
     """Write manifest.json, index.bin and keys.bin for the tars that `sources` name (see `find_shards`).
 
-    They go to `out`, or to the one folder that holds all shards. `label_field` is a member's extension, a field of the json member
+    They go to `out`, or to the one folder that holds all shards. Remote shards are fetched for it once, as `remote` says; with `keep`
+    they stay in its cache, for the training that comes next, as many of them as may. `label_field` is a member's extension, a field of the json member
     (dots go into it), or "folder"; without it labels are in `cls`, or else the last folder of the key. `classes` fixes the names and
     their order. A sample without image or label, or with an image that cannot be read: `on_error="fail"` refuses, naming them, `"skip"`
     leaves them out. Damaged tars are always refused. `existing="replace"` writes over an index that is there, never over a packed set;
@@ -79,6 +85,7 @@ def index_shards(
     shards = find_shards(sources)
     folder = _place(shards, out)
     rules = Rules(_extension(image_field), _extension(label_field))
+    options = remote or RemoteOptions()
     with clear_errors_of_index(folder):
         _check_existing(folder, existing)
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +93,16 @@ def index_shards(
         work.mkdir(exist_ok=True)
         try:
             with working_alone(work, folder):
-                write_json(work / "job.json", {"paths": [os.path.abspath(path) for path in shards], "rules": asdict(rules)})
-                _read_all(work, shards, processes, progress)
+                paths = [str(path) if is_remote(path) else os.path.abspath(path) for path in shards]
+                write_json(work / "job.json", {"paths": paths, "rules": asdict(rules), "remote": asdict(options)})
+                limit = 0 if not keep else options.limit
+                _read_all(work, shards, processes, progress, limit)
                 merged = _Merged(work, len(shards))
                 merged.refuse_problems(shards, on_error)
                 merged.refuse_copies(shards)
-                return _write(folder, shards, merged, rules, classes=classes, names=names, absolute=existing == "join", begun=begun)
+                report = _write(folder, shards, merged, rules, classes=classes, names=names, absolute=existing == "join", begun=begun)
+                _keep(work, folder, options)
+                return report
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -101,10 +112,15 @@ def clear_errors_of_index(folder: Path) -> Any:
     return clear_errors(folder, remove=False, hint="; name another folder with --out")
 
 
-def _place(shards: Sequence[Path], out: str | Path | None) -> Path:
+def _place(shards: Sequence[Tar], out: str | Path | None) -> Path:
     if out is not None:
+        if is_remote(out):
+            raise UserError(f"--out {out}: the index is written to a local folder")
         return Path(out).expanduser()
-    folders = sorted({path.parent for path in shards})
+    far = next((str(path) for path in shards if is_remote(path)), None)
+    if far is not None:
+        raise UserError(f"{shown_address(far)} is remote, so the index cannot go beside it; say where it goes: --out FOLDER")
+    folders = sorted({Path(path).parent for path in shards})
     if len(folders) > 1:
         raise UserError(f"the shards lie in {len(folders)} folders ({folders[0]}, {folders[1]} ...); say where the index goes: --out FOLDER")
     return folders[0]
@@ -123,15 +139,39 @@ def _extension(name: str | None) -> str | None:
     return None if name is None else name.removeprefix(".")
 
 
-def _read_all(work: Path, shards: Sequence[Path], processes: int | None, progress: bool) -> None:
+def _read_all(work: Path, shards: Sequence[Tar], processes: int | None, progress: bool, limit: int | None) -> None:
+    """Of remote shards no more than `limit` bytes stay (None: all of them)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_bytes = sum(path.stat().st_size for path in shards)
-    # A process starts in about 0.3 s: time to index some 50 MB.
-    workers = min(processes or max(1, min(cores, num_bytes // (50 * 2**20), 64)), len(shards))
+    num_bytes = sum(path.stat().st_size for path in shards if isinstance(path, Path))
+    # A process starts in about 0.3 s: time to index some 50 MB. Fetching is waiting, so it takes several at once anyhow.
+    local = min(cores, num_bytes // (50 * 2**20), 64)
+    far = min(max(cores, 4), sum(is_remote(path) for path in shards) // 4)
+    workers = min(processes or max(1, local, far), len(shards))
+    kept = 0
     with PackProgress(visible=progress, unit="shards") as shown_progress:
         shown_progress.start("indexing", len(shards))
-        tasks = ({"number": number} for number in range(len(shards)))
-        run_tasks(INDEXING, work, tasks, processes=workers, done=shown_progress.advance)
+
+        def done(answer: dict[str, Any]) -> None:
+            nonlocal kept
+            file = work / f"{answer['number']:05d}.tar"
+            if is_remote(shards[answer["number"]]):
+                if limit is not None and kept + answer["bytes"] > limit:
+                    file.unlink()
+                else:
+                    kept += answer["bytes"]
+            shown_progress.advance(1)
+
+        run_tasks(INDEXING, work, ({"number": number} for number in range(len(shards))), processes=workers, done=done)
+
+
+def _keep(work: Path, folder: Path, options: RemoteOptions) -> None:
+    """The remote shards that are here already go into their cache."""
+    files = sorted(work.glob("*.tar"))
+    if files:
+        cache = open_cache(Manifest.read(folder), folder, replace(options, allow_pipe=True))
+        assert cache is not None
+        for file in files:
+            cache.adopt(int(file.stem), file)
 
 
 class _Merged:
@@ -142,7 +182,7 @@ class _Merged:
         self.facts: list[dict[str, Any]] = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
         self._stems = stems
 
-    def refuse_problems(self, shards: Sequence[Path], on_error: str) -> None:
+    def refuse_problems(self, shards: Sequence[Tar], on_error: str) -> None:
         total, listed = self.problems(shards)
         if total and on_error == "fail":
             text = "; ".join(f"{name}: {reason}" for name, reason in listed[:10])
@@ -152,16 +192,16 @@ class _Merged:
                 "mend the shards, or leave such samples out with --on-error skip (training: --data.on-error skip)"
             )
 
-    def problems(self, shards: Sequence[Path]) -> tuple[int, list[tuple[str, str]]]:
+    def problems(self, shards: Sequence[Tar]) -> tuple[int, list[tuple[str, str]]]:
         """How many samples cannot be used, and (shard: sample, reason) of the first ones of each shard."""
         listed = [
             (f"{path}: sample {shown(key)} at byte {offset}", reason) for path, facts in zip(shards, self.facts) for key, offset, reason in facts["problems"]
         ]
         return sum(facts["num_problems"] for facts in self.facts), listed
 
-    def refuse_copies(self, shards: Sequence[Path]) -> None:
+    def refuse_copies(self, shards: Sequence[Tar]) -> None:
         """The same bytes under two names would count each of their samples twice."""
-        seen: dict[str, Path] = {}
+        seen: dict[str, Tar] = {}
         for path, facts in zip(shards, self.facts):
             if facts["labels"] and facts["sha256"] in seen:
                 raise UserError(f"{path} is a copy of {seen[facts['sha256']]}; each of its samples would count twice")
@@ -194,7 +234,7 @@ class _Merged:
 
 def _write(
     folder: Path,
-    shards: Sequence[Path],
+    shards: Sequence[Tar],
     merged: _Merged,
     rules: Rules,
     *,
@@ -260,8 +300,10 @@ def _stored_numbers(numbers: dict[Label, int], classes: Sequence[str]) -> str:
     return "name" if all(classes[number] == str(label) for label, number in numbers.items()) else "number"
 
 
-def _url(path: Path, folder: Path, absolute: bool) -> str:
-    """Relative to the manifest where both may move together; absolute where only the root of the file system is common."""
+def _url(path: Tar, folder: Path, absolute: bool) -> str:
+    """Relative to the manifest where both may move together; absolute where only the root of the file system is common, or remote."""
+    if is_remote(path):
+        return str(path)
     full, base = os.path.abspath(path), os.path.abspath(folder)
     if absolute or os.path.commonpath([full, base]) == os.sep:
         return full

@@ -1,4 +1,6 @@
-"""Which files are meant: folders of tars, brace patterns, globs, lists of shards; and which split a tar's name says it belongs to."""
+"""Which files are meant: folders of tars, brace patterns, globs, lists of shards, remote addresses; and which split a tar's name says it
+belongs to. A shard is a Path, or the address of a remote one as a str.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dtl.data.fetch_other import find_by_fsspec
+from dtl.data.fetch_stream import FetchError
+from dtl.data.remote import base_name, is_remote, kind_of, shown
 from dtl.data.sources import nearest
 from dtl.errors import UserError
 
@@ -17,32 +22,46 @@ _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in wor
 _WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?=[-_. 0-9]|$)", re.IGNORECASE)
 
 
-def find_shards(sources: Sequence[str | Path]) -> list[Path]:
+Tar = Path | str
+
+
+def find_shards(sources: Sequence[Tar]) -> list[Tar]:
     """The tars that `sources` name, in their order: of folders and globs sorted by name, of patterns and lists as written.
 
-    UserError for what does not exist, for what is named twice, and for a folder that holds the tars of several splits.
+    UserError for what does not exist, for what is named twice, and for a folder that holds the tars of several splits. Whether remote
+    shards exist turns out when they are fetched.
     """
-    found: list[Path] = []
+    found: list[Tar] = []
     for source in sources:
         found += _shards_of(str(source))
-    missing = [path for path in found if not path.is_file()]
+    missing = [path for path in found if isinstance(path, Path) and not path.is_file()]
     if missing:
         first = missing[0]
         near = nearest(first.name, [entry.name for entry in first.parent.iterdir()]) if first.parent.is_dir() else ""
         raise UserError(f"{first} does not exist{near if len(found) == 1 else f' ({len(missing):,} of {len(found):,} shards are missing)'}")
-    seen: set[Path] = set()
+    seen: set[Tar] = set()
     for path in found:
-        if path.resolve() in seen:
+        same = path.resolve() if isinstance(path, Path) else path
+        if same in seen:
             raise UserError(f"{path} is named twice; each of its samples would count twice")
-        seen.add(path.resolve())
+        seen.add(same)
     return found
 
 
-def shards_for_training(source: str | Path, split: str) -> list[Path] | None:
+def is_remote_folder(source: str) -> bool:
+    """Whether an address means a folder with a manifest, and not tars."""
+    if not is_remote(source) or kind_of(source) == "pipe":
+        return False
+    return not _TAR.search(base_name(source)) and not _is_pattern(source.partition("?")[0])
+
+
+def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
     """The tars of `split` that a training source names, or None where it is something else (a folder of images, a list ...).
 
     A folder may hold the tars of train and val side by side, told apart by their names, or in folders train/ and val/.
     """
+    if isinstance(source, str) and is_remote(source):
+        return find_shards([source])
     text, place = str(source), Path(source).expanduser()
     if place.is_dir():
         for word in SPLIT_WORDS[split]:
@@ -58,9 +77,9 @@ def shards_for_training(source: str | Path, split: str) -> list[Path] | None:
     return find_shards([text]) if _is_pattern(text) else None
 
 
-def _shards_of(text: str) -> list[Path]:
-    if re.match(r"[a-z0-9]+://|pipe:", text):
-        raise UserError(f"{text}: only local shards can be indexed so far; download them first")
+def _shards_of(text: str) -> Sequence[Tar]:
+    if is_remote(text):
+        return _remote_shards(text)
     place = Path(text).expanduser()
     if place.is_dir():
         tars = _tars_in(place)
@@ -88,6 +107,30 @@ def _shards_of(text: str) -> list[Path]:
         else:
             paths.append(Path(one).expanduser())
     return paths
+
+
+def _remote_shards(text: str) -> list[str]:
+    """Addresses of tars. http has no lists of files; fsspec's file systems do."""
+    found: list[str] = []
+    for url in _expand_braces(text):
+        if kind_of(url) == "fsspec" and glob.has_magic(url):
+            try:
+                matched = find_by_fsspec(url)
+            except FetchError as error:
+                raise UserError(f"{shown(url)}: {error.reason}") from None
+            if not matched:
+                raise UserError(f"no file matches {url}")
+            found += matched
+            continue
+        if kind_of(url) == "http" and "*" in base_name(url):
+            raise UserError(f"{shown(url)}: a web server has no list of its files; name the shards with braces: train-{{000..010}}.tar")
+        if kind_of(url) != "pipe" and not _TAR.search(base_name(url)):
+            raise UserError(
+                f"{shown(url)} is no tar; name the shards with braces (train-{{000..010}}.tar). "
+                "A remote folder that dtl has packed is trained on as it is: --data.train ADDRESS"
+            )
+        found.append(url)
+    return found
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -147,7 +190,13 @@ def _is_list(place: Path) -> bool:
     return "\0" not in first and bool(_TAR.search(first))
 
 
-def _read_list(place: Path) -> list[Path]:
-    """A shard a line, relative to the list; empty lines and lines from # on are passed over."""
-    lines = [line.strip() for line in place.read_text(encoding="utf-8").splitlines()]
-    return [path for line in lines if line and not line.startswith("#") for path in _shards_of(str(place.parent / Path(line).expanduser()))]
+def _read_list(place: Path) -> list[Tar]:
+    """A shard a line, relative to the list, or an address; empty lines and lines from # on are passed over."""
+    found: list[Tar] = []
+    for line in place.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text.startswith("pipe:"):
+            raise UserError(f"{place} names a command ({text[:100]}); commands are run from your own config only: give it with --data.train")
+        if text and not text.startswith("#"):
+            found += _shards_of(text if is_remote(text) else str(place.parent / Path(text).expanduser()))
+    return found

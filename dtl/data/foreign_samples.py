@@ -96,10 +96,10 @@ def read_samples(tar: TarFile, rules: Rules, ignored: Ignored) -> Iterator[Sampl
         yield _sample(group, rules)
 
 
-def open_tar(path: Path) -> Any:
-    """The file, opened for reading. UserError where it is not there, or compressed."""
+def open_tar(path: Path, name: str | None = None) -> Any:
+    """The file, opened for reading. UserError where it is not there, or compressed. `name`: of a remote one, for messages."""
     try:
-        refuse_compressed(path)
+        refuse_compressed(path, name)
         return path.open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

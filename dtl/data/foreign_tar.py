@@ -51,9 +51,13 @@ class Member:
 
 
 class TarFile:
-    """One tar, read once from its start. After `members` is exhausted, `sha256` and `num_bytes` are those of the whole file."""
+    """One tar, read once from its start. After `members` is exhausted, `sha256` and `num_bytes` are those of the whole file.
 
-    def __init__(self, file: BinaryIO) -> None:
+    `name` is what messages call it.
+    """
+
+    def __init__(self, file: BinaryIO, name: str | None = None) -> None:
+        self.name = os.fsdecode(file.name) if name is None else name
         self._file, self._digest = file, hashlib.sha256()
         self._size = os.fstat(file.fileno()).st_size
         self._at = 0
@@ -106,10 +110,6 @@ class TarFile:
             else:
                 self._skip(_padded(length))
                 yield Member(this, self._at - _padded(length), length, None)
-
-    @property
-    def name(self) -> str:
-        return os.fsdecode(self._file.name)
 
     def _read(self, size: int, what: str) -> bytes:
         data = self._file.read(size)
@@ -206,15 +206,20 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def refuse_compressed(path: Path) -> None:
-    """UserError with the command that unpacks `path`, where it is a compressed tar."""
+def refuse_compressed(path: Path, name: str | None = None) -> None:
+    """UserError with the command that unpacks `path`, where it is a compressed tar. `name`: of a remote one, for messages."""
     with path.open("rb") as file:
         start = file.read(8)
-    for magic, name, command in _COMPRESSED:
+    for magic, kind, command in _COMPRESSED:
         if start.startswith(magic):
+            if name is not None:
+                raise UserError(
+                    f"{name} is compressed ({kind}), so single images cannot be read from it; images hardly shrink anyway: "
+                    f"unpack it where it lies, or through a command: 'pipe:curl -fsSL ADDRESS | {command}'"
+                )
             plain = path.with_name(path.name.split(".tar")[0].removesuffix(".tgz") + ".tar")
             plain = plain if plain != path else path.with_name(f"plain-{path.name}")
             raise UserError(
-                f"{path} is compressed ({name}), so single images cannot be read from it; images hardly shrink anyway: "
+                f"{path} is compressed ({kind}), so single images cannot be read from it; images hardly shrink anyway: "
                 f"unpack it with `{command} '{path}' > '{plain}'` and index that"
             )

@@ -1,6 +1,7 @@
 """The work of `dtl index`, shard by shard, in the processes of pack_pool, without torch.
 
-job.json           the shards' paths and the rules
+job.json           the shards' paths or addresses, and the rules
+00000.tar          a remote shard, while it is read; it stays where the caller wants it
 00000.npy          index columns of a shard (ROWS); its labels count the shard's own list of labels
 00000.keys         the keys, in the same order
 00000.json         bytes, sha256, labels, problems
@@ -17,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from dtl.data.fetch import Unfetched, fetch, open_for_fetch
 from dtl.data.foreign_samples import Ignored, Label, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.foreign_tar import DamagedTar, TarFile
 from dtl.data.index import FORMAT_FLAGS
 from dtl.data.pack_job import ROWS, write_array, write_json
+from dtl.data.remote import RemoteOptions, is_remote
+from dtl.data.remote import shown as shown_address
 from dtl.data.strings import StringTable
 from dtl.errors import UserError
 
@@ -35,38 +39,56 @@ class IndexJob:
     folder: Path
     paths: list[str]
     rules: Rules
+    options: RemoteOptions
 
 
 def open_job(folder: Path) -> IndexJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]))
+    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), RemoteOptions(**facts["remote"]))
 
 
-def run_task(job: IndexJob, task: dict[str, Any]) -> int:
-    """Index one shard; returns 1, the shards done."""
+def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
+    """Index one shard, `{"number"}`; the answer is `{"number", "bytes"}`."""
     number = task["number"]
-    path = Path(job.paths[number])
-    found = _Shard(path)
-    with open_tar(path) as file:
-        tar = TarFile(file)
+    path, stem = job.paths[number], job.folder / f"{number:05d}"
+    if is_remote(path):
+        tar = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job.rules)
+    else:
+        tar = _index(stem, Path(path), None, job.rules)
+    return {"number": number, "bytes": tar.num_bytes}
+
+
+def _fetched(url: str, path: Path, options: RemoteOptions) -> Path:
+    try:
+        with open_for_fetch(path) as file:
+            fetch(url, file, options=options)
+    except Unfetched as error:
+        raise UserError(str(error)) from None
+    return path
+
+
+def _index(stem: Path, path: Path, name: str | None, rules: Rules) -> TarFile:
+    """`name`: what messages call the shard, where it is not its path."""
+    found = _Shard(name or str(path))
+    with open_tar(path, name) as file:
+        tar = TarFile(file, name)
         try:
-            for sample in read_samples(tar, job.rules, found.ignored):
+            for sample in read_samples(tar, rules, found.ignored):
                 found.add(sample)
         except DamagedTar as error:
-            raise UserError(f"{path}: damaged at byte {error.offset}: {error.reason}; get the shard anew") from None
+            raise UserError(f"{name or path}: damaged at byte {error.offset}: {error.reason}; get the shard anew") from None
     found.refuse_double_keys()
-    stem = job.folder / f"{number:05d}"
     StringTable.build(found.keys).write(stem.with_suffix(".keys"))
     write_array(stem.with_suffix(".npy"), np.frombuffer(bytes(found.rows), ROWS))
     write_json(stem.with_suffix(".json"), found.facts(tar))
-    return 1
+    return tar
 
 
 @dataclass
 class _Shard:
     """What one pass over a shard has found."""
 
-    path: Path
+    path: str
     rows: bytearray = field(default_factory=bytearray)
     keys: list[str] = field(default_factory=list)
     labels: dict[Label, tuple[int, str]] = field(default_factory=dict)

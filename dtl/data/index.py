@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,12 @@ import numpy.typing as npt
 
 from dtl.data.atomic import sha256_of_file, write_whole
 from dtl.data.decode import FORMATS
+from dtl.data.fetch import Unfetched
 from dtl.data.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
+from dtl.data.open_files import OpenFiles, pread_all
 from dtl.data.quarantine import Quarantine, original_number
+from dtl.data.remote import RemoteOptions, is_remote, shown
+from dtl.data.shard_cache import ShardCache, open_cache
 from dtl.data.strings import StringTable
 from dtl.errors import DamagedSample, UserError
 
@@ -62,7 +64,6 @@ _BLOCK = 512  # of a tar
 # flags: the low 4 bits are the image's format, 1 + its place in FORMATS.
 FORMAT_FLAGS = {name: number for number, name in enumerate(FORMATS, start=1)}
 
-MAX_OPEN_SHARDS = 128
 # Neighbours in a shard are read together; two samples of our own are about 2 KB of headers apart.
 _GAP_BYTES = 64 * 1024
 _READ_BYTES = 8 * 1024 * 1024
@@ -90,6 +91,7 @@ class Shards:
 
     The columns `labels` int32, `widths`, `heights` uint16, `flags` uint8, `offsets` uint64, `sizes`, `crcs` uint32, each [N], and
     `shard_sizes` int64 [S] are mapped from the index: all processes of a node share them. Pickles as its folder and manifest.
+    Remote shards are read through `cache`, which is None where all of them are local.
     """
 
     manifest: Manifest
@@ -103,27 +105,29 @@ class Shards:
     heights: npt.NDArray[np.uint16]
     flags: npt.NDArray[np.uint8]
 
-    def __init__(self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None, cache: ShardCache | None = None) -> None:
         """Use `Shards.open`, which also checks that the index belongs to the manifest. `manifest` has the quarantine applied."""
-        self.folder, self.manifest, self.quarantine = folder, manifest, quarantine
+        self.folder, self.manifest, self.quarantine, self.cache = folder, manifest, quarantine, cache
         self.quarantined = np.zeros(0, np.int64) if quarantine is None else quarantine.numbers
         self._map_index()
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
-        self._files = _OpenFiles()
+        self._files = OpenFiles()
         self._tables: dict[str, StringTable | None] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, whole: bool = False) -> Shards:
+    def open(cls, folder: str | Path, *, whole: bool = False, remote: RemoteOptions | None = None) -> Shards:
         """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
 
         Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.
+        `remote` says how shards that lie elsewhere are kept.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
+        cache = open_cache(manifest, folder, remote or RemoteOptions())
         quarantine = None if whole else Quarantine.read(folder, manifest)
         if quarantine is not None:
             manifest = quarantine.applied(manifest)
-        shards = cls(folder, manifest, quarantine)
+        shards = cls(folder, manifest, quarantine, cache)
         if sha256_of_file(shards.index_path) != manifest.index_sha256:
             raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (another sha256); {shards.again}")
         return shards
@@ -186,7 +190,8 @@ class Shards:
 
     def damaged(self, sample: int, reason: str) -> DamagedSample:
         """What to report about `sample`; its key is empty where that cannot be read either."""
-        key, shard = self._key(sample), self.manifest.shards[self.shard_of(sample)].url
+        key, url = self._key(sample), self.manifest.shards[self.shard_of(sample)].url
+        shard = shown(url) if is_remote(url) else url
         return DamagedSample(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=reason)
 
     def path(self, sample: int) -> str | None:
@@ -202,7 +207,7 @@ class Shards:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shards, (self.folder, self.manifest, self.quarantine)
+        return Shards, (self.folder, self.manifest, self.quarantine, self.cache)
 
     def _map_index(self) -> None:
         path, again = self.index_path, self.again
@@ -232,13 +237,26 @@ class Shards:
 
     def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
         """Up to `size` bytes; fewer at the end of the file."""
-        path = self.folder / self.manifest.shards[shard].url
         try:
-            return _pread_all(self._files.number(path), size, start)
+            return pread_all(self._files.number(shard, self._open), size, start)
         except FileNotFoundError:
             return _Damage("the shard is missing")
+        except Unfetched as error:
+            return _Damage(str(error))
         except OSError as error:
             return _Damage(f"the shard cannot be read ({error.strerror})")
+
+    def _open(self, shard: int) -> int:
+        if self.cache is not None and self.cache.holds(shard):
+            return self.cache.open(shard)
+        return os.open(self.folder / self.manifest.shards[shard].url, os.O_RDONLY | os.O_CLOEXEC)
+
+    def at(self, epoch: int, step: int) -> None:
+        """Whose samples this process reads from now on, for the cache of remote shards."""
+        if self.cache is not None:
+            self.cache.at(epoch, step)
+            with self._files.lock():
+                self._files.drop_removed()
 
     def _key(self, sample: int) -> str | _Damage:
         if "keys_sha256" in self.manifest.made_by:
@@ -305,49 +323,3 @@ def _key_of(header: bytes) -> str | _Damage:
     prefix, name = (field.split(b"\0")[0].decode("utf-8", "surrogateescape") for field in (header[345:500], header[:100]))
     folder, _, base = (f"{prefix}/{name}" if prefix else name).rpartition("/")
     return (f"{folder}/" if folder else "") + base.split(".")[0]
-
-
-def _pread_all(number: int, size: int, start: int) -> bytes:
-    data = os.pread(number, size, start)
-    if len(data) == size or not data:
-        return data
-    parts = [data]  # a signal or a network file system may cut a read short of the file's end
-    got = len(data)
-    while got < size:
-        data = os.pread(number, size - got, start + got)
-        if not data:
-            break
-        parts.append(data)
-        got += len(data)
-    return b"".join(parts)
-
-
-class _OpenFiles:
-    """File numbers of the shards read last. A forked child opens its own: it shares neither the lock nor the numbers."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def lock(self) -> threading.Lock:
-        if self._pid != os.getpid():
-            self._reset()  # the parent's numbers stay open in it; ours are copies, closed with the process
-        return self._lock
-
-    def number(self, path: Path) -> int:
-        """Under the lock only: another thread could close the number."""
-        if path in self._numbers:
-            self._numbers.move_to_end(path)
-            return self._numbers[path]
-        while len(self._numbers) >= MAX_OPEN_SHARDS:
-            os.close(self._numbers.popitem(last=False)[1])
-        self._numbers[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._numbers[path]
-
-    def _reset(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        self._numbers: OrderedDict[Path, int] = OrderedDict()
-
-    def __del__(self) -> None:
-        if self._pid == os.getpid():
-            for number in self._numbers.values():
-                os.close(number)

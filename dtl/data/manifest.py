@@ -21,7 +21,7 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `url` is relative to the manifest."""
+    """One tar. `url` is relative to the manifest, or the address of a remote one."""
 
     url: str
     samples: int
@@ -59,12 +59,20 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         path = folder / MANIFEST_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_bytes(), path)
         except FileNotFoundError:
             raise UserError(
                 f"{folder} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)"
             ) from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+    @classmethod
+    def parse(cls, text: bytes, path: Path | str) -> Manifest:
+        """The manifest that `text` is; `path` is what messages call it."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(raw, dict) or "shards" not in raw:
             raise UserError(f"{path} is not a manifest of dtl")
@@ -75,7 +83,7 @@ class Manifest:
         return cls._parse(raw, path)
 
     @classmethod
-    def _parse(cls, raw: dict[str, Any], path: Path) -> Manifest:
+    def _parse(cls, raw: dict[str, Any], path: Path | str) -> Manifest:
         wrong = {field.name for field in fields(cls)} ^ set(raw)
         if wrong:
             raise UserError(f"{path} has missing or unknown fields: {', '.join(sorted(wrong))}")

@@ -435,7 +435,7 @@ REFUSED_SOURCES = [
     ("{tmp}/nothing", "nothing does not exist"),
     ("{tmp}/empty", "holds no tar files"),
     ("{tmp}/t-{{0..3.tar", "does not exist"),
-    ("http://host/t-{{00..01}}.tar", "only local shards can be indexed so far"),
+    ("http://host/t-{{00..01}}.tar", "say where it goes: --out FOLDER"),
     ("{tmp}/text.tar", "this is no tar header .it looks like text."),
 ]
 

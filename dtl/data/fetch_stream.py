@@ -1,0 +1,46 @@
+"""What a download is made of: one answer of a server, a command or a file system, and the ways in which it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+BLOCK_BYTES = 2**18
+
+
+class FetchError(Exception):
+    """One try failed. `retry`: another one may succeed; `restart`: only from the first byte; `after`: not before so many seconds.
+
+    `missing`: the other side says that there is no such file.
+    """
+
+    def __init__(
+        self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.retry, self.restart, self.after, self.missing = reason, retry and not missing, restart, after, missing
+
+
+class Unfetched(Exception):
+    """All tries failed, or none could help; the message is one line with the address, the reason and the number of tries."""
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+@dataclass
+class Stream:
+    """The bytes of a file from `start` on. `blocks` raises FetchError where they break off; its plain end may still be too early."""
+
+    start: int
+    total: int | None
+    """Bytes of the whole file, where that is known."""
+    ends: int | None
+    """The byte behind the last one that was promised, where that is known."""
+    validator: str | None
+    """Names this version of the file, where the other side does."""
+    content_type: str
+    status: int | None
+    blocks: Iterator[bytes]
+    close: Callable[[], None]

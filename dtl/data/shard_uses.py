@@ -1,0 +1,111 @@
+"""When a run needs which shard: the plan, seen from the cache. Pure arithmetic, the same in every process that has the plan.
+
+A shard is asked for from the first position of its first window to the last one of its last; between epochs not at all. So what a cache
+should give up is known: the shard whose next use is furthest away (Belady 1966), and what it must hold at once is known before the
+first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dtl.data.plan import EpochPlan
+from dtl.keyed import permutation
+
+Int = npt.NDArray[np.int64]
+# Further away than any use.
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass
+class ShardUses:
+    """The uses of `plan`'s shards in every epoch (`plan.epoch` does not count), on one axis of time: epoch * N + position.
+
+    `behind` positions before the one that is asked for may still be needed: other loader processes are working on them.
+    """
+
+    plan: EpochPlan
+    behind: int = 0
+    _spans: dict[int, tuple[Int, Int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def time(self, epoch: int, position: int) -> int:
+        return epoch * self.plan.num_samples + position
+
+    def step_time(self, epoch: int, step: int) -> int:
+        """The time of a step's first position."""
+        return self.time(epoch, self.plan.step_bounds(min(step, self.plan.num_steps - 1))[0])
+
+    def spans(self, epoch: int) -> tuple[Int, Int]:
+        """First and last (excluded) time at which each shard may be asked for in `epoch`, [S] each; NEVER where it is not."""
+        found = self._spans.get(epoch)
+        if found is None:
+            first, last = _spans(self.plan, epoch)
+            start = self.time(epoch, 0)
+            unused = (self.plan.shard_sizes == 0) | (first >= self.plan.num_positions)
+            last = np.minimum(last, self.plan.num_positions)
+            found = np.where(unused, NEVER, first + start), np.where(unused, NEVER, last + start)
+            # Replaced whole: several threads may ask.
+            self._spans = {**dict(list(self._spans.items())[-2:]), epoch: found}
+        return found
+
+    def next_use(self, time: int) -> Int:
+        """[S] when each shard is asked for next, from `time` on; `time` itself for those in use now."""
+        epoch = max(0, time) // self.plan.num_samples
+        first, last = self.spans(epoch)
+        now = np.where((first != NEVER) & (last > time), np.maximum(first, time), NEVER)
+        return np.where(now != NEVER, now, self.spans(epoch + 1)[0])
+
+    def most_at_once(self, shard_bytes: Int, epoch: int) -> tuple[int, int]:
+        """(bytes, number) of the shards in use at the worst moment of an epoch and of its border to the next, those `behind` included."""
+        first, last = self.spans(epoch)
+        used = np.flatnonzero((first != NEVER) & (shard_bytes > 0))
+        times = np.concatenate([first[used], last[used] + self.behind])
+        change = np.concatenate([shard_bytes[used], -shard_bytes[used]])
+        order = np.lexsort((change > 0, times))  # at one time: first what ends, then what begins
+        held, number = np.cumsum(change[order]), np.cumsum(np.sign(change[order]))
+        worst = int(np.argmax(held)) if len(held) else 0
+        within = (int(held[worst]), int(number[worst])) if len(held) else (0, 0)
+        border = self.time(epoch + 1, 0)
+        both = ((first != NEVER) & (last + self.behind > border)) | (self.spans(epoch + 1)[0] < border + self.behind)
+        across = int(shard_bytes[both].sum()), int((shard_bytes[both] > 0).sum())
+        return max(within, across)
+
+    def order(self, time: int, until: int) -> Int:
+        """Shards in the order in which they are needed from `time` on, each once, those first needed at `until` or later left out."""
+        uses = self.next_use(time)
+        order = np.argsort(uses, kind="stable")
+        return order[uses[order] < until]
+
+
+def _spans(plan: EpochPlan, epoch: int) -> tuple[Int, Int]:
+    num = len(plan.shard_sizes)
+    if type(plan) is not EpochPlan:  # samples of a class are drawn from wherever they lie
+        return np.zeros(num, np.int64), np.full(num, plan.num_samples, np.int64)
+    order = permutation(num, plan.seed, epoch, "shards") if plan.shuffle else np.arange(num)
+    ends = np.cumsum(plan.shard_sizes[order])
+    starts = ends - plan.shard_sizes[order]
+    if plan.shuffle:
+        starts, ends = starts // plan.window * plan.window, -(-ends // plan.window) * plan.window
+    first, last = np.empty(num, np.int64), np.empty(num, np.int64)
+    first[order], last[order] = starts, ends
+    return first, last
+
+
+def victims(cached: Int, next_use: Int, shard_bytes: Int, *, after: int, room: int) -> list[int] | None:
+    """Which of the `cached` shards to give up for `room` more bytes: those used last, only such as are not needed until `after`.
+
+    None where that is not enough. `next_use` and `shard_bytes` are [S]; `room` <= 0 needs nothing.
+    """
+    chosen: list[int] = []
+    if room <= 0:
+        return chosen
+    later = cached[next_use[cached] > after]
+    for shard in later[np.argsort(-next_use[later], kind="stable")].tolist():
+        chosen.append(shard)
+        room -= int(shard_bytes[shard])
+        if room <= 0:
+            return chosen
+    return None
