@@ -1,0 +1,92 @@
+"""`dtl doctor`: looks at this machine before a run does. The work is `dtl.doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+What would go wrong here, before it does: versions of PyTorch, CUDA and the driver, GPUs and their links, shared memory, open files,
+memory, disks, the network interface that ranks would meet over, a sum over two real processes, the speed of decoding against that of
+the network, wandb, SLURM. Every finding that is not ok comes with the line that mends it. Nothing is changed.
+"""
+_EPILOG = """\
+examples:
+  dtl doctor
+  dtl doctor --config configs/finetune.yaml --data photos/train
+  srun --jobid 1234 dtl doctor --json
+
+exit status: 0 nothing stands in the way (warnings are not counted), 1 something does, 2 the command line is wrong
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command; returns its exit status."""
+    options = _parser().parse_args(list(arguments))
+    from dtl.doctor.examine import Doctor
+    from dtl.doctor.finding import Finding, table, worst
+
+    doctor = Doctor(**_wanted(options), data=options.data, measure=not options.quick)
+    found: list[Finding] = []
+    for finding in doctor.findings():
+        found.append(finding)
+        if not options.json:
+            print(table([finding]), flush=True)
+    verdict = worst(found)
+    if options.json:
+        print(json.dumps({"status": verdict, "findings": [finding.to_json() for finding in found]}, indent=1))
+    else:
+        counts = {status: sum(finding.status == status for finding in found) for status in ("ok", "warn", "fail")}
+        print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way")
+    sys.stdout.flush()
+    return 1 if verdict == "fail" else 0
+
+
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """What the run would need, from its config where one is given."""
+    from dtl.data.cache import default_cache_dir
+    from dtl.doctor.judge_machine import Need
+
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    if options.config is None:
+        return {
+            "run_dir": Path(options.run_dir or "runs"),
+            "cache_dir": Path(options.cache_dir) if options.cache_dir else default_cache_dir(),
+            "model": options.model or "torchvision/resnet18",
+            "need": Need(workers=2 if options.workers is None else options.workers, ranks=ranks),
+        }
+    from dtl.config import load_config
+
+    # The doctor needs no data of its own: a recipe that takes it from the command line is complete without.
+    source = ["--data.train", options.data or "digits"] if options.config not in (None, "digits") else []
+    config, _ = load_config(["--config", options.config, *source, "--data.val", "null", "--data.val-fraction", "0.1"])
+    data = config.data
+    micro = data.micro_batch_size if data.micro_batch_size != "auto" else -(-data.global_batch_size // ranks)
+    return {
+        "run_dir": Path(options.run_dir or config.run.dir),
+        "cache_dir": Path(options.cache_dir or data.cache_dir or default_cache_dir()),
+        "model": options.model or config.model.name,
+        "keep": config.checkpoint.keep,
+        "need": Need(image_size=data.image_size, batch_size=micro, workers=data.workers if options.workers is None else options.workers, ranks=ranks),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl doctor", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="the recipe that is to run here: its folders, model, batch size and workers are asked for")
+    add("--data", metavar="SRC", help="a folder of images or packed shards, to measure decoding on (default: a made-up photo)")
+    add("--model", metavar="NAME", help="the network whose speed decoding must keep up with (default: the recipe's, or torchvision/resnet18)")
+    add("--workers", type=int, metavar="N", help="loader processes of each rank (default: the recipe's, or 2)")
+    add("--run-dir", metavar="FOLDER", help="where runs would go (default: the recipe's, or runs)")
+    add("--cache-dir", metavar="FOLDER", help="where packed images would go (default: $DTL_CACHE or ~/.cache/dtl)")
+    add("--quick", action="store_true", help="leave out what takes seconds: the sum over two processes, decoding, the network's speed")
+    add("--json", action="store_true", help="one JSON object {status, findings: [{check, status, summary, fix}]} on standard output")
+    return parser

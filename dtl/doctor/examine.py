@@ -1,0 +1,138 @@
+"""All checks of `dtl doctor`, in order: each probes, then judges. A check that breaks or does not answer is itself a finding."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dtl.doctor import judge_cluster, judge_gpus, judge_machine, probe
+from dtl.doctor.finding import Finding
+from dtl.doctor.judge_machine import Need
+from dtl.doctor.probe import Measurement, Unanswered
+
+PATIENCE = 20.0
+
+
+@dataclass
+class Doctor:
+    """What a run would be like, and what has been found out so far."""
+
+    run_dir: Path
+    cache_dir: Path
+    need: Need = field(default_factory=Need)
+    model: str = "torchvision/resnet18"
+    data: str | None = None
+    measure: bool = True
+    """Run the measurements that cost seconds: the sum over two processes, decoding, the network."""
+    keep: int = 3
+    torch: dict[str, Any] = field(default_factory=dict)
+    gpus: list[judge_gpus.Gpu] = field(default_factory=list)
+
+    def findings(self) -> Iterator[Finding]:
+        checks: list[tuple[str, Callable[[], Iterable[Finding]], float]] = [
+            ("versions", lambda: judge_machine.judge_versions(tuple(sys.version_info[:3]), probe.versions()), PATIENCE),
+            ("gpu", self._gpus, 100.0),
+            ("shm", lambda: [judge_machine.judge_shm(*probe.shm(), self.need)], PATIENCE),
+            ("memory", lambda: [judge_machine.judge_memory(*probe.memory(), self.need)], PATIENCE),
+            ("files", lambda: [judge_machine.judge_open_files(*probe.open_files(), self.need)], PATIENCE),
+            ("run", lambda: self._disk("run", self.run_dir), PATIENCE),
+            ("cache", lambda: self._disk("cache", self.cache_dir), PATIENCE),
+            ("network", self._network, PATIENCE),
+        ]
+        if self.measure:
+            checks += [("all-reduce", self._reduce, 80.0), ("decode", self._decode, 160.0)]
+        checks += [("wandb", self._wandb, PATIENCE), ("slurm", self._slurm, PATIENCE)]
+        for name, check, seconds in checks:
+            yield from _guarded(name, check, seconds)
+
+    def _gpus(self) -> list[Finding]:
+        smi = ["nvidia-smi", f"--query-gpu={judge_gpus.QUERY}", "--format=csv,noheader,nounits"]
+        looking = Measurement("torch", {}, seconds=60.0)
+        self.gpus = judge_gpus.read_gpus(probe.answer_of(smi))
+        knows = judge_gpus.driver_cuda(probe.answer_of(["nvidia-smi"])) if self.gpus else None
+        links = judge_gpus.read_links(probe.answer_of(["nvidia-smi", "topo", "-m"])) if len(self.gpus) > 1 else {}
+        try:
+            self.torch = looking.result()
+        except Unanswered as error:
+            fix = "python -c 'import torch; print(torch.cuda.is_available())' shows why; nvidia-smi tells whether the driver answers"
+            return [Finding("gpu", "fail", f"PyTorch does not get as far as its GPUs: {error}", fix)]
+        return [*judge_gpus.judge_cuda(self.torch, self.gpus, knows), *judge_gpus.judge_links(links)]
+
+    def _disk(self, name: str, folder: Path) -> list[Finding]:
+        return judge_machine.judge_disk(name, str(folder), **probe.disk_of(folder), need=self.need, keep=self.keep)
+
+    def _network(self) -> list[Finding]:
+        hostname, address = probe.own_address()
+        return judge_cluster.judge_network(probe.interfaces(), os.environ, hostname=hostname, resolves_to=address)
+
+    def _reduce(self) -> list[Finding]:
+        backend = "nccl" if int(self.torch.get("count") or 0) > 1 else "gloo"
+        results, seconds, problem = probe.two_process_sum(backend)
+        return [judge_cluster.judge_reduce(results, backend=backend, seconds=seconds, problem=problem)]
+
+    def _decode(self) -> list[Finding]:
+        device = "cuda" if int(self.torch.get("count") or 0) else "cpu"
+        size = self.need.image_size
+        # One after the other: side by side they would take each other's core.
+        decoding = Measurement("decode", {"image_size": size, "data": self.data, "seconds": 1.5}, seconds=60.0).result()
+        batch = self.need.batch_size if device == "cuda" else min(self.need.batch_size, 8)
+        given = {"model": self.model, "image_size": size, "batch_size": batch, "device": device, "seconds": 5.0}
+        trained: dict[str, Any] = {}
+        found = []
+        try:
+            trained = Measurement("model", given, seconds=90.0).result()
+            self.need = replace(self.need, parameters=int(trained["parameters"]))
+        except Unanswered as error:
+            found.append(Finding("model", "warn", f"{self.model} could not be tried: {error}", "a smaller --data.micro-batch-size, or another --model"))
+        judged = judge_machine.judge_decode(
+            float(decoding["ms_per_image"]),
+            probe.cores(),
+            trained.get("images_s"),
+            model=self.model,
+            device="GPU" if device == "cuda" else "cpu",
+            ranks=max(1, int(self.torch.get("count") or 0)),
+            workers=self.need.workers,
+            what=str(decoding["what"]),
+        )
+        return [*found, judged]
+
+    def _wandb(self) -> list[Finding]:
+        from dtl.tracking_wandb import choose_mode
+
+        mode, why = choose_mode("auto", os.environ)
+        reachable = None
+        if mode == "online":
+            address = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+            reachable = probe.reaches(address.hostname or "", address.port or (80 if address.scheme == "http" else 443))
+        return [judge_cluster.judge_wandb(mode, why, installed=find_spec("wandb") is not None, reachable=reachable)]
+
+    def _slurm(self) -> list[Finding]:
+        number = os.environ.get("SLURM_JOB_ID")
+        job = probe.answer_of(["scontrol", "show", "job", "-o", number], seconds=8.0) if number else None
+        return judge_cluster.judge_slurm(os.environ, has_sbatch=shutil.which("sbatch") is not None, job=job, workers=self.need.workers)
+
+
+def _guarded(name: str, check: Callable[[], Iterable[Finding]], seconds: float) -> list[Finding]:
+    """In a thread of its own: a disk that does not answer must not take the doctor with it."""
+    box: list[list[Finding]] = []
+
+    def work() -> None:
+        try:
+            box.append(list(check()))
+        except Unanswered as error:
+            box.append([Finding(name, "warn", f"could not be measured: {error}")])
+        except Exception as error:
+            box.append([Finding(name, "warn", f"could not be checked ({type(error).__name__}: {error})")])
+
+    worker = threading.Thread(target=work, name=f"doctor-{name}", daemon=True)
+    worker.start()
+    worker.join(seconds)
+    return box[0] if box else [Finding(name, "fail", f"no answer within {seconds:.0f} s", "a hanging network disk or driver is the usual cause: dmesg tells")]

@@ -1,0 +1,170 @@
+"""What the doctor lets another process measure, so that a hang or a crash there is a finding and not the doctor's end.
+
+`python -m dtl.doctor.measure KIND JSON` prints one JSON object as its last line.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+REDUCE_MIB = 8
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def torch_facts(given: dict[str, Any]) -> dict[str, Any]:
+    """What PyTorch sees of GPUs; touching them is what may hang."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "count": 0,
+    }
+    try:
+        facts["count"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if facts["count"]:
+            facts["names"] = [torch.cuda.get_device_name(i) for i in range(facts["count"])]
+            facts["capabilities"] = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(facts["count"])]
+            facts["arch_list"] = torch.cuda.get_arch_list()
+            facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+            torch.zeros(1, device="cuda")
+        elif torch.version.cuda:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        facts["error"] = (str(error).splitlines() or [type(error).__name__])[0]
+    return facts
+
+
+def reduce(given: dict[str, Any]) -> dict[str, Any]:
+    """One of two ranks that add numbers: rank 0 gives 1, rank 1 gives 2."""
+    import torch
+    import torch.distributed as dist
+
+    rank, backend = int(given["rank"]), str(given["backend"])
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(  # type: ignore[attr-defined]
+        str(given["store"]), 2
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=float(given["seconds"])))
+    values = torch.full((REDUCE_MIB * 2**18,), rank + 1.0, device=device)
+    dist.all_reduce(values.clone())
+    _wait(device)
+    start = time.perf_counter()
+    dist.all_reduce(values)
+    _wait(device)
+    seconds = time.perf_counter() - start
+    low, high = float(values.min()), float(values.max())
+    dist.destroy_process_group()
+    return {"sum": low if low == high else [low, high], "mib_s": REDUCE_MIB / seconds}
+
+
+def decode(given: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of one core for an image, from its bytes to its place in the batch, as a loader process does it."""
+    import numpy as np
+    import torch
+
+    from dtl.data.decode import decode as decoded
+    from dtl.data.transforms import AugmentSettings, train_transform
+
+    torch.set_num_threads(1)
+    size = int(given["image_size"])
+    images, what = _some_images(given.get("data"))
+    transform = train_transform(image_size=size, augment=AugmentSettings())
+    out = torch.empty((3, size, size), dtype=torch.uint8)
+    end = time.process_time() + float(given["seconds"])
+    count, start = 0, 0.0
+    while time.process_time() < end or count == 0:
+        for number, data in enumerate(images):
+            image = decoded(data)
+            sides = np.array([image.shape[1]]), np.array([image.shape[0]])
+            transform.apply(image, transform.draw(np.array([number]), *sides, seed=0, epoch=count), 0, out)
+        # The first round warms up.
+        start, count = (start, count + 1) if count else (time.process_time(), 1)
+        end = max(end, start + 0.01)
+    rounds = max(count - 1, 1)
+    return {"ms_per_image": 1000 * (time.process_time() - start) / (rounds * len(images)), "what": what}
+
+
+def model(given: dict[str, Any]) -> dict[str, Any]:
+    """Images/s that training this network takes on this device, alone and with its batch ready; and its number of parameters."""
+    import torch
+
+    from dtl.models.build import build, forward_logits
+
+    name, size, batch = str(given["model"]), int(given["image_size"]), int(given["batch_size"])
+    device = torch.device(str(given["device"]))
+    module = build(name, num_classes=10).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    deadline, steps, start = time.perf_counter() + float(given["seconds"]), 0, 0.0
+    while steps < 2 or (time.perf_counter() < deadline and steps < 50):
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            logits, _ = forward_logits(module, images)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _wait(device)
+        steps += 1
+        if steps == 1:
+            start = time.perf_counter()
+    seconds = time.perf_counter() - start
+    return {"images_s": (steps - 1) * batch / seconds, "parameters": sum(p.numel() for p in module.parameters())}
+
+
+def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
+    """Up to `limit` images of a folder of images or of packed shards; without any, one that is made up."""
+    if data:
+        folder = Path(data)
+        if (folder / "manifest.json").is_file():
+            import numpy as np
+
+            from dtl.data.index import Shards
+
+            shards = Shards.open(folder)
+            chosen = np.unique(np.linspace(0, shards.num_samples - 1, limit).astype(np.int64))
+            found = [one for one in shards.read(chosen) if isinstance(one, bytes)]
+            if found:
+                return found, f"{len(found)} images of {data}"
+        files: list[Path] = []
+        for base, _, names in os.walk(folder):
+            files += [Path(base) / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)][:4]
+            if len(files) >= limit:
+                break
+        if files:
+            return [file.read_bytes() for file in files[:limit]], f"{len(files[:limit])} images of {data}"
+        raise ValueError(f"{data} holds no images that the doctor could try")
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    rough = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    rough.save(file, "JPEG", quality=90)
+    return [file.getvalue()], "a made-up JPEG of 500 x 375"
+
+
+def _wait(device: Any) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"torch": torch_facts, "reduce": reduce, "decode": decode, "model": model}
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(KINDS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)
