@@ -73,13 +73,26 @@ def permuted(places: Int, sizes: Int, streams: npt.NDArray[np.uint64]) -> Int:
     return at.astype(np.int64)
 
 
+@dataclass(frozen=True)
+class _Window:
+    """A stretch of an epoch's positions: [n] places in `ClassMembers.members`, and the pass through its class that each belongs to."""
+
+    first: int
+    members: Int
+    passes: Int
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.members)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BalancedPlan(EpochPlan):
     """An epoch of N draws in which classes come by quota instead of by size; else as `EpochPlan`."""
 
     balance: Balance
     members: ClassMembers
-    _mixed: dict[int, tuple[int, Int]] = field(default_factory=dict, repr=False, compare=False)
+    _mixed: dict[int, _Window] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def quotas(self) -> Int:
@@ -91,9 +104,10 @@ class BalancedPlan(EpochPlan):
         result = np.empty_like(positions)
         todo = np.ones(positions.shape, bool)
         while todo.any():
-            first, draws = self._window_at(int(positions[todo][0]))
-            inside = (positions >= first) & (positions < first + len(draws))
-            result[inside] = draws[positions[inside] - first]
+            window = self._window_at(int(positions[todo][0]))
+            inside = (positions >= window.first) & (positions < window.end)
+            within = positions[inside] - window.first
+            result[inside] = self._draws(window.members[within], window.passes[within])
             todo &= ~inside
         return result
 
@@ -102,7 +116,7 @@ class BalancedPlan(EpochPlan):
         counts = self.quotas
         classes = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts) + self.epoch * counts[classes]
-        draws = self._stream(classes, places, self.members.counts[classes])
+        draws = self._draws(*self._stream(classes, places, self.members.counts[classes]))
         return np.bincount(draws % self.num_samples, minlength=self.num_samples).astype(np.int64)
 
     @cached_property
@@ -119,34 +133,38 @@ class BalancedPlan(EpochPlan):
         taken: Int = (self.quotas * number + self._offsets) // self._num_windows
         return taken
 
-    def _window_at(self, position: int) -> tuple[int, Int]:
-        """The window that holds `position`: its first position, and its draws in order. The last two are kept."""
-        for first, draws in self._mixed.values():
-            if first <= position < first + len(draws):
-                return first, draws
+    def _window_at(self, position: int) -> _Window:
+        """The window that holds `position`; the last two are kept."""
+        for window in self._mixed.values():
+            if window.first <= position < window.end:
+                return window
         low, high = 0, self._num_windows
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if int(self._taken(middle).sum()) <= position else (low, middle)
         while len(self._mixed) >= 2:
             self._mixed.pop(next(iter(self._mixed)))
-        before = self._taken(low)
-        self._mixed[low] = int(before.sum()), self._window_draws(low, before)
+        self._mixed[low] = self._window_number(low)
         return self._mixed[low]
 
-    def _window_draws(self, number: int, before: Int) -> Int:
+    def _window_number(self, number: int) -> _Window:
+        before = self._taken(number)
         counts = self._taken(number + 1) - before
         classes = np.repeat(np.arange(len(counts)), counts)
         within = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
         places = self.epoch * self.quotas[classes] + before[classes] + within
-        draws = self._stream(classes, places, self.members.counts[classes])
-        ordered: Int = draws[permutation(len(draws), self.seed, self.epoch, "balanced window", number)]
-        return ordered
+        members, passes = self._stream(classes, places, self.members.counts[classes])
+        order = permutation(len(classes), self.seed, self.epoch, "balanced window", number)
+        return _Window(int(before.sum()), members[order], passes[order])
 
-    def _stream(self, classes: Int, places: Int, sizes: Int) -> Int:
-        """The draws at these places of the classes' endless streams."""
+    def _stream(self, classes: Int, places: Int, sizes: Int) -> tuple[Int, Int]:
+        """Which of all `members`, in which pass through its class, is at these places of the classes' endless streams."""
         passes, places = np.divmod(places, sizes)
         streams = keys(keys(classes, self.seed, "balance") ^ passes.astype(np.uint64), "pass")
-        samples: Int = self.members.members[self.members.starts[classes] + permuted(places, sizes, streams)].astype(np.int64)
+        return self.members.starts[classes] + permuted(places, sizes, streams), passes
+
+    def _draws(self, members: Int, passes: Int) -> Int:
+        """Looked up only when asked for: the members are a mapped file, and may be far apart in it."""
+        samples: Int = self.members.members[members].astype(np.int64)
         draws: Int = samples + self.num_samples * (passes % (2**62 // self.num_samples))
         return draws

@@ -6,6 +6,7 @@ million labels at a time, so that neither making nor using it needs memory that 
 
 from __future__ import annotations
 
+import mmap
 import struct
 import zlib
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def _fill(file: Any, shards: Shards, starts: npt.NDArray[np.int64]) -> None:
         members[np.repeat(free - np.cumsum(counts) + counts, counts) + np.arange(len(labels))] = first + order
         free += counts
     members.flush()
-    file.write(_HEADER.pack(_MAGIC, kind.itemsize, _crc(members)))
+    file.write(_HEADER.pack(_MAGIC, kind.itemsize, _crc(Path(file.name))))
 
 
 def _read(path: Path, num_samples: int) -> npt.NDArray[Any] | None:
@@ -106,16 +107,28 @@ def _read(path: Path, num_samples: int) -> npt.NDArray[Any] | None:
     try:
         with path.open("rb") as file:
             magic, itemsize, crc = _HEADER.unpack(file.read(_HEADER.size))
-        if magic != _MAGIC or itemsize != kind.itemsize or path.stat().st_size != _HEADER.size + num_samples * kind.itemsize:
+        size = path.stat().st_size
+        if magic != _MAGIC or itemsize != kind.itemsize or size != _HEADER.size + num_samples * kind.itemsize or _crc(path) != crc:
             return None
-        members = np.memmap(path, kind, "r", offset=_HEADER.size, shape=(num_samples,)).view(np.ndarray)
-    except (OSError, struct.error, ValueError):
+    except (OSError, struct.error):
         return None
-    return members if _crc(members) == crc else None
+    return map_members(path, kind, num_samples, offset=_HEADER.size)
 
 
-def _crc(members: npt.NDArray[Any]) -> int:
+def map_members(path: Path, kind: Any, num_samples: int, *, offset: int) -> npt.NDArray[Any]:
+    """Mapped for reading here and there: nothing is read ahead."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, kind, num_samples, offset)
+
+
+def _crc(path: Path) -> int:
+    """Of what follows the header; read, not mapped, so that it counts as nobody's memory."""
     crc = 0
-    for first in range(0, len(members), _CHUNK):
-        crc = zlib.crc32(members[first : first + _CHUNK].data, crc)
+    with path.open("rb") as file:
+        file.seek(_HEADER.size)
+        while block := file.read(4 * _CHUNK):
+            crc = zlib.crc32(block, crc)
     return crc
