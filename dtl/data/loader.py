@@ -171,6 +171,8 @@ class StepLoader:
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 worker_init_fn=_init_worker if self.workers else None,
                 prefetch_factor=PREFETCH if self.workers else None,
+                # Python 3.14's own choice, a fork server, imports torch anew in each (5 s), and keeps them alive after a killed trainer.
+                multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
                 pin_memory=self._pin_memory,
                 generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
             )
