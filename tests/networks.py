@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -41,3 +43,9 @@ def diverging(num_classes: int) -> nn.Module:
             return self.fc(x.mean(dim=(2, 3))) * torch.where(moved, torch.nan, 1.0)
 
     return Diverging()
+
+
+def with_dropout(num_classes: int) -> nn.Module:
+    """A head in a container with dropout of its own, as in torchvision's MobileNetV2."""
+    backbone = nn.Sequential(nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(OrderedDict(features=backbone, classifier=nn.Sequential(nn.Dropout(0.3), nn.Linear(48, num_classes))))
