@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dtl.data.balance import class_members
 from dtl.data.cache import default_cache_dir, ensure_packed
 from dtl.data.index import Shards
 from dtl.data.manifest import check_class_maps
+from dtl.data.shared_memory import check_shared_memory
 from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
 from dtl.engine.bad_samples import BadSamples
 from dtl.engine.feeds import Feeds
@@ -122,6 +124,7 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
         feeds.plan(0)
+        check_shared_memory(feeds.shared_bytes, ranks=runtime.gather(gethostname()).count(gethostname()), workers=feeds.workers)
     return feeds
 
 

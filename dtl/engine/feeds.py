@@ -10,8 +10,9 @@ import numpy as np
 from dtl.data.balance import AnyBalance, plan_epoch
 from dtl.data.class_members import ClassMembers
 from dtl.data.index import Shards
-from dtl.data.loader import Batch, StepLoader, Transform
+from dtl.data.loader import PREFETCH, Batch, StepLoader, Transform
 from dtl.data.plan import EpochPlan, RankLayout
+from dtl.data.shared_memory import bytes_needed
 from dtl.engine.feature_data import FeatureDataset
 from dtl.engine.phases import Phase
 
@@ -73,6 +74,21 @@ class Feeds:
             )
         return self._plans[epoch]
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that this rank's loader processes take at most: validation's come while those of training wait, prefetched."""
+        sizes = 0
+        for plan in (self.plan(0), self._val_plan()):
+            layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=True)
+            sizes += bytes_needed(
+                micro_batch_size=layout.micro_batch_size,
+                image_size=self.image_size,
+                accumulation_steps=layout.accumulation_steps,
+                workers=self.workers,
+                prefetch=PREFETCH,
+            )
+        return sizes
+
     def layout(self, phase: Phase) -> RankLayout:
         pairs = bool(phase.config.mixup or phase.config.cutmix)
         return RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=pairs)
@@ -84,11 +100,14 @@ class Feeds:
         return loader.steps(epoch, step, phase.num_steps - phase_step)
 
     def val_steps(self) -> Iterator[list[Batch]]:
-        plan = EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
+        plan = self._val_plan()
         layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
         loader = self._loader("val", lambda epoch: plan, layout, limit=None)
         num_steps = plan.num_steps if self.max_val_steps is None else min(plan.num_steps, self.max_val_steps)
         return loader.steps(0, 0, num_steps)
+
+    def _val_plan(self) -> EpochPlan:
+        return EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
 
     def step_samples(self, phase: Phase, phase_step: int) -> np.ndarray:
         """Sample ids of the whole global batch, [n] in slot order."""

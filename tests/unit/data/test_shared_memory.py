@@ -1,0 +1,90 @@
+"""/dev/shm: what loaders need is known before the first step, and it is what they really take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtl.data.shared_memory import bytes_needed, check_shared_memory
+from dtl.errors import UserError
+
+# In a mount namespace of its own, with a /dev/shm of its own: nobody else's is touched.
+NAMESPACE = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+MOUNTED = "mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {python} -c '{code}'"
+
+
+def in_namespace(code: str, size: str, **env: str) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("unshare") or subprocess.run([*NAMESPACE, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True, check=False).returncode:
+        pytest.skip("needs root and mount namespaces")
+    command = MOUNTED.format(size=size, python=sys.executable, code=code)
+    return subprocess.run([*NAMESPACE, command], capture_output=True, text=True, check=False, env={**os.environ, **env})
+
+
+def test_what_is_needed() -> None:
+    """256 images of 224 x 224 in 8 loader processes: 616 MB of prefetched batches, and two in the trainer's hands."""
+    needed = bytes_needed(micro_batch_size=256, image_size=224, accumulation_steps=1, workers=8, prefetch=2)
+    assert needed == pytest.approx(18 * 256 * 3 * 224**2, rel=0.001)
+    assert bytes_needed(micro_batch_size=256, image_size=224, accumulation_steps=1, workers=0, prefetch=2) == 0
+
+
+def test_a_docker_containers_64_mib() -> None:
+    code = """
+from dtl.data.shared_memory import check_shared_memory
+check_shared_memory(30 * 2**20, ranks=2, workers=4)
+try:
+    check_shared_memory(30 * 2**20, ranks=3, workers=4)
+except Exception as error:
+    print(error)
+"""
+    done = in_namespace(code, "64m")
+    assert done.returncode == 0, done.stderr
+    assert "/dev/shm has 64 MiB free of 64, but the batches of 3 process(es) with 4 loader processes each take up to 90 MiB there" in done.stdout
+    assert "--shm-size 1g" in done.stdout
+    assert "--data.workers N" in done.stdout
+
+
+def test_where_there_is_none(tmp_path: Path) -> None:
+    check_shared_memory(2**60, ranks=1, workers=1, folder=tmp_path / "nothing")
+    check_shared_memory(0, ranks=1, workers=0)
+    with pytest.raises(UserError, match=r"MiB free of .*, but the batches of 1 process"):
+        check_shared_memory(2**60, ranks=1, workers=1, folder=tmp_path)
+
+
+LOADERS = """
+import os, sys, time
+from pathlib import Path
+from dtl.data.index import Shards
+from dtl.data.loader import PREFETCH, StepLoader
+from dtl.data.plan import EpochPlan, RankLayout
+from dtl.data.shared_memory import bytes_needed
+from dtl.data.transforms import AugmentSettings, train_transform
+shards = Shards.open(os.environ["SHARDS"])
+plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=64)
+layout = RankLayout.for_plan(plan, num_ranks=1, micro_batch_size=16)
+loader = StepLoader(shards, train_transform(image_size=96, augment=AugmentSettings()), plans=lambda e: plan, layout=layout, rank=0, image_size=96, seed=0, workers=3)
+most = 0
+for number, batches in enumerate(loader.steps(0, 0, plan.num_steps)):
+    time.sleep(0.3)
+    space = os.statvfs("/dev/shm")
+    most = max(most, (space.f_blocks - space.f_bfree) * space.f_frsize)
+    if number == 7:
+        break
+need = bytes_needed(micro_batch_size=16, image_size=96, accumulation_steps=layout.accumulation_steps, workers=3, prefetch=PREFETCH)
+print(most, need)
+"""
+
+
+@pytest.mark.soak
+def test_it_is_what_loaders_really_take(tmp_path: Path) -> None:
+    from dtl.data.pack import pack
+
+    pack("digits", tmp_path / "digits", processes=1, progress=False)
+    done = in_namespace(LOADERS, "512m", SHARDS=str(tmp_path / "digits/train"), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    most, need = map(int, done.stdout.split())
+    assert need / 2 < most <= need
