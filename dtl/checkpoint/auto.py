@@ -7,7 +7,7 @@ The algorithm and the measurements behind its thresholds: docs/weight-transfer.m
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,12 +17,14 @@ from dtl.checkpoint.fits import unit_transform
 from dtl.checkpoint.flow_match import complete_by_dataflow, prune_by_dataflow
 from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.qkv import fuse_projections
+from dtl.checkpoint.recurring import match_leftovers, match_recurring
 from dtl.checkpoint.trace import Dataflow
 from dtl.checkpoint.tree import loose_signature, match_trees
 from dtl.checkpoint.trust import Trust
 from dtl.checkpoint.units import NORMS, Unit
 from dtl.checkpoint.views import Candidates, Viewed, in_use_order, look
 
+NEW_NAME = "its name is new beside names that hold: another layer of that shape, or a renamed one"
 ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
 
 
@@ -129,8 +131,12 @@ class _Auto:
         self._certain_by_views()
         self._names_break_ties()
         self._unique_and_dataflow()
+        self.recurring = match_recurring(self.ours, self.theirs, self._without_order_certain())
+        self._names_recur()
         self._names_contradict()
         self._trees_agree()
+        if self.assume_order:
+            self._last_of_a_block()
         self._norms_follow_layers()
         self._order_alone()
         self._list_doubts()
@@ -179,6 +185,33 @@ class _Auto:
             for j, i in found.items():
                 self.decided.put(j, i, "graph")
 
+    def _without_order_certain(self) -> dict[int, int]:
+        """What names, numbers and shapes pair, each for itself, and nothing else contradicts."""
+        said: dict[int, set[int]] = defaultdict(set)
+        for pairs in (self.trust.anchors, self.unique, self.trees):
+            for j, i in pairs.items():
+                said[j].add(i)
+        for j in self.theirs:
+            i = self.names.best(j)
+            if i is not None:
+                said[j].add(i)
+        agreed = {j: next(iter(each)) for j, each in said.items() if len(each) == 1}
+        asked = Counter(agreed.values())
+        return {j: i for j, i in agreed.items() if asked[i] == 1 and self.decided.certain.get(j, i) == i}
+
+    def _names_recur(self) -> None:
+        for j, i in self.recurring.items():
+            now = self.decided.certain.get(j)
+            if now is not None and now != i and j not in self.trust.anchors and not self.transforms.get((now, j)):
+                self.decided.doubt(j, "the names of its other blocks speak for another layer", [now, i])
+            elif now is None and i not in self._taken() and (i in self.candidates.get(j, ()) or not self.in_order):
+                self.decided.put(j, i, "pattern")
+
+    def _last_of_a_block(self) -> None:
+        for j, i in match_leftovers(self.source.units, self.target.units, self.decided.certain).items():
+            if j not in self.heads:
+                self.decided.put(j, i, "order")
+
     # --- what speaks against ---
 
     def _names_contradict(self) -> None:
@@ -209,6 +242,8 @@ class _Auto:
         """Sorted names: what the alignment says of their order is noise; keep what names, numbers or shapes say."""
         for j, i in list(self.decided.certain.items()):
             if j in self.trust.anchors or self.unique.get(j) == i or self.trees.get(j) == i or self.names.best(j) == i:
+                continue
+            if self.recurring.get(j) == i:
                 continue
             self.decided.doubt(j, "the source keeps no order, and neither names nor numbers place it", [i])
         for j, i in self.trees.items():
@@ -244,7 +279,7 @@ class _Auto:
             elif self.assume_order:
                 self.decided.evidence[j] = "order"
             else:
-                self.decided.doubt(j, ORDER_ONLY, [self.decided.certain[j]])
+                self.decided.doubt(j, NEW_NAME if self._is_new_name(j) else ORDER_ONLY, [self.decided.certain[j]])
 
     def _free_of_order(self) -> dict[int, str]:
         """Target unit -> the argument for its pair that needs no order."""
@@ -258,9 +293,7 @@ class _Auto:
         found = {}
         for j, i in self.decided.certain.items():
             # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
-            named = j in self.trust.anchors or j in self.trust.distrusted
-            new_name = self.trust.new_names and not named and not self.transforms.get((i, j))
-            if new_name and self.names.best(j) != i:
+            if self._is_new_name(j) and not self.transforms.get((i, j)) and self.names.best(j) != i:
                 continue
             if self.unique.get(j) == i or (i, j) in self.sole:
                 found[j] = "unique-shape"
@@ -268,10 +301,15 @@ class _Auto:
                 found[j] = "name"
             elif self.trees.get(j) == i:
                 found[j] = "tree+number"
+            elif self.recurring.get(j) == i:
+                found[j] = "pattern"
             elif colours and sharing[loose_signature(self.ours[i]), colours[i]] == 1:
                 found[j] = "graph"
         self._norms_with_their_layers(found)
         return found
+
+    def _is_new_name(self, j: int) -> bool:
+        return self.trust.new_names and j not in self.trust.anchors and j not in self.trust.distrusted
 
     def _norms_with_their_layers(self, found: dict[int, str]) -> None:
         """A norm that names or dataflow tie to a layer shares that layer's evidence."""

@@ -13,7 +13,7 @@ class Match:
     """One target tensor's source.
 
     `transform`: the named function of `dtl.checkpoint.adapt` that makes it fit ("" for a plain copy).
-    `evidence`: name, unique-shape, structure, tree+number, graph, order or map. `margin`: by how much the best alignment
+    `evidence`: name, unique-shape, structure, tree+number, pattern, graph, order or map. `margin`: by how much the best alignment
     without this pair is worse (score units of `dtl.checkpoint.gaps`), where an alignment decided.
     """
 

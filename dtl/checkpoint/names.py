@@ -127,6 +127,9 @@ def _swaps(shapes: dict[str, Shape], wanted: dict[str, Shape]) -> list[tuple[int
         for new in sorted(target_counts):
             if new and target_counts[new] < max(4, least):
                 continue
+            # What wraps a network holds most of it on one side or the other; a part that was renamed is no wrapper.
+            if max(len(inside) / len(shapes), target_counts[new] / len(wanted)) < 0.6:
+                continue
             hits = sum(wanted.get(new + name[len(old) :]) == shapes[name] for name in inside)
             if hits and not _is_part(old, new, shapes, wanted):
                 found.append((hits, -len(old) - len(new), old, new))

@@ -345,6 +345,7 @@ _EVIDENCE = {
     "unique-shape": "the only layer of this shape on both sides",
     "structure": "the same in every near-optimal alignment",
     "tree+number": "the same place in the tree of modules, by content and numbers",
+    "pattern": "its last words stand for the same layer in the other blocks",
     "graph": "the same place in the flow of data",
     "order": "the order of registration (assumed)",
     "map": "as the map says",

@@ -13,8 +13,9 @@ MOST_AGREE = 0.6
 """Least share of same-named layers that must have the same shape: below it the names mean other layers."""
 MOST_NAMED = 0.9
 """Least share of one side's layers that must have a namesake, for names to be believed as a whole."""
-SOME_NAMED = 0.5
-"""The same for believing the namesakes alone, where every one of them has its shape: blocks were put in and taken out."""
+SOME_NAMED = 0.2
+"""The same for believing the namesakes alone, where every one of them has its shape: blocks were put in and taken out. No lower
+than this: a stem and a head of common names say nothing of the blocks between."""
 
 
 @dataclass

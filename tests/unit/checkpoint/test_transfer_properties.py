@@ -46,6 +46,9 @@ def test_no_false_assignment(seed: int, edits: list[str], how: str, permuted: bo
         state = dict(sorted(state.items()))
     plan = plan_transfer(state, target, min_coverage=0.0)
     wrong = {t: s for t, s in plan.pairs.items() if true.get(t) != s}
+    if how not in ("keep", "wrap"):
+        # Under new names a block that was taken out and an equal one that was put in are one block, renamed: nothing tells otherwise.
+        wrong = {t: s for t, s in wrong.items() if t in true or s in true.values()}
     assert wrong == {}
     # With names that tell the truth nearly all of it is found, whatever was put in, taken out or registered in another order.
     if how in ("keep", "wrap") and "width" not in edits:
