@@ -230,6 +230,10 @@ class CheckpointConfig(Section):
     """Save each so many steps, besides each evaluation and the end of each phase."""
     every_minutes: Positive | None = 10.0
     """Save when the last save is this long ago."""
+    deadline_seconds: Positive | None = None
+    """Stop by itself, with a checkpoint and status 75, so as to have left this long after the start. Slurm's time limit is known without it."""
+    max_failures: Count = 3
+    """How many saves in a row may fail (full disk, vanished folder) before the run ends."""
     keep: Count = 3
     """How many checkpoints stay on disk."""
     asynchronous: Annotated[bool, Field(alias="async")] = True

@@ -60,6 +60,7 @@ class RunFolder:
         self.incarnation = 0  # 0: not acquired
         self._lock = self.path / "lock"
         self._stale_seconds, self._beat_seconds, self._say = stale_seconds, beat_seconds, say
+        self.facts: dict[str, Any] = {}  # goes into every status.json of this start
         self._owner: dict[str, Any] = {}
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
@@ -90,7 +91,25 @@ class RunFolder:
             raise ValueError(f"state {state!r} is none of {STATES}")
         self.check_incarnation()
         facts = {"state": state, "why": why, "step": step, "incarnation": self.incarnation}
-        _replace_json(self.path / "status.json", facts | {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()} | more)
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "launcher": _launcher()}
+        _replace_json(self.path / "status.json", facts | here | self.facts | more)
+
+    def was_stopped_under_this_agent(self) -> bool:
+        """The run was stopped, and it is the same elastic agent that starts it once more, because it takes status 75 for a fault."""
+        status = read_status(self.path) or {}
+        then, now = status.get("launcher"), _launcher()
+        if status.get("state") != "stopped" or not isinstance(then, dict) or now["restarts"] <= then.get("restarts", 0):
+            return False
+        # Another node's agent may have restarted us; on the same one, it must be the very same process.
+        return bool(then.get("host") != now["host"] or then == now | {"restarts": then.get("restarts")})
+
+    def count_starts(self, step: int) -> int:
+        """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""
+        before = (read_status(self.path) or {}).get("progress")
+        same = isinstance(before, dict) and before.get("step") == step
+        number = int(before["starts"]) + 1 if same and isinstance(before, dict) else 1
+        self.facts["progress"] = {"step": step, "starts": number}
+        return number
 
     def release(self) -> None:
         """Leave the folder to whoever comes next. Nothing happens in a process that has not acquired it, or if it is gone."""
@@ -227,6 +246,17 @@ def _describe_self() -> dict[str, Any]:
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "slurm": _slurm_job(),
         "elastic": _elastic_job(),
+    }
+
+
+def _launcher() -> dict[str, Any]:
+    """The process that has started this one, and how often it has started its ranks anew (torchrun and accelerate tell)."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getppid(),
+        "process_start": _process_start(os.getppid()),
+        "restarts": int(restarts) if restarts.isdigit() else 0,
     }
 
 

@@ -11,9 +11,11 @@ from torch import nn
 
 
 def small(num_classes: int) -> nn.Module:
-    """`networks:small`; on the rank in $SLEEP_ON, reading sleeps for ever once there is a file named `sleep`."""
+    """`networks:small`; on the rank in $SLEEP_ON, reading sleeps while there is a file named `sleep`; the disk takes $SLOW_DISK s a file."""
     if os.environ.get("SLEEP_ON") == os.environ.get("RANK", "0"):
         _sleep_when_told()
+    if "SLOW_DISK" in os.environ:
+        _slow_disk(float(os.environ["SLOW_DISK"]))
     return networks.small(num_classes)
 
 
@@ -36,3 +38,15 @@ def _sleep_when_told() -> None:
         return read(self, request)
 
     BatchDataset.__getitems__ = slow  # type: ignore[method-assign]
+
+
+def _slow_disk(seconds: float) -> None:
+    from dtl.checkpoint import durable
+
+    write = durable._write
+
+    def slow(path, pieces):  # type: ignore[no-untyped-def]
+        time.sleep(seconds)
+        return write(path, pieces)
+
+    durable._write = slow

@@ -91,6 +91,7 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep, self.asynchronous, self.max_failures = keep, asynchronous, max_failures
         self.saved_step: int | None = None  # the newest step that this store has put on the disk for certain
+        self.save_seconds = 0.0  # the longest that a save has taken until it was on the disk
         self._say, self._before_write = say, before_write
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -166,6 +167,7 @@ class CheckpointStore:
         return _Snapshot(step, copied, aliases, state)
 
     def _write_safely(self, snapshot: _Snapshot) -> None:
+        started = time.perf_counter()
         try:
             self._write(snapshot)
         except OSError as error:
@@ -183,6 +185,7 @@ class CheckpointStore:
         else:
             self._failures = 0
             self.saved_step = snapshot.step
+            self.save_seconds = max(self.save_seconds, time.perf_counter() - started)
 
     def _write(self, snapshot: _Snapshot) -> None:
         if not self.folder.is_dir():

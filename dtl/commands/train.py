@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def train(config: Config, name: str) -> int:
     gc.collect()
     gc.freeze()
     folder = RunFolder(f"{config.run.dir}/{name}")
+    started = time.monotonic()
     limit, heart = config.run.timeout_minutes, Heartbeat()
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=limit) as runtime, debugging(config.run.debug):
         runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt())
@@ -58,7 +60,7 @@ def train(config: Config, name: str) -> int:
         )
         try:
             with doctor:
-                return _train(config, name, folder, runtime, heart)
+                return _train(config, name, folder, runtime, heart, started)
         except PeerLost as lost:
             if str(lost):
                 _end(folder, heart, str(lost))
@@ -81,14 +83,19 @@ def _end(folder: RunFolder, heart: Heartbeat, line: str) -> None:
     _note_failure(folder, RuntimeError(line), step=heart.step)
 
 
-def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat) -> int:
+def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:
     from dtl.checkpoint.store import CheckpointStore
     from dtl.engine import build, finish
+    from dtl.engine.deadline import Deadline
     from dtl.engine.debug import overfit_one_batch
     from dtl.engine.loop import Stopped
     from dtl.tracking import Console
 
     console = Console(is_main=runtime.is_main)
+    deadline = Deadline(config.checkpoint.deadline_seconds, started=started)
+    if runtime.agree(runtime.is_main and folder.was_stopped_under_this_agent()):
+        console.say(f"{folder.path} was stopped, and its launcher has started it again: leaving; the same command goes on")
+        return EXIT_STOPPED
     build.prepare_folder(config, folder, runtime)
     heart.enter("data")
     train_shards, val_shards = build.open_shards(config, runtime, console.say)
@@ -101,6 +108,7 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
     store = CheckpointStore(
         folder.path / "checkpoints",
         keep=config.checkpoint.keep,
+        max_failures=config.checkpoint.max_failures,
         asynchronous=config.checkpoint.asynchronous,
         say=console.say,
         before_write=folder.check_incarnation,
@@ -124,14 +132,15 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
         tracker=tracker,
         channels_last=channels_last,
         heart=heart,
+        deadline=deadline,
     )
     finish.begin(trainer, folder, config, report)
     if config.run.debug:
         overfit_one_batch(trainer)
     try:
         trainer.run(checkpoint)
-    except Stopped:
-        return _stopped(trainer, folder, tracker, runtime)
+    except Stopped as stopped:
+        return _stopped(trainer, folder, tracker, runtime, why=str(stopped))
     except BaseException:
         tracker.close("failed")
         raise
@@ -142,12 +151,12 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
     return 0
 
 
-def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Runtime) -> int:
+def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Runtime, *, why: str) -> int:
     step = trainer.state.step
     if runtime.is_main:
-        folder.write_status("stopped", why="signal", step=step)
-    tracker.note("stopped by a signal", step=step)
-    tracker.say(f"stopped by a signal at step {step}, its checkpoint is on the disk; the same command goes on from there")
+        folder.write_status("stopped", why=why.removeprefix("a "), step=step)
+    tracker.note(f"stopped by {why}", step=step)
+    tracker.say(f"stopped by {why} at step {step}, its checkpoint is on the disk; the same command goes on from there")
     tracker.close("stopped")
     # The first rank that leaves with this status makes the launcher end the others: they must have nothing left to do.
     runtime.barrier()

@@ -117,9 +117,10 @@ def enter(
         trainable = trainable - unused
     if not trainable:
         raise UserError(f"phases.{phase.name}.train: nothing is left to train")
+    # Before freezing, which marks the modules themselves: a converted norm is a new one.
+    _sync_norms(network.module, trainable, runtime, sync_bn, micro_batch_size, freeze_norm=freeze_norm, say=say)
     freeze(network.module, trainable, freeze_norm=freeze_norm)
     set_train_mode(network.module)
-    _sync_norms(network.module, runtime, sync_bn, micro_batch_size, say)
 
     groups = build_groups(
         network.module,
@@ -197,14 +198,25 @@ def _schedule(phase: Phase) -> Schedule:
     )
 
 
-def _sync_norms(module: nn.Module, runtime: Runtime, wanted: str | bool, micro_batch_size: int, say: Callable[[str], None]) -> None:
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    if not norms or runtime.world_size == 1 or wanted is False:
+def _sync_norms(
+    module: nn.Module,
+    trainable: frozenset[str],
+    runtime: Runtime,
+    wanted: str | bool,
+    micro_batch_size: int,
+    *,
+    freeze_norm: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Let the norms that gather statistics in this phase do so over all ranks; frozen ones evaluate, which is the same either way."""
+    norms = {name: m for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    gathering = [n for n, m in norms.items() if not freeze_norm or any(f"{n}.{part}" in trainable for part, _ in m.named_parameters())]
+    if not gathering or runtime.world_size == 1 or wanted is False:
         return
     if runtime.device.type != "cuda":
         if wanted is True:
             raise UserError("model.sync_bn is true, but PyTorch has synchronised batch norm on GPUs only; use auto or false")
         return
-    if wanted is True or micro_batch_size < SYNC_BN_BELOW:
+    if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         say(f"batch norm statistics are taken over all {runtime.world_size} ranks")

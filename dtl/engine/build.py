@@ -23,6 +23,7 @@ from dtl.data.manifest import check_class_maps
 from dtl.data.shared_memory import check_shared_memory
 from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
 from dtl.engine.bad_samples import BadSamples
+from dtl.engine.deadline import Deadline
 from dtl.engine.feeds import Feeds
 from dtl.engine.loop import Settings, Trainer
 from dtl.engine.phases import Phase, plan_phases
@@ -309,6 +310,7 @@ def build_trainer(
     tracker: Tracker,
     channels_last: bool,
     heart: Heartbeat,
+    deadline: Deadline,
 ) -> Trainer:
     bad_samples = BadSamples(
         folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad
@@ -339,6 +341,7 @@ def build_trainer(
         settings=settings,
         config=config.to_dict(),
         heart=heart,
+        deadline=deadline,
     )
 
 

@@ -23,16 +23,30 @@ from dtl.run_lock import RunFolder, read_status
 from dtl.runtime import Runtime
 from dtl.tracking import Console
 
+# From this many starts at one step on, status.json says that there is no progress.
+STARTS_WITHOUT_PROGRESS = 3
+
 
 def begin(trainer: Trainer, folder: RunFolder, config: Config, report: TransferReport | None) -> None:
     """Write down what this start is (main process)."""
     trainer.state.incarnation = folder.incarnation
+    starts = trainer.runtime.agree(folder.count_starts(trainer.state.step) if trainer.runtime.is_main else 0)
     if not trainer.runtime.is_main:
         return
     write_whole(folder.path / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
     if report is not None:
         report.to_json(folder.path / "transfer.json")
-    folder.write_status("running", step=trainer.state.step)
+    stuck = (
+        ""
+        if starts <= STARTS_WITHOUT_PROGRESS
+        else (
+            f"start number {starts} in a row at step {trainer.state.step}, without a new checkpoint: give each start more time, "
+            "or save more often (--checkpoint.every_steps)"
+        )
+    )
+    folder.write_status("running", why=stuck, step=trainer.state.step)
+    if stuck:
+        trainer.tracker.say(stuck)
     state, runtime = trainer.state, trainer.runtime
     done = f"; going on at step {state.step}" if state.step else ""
     trainer.tracker.say(
@@ -132,5 +146,5 @@ def preprocessing(network: Network, config: Config, trainer: Trainer) -> dict[st
         **asdict(network.preprocessing),
         "image_size": config.data.image_size,
         "crop_ratio": network.preprocessing.crop_ratio if config.data.crop_ratio == "auto" else config.data.crop_ratio,
-        "transform": json.loads(json.dumps(trainer.feeds.val_transform.describe())),  # type: ignore[attr-defined]
+        "transform": json.loads(json.dumps(trainer.feeds.val_transform.describe())),
     }

@@ -19,6 +19,7 @@ from dtl.data.loader import Batch
 from dtl.engine import saving
 from dtl.engine.active import ActivePhase, enter, leave, set_head
 from dtl.engine.bad_samples import BadSamples
+from dtl.engine.deadline import Deadline
 from dtl.engine.epoch_count import EpochCount
 from dtl.engine.evaluate import evaluate
 from dtl.engine.feature_phase import PhaseFeatures
@@ -37,7 +38,7 @@ SECONDS_BETWEEN_SAVES = 15.0
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and its state is safely on the disk."""
+    """The run was asked to stop, by what the message says, and its state is safely on the disk."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Trainer:
     """As plain values, stored with each checkpoint."""
     heart: Heartbeat
     """Told of every stage, for whoever waits for this rank."""
+    deadline: Deadline
     stall_seconds: float = 0.0
     """How long the loop stood still for saving, in this start."""
 
@@ -88,6 +90,7 @@ class Trainer:
         self._counted = EpochCount()
         self._trace = StepTrace(self.runtime.rank)
         self._told_stall = 0.0
+        self._saved_step = -1
         self._window = Window.start(self.runtime.device)
         self._last_save = self._clock = self._step_started = time.monotonic()
 
@@ -190,7 +193,8 @@ class Trainer:
         return batches, said.save
 
     def _agree(self, batches: list[Batch], *, save: bool = False) -> Flags:
-        flags = Flags(stop=self.runtime.stop_signal is not None, failed=any(batch.bad for batch in batches), save=save)
+        stop = self.runtime.stop_signal is not None or (self.runtime.is_main and self.deadline.due() is not None)
+        flags = Flags(stop=stop, failed=any(batch.bad for batch in batches), save=save)
         self.heart.enter("collective")
         return self.runtime.exchange(flags).result()
 
@@ -200,6 +204,7 @@ class Trainer:
         state.phase_step += 1
         state.epoch, state.epoch_step = phase.epoch_of(state.phase_step)
         seconds = time.monotonic() - self._step_started
+        self.deadline.saw_step(seconds)
         self._window.num_images += num_images
         self._window.seconds += seconds
         state.extra["images"] += num_images
@@ -365,16 +370,23 @@ class Trainer:
             self.stall_seconds += saving.save(
                 self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait
             )
+        self.deadline.saw_save(self.store.save_seconds)
         self._last_save = time.monotonic()
+        self._saved_step = self.state.step
 
     def _stop(self, active: ActivePhase) -> None:
         """Save, wait until it is on the disk, and leave together."""
-        self._save(active, wait=True)
+        why = self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or "a signal")
+        if self._saved_step == self.state.step:  # it is being written already, or has just been
+            self.heart.enter("save")
+            self.store.flush()
+        if not self.runtime.agree(self.store.saved_step == self.state.step):
+            self._save(active, wait=True)
         if not self.runtime.agree(self.store.saved_step == self.state.step):
             raise UserError(
-                f"stopped by a signal at step {self.state.step}, but its checkpoint could not be written; the newest whole one is step {self.store.saved_step}"
+                f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest whole one is step {self.store.saved_step}"
             )
-        raise Stopped
+        raise Stopped(why)
 
     def _finish(self, active: ActivePhase) -> None:
         """Hand the phase's weights on: those of its best evaluation, of its moving average, or the last."""

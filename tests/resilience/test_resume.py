@@ -34,7 +34,8 @@ def test_a_run_that_was_stopped_goes_on_bit_identically(tmp_path: Path, referenc
     folder = tmp_path / "runs/tiny"
     job = start(arguments, cwd=tmp_path, world=world)
     wait_for(lambda: steps_done(folder) >= when or None, what=f"step {when}")
-    job.kill(rank=world - 1, number=signal.SIGTERM)  # one rank's signal is enough
+    number = {2: signal.SIGTERM, 6: signal.SIGUSR1, 13: signal.SIGINT, 20: signal.SIGTERM}[when]
+    job.kill(rank=world - 1, number=number)  # one rank's signal is enough
     job.wait()
     if job.codes == [75] * world:
         assert status(folder)["state"] == "stopped"
