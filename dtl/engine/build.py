@@ -83,6 +83,7 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
 
 def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
     data = config.data
+    ranks_here = runtime.gather(gethostname()).count(gethostname())
     with runtime.together("batches"):
         if data.global_batch_size < runtime.world_size:
             raise UserError(
@@ -125,7 +126,7 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
         feeds.plan(0)
-        check_shared_memory(feeds.shared_bytes, ranks=runtime.gather(gethostname()).count(gethostname()), workers=feeds.workers)
+        check_shared_memory(feeds.shared_bytes, ranks=ranks_here, workers=feeds.workers)
     return feeds
 
 

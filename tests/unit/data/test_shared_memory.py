@@ -66,7 +66,8 @@ from dtl.data.transforms import AugmentSettings, train_transform
 shards = Shards.open(os.environ["SHARDS"])
 plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=64)
 layout = RankLayout.for_plan(plan, num_ranks=1, micro_batch_size=16)
-loader = StepLoader(shards, train_transform(image_size=96, augment=AugmentSettings()), plans=lambda e: plan, layout=layout, rank=0, image_size=96, seed=0, workers=3)
+options = dict(plans=lambda epoch: plan, layout=layout, rank=0, image_size=96, seed=0, workers=3)
+loader = StepLoader(shards, train_transform(image_size=96, augment=AugmentSettings()), **options)
 most = 0
 for number, batches in enumerate(loader.steps(0, 0, plan.num_steps)):
     time.sleep(0.3)
