@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtl.checkpoint.transfer import load_pretrained
 from dtl.checkpoint.transfer_report import TransferReport
-from dtl.data.cache import ensure_packed
+from dtl.data.cache import open_split
 from dtl.data.index import Shards
 from dtl.data.loader import StepLoader, Transform
 from dtl.data.pack import pack
@@ -88,7 +88,7 @@ def build_loader(
     """
     if split not in ("train", "val"):
         raise UserError(f"split is {split!r}; it must be train or val")
-    shards = Shards.open(ensure_packed(source, split=split, cache_dir=cache_dir))
+    shards = open_split(source, split=split, cache_dir=cache_dir)
     training = split == "train"
     transform = train_transform(image_size=image_size, augment=augment or AugmentSettings()) if training else eval_transform(image_size=image_size)
     return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size)

@@ -90,22 +90,26 @@ def _tell(values: dict[str, Any], table: str, options: argparse.Namespace) -> No
 
 def _open_data(options: argparse.Namespace, config: Config | None, model: StoredModel, runtime: Runtime) -> Shards:
     """The images to evaluate on, whose labels must mean the model's classes; a folder of images is packed into the cache first."""
-    from dtl.data.cache import ensure_packed
-    from dtl.data.index import Shards
+    from dataclasses import replace
+
+    from dtl.data.cache import open_split
+    from dtl.data.remote import RemoteOptions
 
     source, details = _source(options, config)
     own_labels = model.task.name == "classify"
     other_set = details.pop("other_set")
+    data = None if config is None else config.data
+    remote = RemoteOptions() if data is None else RemoteOptions(cache_gb=data.cache_gb, retries=data.retries, timeout=data.timeout, allow_pipe=data.allow_pipe)
     with runtime.together("data"):
-        packed = ensure_packed(
+        shards = open_split(
             source,
             split="val",
             classes=model.classes if own_labels and other_set else None,
             progress=runtime.is_main,
             say=_say if runtime.is_main else _silent,
+            remote=remote if runtime.local_rank == 0 else replace(remote, leader=False),
             **details,
         )
-        shards = Shards.open(packed)
         if own_labels:
             _check_classes(source, shards.classes, model.classes)
         if shards.num_samples == 0:

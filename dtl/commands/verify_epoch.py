@@ -37,22 +37,21 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from dtl.data.balance import class_members, plan_epoch
-    from dtl.data.cache import ensure_packed
+    from dtl.data.cache import open_split
     from dtl.data.epoch_proof import prove_epoch
-    from dtl.data.index import Shards
     from dtl.data.pack_progress import PackProgress
+    from dtl.data.remote import RemoteOptions
     from dtl.data.transforms import AugmentSettings, train_transform
 
-    shards = Shards.open(
-        ensure_packed(
-            options.source,
-            split=options.split,
-            val_fraction=options.val_fraction,
-            cache_dir=options.cache_dir,
-            on_error=options.on_error,
-            progress=not options.quiet,
-            say=_say,
-        )
+    shards = open_split(
+        options.source,
+        split=options.split,
+        val_fraction=options.val_fraction,
+        cache_dir=options.cache_dir,
+        on_error=options.on_error,
+        progress=not options.quiet,
+        say=_say,
+        remote=RemoteOptions(cache_gb=options.cache_gb),
     )
     plan = plan_epoch(
         shards.shard_sizes,
@@ -139,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="data.val_fraction (0)")
     which.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="data.on_error, while packing (fail)")
     which.add_argument("--cache-dir", metavar="DIR", help="data.cache_dir")
+    which.add_argument("--cache-gb", type=float, metavar="GB", help="data.cache_gb, for remote shards (all of them are kept)")
     images = parser.add_argument_group("images")
     images.add_argument("--image-size", type=int, default=224, metavar="N", help="side of the square (224)")
     images.add_argument("--augment", choices=("imagenet", "cifar", "light", "none"), default="imagenet", help="data.augment.preset (imagenet)")

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dtl.data.foreign import INDEX_VERSION, IndexReport, index_shards
 from dtl.data.foreign_find import Tar, is_remote_folder, shards_for_training
+from dtl.data.index import Shards
 from dtl.data.manifest import MANIFEST_NAME, Manifest
 from dtl.data.pack import PackReport, pack
 from dtl.data.pack_job import PACK_VERSION
-from dtl.data.remote import RemoteOptions, shown, without_query
+from dtl.data.remote import RemoteOptions, is_remote, kind_of, shown, without_query
 from dtl.data.remote import default_cache_dir as default_cache_dir
 from dtl.data.remote_folder import SPLIT_FOLDERS, find_remote_folder, mirror, mirror_place
 from dtl.data.sources import ALL, Source, open_source
@@ -93,6 +95,17 @@ def ensure_packed(
                 fixed=classes,
             )
     return folder
+
+
+def open_split(source: str | Path, *, remote: RemoteOptions | None = None, cache_dir: str | Path | None = None, **options: Any) -> Shards:
+    """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `remote.allow_pipe`."""
+    own = is_remote(source) and kind_of(str(source)) == "pipe"
+    far = remote or RemoteOptions()
+    far = replace(far, cache_dir=None if cache_dir is None else str(cache_dir), allow_pipe=far.allow_pipe or own)
+    shards = Shards.open(ensure_packed(source, cache_dir=cache_dir, remote=far, **options), remote=far)
+    if shards.cache is not None and far.leader:
+        shards.cache.clean()
+    return shards
 
 
 def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, say: Callable[[str], None]) -> Path:

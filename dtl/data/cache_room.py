@@ -69,16 +69,16 @@ def _check_disk(demand: Demand, needed: int) -> None:
 
 
 def _why(demand: Demand) -> str:
-    plan = demand.uses.plan
-    if hasattr(plan, "balance"):
+    uses = demand.uses
+    if uses.everywhere:
         return "since balanced sampling draws from all shards at any time"
-    if not plan.shuffle:
+    if not uses.shuffle:
         return "with what is read ahead"
-    return f"of a window of {min(plan.window, plan.num_samples):,} shuffled samples and the next one, where they meet"
+    return f"of a window of {min(uses.window, uses.num_samples):,} shuffled samples and the next one, where they meet"
 
 
 def _or_smaller(demands: Sequence[Demand]) -> str:
-    return ", or a smaller --data.window" if any(d.uses.plan.shuffle and not hasattr(d.uses.plan, "balance") for d in demands) else ""
+    return ", or a smaller --data.window" if any(d.uses.shuffle and not d.uses.everywhere for d in demands) else ""
 
 
 def _gb(number: int) -> str:

@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -202,11 +202,11 @@ class StepLoader:
     def uses(self, plan: EpochPlan) -> ShardUses:
         """When these loaders need which shard; what is on its way to the trainer may be this far behind what is asked for."""
         steps = -(-max(1, self.workers) * PREFETCH // self.layout.accumulation_steps) + 1
-        return ShardUses(replace(plan, _windows={}), behind=steps * plan.largest_step)
+        return ShardUses.of(plan, behind=steps * plan.largest_step)
 
     def _follow(self, first_epoch: int, first_step: int, num_steps: int) -> Prefetcher | None:
         """Tell the cache of remote shards what comes; one process of each node fetches ahead."""
-        cache = self._dataset.shards.cache
+        cache = self._dataset.shards.cache if isinstance(self._dataset, BatchDataset) else None
         if cache is None:
             return None
         plan = self.plans(first_epoch)

@@ -8,6 +8,7 @@ first step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -22,30 +23,48 @@ NEVER = np.iinfo(np.int64).max
 
 @dataclass
 class ShardUses:
-    """The uses of `plan`'s shards in every epoch (`plan.epoch` does not count), on one axis of time: epoch * N + position.
+    """The uses of S shards in every epoch, on one axis of time: epoch * N + position.
 
     `behind` positions before the one that is asked for may still be needed: other loader processes are working on them.
     """
 
-    plan: EpochPlan
+    shard_sizes: Int
+    seed: int
+    window: int
+    shuffle: bool
+    everywhere: bool
+    """Any sample may come at any time."""
+    num_steps: int
+    num_positions: int
     behind: int = 0
     _spans: dict[int, tuple[Int, Int]] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def of(cls, plan: EpochPlan, *, behind: int = 0) -> ShardUses:
+        """Those of `plan`, whose own epoch does not count. Other plans than the plain one draw samples from wherever they lie."""
+        everywhere = type(plan) is not EpochPlan
+        sizes = np.array(plan.shard_sizes, np.int64)
+        return cls(sizes, plan.seed, plan.window, plan.shuffle, everywhere, plan.num_steps, plan.num_positions, behind)
+
+    @cached_property
+    def num_samples(self) -> int:
+        return int(self.shard_sizes.sum())
+
     def time(self, epoch: int, position: int) -> int:
-        return epoch * self.plan.num_samples + position
+        return epoch * self.num_samples + position
 
     def step_time(self, epoch: int, step: int) -> int:
         """The time of a step's first position."""
-        return self.time(epoch, self.plan.step_bounds(min(step, self.plan.num_steps - 1))[0])
+        return self.time(epoch, min(step, self.num_steps) * self.num_positions // self.num_steps)
 
     def spans(self, epoch: int) -> tuple[Int, Int]:
         """First and last (excluded) time at which each shard may be asked for in `epoch`, [S] each; NEVER where it is not."""
         found = self._spans.get(epoch)
         if found is None:
-            first, last = _spans(self.plan, epoch)
+            first, last = self._positions(epoch)
             start = self.time(epoch, 0)
-            unused = (self.plan.shard_sizes == 0) | (first >= self.plan.num_positions)
-            last = np.minimum(last, self.plan.num_positions)
+            unused = (self.shard_sizes == 0) | (first >= self.num_positions)
+            last = np.minimum(last, self.num_positions)
             found = np.where(unused, NEVER, first + start), np.where(unused, NEVER, last + start)
             # Replaced whole: several threads may ask.
             self._spans = {**dict(list(self._spans.items())[-2:]), epoch: found}
@@ -53,7 +72,7 @@ class ShardUses:
 
     def next_use(self, time: int) -> Int:
         """[S] when each shard is asked for next, from `time` on; `time` itself for those in use now."""
-        epoch = max(0, time) // self.plan.num_samples
+        epoch = max(0, time) // self.num_samples
         first, last = self.spans(epoch)
         now = np.where((first != NEVER) & (last > time), np.maximum(first, time), NEVER)
         return np.where(now != NEVER, now, self.spans(epoch + 1)[0])
@@ -79,19 +98,18 @@ class ShardUses:
         order = np.argsort(uses, kind="stable")
         return order[uses[order] < until]
 
-
-def _spans(plan: EpochPlan, epoch: int) -> tuple[Int, Int]:
-    num = len(plan.shard_sizes)
-    if type(plan) is not EpochPlan:  # samples of a class are drawn from wherever they lie
-        return np.zeros(num, np.int64), np.full(num, plan.num_samples, np.int64)
-    order = permutation(num, plan.seed, epoch, "shards") if plan.shuffle else np.arange(num)
-    ends = np.cumsum(plan.shard_sizes[order])
-    starts = ends - plan.shard_sizes[order]
-    if plan.shuffle:
-        starts, ends = starts // plan.window * plan.window, -(-ends // plan.window) * plan.window
-    first, last = np.empty(num, np.int64), np.empty(num, np.int64)
-    first[order], last[order] = starts, ends
-    return first, last
+    def _positions(self, epoch: int) -> tuple[Int, Int]:
+        num = len(self.shard_sizes)
+        if self.everywhere:
+            return np.zeros(num, np.int64), np.full(num, self.num_positions, np.int64)
+        order = permutation(num, self.seed, epoch, "shards") if self.shuffle else np.arange(num)
+        ends = np.cumsum(self.shard_sizes[order])
+        starts = ends - self.shard_sizes[order]
+        if self.shuffle:
+            starts, ends = starts // self.window * self.window, -(-ends // self.window) * self.window
+        first, last = np.empty(num, np.int64), np.empty(num, np.int64)
+        first[order], last[order] = starts, ends
+        return first, last
 
 
 def victims(cached: Int, next_use: Int, shard_bytes: Int, *, after: int, room: int) -> list[int] | None:

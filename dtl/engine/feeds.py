@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dtl.data.balance import AnyBalance, plan_epoch
+from dtl.data.cache_room import Demand
 from dtl.data.class_members import ClassMembers
 from dtl.data.index import Shards
 from dtl.data.loader import PREFETCH, Batch, StepLoader, Transform
@@ -100,11 +101,28 @@ class Feeds:
         return loader.steps(epoch, step, phase.num_steps - phase_step)
 
     def val_steps(self) -> Iterator[list[Batch]]:
+        loader, _, num_steps = self._val_loader()
+        return loader.steps(0, 0, num_steps)
+
+    def _val_loader(self) -> tuple[StepLoader, EpochPlan, int]:
         plan = self._val_plan()
         layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
         loader = self._loader("val", lambda epoch: plan, layout, limit=None)
         num_steps = plan.num_steps if self.max_val_steps is None else min(plan.num_steps, self.max_val_steps)
-        return loader.steps(0, 0, num_steps)
+        return loader, plan, num_steps
+
+    def cache_demands(self, phases: Sequence[Phase]) -> list[Demand]:
+        """What the cache must hold of remote shards, for `dtl.data.cache_room`; nothing for local ones."""
+        found = []
+        if self.train.cache is not None:
+            loaders = [self._loader("train", self.plan, self.layout(phase), limit=self.max_train_steps) for phase in phases]
+            uses = max((loader.uses(self.plan(0)) for loader in loaders), key=lambda uses: uses.behind)
+            epochs = sum(-(-phase.num_steps // phase.steps_per_epoch) for phase in phases)
+            found.append(Demand("data.train", self.train.cache, uses, epochs))
+        if self.val.cache is not None:
+            loader, plan, _ = self._val_loader()
+            found.append(Demand("data.val", self.val.cache, loader.uses(plan)))
+        return found
 
     def _val_plan(self) -> EpochPlan:
         return EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
