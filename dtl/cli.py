@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "check packed shards: sizes, checksums, every image decoded",
     "verify-resume": "kill a recipe at random moments, and compare with an undisturbed run",
     "verify-epoch": "prove an epoch: count and hash what the loaders of any world size deliver",
+    "find-lr": "a learning rate range test of a phase, on one process or many, with a plot and a suggestion",
     "doctor": "what would go wrong on this machine, each finding with the line that mends it",
 }
 

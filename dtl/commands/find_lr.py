@@ -1,0 +1,146 @@
+"""`dtl find-lr`: a learning rate range test of one phase of a recipe. The work is `dtl.engine.lr_find`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from dtl.config import Config
+    from dtl.engine.lr_curve import LrCurve
+    from dtl.models.build import Network
+    from dtl.runtime import Runtime
+
+_DESCRIPTION = """\
+Which learning rate? Trains a phase for a while with a rate that rises exponentially at each step, until the loss diverges, and suggests
+the rate at which the loss falls fastest. The options are those of `dtl train`; the phase's own lr is not used, its head_lr_scale and
+layer_decay are. No run folder is read or written. On several processes, with the same curve on each:
+  accelerate launch --config_file launch/gpus.yaml --num_processes 4 -m dtl find-lr --config finetune --data.train photos
+"""
+_EPILOG = """\
+examples:
+  dtl find-lr
+  dtl find-lr --config configs/finetune.yaml --data.train photos/train --data.val photos/val --phase head
+  dtl find-lr --config configs/finetune.yaml --data.train photos/train --data.val photos/val --phase all --start runs/head-only
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command. UserError for a recipe or options that make no test."""
+    options, rest = _parser().parse_known_args(list(arguments))
+    from dtl.config import load_config
+
+    config, name = load_config([*(["--config", options.config] if options.config else []), *rest])
+    if options.phase is not None and options.phase not in config.phases:
+        raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")
+    phase = options.phase or list(config.phases)[-1]
+    from dtl.runtime import Runtime
+
+    with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
+        runtime.release_signals()  # nothing to save: a signal just ends it
+        curve = _measure(config, phase, options, runtime)
+        if runtime.is_main:
+            _tell(curve, Path(options.out), f"{name}-{phase}")
+    return 0
+
+
+def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
+    from dtl.engine import build
+    from dtl.engine.active import enter, set_head
+    from dtl.engine.lr_find import find_lr
+    from dtl.engine.step import Normalise
+
+    say = _say if runtime.is_main else _silent
+    train, val = build.open_shards(config, runtime, say)
+    with runtime.together("model"):
+        network = build.build_network(config, train.num_classes)
+    feeds = build.build_feeds(config, runtime, train, val, network)
+    phase = next(phase for phase in build.planned(config, feeds) if phase.name == phase_name)
+    build.transfer_weights(config, network, runtime, train, say)
+    channels_last = build.place_network(config, network, runtime)
+    set_head(network, phase, init=config.model.init, seed=config.run.seed)
+    if options.start is not None:
+        with runtime.together("start"):
+            _load(network, options.start)
+    active = enter(
+        network,
+        phase,
+        runtime,
+        class_counts=feeds.class_counts,
+        classes=feeds.classes,
+        freeze_norm=config.model.freeze_norm,
+        micro_batch_size=feeds.layout(phase).micro_batch_size,
+        image_size=config.data.image_size,
+        sync_bn=config.model.sync_bn,
+        say=say,
+    )
+    say(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
+    return find_lr(
+        active,
+        feeds,
+        runtime,
+        normalise=Normalise(network.preprocessing, runtime.device, channels_last=channels_last),
+        seed=config.run.seed,
+        first=options.first,
+        last=options.last,
+        num_steps=options.steps,
+    )
+
+
+def _load(network: Network, start: str) -> None:
+    """The weights of a finished run as the start, strictly."""
+    from dtl.checkpoint.model_folder import load_model_tensors
+    from dtl.engine.model_run import find_model
+
+    folder, _ = find_model(start)
+    tensors, own = load_model_tensors(folder), network.module.state_dict()
+    if wrong := sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]:
+        raise UserError(f"--start {start}: its weights are not this network's: {len(wrong)} names or shapes differ, the first is {wrong[0]}")
+    network.module.load_state_dict(tensors)
+
+
+def _tell(curve: LrCurve, out: Path, name: str) -> None:
+    from dtl.data.atomic import write_whole
+    from dtl.report.lr_plot import save_lr_plot
+
+    values = curve.to_json()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        data = (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+        write_whole(out / f"{name}.json", lambda file: file.write(data))
+        save_lr_plot(
+            out / f"{name}.png", phase=curve.phase, lrs=curve.lrs, losses=curve.losses, smoothed=curve.smoothed, suggestion=curve.suggestion
+        )
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    _say(f"{len(curve.lrs)} steps; plot {out / name}.png, numbers {out / name}.json")
+    print(curve.verdict())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtl find-lr", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="the recipe, and any of its keys as --section.key VALUE (default: the built-in digits)")
+    add("--phase", metavar="NAME", help="the phase to test (default: the last one)")
+    add("--start", metavar="RUN", help="begin with the weights of this run or model folder, instead of the recipe's own start")
+    add("--from", dest="first", type=float, default=1e-6, metavar="LR", help="first learning rate (1e-6)")
+    add("--to", dest="last", type=float, default=10.0, metavar="LR", help="last learning rate (10)")
+    add("--steps", type=int, default=100, metavar="N", help="steps from the first to the last rate (100)")
+    add("--out", metavar="FOLDER", default="find-lr", help="where CONFIG-PHASE.png and .json are written (find-lr)")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass

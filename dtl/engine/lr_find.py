@@ -1,0 +1,75 @@
+"""A range test of the learning rate on a phase as it would be trained: same network, data, optimizer, loss and ranks; nothing stays."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import fields, replace
+
+from dtl.data.loader import Batch
+from dtl.engine.active import ActivePhase
+from dtl.engine.feeds import Feeds
+from dtl.engine.lr_curve import LrCurve, rising_lrs
+from dtl.engine.step import Normalise, Stepper, Window, normaliser
+from dtl.engine.undo import undone
+from dtl.errors import UserError
+from dtl.heartbeat import Heartbeat
+from dtl.runtime import Flags, Runtime
+
+
+class _Sweep(ActivePhase):
+    """The phase with another learning rate at each step."""
+
+    lrs: list[float]
+
+    def set_lr(self, phase_step: int) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lrs[phase_step] * group["lr_scale"]
+        return self.lrs[phase_step]
+
+
+def find_lr(
+    active: ActivePhase,
+    feeds: Feeds,
+    runtime: Runtime,
+    *,
+    normalise: Normalise,
+    seed: int,
+    first: float = 1e-6,
+    last: float = 10.0,
+    num_steps: int = 100,
+    heart: Heartbeat | None = None,
+) -> LrCurve:
+    """Train `num_steps` steps at rates from `first` to `last`, until the loss diverges, and put everything back.
+
+    All ranks call it together and get the same curve: losses are those of the global batch, and when to stop is agreed upon.
+    Weights, statistics of norms, optimizer, moving average, gradient scaler and generators are afterwards bit for bit as before.
+    Raises UserError for damaged samples, and for rates or steps that make no test.
+    """
+    if not 0 < first < last:
+        raise UserError(f"the learning rates must rise from above 0: got {first:g} to {last:g}")
+    if num_steps < 10:
+        raise UserError(f"{num_steps} steps are too few for a range test; 50 to 200 are usual")
+    sweep = _Sweep(**{entry.name: getattr(active, entry.name) for entry in fields(ActivePhase)})
+    sweep.ema = None
+    sweep.lrs = rising_lrs(first, last, num_steps)
+    phase = replace(active.phase, num_steps=num_steps)
+    stepper = Stepper(sweep, runtime, normalise=normalise, seed=seed, heart=heart or Heartbeat())
+    curve = LrCurve(phase.name)
+    with undone(active, runtime), closing(feeds.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
+        for step in range(num_steps):
+            batches = next(stream)
+            _check(batches, runtime)
+            window = Window.start(runtime.device)
+            weight = normaliser(sweep, feeds.step_labels(phase, step))
+            lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
+            total = runtime.sum(window.loss_sum.reshape(1).cpu().clone())
+            if not runtime.agree(curve.add(lr, float(total[0]) / weight)):
+                break
+    return curve
+
+
+def _check(batches: list[Batch], runtime: Runtime) -> None:
+    bad = [damage for batch in batches for _, damage in batch.bad]
+    if runtime.exchange(Flags(failed=bool(bad))).result().failed:
+        first = next(text for text in runtime.gather(str(bad[0]) if bad else "") if text)
+        raise UserError(f"{first}; repack the data without it (dtl pack SRC DST --on-error skip)")

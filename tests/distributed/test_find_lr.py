@@ -1,0 +1,101 @@
+"""`dtl find-lr` in real runs, on one rank and on two, and through the engine: it measures, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import harness
+import pytest
+import recipes
+import torch
+
+STEPS = ["--steps", "24", "--from", "1e-4", "--to", "30"]
+PHASES = {"head": {"train": "head", "steps": 2}, "all": {"train": "all", "epochs": 1, "lr": 0.1, "ema": 0.9}}
+PLAIN = {"model": {"name": "networks:without_norms"}, "phases": PHASES}
+
+
+@pytest.mark.parametrize("phase", ["all", "head"])
+def test_two_ranks_measure_the_curve_of_one(tmp_path: Path, phase: str) -> None:
+    recipe = recipes.write_recipe(tmp_path, **PLAIN)
+    curves = []
+    for world in (1, 2):
+        job = harness.run(["--config", str(recipe), "--phase", phase, "--out", f"out-{world}", *STEPS], cwd=tmp_path, world=world, command="find-lr")
+        curves.append(json.loads((tmp_path / f"out-{world}/tiny-{phase}.json").read_text()))
+        assert (tmp_path / f"out-{world}/tiny-{phase}.png").stat().st_size > 5000
+        assert job.out(0).startswith(f"phase {phase}: ")
+        if world == 2:
+            assert job.out(1) == "", "one rank speaks"
+    one, two = curves
+    assert len(one["lrs"]) > 10
+    assert one["lrs"] == two["lrs"]
+    # The same global batches: equal but for the order of sums, until the large rates at the end magnify it.
+    assert one["losses"][:12] == pytest.approx(two["losses"][:12], rel=1e-3)
+    assert not (tmp_path / "runs").exists(), "no run folder is made"
+
+
+def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from dtl.config import load_config
+    from dtl.engine import build
+    from dtl.engine.active import enter
+    from dtl.engine.lr_find import find_lr
+    from dtl.engine.step import Normalise
+    from dtl.runtime import Runtime
+
+    phases = {"all": {"train": "all", "epochs": 1, "lr": 0.05, "optimizer": "adamw", "ema": 0.9, "mixup": 0.2}}
+    config, _ = load_config(["--config", str(recipes.write_recipe(tmp_path, phases=phases)), "--data.workers", "0"])
+    runtime = Runtime(device="cpu", precision="no")
+    train, val = build.open_shards(config, runtime, print)
+    network = build.build_network(config, train.num_classes)
+    feeds = build.build_feeds(config, runtime, train, val, network)
+    (phase,) = build.planned(config, feeds)
+    active = enter(
+        network, phase, runtime, class_counts=feeds.class_counts, classes=feeds.classes, freeze_norm=True, micro_batch_size=120, image_size=16, say=print
+    )
+    settings = {"normalise": Normalise(network.preprocessing, runtime.device, channels_last=False), "seed": 0, "num_steps": 12, "first": 1e-3, "last": 1.0}
+    # An optimizer with a state of its own, as in the middle of a phase.
+    for parameter in active.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    active.optimizer.step()
+    active.optimizer.zero_grad()
+    assert active.ema is not None
+    active.ema.update()
+
+    def everything() -> list[torch.Tensor]:
+        state = active.optimizer.state_dict()["state"]
+        moments = [value for values in state.values() for value in values.values()]
+        assert moments
+        return [
+            *(tensor.detach().clone() for tensor in network.module.state_dict().values()),
+            *(value.clone() for value in moments),
+            *(value.clone() for value in active.ema.state_tensors().values()),  # type: ignore[union-attr]
+            torch.get_rng_state(),
+        ]
+
+    before, groups, modes = everything(), json.dumps(active.optimizer.state_dict()["param_groups"]), [m.training for m in network.module.modules()]
+    curve = find_lr(active, feeds, runtime, **settings)  # type: ignore[arg-type]
+    assert len(curve.lrs) == 12
+    assert curve.losses[0] != curve.losses[-1]
+    assert all(torch.equal(old, new) for old, new in zip(before, everything(), strict=True))
+    assert json.dumps(active.optimizer.state_dict()["param_groups"]) == groups
+    assert [m.training for m in network.module.modules()] == modes
+    assert active.ema.num_updates == 1
+    assert all(parameter.grad is None for parameter in network.module.parameters())
+    # And so a second test measures the very same.
+    assert find_lr(active, feeds, runtime, **settings).losses == curve.losses  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--phase", "nothing"], "the recipe has no such phase; its phases: head, all"),
+        (["--from", "1", "--to", "0.1"], "the learning rates must rise"),
+        (["--steps", "3"], "3 steps are too few"),
+        (["--start", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_makes_no_test_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
+    recipe = recipes.write_recipe(tmp_path, **PLAIN)
+    job = harness.run(["--config", str(recipe), *options], cwd=tmp_path, command="find-lr", code=2)
+    assert said in job.err()
