@@ -6,11 +6,15 @@ batches, and what counts as seen is what the trainer finished, not what was pref
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -169,7 +173,7 @@ class StepLoader:
                 batch_sampler=_Requests(self, first_epoch, first_step, num_steps),  # type: ignore[arg-type]
                 num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
-                worker_init_fn=_init_worker if self.workers else None,
+                worker_init_fn=partial(_init_worker, os.getpid()) if self.workers else None,
                 prefetch_factor=PREFETCH if self.workers else None,
                 # Python 3.14's own choice, a fork server, imports torch anew in each (5 s), and keeps them alive after a killed trainer.
                 multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
@@ -238,8 +242,16 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(parent: int, worker: int) -> None:
     """Signals to the job are the trainer's to answer: a loader process that dies of one would break the step that is to be saved."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _end_with(parent: int) -> None:
+    """torch's loader processes look for their parent while they wait for work, not while nobody takes what they have."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
