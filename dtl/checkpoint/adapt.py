@@ -100,12 +100,9 @@ def transpose_kernel(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     return weight.permute(order).reshape(shape)
 
 
-def rows(tensor: torch.Tensor, source_classes: Sequence[str], target_classes: Sequence[str], merge: Mapping[str, Sequence[str]] | None = None) -> torch.Tensor:
-    """Rows of a head [K, ...] in the order of `target_classes`. `merge`: target class -> source classes whose rows are averaged."""
-    index = {name: row for row, name in enumerate(source_classes)}
-    merge = merge or {}
-    picked = [tensor[[index[name] for name in merge.get(target, (target,))]].mean(dim=0) for target in target_classes]
-    return torch.stack(picked)
+def rows(tensor: torch.Tensor, picks: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rows of a head [K, ...]: for each new class the mean of the old rows it picks (`heads.pick_rows`)."""
+    return torch.stack([tensor[list(pick)].mean(dim=0) if len(pick) > 1 else tensor[pick[0]] for pick in picks])
 
 
 def fold_norm(
@@ -152,10 +149,9 @@ def apply_transform(
     tensors: Sequence[torch.Tensor],
     shape: Shape,
     *,
-    source_classes: Sequence[str] | None = None,
-    target_classes: Sequence[str] | None = None,
+    picks: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
-    """The named transform of `tensors` (several for `fuse` and the folds), which must come out in `shape`."""
+    """The named transform of `tensors` (several for `fuse` and the folds), which must come out in `shape`; `picks` for `rows`."""
     if not name and len(tensors) == 1:
         return tensors[0]
     if name in _BY_SHAPE:
@@ -164,8 +160,8 @@ def apply_transform(
         return fuse(tensors)
     if found := _SPLIT.match(name):
         return split(tensors[0], int(found.group(1)), int(found.group(2)))
-    if name == "rows" and source_classes is not None and target_classes is not None:
-        return rows(tensors[0], source_classes, target_classes)
+    if name == "rows" and picks is not None:
+        return rows(tensors[0], picks)
     if name in ("fold_norm_weight", "fold_norm_bias"):
         return _fold(tensors)[0 if name.endswith("weight") else 1]
     raise UserError(f"transform: no way to do {name!r}; known are {', '.join(TRANSFORMS)}")

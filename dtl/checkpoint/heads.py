@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dtl.checkpoint.units import WEIGHTED, Unit
 from dtl.errors import UserError
@@ -47,3 +47,35 @@ def _called_head(path: str) -> bool:
 
 def _auxiliary(path: str) -> bool:
     return "aux" in path.lower() or path.lower().startswith("head")
+
+
+def num_source_classes(units: Sequence[Unit], otherwise: int) -> int:
+    """Outputs of the head that is found among these layers; `otherwise` where there is none."""
+    heads = detect_heads(units)
+    return heads[0].shape[0] if heads else otherwise
+
+
+def pick_rows(
+    source_classes: Sequence[str],
+    target_classes: Sequence[str],
+    head_rows: Mapping[str, str | Sequence[str]] | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """For each target class the rows of the source's head: its own name's, or those of the classes that `head_rows` gives it.
+
+    UserError on a class that the source does not have.
+    """
+    index = {name: row for row, name in enumerate(source_classes)}
+    wanted = dict(head_rows or {})
+    unknown = sorted(set(wanted) - set(target_classes))
+    if unknown:
+        raise UserError(f"head_rows: this network has no class '{unknown[0]}'; it has {', '.join(list(target_classes)[:6])} ...")
+    picks = []
+    missing = []
+    for name in target_classes:
+        given = wanted.get(name, name)
+        names = (given,) if isinstance(given, str) else tuple(given)
+        missing += [each for each in names if each not in index]
+        picks.append(tuple(index[each] for each in names if each in index))
+    if missing or not all(picks):
+        raise UserError(f"the source has no class '{missing[0] if missing else ''}' ({len(missing)} such)")
+    return tuple(picks)

@@ -6,16 +6,17 @@ convolution, coverage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtl.checkpoint.attach import links_by_dataflow, links_by_neighbours
 from dtl.checkpoint.folding import fold_orphans
-from dtl.checkpoint.heads import detect_heads
+from dtl.checkpoint.heads import detect_heads, pick_rows
 from dtl.checkpoint.matching import Match, Matching
 from dtl.checkpoint.target import Target
 from dtl.checkpoint.units import NORMS, WEIGHTED, Entry, Key, Shape, Unit, num_elements, units_of
+from dtl.errors import UserError
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -46,6 +47,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Policy:
     keep_head: bool | Literal["rows"] | None = None
+    head_rows: Mapping[str, str | Sequence[str]] | None = None
     source_classes: Sequence[str] | None = None
     target_classes: Sequence[str] | None = None
     on_ambiguous: Literal["error", "fresh"] = "error"
@@ -60,6 +62,7 @@ class Settled:
     coverage: float
     source_coverage: float
     refusals: tuple[str, ...]
+    head_rows: tuple[tuple[int, ...], ...] | None = None
 
 
 def settle(matching: Matching, source: list[Entry], target: Target, heads: Sequence[Unit], policy: Policy) -> Settled:
@@ -79,6 +82,7 @@ class _Settlement:
         for unit in target.units:
             for clash in (clashed[name] for name in unit.names if name in clashed):
                 self.reasons.update(dict.fromkeys(unit.names, f"same name, other shape: {clash}"))
+        self.head_rows: tuple[tuple[int, ...], ...] | None = None
         self.filled: dict[str, str] = {}
         self.doubts: list[str] = []
         self.hard = list(matching.refusals)
@@ -104,7 +108,7 @@ class _Settlement:
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
             self.hard.append("nothing would be loaded")
         doubts = self.doubts if self.policy.on_ambiguous == "error" else []
-        return Settled(tuple(outcomes), coverage, source_coverage, tuple(self.hard or doubts))
+        return Settled(tuple(outcomes), coverage, source_coverage, tuple(self.hard or doubts), self.head_rows)
 
     # --- single layers ---
 
@@ -115,8 +119,8 @@ class _Settlement:
 
     def _head(self, unit: Unit) -> None:
         why = self._head_obstacle(unit)
-        if self.policy.keep_head == "rows" and why:
-            why = self._head_rows(unit)
+        if self.policy.keep_head == "rows" and (why or self.policy.head_rows):
+            why = self._rows_of_head(unit)
         if not why:
             return
         self._drop(unit, f"head: {why}")
@@ -145,7 +149,7 @@ class _Settlement:
         found = detect_heads(self.source_units)
         return found[0].shape[0] if found else None
 
-    def _head_rows(self, unit: Unit) -> str:
+    def _rows_of_head(self, unit: Unit) -> str:
         """Rows of the source's head by class names; "" when that can be done."""
         ours, theirs = self.policy.target_classes, self.policy.source_classes
         if ours is None or theirs is None:
@@ -153,9 +157,10 @@ class _Settlement:
         heads = [u for u in detect_heads(self.source_units) if u.shape[0] == len(theirs) and u.shape[1:] == unit.shape[1:]]
         if not heads or unit.shape[0] != len(ours):
             return f"the source has no head of {len(theirs)} outputs and {unit.shape[1:]} inputs"
-        missing = [name for name in ours if name not in set(theirs)]
-        if missing:
-            return f"the source has no class '{missing[0]}' ({len(missing)} such)"
+        try:
+            self.head_rows = pick_rows(theirs, ours, self.policy.head_rows)
+        except UserError as error:
+            return str(error)
         for role, (name, _) in unit.roles.items():
             if role in heads[0].roles and isinstance(name, str):
                 self.matches[name] = Match(heads[0].roles[role][0], "rows", "class names")

@@ -46,6 +46,8 @@ class TransferPlan:
     clashes: tuple[Clash, ...] = ()
     prefix: tuple[str, str] = ("", "")
     source_entries: list[Entry] = field(default_factory=list, repr=False, compare=False)
+    head_rows: tuple[tuple[int, ...], ...] | None = None
+    """For each class of the target the rows of the source's head that become its row (their mean)."""
 
     @property
     def ok(self) -> bool:
@@ -69,7 +71,7 @@ class TransferPlan:
     @property
     def digest(self) -> str:
         """SHA-256 of what goes where: ranks compare it."""
-        text = json.dumps([(o.target, o.source, o.outcome, o.transform) for o in self.outcomes])
+        text = json.dumps([[(o.target, o.source, o.outcome, o.transform) for o in self.outcomes], self.head_rows])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def count(self, *outcomes: str) -> int:
@@ -86,6 +88,7 @@ def plan_transfer(
     mapping: Any = None,
     heads: Sequence[str] | None = None,
     keep_head: bool | Literal["rows"] | None = None,
+    head_rows: Mapping[str, str | Sequence[str]] | None = None,
     source_classes: Sequence[str] | None = None,
     target_classes: Sequence[str] | None = None,
     on_ambiguous: Literal["error", "fresh"] = "error",
@@ -104,7 +107,8 @@ def plan_transfer(
     were made for; with it both execution orders are known. `mapping`: for `by="map"`, a file or a dict
     of rules (`dtl.checkpoint.mapping`); with `by="auto"` its lines settle single layers.
     `heads`: dotted names of the classifier's modules (found when not given). `keep_head`: None loads the head when shapes
-    are equal and class lists, where both are known, agree; "rows" picks its rows by class names.
+    are equal and class lists, where both are known, agree; "rows" picks its rows by class names. `head_rows`: target class ->
+    source class, or several whose rows are averaged; all others by their own name.
     `ordered`: whether `source_tensors` stand in registration order (guessed from the names when None).
     `prefix`: use only source names that begin with it. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
     have are zero, not random. `fold_norms`: a source norm with no place here is folded into its convolution.
@@ -115,6 +119,8 @@ def plan_transfer(
         raise UserError(f"by: {by!r} is not one of auto, name, order, map")
     if not 0 <= min_coverage <= 1:
         raise UserError(f"min_coverage: {min_coverage} is not between 0 and 1")
+    if head_rows and keep_head != "rows":
+        raise UserError("head_rows: needs keep_head: rows")
     target = target_of(model, image_size=image_size, trace=trace)
     source = entries_of(source_tensors)
     request = PlanRequest(
@@ -131,6 +137,7 @@ def plan_transfer(
     )
     policy = Policy(
         keep_head=keep_head,
+        head_rows=head_rows,
         source_classes=source_classes,
         target_classes=target_classes,
         on_ambiguous=on_ambiguous,
@@ -155,4 +162,5 @@ def _finish(request: PlanRequest, policy: Policy) -> TransferPlan:
         clashes=tuple(found.matching.clashes),
         prefix=found.prefix,
         source_entries=request.source,
+        head_rows=settled.head_rows,
     )

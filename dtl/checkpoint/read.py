@@ -46,6 +46,14 @@ class SourceWeights:
     passed_over: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def fingerprint(self) -> str:
+        """The file's SHA-256, else one of names, types and shapes: what ranks compare before they plan."""
+        if self.sha256 is not None:
+            return self.sha256
+        text = json.dumps([(name, str(value.dtype), list(value.shape)) for name, value in self.tensors.items()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeights, *, key: str | None = None) -> SourceWeights:
     """Read pretrained weights from a file, a folder, a name, a web address, a dict or a module.

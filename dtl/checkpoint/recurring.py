@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import product
-from os.path import commonprefix
+from itertools import product, takewhile
 
 from dtl.checkpoint.tree import loose_signature
 from dtl.checkpoint.units import Unit
@@ -89,7 +88,9 @@ def _members(units: Sequence[Unit]) -> dict[str, list[int]]:
 
 
 def _common_parent(paths: Sequence[str]) -> str:
-    return ".".join(commonprefix([path.split(".")[:-1] for path in paths]))
+    parents = [path.split(".")[:-1] for path in paths]
+    same = takewhile(lambda words: len(set(words)) == 1, zip(*parents))
+    return ".".join(words[0] for words in same)
 
 
 def _by_signature(units: Sequence[Unit], indices: Sequence[int]) -> dict[object, list[int]]:

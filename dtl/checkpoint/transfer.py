@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ def load_pretrained(
     *,
     key: str | None = None,
     heads: Sequence[str] | None = None,
+    head_rows: Mapping[str, str | Sequence[str]] | None = None,
     source_classes: Sequence[str] | None = None,
     target_classes: Sequence[str] | None = None,
     fill: Mapping[str, str] | None = None,
@@ -47,8 +47,8 @@ def load_pretrained(
     """
     started = time.perf_counter()
     weights = read_weights(source, key=key)
-    plan = plan_transfer(
-        weights.tensors,
+    plan = plan_weights(
+        weights,
         model,
         by=by,
         assume_order=assume_order,
@@ -56,20 +56,34 @@ def load_pretrained(
         mapping=mapping,
         heads=heads,
         keep_head=keep_head,
-        source_classes=source_classes if source_classes is not None else weights.facts.get("classes"),
+        head_rows=head_rows,
+        source_classes=source_classes,
         target_classes=target_classes,
         on_ambiguous=on_ambiguous,
         min_coverage=min_coverage,
-        ordered=weights.ordered if weights.sha256 is not None else None,
-        prefix=weights.prefix or None,
         fill=fill,
         fold_norms=fold_norms,
         image_size=image_size,
     )
-    classes = (source_classes if source_classes is not None else weights.facts.get("classes"), target_classes)
-    report = apply_plan(plan, weights, model, classes=classes, started=started)
-    told = _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
-    return replace(report, warnings=report.warnings + told)
+    return apply_plan(plan, weights, model, target_preprocessing=target_preprocessing, started=started)
+
+
+def plan_weights(
+    weights: SourceWeights,
+    model: nn.Module,
+    *,
+    source_classes: Sequence[str] | None = None,
+    **options: Any,
+) -> TransferPlan:
+    """`plan_transfer` with what is known of the weights themselves: their order, the chosen prefix, their classes."""
+    return plan_transfer(
+        weights.tensors,
+        model,
+        source_classes=source_classes if source_classes is not None else weights.facts.get("classes"),
+        ordered=weights.ordered if weights.sha256 is not None else None,
+        prefix=weights.prefix or None,
+        **options,
+    )
 
 
 def apply_plan(
@@ -77,7 +91,7 @@ def apply_plan(
     weights: SourceWeights,
     model: nn.Module,
     *,
-    classes: tuple[Sequence[str] | None, Sequence[str] | None] = (None, None),
+    target_preprocessing: Mapping[str, Any] | None = None,
     started: float | None = None,
 ) -> TransferReport:
     """Copy what the plan says into the model. Raises TransferRefused before the first change when anything is wrong."""
@@ -85,7 +99,7 @@ def apply_plan(
     if plan.refusals:
         raise TransferRefused(report.refusal())
     targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    values = _values(plan, weights, targets, classes)
+    values = _values(plan, weights, targets)
     _agree_on_ties(targets, values)
     with torch.no_grad():
         for name, value in values.items():
@@ -97,7 +111,7 @@ def apply_plan(
     return report.applied(
         casts=_casts(values, targets),
         checksum=checksum({name: targets[name] for name in values}),
-        warnings=_untrained(plan, weights),
+        warnings=_untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing),
         seconds=seconds,
     )
 
@@ -112,12 +126,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _values(
-    plan: TransferPlan,
-    weights: SourceWeights,
-    targets: dict[str, torch.Tensor],
-    classes: tuple[Sequence[str] | None, Sequence[str] | None],
-) -> dict[str, torch.Tensor]:
+def _values(plan: TransferPlan, weights: SourceWeights, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Target tensor -> the value it gets, each checked: shape, allocated target, finite."""
     values = {}
     for outcome in plan.outcomes:
@@ -132,7 +141,7 @@ def _values(
             continue
         keys = outcome.source if isinstance(outcome.source, tuple) else (outcome.source,)
         tensors = [weights.tensors[key] for key in keys]
-        value = apply_transform(outcome.transform, tensors, tuple(target.shape), source_classes=classes[0], target_classes=classes[1])
+        value = apply_transform(outcome.transform, tensors, tuple(target.shape), picks=plan.head_rows)
         if value.shape != target.shape:
             raise TransferRefused(f"{name} {list(target.shape)}: {'+'.join(keys)} gives {list(value.shape)}; nothing was loaded")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

@@ -104,13 +104,10 @@ def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> Trans
 
 def _source_outputs(options: argparse.Namespace, weights: SourceWeights) -> int:
     """As many outputs as the source's head has, so that its network can be built."""
-    from dtl.checkpoint.heads import detect_heads
+    from dtl.checkpoint.heads import num_source_classes
     from dtl.checkpoint.units import entries_of, units_of
 
-    if options.source_classes:
-        return int(options.source_classes)
-    heads = detect_heads(units_of(entries_of(weights.tensors)))
-    return heads[0].shape[0] if heads else int(options.num_classes)
+    return int(options.source_classes or num_source_classes(units_of(entries_of(weights.tensors)), options.num_classes))
 
 
 def _verify(options: argparse.Namespace, report: TransferReport, weights: SourceWeights) -> TransferReport:

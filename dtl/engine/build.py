@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtl.checkpoint.heads import num_source_classes
+from dtl.checkpoint.plan import TransferPlan
+from dtl.checkpoint.read import SourceWeights, read_weights
 from dtl.checkpoint.state import TrainState, config_conflicts
 from dtl.checkpoint.store import Checkpoint, CheckpointStore
-from dtl.checkpoint.transfer import load_pretrained
+from dtl.checkpoint.transfer import apply_plan, plan_weights
 from dtl.checkpoint.transfer_report import TransferReport
+from dtl.checkpoint.units import entries_of, units_of
 from dtl.config import Config, config_from_dict
 from dtl.data.balance import class_members
 from dtl.data.cache import default_cache_dir, ensure_packed
@@ -163,27 +167,46 @@ def transfer_weights(config: Config, network: Network, runtime: Runtime, train: 
         return None
     options = config.transfer
     with runtime.together("transfer"):
-        source_model = build(options.source_arch, num_classes=1000, meta=True).module if options.source_arch else None
-        report = runtime.main_first(lambda: load_pretrained(
-            network.module,
-            _source(options.source, network.name),
-            by=options.by,
-            mapping=options.map,
-            assume_order=options.assume_order,
-            on_ambiguous=options.on_ambiguous,
-            min_coverage=options.min_coverage,
-            keep_head=None if options.keep_head == "auto" else options.keep_head,
-            heads=network.heads,
-            target_classes=list(train.classes),
-            fill=options.fill.model_dump(),
-            fold_norms=options.fold_norms,
-            image_size=config.data.image_size,
-            source_model=source_model,
-        ))
+        weights = runtime.main_first(lambda: read_weights(_source(options.source, network.name)))
+    runtime.same("the pretrained weights' file", weights.fingerprint)
+    with runtime.together("transfer"):
+        # Planned once: what one process decided holds for all.
+        plan = _plan_transfer(config, network, train, weights) if runtime.is_main else None
+    plan = runtime.agree(plan)
+    assert plan is not None
+    runtime.same("the plan of the transfer", plan.digest)
+    with runtime.together("transfer"):
+        preprocessing = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
+        report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
     runtime.same("the transferred weights", report.checksum)
     if runtime.is_main:
         say(str(report))
     return report
+
+
+def _plan_transfer(config: Config, network: Network, train: Shards, weights: SourceWeights) -> TransferPlan:
+    options = config.transfer
+    assert options is not None
+    source_model = None
+    if options.source_arch:
+        outputs = num_source_classes(units_of(entries_of(weights.tensors)), network.num_outputs)
+        source_model = build(options.source_arch, num_classes=outputs, meta=True).module
+    return plan_weights(
+        weights,
+        network.module,
+        by=options.by,
+        mapping=options.map,
+        assume_order=options.assume_order,
+        on_ambiguous=options.on_ambiguous,
+        min_coverage=options.min_coverage,
+        keep_head=None if options.keep_head == "auto" else options.keep_head,
+        heads=network.heads,
+        target_classes=list(train.classes),
+        fill=options.fill.model_dump(),
+        fold_norms=options.fold_norms,
+        image_size=config.data.image_size,
+        source_model=source_model,
+    )
 
 
 def _source(source: str, model: str) -> str:

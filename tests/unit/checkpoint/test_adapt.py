@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dtl.checkpoint import adapt
+from dtl.checkpoint.heads import pick_rows
 from dtl.errors import UserError
 
 
@@ -82,8 +83,13 @@ def test_kernels_of_other_frameworks() -> None:
 
 def test_rows_by_class_names() -> None:
     head = torch.arange(8.0).reshape(4, 2)
-    picked = adapt.rows(head, ["ant", "bee", "cat", "dog"], ["dog", "insect"], {"insect": ["ant", "bee"]})
-    torch.testing.assert_close(picked, torch.tensor([[6.0, 7.0], [1.0, 2.0]]))
+    picks = pick_rows(["ant", "bee", "cat", "dog"], ["dog", "insect"], {"insect": ["ant", "bee"]})
+    assert picks == ((3,), (0, 1))
+    torch.testing.assert_close(adapt.rows(head, picks), torch.tensor([[6.0, 7.0], [1.0, 2.0]]))
+    with pytest.raises(UserError, match="the source has no class 'cow'"):
+        pick_rows(["ant"], ["ant", "cow"])
+    with pytest.raises(UserError, match="this network has no class 'cow'"):
+        pick_rows(["ant"], ["ant"], {"cow": "ant"})
 
 
 @pytest.mark.parametrize("bias", [True, False])

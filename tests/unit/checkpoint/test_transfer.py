@@ -96,6 +96,18 @@ def test_rows_of_the_head_by_class_names(source: Net) -> None:
     target = Net(classes=2)
     load_pretrained(target, source.state_dict(), keep_head="rows", source_classes=list("abcd"), target_classes=["d", "a"])
     assert torch.equal(target.fc.weight, source.fc.weight[[3, 0]])
+    load_pretrained(
+        target,
+        source.state_dict(),
+        keep_head="rows",
+        head_rows={"insect": ["a", "b"], "pet": "c"},
+        source_classes=list("abcd"),
+        target_classes=["pet", "insect"],
+    )
+    torch.testing.assert_close(target.fc.weight, torch.stack([source.fc.weight[2], source.fc.weight[:2].mean(0)]))
+    torch.testing.assert_close(target.fc.bias, torch.stack([source.fc.bias[2], source.fc.bias[:2].mean()]))
+    with pytest.raises(UserError, match="head_rows: needs keep_head: rows"):
+        load_pretrained(Net(classes=2), source.state_dict(), head_rows={"pet": "c"})
     with pytest.raises(TransferRefused, match="the source has no class 'x'"):
         load_pretrained(Net(classes=2), source.state_dict(), keep_head="rows", source_classes=list("abcd"), target_classes=["d", "x"])
     with pytest.raises(TransferRefused, match=r"keep_head was asked for, but fc cannot be kept: 2 outputs here, 4 in the source"):
