@@ -27,12 +27,12 @@ _HINTS = {401: "it needs a password", 403: "access is refused, or a signed addre
 
 def open_http(url: str, start: int, validator: str | None, timeout: float) -> Stream:
     """The bytes of `url` from `start` on; from 0 where the server gives the whole file, as it does when it is not `validator`'s any more."""
-    request = _request(url)
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-        if validator is not None:
-            request.add_header("If-Range", validator)
     try:
+        request = _request(url)
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+            if validator is not None:
+                request.add_header("If-Range", validator)
         response = _opener().open(request, timeout=min(timeout, _CONNECT_SECONDS))
     except urllib.error.HTTPError as error:
         with error:

@@ -75,10 +75,13 @@ def without_query(url: str) -> str:
     """What stays the same when an address is signed anew."""
     if kind_of(url) != "http":
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no address; what comes of it is said when it is opened
+        return url
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def shown(url: str) -> str:
     """The address for a message: without passwords and signatures."""
-    return without_query(url) + ("?..." if kind_of(url) == "http" and urlsplit(url).query else "")
+    return without_query(url) + ("?..." if kind_of(url) == "http" and "?" in url else "")
