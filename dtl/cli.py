@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -84,6 +85,22 @@ def usage() -> str:
 
 
 def _fail(message: str) -> int:
-    if int(os.environ.get("RANK") or 0) == 0:
+    rank = int(os.environ.get("RANK") or 0)
+    if rank == 0:
         print(f"dtl: {message}", file=sys.stderr, flush=True)
+    elif not getattr(sys.modules.get("dtl.runtime"), "ranks_met", False) and _main_process_waits():
+        print(f"dtl: rank {rank} (host {socket.gethostname()}): {message}", file=sys.stderr, flush=True)
     return 2
+
+
+def _main_process_waits() -> bool:
+    """A rank that fails before it has met the others: did the main process fail too, and tell, or is it waiting for this one?
+
+    Where it failed, the launcher ends this process within the pause, or nobody listens where the ranks were to meet.
+    """
+    time.sleep(3.0)
+    try:
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5.0):
+            return True
+    except (OSError, KeyError, ValueError):
+        return False

@@ -30,6 +30,8 @@ from dtl.errors import UserError
 from dtl.launched import Launch, read_launch
 
 T = TypeVar("T")
+ranks_met = False
+"""Whether this process has been among its peers: from then on all of them know of a user's mistake, and the main process tells it."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The hang doctor ends a run that makes no progress, and says why; the collectives' own limit is the net below it.
 MARGIN = timedelta(seconds=30)
@@ -86,6 +88,8 @@ class Runtime:
         self.group: dist.ProcessGroup | None = None
         if self.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
+        global ranks_met
+        ranks_met = True
         self.token: str = self.agree(secrets.token_hex(4))
         """Names this start of the ranks together, for keys in the store that they met in."""
         self._num_firsts = 0
@@ -207,9 +211,11 @@ class Runtime:
             yield
         except (UserError, OSError) as caught:
             error = caught
-        problems = [problem for problem in self.gather(_describe(error)) if problem is not None]
+        problems = {rank: problem for rank, problem in enumerate(self.gather(_describe(error))) if problem is not None}
         if problems:
-            raise UserError(problems[0]) from (error if isinstance(error, OSError) else None)
+            rank, problem = next(iter(problems.items()))
+            alone = f"rank {rank}: " if rank and len(problems) < self.world_size else ""
+            raise UserError(f"{alone}{problem}") from (error if isinstance(error, OSError) else None)
 
     def barrier(self) -> None:
         if self.group is not None:

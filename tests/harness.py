@@ -6,6 +6,7 @@ What the launchers themselves do is tested by a few real launches in tests/distr
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -75,8 +76,20 @@ class Job:
 _jobs = 0
 
 
-def start(arguments: Sequence[str], *, cwd: Path, world: int = 1, env: Mapping[str, str] | None = None, command: str = "train", threads: int = 1) -> Job:
-    """`world` ranks of `dtl COMMAND ARGUMENTS`, in `cwd`, over gloo."""
+def start(
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    world: int = 1,
+    env: Mapping[str, str] | None = None,
+    command: str = "train",
+    threads: int = 1,
+    by_rank: Mapping[int, Mapping[str, Any]] | None = None,
+) -> Job:
+    """`world` ranks of `dtl COMMAND ARGUMENTS`, in `cwd`, over gloo.
+
+    `by_rank`: what single ranks have of their own: `arguments` beside the others', and `before`, MODULE:FUNCTION that is called first.
+    """
     global _jobs
     _jobs += 1
     folder = cwd / f".job-{_jobs}"
@@ -86,8 +99,10 @@ def start(arguments: Sequence[str], *, cwd: Path, world: int = 1, env: Mapping[s
         variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
     for rank in range(world):
-        ranked = {**variables, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})}
-        process = _context.Process(target=_run, args=(command, list(arguments), str(cwd), str(folder), rank, ranked, threads))
+        ranked = {**variables, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}), **(rank_env[rank] if rank_env else {})}
+        own = (by_rank or {}).get(rank, {})
+        words = [*arguments, *own.get("arguments", [])]
+        process = _context.Process(target=_run, args=(command, words, str(cwd), str(folder), rank, ranked, threads, own.get("before")))
         process.start()
         processes.append(process)
     return Job(processes, folder)
@@ -98,7 +113,7 @@ def run(arguments: Sequence[str], *, cwd: Path, world: int = 1, code: int = 0, t
     return start(arguments, cwd=cwd, world=world, **more).wait(timeout).check(code)
 
 
-def _run(command: str, arguments: list[str], cwd: str, folder: str, rank: int, variables: dict[str, str], threads: int) -> None:
+def _run(command: str, arguments: list[str], cwd: str, folder: str, rank: int, variables: dict[str, str], threads: int, before: str | None) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.update(variables)
@@ -113,6 +128,9 @@ def _run(command: str, arguments: list[str], cwd: str, folder: str, rank: int, v
     from dtl.cli import main
 
     torch.set_num_threads(threads)
+    if before is not None:
+        module, _, function = before.partition(":")
+        getattr(importlib.import_module(module), function)()
     code = main([command, *arguments])
     sys.stdout.flush()
     sys.stderr.flush()

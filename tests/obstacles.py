@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
 from pathlib import Path
@@ -50,3 +51,39 @@ def _slow_disk(seconds: float) -> None:
         return write(path, pieces)
 
     durable._write = slow
+
+
+def other_torch() -> None:
+    """This process has another version of torch."""
+    real = importlib.metadata.version
+    importlib.metadata.version = lambda name: "9.9.0" if name == "torch" else real(name)
+    from dtl.engine import alike
+
+    alike.version = importlib.metadata.version
+
+
+def slow_reads() -> None:
+    """Every batch takes a while to read."""
+    from dtl.data.loader import BatchDataset
+
+    read = BatchDataset.__getitems__
+
+    def slow(self: BatchDataset, request):  # type: ignore[no-untyped-def]
+        time.sleep(0.3)
+        return read(self, request)
+
+    BatchDataset.__getitems__ = slow  # type: ignore[method-assign]
+
+
+def failing_step() -> None:
+    """This process has a fault of its own at step 3."""
+    from dtl.engine.step import Stepper
+
+    step = Stepper.step
+
+    def failing(self, batches, **more):  # type: ignore[no-untyped-def]
+        if more["step"] == 3:
+            raise ZeroDivisionError("of one rank alone")
+        return step(self, batches, **more)
+
+    Stepper.step = failing  # type: ignore[method-assign]

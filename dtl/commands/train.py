@@ -42,16 +42,22 @@ def run(arguments: Sequence[str]) -> int:
 
 def train(config: Config, name: str) -> int:
     """One run from its config to its end; returns the exit status."""
+    from dtl.run_lock import RunFolder
+
+    started = time.monotonic()
+    folder = RunFolder(f"{config.run.dir}/{name}")
+    if folder.was_stopped_under_this_agent():  # before anything that takes seconds, on every rank by itself
+        if os.environ.get("RANK", "0") == "0":
+            _tell(f"{folder.path} was stopped, and its launcher has started it again: leaving; the same command goes on")
+        return EXIT_STOPPED
+
     from dtl.engine.debug import debugging
     from dtl.heartbeat import Doctor, Heartbeat, PeerLost
-    from dtl.run_lock import RunFolder
     from dtl.runtime import Runtime
 
     # What the imports made never dies: the collector need not walk it, and so does not copy its pages in every loader process.
     gc.collect()
     gc.freeze()
-    folder = RunFolder(f"{config.run.dir}/{name}")
-    started = time.monotonic()
     limit, heart = config.run.timeout_minutes, Heartbeat()
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=limit) as runtime, debugging(config.run.debug):
         runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt())
@@ -86,6 +92,7 @@ def _end(folder: RunFolder, heart: Heartbeat, line: str) -> None:
 def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:
     from dtl.checkpoint.store import CheckpointStore
     from dtl.engine import build, finish
+    from dtl.engine.alike import check_alike
     from dtl.engine.deadline import Deadline
     from dtl.engine.debug import overfit_one_batch
     from dtl.engine.loop import Stopped
@@ -93,9 +100,7 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
 
     console = Console(is_main=runtime.is_main)
     deadline = Deadline(config.checkpoint.deadline_seconds, started=started)
-    if runtime.agree(runtime.is_main and folder.was_stopped_under_this_agent()):
-        console.say(f"{folder.path} was stopped, and its launcher has started it again: leaving; the same command goes on")
-        return EXIT_STOPPED
+    check_alike(config, name, runtime)
     build.prepare_folder(config, folder, runtime)
     heart.enter("data")
     train_shards, val_shards = build.open_shards(config, runtime, console.say)
