@@ -10,6 +10,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 from dtl import __version__
