@@ -77,7 +77,7 @@ class DataConfig(Section):
     global_batch_size: Count = 64
     """Samples a step, all ranks and all accumulation together."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Samples that one rank passes forward at once; auto: its whole share of the global batch."""
+    """Samples that one rank passes forward at once; auto: its whole share of the global batch, halved until it fits into memory."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes of each rank; 0: load in the training process."""
     on_error: Literal["fail", "skip"] = "fail"

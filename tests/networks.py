@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,3 +51,33 @@ def with_dropout(num_classes: int) -> nn.Module:
     """A head in a container with dropout of its own, as in torchvision's MobileNetV2."""
     backbone = nn.Sequential(nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     return nn.Sequential(OrderedDict(features=backbone, classifier=nn.Sequential(nn.Dropout(0.3), nn.Linear(48, num_classes))))
+
+
+def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backward: bool = False) -> nn.Module:
+    """Out of memory above `fits` images in training (`least` on the last rank), in the forward or the backward pass."""
+    last = int(os.environ.get("RANK") or 0) == int(os.environ.get("WORLD_SIZE") or 1) - 1
+    limit = least if least is not None and last else fits
+
+    def check(images: int) -> None:
+        if images > limit:
+            raise torch.OutOfMemoryError(f"out of memory for {images} images")
+
+    class Limit(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            check(len(grad))
+            return grad
+
+    class Hungry(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # Looks at the network's structure come with zeros, or without gradients.
+            if self.training and not in_backward and torch.is_grad_enabled() and bool(x.any()):
+                check(len(x))
+            logits = super().forward(x)
+            return Limit.apply(logits) if in_backward else logits
+
+    return Hungry(*small(num_classes).children())

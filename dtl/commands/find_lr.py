@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Which learning rate? Trains a phase for a while with a rate that rises exponentially at each step, until the loss diverges, and suggests
-the rate at which the loss falls fastest. The options are those of `dtl train`; the phase's own lr is not used, its head_lr_scale and
+a rate inside the fall of the loss. The options are those of `dtl train`; the phase's own lr is not used, its head_lr_scale and
 layer_decay are. No run folder is read or written. On several processes, with the same curve on each:
   accelerate launch --config_file launch/gpus.yaml --num_processes 4 -m dtl find-lr --config finetune --data.train photos
 """
@@ -54,6 +54,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     from dtl.engine import build
     from dtl.engine.active import enter, set_head
     from dtl.engine.lr_find import find_lr
+    from dtl.engine.micro_batch import fit
     from dtl.engine.step import Normalise
 
     say = _say if runtime.is_main else _silent
@@ -80,12 +81,15 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         sync_bn=config.model.sync_bn,
         say=say,
     )
+    normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
+    if config.data.micro_batch_size == "auto":
+        fit(active, feeds, runtime, normalise=normalise, state=None, say=say)
     say(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
     return find_lr(
         active,
         feeds,
         runtime,
-        normalise=Normalise(network.preprocessing, runtime.device, channels_last=channels_last),
+        normalise=normalise,
         seed=config.run.seed,
         first=options.first,
         last=options.last,

@@ -351,6 +351,7 @@ def build_trainer(
         every_minutes=config.checkpoint.every_minutes,
         monitor=config.checkpoint.monitor,
         image_size=config.data.image_size,
+        fit_memory=config.data.micro_batch_size == "auto",
         cache_dir=None if config.run.debug else Path(config.data.cache_dir or default_cache_dir()).expanduser(),
     )
     return Trainer(

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtl.checkpoint.state import Best, TrainState
 from dtl.checkpoint.store import Checkpoint, CheckpointStore
 from dtl.data.loader import Batch
-from dtl.engine import saving
+from dtl.engine import micro_batch, saving
 from dtl.engine.active import ActivePhase, enter, leave, set_head
 from dtl.engine.bad_samples import BadSamples
 from dtl.engine.deadline import Deadline
@@ -56,6 +56,8 @@ class Settings:
     every_minutes: float | None
     monitor: str
     image_size: int
+    fit_memory: bool
+    """Halve the micro-batch until it fits."""
     cache_dir: Path | None
     """Where features of frozen backbones are kept; None: they are not."""
 
@@ -122,6 +124,18 @@ class Trainer:
         self._window = Window.start(self.runtime.device)
 
     def _enter(self, phase: Phase) -> ActivePhase:
+        active = self._enter_once(phase)
+        if self.settings.fit_memory and micro_batch.fit(
+            active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.say
+        ):
+            # Smaller micro-batches may be a reason to synchronise norms.
+            leave(active, self.runtime)
+            active = self._enter_once(phase)
+        return active
+
+    def _enter_once(self, phase: Phase) -> ActivePhase:
+        if self.settings.fit_memory:
+            micro_batch.recall(self.feeds, self.state, phase)
         active = enter(
             self.network,
             phase,
@@ -171,7 +185,8 @@ class Trainer:
                 batches, save_by_clock = self._next(active, stream)
                 phase_step = state.phase_step
                 weight = normaliser(active, self.feeds.step_labels(phase, phase_step))
-                lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                with micro_batch.explained(self.feeds, phase):
+                    lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
                 self._trace.record(state.step + 1, batches)
                 self._counted.take(batches)
                 self._count(phase, self.feeds.step_size(phase, phase_step))

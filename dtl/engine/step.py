@@ -91,7 +91,7 @@ class Stepper:
                 # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
                 torch.manual_seed(int(key(self.seed, "step", step, self.runtime.rank, micro_step)) >> 1)
                 self.heart.enter("forward")
-                loss_sum = self._loss_sum(batch, step)
+                loss_sum = self.loss_sum(batch, step)
                 self.heart.enter("backward")
                 accelerator.backward(loss_sum * (self.runtime.world_size / normaliser))
             window.loss_sum += loss_sum.detach()
@@ -107,7 +107,7 @@ class Stepper:
         window.first_bad_step = torch.where(bad_now, step + 1, window.first_bad_step)
         return lr
 
-    def _loss_sum(self, batch: Batch, step: int) -> Tensor:
+    def loss_sum(self, batch: Batch, step: int) -> Tensor:
         """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""
         active, device = self.active, self.runtime.device
         images = self.normalise(batch.images)
