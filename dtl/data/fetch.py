@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import os
 import random
 import re
@@ -94,6 +95,7 @@ class _Download:
         self.validator: str | None = None
         self._digest = hashlib.sha256()
         self._known_start = False  # the first bytes were looked at
+        self._is_loader, self._parent = multiprocessing.parent_process() is not None, os.getppid()
         if sha256 is not None and size is not None and kind_of(url) != "pipe":
             self._take_over(size)
         else:
@@ -143,6 +145,8 @@ class _Download:
             self._digest.update(block)
             self.at += len(block)
             slow.check(len(block))
+            if self._is_loader and os.getppid() != self._parent:
+                raise SystemExit(1)  # a loader process ends with its trainer, also in the middle of a download
         if self.size is not None and stream.total is not None and stream.total != self.size:
             raise FetchError(f"it has {stream.total:,} bytes at the server, the manifest says {self.size:,}: it was changed", restart=True)
         ends = stream.ends if stream.ends is not None else self.size

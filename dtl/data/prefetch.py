@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO
 
@@ -83,6 +84,7 @@ def serve() -> None:
     cache.follow(uses)
     ahead = _Ahead(cache, uses, until)
     threading.Thread(target=_listen, args=(source, ahead), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     workers = [threading.Thread(target=ahead.work, daemon=True) for _ in range(PARALLEL)]
     for worker in workers:
         worker.start()
@@ -90,6 +92,13 @@ def serve() -> None:
         worker.join()
     # All done, or nothing more can be done; the training may still have lines to send.
     threading.Event().wait()
+
+
+def _end_with(parent: int) -> None:
+    """The input stays open as long as loader processes of a killed trainer do."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
 
 
 def _listen(source: IO[bytes], ahead: _Ahead) -> None:
