@@ -192,9 +192,9 @@ class _Auto:
             for j, i in pairs.items():
                 said[j].add(i)
         for j in self.theirs:
-            i = self.names.best(j)
-            if i is not None:
-                said[j].add(i)
+            like = self.names.best(j)
+            if like is not None:
+                said[j].add(like)
         agreed = {j: next(iter(each)) for j, each in said.items() if len(each) == 1}
         asked = Counter(agreed.values())
         return {j: i for j, i in agreed.items() if asked[i] == 1 and self.decided.certain.get(j, i) == i}

@@ -67,6 +67,15 @@ class Numbers:
         # Sequential numbers skip layers without tensors; names with a number in them (conv1, bn0) start at 0, 1 or 2.
         return max(family) <= (5 * len(family) + 8 if len(x) == 1 else len(family) + 3)
 
+    def place(self, path: str) -> tuple[int, int] | None:
+        """(rank among its numbered siblings, their number) of a module whose own name ends in an index; None for others."""
+        parts = _path(path)
+        depth, at = len(parts) - 1, len(parts[-1]) - 1
+        if not isinstance(parts[depth][at], int):
+            return None
+        numbers = sorted(self.families[self._family(parts, depth, at)])
+        return numbers.index(int(parts[depth][at])), len(numbers)
+
     def ranked(self, paths: Sequence[str]) -> list[str] | None:
         """Paths by their numbers, or None where words tell two of them apart."""
         ordered = sorted(paths, key=_natural)
@@ -132,6 +141,11 @@ class _Trees:
     def _zip(self, ours: list[str], theirs: list[str]) -> list[tuple[str, str]]:
         if not ours or len(ours) != len(theirs):
             return []
+        if len(ours) == 1:
+            # The only two of their content, but the first of four stages here and the second of four there: not the same.
+            place, other = self.our_numbers.place(ours[0]), self.their_numbers.place(theirs[0])
+            if place and other and place[1] == other[1] and place[0] != other[0]:
+                return []
         a = self.our_numbers.ranked(ours)
         b = self.their_numbers.ranked(theirs)
         if a is None or b is None:

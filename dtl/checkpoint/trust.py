@@ -13,9 +13,9 @@ MOST_AGREE = 0.6
 """Least share of same-named layers that must have the same shape: below it the names mean other layers."""
 MOST_NAMED = 0.9
 """Least share of one side's layers that must have a namesake, for names to be believed as a whole."""
-SOME_NAMED = 0.2
-"""The same for believing the namesakes alone, where every one of them has its shape: blocks were put in and taken out. No lower
-than this: a stem and a head of common names say nothing of the blocks between."""
+SOME_NAMED = ((0.9, 0.5), (1.0, 0.2))
+"""(least share of namesakes that agree, least share that has one) for believing the namesakes alone: blocks were put in and
+taken out. No lower than this: a stem and a head of common names say nothing of the blocks between."""
 
 
 @dataclass
@@ -62,7 +62,8 @@ def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Uni
     believed = {j: i for j, i in paired.items() if j not in distrusted}
     if share >= MOST_NAMED:
         return Trust(True, believed, distrusted, new_names=True)
-    if share >= SOME_NAMED and not namesakes:
+    agreeing = len(paired) / max(1, len(paired) + namesakes)
+    if any(agreeing >= least and share >= named for least, named in SOME_NAMED):
         return Trust(False, believed, distrusted, new_names=True)
     return Trust(False, distrusted=distrusted)
 
