@@ -99,7 +99,7 @@ def start(
         variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
     for rank in range(world):
-        ranked = {**variables, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}), **(rank_env[rank] if rank_env else {})}
+        ranked = {**variables, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})}
         own = (by_rank or {}).get(rank, {})
         words = [*arguments, *own.get("arguments", [])]
         process = _context.Process(target=_run, args=(command, words, str(cwd), str(folder), rank, ranked, threads, own.get("before")))
