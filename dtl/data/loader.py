@@ -6,6 +6,7 @@ batches, and what counts as seen is what the trainer finished, not what was pref
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dtl.data.batch_buffers import BatchBuffers, pool
 from dtl.data.decode import DecodeError, decode
 from dtl.data.index import Shards
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
@@ -66,11 +68,36 @@ class Batch:
     """Step within the epoch, from 0."""
     bad: list[tuple[int, DamagedSample]] = field(default_factory=list)
     """(sample id, what is wrong with it)"""
+    place: tuple[int, int] | None = None
+    """On the way from a loader process: the pool and the buffer where the images lie."""
 
     def pin_memory(self) -> Batch:
-        for name in ("images", "labels", "weights", "samples", "slots"):
+        for name in ("images", *_SMALL):
             setattr(self, name, getattr(self, name).pin_memory())
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As arrays, the small ones travel in the message itself: as tensors each would take a file of shared memory.
+        state = self.__dict__ | {name: getattr(self, name).numpy() for name in _SMALL}
+        return state if self.place is None else state | {"images": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in _SMALL:
+            setattr(self, name, torch.from_numpy(state[name]))
+        if self.place is not None:
+            number, buffer = self.place
+            self.images, self.place = pool(number).hand_out(buffer), None
+
+
+_SMALL = ("labels", "weights", "samples", "slots")
+
+
+@dataclass(frozen=True)
+class Request(MicroBatch):
+    """What a loader process is asked for: a micro-batch, and the buffer to put its images into, if there is one."""
+
+    buffer: int | None = None
 
 
 class BatchDataset:
@@ -78,11 +105,18 @@ class BatchDataset:
 
     def __init__(self, shards: Shards, transform: Transform, *, image_size: int, seed: int) -> None:
         self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
+        self._buffers: BatchBuffers | None = None
+
+    def filling(self, buffers: BatchBuffers) -> BatchDataset:
+        """The same, for loader processes that put images into `buffers`."""
+        other: BatchDataset = copy.copy(self)
+        other._buffers = buffers
+        return other
 
     def __getitems__(self, request: MicroBatch) -> Batch:
-        shards, size = self.shards, self.image_size
+        shards = self.shards
         shards.at(request.epoch, request.step)
-        images = torch.empty((len(request.samples), 3, size, size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        images, place = self._room(request)
         weights = torch.from_numpy(request.weights.copy())
         num_real = int((request.slots >= 0).sum())
         bad: list[tuple[int, DamagedSample]] = []
@@ -110,7 +144,16 @@ class BatchDataset:
             epoch=request.epoch,
             step=request.step,
             bad=bad,
+            place=place,
         )
+
+    def _room(self, request: MicroBatch) -> tuple[Tensor, tuple[int, int] | None]:
+        """Where the images go, and what to call it."""
+        buffer = request.buffer if isinstance(request, Request) else None
+        if self._buffers is not None and buffer is not None:
+            return self._buffers.view(buffer), (self._buffers.number, buffer)
+        shape = (len(request.samples), 3, self.image_size, self.image_size)
+        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
     def _fill(self, sample: int, data: bytes | DamagedSample, draws: Any, i: int, out: Tensor) -> DamagedSample | None:
         if isinstance(data, DamagedSample):
@@ -159,18 +202,20 @@ class StepLoader:
         """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images."""
         self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
         self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
-        self._dataset = dataset or BatchDataset(shards, transform, image_size=image_size, seed=seed)
+        self._dataset: Any = dataset or BatchDataset(shards, transform, image_size=image_size, seed=seed)
         self._pin_memory = pin_memory
 
     def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
         ahead = self._follow(first_epoch, first_step, num_steps)
+        buffers = self._make_buffers()
+        dataset = self._dataset if buffers is None else self._dataset.filling(buffers)
         with warnings.catch_warnings():
             # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader: DataLoader[Batch] = DataLoader(
-                self._dataset,  # type: ignore[arg-type]
-                batch_sampler=_Requests(self, first_epoch, first_step, num_steps),  # type: ignore[arg-type]
+                dataset,
+                batch_sampler=_Requests(self, first_epoch, first_step, num_steps, buffers),  # type: ignore[arg-type]
                 num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 worker_init_fn=partial(_init_worker, os.getpid()) if self.workers else None,
@@ -189,8 +234,17 @@ class StepLoader:
         finally:
             # The iterator's end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
             del batches
+            if buffers is not None:
+                buffers.close()
             if ahead is not None:
                 ahead.close()
+
+    def _make_buffers(self) -> BatchBuffers | None:
+        """Enough for all batches on their way, the step that the trainer has in hand, and the one before it."""
+        if not self.workers or sys.platform != "linux" or not isinstance(self._dataset, BatchDataset):
+            return None
+        num = self.workers * PREFETCH + 2 * self.layout.accumulation_steps + 1
+        return BatchBuffers(num, micro_batch_size=self.layout.micro_batch_size, image_size=self._dataset.image_size)
 
     def walk(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[EpochPlan, int]]:
         """(plan, step within the epoch) of each step."""
@@ -224,8 +278,9 @@ class StepLoader:
 class _Requests(Sequence[MicroBatch]):
     """The batch sampler: lives in the main process, computes each request from the plan as the workers ask for it."""
 
-    def __init__(self, loader: StepLoader, first_epoch: int, first_step: int, num_steps: int) -> None:
+    def __init__(self, loader: StepLoader, first_epoch: int, first_step: int, num_steps: int, buffers: BatchBuffers | None) -> None:
         self.loader, self.first_epoch, self.first_step, self.num_steps = loader, first_epoch, first_step, num_steps
+        self.buffers = buffers
 
     def __len__(self) -> int:
         return self.num_steps * self.loader.layout.accumulation_steps
@@ -235,7 +290,8 @@ class _Requests(Sequence[MicroBatch]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for plan, step in self.loader.walk(self.first_epoch, self.first_step, self.num_steps):
-            yield from self.loader.layout.micro_batches(plan, step, self.loader.rank)
+            for micro_batch in self.loader.layout.micro_batches(plan, step, self.loader.rank):
+                yield micro_batch if self.buffers is None else Request(**vars(micro_batch), buffer=self.buffers.take())
 
 
 def _as_it_is(batch: Batch) -> Batch:
