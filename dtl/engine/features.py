@@ -2,7 +2,7 @@
 
 "Feature extraction" in the tutorials runs the whole network for each image and epoch, to train its last layer. N samples, V views of
 each, R ranks, m slots of a rank. Features are float32 [V, N, ...] in a memory-mapped file of each node, under a name made of all that
-they depend on: frozen weights, data, transform, seed, precision.
+they depend on: frozen weights, data, transform, precision, and the seed where views are drawn.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class FeatureCache:
             "cut": cut,
             "frozen": frozen,
             "precision": self.runtime.precision,
-            "seed": self.seed,
+            "seed": None if all(part.transform.is_fixed for part in parts) else self.seed,  # seeds of a study share what is not drawn
             "parts": [[p.split, p.shards.dataset_id, p.shards.num_samples, p.transform.describe(), p.epochs] for p in parts],
             "mean_std": self.normalise.facts,
         }
