@@ -9,7 +9,8 @@ _DESCRIPTION = """\
 Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
 read: each is checked once from end to end (headers, sizes, end marks, every image's header).
 
-TARS are folders of tars, brace patterns, globs, single tars, or text files with a tar a line.
+TARS are folders of tars, brace patterns, globs, single tars, or text files with a tar a line; also https:// addresses, `pipe:` commands
+and what fsspec reads (s3://, gs:// ...), which are fetched once for it and need --out.
 A sample's label is its `cls` (a number or a name), a field of its `json` (--label-field), or the last folder of its key.
 """
 _EPILOG = """\
@@ -17,6 +18,8 @@ examples:
   dtl index shards/                                    labels in cls, or class folders in the keys
   dtl index 'imagenet-train-{0000..1281}.tar' --classes imagenet_classes.txt
   dtl index laion/ --label-field json_field.class_name --out laion-index
+  dtl index 'https://host/train-{000..010}.tar' --out train-index
+  dtl index 'pipe:ssh host cat /data/train-{000..010}.tar' --out train-index
 """
 
 
@@ -26,6 +29,7 @@ def run(arguments: list[str]) -> int:
     from dtl.data.cache import describe_index
     from dtl.data.foreign import index_shards
     from dtl.data.foreign_labels import read_classes
+    from dtl.data.remote import RemoteOptions
 
     report = index_shards(
         options.tars,
@@ -38,6 +42,7 @@ def run(arguments: list[str]) -> int:
         processes=options.processes,
         existing="replace" if options.overwrite else "refuse",
         progress=not options.quiet,
+        remote=RemoteOptions(retries=options.retries, timeout=options.timeout),
     )
     lines = describe_index(report)
     for line in lines[1:]:
@@ -54,13 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("tars", metavar="TARS", nargs="+", help="folder, 'train-{000..099}.tar', glob, tar, or list of tars")
-    add("--out", metavar="DIR", help="where the index goes (the folder of the shards)")
+    add("--out", metavar="DIR", help="where the index goes (the folder of the shards; needed for remote ones)")
     add("--label-field", metavar="F", help="where labels are: an extension (cls), a field of the json member, or the word folder")
     add("--image-field", metavar="E", help="the extension of the image, where samples have several")
     add("--classes", metavar="FILE", help="class names in the order of their numbers: a line each, JSON, or a folder of packed shards")
     add("--names", metavar="FILE", help="JSON {class name: display name}")
     add("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used: refuse, or leave them out and say so (fail)")
     add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
+    add("--retries", type=int, default=5, metavar="N", help="how often a failed download is tried again (5)")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="seconds without a byte after which a download has failed (60)")
     add("--overwrite", action="store_true", help="replace an index that is there")
     add("--quiet", action="store_true", help="say nothing but errors and what was left out")
     return parser

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from dtl.errors import UserError
+
 if TYPE_CHECKING:
     from dtl.data.verify import VerifyReport
 
@@ -23,11 +25,15 @@ is sound. Remove quarantine.json, or verify again after mending the shards, to t
 def run(arguments: list[str]) -> int:
     """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
+    from dtl.data.remote import RemoteOptions, is_remote
     from dtl.data.verify import describe, split_folders, verify
 
+    if options.quarantine and is_remote(options.shards):
+        raise UserError(f"{options.shards}: a quarantine list lies beside the manifest, which is remote; verify a copy of the folder, and put the list there")
+    remote = RemoteOptions(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
     usable = True
-    for folder in split_folders(options.shards):
-        report = verify(folder, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)
+    for folder in split_folders(options.shards, remote=remote):
+        report = verify(folder, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine, remote=remote)
         describe(report, _say)
         if not options.quiet:
             print(_summary(report, quarantine=options.quarantine))
@@ -57,9 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="dtl verify", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("shards", metavar="SHARDS", help="folder with a manifest.json, or with train/ and val/ that have one")
+    add("shards", metavar="SHARDS", help="folder with a manifest.json, or with train/ and val/ that have one; also a remote one (https://, s3:// ...)")
     add("--quarantine", action="store_true", help="leave damaged samples out of training from now on")
     add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
+    add("--cache-dir", metavar="DIR", help="where remote shards are kept ($DTL_CACHE, else the user's cache folder)")
+    add("--cache-gb", type=float, metavar="GB", help="the most that remote shards take there (all of them are kept)")
+    add("--allow-pipe", action="store_true", help="run the pipe: commands that the manifest names")
     add("--quiet", action="store_true", help="say nothing but what is wrong")
     return parser
 

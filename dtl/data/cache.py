@@ -21,7 +21,7 @@ from dtl.data.pack import PackReport, pack
 from dtl.data.pack_job import PACK_VERSION
 from dtl.data.remote import RemoteOptions, is_remote, kind_of, shown, without_query
 from dtl.data.remote import default_cache_dir as default_cache_dir
-from dtl.data.remote_folder import SPLIT_FOLDERS, find_remote_folder, mirror, mirror_place
+from dtl.data.remote_folder import SPLIT_FOLDERS, find_remote_folders, mirror, mirror_place, refuse_remote_folder
 from dtl.data.sources import ALL, Source, open_source
 from dtl.errors import UserError
 
@@ -109,9 +109,20 @@ def open_split(source: str | Path, *, remote: RemoteOptions | None = None, cache
 
 
 def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, say: Callable[[str], None]) -> Path:
-    """The copy of a remote folder's manifest and index, brought up to date by the leader of each node."""
-    place = _cache_place(cache_dir)
-    url, text = find_remote_folder(source, split, options=options)
+    """The copy of a remote folder's manifest and index, brought up to date."""
+    names = SPLIT_FOLDERS[split]
+    url, text = next(find_remote_folders(source, names, options=options), None) or refuse_remote_folder(source, names)
+    return _mirrored(url, text, _cache_place(cache_dir), options, say)
+
+
+def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
+    """Copies of the manifests and indexes of a remote folder, or of all splits below it. UserError where there are none."""
+    names = [name for split in ("train", "val") for name in SPLIT_FOLDERS[split]]
+    found = list(find_remote_folders(source, names, options=options)) or refuse_remote_folder(source, names)
+    return [_mirrored(url, text, _cache_place(options.cache_dir), options, lambda line: None) for url, text in found]
+
+
+def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, say: Callable[[str], None]) -> Path:
     folder = mirror_place(place, url)
     folder.parent.mkdir(exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that reads {shown(url)}")):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from dtl.data.atomic import sha256_of_file, temporary_suffix, write_whole
 from dtl.data.fetch import Unfetched, fetch, fetch_bytes, open_for_fetch
@@ -25,19 +26,23 @@ def mirror_place(place: Path, url: str) -> Path:
     return place / "folders" / hashlib.sha256(without_query(url).rstrip("/").encode()).hexdigest()[:20]
 
 
-def find_remote_folder(url: str, split: str, *, options: RemoteOptions) -> tuple[str, bytes]:
-    """(the address of the folder with a manifest for `split`: `url` itself or one below it, the manifest). UserError where there is none."""
+def find_remote_folders(url: str, names: Iterable[str], *, options: RemoteOptions) -> Iterator[tuple[str, bytes]]:
+    """(address, manifest) of the remote folder `url`, or else of those of its folders `names` that have one. UserError for no connection."""
     try:
-        for folder in (url, *(join(url, name) for name in SPLIT_FOLDERS[split])):
+        for folder in (url, *(join(url, name) for name in names)):
             text = fetch_bytes(join(folder, MANIFEST_NAME), options=options)
             if text is not None:
-                return folder, text
+                yield folder, text
+                if folder == url:
+                    return
     except Unfetched as error:
         raise UserError(str(error)) from None
-    below = ", ".join(f"{name}/" for name in SPLIT_FOLDERS[split])
+
+
+def refuse_remote_folder(url: str, names: Sequence[str]) -> NoReturn:
     raise UserError(
-        f"{shown(url)} holds no {MANIFEST_NAME}, and neither does {below} below it; name its tars with braces (train-{{000..010}}.tar), "
-        "or pack the data with `dtl pack` and copy the folder there"
+        f"{shown(url)} holds no {MANIFEST_NAME}, and neither does {', '.join(f'{name}/' for name in names)} below it; "
+        "name its tars with braces (train-{000..010}.tar), or pack the data with `dtl pack` and copy the folder there"
     )
 
 

@@ -90,6 +90,11 @@ class ShardCache:
             os.close(found)
             path.unlink(missing_ok=True)  # somebody has cut it
 
+    def local(self, number: int) -> Path:
+        """The shard's file, fetched first if need be. Raises Unfetched."""
+        os.close(self.open(number))
+        return self.path(number)
+
     def path(self, number: int) -> Path:
         return self.folder / f"{self._name(number)}.tar"
 

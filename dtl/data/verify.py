@@ -7,18 +7,21 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dtl.data.atomic import sha256_of_file
+from dtl.data.cache import mirrored_splits
+from dtl.data.foreign_find import is_remote_folder
 from dtl.data.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
 from dtl.data.manifest import MANIFEST_NAME
 from dtl.data.pack_pool import run_tasks
 from dtl.data.pack_progress import PackProgress
 from dtl.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine, left_out_index_name
+from dtl.data.remote import RemoteOptions, is_remote, shown
 from dtl.data.verify_tasks import WHOLE, Finding
 from dtl.errors import DamagedSample, UserError
 
@@ -54,8 +57,15 @@ class VerifyReport:
         return not self.new_samples and all(shard in explained for shard, _, _ in self.shards)
 
 
-def split_folders(place: str | Path) -> list[Path]:
-    """The folder itself, or its train/, val/ and test/ that hold packed shards. UserError where there are none."""
+def split_folders(place: str | Path, *, remote: RemoteOptions | None = None) -> list[Path]:
+    """The folder itself, or its train/, val/ and test/ that hold packed shards; of a remote one the copies of their manifests and indexes.
+
+    UserError where there are none.
+    """
+    if isinstance(place, str) and is_remote(place):
+        if not is_remote_folder(place):
+            raise UserError(f"{shown(place)}: to verify tars of others, write their index first: dtl index {place!r} --out DIR, then dtl verify DIR")
+        return mirrored_splits(place, remote or RemoteOptions())
     folder = Path(place).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return [folder]
@@ -66,7 +76,9 @@ def split_folders(place: str | Path) -> list[Path]:
     return found
 
 
-def verify(folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False) -> VerifyReport:
+def verify(
+    folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False, remote: RemoteOptions | None = None
+) -> VerifyReport:
     """Check one split: sizes, sha256, tars, index, crc, labels, and decode every image.
 
     With `quarantine` the damaged samples are set aside (see `dtl.data.quarantine`): a list that was there is replaced, or removed where
@@ -75,7 +87,10 @@ def verify(folder: Path, *, processes: int | None = None, progress: bool = True,
     begun = time.monotonic()
     if processes is not None and processes < 1:
         raise UserError(f"processes is at least 1, got {processes}")
-    shards = Shards.open(folder, whole=True)
+    options = remote or RemoteOptions()
+    shards = Shards.open(folder, whole=True, remote=options)
+    if shards.cache is not None:
+        shards.cache.clean()
     before = _old_quarantine(folder, shards, lenient=quarantine)
     report = VerifyReport(folder, shards.num_samples, len(shards.manifest.shards), in_quarantine=before)
     _check_keys(shards, report)
@@ -83,7 +98,7 @@ def verify(folder: Path, *, processes: int | None = None, progress: bool = True,
     of_images: dict[int, list[Finding]] = {}
     of_shards: dict[int, list[Finding]] = {}
     with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
-        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute())}), encoding="utf-8")
+        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "remote": asdict(options)}), encoding="utf-8")
         shown.start("verifying", shards.num_samples)
 
         def done(answer: dict[str, Any]) -> None:

@@ -14,9 +14,12 @@ import numpy as np
 
 from dtl.data.atomic import sha256_of_file
 from dtl.data.decode import DecodeError, decode
+from dtl.data.fetch import Unfetched
 from dtl.data.foreign_samples import Ignored, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.foreign_tar import DamagedTar, TarFile
 from dtl.data.index import Shards
+from dtl.data.remote import RemoteOptions
+from dtl.data.remote import shown as shown_address
 from dtl.errors import DamagedSample, UserError
 
 WHOLE = -1
@@ -38,7 +41,8 @@ class VerifyJob:
 
 
 def open_job(folder: Path) -> VerifyJob:
-    shards = Shards.open(json.loads((folder / "job.json").read_text(encoding="utf-8"))["split"], whole=True)
+    facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    shards = Shards.open(facts["split"], whole=True, remote=RemoteOptions(**facts["remote"]))
     made_by = shards.manifest.made_by
     rules = Rules(**made_by["rules"]) if "rules" in made_by else Rules(None, "cls")
     return VerifyJob(shards, rules, made_by.get("label_numbers") == "name")
@@ -81,21 +85,23 @@ def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> st
 def check_shard(job: VerifyJob, number: int) -> list[Finding]:
     """Size, sha256, the tar's structure, and whether the index says of each sample what the tar does."""
     shards, shard = job.shards, job.shards.manifest.shards[number]
-    path = shards.folder / shard.url
+    path, name = shards.folder / shard.url, None
     findings: list[Finding] = []
     try:
+        if shards.cache is not None and shards.cache.holds(number):
+            path, name = shards.cache.local(number), shown_address(shard.url)
         size = path.stat().st_size
         if size != shard.bytes:
             findings.append((WHOLE, min(size, shard.bytes), f"it has {size:,} bytes, the manifest says {shard.bytes:,}"))
-        with open_tar(path) as file:
-            tar = TarFile(file)
+        with open_tar(path, name) as file:
+            tar = TarFile(file, name)
             try:
                 findings += _compare(job, number, tar)
                 digest = tar.sha256
             except DamagedTar as error:
                 findings.append((WHOLE, error.offset, error.reason))
                 digest = sha256_of_file(path)
-    except UserError as error:
+    except (UserError, Unfetched) as error:
         return [*findings, (WHOLE, 0, str(error))]
     except OSError as error:
         return [*findings, (WHOLE, 0, f"the shard cannot be read ({error.strerror})")]
