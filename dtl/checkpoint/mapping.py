@@ -219,5 +219,5 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
     lines = ["# target: source. Edit, then feed back with --by map --map THIS_FILE.\n"]
     for target, alternatives in plan.flagged.items():
         lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
-    body = yaml.safe_dump(rules, sort_keys=False, width=200, default_flow_style=None) if rules else ""
+    body = yaml.safe_dump(rules, sort_keys=False, width=2**20, default_flow_style=False) if rules else ""  # a pair a line: people edit it
     path.write_text("".join(lines) + body, encoding="utf-8")

@@ -324,6 +324,7 @@ def test_every_flag_has_a_reason_and_a_line_that_settles_it() -> None:
 def test_a_plan_saved_as_a_map_is_the_same_plan(tmp_path: Path, suffix: str) -> None:
     plan = plan_transfer(state(net(), "module.{}".format), net(classes=4, channels=1))
     save_map(plan, tmp_path / f"map{suffix}")
+    assert "\nbn1.weight: module.bn1.weight\n" in (text := (tmp_path / f"map{suffix}").read_text()) or suffix == ".json", text
     again = plan_transfer(state(net(), "module.{}".format), net(classes=4, channels=1), by="map", mapping=tmp_path / f"map{suffix}")
     assert again.ok
     assert again.pairs == plan.pairs
