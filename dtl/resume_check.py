@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from dtl.errors import UserError
 from dtl.heartbeat import read_stage
 
-TIMES = ("images_per_second", "data_wait", "seconds", "checkpoint_stall_seconds")
+TIMES = ("images_per_second", "data_wait", "memory_gib", "seconds", "checkpoint_stall_seconds")
 """Fields of history that two equal runs do not share."""
 KINDS = ("data", "writing", "evaluate", "phase", "save", "any time", "forward", "backward", "collective", "load", "any time", "writing", "finish")
 KILLS_A_RUN = 10
@@ -187,6 +187,7 @@ def _aims(chance: random.Random) -> Iterator[str]:
 def outcome(run: Path) -> dict[str, Any]:
     """What two equal runs share: weights, history without times, the end."""
     events = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    events = [event for event in events if event.get("note") != "limit"]  # advice that follows from times
     status = json.loads((run / "status.json").read_text())
     return {
         "state": status["state"],

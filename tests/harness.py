@@ -147,6 +147,7 @@ def history(run: Path, *, times: bool = False) -> list[dict[str, Any]]:
     """history.jsonl; without `times`, only what two equal runs share."""
     events = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     if not times:
+        events = [event for event in events if event.get("note") != "limit"]  # advice that follows from times
         for event in events:
             for key in ("images_per_second", "data_wait", "seconds", "checkpoint_stall_seconds"):
                 event.pop(key, None)

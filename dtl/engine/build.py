@@ -337,7 +337,7 @@ def build_trainer(
     deadline: Deadline,
 ) -> Trainer:
     bad_samples = BadSamples(
-        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad
+        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad, known=state.bad_samples
     )
     settings = Settings(
         seed=config.run.seed,

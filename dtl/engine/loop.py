@@ -381,6 +381,7 @@ class Trainer:
         self.tracker.sync()
         self.state.history_offset = self.tracker.history_offset
         self.state.wandb_id = self.tracker.wandb_id
+        self.state.bad_samples = self.bad_samples.entries
         with self.runtime.together("checkpoint"):
             self.stall_seconds += saving.save(
                 self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait

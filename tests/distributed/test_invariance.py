@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import history, run, status
+from harness import history, run, start, status, wait_for
 from recipes import write_recipe
 from safetensors.torch import load_file
+
+from dtl.engine.step_trace import read_trace
 
 PHASES = {"all": {"train": "all", "steps": 8, "lr": 0.05, "momentum": 0.9, "mixup": 0.2, "schedule": "one_cycle", "eval_every": 0.3}}
 
 
-def train(folder: Path, *, world: int, **data: Any) -> list[dict[str, Any]]:
+def train(folder: Path, *, world: int, variables: dict[str, str] | None = None, **data: Any) -> list[dict[str, Any]]:
     folder.mkdir()
     recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=PHASES, data=data)
-    run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=world, env={"DTL_CACHE": str(folder.parent / "cache")})
+    env = {"DTL_CACHE": str(folder.parent / "cache"), **(variables or {})}
+    run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=world, env=env)
     assert status(folder / "runs/tiny")["state"] == "done"
     return history(folder / "runs/tiny")
 
@@ -57,15 +60,15 @@ def test_class_weights_have_a_global_denominator(tmp_path: Path) -> None:
 
 
 def test_stop_on_two_ranks_and_go_on_with_one_and_three(tmp_path: Path) -> None:
-    """Checkpoints of one world are read by another: the remaining steps are the same global batches."""
-    expected = train(tmp_path / "reference", world=1, global_batch_size=119)
+    """Checkpoints of one world are read by another: the remaining steps are the same global batches, with the same augmentations."""
+    for name in ("trace-one", "trace-moved"):
+        (tmp_path / name).mkdir()
+    expected = train(tmp_path / "reference", world=1, variables={"DTL_TRACE": str(tmp_path / "trace-one")}, global_batch_size=119)
     folder = tmp_path / "moved"
     folder.mkdir()
     recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=PHASES, data={"global_batch_size": 119})
     arguments = ["--config", str(recipe), "--tracking.log-every", "1", "--checkpoint.every-steps", "1"]
-    env = {"DTL_CACHE": str(tmp_path / "cache")}
-    from harness import start, wait_for
-
+    env = {"DTL_CACHE": str(tmp_path / "cache"), "DTL_TRACE": str(tmp_path / "trace-moved")}
     for world in (2, 3):
         job = start(arguments, cwd=folder, world=world, env=env)
         file = folder / "runs/tiny/history.jsonl"
@@ -81,3 +84,4 @@ def test_stop_on_two_ranks_and_go_on_with_one_and_three(tmp_path: Path) -> None:
     assert [event.get("lr") for event in got] == [event.get("lr") for event in expected]
     for event, other in zip(got, expected):
         assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert read_trace(tmp_path / "trace-moved") == read_trace(tmp_path / "trace-one")
