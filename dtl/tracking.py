@@ -144,6 +144,7 @@ class Tracker:
         self._wandb: WandbRun | None = None
         self._board: Any = None
         self._failed: set[str] = set()
+        self._advised: set[str] = set()
         self._before_write = before_write
         if not is_main:
             return
@@ -210,16 +211,39 @@ class Tracker:
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
         self.say(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({num_samples} samples)")
 
-    def epoch(self, *, phase: str, epoch: int, step: int, expected: int, seen: int, damaged: int) -> None:
+    def epoch(
+        self,
+        *,
+        phase: str,
+        epoch: int,
+        step: int,
+        expected: int,
+        seen: int,
+        damaged: int,
+        images_per_second: float,
+        data_wait: float,
+        memory_gib: float,
+    ) -> None:
         """The end of an epoch (or of the part of it that a phase took): the samples that it should have, and those trained on.
 
-        `damaged` ones are among the seen, at weight 0.
+        `damaged` ones are among the seen, at weight 0. `data_wait` is a share of the time, 0..1; `memory_gib` the most so far.
         """
-        self._tell({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, "expected": expected, "seen": seen, "damaged": damaged})
+        speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory_gib": memory_gib}
+        facts = {"expected": expected, "seen": seen, "damaged": damaged, **speed}
+        self._tell({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, **facts})
+        self._copy("epoch", phase, epoch, step, speed)
         line = f"{phase}  epoch {epoch}  step {step}  {seen:,} of {expected:,} samples seen"
-        self.say(line + (f", {damaged:,} of them damaged, at weight 0 (bad_samples.jsonl)" if damaged else ""))
+        line += f", {damaged:,} of them damaged, at weight 0 (bad_samples.jsonl)" if damaged else ""
+        self.say(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
         if seen != expected:
             self.say(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")
+
+    def advise(self, phase: str, advice: str, *, step: int) -> None:
+        """What limits the phase, and what to change; said once a phase."""
+        if phase not in self._advised:
+            self._advised.add(phase)
+            self.note("limit", step=step, phase=phase, advice=advice)
+            self.say(f"{phase}: {advice}")
 
     def note(self, note: str, *, step: int | None = None, **facts: Any) -> None:
         """Anything else worth keeping, under a short name: a resume, a save, a summary."""

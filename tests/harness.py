@@ -149,7 +149,7 @@ def history(run: Path, *, times: bool = False) -> list[dict[str, Any]]:
     if not times:
         events = [event for event in events if event.get("note") != "limit"]  # advice that follows from times
         for event in events:
-            for key in ("images_per_second", "data_wait", "seconds", "checkpoint_stall_seconds"):
+            for key in ("images_per_second", "data_wait", "memory_gib", "seconds", "checkpoint_stall_seconds"):
                 event.pop(key, None)
     return events
 

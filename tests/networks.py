@@ -81,3 +81,8 @@ def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backwa
             return Limit.apply(logits) if in_backward else logits
 
     return Hungry(*small(num_classes).children())
+
+
+def mean_colour(num_classes: int) -> nn.Module:
+    """Next to no computing: whatever time an epoch takes is spent elsewhere."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))

@@ -10,6 +10,7 @@ import copy
 import os
 import signal
 import sys
+import time
 import threading
 import time
 import warnings
@@ -68,6 +69,8 @@ class Batch:
     """Step within the epoch, from 0."""
     bad: list[tuple[int, DamagedSample]] = field(default_factory=list)
     """(sample id, what is wrong with it)"""
+    seconds: tuple[float, float] = (0.0, 0.0)
+    """(wall, CPU) time that making it took."""
     place: tuple[int, int] | None = None
     """On the way from a loader process: the pool and the buffer where the images lie."""
 
@@ -115,6 +118,7 @@ class BatchDataset:
 
     def __getitems__(self, request: MicroBatch) -> Batch:
         shards = self.shards
+        started = time.perf_counter(), time.thread_time()
         shards.at(request.epoch, request.step)
         images, place = self._room(request)
         weights = torch.from_numpy(request.weights.copy())
@@ -144,6 +148,7 @@ class BatchDataset:
             epoch=request.epoch,
             step=request.step,
             bad=bad,
+            seconds=(time.perf_counter() - started[0], time.thread_time() - started[1]),
             place=place,
         )
 

@@ -12,6 +12,7 @@ import torch
 from dtl.checkpoint.state import TrainState
 from dtl.data.loader import Batch
 from dtl.engine.feeds import Feeds
+from dtl.engine.limits import EpochSpeed, gather
 from dtl.engine.phases import Phase
 from dtl.runtime import Runtime
 from dtl.tracking import Tracker
@@ -41,12 +42,25 @@ class EpochCount:
         """Called by all ranks together, before a checkpoint."""
         state.extra[_KEY] = list(self._sum(runtime))
 
-    def tell(self, phase: Phase, state: TrainState, *, feeds: Feeds, runtime: Runtime, tracker: Tracker) -> None:
+    def tell(self, phase: Phase, state: TrainState, *, speed: EpochSpeed, feeds: Feeds, runtime: Runtime, tracker: Tracker) -> None:
         """After the last step of an epoch, or of a phase within one (which may be made longer later); all ranks together."""
         epoch, step = phase.epoch_of(state.phase_step - 1)
         seen, damaged = self._sum(runtime)
         expected = feeds.plan(epoch).step_bounds(step)[1]
-        tracker.epoch(phase=phase.name, epoch=epoch, step=state.step, expected=expected, seen=seen, damaged=damaged)
+        facts = gather(speed, runtime, workers=feeds.workers, image_size=feeds.image_size, short_side=feeds.short_side)
+        tracker.epoch(
+            phase=phase.name,
+            epoch=epoch,
+            step=state.step,
+            expected=expected,
+            seen=seen,
+            damaged=damaged,
+            images_per_second=facts.images_per_second,
+            data_wait=facts.data_wait,
+            memory_gib=facts.memory_gib,
+        )
+        if facts.advice:
+            tracker.advise(phase.name, facts.advice, step=state.step)
         if state.epoch_step == 0:
             self.seen = self.damaged = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -48,6 +49,12 @@ class Feeds:
     @property
     def classes(self) -> list[str]:
         return list(self.train.classes)
+
+    @cached_property
+    def short_side(self) -> float:
+        """Median of the training images' shorter side, in pixels, of some thousand of them."""
+        some = slice(None, None, max(1, self.train.num_samples // 4096))
+        return float(np.median(np.minimum(self.train.widths[some], self.train.heights[some])))
 
     @property
     def class_counts(self) -> list[int]:

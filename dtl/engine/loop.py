@@ -24,6 +24,7 @@ from dtl.engine.epoch_count import EpochCount
 from dtl.engine.evaluate import evaluate
 from dtl.engine.feature_phase import PhaseFeatures
 from dtl.engine.feeds import Feeds
+from dtl.engine.limits import EpochSpeed
 from dtl.engine.phases import Phase
 from dtl.engine.step import Normalise, Stepper, Window, normaliser
 from dtl.engine.step_trace import StepTrace
@@ -90,6 +91,7 @@ class Trainer:
         )
         self._best: dict[str, Tensor] = {}
         self._counted = EpochCount()
+        self._speed = EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
         self._told_stall = 0.0
         self._saved_step = -1
@@ -189,6 +191,7 @@ class Trainer:
                     lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
                 self._trace.record(state.step + 1, batches)
                 self._counted.take(batches)
+                self._speed.take(batches)
                 self._count(phase, self.feeds.step_size(phase, phase_step))
                 self._after_step(active, lr, save_by_clock)
 
@@ -199,7 +202,9 @@ class Trainer:
         self.heart.what = lambda: self.feeds.batch_name(phase, phase_step)
         self.heart.enter("load", self.state.step + 1)
         batches = next(stream)
-        self._window.data_seconds += time.monotonic() - self._step_started
+        waited = time.monotonic() - self._step_started
+        self._window.data_seconds += waited
+        self._speed.waited += waited
         said = self._agree(batches, save=self._save_due_by_clock())
         if said.failed:
             self.bad_samples.take("train", batches)
@@ -222,6 +227,7 @@ class Trainer:
         self.deadline.saw_step(seconds)
         self._window.num_images += num_images
         self._window.seconds += seconds
+        self._speed.seconds += seconds
         state.extra["images"] += num_images
         state.extra["train_seconds"] += seconds
 
@@ -244,7 +250,8 @@ class Trainer:
             self._save(active)
 
     def _tell_epoch(self, phase: Phase) -> None:
-        self._counted.tell(phase, self.state, feeds=self.feeds, runtime=self.runtime, tracker=self.tracker)
+        self._counted.tell(phase, self.state, speed=self._speed, feeds=self.feeds, runtime=self.runtime, tracker=self.tracker)
+        self._speed = EpochSpeed()
 
     def _log(self, active: ActivePhase, lr: float) -> None:
         loss = self._mean_loss(active)

@@ -54,7 +54,7 @@ def test_counted_on_after_a_stop_on_another_number_of_ranks(tmp_path: Path, pack
         again = run(arguments, cwd=tmp_path, world=1)
         lines += again.err()
     assert epochs(tmp_path) == WHOLE
-    assert f"all  epoch 2  step 30  {N:,} of {N:,} samples seen\n" in lines
+    assert f"all  epoch 2  step 30  {N:,} of {N:,} samples seen, " in lines
     assert "not exact" not in lines
 
 

@@ -1,0 +1,36 @@
+"""An epoch's line in a real run, and the advice when its loading is slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import harness
+import pytest
+import recipes
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_epoch_says_how_fast_it_was(tmp_path: Path, world: int) -> None:
+    recipe = recipes.write_recipe(tmp_path, phases={"all": {"train": "all", "epochs": 2, "lr": 0.05}})
+    job = harness.run(["--config", str(recipe)], cwd=tmp_path, world=world)
+    epochs = [event for event in harness.history(tmp_path / "runs/tiny", times=True) if event["event"] == "epoch"]
+    assert len(epochs) == 2
+    for event in epochs:
+        assert 0 < event["images_per_second"] < 1e6
+        assert 0 <= event["data_wait"] <= 1
+        assert 0.05 < event["memory_gib"] < 10
+        assert event["seen"] == event["expected"] == 1437
+    assert "images/s, waiting for data " in job.err()
+    assert " GiB" in job.err()
+
+
+def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
+    """Without loader processes, heavy augmentation of large pictures, and a network that does next to nothing."""
+    data = {"image_size": 256, "workers": 0, "augment": {"preset": "imagenet", "randaugment": [6, 15], "color_jitter": 0.4}}
+    recipe = recipes.write_recipe(tmp_path, data=data, model={"name": "networks:mean_colour"}, phases={"all": {"train": "all", "steps": 6, "lr": 0.05}})
+    job = harness.run(["--config", str(recipe)], cwd=tmp_path)
+    said = [line for line in job.err().splitlines() if "the loader is the limit" in line]
+    assert len(said) == 1, job.err()
+    assert "in the training process itself; --data.workers " in said[0] or "wait for the disk (or for a core)" in said[0]
+    notes = [event for event in harness.history(tmp_path / "runs/tiny") if event.get("note") == "limit"]
+    assert [note["phase"] for note in notes] == ["all"]
