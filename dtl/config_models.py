@@ -67,7 +67,7 @@ class AugmentConfig(Section):
 
 class DataConfig(Section):
     train: str | None = None
-    """Training data: an image folder (a folder a class), a list file, CIFAR batches, packed shards, WebDataset tars, or the word digits."""
+    """Training data: an image folder (a folder a class), a list file, CIFAR batches, packed shards, WebDataset tars (also remote ones), or the word digits."""
     val: str | None = None
     """Validation data; not needed where `train` holds a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -92,7 +92,15 @@ class DataConfig(Section):
     balance: Literal["none", "sqrt", "uniform"] = "none"
     """Draw classes alike (uniform), in proportion to the roots of their sizes (sqrt), or each sample once an epoch (none)."""
     cache_dir: str | None = None
-    """Where image folders are packed once; by default $DTL_CACHE, else the user's cache folder."""
+    """Where image folders are packed once and remote shards are kept; by default $DTL_CACHE, else the user's cache folder."""
+    cache_gb: Positive | None = None
+    """The most that remote shards take on each node's disk, in 10^9 bytes; by default all of them are kept."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """How often a failed download is tried again, with growing pauses; a try that brought something does not count."""
+    timeout: Positive = 60.0
+    """Seconds without a byte after which a download counts as failed."""
+    allow_pipe: bool = False
+    """Run the `pipe:` commands that a manifest names; those in `train` and `val` themselves are run anyhow."""
     names: str | None = None
     """JSON file of display names of the classes, {folder name: name}."""
     crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"

@@ -21,9 +21,11 @@ from dtl.checkpoint.transfer_report import TransferReport
 from dtl.checkpoint.units import entries_of, units_of
 from dtl.config import Config, config_from_dict
 from dtl.data.balance import class_members
-from dtl.data.cache import default_cache_dir, ensure_packed
+from dtl.data.cache import default_cache_dir, open_split
+from dtl.data.cache_room import divide
 from dtl.data.index import Shards
 from dtl.data.manifest import check_class_maps
+from dtl.data.remote import RemoteOptions
 from dtl.data.shared_memory import check_shared_memory
 from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
 from dtl.engine.bad_samples import BadSamples
@@ -45,6 +47,7 @@ Say = Callable[[str], None]
 FREE_SETTINGS = (
     "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.timeout_minutes", "tracking.*", "checkpoint.*", "precision",
     "data.workers", "data.micro_batch_size", "data.cache_dir", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
+    "data.cache_gb", "data.retries", "data.timeout", "data.allow_pipe",
 )  # fmt: skip
 DEBUG_TRAIN_STEPS = 4
 DEBUG_VAL_STEPS = 2
@@ -64,15 +67,14 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
         "names": data.names,
         "progress": runtime.is_main,
         "say": quiet,
+        "remote": remote_options(config, leader=runtime.local_rank == 0),
     }
 
     def packed() -> tuple[Shards, Shards]:
-        train = Shards.open(ensure_packed(str(data.train), split="train", val_fraction=data.val_fraction, **common))
+        train = open_split(str(data.train), split="train", val_fraction=data.val_fraction, **common)
         if data.val is None:
-            val_folder = ensure_packed(str(data.train), split="val", val_fraction=data.val_fraction, **common)
-        else:
-            val_folder = ensure_packed(data.val, split="val", classes=train.classes, **common)
-        return train, Shards.open(val_folder)
+            return train, open_split(str(data.train), split="val", val_fraction=data.val_fraction, **common)
+        return train, open_split(data.val, split="val", classes=train.classes, **common)
 
     with runtime.together("data"):
         # The main process of each node packs, where there is anything to pack, since it is the one that tells of it.
@@ -83,6 +85,12 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
     runtime.same("the training data", train.dataset_id)
     runtime.same("the validation data", val.dataset_id)
     return train, val
+
+
+def remote_options(config: Config, *, leader: bool) -> RemoteOptions:
+    """`leader`: this process acts for its node."""
+    data = config.data
+    return RemoteOptions(data.cache_dir, data.cache_gb, data.retries, data.timeout, data.allow_pipe, leader)
 
 
 def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
@@ -131,6 +139,8 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
         )
         feeds.plan(0)
         check_shared_memory(feeds.shared_bytes, ranks=ranks_here, workers=feeds.workers)
+        if demands := feeds.cache_demands(planned(config, feeds)):
+            divide(demands, demands[0].cache.options.limit)
     return feeds
 
 
