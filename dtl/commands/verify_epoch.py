@@ -38,9 +38,12 @@ def run(arguments: list[str]) -> int:
 
     from dtl.data.balance import class_members, plan_epoch
     from dtl.data.cache import open_split
+    from dtl.data.cache_room import Demand, divide
     from dtl.data.epoch_proof import prove_epoch
+    from dtl.data.loader import PREFETCH
     from dtl.data.pack_progress import PackProgress
     from dtl.data.remote import RemoteOptions
+    from dtl.data.shard_uses import ShardUses
     from dtl.data.transforms import AugmentSettings, train_transform
 
     shards = open_split(
@@ -65,6 +68,9 @@ def run(arguments: list[str]) -> int:
     )
     if options.start >= plan.num_steps:
         raise UserError(f"--start {options.start}: the epoch has {plan.num_steps} steps, 0 to {plan.num_steps - 1}")
+    if shards.cache is not None:
+        steps = -(-max(1, options.workers) * PREFETCH) + 1
+        divide([Demand(options.source, shards.cache, ShardUses.of(plan, behind=steps * plan.largest_step))], shards.cache.options.limit)
     torch.set_num_threads(1)  # as in a loader process
     with PackProgress(visible=not options.quiet) as shown:
         shown.start("loading", plan.num_positions - plan.step_bounds(options.start)[0])

@@ -195,7 +195,7 @@ class _Merged:
     def problems(self, shards: Sequence[Tar]) -> tuple[int, list[tuple[str, str]]]:
         """How many samples cannot be used, and (shard: sample, reason) of the first ones of each shard."""
         listed = [
-            (f"{path}: sample {shown(key)} at byte {offset}", reason) for path, facts in zip(shards, self.facts) for key, offset, reason in facts["problems"]
+            (f"{_told(path)}: sample {shown(key)} at byte {offset}", reason) for path, facts in zip(shards, self.facts) for key, offset, reason in facts["problems"]
         ]
         return sum(facts["num_problems"] for facts in self.facts), listed
 
@@ -204,7 +204,7 @@ class _Merged:
         seen: dict[str, Tar] = {}
         for path, facts in zip(shards, self.facts):
             if facts["labels"] and facts["sha256"] in seen:
-                raise UserError(f"{path} is a copy of {seen[facts['sha256']]}; each of its samples would count twice")
+                raise UserError(f"{_told(path)} is a copy of {_told(seen[facts['sha256']])}; each of its samples would count twice")
             seen[facts["sha256"]] = path
 
     def labels(self) -> dict[Label, str]:
@@ -247,7 +247,7 @@ def _write(
     notes: list[str] = []
     first_of, rule = merged.labels(), merged.rule()
     if not first_of:
-        raise UserError(f"no usable sample in {len(shards):,} shard{'' if len(shards) == 1 else 's'} ({shards[0]} ...)")
+        raise UserError(f"no usable sample in {len(shards):,} shard{'' if len(shards) == 1 else 's'} ({_told(shards[0])} ...)")
     order, numbers = decide_classes(first_of, rule=rule, given=classes, notes=notes)
     rows, sizes = merged.rows(numbers, as_names=rule == "folder")
     counts = np.bincount(rows["labels"], minlength=len(order))
@@ -293,6 +293,11 @@ def _write(
         notes=tuple(notes),
         seconds=time.monotonic() - begun,
     )
+
+
+def _told(path: Tar) -> str:
+    """A shard for a message."""
+    return shown_address(path) if isinstance(path, str) else str(path)
 
 
 def _stored_numbers(numbers: dict[Label, int], classes: Sequence[str]) -> str:

@@ -187,7 +187,7 @@ def test_tars_named_straight_in_the_config(packed: Path, server: Server, tmp_pat
         run([*sources(), "--run.resume", "never"], cwd=tmp_path)
         assert history(tmp_path / "runs/tiny") == first
         assert set(server.downloads().values()) == {1}, "another signature is not another shard"
-    assert [event["num_samples"] for event in first if event["event"] == "val"][0] > 100
+    assert next(event["num_samples"] for event in first if event["event"] == "val") > 100
 
 
 def test_a_manifest_from_elsewhere_runs_no_commands(packed: Path, tmp_path: Path) -> None:
