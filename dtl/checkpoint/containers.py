@@ -75,7 +75,9 @@ def _is_tensor(value: Any) -> bool:
 
 
 def as_tensor(value: Any) -> torch.Tensor:
-    return value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    if not isinstance(value, torch.Tensor):
+        return torch.as_tensor(value)
+    return value.detach() if value.layout == torch.strided else value.detach().to_dense()
 
 
 def _candidates(loaded: Mapping[Any, Any]) -> dict[str, int]:

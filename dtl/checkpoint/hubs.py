@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,12 +23,17 @@ class Cached:
 
 
 def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
-    """The file of a web address, from torch hub's cache folder or fetched into it (the hash in its name is checked)."""
+    """The file of a web address, from torch hub's cache folder or fetched into it (the hash in its name is checked).
+
+    A name without a hash says nothing of what is in it, so such files lie in a folder of their address.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(address).path).name
+    found = torch.hub.HASH_REGEX.search(path.name)
+    if found is None:
+        path = path.parent / f"dtl-{hashlib.sha256(address.encode()).hexdigest()[:12]}" / path.name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = torch.hub.HASH_REGEX.search(path.name)
             # Writes beside the file and moves it into place, so that a broken download leaves nothing behind.
             torch.hub.download_url_to_file(address, str(path), found.group(1) if found else None, progress=False)
         except (OSError, RuntimeError, ValueError) as error:

@@ -56,7 +56,15 @@ class Matching:
     notes: list[str] = field(default_factory=list)
 
     def pair(self, source: Unit, target: Unit, *, transform: str = "", evidence: str, margin: float | None = None) -> None:
-        """Pair the tensors of two units by role. Shapes decide per tensor whether the transform is needed."""
+        """Pair the tensors of two units by role. Shapes decide per tensor whether the transform is needed; where one is and there
+        is none, the whole layer is in doubt."""
+        for role in () if transform else target.roles.keys() & source.roles.keys():
+            (key, shape), (target_key, target_shape) = source.roles[role], target.roles[role]
+            if shape != target_shape and isinstance(key, str) and isinstance(target_key, str):
+                clash = Clash(target_key, target_shape, key, shape)
+                self.clashes.append(clash)
+                self.flag(target, f"the layers fit, but not {clash}", source.names)
+                return
         for role, (target_key, target_shape) in target.roles.items():
             if role not in source.roles:
                 continue

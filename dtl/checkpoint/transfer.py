@@ -141,13 +141,39 @@ def _values(plan: TransferPlan, weights: SourceWeights, targets: dict[str, torch
             continue
         keys = outcome.source if isinstance(outcome.source, tuple) else (outcome.source,)
         tensors = [weights.tensors[key] for key in keys]
+        problem = next((why for tensor in tensors if (why := _unusable(tensor, target))), None)
+        if problem is not None:
+            raise TransferRefused(f"{name}: {'+'.join(keys)} {problem}; nothing was loaded")
         value = apply_transform(outcome.transform, tensors, tuple(target.shape), picks=plan.head_rows)
         if value.shape != target.shape:
             raise TransferRefused(f"{name} {list(target.shape)}: {'+'.join(keys)} gives {list(value.shape)}; nothing was loaded")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise TransferRefused(f"{name}: {'+'.join(keys)} holds values that are not finite (NaN or infinite); nothing was loaded")
+        problem = _impossible(name, value, target.dtype)
+        if problem is not None:
+            raise TransferRefused(f"{name}: {'+'.join(keys)} {problem}; nothing was loaded")
         values[name] = value
     return values
+
+
+def _unusable(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
+    """Why a source tensor's values cannot be read as they are."""
+    if tensor.is_meta:
+        return "has no values (meta device)"
+    if tensor.is_quantized or (target.is_floating_point() and not tensor.is_floating_point()):
+        return f"is of type {tensor.dtype}, quantised or not weights at all; convert it to floating point first".replace("torch.", "")
+    return None
+
+
+def _impossible(name: str, value: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why a value must not get into the network."""
+    if not value.is_floating_point():
+        return None
+    if not bool(torch.isfinite(value).all()):
+        return "holds values that are not finite (NaN or infinite)"
+    if dtype.is_floating_point and not bool(torch.isfinite(value.to(dtype)).all()):
+        return f"holds values too large for {dtype}".replace("torch.", "")
+    if name.endswith("running_var") and bool((value < 0).any()):
+        return "holds negative variances"
+    return None
 
 
 def _agree_on_ties(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
