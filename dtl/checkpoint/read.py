@@ -19,10 +19,14 @@ from torch import nn
 from dtl.checkpoint import durable, hubs
 from dtl.checkpoint.containers import find_state_dict, without_wrappers
 from dtl.checkpoint.names import looks_sorted
+from dtl.checkpoint.pickles import is_legacy_torch, pickled_globals
 from dtl.checkpoint.units import entries_of
 from dtl.errors import UserError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl")
+# What a legacy torch file names besides its objects.
+_HARMLESS = ("torch._utils.", "torch.storage.", "torch.Storage", "torch.FloatStorage", "torch.LongStorage", "torch.nn.parameter.",
+             "collections.OrderedDict", "__builtin__.set")  # fmt: skip
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -76,7 +80,11 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
         tensors, facts = hubs.timm_tensors(named.removeprefix("timm:"))
         return SourceWeights(tensors, named, ordered=True, facts=facts)
     if named.startswith(("http://", "https://")):
-        return _from_cache(hubs.download(named), origin=named, key=key)
+        address, _, chosen_there = named.partition("#")
+        return _from_cache(hubs.download(address), origin=named, key=key or chosen_there or None)
+    if "://" in named and not named.startswith("file://"):
+        raise UserError(f"{named}: weights are fetched from http:// and https:// addresses; download this one and give the file")
+    named = named.removeprefix("file://")
     path, chosen = _split_fragment(named)
     return _from_path(path, key=key or chosen)
 
@@ -158,7 +166,7 @@ def _from_index(path: Path) -> SourceWeights:
         raise UserError(f"{path}: not an index of weights (a JSON object with 'weight_map'): {error!r}") from error
     parts: dict[str, Mapping[str, Any]] = {}
     digest = hashlib.sha256()
-    for name in sorted(set(where.values())):
+    for name in sorted(set(map(str, where.values()))):
         part = path.parent / name
         if not part.is_file():
             raise UserError(f"{path}: names {name}, which is not beside it")
@@ -177,6 +185,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     """(tensors, whether in registration order). The format sorts; only our own model folders remember the order elsewhere."""
     from safetensors import SafetensorError, safe_open
 
+    if problem := _no_weights(_beginning(path)):
+        raise UserError(f"{path}: {problem}")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, False  # noqa: SIM118 - no mapping
@@ -185,12 +195,48 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
 
 
 def _read_torch(path: Path) -> Any:
+    start = _beginning(path)
+    if problem := _no_weights(start):
+        raise UserError(f"{path}: {problem}")
     # Only zip files (torch >= 1.6) can be mapped; older ones are read whole.
     mapped = zipfile.is_zipfile(path)
+    if not mapped and start[:1] == b"\x80" and not is_legacy_torch(path):
+        raise UserError(f"{path}: {_why_pickle(path)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise UserError(f"{path}: {_why_blocked(path, error)}") from error
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({_line(error)})") from error
+
+
+def _no_weights(start: bytes) -> str | None:
+    """What else than weights such files turn out to be."""
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights: the download went wrong"
+    if start.startswith(b"\x89HDF"):
+        return "an HDF5 file (Keras); save its weights as a dict of arrays in a .safetensors or .pth file"
+    return None
+
+
+def _why_pickle(path: Path) -> str:
+    found = pickled_globals(path)
+    names = f" ({_some(found)})" if found else ""
+    return (
+        f"a Python pickle{names}, which runs code when opened; where you trust it (detectron2's model zoo), convert it once: "
+        f"python -c \"import pickle, torch; c = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
+        "torch.save({k: torch.as_tensor(v) for k, v in c.get('model', c).items() if hasattr(v, 'shape')}, 'weights.pth')\""
+    )
 
 
 def _why_blocked(path: Path, error: Exception) -> str:
@@ -204,25 +250,26 @@ def _why_blocked(path: Path, error: Exception) -> str:
     if any(name.startswith("torch.nn.modules.") for name in blocked):
         return (
             f"a whole pickled module ({_some(blocked)}), which runs code when opened; where you trust it, convert it once, beside its "
-            f"source code: python -c \"import torch; torch.save(torch.load('{path}', weights_only=False).state_dict(), 'weights.pth')\""
+            f"source code: python -c \"import torch; m = torch.load('{path}', weights_only=False); "
+            "m = m if hasattr(m, 'state_dict') else next(v for v in m.values() if hasattr(v, 'state_dict')); torch.save(m.state_dict(), 'weights.pth')\""
         )
     if blocked:
         return (
             f"holds Python objects that could run code when opened ({_some(blocked)}); where you trust it, keep the weights only: "
-            f"python -c \"import torch; c = torch.load('{path}', weights_only=False); print(list(c)); "
-            "torch.save(c['state_dict'], 'weights.pth')\""
+            f"python -c \"import torch; c = torch.load('{path}', weights_only=False); s = c.get('state_dict', c.get('model', c)); "
+            "torch.save({k: torch.as_tensor(v) for k, v in s.items() if hasattr(v, 'shape')}, 'weights.pth')\""
         )
     if isinstance(error, OSError):
         return f"not readable ({_line(error)})"
-    return f"not readable as a torch file ({type(error).__name__}: {_line(error)}); it is damaged, cut short or of another format"
+    return f"not readable as a torch file ({type(error).__name__}); it is damaged, cut short or of another format"
 
 
 def _unsafe_globals(path: Path) -> list[str]:
-    """Names of what `weights_only` blocks, found without executing anything; empty where torch cannot tell (old formats)."""
+    """Names of what `weights_only` blocks, found without executing anything."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # any damage ends here; the caller reports the first error
-        return []
+    except Exception:  # formats before torch 1.6, which torch cannot look into, or damage
+        return [name for name in pickled_globals(path) if not name.startswith(_HARMLESS)]
 
 
 def _some(names: list[str]) -> str:
