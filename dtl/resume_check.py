@@ -76,6 +76,7 @@ class _Run:
     start: Start
     arguments: Sequence[str]
     fresh_cache: bool
+    torn: set[str] = field(default_factory=set)
 
     @property
     def path(self) -> Path:
@@ -93,6 +94,7 @@ class _Run:
         variables = {"DTL_STAGES": str(self.stages), "DTL_TRACE": str(self.folder / "trace")}
         if self.fresh_cache:
             variables["DTL_CACHE"] = str(self.folder / "cache")
+        self.torn = set(self._half_written())  # by kills before
         return self.start([*self.arguments, "--run.dir", str(self.folder / "runs"), "--run.name", "run", "--tracking.wandb", "off"], variables)
 
     def to_the_end(self, timeout: float) -> float:
@@ -109,8 +111,10 @@ class _Run:
         return time.monotonic() - started
 
     def is_writing(self) -> bool:
-        checkpoints = self.path / "checkpoints"
-        return checkpoints.is_dir() and any(path.name.startswith(".writing-") for path in checkpoints.iterdir())
+        return not self.torn.issuperset(self._half_written())
+
+    def _half_written(self) -> list[str]:
+        return [path.name for path in (self.path / "checkpoints").glob(".writing-*")]
 
     def kill_one(self, aim: str, delay: float, *, step: int, rank: int, timeout: float) -> Killed | None:
         """One start, killed where `aim` says, not before `step`; None when it came to its end before."""

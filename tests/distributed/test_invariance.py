@@ -41,7 +41,8 @@ def test_ranks_workers_and_accumulation_do_not_change_the_experiment(tmp_path: P
             assert {k: v for k, v in event.items() if k not in ("loss", "top1", "top5")} == {
                 k: v for k, v in other.items() if k not in ("loss", "top1", "top5")
             }, name
-            assert event["loss"] == pytest.approx(other["loss"], rel=1e-4), (name, event)
+            if "loss" in other:
+                assert event["loss"] == pytest.approx(other["loss"], rel=1e-4), (name, event)
         weights = load_file(tmp_path / name / "runs/tiny/model/model.safetensors")
         for key, value in weights.items():
             assert value.allclose(reference[key], rtol=1e-3, atol=1e-5), (name, key)
@@ -83,5 +84,6 @@ def test_stop_on_two_ranks_and_go_on_with_one_and_three(tmp_path: Path) -> None:
     assert [event["step"] for event in got] == [event["step"] for event in expected]
     assert [event.get("lr") for event in got] == [event.get("lr") for event in expected]
     for event, other in zip(got, expected):
-        assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        if "loss" in other:
+            assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert read_trace(tmp_path / "trace-moved") == read_trace(tmp_path / "trace-one")
