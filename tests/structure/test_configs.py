@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,18 @@ import yaml
 from dtl.config import builtin_recipes, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MAPS = sorted((ROOT / "configs/maps").glob("*.yaml"))
 LAUNCHES = sorted((ROOT / "launch").glob("*.yaml"))
 
 
 def test_there_are_some() -> None:
-    assert {file.name for file in CONFIGS} >= {"digits.yaml", "finetune.yaml", "features.yaml"}
+    assert {file.stem for file in CONFIGS} >= {
+        "digits", "finetune", "features", "cifar10_features", "cifar10_finetune", "ants_bees_features", "ants_bees_finetune", "flowers102",
+        "flowers102_two_phase", "rotnet_cifar10", "rotnet_pretext", "supervised_cifar10", "transfer_by_order", "transfer_by_map", "top_layers",
+        "head_and_backbone_lr",
+    }  # fmt: skip
+    assert MAPS
     assert {file.stem for file in LAUNCHES} >= {"cpu", "cpu_2", "gpu", "gpus", "nodes"}
 
 
@@ -28,6 +35,52 @@ def test_a_config_is_valid_and_says_how_to_run_it(file: Path) -> None:
     assert name == file.stem
     assert text.startswith("#"), "a recipe begins with what it is for"
     assert "accelerate launch dtl/train.py" in text
+
+
+def header_commands() -> list[tuple[str, str]]:
+    found = []
+    for file in CONFIGS:
+        comment = "\n".join(line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#"))
+        found += [(file.name, line) for line in comment.replace("\\\n", " ").splitlines() if line.startswith("accelerate launch dtl/train.py")]
+    return found
+
+
+@pytest.mark.parametrize(("file", "line"), header_commands())
+def test_the_command_of_a_header_is_one(file: str, line: str) -> None:
+    words = shlex.split(line)[3:]
+    if words:
+        assert (ROOT / words[words.index("--config") + 1]).is_file()
+        words[words.index("--config") + 1] = str(ROOT / words[words.index("--config") + 1])
+        load_config(words)
+
+
+@pytest.mark.parametrize("file", MAPS, ids=lambda file: file.name)
+def test_a_map_is_readable(file: Path) -> None:
+    from dtl.checkpoint.mapping import read_rules
+
+    assert len(read_rules(file)) > 5
+
+
+def test_the_map_of_mobilenet_v2_pairs_what_the_order_pairs() -> None:
+    """The names of the weights that the recipes read, made from torchvision's by the order in which both are registered."""
+    from dtl.checkpoint import plan_transfer
+    from dtl.models.build import build
+
+    target = build("torchvision/mobilenet_v2", num_classes=2, meta=True).module
+    source = {}
+    for name, value in target.state_dict().items():
+        words = name.split(".")
+        if words[0] == "features" and words[2] == "conv":
+            narrow = words[1] == "1"
+            flat = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"} if narrow else {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
+            words[3:-1] = [flat[".".join(words[3:-1])]]
+        if words[0] == "features":
+            source[".".join(words)] = value
+    by_map = plan_transfer(source, target, by="map", mapping=ROOT / "configs/maps/mobilenet_v2.yaml")
+    by_order = plan_transfer(source, target, by="order")
+    assert by_map.ok, by_map.refusals
+    assert by_map.pairs == by_order.pairs
+    assert len(by_map.pairs) == 312
 
 
 def test_the_builtin_recipes_are_those_of_configs() -> None:
