@@ -1,6 +1,7 @@
-"""Room in /dev/shm, through which loader processes hand their batches over. Too little of it ends a run with a bus error, hours in.
+"""Room in /dev/shm, which loader processes need for their queues, and for their batches where these do not travel in our own buffers.
 
-Containers are given 64 MiB unless told otherwise, so what a run will need is computed and compared before the first step.
+Too little of it ends a run with a bus error, or with a traceback out of a semaphore. Containers are given 64 MiB unless told otherwise, and
+what killed programs have left there stays, so what a run will need is computed and compared before the first step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dtl.errors import UserError
 SHM = Path("/dev/shm")
 _PAGE = 4096
 _TENSORS = 4  # beside the images: labels, weights, samples, slots
+_SEMAPHORES = 6  # of a queue and of the event that ends its process
 
 
 def batch_bytes(*, micro_batch_size: int, image_size: int) -> int:
@@ -21,9 +23,16 @@ def batch_bytes(*, micro_batch_size: int, image_size: int) -> int:
     return _pages(micro_batch_size * 3 * image_size**2) + _TENSORS * _pages(8 * micro_batch_size)
 
 
-def bytes_needed(*, micro_batch_size: int, image_size: int, accumulation_steps: int, workers: int, prefetch: int) -> int:
-    """The most that one rank's loader has in shared memory: what is asked of its workers, made or not, and two steps in the trainer's hands."""
-    return (workers * prefetch + 2 * accumulation_steps) * batch_bytes(micro_batch_size=micro_batch_size, image_size=image_size) if workers else 0
+def bytes_needed(*, micro_batch_size: int, image_size: int, accumulation_steps: int, workers: int, prefetch: int, own_buffers: bool) -> int:
+    """The most that one rank's loader has in /dev/shm: a page for each semaphore of its queues, one queue a process and one for all.
+
+    Without `own_buffers` (`dtl.data.batch_buffers`, on Linux) also batches: what is asked of its processes, made or not, and two steps in
+    the trainer's hands.
+    """
+    if not workers:
+        return 0
+    batches = 0 if own_buffers else workers * prefetch + 2 * accumulation_steps
+    return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(micro_batch_size=micro_batch_size, image_size=image_size)
 
 
 def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path = SHM) -> None:
@@ -34,9 +43,9 @@ def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path =
     free = space.f_bavail * space.f_frsize
     if ranks * needed > free:
         raise UserError(
-            f"{folder} has {_mib(free)} MiB free of {_mib(space.f_blocks * space.f_frsize)}, but the batches of {ranks} process(es) with {workers} loader "
-            f"processes each take up to {_mib(ranks * needed)} MiB there: give it more (docker run --shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), "
-            "or load with fewer (--data.workers N, 0: in the training process), or in smaller parts (--data.micro-batch-size N)"
+            f"{folder} has {_shown(free)} free of {_shown(space.f_blocks * space.f_frsize)}, but {ranks} process(es) with {workers} loader processes "
+            f"each take up to {_shown(ranks * needed)} there: remove what other programs have left in it, give it more (docker run "
+            f"--shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), or load with fewer (--data.workers N, 0: in the training process)"
         )
 
 
@@ -44,5 +53,5 @@ def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f}"
+def _shown(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"

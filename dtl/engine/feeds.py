@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,7 +85,7 @@ class Feeds:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory that this rank's loader processes take at most: validation's come while those of training wait, prefetched."""
+        """What this rank's loader processes take of /dev/shm at most: validation's come while those of training wait, prefetched."""
         sizes = 0
         for plan in (self.plan(0), self._val_plan()):
             layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=True)
@@ -94,6 +95,7 @@ class Feeds:
                 accumulation_steps=layout.accumulation_steps,
                 workers=self.workers,
                 prefetch=PREFETCH,
+                own_buffers=sys.platform == "linux",
             )
         return sizes
 
