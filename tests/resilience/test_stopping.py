@@ -32,7 +32,7 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (folder / "runs/tiny/checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2])
 def test_a_deadline_is_kept_with_a_checkpoint(tmp_path: Path, world: int) -> None:
     started = time.monotonic()
     run([*recipe(tmp_path), "--checkpoint.deadline-seconds", "8"], cwd=tmp_path, world=world, code=75)
@@ -121,7 +121,7 @@ def test_a_full_disk_is_told_and_tried_again(tmp_path: Path, small_disk: Path) -
     assert checkpoints(tmp_path)[-1] == status(tmp_path / "runs/tiny")["step"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2])
 def test_a_disk_that_stays_full_ends_the_run_on_all_ranks(tmp_path: Path, small_disk: Path, world: int) -> None:
     job = begin(tmp_path, "--checkpoint.every-steps", "3", "--checkpoint.max-failures", "2", world=world)
     job.wait().check(2)
