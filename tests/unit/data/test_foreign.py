@@ -166,7 +166,8 @@ def test_labels_in_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has no cls; .*--label-field with a field of its json \(label, meta\)"):
         indexed(path)
     assert indexed(path, label_field="label").labels.tolist() == [1, 0, 1]
-    named = indexed(path, label_field="meta.name", existing="replace")
+    assert command.run([str(path), "--label-field", "meta.name", "--out", str(tmp_path / "named"), "--quiet"]) == 0
+    named = Shards.open(tmp_path / "named")
     assert (named.classes, named.labels.tolist()) == (("ant", "bee"), [1, 0, 1])
     for field, said in [("other", "has no field other; it has label, meta"), ("meta", "not a number or a name"), ("txt", "no field txt")]:
         with pytest.raises(UserError, match=said):
