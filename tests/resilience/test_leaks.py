@@ -14,12 +14,12 @@ EPOCHS = 20
 MIB = 2**20
 
 
-def proportional(pid: int) -> int:
-    """PSS in bytes: shared pages are counted to each of those who share them in part."""
+def resident(pid: int) -> int:
+    """RSS in bytes, mapped files included; not PSS, which grows when others who share the libraries end."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith("Rss:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("no Pss")
+    raise AssertionError("no Rss")
 
 
 def open_files(pid: int) -> int:
@@ -50,7 +50,7 @@ def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
         wait_for(told, seconds=120, what=f"epoch {epoch + 1}")
         # The two oldest are those of training; an evaluation's come and go.
         workers = sorted(children(pid), key=lambda child: int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]))[:2]
-        rows.append((proportional(pid), [proportional(worker) for worker in workers], open_files(pid), max(open_files(worker) for worker in workers)))
+        rows.append((resident(pid), [resident(worker) for worker in workers], open_files(pid), max(open_files(worker) for worker in workers)))
     job.wait(900).check(0)
     early, late = rows[4:9], rows[-5:]
     with capsys.disabled():
