@@ -63,6 +63,8 @@ class AugmentConfig(Section):
     """[number of operations, magnitude of 30] (Cubuk et al. 2019)."""
     trivial: bool = False
     """TrivialAugment (Mueller and Hutter 2021)."""
+    reduced_decode: bool = True
+    """Decode large JPEGs at a half, a quarter or an eighth of their size where the random crop is as many times larger than `image_size`."""
 
 
 class DataConfig(Section):
@@ -255,6 +257,8 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     wandb: Annotated[Literal["auto", "online", "offline", "off"], _word_of("off")] = "auto"
     """auto: online where a key is known, else offline; never a prompt."""
+    wandb_model: bool = False
+    """Give wandb the model folder as an artifact when the run is done."""
     tensorboard: bool = False
     """Write TensorBoard files too (needs the package tensorboard)."""
     report: bool = True

@@ -47,13 +47,16 @@ def probe(data: bytes) -> ImageHeader:
             return ImageHeader(width=image.width, height=image.height, format=name, mode=image.mode)
 
 
-def decode(data: bytes) -> npt.NDArray[np.uint8]:
-    """Pixels [H, W, 3]. Raises DecodeError for what is truncated, is no image, or is too large."""
-    pixels = decode_jpeg(data)
+def decode(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3]. Raises DecodeError for what is truncated, is no image, or is too large.
+
+    With a `reduction` of 2, 4 or 8 a plain JPEG may come at that fraction of its size, rounded up; everything else comes whole.
+    """
+    pixels = decode_jpeg(data, reduction)
     return decode_with_pillow(data) if pixels is None else pixels
 
 
-def decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
+def decode_jpeg(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8] | None:
     """Pixels [H, W, 3] of a JPEG without any complaint from libjpeg, or None: then Pillow has to say.
 
     simplejpeg 1.9 was bit-equal to Pillow 13 for gray and for every chroma subsampling, baseline and progressive, and for JPEGs stored
@@ -67,7 +70,9 @@ def decode_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
         _check_size(width, height)
         if colorspace in ("CMYK", "YCCK"):
             return None
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        # libjpeg's smallest size that is not below these; without them, the whole image.
+        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)} if reduction > 1 else {}
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
         return pixels
     except ValueError:
         return None

@@ -25,6 +25,8 @@ Interpolation = Literal["bilinear", "bicubic"]
 # stripe is resized, which can shift the picture by less than a pixel against torchvision's Resize.
 MAX_ASPECT = 16
 
+REDUCTIONS = (2, 4, 8)  # libjpeg's own; the fractions between them cost more than decoding the whole image (measured)
+
 _TRIES = 10  # torchvision's RandomResizedCrop and RandomErasing give up after as many
 
 
@@ -34,11 +36,14 @@ class Placement:
 
     `boxes` [B,4] (top, left, height, width) in pixels of the decoded image; `resized` [B,2] (height, width) of the box after the
     resize; `offsets` [B,2] (top, left) of the window in the resized box, negative where the window reaches over the edge.
+    `reductions` [B] are 1, or 2, 4 or 8 where an image may come decoded at that fraction of its size, rounded up (geometries that
+    never allow it leave it out).
     """
 
     boxes: Ints
     resized: Ints
     offsets: Ints
+    reductions: Ints | None = None
 
 
 class Geometry(Protocol):
@@ -57,13 +62,18 @@ class RandomResizedCrop:
     image_size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    reduced: bool = True
+    """Boxes that are 2, 4 or 8 times the output or more lie on the grid of images decoded at that fraction."""
 
     def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
         boxes = _central_boxes(widths, heights, ratio=self.ratio)
         found = random_boxes(samples, widths, heights, scale=self.scale, ratio=self.ratio, names=(seed, epoch, "crop"))
         boxes = np.where(found[:, 2:3] > 0, found, boxes)
         resized = np.full((len(samples), 2), self.image_size, np.int64)
-        return Placement(boxes=boxes, resized=resized, offsets=np.zeros_like(resized))
+        reductions = None
+        if self.reduced:
+            boxes, reductions = on_reduced_grid(boxes, widths, heights, image_size=self.image_size)
+        return Placement(boxes=boxes, resized=resized, offsets=np.zeros_like(resized), reductions=reductions)
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,23 @@ class ShortSide:
             start = below(spare + 1, uniform(samples, seed, epoch, "stripe", axis)) if self.random else spare // 2
             boxes[:, axis], boxes[:, 2 + axis] = start, kept
         return boxes
+
+
+def on_reduced_grid(boxes: Ints, widths: Ints, heights: Ints, *, image_size: int) -> tuple[Ints, Ints]:
+    """Boxes moved by less than a pixel of the reduced image, and the reductions [B] (1, 2, 4, 8) that leave `image_size` pixels or more.
+
+    JPEG decoders reduce by powers of two for less than the work of decoding; a box off the grid would shift the picture.
+    """
+    smallest = boxes[:, 2:].min(axis=1)
+    reductions = np.ones(len(boxes), np.int64)
+    for factor in REDUCTIONS:
+        reductions[smallest >= factor * image_size] = factor
+    steps = reductions[:, None]
+    starts, ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    starts, ends = (starts + steps // 2) // steps * steps, (ends + steps // 2) // steps * steps
+    # The last pixel of a reduced image may stand for fewer than `steps` of the whole one.
+    ends = np.minimum(ends, np.stack([heights, widths], axis=1))
+    return np.concatenate([starts, ends - starts], axis=1), reductions
 
 
 def random_boxes(

@@ -10,7 +10,6 @@ import copy
 import os
 import signal
 import sys
-import time
 import threading
 import time
 import warnings
@@ -46,6 +45,8 @@ class Transform(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
     def draw(self, samples: np.ndarray, widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int) -> Any: ...
+
+    def reduction(self, draws: Any, i: int) -> int: ...
 
     def apply(self, image: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
 
@@ -172,8 +173,9 @@ class BatchDataset:
             reason = f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes"
         else:
             try:
-                image = decode(data)
-                if image.shape[:2] != (height, width):
+                reduction = self.transform.reduction(draws, i)
+                image = decode(data, reduction)
+                if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
                     reason = f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}"
                 else:
                     self.transform.apply(image, draws, i, out)

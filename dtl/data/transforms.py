@@ -33,7 +33,7 @@ from dtl.data.policies import NUM_BINS, RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, appl
 from dtl.errors import UserError
 from dtl.keyed import uniform
 
-TRANSFORM_VERSION = 1  # raise it with every change that gives other pixels for the same sample: checkpoints and caches compare it
+TRANSFORM_VERSION = 2  # raise it with every change that gives other pixels for the same sample: checkpoints and caches compare it
 
 Preset = Literal["imagenet", "cifar", "light", "none"]
 PRESETS: tuple[Preset, ...] = ("imagenet", "cifar", "light", "none")
@@ -71,6 +71,8 @@ class AugmentSettings:
     """Operations per image and magnitude bin (0 ... 30); (2, 9) is the usual."""
     trivial: bool = False
     """TrivialAugment Wide: one operation of random strength."""
+    reduced_decode: bool = True
+    """Decode JPEGs at a half, a quarter or an eighth of their size where the preset imagenet's crop is as many times larger than the output."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -143,7 +145,7 @@ class Transform:
         """A sample gives the same pixels each epoch: nothing is drawn at random."""
         if self.augment is None:
             return True
-        plain = replace(self.augment, horizontal_flip=bool(self.augment.horizontal_flip), color_jitter=self.augment.jitter)
+        plain = replace(self.augment, horizontal_flip=bool(self.augment.horizontal_flip), color_jitter=self.augment.jitter, reduced_decode=True)
         return plain == AugmentSettings(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
 
     def describe(self) -> dict[str, Any]:
@@ -171,19 +173,27 @@ class Transform:
         draws = Draws(sizes=np.stack([high, wide], axis=1), placement=placement, horizontal_flip=never, vertical_flip=never)
         return draws if self.augment is None else self._draw_augment(self.augment, draws, ids, seed, epoch)
 
+    def reduction(self, draws: Draws, i: int) -> int:
+        """1, 2, 4 or 8: sample `i` may be decoded at this fraction of its size."""
+        return 1 if draws.placement.reductions is None else int(draws.placement.reductions[i])
+
     def apply(self, image: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
-        """Write sample `i`, whose decoded pixels are `image` [H,W,3], into `out` (uint8 [3,S,S], any strides).
+        """Write sample `i`, whose decoded pixels are `image` [H,W,3], whole or reduced, into `out` (uint8 [3,S,S], any strides).
 
         ValueError if the image is not of the size the index gave: a box of another image would be cut.
         """
         height, width = draws.sizes[i].tolist()
-        if image.shape != (height, width, 3):
-            raise ValueError(f"decoded to {tuple(image.shape)}, the index says ({height}, {width}, 3); index the shards anew")
         placement = draws.placement
+        top, left, high, wide = placement.boxes[i].tolist()
+        if image.shape != (height, width, 3):
+            factor = self.reduction(draws, i)
+            if image.shape != (-(-height // factor), -(-width // factor), 3):
+                raise ValueError(f"decoded to {tuple(image.shape)}, the index says ({height}, {width}, 3); index the shards anew")
+            top, left, high, wide = top // factor, left // factor, -(-high // factor), -(-wide // factor)
         place(
             image,
             out,
-            box=tuple(placement.boxes[i].tolist()),
+            box=(top, left, high, wide),
             resized=tuple(placement.resized[i].tolist()),
             offset=tuple(placement.offsets[i].tolist()),
             horizontal_flip=bool(draws.horizontal_flip[i]),
@@ -263,7 +273,7 @@ def train_transform(
     """
     geometry: RandomResizedCrop | Square | ShortSide
     if augment.preset == "imagenet":
-        geometry = RandomResizedCrop(_checked_size(image_size))
+        geometry = RandomResizedCrop(_checked_size(image_size), reduced=augment.reduced_decode)
     elif augment.preset == "cifar":
         geometry = Square(_checked_size(image_size), padding=image_size // 8)
     else:

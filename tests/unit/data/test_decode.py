@@ -33,6 +33,15 @@ def test_jpeg_is_bit_equal_to_pillow(subsampling: str, progressive: bool, qualit
         assert decode_jpeg(data) is not None, "the fast decoder takes every ordinary JPEG"
 
 
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_jpegs_come_at_exactly_the_fraction_asked_for_and_others_whole(reduction: int) -> None:
+    for height, width in [*SIZES, (150, 203), (64, 96)]:
+        found = decode(encoded(height=height, width=width), reduction)
+        assert found.shape == (-(-height // reduction), -(-width // reduction), 3)
+    for data in (encoded(mode="CMYK"), encoded("PNG")):
+        np.testing.assert_array_equal(decode(data, reduction), decode(data))
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_gray_and_cmyk_jpeg(mode: str, progressive: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dtl.data.decode import decode
 from dtl.data.transforms import TRANSFORM_VERSION, AugmentSettings, Draws, Transform, eval_transform, train_transform
 from dtl.errors import UserError
 
@@ -184,6 +186,72 @@ def test_boxes_follow_the_paper() -> None:
     assert abs(draws.horizontal_flip.mean() - 0.5) < 0.02
 
 
+def test_boxes_on_the_reduced_grid_are_the_drawn_ones_within_a_reduced_pixel() -> None:
+    rng = np.random.default_rng(0)
+    widths, heights = rng.integers(1, 1500, 3000), rng.integers(1, 1500, 3000)
+    drawn, reduced = (
+        train_transform(image_size=64, augment=AugmentSettings(reduced_decode=on)).draw(range(3000), widths, heights, seed=0, epoch=0).placement
+        for on in (False, True)
+    )
+    assert drawn.reductions is None
+    factors = reduced.reductions
+    assert factors is not None
+    assert set(factors.tolist()) == {1, 2, 4, 8}
+    smallest = drawn.boxes[:, 2:].min(axis=1)
+    assert (smallest >= 64 * np.where(factors == 1, 0, factors)).all()
+    assert ((smallest < 64 * 2 * factors) | (factors == 8)).all()
+    ends, sides = reduced.boxes[:, :2] + reduced.boxes[:, 2:], np.stack([heights, widths], axis=1)
+    assert (reduced.boxes[:, :2] >= 0).all()
+    assert (reduced.boxes[:, 2:] > 0).all()
+    assert (ends <= sides).all()
+    steps = factors[:, None]
+    assert (reduced.boxes[:, :2] % steps == 0).all()
+    assert ((ends % steps == 0) | (ends == sides)).all()
+    for was, now in ((drawn.boxes[:, :2], reduced.boxes[:, :2]), (drawn.boxes[:, :2] + drawn.boxes[:, 2:], ends)):
+        assert (np.abs(was - now) < steps).all()
+
+
+def _reduction_costs(data: bytes, size: int, sample: int) -> tuple[int, float]:
+    """(reduction, mean absolute difference to the same box of the whole image, of 255 levels)"""
+    transform = train_transform(image_size=size, augment=AugmentSettings())
+    whole = decode(data)
+    draws = transform.draw([sample], [whole.shape[1]], [whole.shape[0]], seed=3, epoch=5)
+    factor = transform.reduction(draws, 0)
+    out = torch.zeros((2, 3, size, size), dtype=torch.uint8)
+    transform.apply(whole, draws, 0, out[0])
+    transform.apply(decode(data, factor), draws, 0, out[1])
+    return factor, float((out[0].float() - out[1].float()).abs().mean())
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_reduced_jpegs_give_nearly_the_pixels_of_whole_ones(subsampling: int) -> None:
+    waves = Image.fromarray(_image(120, 160)).resize((801, 603), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    waves.save(buffer, "JPEG", quality=95, subsampling=subsampling)
+    found = [_reduction_costs(buffer.getvalue(), 48, sample) for sample in range(24)]
+    assert {factor for factor, _ in found} >= {4, 8}
+    assert all(difference == 0 for factor, difference in found if factor == 1)
+    assert np.mean([difference for _, difference in found]) < 1.5
+
+
+def test_reduced_photos_give_nearly_the_pixels_of_whole_ones() -> None:
+    folder = os.environ.get("DTL_DATA")
+    if not folder:
+        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data")
+    files = sorted((Path(folder) / "hymenoptera_data/val/ants").glob("*.jpg"))[:40]
+    assert files
+    found = [_reduction_costs(file.read_bytes(), 64, sample) for sample, file in enumerate(files)]
+    reduced = [difference for factor, difference in found if factor > 1]
+    assert len(reduced) > 20
+    assert np.mean(reduced) < 2
+
+
+def test_no_other_geometry_reduces() -> None:
+    for name in ("cifar", "light", "none", "eval", "square"):
+        draws = TRANSFORMS[name].draw([0], [4000], [3000], seed=0, epoch=0)
+        assert TRANSFORMS[name].reduction(draws, 0) == 1
+
+
 def test_images_that_no_box_fits_fall_back_to_the_centre() -> None:
     transform = train_transform(image_size=8, augment=AugmentSettings())
     boxes = transform.draw([1, 2], [10_000, 4], [4, 10_000], seed=0, epoch=0).placement.boxes
@@ -268,7 +336,7 @@ def test_an_image_of_another_size_than_indexed_is_refused() -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_description_is_json_and_tells_transforms_apart(name: str) -> None:
     text = json.dumps(TRANSFORMS[name].describe(), sort_keys=True)
-    assert json.loads(text)["version"] == 1
+    assert json.loads(text)["version"] == 2
     others = {json.dumps(t.describe(), sort_keys=True) for key, t in TRANSFORMS.items() if key != name}
     assert text not in others
 
@@ -307,14 +375,15 @@ def test_bad_sizes_are_refused() -> None:
 
 def test_golden_draws() -> None:
     """Other numbers here mean that resumed runs see other pixels: raise TRANSFORM_VERSION, then put the new ones in."""
-    assert TRANSFORM_VERSION == 1
+    assert TRANSFORM_VERSION == 2
     settings = {"rotation": 15, "color_jitter": 0.4, "vertical_flip": 0.5, "grayscale": 0.5, "erasing": 1.0, "trivial": True}
 
-    def draw(preset: str) -> Draws:
-        augment = AugmentSettings(preset=preset, **settings)  # type: ignore[arg-type]
+    def draw(preset: str, *, reduced: bool = True) -> Draws:
+        augment = AugmentSettings(preset=preset, reduced_decode=reduced, **settings)  # type: ignore[arg-type]
         return train_transform(image_size=64, augment=augment).draw([0, 1, 2**40], [500, 300, 64], [375, 400, 64], seed=1, epoch=2)
 
-    assert draw("imagenet").placement.boxes.tolist() == [[57, 139, 315, 340], [15, 1, 333, 298], [9, 10, 40, 51]]
+    assert draw("imagenet", reduced=False).placement.boxes.tolist() == [[57, 139, 315, 340], [15, 1, 333, 298], [9, 10, 40, 51]]
+    assert draw("imagenet").placement.boxes.tolist() == [[56, 140, 316, 340], [16, 0, 332, 300], [9, 10, 40, 51]]
     assert draw("light").placement.offsets.tolist() == [[1, 9], [8, 9], [9, 3]]
     assert draw("cifar").placement.offsets.tolist() == [[8, 6], [6, 8], [7, 2]]
     draws = draw("none")

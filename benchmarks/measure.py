@@ -1,0 +1,142 @@
+"""What every benchmark here needs: clocks, medians with their spread, the machine, and a dated file for the results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset", "timm", "accelerate")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, smallest and largest of some repetitions."""
+
+    median: float
+    low: float
+    high: float
+    num: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def show(self, digits: int = 2) -> str:
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, its living children and those that have ended, user and system."""
+    me = psutil.Process()
+    own = me.cpu_times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in me.children(recursive=True):
+        try:
+            times = child.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+        except psutil.Error:  # it ended between the two calls
+            continue
+    return total
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], rounds: int, *, say: Callable[[str], None] = print) -> dict[str, list[Any]]:
+    """Each way once, then each again: what disturbs the machine for a while disturbs all of them. One unmeasured round is the caller's."""
+    results: dict[str, list[Any]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name, way in ways.items():
+            results[name].append(way())
+            say(f"round {number + 1}/{rounds} {name}: {results[name][-1]}")
+    return results
+
+
+def machine() -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": date.today().isoformat(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": _gpus(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+    }
+
+
+def show_machine(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        f"{facts['date']}: {facts['cores']} cores {facts['cpu']}, {facts['memory_gib']} GiB, {', '.join(facts['gpu']) or 'no GPU'}; "
+        f"Python {facts['python']}, {versions}; load {facts['load_average'][0]} at the start, {os.getloadavg()[0]:.1f} at the end"
+    )
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the options that all benchmarks share."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    made.add_argument("--out", type=Path, help="write FILE.md and FILE.json; results kept in the repository lie in benchmarks/results")
+    return made
+
+
+def report(title: str, lines: list[str], data: Any, facts: dict[str, Any], out: Path | None) -> None:
+    text = "\n".join([f"# {title}", "", show_machine(facts), "", *lines, ""])
+    print("\n" + text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+        facts = {**facts, "load_average_at_end": round(os.getloadavg()[0], 1)}
+        out.with_suffix(".json").write_text(json.dumps({"machine": facts, "results": data}, indent=1) + "\n", encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def data_folder() -> Path:
+    """The folder with hymenoptera_data, from the environment."""
+    given = os.environ.get("DTL_DATA")
+    if not given:
+        raise SystemExit("set DTL_DATA to the folder that holds hymenoptera_data")
+    return Path(given)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()
+
+
+def _gpus() -> list[str]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
