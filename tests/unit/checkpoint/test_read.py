@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import random
+import subprocess
+import sys
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.read import read_weights
-from dtl.errors import UserError
+from dtl.errors import TransferRefused, UserError
 
 
 def small() -> nn.Sequential:
@@ -190,3 +198,138 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_network(*_args: object, **_kwargs: object) -> None:
     raise OSError("no network")
+
+
+# --- layouts of others ---
+
+
+def test_every_extension_is_read(tmp_path: Path) -> None:
+    state = small().state_dict()
+    for suffix in (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl"):
+        torch.save(state, tmp_path / f"w{suffix}")
+        assert list(read_weights(tmp_path / f"w{suffix}").tensors) == list(state)
+    save_file(dict(state), tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors").tensors) == set(state)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert list(read_weights(tmp_path / "old.pth").tensors) == list(state)
+    assert list(read_weights(f"file://{tmp_path}/old.pth").tensors) == list(state)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        (lambda s: {"state_dict": s, "pytorch-lightning_version": "2.4", "optimizer_states": []}, "model."),
+        (lambda s: {"model": s, "iteration": 9, "__author__": "Detectron2"}, "backbone.bottom_up."),
+        (lambda s: {"teacher": s, "epoch": 3}, "backbone."),
+        (lambda s: {"model_ema": s}, "module."),
+        (lambda s: {"student": s}, "module.backbone."),
+        (lambda s: s, "base_model.model._orig_mod."),
+    ],
+)
+def test_trainers_prefixes_and_containers_lead_to_the_network(tmp_path: Path, wrap: Callable[[object], object], prefix: str) -> None:
+    source, target = small(), small()
+    torch.save(wrap({prefix + name: value for name, value in source.state_dict().items()}), tmp_path / "w.pth")
+    report = load_pretrained(target, tmp_path / "w.pth")
+    assert report.coverage == 1.0
+    assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+def test_moco_and_dino_need_a_choice_and_take_it(tmp_path: Path) -> None:
+    query, key, target = small(), small(), small()
+    both = {f"module.encoder_{side}.{n}": v for side, net in (("q", query), ("k", key)) for n, v in net.state_dict().items()}
+    torch.save({"state_dict": {**both, "module.queue": torch.zeros(8, 16)}}, tmp_path / "moco.pth")
+    with pytest.raises(TransferRefused, match=r"several networks.*'encoder_[kq]\.', 'encoder_[kq]\.'"):
+        load_pretrained(target, tmp_path / "moco.pth")
+    load_pretrained(target, f"{tmp_path}/moco.pth#encoder_q.")
+    assert torch.equal(target[0].weight, query[0].weight)
+    student, teacher = ({f"backbone.{n}": v for n, v in net.state_dict().items()} for net in (query, key))
+    torch.save({"student": student, "teacher": teacher}, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match=r"'student' .* and 'teacher' .*#student"):
+        load_pretrained(target, tmp_path / "dino.pth")
+    load_pretrained(target, f"{tmp_path}/dino.pth#teacher")
+    assert torch.equal(target[0].weight, key[0].weight)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_that_accelerate_saved(tmp_path: Path, name: str) -> None:
+    state = small().state_dict()
+    save_file(dict(state), tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    torch.save({"state": {}}, tmp_path / "optimizer.bin")
+    assert set(read_weights(tmp_path).tensors) == set(state)
+
+
+def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path: Path) -> None:
+    state = small().state_dict()
+    zoo = tmp_path / "R-50.pkl"
+    zoo.write_bytes(pickle.dumps({"model": {n: v.numpy() for n, v in state.items()}, "__author__": "Detectron2"}, protocol=2))
+    with pytest.raises(UserError, match=r"a Python pickle \(.*numpy.*\).*where you trust it") as refused:
+        read_weights(zoo)
+    line = str(refused.value).split('python -c "')[1].rstrip('"')
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    assert list(read_weights(tmp_path / "weights.pth").tensors) == list(state)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_file_is_ever_executed(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": small().state_dict(), "evil": Evil()}, "w.pth", _use_new_zipfile_serialization=zipped)
+    Path("raw.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("w.pth", "raw.pth"):
+        with pytest.raises(UserError, match=r"pathlib.*Path"):
+            read_weights(name)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_the_line_that_converts_a_whole_module_works(tmp_path: Path, container: bool) -> None:
+    module = small()
+    torch.save({"epoch": 1, "model": module} if container else module, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match="a whole pickled module") as refused:
+        read_weights(tmp_path / "whole.pth")
+    line = str(refused.value).split('python -c "')[1].rstrip('"')
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    assert list(read_weights(tmp_path / "weights.pth").tensors) == list(module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page, not weights"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"hello", "not readable as a torch file"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    site = tmp_path / "site"
+    for number, folder in enumerate(("a", "b")):
+        (site / folder).mkdir(parents=True)
+        torch.save({f"net.{name}": torch.full_like(value, number) for name, value in small().state_dict().items()}, site / folder / "w.pth")
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        # The same file name at two addresses is two files, and each is fetched once.
+        for number, folder in enumerate(("a", "b")):
+            read = read_weights(f"{address}/{folder}/w.pth#net.")
+            assert read.prefix == "net."
+            assert float(read.tensors["net.0.bias"][0]) == number
+        with pytest.raises(UserError, match=r"cannot fetch .*missing.pth .*404.*put the file at"):
+            read_weights(f"{address}/missing.pth")
+        server.shutdown()
+    assert float(read_weights(f"{address}/b/w.pth").tensors["net.0.bias"][0]) == 1
+    with pytest.raises(UserError, match="fetched from http:// and https:// addresses"):
+        read_weights("s3://bucket/w.pth")
