@@ -1,10 +1,13 @@
 """Distributed transfer learning for image classification.
 
-    dtl.build_loader(source, split="train", image_size=224, batch_size=64)     batches, as training sees them
-    dtl.load_pretrained(model, source, by="auto")                              weights into any network, with a report
-    dtl.pack(source, destination)                                              images into shards
+    dtl.pack(source, destination)                       images into shards
+    dtl.build_loader(source, split="train")             batches, as training sees them
+    dtl.load_pretrained(model, source, by="auto")       weights into any network, with a TransferReport or TransferRefused
+    dtl.fit("finetune", {"data.train": "photos"})       a run, resumed where it stopped; gives a Run
+    dtl.evaluate(run), dtl.predict(run, images)         exact metrics; classes and probabilities
+    dtl.load_model(run), dtl.export(run, to="onnx")     the trained network, here or for other programs
 
-`import dtl` is quick: what needs torch is imported when it is used.
+docs/api.md has all of them. `import dtl` is quick: what needs torch is imported when it is used.
 """
 
 from __future__ import annotations
@@ -13,13 +16,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["TransferRefused", "TransferReport", "UserError", "__version__", "build_loader", "load_pretrained", "pack"]
+_HOMES = {
+    "dtl.errors": ("TransferRefused", "UserError"),
+    "dtl.api": ("TransferReport", "build_loader", "load_pretrained", "pack"),
+    "dtl.api_runs": ("Run", "evaluate", "export", "fit", "load_model", "predict"),
+}
+__all__ = [
+    "Run",
+    "TransferRefused",
+    "TransferReport",
+    "UserError",
+    "__version__",
+    "build_loader",
+    "evaluate",
+    "export",
+    "fit",
+    "load_model",
+    "load_pretrained",
+    "pack",
+    "predict",
+]
 
 if TYPE_CHECKING:
     from dtl.api import TransferRefused, TransferReport, UserError, build_loader, load_pretrained, pack
+    from dtl.api_runs import Run, evaluate, export, fit, load_model, predict
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'dtl' has no attribute {name!r}")
-    return getattr(importlib.import_module("dtl.errors" if name in ("UserError", "TransferRefused") else "dtl.api"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'dtl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""The names that notebooks and scripts use: `import dtl; dtl.build_loader(...)`, `dtl.load_pretrained(...)`."""
+"""The names that notebooks and scripts use: data in and weights in. What runs and uses models is `dtl.api_runs`."""
 
 from __future__ import annotations
 

@@ -35,9 +35,19 @@ _DEFAULT_BATCH_SIZE = 64
 
 def run(arguments: Sequence[str]) -> int:
     """The command. UserError for a model or data that do not go together."""
-    options = _parser().parse_args(list(arguments))
+    options = parser().parse_args(list(arguments))
+    values = measure(options)
+    if values is not None:
+        from dtl.engine.evaluation import table
+
+        _tell(values, table(values), options)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any] | None:
+    """All numbers, on the main process; None on the others."""
     from dtl.engine.assess import RankBatches, assess
-    from dtl.engine.evaluation import report, table
+    from dtl.engine.evaluation import report
     from dtl.engine.model_run import find_model, open_model, place, stored_config
     from dtl.runtime import Runtime
 
@@ -59,15 +69,14 @@ def run(arguments: Sequence[str]) -> int:
             num_outputs=len(model.classes),
             skip_damaged=options.on_error == "skip",
         )
-        if runtime.is_main:
-            values = {
-                **report(seen, shards, classes=model.classes, names=model.shown_names),
-                "model": str(folder),
-                "data": {"folder": str(shards.folder), "dataset_id": shards.dataset_id},
-                "precision": runtime.precision,
-            }
-            _tell(values, table(values), options)
-    return 0
+        if not runtime.is_main:
+            return None
+        return {
+            **report(seen, shards, classes=model.classes, names=model.shown_names),
+            "model": str(folder),
+            "data": {"folder": str(shards.folder), "dataset_id": shards.dataset_id},
+            "precision": runtime.precision,
+        }
 
 
 def _tell(values: dict[str, Any], table: str, options: argparse.Namespace) -> None:
@@ -195,7 +204,7 @@ def _count(least: int) -> Any:
     return parse
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dtl evaluate",
         description=_DESCRIPTION,

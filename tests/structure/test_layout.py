@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"errors", "keyed", "config", "config_models", "config_help", "metrics", "launched"},
     {"runtime", "run_lock", "heartbeat", "tracking", "data", "models", "checkpoint", "optim"},
     {"engine", "report", "doctor"},
-    {"train", "cli", "commands", "api", "resume_check", "__main__"},
+    {"train", "cli", "commands", "api", "api_runs", "resume_check", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 LONGEST_FILE = 400
