@@ -7,6 +7,7 @@ Command-line values are read as YAML (`--data.workers 4`, `--phases.top.train '[
 from __future__ import annotations
 
 import difflib
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -38,7 +39,13 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
         _set(values, dotted, value)
     config = _validate(values, origin)
     _check_whole(config, origin)
-    return config, config.run.name or name
+    return config, config.run.name or _of_sweep(name)
+
+
+def _of_sweep(name: str) -> str:
+    """Each trial of a wandb sweep is a run of its own: the agent has given it an id."""
+    trial = os.environ.get("WANDB_RUN_ID")
+    return f"{name}-{trial}" if trial and os.environ.get("WANDB_SWEEP_ID") else name
 
 
 def builtin_recipes() -> dict[str, str]:

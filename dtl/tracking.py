@@ -253,6 +253,15 @@ class Tracker:
         """Print the closing table; `summary_table` says what a row holds."""
         self.console.table(rows)
 
+    def attach(self, report: Path | None, model: Path | None, *, step: int) -> None:
+        """At a run's end: the report's pictures, and the model folder as an artifact, for those trackers that keep such things."""
+        pictures = {} if report is None else {f"report/{path.stem}": path for path in sorted(report.glob("*.png"))}
+        if self._wandb is not None:
+            self._wandb.attach(pictures, model, step)
+        if self._board is not None:
+            for name, path in pictures.items():
+                self._guard("TensorBoard", lambda name=name, path=path: self._board.add_image(name, _pixels(path), step, dataformats="HWC"))  # type: ignore[misc]
+
     def sync(self) -> None:
         """Put the history on the disk for certain."""
         if self.history is not None:
@@ -293,6 +302,14 @@ class Tracker:
             if what not in self._failed:
                 self._failed.add(what)
                 self.say(f"{what} cannot be written ({error.strerror or error}): training goes on, and it is tried again")
+
+
+def _pixels(picture: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _open_board(run_dir: Path, resume_step: int | None) -> Any:

@@ -94,6 +94,19 @@ class WandbRun:
     def summarize(self, values: Mapping[str, float | str]) -> None:
         self._try("logging", lambda: self._run.summary.update(dict(values)))
 
+    def attach(self, pictures: Mapping[str, Path], model: Path | None, step: int) -> None:
+        """The report's pictures, under their names, and the model folder as the artifact `model-RUN_ID`."""
+        if pictures:
+            self._step = max(self._step, step)
+            self._try("logging", lambda: self._run.log({name: self._wandb.Image(str(path)) for name, path in pictures.items()}, step=self._step))
+        if model is not None:
+            self._try("keeping the model", lambda: self._keep(model.resolve()))
+
+    def _keep(self, model: Path) -> None:
+        artifact = self._wandb.Artifact(f"model-{self.id}", type="model")
+        artifact.add_dir(str(model))
+        self._run.log_artifact(artifact)
+
     def finish(self, state: str) -> None:
         """End the run; one that was stopped to go on later is marked so."""
         if self._wandb is None:

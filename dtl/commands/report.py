@@ -28,6 +28,11 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--max-images {options.max_images}: at least one image")
     if options.seconds < 0:
         raise UserError(f"--seconds {options.seconds:g}: 0 or more")
+    if options.csv is not None:
+        from dtl.report.csv_file import write_csv
+
+        print(f"{options.csv}: {write_csv(options.runs, options.csv):,} lines")
+        return 0
     from dtl.report import make_comparison, make_report
 
     if len(options.runs) == 1:
@@ -51,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/digits")
     add("--out", metavar="FOLDER", help="where to write (RUN/report; for several runs `report` beside the first)")
+    add("--csv", metavar="FILE", help="write the history of the runs as one CSV table instead, a line an event (train, val, epoch)")
     add("--max-images", type=int, default=1000, metavar="N", help="show the model at most N validation images, drawn at random (1000)")
     add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (6)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (auto: as the run did)")

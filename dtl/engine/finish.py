@@ -82,10 +82,11 @@ def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
         _save_model(trainer, model, folder, config)
         folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
         tracker.table(table_rows(trainer.numbers()))
+        page = _make_report(folder, config, tracker.say)
+        tracker.attach(None if page is None else page.parent, model if config.tracking.wandb_model else None, step=state.step)
     tracker.close("done")
     trainer.runtime.barrier()
     if trainer.runtime.is_main:
-        page = _make_report(folder, config, tracker.say)
         for line in next_steps(folder.path, config, page):
             tracker.say(line)
 

@@ -1,0 +1,40 @@
+"""A run's history as one CSV table, for spreadsheets and pandas."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtl.data.atomic import write_whole
+from dtl.errors import UserError
+
+EVENTS = ("train", "val", "epoch")
+FIRST = ("run", "event", "phase", "epoch", "step")
+
+
+def write_csv(runs: Sequence[str | Path], file: str | Path) -> int:
+    """One line an event (train, val, epoch) of each run, in order; what an event does not have stays empty. Returns the number of lines."""
+    rows = []
+    for run in map(Path, runs):
+        path = run / "history.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}; give a run folder (runs/NAME)") from error
+        for line in lines:
+            event = json.loads(line)
+            if event.get("event") in EVENTS:
+                rows.append({"run": run.name, **{key: value for key, value in event.items() if not isinstance(value, list | dict)}})
+    columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        write_whole(Path(file), lambda out: out.write(text.getvalue().encode()))
+    except OSError as error:
+        raise UserError(f"--csv {file}: cannot be written: {error.strerror or error}") from error
+    return len(rows)
