@@ -332,3 +332,43 @@ def test_real_mobilenet_weights(family: str) -> None:
         assert len(report.fresh) == 2
         features[by] = checksum({n: v for n, v in model.state_dict().items() if n not in report.fresh})
     assert features["order"] == features["auto"]
+
+
+def folder_features(model: nn.Module, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features [N, D] of unit length, labels [N]) of an image folder, as torchvision evaluates MobileNetV2."""
+    from torchvision import datasets, transforms
+
+    view = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    images = torch.utils.data.DataLoader(datasets.ImageFolder(folder, view), batch_size=32)
+    with torch.no_grad():
+        found = [(nn.functional.normalize(model(x).flatten(1)), y) for x, y in images]
+    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+
+def test_real_weights_tell_ants_from_bees() -> None:
+    """Frozen features of the transferred network, nearest class mean: 0.967 expected; about 0.6 would mean that nothing was loaded."""
+    path, data = os.environ.get("DTL_MBV2"), os.environ.get("DTL_DATA")
+    if not path or not data:
+        pytest.skip("set DTL_MBV2 to the MobileNetV2 weights named in docs/weight-transfer.md and DTL_DATA to the folder with hymenoptera_data")
+    from torchvision import models
+
+    networks = [models.mobilenet_v2(num_classes=2), pytest.importorskip("timm").create_model("mobilenetv2_100", num_classes=2)]
+    for network in networks:
+        load_pretrained(network.eval(), path)
+        network.classifier = nn.Identity()
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(networks[0](images), networks[1](images), rtol=0, atol=1e-5)
+    train, labels = folder_features(networks[0], Path(data) / "hymenoptera_data/train")
+    val, answers = folder_features(networks[0], Path(data) / "hymenoptera_data/val")
+    means = nn.functional.normalize(torch.stack([train[labels == k].mean(0) for k in (0, 1)]))
+    top1 = float(((val @ means.T).argmax(1) == answers).float().mean())
+    print(f"nearest class mean: {top1:.3f} of {len(answers)}")
+    assert top1 >= 0.90
