@@ -169,6 +169,14 @@ def test_commands_need_consent_unless_they_are_the_source(www: Path, tmp_path: P
         open_split(listed, split="train", progress=False, processes=1)
 
 
+def test_a_pattern_in_a_file_system_of_fsspec(www: Path) -> None:
+    far = open_split(f"file://{www}/theirs/*.tar", split="train", progress=False, processes=1)
+    assert [shard.url for shard in far.manifest.shards] == [f"file://{www}/theirs/t-{n:02d}.tar" for n in range(4)]
+    assert all(isinstance(one, bytes) for one in far.read(np.arange(40)))
+    with pytest.raises(UserError, match="no file matches"):
+        open_split(f"file://{www}/theirs/x-*.tar", split="train", progress=False, processes=1)
+
+
 def test_a_list_of_addresses(server: Server, tmp_path: Path) -> None:
     listed = tmp_path / "shards.txt"
     listed.write_text(f"# theirs\n{server.url}/theirs/t-{{00..01}}.tar\n\n{server.url}/theirs/t-03.tar\n")
