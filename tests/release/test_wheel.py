@@ -1,0 +1,58 @@
+"""The release check (`pytest -m soak tests/release`): the wheel, installed in a fresh environment, runs the example from anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*command: str | Path, cwd: Path, **env: str) -> str:
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**variables, **env}, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.soak
+def test_the_wheel_runs_the_example_outside_the_repository(tmp_path: Path) -> None:
+    # A copy: building writes into the source tree.
+    source = tmp_path / "source"
+    source.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
+    call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("dtl-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"dtl/py.typed", "dtl/recipes/digits.yaml", "dtl/data/digits.npz", "dtl/train.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+    # A fresh environment with this one's packages, but not with this checkout.
+    fresh = tmp_path / "fresh"
+    call(sys.executable, "-m", "venv", "--without-pip", fresh, cwd=tmp_path)
+    python = fresh / "bin/python"
+    (site,) = fresh.glob("lib/python*/site-packages")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "packages-of-this-environment.pth").write_text("\n".join(packages) + "\n")
+    call(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+
+    away = tmp_path / "away"
+    away.mkdir()
+    where = call(python, "-c", "import dtl; print(dtl.__file__)", cwd=away).strip()
+    assert where.startswith(str(fresh)), f"{where}: this is the checkout"
+    quick = ["--phases.pretext.epochs", "0.1", "--phases.head.epochs", "0.1", "--phases.all.epochs", "0.2"]
+    call(python, "-m", "dtl", "train", *quick, cwd=away, WANDB_MODE="disabled", DTL_CACHE=str(tmp_path / "cache"))
+    status = json.loads((away / "runs/digits/status.json").read_text())
+    assert status["state"] == "done"
+    assert (away / "runs/digits/report/index.html").is_file()
+    launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "dtl", "evaluate", "runs/digits"]
+    assert "top1" in call(*launch, cwd=away, DTL_CACHE=str(tmp_path / "cache"))
