@@ -31,8 +31,9 @@ from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
 from dtl.engine.bad_samples import BadSamples
 from dtl.engine.deadline import Deadline
 from dtl.engine.feeds import Feeds
-from dtl.engine.loop import Settings, Trainer
+from dtl.engine.loop import Trainer
 from dtl.engine.phases import Phase, plan_phases
+from dtl.engine.settings import Settings
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
 from dtl.keyed import key

@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dtl.checkpoint.state import Best, TrainState
+from dtl.checkpoint.state import TrainState
 from dtl.checkpoint.store import Checkpoint, CheckpointStore
 from dtl.data.loader import Batch
 from dtl.engine import micro_batch, saving
@@ -26,8 +25,10 @@ from dtl.engine.feature_phase import PhaseFeatures
 from dtl.engine.feeds import Feeds
 from dtl.engine.limits import EpochSpeed
 from dtl.engine.phases import Phase
+from dtl.engine.settings import Settings
 from dtl.engine.step import Normalise, Stepper, Window, normaliser
 from dtl.engine.step_trace import StepTrace
+from dtl.engine.verdict import diverged, judge, note_result
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
 from dtl.models.build import Network
@@ -40,27 +41,6 @@ SECONDS_BETWEEN_SAVES = 15.0
 
 class Stopped(Exception):
     """The run was asked to stop, by what the message says, and its state is safely on the disk."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Plain values that the loop goes by."""
-
-    seed: int
-    init: str
-    freeze_norm: bool
-    sync_bn: str | bool
-    compile: bool
-    channels_last: bool
-    log_every: int
-    every_steps: int | None
-    every_minutes: float | None
-    monitor: str
-    image_size: int
-    fit_memory: bool
-    """Halve the micro-batch until it fits."""
-    cache_dir: Path | None
-    """Where features of frozen backbones are kept; None: they are not."""
 
 
 @dataclass
@@ -281,19 +261,8 @@ class Trainer:
         bad = window.first_bad_step.item()
         loss = float(sums[0]) / max(window.weight_sum, 1e-12)
         if any(step >= 0 for step in self.runtime.gather(bad)) or loss != loss:
-            self._diverged(active, [int(step) for step in self.runtime.gather(bad) if step >= 0])
+            raise diverged(active, self.feeds, self.state, [int(step) for step in self.runtime.gather(bad) if step >= 0])
         return loss
-
-    def _diverged(self, active: ActivePhase, steps: list[int]) -> None:
-        phase = active.phase
-        step = min(steps, default=self.state.step)
-        phase_step = step - 1 - (self.state.step - self.state.phase_step)
-        lr = active.set_lr(phase_step)
-        names = self.feeds.sample_names(phase, phase_step, limit=4)
-        raise UserError(
-            f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
-            f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"
-        )
 
     def _spend(self, phase: Phase) -> None:
         now = time.monotonic()
@@ -349,26 +318,13 @@ class Trainer:
         phase, state, monitor = active.phase, self.state, self.settings.monitor
         epoch = phase.epoch_of(max(0, state.phase_step - 1))[0]
         self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
-        value = float(metrics[monitor])
-        best = state.best.get(phase.name)
-        gain = best is None or (value < best.value if monitor == "loss" else value > best.value)
-        if gain:
-            state.best[phase.name] = Best(metric=monitor, value=value, step=state.step)
-            state.evaluations_without_gain = 0
-            if self.runtime.is_main and phase.config.keep == "best":
-                self._best = saving.copy_to_host(active.module, self._best)
-        else:
-            state.evaluations_without_gain += 1
-        if gain or phase.config.keep == "last":
-            state.extra["val"] = metrics
-        stop = phase.config.early_stop
-        reached = stop.threshold is not None and (value <= stop.threshold if monitor == "loss" else value >= stop.threshold)
-        tired = stop.patience is not None and state.evaluations_without_gain >= stop.patience
-        if self.runtime.agree(reached or tired) and state.phase_step < phase.num_steps:
+        verdict = judge(metrics, phase, state, monitor=monitor)
+        if verdict.gain and self.runtime.is_main and phase.config.keep == "best":
+            self._best = saving.copy_to_host(active.module, self._best)
+        if self.runtime.agree(verdict.end is not None) and state.phase_step < phase.num_steps:
             state.extra["ended"] = True
-            why = f"{monitor} {value:.4f} reached {stop.threshold}" if reached else f"no better {monitor} in {stop.patience} evaluations"
-            self.tracker.note("early stop", step=state.step, phase=phase.name, why=why)
-            self.tracker.say(f"phase {phase.name} ends early at step {state.step}: {why}")
+            self.tracker.note("early stop", step=state.step, phase=phase.name, why=verdict.end)
+            self.tracker.say(f"phase {phase.name} ends early at step {state.step}: {verdict.end}")
 
     # ---- saving, stopping, finishing
 
@@ -402,7 +358,8 @@ class Trainer:
         why = self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or "a signal")
         if self._saved_step == self.state.step:  # it is being written already, or has just been
             self.heart.enter("save")
-            self.store.flush()
+            with self.runtime.together("checkpoint"):
+                self.store.flush()
         if not self.runtime.agree(self.store.saved_step == self.state.step):
             self._save(active, wait=True)
         if not self.runtime.agree(self.store.saved_step == self.state.step):
@@ -428,19 +385,7 @@ class Trainer:
         leave(active, self.runtime)
         self.feeds.cached = {}
         self.tracker.end_phase()
-        seconds = max(state.seconds.get(phase.name, 0.0), 1e-9)
-        row = {
-            "phase": phase.name,
-            "task": phase.config.task,
-            "epochs": round(state.phase_step / phase.steps_per_epoch, 2),
-            "seconds": seconds,
-            "images_per_second": state.extra["images"] / max(state.extra["train_seconds"], 1e-9),
-            "train_loss": state.extra.get("train_loss"),
-            "val": state.extra.get("val"),
-            "best": None if phase.name not in state.best else vars(state.best[phase.name]),
-        }
-        results = [old for old in state.extra.get("results", []) if old["phase"] != phase.name]
-        state.extra["results"] = [*results, row]
+        note_result(phase, state)
 
     def numbers(self) -> list[dict[str, Any]]:
         """One row a finished phase, for the closing table and status.json."""

@@ -128,6 +128,31 @@ def test_synchronised_batch_norm_on_a_cpu_is_refused_only_when_asked_for(runtime
 
     network = build("dtl/resnet_tiny", num_classes=3)
     two_ranks = SimpleNamespace(world_size=2, device=torch.device("cpu"))
-    _sync_norms(network.module, two_ranks, "auto", 4, print)  # type: ignore[arg-type]
+    everything = frozenset(name for name, _ in network.module.named_parameters())
+    _sync_norms(network.module, everything, two_ranks, "auto", 4, freeze_norm=True, say=print)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="on GPUs only"):
-        _sync_norms(network.module, two_ranks, True, 4, print)  # type: ignore[arg-type]
+        _sync_norms(network.module, everything, two_ranks, True, 4, freeze_norm=True, say=print)  # type: ignore[arg-type]
+    _sync_norms(network.module, frozenset(["fc.weight"]), two_ranks, True, 4, freeze_norm=True, say=print)  # type: ignore[arg-type]
+
+
+def test_synchronised_batch_norm_is_in_place_before_anything_is_frozen() -> None:
+    """A converted norm is a new module: one that was frozen before would gather statistics again."""
+    from types import SimpleNamespace
+
+    from dtl.engine.active import _sync_norms
+    from dtl.models.freeze import freeze, select, set_train_mode
+
+    network = build("dtl/resnet_tiny", num_classes=3)
+    trainable = select(network, "last:2")
+    said: list[str] = []
+    two_gpus = SimpleNamespace(world_size=2, device=torch.device("cuda"))
+    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, say=said.append)  # type: ignore[arg-type]
+    assert said == ["batch norm statistics are taken over all 2 ranks"]
+    freeze(network.module, trainable, freeze_norm=True)
+    set_train_mode(network.module)
+    network.module.train()
+    norms = {name: module for name, module in network.module.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)}
+    assert {module.training for module in norms.values()} == {True, False}
+    assert all(module.training == (f"{name}.weight" in trainable) for name, module in norms.items())
+    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, say=said.append)  # type: ignore[arg-type]
+    assert len(said) == 1, "a second phase finds them in place"

@@ -1,0 +1,68 @@
+"""What an evaluation means for its phase, and what a phase came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dtl.checkpoint.state import Best, TrainState
+from dtl.engine.active import ActivePhase
+from dtl.engine.feeds import Feeds
+from dtl.engine.phases import Phase
+from dtl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    gain: bool
+    """The best evaluation of the phase so far."""
+    end: str | None
+    """Why the phase may end early, or None."""
+
+
+def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: str) -> Verdict:
+    """Compare with the best of the phase, and write that, the early stop's counter and the metrics into `state`."""
+    value = float(metrics[monitor])
+    best = state.best.get(phase.name)
+    gain = best is None or (value < best.value if monitor == "loss" else value > best.value)
+    if gain:
+        state.best[phase.name] = Best(metric=monitor, value=value, step=state.step)
+        state.evaluations_without_gain = 0
+    else:
+        state.evaluations_without_gain += 1
+    if gain or phase.config.keep == "last":
+        state.extra["val"] = metrics
+    stop = phase.config.early_stop
+    if stop.threshold is not None and (value <= stop.threshold if monitor == "loss" else value >= stop.threshold):
+        return Verdict(gain, f"{monitor} {value:.4f} reached {stop.threshold}")
+    if stop.patience is not None and state.evaluations_without_gain >= stop.patience:
+        return Verdict(gain, f"no better {monitor} in {stop.patience} evaluations")
+    return Verdict(gain, None)
+
+
+def note_result(phase: Phase, state: TrainState) -> None:
+    """A finished phase's row of the closing table, into `state`; one that went on for more epochs replaces its earlier row."""
+    row = {
+        "phase": phase.name,
+        "task": phase.config.task,
+        "epochs": round(state.phase_step / phase.steps_per_epoch, 2),
+        "seconds": max(state.seconds.get(phase.name, 0.0), 1e-9),
+        "images_per_second": state.extra["images"] / max(state.extra["train_seconds"], 1e-9),
+        "train_loss": state.extra.get("train_loss"),
+        "val": state.extra.get("val"),
+        "best": None if phase.name not in state.best else vars(state.best[phase.name]),
+    }
+    state.extra["results"] = [*(old for old in state.extra.get("results", []) if old["phase"] != phase.name), row]
+
+
+def diverged(active: ActivePhase, feeds: Feeds, state: TrainState, steps: list[int]) -> UserError:
+    """What to say of a loss that is not finite; `steps`: the first such step of each rank."""
+    phase = active.phase
+    step = min(steps, default=state.step)
+    phase_step = step - 1 - (state.step - state.phase_step)
+    lr = active.set_lr(phase_step)
+    names = feeds.sample_names(phase, phase_step, limit=4)
+    return UserError(
+        f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
+        f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"
+    )
