@@ -195,7 +195,9 @@ class _Merged:
     def problems(self, shards: Sequence[Tar]) -> tuple[int, list[tuple[str, str]]]:
         """How many samples cannot be used, and (shard: sample, reason) of the first ones of each shard."""
         listed = [
-            (f"{_told(path)}: sample {shown(key)} at byte {offset}", reason) for path, facts in zip(shards, self.facts) for key, offset, reason in facts["problems"]
+            (f"{_told(path)}: sample {shown(key)} at byte {offset}", reason)
+            for path, facts in zip(shards, self.facts)
+            for key, offset, reason in facts["problems"]
         ]
         return sum(facts["num_problems"] for facts in self.facts), listed
 

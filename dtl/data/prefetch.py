@@ -8,8 +8,8 @@ loader processes fetch what they need by themselves: it is never waited for.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -48,7 +48,7 @@ class Prefetcher:
         """`until`: the time (of `uses`) at which nothing more is needed."""
         command = [sys.executable, "-c", _START.format(root=str(Path(__file__).resolve().parents[2]))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._send(pickle.dumps((cache, uses, until)))
+        self._send(json.dumps({"cache": cache.to_json(), "uses": uses.to_json(), "until": until}).encode() + b"\n")
 
     def at(self, epoch: int, step: int) -> None:
         """The step that the training takes now."""
@@ -80,7 +80,8 @@ class Prefetcher:
 def serve() -> None:
     """The helper's life."""
     source = sys.stdin.buffer
-    cache, uses, until = pickle.load(source)
+    facts = json.loads(source.readline())
+    cache, uses, until = ShardCache.from_json(facts["cache"]), ShardUses.from_json(facts["uses"]), int(facts["until"])
     cache.follow(uses)
     ahead = _Ahead(cache, uses, until)
     threading.Thread(target=_listen, args=(source, ahead), daemon=True).start()

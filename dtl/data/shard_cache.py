@@ -18,9 +18,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,15 +42,36 @@ _NAME_LENGTH = 32
 class ShardCache:
     """The remote ones of a manifest's shards, by their number in it. Pickles as plain values; nothing is opened or made by making one."""
 
-    def __init__(self, manifest: Manifest, place: Path, options: RemoteOptions) -> None:
-        self.options, self.folder = options, place
-        self.urls = [shard.url if is_remote(shard.url) else None for shard in manifest.shards]
-        self.digests = [shard.sha256 for shard in manifest.shards]
-        self.bytes = np.array([shard.bytes if url else 0 for url, shard in zip(self.urls, manifest.shards)], np.int64)
+    def __init__(
+        self, folder: Path, options: RemoteOptions, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]
+    ) -> None:
+        """`urls` are None for shards that are local; `sizes` in bytes."""
+        self.options, self.folder = options, folder
+        self.urls, self.digests = list(urls), list(digests)
+        self.bytes = np.array([size if url else 0 for url, size in zip(urls, sizes)], np.int64)
         self.limit = options.limit
         self.uses: ShardUses | None = None
         self._asked = 0
         self._made = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What makes the same cache in another process; `uses` aside."""
+        return {
+            "folder": str(self.folder),
+            "options": asdict(self.options),
+            "urls": self.urls,
+            "digests": self.digests,
+            "sizes": self.bytes.tolist(),
+            "limit": self.limit,
+            "asked": self._asked,
+        }
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> ShardCache:
+        options = RemoteOptions(**facts["options"])
+        cache = cls(Path(facts["folder"]), options, urls=facts["urls"], digests=facts["digests"], sizes=facts["sizes"])
+        cache.limit, cache._asked = facts["limit"], facts["asked"]
+        return cache
 
     @property
     def num_bytes(self) -> int:
@@ -278,7 +301,13 @@ def open_cache(manifest: Manifest, folder: Path, options: RemoteOptions) -> Shar
     _refuse_commands(manifest, folder, options)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     place = default_cache_dir() if options.cache_dir is None else Path(options.cache_dir).expanduser()
-    return ShardCache(manifest, place / "remote" / digest[:20], options)
+    return ShardCache(
+        place / "remote" / digest[:20],
+        options,
+        urls=[shard.url if is_remote(shard.url) else None for shard in manifest.shards],
+        digests=[shard.sha256 for shard in manifest.shards],
+        sizes=[shard.bytes for shard in manifest.shards],
+    )
 
 
 def _refuse_commands(manifest: Manifest, folder: Path, options: RemoteOptions) -> None:

@@ -7,8 +7,9 @@ first step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,16 @@ class ShardUses:
         everywhere = type(plan) is not EpochPlan
         sizes = np.array(plan.shard_sizes, np.int64)
         return cls(sizes, plan.seed, plan.window, plan.shuffle, everywhere, plan.num_steps, plan.num_positions, behind)
+
+    def to_json(self) -> dict[str, Any]:
+        """What makes the same uses in another process."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.init and item.name[0] != "_"} | {
+            "shard_sizes": self.shard_sizes.tolist()
+        }
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> ShardUses:
+        return cls(**{**facts, "shard_sizes": np.array(facts["shard_sizes"], np.int64)})
 
     @cached_property
     def num_samples(self) -> int:
