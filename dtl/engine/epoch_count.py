@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from dtl.checkpoint.state import TrainState
@@ -35,7 +36,7 @@ class EpochCount:
     def take(self, batches: Iterable[Batch]) -> None:
         """A step that is done."""
         for batch in batches:
-            self.seen += int((batch.slots >= 0).sum())
+            self.seen += int(np.count_nonzero(batch.slots.numpy() >= 0))
             self.damaged += len(batch.bad)
 
     def store(self, state: TrainState, runtime: Runtime) -> None:

@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dtl.checkpoint.state import TrainState
@@ -26,7 +27,7 @@ from dtl.engine.feeds import Feeds
 from dtl.engine.limits import EpochSpeed
 from dtl.engine.phases import Phase
 from dtl.engine.settings import Settings
-from dtl.engine.step import Normalise, Stepper, Window, normaliser
+from dtl.engine.step import Normalise, Stepper, Window, step_weight
 from dtl.engine.step_trace import StepTrace
 from dtl.engine.verdict import diverged, judge, note_result
 from dtl.errors import UserError
@@ -166,7 +167,7 @@ class Trainer:
             while state.phase_step < phase.num_steps and not state.extra.get("ended"):
                 batches, save_by_clock = self._next(active, stream)
                 phase_step = state.phase_step
-                weight = normaliser(active, self.feeds.step_labels(phase, phase_step))
+                weight = step_weight(active, self.feeds, phase_step)
                 with micro_batch.explained(self.feeds, phase):
                     lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
                 self._trace.record(state.step + 1, batches)
@@ -256,9 +257,8 @@ class Trainer:
     def _mean_loss(self, active: ActivePhase) -> float:
         """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
         window = self._window
-        assert window.first_bad_step is not None
-        sums = self.runtime.sum(window.loss_sum.reshape(1).cpu().clone())
-        bad = window.first_bad_step.item()
+        sums = self.runtime.sum(torch.tensor([window.sum()], dtype=torch.float64))
+        bad = window.bad_step
         loss = float(sums[0]) / max(window.weight_sum, 1e-12)
         if any(step >= 0 for step in self.runtime.gather(bad)) or loss != loss:
             raise diverged(active, self.feeds, self.state, [int(step) for step in self.runtime.gather(bad) if step >= 0])
@@ -338,7 +338,7 @@ class Trainer:
             self._mean_loss(active)  # a diverged run must not replace a good checkpoint
         self._spend(active.phase)
         saving.sync_buffers(active, self.runtime)
-        total = self.runtime.sum(self._window.loss_sum.reshape(1).cpu().clone())
+        total = self.runtime.sum(torch.tensor([self._window.sum()], dtype=torch.float64))
         self.state.extra["window"] = (float(total[0]), self._window.weight_sum)
         self._counted.store(self.state, self.runtime)
         self.tracker.sync()

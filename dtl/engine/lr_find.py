@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import fields, replace
 
+import torch
+
 from dtl.data.loader import Batch
 from dtl.engine.active import ActivePhase
 from dtl.engine.feeds import Feeds
@@ -62,7 +64,7 @@ def find_lr(
             window = Window.start(runtime.device)
             weight = normaliser(sweep, feeds.step_labels(phase, step))
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
-            total = runtime.sum(window.loss_sum.reshape(1).cpu().clone())
+            total = runtime.sum(torch.tensor([window.sum()], dtype=torch.float64))
             if not runtime.agree(curve.add(lr, float(total[0]) / weight)):
                 break
     return curve

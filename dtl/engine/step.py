@@ -6,6 +6,7 @@ Letters: B slots of a micro-batch, C H W channels and pixels, K outputs, R ranks
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from dtl.data.loader import Batch
 from dtl.data.mix import mix_batch
 from dtl.engine.active import ActivePhase
+from dtl.engine.feeds import Feeds
 from dtl.heartbeat import Heartbeat
 from dtl.keyed import key
 from dtl.models.build import Preprocessing
@@ -50,23 +52,41 @@ class Normalise:
 class Window:
     """Sums since the last log line, on the device. Weighted by the step's normaliser: `loss` is a mean over samples."""
 
-    loss_sum: Tensor
-    """float64, this rank's share"""
+    total: Tensor
+    """float64: this rank's share of the loss, without what `add` has got since it was last asked for"""
     weight_sum: float = 0.0
     """of all ranks"""
-    first_bad_step: Tensor | None = None
-    """int64: the first step whose loss was not finite, -1 so far"""
+    bad_step: int = -1
+    """The first step whose loss was not finite."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     num_images: int = 0
 
     @classmethod
     def start(cls, device: torch.device, loss_sum: float = 0.0, weight_sum: float = 0.0) -> Window:
-        return cls(
-            loss_sum=torch.tensor(loss_sum, dtype=torch.float64, device=device),
-            weight_sum=weight_sum,
-            first_bad_step=torch.tensor(-1, dtype=torch.int64, device=device),
-        )
+        return cls(total=torch.tensor(loss_sum, dtype=torch.float64, device=device), weight_sum=weight_sum)
+
+    def __post_init__(self) -> None:
+        self._added: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """The loss of a micro-batch of step number `step` (from 1). Kept as it is: summing it now would be five small kernels a step."""
+        self._added.append((step, loss))
+        if len(self._added) >= 4096:
+            self.sum()
+
+    def sum(self) -> float:
+        """This rank's share of the loss. The host waits for the device here."""
+        if self._added:
+            losses = torch.stack([loss for _, loss in self._added]).to("cpu", torch.float64).tolist()
+            total = self.total.item()
+            for (step, _), loss in zip(self._added, losses, strict=True):
+                total += loss
+                if self.bad_step < 0 and not math.isfinite(total):
+                    self.bad_step = step
+            self.total.fill_(total)
+            self._added.clear()
+        return float(self.total)
 
 
 class Stepper:
@@ -76,6 +96,9 @@ class Stepper:
         self.active, self.runtime, self.normalise, self.seed, self.heart = active, runtime, normalise, seed, heart
         config = active.phase.config
         self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
+        self._scaler = runtime.accelerator.scaler
+        # Accelerate's wrapper is for the scaler; without one it only looks for packages that are not there, a millisecond at each step.
+        self._optimizer = active.optimizer if self._scaler is not None else getattr(active.optimizer, "optimizer", active.optimizer)
 
     def step(self, batches: list[Batch], *, step: int, phase_step: int, normaliser: float, window: Window) -> float:
         """Forward, backward and update for step number `step` of the run (from 0); returns the learning rate.
@@ -93,18 +116,16 @@ class Stepper:
                 self.heart.enter("forward")
                 loss_sum = self.loss_sum(batch, step)
                 self.heart.enter("backward")
-                accelerator.backward(loss_sum * (self.runtime.world_size / normaliser))
-            window.loss_sum += loss_sum.detach()
+                loss = loss_sum * (self.runtime.world_size / normaliser)
+                (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            window.add(step + 1, loss_sum.detach())
         if active.phase.config.clip_norm is not None:
             accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
-        active.optimizer.step()
-        active.optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         if active.ema is not None:
             active.ema.update()
         window.weight_sum += normaliser
-        assert window.first_bad_step is not None
-        bad_now = (window.first_bad_step < 0) & ~torch.isfinite(window.loss_sum)
-        window.first_bad_step = torch.where(bad_now, step + 1, window.first_bad_step)
         return lr
 
     def loss_sum(self, batch: Batch, step: int) -> Tensor:
@@ -138,6 +159,13 @@ def _weighted_sum(active: ActivePhase, logits: Tensor, targets: Tensor, weights:
     losses, _ = active.loss(logits, targets)
     # Masked, not multiplied: a padded slot's loss may be infinite, and 0 * inf is not 0.
     return torch.where(weights > 0, losses * weights, 0.0).sum()
+
+
+def step_weight(active: ActivePhase, feeds: Feeds, phase_step: int) -> float:
+    """`normaliser` of a step; its labels are looked up only where classes have weights."""
+    if active.class_weights is None:
+        return float(feeds.step_size(active.phase, phase_step) * active.phase.task.expansion)
+    return normaliser(active, feeds.step_labels(active.phase, phase_step))
 
 
 def normaliser(active: ActivePhase, labels: np.ndarray) -> float:

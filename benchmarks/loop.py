@@ -1,0 +1,147 @@
+"""What dtl's training loop costs above the minimal raw loop on the same tensors, in CPU time a step.
+
+    python -m benchmarks.loop [--steps 50] [--rounds 9] [--out FILE]
+
+`dtl train` runs as it always does (its loop, log lines, counting, agreement, heartbeat), only its batches come ready from memory. Within
+that one process blocks of its steps and blocks of raw steps take turns: the raw loop normalises the same uint8 batch, computes the loss,
+goes backward and takes a fused SGD step on a network of its own. One thread. CPU time, since these machines are shared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Spread, machine, parser, report, table
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def tiny(num_classes: int) -> nn.Module:
+    """About a millisecond a step: the loop shows."""
+    return nn.Sequential(nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(1568, num_classes))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: str
+    image_size: int
+    steps: int
+    """in a block"""
+
+
+CASES = (Case("tiny", "benchmarks.loop:tiny", 32, 100), Case("resnet18", "torchvision/resnet18", 64, 6))
+BATCH = 16
+
+
+RECIPE = """
+run: {{dir: {folder}, device: cpu}}
+data: {{train: digits, val: digits, cache_dir: {folder}/cache, image_size: {image_size}, global_batch_size: {batch}, workers: 0, last: drop}}
+model: {{name: "{model}"}}
+phases: {{all: {{train: all, epochs: 1000, eval_every: 1000, lr: 0.0001, schedule: constant}}}}
+precision: "{precision}"
+tracking: {{wandb: "off"}}
+checkpoint: {{every_minutes: 1000}}
+"""
+
+
+class Enough(Exception):
+    """The measurement is over."""
+
+
+def raw_loop(case: Case) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+    """One step of the plainest loop."""
+    from dtl.models.build import build
+
+    module = build(case.model, num_classes=10).module.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
+    mean, scale = 255 * torch.tensor(MEAN).view(1, 3, 1, 1), 1 / (255 * torch.tensor(STD).view(1, 3, 1, 1))
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        inputs = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).mul_(scale)
+        nn.functional.cross_entropy(module(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, precision: str = "no") -> None:
+    """`dtl train` on what `stream`, given one real step's batches, yields, until that raises Enough."""
+    from dtl.commands.train import train
+    from dtl.config import load_config
+    from dtl.engine.feeds import Feeds
+
+    real = Feeds.train_steps
+
+    def patched(self: Feeds, phase: Any, phase_step: int) -> Iterator[list[Any]]:
+        first = real(self, phase, phase_step)
+        batches = next(first)
+        first.close()  # type: ignore[attr-defined]
+        return stream(batches)
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "loop.yaml"
+        recipe.write_text(
+            RECIPE.format(folder=folder, model=case.model, image_size=case.image_size, batch=BATCH, precision=precision), encoding="utf-8"
+        )
+        config, name = load_config(["--config", str(recipe)])
+        Feeds.train_steps = patched  # type: ignore[method-assign]
+        try:
+            train(config, name)
+        except Enough:
+            pass
+        finally:
+            Feeds.train_steps = real  # type: ignore[method-assign]
+
+
+def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+    """CPU microseconds a step, by block, of both; the first block of each warms up."""
+    found: dict[str, list[float]] = {"raw": [], "dtl": []}
+    torch.set_num_threads(1)
+
+    def stream(batches: list[Any]) -> Iterator[list[Any]]:
+        step = raw_loop(case)
+        (batch,) = batches
+        for _ in range(rounds + 1):
+            start = time.process_time()
+            for _ in range(case.steps):
+                yield [replace(batch)]
+            found["dtl"].append(1e6 * (time.process_time() - start) / case.steps)
+            start = time.process_time()
+            for _ in range(case.steps):
+                step(batch.images, batch.labels)
+            found["raw"].append(1e6 * (time.process_time() - start) / case.steps)
+        raise Enough
+
+    run_dtl(case, stream)
+    return {name: values[1:] for name, values in found.items()}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.set_defaults(rounds=9)
+    options.add_argument("--steps", type=int, help="steps in a block")
+    chosen = options.parse_args()
+    facts, rows, data = machine(), [], []
+    for case in CASES:
+        case = case if chosen.steps is None else replace(case, steps=chosen.steps)
+        found = measure(case, chosen.rounds)
+        above = [ours - raw for ours, raw in zip(found["dtl"], found["raw"])]
+        share = [100 * (ours / raw - 1) for ours, raw in zip(found["dtl"], found["raw"])]
+        rows.append([case.name, *(Spread.of(v).show(0) for v in (found["raw"], found["dtl"], above)), Spread.of(share).show(1)])
+        data.append({"case": asdict(case), **found})
+    lines = table(("network", "raw, µs a step", "dtl, µs a step", "above raw, µs", "above raw, %"), rows)
+    report("Training loop", lines, data, facts, chosen.out)
+
+
+if __name__ == "__main__":
+    main()
