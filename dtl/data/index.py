@@ -66,7 +66,7 @@ FORMAT_FLAGS = {name: number for number, name in enumerate(FORMATS, start=1)}
 
 # Neighbours in a shard are read together; two samples of our own are about 2 KB of headers apart.
 _GAP_BYTES = 64 * 1024
-_READ_BYTES = 8 * 1024 * 1024
+_READ_BYTES = 1024 * 1024  # larger blocks are new pages each time, which cost more than another read
 
 
 def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> str:
