@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product, takewhile
 
 from dtl.checkpoint.tree import loose_signature
-from dtl.checkpoint.units import Unit
+from dtl.checkpoint.units import WEIGHTED, Unit
 
 _LENGTHS = tuple(product((1, 2, 3), repeat=2))
 _LEAST = 2
@@ -20,11 +20,16 @@ _LEAST = 2
 
 def match_recurring(source: Mapping[int, Unit], target: Mapping[int, Unit], base: Mapping[int, int]) -> dict[int, int]:
     """Target -> source for units outside of `base` (target -> source, certain), where exactly one source unit of the shape has
-    the last words that stand for the target's in every pair of `base` that has them, and nobody else asks for it."""
+    the last words that stand for the target's in every pair of `base` that has them, and nobody else asks for it.
+
+    Words tell layers of one block apart, not blocks: another pair of the same two blocks must stand already.
+    """
     if any(unit.flat for unit in (*source.values(), *target.values())):
         return {}
-    learned = [_translation(source, target, base, *lengths) for lengths in _LENGTHS]
+    learned = {lengths: _translation(source, target, base, *lengths) for lengths in _LENGTHS}
     taken = set(base.values())
+    our_blocks, their_blocks = _blocks(list(source.values())), _blocks(list(target.values()))
+    standing = {(our_blocks[i], their_blocks[j]) for j, i in base.items()}
     options: dict[object, list[int]] = defaultdict(list)
     for i, unit in source.items():
         if i not in taken:
@@ -34,12 +39,16 @@ def match_recurring(source: Mapping[int, Unit], target: Mapping[int, Unit], base
         if j in base:
             continue
         said: set[int] = set()
-        for (ours, theirs), words in zip(_LENGTHS, learned):
-            wanted = words.get(_tail(unit.path, theirs))
-            fits = [i for i in options[loose_signature(unit)] if wanted is not None and _tail(source[i].path, ours) == wanted]
+        for theirs in (1, 2, 3):
+            # The fewest words that translate: more of them would hold the names of the blocks that they were learned from.
+            tail = _tail(unit.path, theirs)
+            found = next(((ours, learned[ours, theirs][tail]) for ours in (1, 2, 3) if tail in learned[ours, theirs]), None)
+            if found is None:
+                continue
+            fits = [i for i in options[loose_signature(unit)] if _tail(source[i].path, found[0]) == found[1]]
             if len(fits) == 1:
                 said.add(fits[0])
-        if len(said) == 1:
+        if len(said) == 1 and (our_blocks[next(iter(said))], their_blocks[j]) in standing:
             votes[j] = said.pop()
     asked = Counter(votes.values())
     return {j: i for j, i in votes.items() if asked[i] == 1}
@@ -50,6 +59,18 @@ def _translation(source: Mapping[int, Unit], target: Mapping[int, Unit], base: M
     pairs = Counter((_tail(target[j].path, theirs), _tail(source[i].path, ours)) for j, i in base.items())
     forward, backward = Counter(b for b, _ in pairs), Counter(a for _, a in pairs)
     return {b: a for (b, a), count in pairs.items() if count >= _LEAST and forward[b] == backward[a] == 1}
+
+
+def _blocks(units: Sequence[Unit]) -> dict[int, str]:
+    """Unit -> the smallest module around it that holds more than one convolution or linear layer ("" where that is the network)."""
+    weights = Counter(path for unit in units if unit.kind in WEIGHTED for path in _above(unit.path))
+    return {unit.index: next((path for path in _above(unit.path) if weights[path] > 1), "") for unit in units}
+
+
+def _above(path: str) -> list[str]:
+    """The modules around a layer, innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
 
 
 def _tail(path: str, words: int) -> str:
@@ -81,9 +102,8 @@ def match_leftovers(source: Sequence[Unit], target: Sequence[Unit], certain: Map
 def _members(units: Sequence[Unit]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = defaultdict(list)
     for unit in units:
-        parts = unit.path.split(".")
-        for depth in range(1, len(parts)):
-            found[".".join(parts[:depth])].append(unit.index)
+        for path in _above(unit.path):
+            found[path].append(unit.index)
     return found
 
 

@@ -65,7 +65,8 @@ def trust_names(matching: Matching, source: Sequence[Unit], target: Sequence[Uni
     agreeing = len(paired) / max(1, len(paired) + namesakes)
     if any(agreeing >= least and share >= named for least, named in SOME_NAMED):
         return Trust(False, believed, distrusted, new_names=True)
-    return Trust(False, distrusted=distrusted)
+    # Not believed, but spoken: enough for a new name beside them to be in doubt.
+    return Trust(False, distrusted=distrusted, new_names=agreeing >= 0.5 and share >= SOME_NAMED[-1][1])
 
 
 def _renumbered_lists(source: Sequence[Unit], target: Sequence[Unit]) -> set[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections import OrderedDict
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transfer_networks import RandomNetwork, edit, random_plan, rename, truth
 
 from dtl.checkpoint.plan import plan_transfer
@@ -87,3 +90,32 @@ def test_recall_where_blocks_are_put_in_and_taken_out() -> None:
         source, target = RandomNetwork(ours), RandomNetwork(theirs)
     plan = plan_transfer(source.state_dict(), target)
     assert plan.pairs == truth(ours, theirs, "keep")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("count", [4, 12])
+def test_blocks_counted_from_another_number_are_not_those_of_the_same_name(first: int, count: int) -> None:
+    """Twelve equal blocks, 0 to 11 here and 1 to 12 there: eleven names fit, and each of them is another block."""
+
+    def numbered(start: int) -> nn.Sequential:
+        blocks = [(f"block{start + n}", nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))) for n in range(count)]
+        ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+        return nn.Sequential(OrderedDict([("stem", nn.Conv2d(3, 8, 3)), *blocks, ("pool", ends[0]), ("flat", ends[1]), ("fc", ends[2])]))
+
+    source, target = numbered(first), numbered(1 - first)
+    plan = plan_transfer(source.state_dict(), target)
+    assert plan.pairs == dict(zip(target.state_dict(), source.state_dict()))
+
+
+@pytest.mark.parametrize("seed", [1071, 1037, 239, 8724, 8444, 3363])
+def test_a_new_name_beside_names_that_hold_is_not_guessed(seed: int) -> None:
+    rng = random.Random(seed)
+    ours = random_plan(rng)
+    theirs = ours
+    for what in ("insert", "delete", "width"):
+        theirs = edit(theirs, what, rng)
+    with torch.device("meta"):
+        source, target = RandomNetwork(ours), RandomNetwork(theirs)
+    true = truth(ours, theirs, "keep")
+    plan = plan_transfer(source.state_dict(), target, min_coverage=0.0)
+    assert {t: s for t, s in plan.pairs.items() if true.get(t) != s} == {}
