@@ -7,6 +7,7 @@ checkpoint (design section 4 says why). A launched world that is not the world s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import secrets
@@ -35,6 +36,7 @@ ranks_met = False
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The hang doctor ends a run that makes no progress, and says why; the collectives' own limit is the net below it.
 MARGIN = timedelta(seconds=30)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Runtime:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("run.device is cuda, but this machine shows no GPU to PyTorch; use --run.device auto or cpu")
         _check_gpus(launch, use_cpu)
+        if use_cpu:
+            _keep_freed_memory()
         self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), broadcast_buffers, timeout)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -306,6 +310,17 @@ def _accelerator(use_cpu: bool, precision: str, broadcast_buffers: bool, timeout
         DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
     ]
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to use freed memory again instead of giving it back and asking anew for each large activation, whose pages the kernel
+    must zero: that took half the time of MobileNetV2's forward pass over 32 images of 224 pixels. The peak stays the same."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_gpus(launch: Launch, use_cpu: bool) -> None:
