@@ -259,8 +259,6 @@ class TrackingConfig(Section):
     """auto: online where a key is known, else offline; never a prompt."""
     wandb_model: bool = False
     """Give wandb the model folder as an artifact when the run is done."""
-    wandb_model: bool = False
-    """Give wandb the model folder as an artifact when the run is done."""
     tensorboard: bool = False
     """Write TensorBoard files too (needs the package tensorboard)."""
     report: bool = True
