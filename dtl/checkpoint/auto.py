@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from dtl.checkpoint.attach import Link, links_by_dataflow, links_by_names, links_by_neighbours, producers
+from dtl.checkpoint.decided import Decided, Side
 from dtl.checkpoint.evidence import NameEvidence, graph_colours, unique_shapes
 from dtl.checkpoint.fits import unit_transform
 from dtl.checkpoint.flow_match import complete_by_dataflow, prune_by_dataflow
 from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.qkv import fuse_projections
 from dtl.checkpoint.recurring import match_leftovers, match_recurring
-from dtl.checkpoint.trace import Dataflow
 from dtl.checkpoint.tree import loose_signature, match_trees
 from dtl.checkpoint.trust import Trust
 from dtl.checkpoint.units import NORMS, Unit
@@ -26,31 +25,6 @@ from dtl.checkpoint.views import Candidates, Viewed, in_use_order, look
 
 NEW_NAME = "its name is new beside names that hold: another layer of that shape, or a renamed one"
 ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
-
-
-@dataclass
-class Side:
-    units: list[Unit]
-    flow: Dataflow | None
-
-
-@dataclass
-class Decided:
-    """`certain`: target unit -> source unit, with `evidence`. `doubts`: target unit -> (reason, source units that would fit)."""
-
-    certain: dict[int, int] = field(default_factory=dict)
-    evidence: dict[int, str] = field(default_factory=dict)
-    doubts: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
-
-    def put(self, j: int, i: int, evidence: str) -> None:
-        self.certain[j] = i
-        self.evidence[j] = evidence
-        self.doubts.pop(j, None)
-
-    def doubt(self, j: int, reason: str, options: Sequence[int | None]) -> None:
-        self.certain.pop(j, None)
-        self.evidence.pop(j, None)
-        self.doubts[j] = (reason, [i for i in options if i is not None])
 
 
 def match_auto(

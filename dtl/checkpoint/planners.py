@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from dtl.checkpoint.auto import Side, match_auto
+from dtl.checkpoint.auto import match_auto
 from dtl.checkpoint.by_name import kernels, match_names, renamed_entries
 from dtl.checkpoint.by_order import match_strict_order
+from dtl.checkpoint.decided import Side
 from dtl.checkpoint.heads import detect_heads
 from dtl.checkpoint.mapping import Rule, match_map, read_rules
 from dtl.checkpoint.matching import Flag, Match, Matching
