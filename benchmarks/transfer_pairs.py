@@ -222,6 +222,7 @@ def confirmed_truth(ours: str, theirs: str, a: nn.Module, b: nn.Module) -> dict[
 
     from dtl.checkpoint.plan import plan_transfer
     from dtl.checkpoint.trace import trace_dataflow
+    from dtl.checkpoint.verify import randomise
 
     hypotheses = []
     flows = trace_dataflow(a), trace_dataflow(b)
@@ -230,31 +231,14 @@ def confirmed_truth(ours: str, theirs: str, a: nn.Module, b: nn.Module) -> dict[
         if len(used[0]) == len(used[1]):
             hypotheses.append(dict(zip(used[1], used[0])))
     hypotheses.append({t: s for t, s in plan_transfer(a.state_dict(), b, source_model=a).pairs.items() if isinstance(s, str)})
-    real_a, real_b = randomised(models.get_model(ours)), randomised(timm.create_model(theirs))
+    real_a, real_b = models.get_model(ours).eval(), timm.create_model(theirs).eval()
+    randomise(real_a)
+    randomise(real_b)
     for truth in hypotheses:
         truth = {t: s for t, s in truth.items() if t in set(learned(b))}
         if set(truth) >= set(dict(real_b.named_parameters())) and _same_function(real_a, real_b, truth):
             return truth
     return None
-
-
-def randomised(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Every tensor random, statistics of norms included, at a scale that keeps activations alive."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if not value.is_floating_point():
-                continue
-            noise = torch.randn(value.shape, generator=generator)
-            if name.endswith("running_var"):
-                value.copy_(noise.abs() + 0.5)
-            elif value.dim() == 1 and name.endswith("weight"):
-                value.copy_(1 + 0.2 * noise)
-            elif value.dim() >= 2:
-                value.copy_(noise * (value[0].numel() ** -0.5))
-            else:
-                value.copy_(0.2 * noise)
-    return model.eval()
 
 
 def _same_function(a: nn.Module, b: nn.Module, truth: dict[str, str]) -> bool:
