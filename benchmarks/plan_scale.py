@@ -111,7 +111,7 @@ def partition(num_samples: int, num_shards: int) -> float:
         for rank in range(RANKS):
             loader = StepLoader(None, None, plans=lambda epoch: plan, layout=layout, rank=rank, image_size=8, seed=0, workers=WORKERS)  # type: ignore[arg-type]
             # torch gives request i to loader process i % WORKERS.
-            requests = list(_Requests(loader, plan.epoch, step, 1))
+            requests = list(_Requests(loader, plan.epoch, step, 1, None))
             for worker in range(WORKERS):
                 for request in requests[worker::WORKERS]:
                     real = request.slots >= 0

@@ -228,7 +228,17 @@ class Doctor:
         self._thread.join(15.0)
         self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500])
         if line is not None:
+            self._wait_for_the_others()
             raise PeerLost(line) from error
+
+    def _wait_for_the_others(self) -> None:
+        """Rank 0 may take the store with it: the others must have had their look first, or they would take it for the one that is gone."""
+        until = time.monotonic() + 3.5 * INTERVAL
+        with suppress(RuntimeError):
+            while self._notes is not None and self.rank == 0 and time.monotonic() < until:
+                if all(note.ended is not None or note.gone for note in self._notes.read() if note.rank != 0):
+                    return
+                time.sleep(0.2)
 
     def _leave(self, why: str) -> None:
         if self._notes is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dtl.tracking import Tracker
 
 EXIT_STOPPED = 75
+SECONDS_TO_SPEAK = 20.0
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,6 +50,8 @@ def train(config: Config, name: str) -> int:
     if folder.was_stopped_under_this_agent():  # before anything that takes seconds, on every rank by itself
         if os.environ.get("RANK", "0") == "0":
             _tell(f"{folder.path} was stopped, and its launcher has started it again: leaving; the same command goes on")
+        else:
+            time.sleep(SECONDS_TO_SPEAK)  # the first to leave makes the launcher end the others, and rank 0 is to say why
         return EXIT_STOPPED
 
     from dtl.engine.debug import debugging

@@ -32,5 +32,5 @@ def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     said = [line for line in job.err().splitlines() if "the loader is the limit" in line]
     assert len(said) == 1, job.err()
     assert "in the training process itself; --data.workers " in said[0] or "wait for the disk (or for a core)" in said[0]
-    notes = [event for event in harness.history(tmp_path / "runs/tiny") if event.get("note") == "limit"]
+    notes = [event for event in harness.history(tmp_path / "runs/tiny", times=True) if event.get("note") == "limit"]
     assert [note["phase"] for note in notes] == ["all"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dtl.checkpoint import adapt
+from dtl.checkpoint import adapt, load_pretrained
 from dtl.checkpoint.heads import pick_rows
 from dtl.errors import UserError
 
@@ -109,3 +109,46 @@ def test_unknown_transforms_are_named() -> None:
     assert not adapt.is_transform("magic")
     with pytest.raises(UserError, match=r"no way to do 'magic'; known are .*stem_channels"):
         adapt.apply_transform("magic", [torch.zeros(1)], (1,))
+
+
+class Tokens(nn.Module):
+    """A small ViT: patches, class token, positions, one block, head; [B, 3, S, S] -> [B, 5]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 12, 8, 8)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 12))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // 8) ** 2, 12))
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(12), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return self.head((x + self.fc2(torch.relu(self.fc1(self.norm(x)))))[:, 0])
+
+
+@pytest.mark.parametrize("by", ["auto", "name"])
+def test_a_transfer_resizes_positions_for_another_image_size(by: str) -> None:
+    source, target = Tokens(32), Tokens(64)
+    report = load_pretrained(target, source.state_dict(), by=by)  # type: ignore[arg-type]
+    assert {o.target: o.transform for o in report.outcomes if o.transform} == {"pos_embed": "resize_position_embedding"}
+    assert report.fresh == ()
+    torch.testing.assert_close(target.pos_embed, adapt.resize_position_embedding(source.pos_embed, (1, 65, 12)))
+
+
+def test_a_transfer_resizes_relative_tables() -> None:
+    class Window(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.relative_position_bias_table = nn.Parameter(torch.randn((2 * size - 1) ** 2, 2))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.proj(self.qkv(x)[:, :8]))
+
+    source, target = Window(7), Window(12)
+    report = load_pretrained(target, source.state_dict())
+    assert [o.transform for o in report.outcomes if o.transform] == ["resize_relative_table"]
+    torch.testing.assert_close(target.relative_position_bias_table, adapt.resize_relative_table(source.relative_position_bias_table, (529, 2)))
