@@ -139,7 +139,7 @@ class TransferConfig(Section):
     by: Literal["auto", "name", "order", "map"] = "auto"
     """How tensors find each other."""
     map: str | None = None
-    """YAML or JSON file of names, for `by: map`."""
+    """YAML or JSON file of names: all of them with `by: map`; with `by: auto` those that settle single layers."""
     source_arch: str | None = None
     """Name of the network that the source was saved from, where it can be built: settles what the file alone cannot."""
     assume_order: bool = False
@@ -156,8 +156,8 @@ class TransferConfig(Section):
 
     @model_validator(mode="after")
     def _map_belongs_to_by_map(self) -> TransferConfig:
-        if (self.by == "map") != (self.map is not None):
-            raise ValueError("`by: map` and `map: FILE` go together")
+        if (self.by == "map" and self.map is None) or (self.map is not None and self.by not in ("map", "auto")):
+            raise ValueError("`by: map` and `map: FILE` go together; with `by: auto` the file settles single layers")
         return self
 
 
