@@ -283,7 +283,8 @@ class _Auto:
         return found
 
     def _is_new_name(self, j: int) -> bool:
-        return self.trust.new_names and j not in self.trust.anchors and j not in self.trust.distrusted
+        # Of a head its place says what it is, whatever it is called.
+        return self.trust.new_names and j not in self.trust.anchors and j not in self.trust.distrusted and j not in self.heads
 
     def _norms_with_their_layers(self, found: dict[int, str]) -> None:
         """A norm that names or dataflow tie to a layer shares that layer's evidence."""
