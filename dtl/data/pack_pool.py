@@ -105,17 +105,23 @@ class _Child:
 
     def close(self) -> None:
         """End it at once: whatever it was writing is still under a temporary name."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        end_process(self._process)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             with suppress(OSError):  # a task that the child did not live to read
                 stream.close()
+
+
+def end_process(process: subprocess.Popen[Any], *, patience: float = 5.0) -> None:
+    """Ask a child to end, and make it after `patience` seconds."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def serve(work: str, folder: str) -> None:

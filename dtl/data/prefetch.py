@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from dtl.data.fetch import Unfetched
+from dtl.data.pack_pool import end_process
 from dtl.data.shard_cache import ShardCache
 from dtl.data.shard_uses import ShardUses
 from dtl.errors import UserError
@@ -58,13 +59,7 @@ class Prefetcher:
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        end_process(self._process)
 
     def _send(self, data: bytes) -> None:
         if self._process.stdin is None or self._process.stdin.closed:
