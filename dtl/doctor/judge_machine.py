@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dtl.data.shared_memory import bytes_needed
 from dtl.doctor.finding import Finding
 
 MIB, GIB = 2**20, 2**30
@@ -25,11 +27,25 @@ class Need:
     prefetch: int = 2
     parameters: int = 12_000_000
 
+    own_buffers: bool = sys.platform == "linux"
+    """Batches travel in buffers of the loader's own, and not through /dev/shm."""
+
     @property
     def shm_bytes(self) -> int:
-        """Batches that lie in shared memory at once: what every worker has ready, what it makes, and the one in use."""
-        batch = 3 * self.image_size**2 * self.batch_size
-        return self.ranks * (self.workers * (self.prefetch + 1) + 1) * batch if self.workers else 0
+        """What the loaders of training and validation of all ranks take of /dev/shm, as a run computes it before its first step."""
+        return 2 * self.ranks * bytes_needed(
+            micro_batch_size=self.batch_size,
+            image_size=self.image_size,
+            accumulation_steps=1,
+            workers=self.workers,
+            prefetch=self.prefetch,
+            own_buffers=self.own_buffers,
+        )
+
+    @property
+    def batch_bytes(self) -> int:
+        """Batches in memory at once: what every worker has ready, what it makes, and the one in use."""
+        return self.ranks * (self.workers * (self.prefetch + 1) + 1) * 3 * self.image_size**2 * self.batch_size
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -59,7 +75,7 @@ def judge_versions(python: tuple[int, ...], versions: Mapping[str, str | None]) 
 
 
 def judge_shm(free: int | None, total: int | None, need: Need) -> Finding:
-    """/dev/shm, through which loader processes hand their batches over; Docker gives 64 MiB unless told otherwise."""
+    """/dev/shm: the queues of loader processes are there, and off Linux their batches; Docker gives 64 MiB unless told otherwise."""
     if free is None or total is None:
         fix = "--data.workers 0" if need.workers else ""
         return Finding("shm", "warn" if need.workers else "ok", "/dev/shm cannot be looked at; loader processes need it", fix)
@@ -68,7 +84,7 @@ def judge_shm(free: int | None, total: int | None, need: Need) -> Finding:
     wanted = max(1, -(-2 * need.shm_bytes // GIB))
     fix = f"docker run --shm-size={wanted}g ... (or --ipc=host); on a machine of your own: mount -o remount,size={wanted}G /dev/shm; or --data.workers 0"
     if free < need.shm_bytes:
-        return Finding("shm", "fail", what + ": a loader process would die of a bus error", fix)
+        return Finding("shm", "fail", what + ": they could not start, or would die of a bus error", fix)
     if free < 2 * need.shm_bytes:
         return Finding("shm", "warn", what, fix)
     return Finding("shm", "ok", what)
@@ -114,7 +130,7 @@ def judge_memory(available: int | None, limit: int | None, need: Need) -> Findin
     if available is None:
         return Finding("memory", "ok", "free memory is not told here")
     free = available if limit is None else min(available, limit)
-    wanted = need.ranks * (1500 * MIB + 2 * need.checkpoint_bytes + need.workers * 300 * MIB) + need.shm_bytes
+    wanted = need.ranks * (1500 * MIB + 2 * need.checkpoint_bytes + need.workers * 300 * MIB) + need.batch_bytes
     whose = "" if limit is None or limit > available else " (the limit of this container or job)"
     what = f"{_size(free)} of memory to have{whose}, about {_size(wanted)} wanted"
     if free < wanted:

@@ -32,11 +32,18 @@ def test_versions(python: tuple[int, ...], changes: dict[str, str | None], said:
 
 
 @pytest.mark.parametrize(
-    ("free", "workers", "status"), [(64 * MIB, 4, "fail"), (400 * MIB, 4, "ok"), (200 * MIB, 4, "warn"), (MIB, 0, "ok"), (None, 0, "ok"), (None, 2, "warn")]
-)
-def test_shared_memory_against_what_the_loader_keeps_in_it(free: int | None, workers: int, status: str) -> None:
-    """4 workers with 3 batches each and the one in use, of 64 images of 3 * 224 * 224 bytes: 119 MiB."""
-    found = judge_shm(free, free, Need(workers=workers))
+    ("free", "workers", "own_buffers", "status"),
+    [
+        (64 * MIB, 4, False, "fail"), (400 * MIB, 4, False, "ok"), (200 * MIB, 4, False, "warn"), (MIB, 0, False, "ok"), (None, 0, False, "ok"),
+        (None, 2, False, "warn"), (64 * MIB, 4, True, "ok"), (16 * 1024, 4, True, "fail"),
+    ],
+)  # fmt: skip
+def test_shared_memory_against_what_the_loader_keeps_in_it(free: int | None, workers: int, own_buffers: bool, status: str) -> None:
+    """4 workers with 2 batches each and two in hand, for training and for validation, of 64 images of 3 * 224 * 224 bytes: 184 MiB.
+
+    With buffers of its own (Linux) only semaphores, so that a container's 64 MiB do.
+    """
+    found = judge_shm(free, free, Need(workers=workers, own_buffers=own_buffers))
     assert found.status == status
     if status == "fail":
         assert "--shm-size" in found.fix
