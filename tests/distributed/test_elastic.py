@@ -150,7 +150,7 @@ def content(folder: Path) -> dict[str, str]:
 def test_a_ghost_of_an_older_start_writes_nothing_any_more(tmp_path: Path, launch: Callable[..., Launched]) -> None:
     """A job was requeued because its node was cut off; its old process lives on there, and comes back to the shared disk."""
     if os.geteuid() != 0:
-        pytest.skip("needs root, for another host name")
+        pytest.skip("the ghost runs under another host name (unshare --uts): run as root, in a container with --cap-add SYS_ADMIN")
     arguments = recipe(tmp_path, steps=30)
     (tmp_path / "hold").touch()
     command = ["unshare", "--uts", "sh", "-c", 'hostname ghost; exec "$@"', "-", sys.executable, SCRIPT, *arguments, "--checkpoint.every-steps", "1"]

@@ -27,7 +27,7 @@ def open_files(pid: int) -> int:
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory and open files of other processes are read from Linux's /proc")
 def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Many shards (more than may be open at once), two loader processes for the whole phase, an evaluation each epoch with its own."""
     from dtl.data.index import Shards

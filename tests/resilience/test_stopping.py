@@ -105,7 +105,7 @@ def small_disk(tmp_path: Path) -> Any:
         os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], check=False, capture_output=True).returncode == 0
     )
     if not mounted:
-        pytest.skip("needs root, to mount a small file system")
+        pytest.skip("a file system of 32 KiB must be mounted for a disk that is full: run as root, in a container with --cap-add SYS_ADMIN")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

@@ -31,7 +31,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="which processes live is read from Linux's /proc")
 def test_loader_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     """Stopped first, so that they stand with full hands when it is killed: torch's own would wait for good."""
     phases = {"all": {"train": "all", "epochs": 500, "lr": 0.01, "eval_every": 400}}
