@@ -7,7 +7,7 @@ window of image_size x image_size pixels that may reach over the edge (zeros the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,26 @@ class Placement:
     resized: Ints
     offsets: Ints
     reductions: Ints | None = None
+
+    def reduction(self, i: int) -> int:
+        """1, 2, 4 or 8: sample `i` may be decoded at this fraction of its size."""
+        return 1 if self.reductions is None else int(self.reductions[i])
+
+    def region(self, i: int, *, reduction: int | None = None) -> Region:
+        """Where sample `i`'s box lies in the image at its reduction, or at another one that divides it."""
+        factor = self.reduction(i) if reduction is None else reduction
+        top, left, height, width = self.boxes[i].tolist()
+        return Region(factor, top // factor, left // factor, -(-height // factor), -(-width // factor))
+
+
+class Region(NamedTuple):
+    """A rectangle of an image that is decoded at the fraction `reduction` (1, 2, 4 or 8), in pixels of that."""
+
+    reduction: int
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class Geometry(Protocol):
@@ -194,19 +214,17 @@ def below(counts: Ints, uniforms: Floats) -> Ints:
 
 
 def place(
-    image: Pixels,
+    crop: Pixels,
     out: torch.Tensor,
     *,
-    box: tuple[int, int, int, int],
     resized: tuple[int, int],
     offset: tuple[int, int],
     horizontal_flip: bool,
     vertical_flip: bool,
     interpolation: Interpolation,
 ) -> None:
-    """Write one sample's window into `out` (uint8 [3,S,S], any strides; a channels_last batch is the faster one)."""
-    top, left, height, width = box
-    picture = resize(image[top : top + height, left : left + width], resized, interpolation)
+    """Write the window of one sample, cut out already, into `out` (uint8 [3,S,S], any strides; a channels_last batch is the faster one)."""
+    picture = resize(crop, resized, interpolation)
     target = out.permute(1, 2, 0).numpy()
     if offset != (0, 0) or picture.shape != target.shape:
         picture, target = _clip_to_window(picture, target, offset, horizontal_flip, vertical_flip)

@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader
 
 from dtl.data.batch_buffers import BatchBuffers, pool
 from dtl.data.decode import DecodeError, decode
+from dtl.data.decode_crop import crop_jpeg
+from dtl.data.geometry import Region
 from dtl.data.index import Shards
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.prefetch import Prefetcher, prefetcher
@@ -46,9 +48,11 @@ class Transform(Protocol):
 
     def draw(self, samples: np.ndarray, widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int) -> Any: ...
 
-    def reduction(self, draws: Any, i: int) -> int: ...
+    def region(self, draws: Any, i: int) -> Region: ...
 
     def apply(self, image: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
+
+    def apply_crop(self, crop: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
 
 
 @dataclass
@@ -173,15 +177,23 @@ class BatchDataset:
             reason = f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes"
         else:
             try:
-                reduction = self.transform.reduction(draws, i)
-                image = decode(data, reduction)
-                if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
-                    reason = f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}"
-                else:
-                    self.transform.apply(image, draws, i, out)
+                decode_into(out, data, self.transform, draws, i, height=height, width=width)
             except DecodeError as error:
                 reason = str(error)
         return None if reason is None else shards.damaged(sample, reason)
+
+
+def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int) -> None:
+    """Write sample `i` of `draws`, an image of [height, width] pixels, into `out`. Raises DecodeError."""
+    region = transform.region(draws, i)
+    crop = crop_jpeg(data, region, height=height, width=width)
+    if crop is not None:
+        transform.apply_crop(crop, draws, i, out)
+        return
+    image = decode(data, region.reduction)
+    if image.shape[:2] not in ((height, width), (-(-height // region.reduction), -(-width // region.reduction))):
+        raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}")
+    transform.apply(image, draws, i, out)
 
 
 class StepLoader:

@@ -24,6 +24,7 @@ from dtl.data.geometry import (
     Pixels,
     Placement,
     RandomResizedCrop,
+    Region,
     ShortSide,
     Square,
     place,
@@ -175,7 +176,11 @@ class Transform:
 
     def reduction(self, draws: Draws, i: int) -> int:
         """1, 2, 4 or 8: sample `i` may be decoded at this fraction of its size."""
-        return 1 if draws.placement.reductions is None else int(draws.placement.reductions[i])
+        return draws.placement.reduction(i)
+
+    def region(self, draws: Draws, i: int) -> Region:
+        """All of sample `i` that `apply_crop` needs."""
+        return draws.placement.region(i)
 
     def apply(self, image: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
         """Write sample `i`, whose decoded pixels are `image` [H,W,3], whole or reduced, into `out` (uint8 [3,S,S], any strides).
@@ -183,17 +188,20 @@ class Transform:
         ValueError if the image is not of the size the index gave: a box of another image would be cut.
         """
         height, width = draws.sizes[i].tolist()
-        placement = draws.placement
-        top, left, high, wide = placement.boxes[i].tolist()
+        factor = 1
         if image.shape != (height, width, 3):
             factor = self.reduction(draws, i)
             if image.shape != (-(-height // factor), -(-width // factor), 3):
                 raise ValueError(f"decoded to {tuple(image.shape)}, the index says ({height}, {width}, 3); index the shards anew")
-            top, left, high, wide = top // factor, left // factor, -(-high // factor), -(-wide // factor)
+        _, top, left, high, wide = draws.placement.region(i, reduction=factor)
+        self.apply_crop(image[top : top + high, left : left + wide], draws, i, out)
+
+    def apply_crop(self, crop: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
+        """The same from the pixels of `region` alone."""
+        placement = draws.placement
         place(
-            image,
+            crop,
             out,
-            box=(top, left, high, wide),
             resized=tuple(placement.resized[i].tolist()),
             offset=tuple(placement.offsets[i].tolist()),
             horizontal_flip=bool(draws.horizontal_flip[i]),
