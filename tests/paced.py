@@ -10,7 +10,7 @@ from typing import Any
 from networks import small as build_small
 from torch import nn
 
-QUICK_STEPS = 6
+QUICK_STEPS = 10  # forward passes: those of the trial for memory, and the first steps
 SECONDS = 3.0
 
 _steps = 0

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from desk import Desk
-from harness import wait_for
 from lab import SlurmLab, why_not
 
 
@@ -22,6 +21,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
 
 @pytest.fixture
 def desk(lab: SlurmLab, tmp_path: Path) -> Iterator[Desk]:
-    yield Desk(lab, tmp_path)
-    lab.call("scancel", "--user=root")
-    wait_for(lambda: not lab.call("squeue", "--noheader"), seconds=60, what="all jobs to be gone")
+    desk = Desk(lab, tmp_path)
+    yield desk
+    desk.close()

@@ -69,6 +69,7 @@ class Desk:
 
     def __init__(self, lab: SlurmLab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
+        self.jobs: list[str] = []
         self.hold = folder / "hold"
         self.environment = {
             "DTL_HOME": str(ROOT),
@@ -85,4 +86,11 @@ class Desk:
             "sbatch", "--parsable", *options, str(ROOT / "slurm" / template), *arguments,
             cwd=self.folder, env=self.environment | environment,
         ).strip()  # fmt: skip
+        self.jobs.append(number)
         return SlurmJob(self.lab, number, self.folder, self.folder / run)
+
+    def close(self) -> None:
+        """Ends what was submitted from here."""
+        for number in self.jobs:
+            self.lab.call("scancel", number)
+        wait_for(lambda: not self.lab.call("squeue", "--noheader", f"--jobs={','.join(self.jobs)}"), seconds=60, what="all jobs to be gone")

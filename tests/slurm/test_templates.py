@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import Desk
+from desk import Desk, SlurmJob
 from harness import history, run, status
 from lab import SlurmLab
 from recipes import weights_hash, write_recipe
@@ -37,7 +39,29 @@ def assert_same(run: Path, reference: Path) -> None:
     assert history(run) == history(reference)
 
 
-def test_a_multi_node_job_trains_to_the_end(desk: Desk, reference: dict[int, Path]) -> None:
+@pytest.fixture(scope="module")
+def limited(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SlurmJob, Future[dict[str, Any]]]]:
+    """A job on its way to its time limit, and the status that the first round will leave. Slurm looks every 30 s whom to warn, and
+    lets a job start again after ten more; the test that comes first uses that time."""
+    desk = Desk(lab, tmp_path_factory.mktemp("limited"))
+    desk.hold.touch()
+    job = desk.submit("single_gpu.sbatch", recipe(desk.folder), options=["--gpus-per-node=0"], DTL_LAUNCH="")
+    job.wait_for_step(6)
+    lab.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=3")
+
+    def follow() -> dict[str, Any]:
+        job.wait_for_round(1)
+        left = status(job.run)
+        lab.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+        desk.hold.unlink()
+        return left
+
+    with ThreadPoolExecutor(1) as thread:
+        yield job, thread.submit(follow)
+    desk.close()
+
+
+def test_a_multi_node_job_trains_to_the_end(desk: Desk, reference: dict[int, Path], limited: object) -> None:
     job = desk.submit("multi_node.sbatch", recipe(desk.folder), options=["--gpus-per-node=1"])
     job.wait_until_done()
     assert_same(job.run, reference[2])
@@ -46,16 +70,13 @@ def test_a_multi_node_job_trains_to_the_end(desk: Desk, reference: dict[int, Pat
     assert [name.split("/")[3] for name in logs] == ["node-0", "node-1"]
 
 
-def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next_round(desk: Desk, lab: SlurmLab, reference: dict[int, Path]) -> None:
-    desk.hold.touch()
-    job = desk.submit("single_gpu.sbatch", recipe(desk.folder), options=["--gpus-per-node=0"], DTL_LAUNCH="")
-    job.wait_for_step(6)
-    lab.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=3")  # Slurm looks every 30 s whom to warn
-    job.wait_for_round(1)
-    lab.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    assert status(job.run)["state"] == "stopped"
-    assert status(job.run)["step"] < 24
-    desk.hold.unlink()
+def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next_round(
+    reference: dict[int, Path], limited: tuple[SlurmJob, Future[dict[str, Any]]]
+) -> None:
+    job, following = limited
+    left = following.result()
+    assert left["state"] == "stopped"
+    assert left["step"] < 24
     job.wait_until_done()
     assert_same(job.run, reference[1])
     assert job.rounds == 1
@@ -96,7 +117,7 @@ def test_a_sweep_leaves_its_results_side_by_side(desk: Desk, reference: dict[int
     job = desk.submit("array_sweep.sbatch", config, "lr.txt", "--data.workers", "0", options=options, DTL_LAUNCH="")
     folder = desk.folder / "runs/lr"
     names = ["1-seed0", "2-lr0.02-seed1"]
-    job.wait("to end", lambda: not job.lab.call("squeue", "--noheader"))
+    job.wait("to end", lambda: not job.lab.call("squeue", "--noheader", f"--jobs={job.number}"))
     assert sorted(path.name for path in folder.iterdir()) == names, job.log
     assert [status(folder / name)["state"] for name in names] == ["done", "done"]
     assert weights_hash(folder / names[0]) == weights_hash(reference[1]) != weights_hash(folder / names[1])
