@@ -7,18 +7,25 @@ pictures at 0.19 megapixels, 4:4:4, about 112 kB (like the tutorial's originals)
 Every system crops (RandomResizedCrop 224), flips and batches the same images, in interleaved rounds; CPU time is that of all its processes
 between two batches in the middle of the epoch, so prefetching is in a steady state at both ends. `x` are ratios to torchvision's
 ImageFolder + DataLoader within a round. uint8 batches leave normalising to the device, as training with dtl does: the column says which.
-`first` is the time from making the loader to its first batch in a process that has imported it.
+`first batch` is the time from making the loader to its first batch, in a process that has imported everything; below the tables it is
+measured once more in fresh processes that have imported torch alone, so the loaders' other imports are in it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +97,65 @@ def timm(data: ImageSet, workers: int) -> Iterator[Any]:
 
 
 def dtl(data: ImageSet, workers: int) -> Iterator[Any]:
-    import dtl as ours
+    return _ours(data.packed, data, workers)
 
-    return iter(ours.build_loader(data.packed, batch_size=data.batch_size, workers=workers))
+
+def dtl_wheels(data: ImageSet, workers: int) -> Iterator[Any]:
+    return _ours(data.packed, data, workers, native="0")
+
+
+def dtl_whole(data: ImageSet, workers: int) -> Iterator[Any]:
+    from dtl.data.transforms import AugmentSettings
+
+    return _ours(data.packed, data, workers, augment=AugmentSettings(reduced_decode=False))
+
+
+def dtl_threads(data: ImageSet, workers: int) -> Iterator[Any]:
+    """The same batches, made by threads of this process; as many under way as processes would have."""
+    import dtl as ours
+    from dtl.data.loader import PREFETCH, BatchDataset
+    from dtl.data.plan import RankLayout
+
+    _use_native("1")
+    loader = ours.build_loader(data.packed, batch_size=data.batch_size, workers=0)
+    plan = loader._plan(0)
+    layout = RankLayout.for_plan(plan, num_ranks=1, micro_batch_size=None)
+    dataset = BatchDataset(loader.shards, loader.transform, image_size=SIZE, seed=0)
+    asked = (request for step in range(plan.num_steps) for request in layout.micro_batches(plan, step, 0))
+    with ThreadPoolExecutor(workers) as threads:
+        coming = deque(threads.submit(dataset.__getitems__, request) for request in islice(asked, workers * PREFETCH))
+        try:
+            while coming:
+                batch = coming.popleft().result()
+                coming.extend(threads.submit(dataset.__getitems__, request) for request in islice(asked, 1))
+                yield batch.images, batch.labels, batch.weights
+        finally:
+            for rest in coming:
+                rest.cancel()
 
 
 def dtl_256(data: ImageSet, workers: int) -> Iterator[Any]:
+    return _ours(data.packed256, data, workers)
+
+
+def dtl_256_wheels(data: ImageSet, workers: int) -> Iterator[Any]:
+    return _ours(data.packed256, data, workers, native="0")
+
+
+def _ours(shards: Path, data: ImageSet, workers: int, *, native: str = "1", **options: Any) -> Iterator[Any]:
     import dtl as ours
 
-    return iter(ours.build_loader(data.packed256, batch_size=data.batch_size, workers=workers))
+    _use_native(native)
+    return iter(ours.build_loader(shards, batch_size=data.batch_size, workers=workers, **options))
+
+
+def _use_native(switch: str) -> None:
+    from dtl.data import decode_crop
+
+    os.environ[decode_crop.SWITCH] = switch
+    decode_crop.native.cache_clear()
+    if switch == "1":
+        assert decode_crop.native().on, decode_crop.native().summary
 
 
 SYSTEMS: dict[str, tuple[Callable[[ImageSet, int], Iterator[Any]], str]] = {
@@ -107,7 +164,11 @@ SYSTEMS: dict[str, tuple[Callable[[ImageSet, int], Iterator[Any]], str]] = {
     "webdataset": (webdataset, "plain webdataset, float32 normalised"),
     "timm": (timm, "timm create_loader, float32 normalised"),
     "dtl": (dtl, "dtl, untouched bytes, uint8"),
+    "dtl_threads": (dtl_threads, "the same, threads in place of processes"),
+    "dtl_whole": (dtl_whole, "the same, reduced_decode: false"),
+    "dtl_wheels": (dtl_wheels, "dtl without the native extra"),
     "dtl_256": (dtl_256, "dtl, shards packed with --short-side 256, uint8"),
+    "dtl_256_wheels": (dtl_256_wheels, "the same without the native extra"),
 }
 
 
@@ -124,6 +185,11 @@ def make_set(name: str, folder: Path, *, images: int) -> ImageSet:
 
     from dtl.data.pack import pack
 
+    root = folder / name
+    large = name == "photos"
+    made = ImageSet(name, root / "images", root / "packed", root / "packed256", 32 if large else 64, 3 if large else 6, 6 if large else 15)
+    if (made.packed256 / "manifest.json").exists():
+        return made
     sources = sorted((data_folder() / "hymenoptera_data" / "train").glob("*/*.jp*g"))
     contents: list[tuple[str, bytes]] = []
     if name == "photos":
@@ -142,7 +208,7 @@ def make_set(name: str, folder: Path, *, images: int) -> ImageSet:
                 size = round(picture.width * factor), round(picture.height * factor)
                 data = _jpeg(picture.resize(size, Image.Resampling.BICUBIC), quality=97, subsampling=0)
             contents.append((path.parent.name, data))
-    root = folder / name
+    shutil.rmtree(root, ignore_errors=True)
     for copy in range(-(-images // len(contents))):
         for number, (label, data) in enumerate(contents):
             path = root / "images" / label / f"{number:04d}_{copy:02d}.jpg"
@@ -150,8 +216,7 @@ def make_set(name: str, folder: Path, *, images: int) -> ImageSet:
             path.write_bytes(data)
     pack(root / "images", root / "packed", progress=False)
     pack(root / "images", root / "packed256", short_side=256, progress=False)
-    large = name == "photos"
-    return ImageSet(name, root / "images", root / "packed", root / "packed256", 32 if large else 64, 3 if large else 6, 6 if large else 15)
+    return made
 
 
 def _jpeg(picture: Any, **options: Any) -> bytes:
@@ -192,12 +257,31 @@ def measure(start: Callable[[ImageSet, int], Iterator[Any]], data: ImageSet, wor
     return Timing(round(1000 * cpu / images, 3), round(images / clock, 1), round(first, 2))
 
 
+FRESH = """
+import time, torch
+from pathlib import Path
+from benchmarks.loader import SYSTEMS, ImageSet
+began = time.perf_counter()
+next(iter(SYSTEMS[{system!r}][0](ImageSet("", Path({images!r}), Path({packed!r}), Path(), {batch_size}, 0, 0), {workers})))
+print(time.perf_counter() - began, flush=True)
+import os; os._exit(0)
+"""
+
+
+def first_batch_of_a_fresh_process(system: str, data: ImageSet, workers: int) -> float:
+    """Seconds beyond the import of torch."""
+    places = {"images": str(data.images), "packed": str(data.packed), "batch_size": data.batch_size}
+    code = FRESH.format(system=system, workers=workers, **places)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return round(float(done.stdout), 2)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--sets", default="small,medium,photos")
     options.add_argument("--workers", default="1,2")
     options.add_argument("--systems", default=",".join(SYSTEMS))
-    options.add_argument("--keep", type=Path, help="folder where the images are made and left; a temporary one by default")
+    options.add_argument("--keep", type=Path, help="folder where the images are made, left, and used again; a temporary one by default")
     options.add_argument("--tiny", action="store_true", help="a few batches only: does it run at all?")
     chosen = options.parse_args()
     torch.set_num_threads(1)
@@ -205,7 +289,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name in chosen.sets.split(","):
             folder = chosen.keep or Path(temporary)
-            shutil.rmtree(folder / name, ignore_errors=True)
             data = make_set(name, folder, images=10 if chosen.tiny else 400 if name == "photos" else 1900)
             if chosen.tiny:
                 data = ImageSet(name, data.images, data.packed, data.packed256, 4, 1, 1)
@@ -217,11 +300,19 @@ def main() -> None:
                 found = interleaved(ways, chosen.rounds)
                 lines += ["", f"{workers} worker(s), batches of {data.batch_size}", "", *_table(found)]
                 rows += [{"set": name, "workers": workers, "system": s, **asdict(t)} for s, ts in found.items() for t in ts]
+            fresh = interleaved({s: _fresh(s, data) for s in ("imagefolder", "dtl") if s in systems}, chosen.rounds)
+            first = [f"{SYSTEMS[s][1]}: {Spread.of(seconds).show()}" for s, seconds in fresh.items()]
+            lines += ["", f"First batch, 2 workers, seconds beyond the import of torch: {'; '.join(first)}"]
+            rows += [{"set": name, "workers": 2, "system": s, "fresh_seconds": one} for s, seconds in fresh.items() for one in seconds]
     report("Loaders", lines, rows, facts, chosen.out)
 
 
 def _way(name: str, data: ImageSet, workers: int) -> Callable[[], Timing]:
     return lambda: measure(SYSTEMS[name][0], data, workers)
+
+
+def _fresh(name: str, data: ImageSet) -> Callable[[], float]:
+    return lambda: first_batch_of_a_fresh_process(name, data, 2)
 
 
 def _table(found: dict[str, list[Timing]]) -> list[str]:
