@@ -75,7 +75,8 @@ _NUMBER = re.compile(r"(\d+)$")
 
 
 def links_by_names(units: Sequence[Unit]) -> dict[int, int]:
-    """Norm -> its layer, from names alone: `conv1` and `bn1`, Sequential `0` and `1`, or the only two in a module."""
+    """Norm -> its layer, from names alone: `conv1` and `bn1`, Sequential `0` and `1`, or, where no number says anything, the only
+    layer of a module with as many outputs (`conv_stem` and `bn1`), if no other norm there has that size."""
     inside: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         if unit.kind in (*WEIGHTED, *NORMS) and not unit.flat:
@@ -86,8 +87,8 @@ def links_by_names(units: Sequence[Unit]) -> dict[int, int]:
         norms = [unit for unit in siblings if unit.kind in NORMS]
         for norm in norms:
             mates = [layer for layer in layers if _numbers_agree(layer, norm)]
-            if len(layers) == len(norms) == 1:
-                mates = layers
+            if not mates and sum(other.shape == norm.shape for other in norms) == 1:
+                mates = [layer for layer in layers if layer.shape[0] == norm.shape[0]]
             if len(mates) == 1 and mates[0].shape[0] == norm.shape[0]:
                 links[norm.index] = mates[0].index
     return links

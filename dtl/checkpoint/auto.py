@@ -8,14 +8,15 @@ The algorithm and the measurements behind its thresholds: docs/weight-transfer.m
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from dtl.checkpoint.attach import Link, links_by_dataflow, links_by_names, links_by_neighbours, producers
+from dtl.checkpoint.attach import Link, links_by_dataflow, links_by_neighbours, producers
 from dtl.checkpoint.decided import Decided, Side
 from dtl.checkpoint.evidence import NameEvidence, graph_colours, unique_shapes
 from dtl.checkpoint.fits import unit_transform
 from dtl.checkpoint.flow_match import complete_by_dataflow, prune_by_dataflow
 from dtl.checkpoint.matching import Matching
+from dtl.checkpoint.mates import Mates
 from dtl.checkpoint.qkv import fuse_projections
 from dtl.checkpoint.recurring import match_leftovers, match_recurring
 from dtl.checkpoint.tree import loose_signature, match_trees
@@ -24,6 +25,7 @@ from dtl.checkpoint.units import NORMS, Unit
 from dtl.checkpoint.views import Candidates, Viewed, in_use_order, look
 
 NEW_NAME = "its name is new beside names that hold: another layer of that shape, or a renamed one"
+LOST_ORDER = "the source keeps no order, and neither names nor numbers place it"
 ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
 
 
@@ -86,6 +88,7 @@ class _Auto:
 
     def _structure(self) -> Viewed:
         self.names = NameEvidence(self.source.units, self.target.units, distrusted=self.trust.distrusted)
+        self.mates = Mates(self.source, self.target)
         self.our_links = _links(self.source)
         self.their_links = _links(self.target)
         viewed = look(
@@ -217,12 +220,17 @@ class _Auto:
         for j, i in list(self.decided.certain.items()):
             if j in self.trust.anchors or self.unique.get(j) == i or self.trees.get(j) == i or self.names.best(j) == i:
                 continue
-            if self.recurring.get(j) == i:
+            if self.recurring.get(j) == i or (i, j) in self.sole:
                 continue
-            self.decided.doubt(j, "the source keeps no order, and neither names nor numbers place it", [i])
-        for j, i in self.trees.items():
-            if j not in self.decided.certain and i not in self._taken():
-                self.decided.put(j, i, "tree+number")
+            self.decided.doubt(j, LOST_ORDER, [i])
+        for pairs, evidence in ((self.trees, "tree+number"), ({j: i for i, j in sorted(self.sole)}, "unique-shape")):
+            for j, i in pairs.items():
+                if j not in self.decided.certain and j not in self.heads and i not in self._taken():
+                    self.decided.put(j, i, evidence)
+        for j, i in self.mates.pairs(self.decided.certain).items():
+            doubt = self.decided.doubts.get(j, (LOST_ORDER,))[0]
+            if j not in self.decided.certain and i not in self._taken() and doubt == LOST_ORDER:
+                self.decided.put(j, i, "structure")
 
     def _norms_follow_layers(self) -> None:
         """A norm is loaded beside the layer it was trained with or not at all."""
@@ -245,6 +253,7 @@ class _Auto:
     def _order_alone(self) -> None:
         """Tell pairs that rest on the order of registration alone from those with another argument."""
         free = self._free_of_order()
+        self._last_without_order(free)
         for j in list(self.decided.certain):
             if j in self.trust.anchors:
                 continue
@@ -288,25 +297,17 @@ class _Auto:
 
     def _norms_with_their_layers(self, found: dict[int, str]) -> None:
         """A norm that names or dataflow tie to a layer shares that layer's evidence."""
-        ours = links_by_names(self.source.units)
-        theirs = links_by_names(self.target.units)
         for j, i in self.decided.certain.items():
-            if j in found or self.theirs[j].kind not in NORMS:
-                continue
-            layer = self._layer_of(j, theirs)
-            mate = ours.get(i) if not self.source.flow else self._source_layer_of(i)
-            if layer is not None and mate is not None and layer in found and self.decided.certain.get(layer) == mate:
+            if j not in found and self.theirs[j].kind in NORMS and self.mates.agree(i, j, {layer: self.decided.certain[layer] for layer in found}):
                 found[j] = "structure"
 
-    def _layer_of(self, j: int, named: Mapping[int, int]) -> int | None:
-        if self.target.flow is not None:
-            post = [other for side, other in self.their_links.get(j, ()) if side == "post"]
-            return post[0] if len(post) == 1 else None
-        return named.get(j)
-
-    def _source_layer_of(self, i: int) -> int | None:
-        post = [other for side, other in self.our_links.get(i, ()) if side == "post"]
-        return post[0] if len(post) == 1 else None
+    def _last_without_order(self, free: dict[int, str]) -> None:
+        """What is left over, one of its shape, of two blocks whose other layers are each other's for reasons other than order."""
+        base = {j: i for j, i in self.decided.certain.items() if j in free or j in self.trust.anchors}
+        for j, i in match_leftovers(self.source.units, self.target.units, base, whole=True).items():
+            if self.decided.certain.get(j, i) == i and (j in self.decided.certain or i not in self._taken()) and not self._is_new_name(j):
+                self.decided.put(j, i, "structure")
+                free[j] = "structure"
 
     def _list_doubts(self) -> None:
         taken = self._taken()
@@ -350,7 +351,7 @@ class _Auto:
             )
         for j, (reason, options) in sorted(self.decided.doubts.items()):
             if j not in self.heads:
-                matching.flag(self.theirs[j], reason, [self.ours[i].names[0] for i in options[:6]])
+                matching.flag(self.theirs[j], reason, [(self.ours[i], viewed.transforms.get((i, j), "")) for i in options[:6]])
         self._flags_of_names(matching)
         return matching
 

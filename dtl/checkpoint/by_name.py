@@ -50,7 +50,7 @@ def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit
         same += 1
         found = Unit(unit.path, kinds.get(unit.path, unit.kind), roles)
         if {found.kind, unit.kind} == {"bn", "norm"}:
-            matching.flag(unit, f"the kind of norm changed: {found.kind} in the source, {unit.kind} here", found.names)
+            matching.flag(unit, f"the kind of norm changed: {found.kind} in the source, {unit.kind} here", [(found, "")])
             continue
         transform = unit_transform(found, unit, first=not _equal(found, unit) and unit.kind == "conv" and unit.index == first())
         if transform is not None:

@@ -29,6 +29,8 @@ def fold_orphans(matches: Mapping[str, Match], source: Sequence[Unit], target: T
     folded: dict[str, Match] = {}
     for norm in source:
         layer = by_index.get(layers.get(norm.index, -1))
+        if layer is not None and layer.index > norm.index:
+            continue  # registered before its layer: it may act before it too
         if norm.kind != "bn" or layer is None or used.intersection(norm.names) or not all(part in norm.roles for part in _PARTS):
             continue
         taker = by_weight.get(receivers.get(layer.roles["weight"][0], ""))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from dtl.checkpoint.matching import Match
 from dtl.checkpoint.units import WEIGHTED, Unit
 from dtl.errors import UserError
+
+Classes = tuple[Sequence[str] | None, Sequence[str] | None]
+"""Class names of the source's head and of the target's, as far as they are known."""
 
 _HEAD_WORDS = ("head", "heads", "fc", "classifier", "linear", "last_linear", "logits", "output", "out", "cls")
 
@@ -79,3 +84,56 @@ def pick_rows(
     if missing or not all(picks):
         raise UserError(f"the source has no class '{missing[0] if missing else ''}' ({len(missing)} such)")
     return tuple(picks)
+
+
+def head_obstacle(
+    unit: Unit,
+    matches: Mapping[str, Match],
+    source: Sequence[Unit],
+    classes: Classes,
+    keep_head: bool | Literal["rows"] | None,
+) -> str:
+    """Why the target's head `unit` is not loaded as it was matched; "" where it is."""
+    if keep_head is False:
+        return "left fresh as asked (keep_head: false)"
+    found = [matches.get(name) for name in unit.names]
+    heads = detect_heads(source)
+    other = f"{unit.shape[0]} outputs here, {heads[0].shape[0] if heads else 'none'} in the source"
+    if not all(found):
+        if not heads:
+            return "the source has none"
+        return "no part of the source belongs here" if heads[0].shape[0] == unit.shape[0] else other
+    if all(match is not None and match.transform == "rows" for match in found):
+        return ""  # a map that chooses rows has chosen
+    if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
+        return other
+    theirs, ours = classes
+    if keep_head is None and ours is not None and theirs is not None and list(ours) != list(theirs):
+        return "the classes are others"
+    return ""
+
+
+def rows_of_head(
+    unit: Unit,
+    source: Sequence[Unit],
+    classes: Classes,
+    head_rows: Mapping[str, str | Sequence[str]] | None,
+) -> tuple[dict[str, Match], tuple[tuple[int, ...], ...]] | str:
+    """(matches, rows to pick) that fill the target's head `unit` by class names; text where that cannot be done."""
+    theirs, ours = classes
+    if ours is None or theirs is None:
+        return "the class names of both sides must be known to choose rows"
+    if unit.shape[0] != len(ours):
+        return f"it has {unit.shape[0]} outputs, but {len(ours)} class names were given for them"
+    fitting = [u for u in detect_heads(source) if u.shape[0] == len(theirs) and u.shape[1:] == unit.shape[1:]]
+    # An auxiliary head may have the shape of the main one: then their names decide.
+    namesakes = [u for u in fitting if u.path.endswith(unit.path) or unit.path.endswith(u.path)]
+    heads = namesakes if len(fitting) > 1 else fitting
+    if len(heads) != 1:
+        return f"the source has {'more than one' if fitting else 'no'} head of {len(theirs)} outputs and {list(unit.shape[1:])} inputs"
+    try:
+        picks = pick_rows(theirs, ours, head_rows)
+    except UserError as error:
+        return str(error)
+    shared = [(name, heads[0].roles[role][0]) for role, (name, _) in unit.roles.items() if role in heads[0].roles and isinstance(name, str)]
+    return {name: Match(key, "rows", "class names") for name, key in shared}, picks

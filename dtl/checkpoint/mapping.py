@@ -6,8 +6,10 @@
     re:layer(\\d)\\.(.*): stage\\1.\\2                             # a regular expression and its template
     attn.qkv.weight: [q.weight, k.weight, v.weight]             # several sources, joined
     gamma: {source: ls.gamma, transform: squeeze}               # a named transform where shapes differ
+    fc.weight: {source: fc.weight, transform: rows, rows: [7, [2, 5]]}   # row 7, and the mean of rows 2 and 5
 
-Every rule must hit, no target may be named twice, no source may serve two targets unless it says `shared: true`.
+Every rule must hit, no target may be named twice, no source may serve two targets unless it says `shared: true` (the parts of a
+fused projection, and the weight and the bias that a norm is folded into, share theirs anyway).
 Where only the other direction (source: target) fits, it is understood so.
 """
 
@@ -22,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from dtl.checkpoint.adapt import TRANSFORMS, is_transform
 from dtl.checkpoint.matching import Clash, Match, Matching
+from dtl.checkpoint.transform_shapes import why_not
 from dtl.checkpoint.units import Entry, Key
 from dtl.errors import UserError
 
 if TYPE_CHECKING:
+    from dtl.checkpoint.outcomes import Outcome
     from dtl.checkpoint.plan import TransferPlan
 
 _WILD = re.compile(r"\{(\w+)\}|\*")
@@ -39,6 +43,8 @@ class Rule:
     right: tuple[str, ...]
     transform: str = ""
     shared: bool = False
+    rows: tuple[tuple[int, ...], ...] | None = None
+    """For `transform: rows`: per class of the target the rows of the source's head whose mean becomes its row."""
 
     @property
     def is_pattern(self) -> bool:
@@ -79,7 +85,7 @@ def _rules(loaded: Mapping[str, Any], where: str) -> list[Rule]:
     rules = []
     for left, value in loaded.items():
         options: Mapping[str, Any] = value if isinstance(value, Mapping) else {"source": value}
-        unknown = sorted(set(options) - {"source", "transform", "shared"})
+        unknown = sorted(set(options) - {"source", "transform", "shared", "rows"})
         sources = options.get("source")
         if unknown or sources is None:
             raise UserError(f"{where}: {left}: expected a source, or source, transform and shared; found {dict(options)}")
@@ -87,8 +93,21 @@ def _rules(loaded: Mapping[str, Any], where: str) -> list[Rule]:
         transform = str(options.get("transform") or ("fuse" if len(names) > 1 else ""))
         if not is_transform(transform):
             raise UserError(f"{where}: {left}: no transform called {transform}; known are {', '.join(TRANSFORMS)}")
-        rules.append(Rule(str(left), names, transform, bool(options.get("shared", False))))
+        rows = _rows(options.get("rows"), f"{where}: {left}")
+        if (rows is not None) != (transform == "rows"):
+            raise UserError(f"{where}: {left}: transform: rows and a list of rows go together")
+        rules.append(Rule(str(left), names, transform, bool(options.get("shared", False)), rows))
     return rules
+
+
+def _rows(given: Any, where: str) -> tuple[tuple[int, ...], ...] | None:
+    """[3, [0, 1]] as ((3,), (0, 1))."""
+    if given is None:
+        return None
+    rows = [pick if isinstance(pick, (list, tuple)) else [pick] for pick in given] if isinstance(given, (list, tuple)) else []
+    if not rows or not all(pick and all(isinstance(row, int) and not isinstance(row, bool) for row in pick) for pick in rows):
+        raise UserError(f"{where}: rows is a list with a number, or a list of numbers, for each class; found {given!r}")
+    return tuple(tuple(pick) for pick in rows)
 
 
 def match_map(rules: list[Rule], source: list[Entry], target: list[Entry]) -> Matching:
@@ -103,11 +122,17 @@ def match_map(rules: list[Rule], source: list[Entry], target: list[Entry]) -> Ma
             matching.notes.append("the map was read as source: target")
     matching.refusals += missed
     _check_uniqueness(matching, hits)
+    matching.head_rows = _agreed_rows(matching, hits)
     for hit in hits:
-        shape, wanted = ours[hit.sources[0]].shape, theirs[hit.target].shape
-        if not hit.rule.transform and shape != wanted:
-            matching.clashes.append(Clash(hit.target, wanted, hit.sources[0], shape))
-            matching.refusals.append(f"map rule {hit.rule.left}: shapes differ and no transform is named: {matching.clashes[-1]}")
+        shapes, wanted = [ours[name].shape for name in hit.sources], theirs[hit.target].shape
+        if not hit.rule.transform:
+            problem = "shapes differ and no transform is named" if shapes[0] != wanted else None
+        else:
+            why = why_not(hit.rule.transform, shapes, wanted, picks=hit.rule.rows)
+            problem = f"{hit.rule.transform} {why}" if why else None
+        if problem:
+            matching.clashes.append(Clash(hit.target, wanted, hit.sources[0], shapes[0]))
+            matching.refusals.append(f"map rule {hit.rule.left}: {problem}: {matching.clashes[-1]}")
         key: Key = hit.sources if len(hit.sources) > 1 else hit.sources[0]
         matching.matches[hit.target] = Match(key, hit.rule.transform, "map")
     return matching
@@ -187,19 +212,35 @@ def _fill(template: str, groups: re.Match[str] | None, rule: Rule) -> str:
     return _WILD.sub(value, template)
 
 
+def _agreed_rows(matching: Matching, hits: list[_Hit]) -> tuple[tuple[int, ...], ...] | None:
+    """The rows of the head: one choice for its weight and its bias."""
+    chosen = {hit.rule.rows: hit for hit in hits if hit.rule.rows is not None}
+    if len(chosen) > 1:
+        matching.refusals.append(f"map: {' and '.join(hit.target for hit in chosen.values())} choose different rows of the head")
+    return next(iter(chosen), None)
+
+
 def _check_uniqueness(matching: Matching, hits: list[_Hit]) -> None:
     by_target: dict[str, _Hit] = {}
-    by_source: dict[str, _Hit] = {}
+    by_source: dict[str, list[_Hit]] = {}
     for hit in hits:
         other = by_target.setdefault(hit.target, hit)
         if other is not hit and (other.sources != hit.sources or other.rule.transform != hit.rule.transform):
             matching.refusals.append(f"map: {hit.target} is named twice, for {' + '.join(other.sources)} and {' + '.join(hit.sources)}")
-        if hit.rule.shared or hit.rule.transform.startswith("split_"):
-            continue
         for name in hit.sources:
-            first = by_source.setdefault(name, hit)
-            if first.target != hit.target:
-                matching.refusals.append(f"map: {name} would go to both {first.target} and {hit.target} (shared: true allows it)")
+            by_source.setdefault(name, []).append(hit)
+    for name, takers in by_source.items():
+        first, *others = takers
+        both = [each for each in others if each.target != first.target and not _may_share(first, each)]
+        if both:
+            matching.refusals.append(f"map: {name} would go to both {first.target} and {both[0].target} (shared: true allows it)")
+
+
+def _may_share(first: _Hit, other: _Hit) -> bool:
+    """Different parts of one projection; weight and bias of one folding; what the map says is shared."""
+    kinds = first.rule.transform, other.rule.transform
+    parts = any(all(kind.startswith(family) for kind in kinds) for family in ("split_", "fold_norm_"))
+    return first.rule.shared or other.rule.shared or (parts and kinds[0] != kinds[1] and first.sources == other.sources)
 
 
 def save_map(plan: TransferPlan, path: str | Path) -> None:
@@ -207,17 +248,28 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
     import yaml
 
     path = Path(path)
-    rules: dict[str, Any] = {}
-    for outcome in plan.outcomes:
-        if outcome.target and outcome.source and outcome.outcome in ("loaded", "adapted"):
-            source = list(outcome.source) if isinstance(outcome.source, tuple) else outcome.source
-            plain = outcome.transform in ("", "fuse" if isinstance(source, list) else "")
-            rules[outcome.target] = source if plain else {"source": source, "transform": outcome.transform}
+    rules = {o.target: _saved(o, plan) for o in plan.outcomes if o.target and o.source and o.outcome in ("loaded", "adapted")}
     if path.suffix == ".json":
         path.write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
         return
     lines = ["# target: source. Edit, then feed back with --by map --map THIS_FILE.\n"]
     for target, alternatives in plan.flagged.items():
         lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
-    body = yaml.safe_dump(rules, sort_keys=False, width=2**20, default_flow_style=False) if rules else ""  # a pair a line: people edit it
-    path.write_text("".join(lines) + body, encoding="utf-8")
+    for target, rule in rules.items():
+        # A pair a line, since people edit it; what has options is JSON, which is YAML too.
+        text = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
+        lines.append(text)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _saved(outcome: Outcome, plan: TransferPlan) -> Any:
+    """The right side of a rule that says what an outcome did."""
+    source = list(outcome.source) if isinstance(outcome.source, tuple) else outcome.source
+    rule: dict[str, Any] = {"source": source}
+    if outcome.transform not in ("", "fuse" if isinstance(source, list) else ""):
+        rule["transform"] = outcome.transform
+    if outcome.transform == "rows" and plan.head_rows is not None:
+        rule["rows"] = [pick[0] if len(pick) == 1 else list(pick) for pick in plan.head_rows]
+    if outcome.target in plan.ties:
+        rule["shared"] = True
+    return rule if len(rule) > 1 else source

@@ -25,10 +25,21 @@ class Match:
 
 @dataclass(frozen=True)
 class Flag:
-    """A target tensor that was not decided. `alternatives`: source tensors that would fit, best first."""
+    """A target tensor that was not decided. `alternatives`: source tensors that would fit, best first, each with its transform."""
 
     reason: str
-    alternatives: tuple[str, ...] = ()
+    alternatives: tuple[tuple[Key, str], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(key if isinstance(key, str) else " + ".join(key) for key, _ in self.alternatives)
+
+    def line(self, target: str) -> str:
+        """The line of a map that takes the first alternative."""
+        key, transform = self.alternatives[0]
+        source = key if isinstance(key, str) else f"[{', '.join(key)}]"
+        plain = transform in ("", "fuse" if isinstance(key, tuple) else "")
+        return f"{target}: {source}" if plain else f"{target}: {{source: {source}, transform: {transform}}}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ class Matching:
     clashes: list[Clash] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    head_rows: tuple[tuple[int, ...], ...] | None = None
+    """Where a map chose the head's rows: for each class of the target the rows of the source's head."""
 
     def pair(self, source: Unit, target: Unit, *, transform: str = "", evidence: str, margin: float | None = None) -> None:
         """Pair the tensors of two units by role. Shapes decide per tensor whether the transform is needed; where one is and there
@@ -63,7 +76,7 @@ class Matching:
             if shape != target_shape and isinstance(key, str) and isinstance(target_key, str):
                 clash = Clash(target_key, target_shape, key, shape)
                 self.clashes.append(clash)
-                self.flag(target, f"the layers fit, but not {clash}", source.names)
+                self.flag(target, f"the layers fit, but not {clash}", [(source, "")])
                 return
         for role, (target_key, target_shape) in target.roles.items():
             if role not in source.roles:
@@ -76,6 +89,12 @@ class Matching:
             else:
                 self.matches[target_key] = Match(key, needed, evidence, margin)
 
-    def flag(self, unit: Unit, reason: str, alternatives: Iterable[str] = ()) -> None:
-        for name in unit.names:
-            self.flags[name] = Flag(reason, tuple(alternatives))
+    def flag(self, unit: Unit, reason: str, options: Iterable[tuple[Unit, str]] = ()) -> None:
+        """Leave a layer undecided. `options`: source layers that would fit, each with its transform; told tensor by tensor, by role."""
+        options = list(options)
+        for role, (names, shape) in unit.roles.items():
+            fitting = [(source.roles[role], transform) for source, transform in options if role in source.roles]
+            for part, name in enumerate(names if isinstance(names, tuple) else (names,)):
+                split = f"split_{part}_of_{len(names)}" if isinstance(names, tuple) else ""
+                found = [(key, split or ("" if have == shape else transform)) for (key, have), transform in fitting]
+                self.flags[name] = Flag(reason, tuple(found))

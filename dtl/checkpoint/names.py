@@ -31,7 +31,8 @@ class Renaming:
 
     `renamed`: for each source tensor its name without wrappers and prefixes. `source_prefix` was replaced by
     `target_prefix` for `hits` tensors whose name and shape then fit. `rivals`: other prefixes that fit as well and
-    hold other tensors; with any of these nothing was replaced.
+    hold other tensors; with any of these nothing was replaced. `inside`: the source tensors under the prefix that was
+    chosen or found; what lies outside of it is another part of the file, and no part of the network that is asked for.
     """
 
     renamed: dict[str, str]
@@ -39,6 +40,7 @@ class Renaming:
     target_prefix: str = ""
     hits: int = 0
     rivals: tuple[str, ...] = ()
+    inside: frozenset[str] = frozenset()
 
 
 def strip_wrappers(name: str) -> str:
@@ -102,17 +104,18 @@ def rename(source: Sequence[Entry], target: Sequence[Entry], *, prefix: str | No
     shapes = {clean[entry.name]: entry.shape for entry in source}
     wanted = {entry.name: entry.shape for entry in target}
     swaps = _swaps(shapes, wanted)
+    whole = frozenset(entry.name for entry in source)
     if not swaps:
-        return Renaming({entry.name: clean[entry.name] for entry in source})
+        return Renaming({entry.name: clean[entry.name] for entry in source}, inside=whole)
     hits, _, old, new = swaps[0]
     rivals = tuple(dict.fromkeys(other for count, _, other, _ in swaps[1:] if count >= 0.98 * hits and not other.startswith(old) and not old.startswith(other)))
     kept = {entry.name: clean[entry.name] for entry in source}
     if rivals or hits < 0.3 * min(len(wanted), len(shapes)):
-        return Renaming(kept, old, new, hits, rivals)
+        return Renaming(kept, old, new, hits, rivals, inside=whole)
     swapped = {name: new + now[len(old) :] if now.startswith(old) else now for name, now in kept.items()}
     if len(set(swapped.values())) < len(swapped):
-        return Renaming(kept, old, new, hits)
-    return Renaming(swapped, old, new, hits)
+        return Renaming(kept, old, new, hits, inside=whole)
+    return Renaming(swapped, old, new, hits, inside=frozenset(name for name, now in kept.items() if now.startswith(old)))
 
 
 def _swaps(shapes: dict[str, Shape], wanted: dict[str, Shape]) -> list[tuple[int, int, str, str]]:

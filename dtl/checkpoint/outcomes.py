@@ -6,17 +6,17 @@ convolution, coverage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtl.checkpoint.attach import links_by_dataflow, links_by_neighbours
+from dtl.checkpoint.coverage import source_coverage, source_units_that_count, why_too_little_is_used
 from dtl.checkpoint.folding import fold_orphans
-from dtl.checkpoint.heads import detect_heads, pick_rows
-from dtl.checkpoint.matching import Match, Matching
+from dtl.checkpoint.heads import detect_heads, head_obstacle, rows_of_head
+from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.target import Target
 from dtl.checkpoint.units import NORMS, WEIGHTED, Entry, Key, Shape, Unit, num_elements, units_of
-from dtl.errors import UserError
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -65,13 +65,33 @@ class Settled:
     head_rows: tuple[tuple[int, ...], ...] | None = None
 
 
-def settle(matching: Matching, source: list[Entry], target: Target, heads: Sequence[Unit], policy: Policy) -> Settled:
-    return _Settlement(matching, source, target, heads, policy).run()
+def settle(
+    matching: Matching,
+    source: list[Entry],
+    target: Target,
+    heads: Sequence[Unit],
+    policy: Policy,
+    *,
+    inside: Collection[str] | None = None,
+    ignored: Sequence[Entry] = (),
+) -> Settled:
+    """`inside`: the source's tensors that belong to the network asked for (None: all). `ignored`: those set aside before."""
+    return _Settlement(matching, source, target, heads, policy, inside, ignored).run()
 
 
 class _Settlement:
-    def __init__(self, matching: Matching, source: list[Entry], target: Target, heads: Sequence[Unit], policy: Policy) -> None:
+    def __init__(
+        self,
+        matching: Matching,
+        source: list[Entry],
+        target: Target,
+        heads: Sequence[Unit],
+        policy: Policy,
+        inside: Collection[str] | None,
+        ignored: Sequence[Entry],
+    ) -> None:
         self.matching, self.source, self.target, self.policy = matching, source, target, policy
+        self.inside, self.ignored = inside, ignored
         self.heads = {unit.index for unit in heads}
         self.head_names = {name for unit in heads for name in unit.names}
         self.matches = dict(matching.matches)
@@ -82,7 +102,7 @@ class _Settlement:
         for unit in target.units:
             for clash in (clashed[name] for name in unit.names if name in clashed):
                 self.reasons.update(dict.fromkeys(unit.names, f"same name, other shape: {clash}"))
-        self.head_rows: tuple[tuple[int, ...], ...] | None = None
+        self.head_rows = matching.head_rows
         self.filled: dict[str, str] = {}
         self.doubts: list[str] = []
         self.hard = list(matching.refusals)
@@ -100,15 +120,17 @@ class _Settlement:
         self._ties()
         self._norms_of_fresh_layers()
         self._lonely_norms()
-        coverage, source_coverage = self._coverage(), self._source_coverage()
-        self._judge(coverage)
+        coverage = self._coverage()
+        counted, used = source_units_that_count(self.source_units, self._used(), self.inside), self._used()
+        used_share = source_coverage(counted, used)
+        self._judge(coverage, why_too_little_is_used(counted, used, self.policy.min_coverage))
         if self.hard:
             self.matches, self.filled = {}, {}
         outcomes = [self._outcome(entry) for entry in self.target.entries] + self._unused()
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
             self.hard.append("nothing would be loaded")
         doubts = self.doubts if self.policy.on_ambiguous == "error" else []
-        return Settled(tuple(outcomes), coverage, source_coverage, tuple(self.hard or doubts), self.head_rows)
+        return Settled(tuple(outcomes), coverage, used_share, tuple(self.hard or doubts), self.head_rows)
 
     # --- single layers ---
 
@@ -118,9 +140,14 @@ class _Settlement:
             self.reasons[name] = reason
 
     def _head(self, unit: Unit) -> None:
-        why = self._head_obstacle(unit)
+        classes = self.policy.source_classes, self.policy.target_classes
+        why = head_obstacle(unit, self.matches, self.source_units, classes, self.policy.keep_head)
         if self.policy.keep_head == "rows" and (why or self.policy.head_rows):
-            why = self._rows_of_head(unit)
+            chosen = rows_of_head(unit, self.source_units, classes, self.policy.head_rows)
+            why = chosen if isinstance(chosen, str) else ""
+            if not isinstance(chosen, str):
+                self.matches.update(chosen[0])
+                self.head_rows = chosen[1]
         if not why:
             return
         self._drop(unit, f"head: {why}")
@@ -128,43 +155,6 @@ class _Settlement:
             self.matching.flags.pop(name, None)
         if self.policy.keep_head in (True, "rows"):
             self.hard.append(f"keep_head was asked for, but {unit.path} cannot be kept: {why}")
-
-    def _head_obstacle(self, unit: Unit) -> str:
-        if self.policy.keep_head is False:
-            return "left fresh as asked (keep_head: false)"
-        found = [self.matches.get(name) for name in unit.names]
-        if not all(found):
-            outputs = self._source_outputs()
-            if outputs is None:
-                return "the source has none"
-            return "no part of the source belongs here" if outputs == unit.shape[0] else f"{unit.shape[0]} outputs here, {outputs} in the source"
-        if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
-            return f"{unit.shape[0]} outputs here, {self._source_outputs()} in the source"
-        ours, theirs = self.policy.target_classes, self.policy.source_classes
-        if self.policy.keep_head is None and ours is not None and theirs is not None and list(ours) != list(theirs):
-            return "the classes are others"
-        return ""
-
-    def _source_outputs(self) -> int | None:
-        found = detect_heads(self.source_units)
-        return found[0].shape[0] if found else None
-
-    def _rows_of_head(self, unit: Unit) -> str:
-        """Rows of the source's head by class names; "" when that can be done."""
-        ours, theirs = self.policy.target_classes, self.policy.source_classes
-        if ours is None or theirs is None:
-            return "the class names of both sides must be known to choose rows"
-        heads = [u for u in detect_heads(self.source_units) if u.shape[0] == len(theirs) and u.shape[1:] == unit.shape[1:]]
-        if not heads or unit.shape[0] != len(ours):
-            return f"the source has no head of {len(theirs)} outputs and {unit.shape[1:]} inputs"
-        try:
-            self.head_rows = pick_rows(theirs, ours, self.policy.head_rows)
-        except UserError as error:
-            return str(error)
-        for role, (name, _) in unit.roles.items():
-            if role in heads[0].roles and isinstance(name, str):
-                self.matches[name] = Match(heads[0].roles[role][0], "rows", "class names")
-        return ""
 
     def _weighted(self, unit: Unit) -> None:
         weight = unit.roles.get("weight")
@@ -263,17 +253,10 @@ class _Settlement:
         units = [u for u in self.target.units if u.kind in WEIGHTED and not (u.index in self.heads and not self._is_matched(u))]
         return sum(self._is_matched(unit) for unit in units) / len(units) if units else float(bool(self.matches))
 
-    def _source_coverage(self) -> float:
-        used = self._used()
-        apart = {unit.index for unit in detect_heads(self.source_units)}
-        units = [u for u in self.source_units if u.kind in WEIGHTED]
-        units = [u for u in units if u.index not in apart or any(name in used for name in u.names)]
-        return sum(any(name in used for name in unit.names) for unit in units) / len(units) if units else float(bool(used))
-
     def _used(self) -> set[str]:
         return {name for match in self.matches.values() for name in _names(match.source)}
 
-    def _judge(self, coverage: float) -> None:
+    def _judge(self, coverage: float, source_left_behind: str | None) -> None:
         if self.matching.flags:
             self.doubts.insert(0, self._first_flag())
         if self.hard:
@@ -285,6 +268,8 @@ class _Settlement:
                 f"coverage {coverage:.0%} of the target's convolution and linear layers is under min_coverage "
                 f"{self.policy.min_coverage:.0%}{self._first_clash()}"
             )
+        elif source_left_behind:
+            self.hard.append(source_left_behind)
 
     def _first_clash(self) -> str:
         if self.matching.clashes:
@@ -296,10 +281,10 @@ class _Settlement:
 
     def _first_flag(self) -> str:
         name, flag = next(iter(self.matching.flags.items()))
-        could = f"; could be {', '.join(flag.alternatives[:3])}" if flag.alternatives else ""
+        could = f"; could be {', '.join(flag.names[:3])}" if flag.alternatives else ""
         others = len(self.matching.flags) - 1
         more = f" (and {others} tensors more)" if others else ""
-        settle = f"; a map settles it: {name}: {flag.alternatives[0]}" if flag.alternatives else ""
+        settle = f"; a map settles it: {flag.line(name)}" if flag.alternatives else ""
         return f"{name} is not decided: {flag.reason}{could}{more}{settle}"
 
     # --- per tensor ---
@@ -324,7 +309,7 @@ class _Settlement:
             return Outcome(entry.name, None, "filled", self.filled[entry.name], **common)
         flag = self.matching.flags.get(entry.name)
         if flag is not None and not self.hard:
-            return Outcome(entry.name, None, "ambiguous", flag.reason, alternatives=flag.alternatives, **common)
+            return Outcome(entry.name, None, "ambiguous", flag.reason, alternatives=flag.names, **common)
         if entry.family != "f" and not entry.is_counter:
             return Outcome(entry.name, None, "kept", "a table of the architecture, not learned", **common)
         reason = "the transfer was refused" if self.hard else self.reasons.get(entry.name) or "no source"
@@ -339,10 +324,16 @@ class _Settlement:
                 continue
             if entry.is_counter:
                 reason = "a counter with no place here"
+            elif self.inside is not None and entry.name not in self.inside:
+                reason = "outside of the prefix"
             else:
                 reason = "the source's head" if entry.name in head else "no place for it here"
-            outcomes.append(Outcome(None, entry.name, "unused", reason, source_shape=entry.shape, parameters=num_elements(entry.shape)))
-        return outcomes
+            outcomes.append(_unused_outcome(entry, reason))
+        return outcomes + [_unused_outcome(entry, "set aside as asked (ignore)") for entry in self.ignored]
+
+
+def _unused_outcome(entry: Entry, reason: str) -> Outcome:
+    return Outcome(None, entry.name, "unused", reason, source_shape=entry.shape, parameters=num_elements(entry.shape))
 
 
 _EVIDENCE = {

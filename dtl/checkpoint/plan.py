@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dtl.checkpoint.coverage import set_aside
 from dtl.checkpoint.heads import head_units
 from dtl.checkpoint.matching import Clash
 from dtl.checkpoint.outcomes import Outcome, Policy, settle
@@ -31,7 +32,7 @@ class TransferPlan:
 
     `outcomes`: one per target tensor, in the target's order, then one per unused source tensor.
     `coverage`: share of the target's convolution and linear units that get weights, a replaced head aside;
-    `source_coverage`: share of the source's that are used.
+    `source_coverage`: share of the source's that are used, its own head and what lies outside of the prefix aside.
     `refusals`: why it must not be applied, worst first; empty for a plan that may. `pairs` is empty when the refusal is of
     the whole (coverage, rivals, names that lie), and holds what is certain when only single tensors are in doubt.
     """
@@ -46,6 +47,9 @@ class TransferPlan:
     clashes: tuple[Clash, ...] = ()
     prefix: tuple[str, str] = ("", "")
     source_entries: list[Entry] = field(default_factory=list, repr=False, compare=False)
+    """The source's tensors that belong to the network asked for."""
+    ties: tuple[str, ...] = ()
+    """Second names of tensors that two modules of the target share."""
     head_rows: tuple[tuple[int, ...], ...] | None = None
     """For each class of the target the rows of the source's head that become its row (their mean)."""
 
@@ -95,6 +99,7 @@ def plan_transfer(
     min_coverage: float = 0.6,
     ordered: bool | None = None,
     prefix: str | None = None,
+    ignore: Sequence[str] = (),
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
     image_size: int | None = None,
@@ -110,7 +115,8 @@ def plan_transfer(
     are equal and class lists, where both are known, agree; "rows" picks its rows by class names. `head_rows`: target class ->
     source class, or several whose rows are averaged; all others by their own name.
     `ordered`: whether `source_tensors` stand in registration order (guessed from the names when None).
-    `prefix`: use only source names that begin with it. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
+    `prefix`: use only source names that begin with it. `ignore`: patterns (`decoder.*`) of source names to set aside: they are not
+    used, and do not count where `min_coverage` asks how much of the source is. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
     have are zero, not random. `fold_norms`: a source norm with no place here is folded into its convolution.
     `trace=False` skips the run of `model` on the meta device.
     Raises UserError on contradictory arguments; a transfer that should not happen comes back with `refusals`.
@@ -122,7 +128,7 @@ def plan_transfer(
     if head_rows and keep_head != "rows":
         raise UserError("head_rows: needs keep_head: rows")
     target = target_of(model, image_size=image_size, trace=trace)
-    source = entries_of(source_tensors)
+    source, ignored = set_aside(entries_of(source_tensors), ignore)
     request = PlanRequest(
         source=source,
         target=target,
@@ -145,12 +151,12 @@ def plan_transfer(
         fill=dict(fill or {}),
         fold_norms=fold_norms,
     )
-    return _finish(request, policy)
+    return _finish(request, policy, ignored)
 
 
-def _finish(request: PlanRequest, policy: Policy) -> TransferPlan:
+def _finish(request: PlanRequest, policy: Policy, ignored: list[Entry]) -> TransferPlan:
     found = match(request)
-    settled = settle(found.matching, request.source, request.target, request.heads, policy)
+    settled = settle(found.matching, request.source, request.target, request.heads, policy, inside=found.inside, ignored=ignored)
     return TransferPlan(
         by=request.by,
         view=found.matching.view,
@@ -161,6 +167,7 @@ def _finish(request: PlanRequest, policy: Policy) -> TransferPlan:
         notes=tuple(found.matching.notes),
         clashes=tuple(found.matching.clashes),
         prefix=found.prefix,
-        source_entries=request.source,
+        source_entries=[entry for entry in request.source if found.inside is None or entry.name in found.inside],
+        ties=tuple(request.target.ties),
         head_rows=settled.head_rows,
     )

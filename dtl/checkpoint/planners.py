@@ -50,6 +50,8 @@ class PlanRequest:
 class Planned:
     matching: Matching
     prefix: tuple[str, str]
+    inside: frozenset[str] | None = None
+    """Source tensors under the prefix; None where there is none and all belong to the network."""
 
 
 def match(request: PlanRequest) -> Planned:
@@ -57,7 +59,8 @@ def match(request: PlanRequest) -> Planned:
     request = replace(request, ordered=request.in_order)
     rules = _rules(request)
     if request.by == "map":
-        return Planned(match_map(rules, request.source, request.target.entries), ("", ""))
+        chosen = frozenset(entry.name for entry in request.source if entry.name.startswith(request.prefix)) if request.prefix else None
+        return Planned(match_map(rules, request.source, request.target.entries), ("", ""), chosen)
     settled = match_map(rules, request.source, request.target.entries) if rules else Matching("map")
     if settled.refusals:
         return Planned(settled, ("", ""))
@@ -74,11 +77,12 @@ def match(request: PlanRequest) -> Planned:
         matching = match_names(renamed, request.target.units, heads=request.heads, first=request.first)
     else:
         matching = _auto(replace(request, source=renamed), None, _renamed(settled, renaming))
+        matching.head_rows = settled.head_rows
     if renaming.hits and not renaming.rivals and renaming.source_prefix != renaming.target_prefix:
         matching.notes.append(f"prefix '{renaming.source_prefix}' stands for '{renaming.target_prefix}'")
     matching = _own_names(matching, renaming)
     _turn_kernels(matching, channels_last)
-    return Planned(matching, (renaming.source_prefix, renaming.target_prefix))
+    return Planned(matching, (renaming.source_prefix, renaming.target_prefix), renaming.inside)
 
 
 def _turn_kernels(matching: Matching, channels_last: set[str]) -> None:
@@ -88,7 +92,7 @@ def _turn_kernels(matching: Matching, channels_last: set[str]) -> None:
             continue
         if found.transform:
             del matching.matches[name]
-            matching.flags[name] = Flag(f"a channels-last kernel that would need {found.transform} as well", (str(found.source),))
+            matching.flags[name] = Flag(f"a channels-last kernel that would need {found.transform} as well", ((found.source, found.transform),))
         else:
             matching.matches[name] = replace(found, transform="transpose_kernel")
 
@@ -166,7 +170,8 @@ def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
         raise UserError("source_model: it cannot be run on the meta device, so its dataflow is not to be had")
     entries = [Entry(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
     matching = _auto(replace(request, source=entries, source_model=None), flow, _renamed(settled, Renaming(own)), names=spoken)
-    return Planned(_own_names(matching, Renaming(own)), ("", ""))
+    matching.head_rows = settled.head_rows
+    return Planned(_own_names(matching, Renaming(own)), ("", ""), frozenset(own))
 
 
 def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str | None) -> tuple[dict[str, str] | None, bool]:
@@ -176,10 +181,10 @@ def _names_in(source: list[Entry], network: Target, in_order: bool, prefix: str 
     """
     shapes = {entry.name: entry.shape for entry in network.entries}
     renaming = rename(source, network.entries, prefix=prefix)
-    fits = {name: now for name, now in renaming.renamed.items() if now in shapes}
+    fits = {name: now for name, now in renaming.renamed.items() if now in shapes and name in renaming.inside}
     wrong = [entry for entry in source if entry.name in fits and shapes[fits[entry.name]] != entry.shape]
     learned = [entry for entry in network.entries if not entry.is_counter]
-    whole = len(fits) >= 0.9 * len(renaming.renamed)
+    whole = len(fits) >= 0.9 * len(renaming.inside)
     if not renaming.rivals and not wrong and whole and len(set(fits.values()) & {entry.name for entry in learned}) >= 0.9 * len(learned):
         return fits, True
     if not in_order:
@@ -230,7 +235,7 @@ def _own_names(matching: Matching, renaming: Renaming) -> Matching:
         return tuple(own.get(name, name) for name in key) if isinstance(key, tuple) else own.get(key, key)
 
     matching.matches = {name: replace(found, source=back(found.source)) for name, found in matching.matches.items()}
-    matching.flags = {name: replace(flag, alternatives=tuple(own.get(other, other) for other in flag.alternatives)) for name, flag in matching.flags.items()}
+    matching.flags = {name: replace(flag, alternatives=tuple((back(key), how) for key, how in flag.alternatives)) for name, flag in matching.flags.items()}
     matching.clashes = [replace(clash, source=own.get(clash.source, clash.source)) for clash in matching.clashes]
     return matching
 

@@ -77,10 +77,10 @@ def _tail(path: str, words: int) -> str:
     return ".".join(path.split(".")[-words:])
 
 
-def match_leftovers(source: Sequence[Unit], target: Sequence[Unit], certain: Mapping[int, int]) -> dict[int, int]:
+def match_leftovers(source: Sequence[Unit], target: Sequence[Unit], certain: Mapping[int, int], *, whole: bool = False) -> dict[int, int]:
     """Pairs of units that are each the only one of their shape left in blocks whose other layers are each other's.
 
-    A layer that was replaced by another of its shape looks the same, so this is for those who accept assumptions.
+    `whole`: only where nothing of the two blocks is left then. A layer that was replaced by another of its shape looks the same.
     """
     back = {i: j for j, i in certain.items()}
     ours, theirs = _members(source), _members(target)
@@ -89,13 +89,14 @@ def match_leftovers(source: Sequence[Unit], target: Sequence[Unit], certain: Map
         paired = [certain[j] for j in inside if j in certain]
         if len(paired) < 3 or len(paired) == len(inside):
             continue
-        home = _common_parent([source[i].path for i in paired])
-        block = ours.get(home, [])
-        if not home or not path or len(block) != len(inside) or any(back.get(i, inside[0]) not in inside for i in block):
+        block = _block_of_size(ours, _common_parent([source[i].path for i in paired]), len(inside))
+        if not block or not path or any(back.get(i, inside[0]) not in inside for i in block):
             continue
         left_a = _by_signature(source, [i for i in block if i not in back and i not in found.values()])
         left_b = _by_signature(target, [j for j in inside if j not in certain and j not in found])
-        found.update({b[0]: left_a[key][0] for key, b in left_b.items() if len(b) == 1 and len(left_a.get(key, ())) == 1})
+        pairs = {b[0]: left_a[key][0] for key, b in left_b.items() if len(b) == 1 and len(left_a.get(key, ())) == 1}
+        if not whole or len(pairs) == sum(map(len, left_a.values())) == sum(map(len, left_b.values())):
+            found.update(pairs)
     return found
 
 
@@ -111,6 +112,15 @@ def _common_parent(paths: Sequence[str]) -> str:
     parents = [path.split(".")[:-1] for path in paths]
     same = takewhile(lambda words: len(set(words)) == 1, zip(*parents))
     return ".".join(words[0] for words in same)
+
+
+def _block_of_size(members: Mapping[str, list[int]], path: str, size: int) -> list[int]:
+    """The units of the smallest module at or around `path` that holds so many; [] where there is none."""
+    while path:
+        if len(members.get(path, ())) >= size:
+            return members[path] if len(members[path]) == size else []
+        path = path.rpartition(".")[0]
+    return []
 
 
 def _by_signature(units: Sequence[Unit], indices: Sequence[int]) -> dict[object, list[int]]:

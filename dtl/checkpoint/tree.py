@@ -129,7 +129,7 @@ class _Trees:
         for path, members in self.their_trees.items():
             if len(members) > 1 and members < theirs:
                 groups_b[self.their_bags[path]].append(path)
-        shared = groups_a.keys() & groups_b.keys()
+        shared = (groups_a.keys() & groups_b.keys()) - {frozenset()}
         for bag in sorted(shared, key=lambda bag: (-sum(n for _, n in bag), repr(sorted(bag)))):
             a = [path for path in groups_a[bag] if self.our_trees[path] <= ours]
             b = [path for path in groups_b[bag] if self.their_trees[path] <= theirs]
@@ -195,4 +195,5 @@ def _subtrees(units: Sequence[Unit]) -> dict[str, frozenset[int]]:
 
 
 def _bag(members: frozenset[int], units: Mapping[int, Unit]) -> frozenset[tuple[tuple[str, tuple[int, ...]], int]]:
-    return frozenset(Counter(loose_signature(units[i]) for i in members).items())
+    """What a module learns. Tables of the architecture do not count: one library stores Swin's index tables, the other does not."""
+    return frozenset(Counter(loose_signature(units[i]) for i in members if units[i].kind != "buffer").items())
