@@ -147,9 +147,15 @@ class TransferConfig(Section):
     on_ambiguous: Literal["error", "fresh"] = "error"
     """What is not certain: refuse the transfer, or leave those layers at their initial values."""
     min_coverage: Fraction = 0.6
-    """Refuse when a smaller share of the network's convolution and linear layers would be loaded."""
-    keep_head: Literal["auto"] | bool = "auto"
-    """auto: the source's head is kept when it is for the very same classes."""
+    """Refuse when a smaller share of the network's, or of the source's, convolution and linear layers would be used."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of names in the source (`decoder.*`) that are not meant: not loaded, and not counted by min_coverage."""
+    keep_head: Literal["auto", "rows"] | bool = "auto"
+    """auto: the source's head is kept when it is for the very same classes; rows: its rows are chosen by class names."""
+    head_rows: str | dict[str, str | tuple[str, ...]] | None = None
+    """For keep_head rows: `class here: class of the source`, or a list of classes to average; or a YAML or JSON file of that."""
+    source_classes: str | tuple[str, ...] | None = None
+    """Class names of the source's head, where the source does not tell: a list, a file of one name a line, a run, a model folder."""
     fill: FillConfig = FillConfig()
     fold_norms: bool = False
     """Fold a norm that the network lacks into the convolution before it."""
@@ -158,6 +164,8 @@ class TransferConfig(Section):
     def _map_belongs_to_by_map(self) -> TransferConfig:
         if (self.by == "map" and self.map is None) or (self.map is not None and self.by not in ("map", "auto")):
             raise ValueError("`by: map` and `map: FILE` go together; with `by: auto` the file settles single layers")
+        if self.head_rows is not None and self.keep_head != "rows":
+            raise ValueError("`head_rows` needs `keep_head: rows`")
         return self
 
 

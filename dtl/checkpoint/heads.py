@@ -67,7 +67,7 @@ def pick_rows(
 ) -> tuple[tuple[int, ...], ...]:
     """For each target class the rows of the source's head: its own name's, or those of the classes that `head_rows` gives it.
 
-    UserError on a class that the source does not have.
+    UserError on a class that the source does not have, or has twice (ImageNet has two called crane).
     """
     index = {name: row for row, name in enumerate(source_classes)}
     wanted = dict(head_rows or {})
@@ -80,6 +80,9 @@ def pick_rows(
         given = wanted.get(name, name)
         names = (given,) if isinstance(given, str) else tuple(given)
         missing += [each for each in names if each not in index]
+        twice = [each for each in names if list(source_classes).count(each) > 1]
+        if twice:
+            raise UserError(f"the source calls several of its classes '{twice[0]}'; choose by number in a map (transform: rows)")
         picks.append(tuple(index[each] for each in names if each in index))
     if missing or not all(picks):
         raise UserError(f"the source has no class '{missing[0] if missing else ''}' ({len(missing)} such)")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dtl.checkpoint.adapt import apply_transform
+from dtl.checkpoint.class_names import read_class_names, read_head_rows
 from dtl.checkpoint.plan import By, TransferPlan, plan_transfer
 from dtl.checkpoint.read import SourceWeights, read_weights
 from dtl.checkpoint.transfer_report import TransferReport
@@ -31,9 +32,9 @@ def load_pretrained(
     *,
     key: str | None = None,
     heads: Sequence[str] | None = None,
-    head_rows: Mapping[str, str | Sequence[str]] | None = None,
-    source_classes: Sequence[str] | None = None,
-    target_classes: Sequence[str] | None = None,
+    head_rows: str | Path | Mapping[str, str | Sequence[str]] | None = None,
+    source_classes: str | Path | Sequence[str] | None = None,
+    target_classes: str | Path | Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
@@ -42,9 +43,10 @@ def load_pretrained(
 ) -> TransferReport:
     """Load the weights of `source` (see `read_weights`) into `model`, in place, and tell what became of each tensor.
 
-    The options are those of `plan_transfer`; `target_preprocessing` (mean, std) is compared with what the source says of
-    itself. Raises `TransferRefused`, the model untouched, when too little fits, when a
-    tensor is in doubt, or when a value is not finite; its message holds the reason and the table of outcomes.
+    The options are those of `plan_transfer`; class names may be a file or a folder too (`read_class_names`).
+    `target_preprocessing` (mean, std) is compared with what the source says of itself. Raises `TransferRefused`, the model
+    untouched, when too little fits, when a tensor is in doubt, or when a value is not finite; its message holds the reason and
+    the table of outcomes.
     """
     started = time.perf_counter()
     weights = read_weights(source, key=key)
@@ -74,14 +76,18 @@ def plan_weights(
     weights: SourceWeights,
     model: nn.Module,
     *,
-    source_classes: Sequence[str] | None = None,
+    source_classes: str | Path | Sequence[str] | None = None,
+    target_classes: str | Path | Sequence[str] | None = None,
+    head_rows: str | Path | Mapping[str, str | Sequence[str]] | None = None,
     **options: Any,
 ) -> TransferPlan:
     """`plan_transfer` with what is known of the weights themselves: their order, the chosen prefix, their classes."""
     return plan_transfer(
         weights.tensors,
         model,
-        source_classes=source_classes if source_classes is not None else weights.facts.get("classes"),
+        source_classes=weights.facts.get("classes") if source_classes is None else read_class_names(source_classes, "source_classes"),
+        target_classes=None if target_classes is None else read_class_names(target_classes, "target_classes"),
+        head_rows=None if head_rows is None else read_head_rows(head_rows, "head_rows"),
         ordered=weights.ordered if weights.sha256 is not None else None,
         prefix=weights.prefix or None,
         **options,

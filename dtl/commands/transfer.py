@@ -27,16 +27,21 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog="dtl transfer", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--model", required=True, help="the network to fill: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
     parse.add_argument("--source", required=True, help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY chooses inside")
-    parse.add_argument("--num-classes", type=int, default=1000, metavar="K", help="outputs of the network's head (default: 1000)")
+    parse.add_argument("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
+    parse.add_argument("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file of one name a line, a folder of class folders, packed data")
     parse.add_argument("--by", choices=("auto", "name", "order", "map"), help="how layers are paired (default: auto, or map with --map)")
     parse.add_argument("--map", metavar="FILE", help="YAML or JSON, target: source; with --by auto it settles single layers")
     parse.add_argument("--save-map", metavar="FILE", help="write the plan as a map, to edit and to feed back")
     parse.add_argument("--source-arch", metavar="NAME", help="the network that the weights were made for: its dataflow is then known")
-    parse.add_argument("--source-classes", type=int, metavar="K", help="outputs of the source's head (default: found in the weights)")
+    parse.add_argument("--source-classes", metavar="NAMES|K", help="classes of the source's head, as --classes, or how many (default: found in the weights)")
     parse.add_argument("--assume-order", action="store_true", help="accept pairs that only the order of registration tells apart")
     parse.add_argument("--on-ambiguous", choices=("error", "fresh"), default="error", help="undecided layers: refuse, or leave fresh")
-    parse.add_argument("--min-coverage", type=float, default=0.6, metavar="X", help="least share of layers to be loaded (default: 0.6)")
-    parse.add_argument("--keep-head", choices=("auto", "true", "false"), default="auto", help="load the head (default: if it fits)")
+    parse.add_argument("--min-coverage", type=float, default=0.6, metavar="X", help="least share of layers, of either side, to be used (default: 0.6)")
+    parse.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names in the source that are not meant: 'decoder.*' (repeat it)")
+    heads = ("auto", "true", "false", "rows")
+    parse.add_argument("--keep-head", choices=heads, default="auto", help="load the head (default: if it fits), or its rows by class names")
+    rows = "with --keep-head rows: classes of the source for one here, averaged (repeat it)"
+    parse.add_argument("--head-rows", action="append", metavar="NEW=OLD,...|FILE", help=rows)
     parse.add_argument("--fold-norms", action="store_true", help="fold norms that have no place into their convolutions")
     parse.add_argument("--zero-conv-bias", action="store_true", help="biases that the source does not have are zero")
     parse.add_argument("--image-size", type=int, metavar="PIXELS", help="input size for the run on the meta device (default: found)")
@@ -50,6 +55,8 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     if options.verify and not options.source_arch:
         raise UserError("--verify needs --source-arch, the network that the weights were made for")
+    if options.head_rows and options.keep_head != "rows":
+        raise UserError("--head-rows needs --keep-head rows")
     by = options.by or ("map" if options.map else "auto")
 
     from dtl.checkpoint.read import read_weights
@@ -74,27 +81,29 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> TransferReport:
-    from dtl.checkpoint.plan import plan_transfer
+    from dtl.checkpoint.transfer import plan_weights
     from dtl.checkpoint.transfer_report import TransferReport
     from dtl.models.build import build
 
-    network = build(options.model, num_classes=options.num_classes, meta=True)
+    network = build(options.model, num_classes=_outputs(options), meta=True)
     source_model = None
     if options.source_arch:
         source_model = build(options.source_arch, num_classes=_source_outputs(options, weights), meta=True).module
-    plan = plan_transfer(
-        weights.tensors,
+    plan = plan_weights(
+        weights,
         network.module,
         by=by,
         assume_order=options.assume_order,
         source_model=source_model,
         mapping=options.map,
         heads=network.heads,
-        keep_head={"auto": None, "true": True, "false": False}[options.keep_head],
+        keep_head={"auto": None, "true": True, "false": False}.get(options.keep_head, options.keep_head),
+        head_rows=_head_rows(options.head_rows),
+        source_classes=None if _number(options.source_classes) else options.source_classes,
+        target_classes=options.classes,
         on_ambiguous=options.on_ambiguous,
         min_coverage=options.min_coverage,
-        ordered=weights.ordered,
-        prefix=weights.prefix or None,
+        ignore=options.ignore,
         fill={"conv_bias": "zero"} if options.zero_conv_bias else None,
         fold_norms=options.fold_norms,
         image_size=options.image_size or network.preprocessing.image_size,
@@ -102,12 +111,40 @@ def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> Trans
     return TransferReport.of(plan, weights)
 
 
+def _number(given: str | None) -> int | None:
+    return int(given) if given and given.isdigit() else None
+
+
+def _outputs(options: argparse.Namespace) -> int:
+    """Outputs of the network's head: as told, or one a class."""
+    from dtl.checkpoint.class_names import read_class_names
+
+    classes = read_class_names(options.classes, "--classes") if options.classes else None
+    if classes and options.num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes {options.num_classes} beside {len(classes)} names in --classes")
+    return len(classes) if classes else options.num_classes or 1000
+
+
+def _head_rows(given: list[str] | None) -> dict[str, Any] | str | None:
+    """`insect=ant,bee`, several times, or one file."""
+    if not given:
+        return None
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    wrong = [text for text in given if "=" not in text]
+    if wrong:
+        raise UserError(f"--head-rows {wrong[0]}: expected NEW=OLD or NEW=OLD,OLD, or one file")
+    pairs = (text.split("=", 1) for text in given)
+    return {new.strip(): [old.strip() for old in names.split(",")] for new, names in pairs}
+
+
 def _source_outputs(options: argparse.Namespace, weights: SourceWeights) -> int:
     """As many outputs as the source's head has, so that its network can be built."""
     from dtl.checkpoint.heads import num_source_classes
     from dtl.checkpoint.units import entries_of, units_of
 
-    return int(options.source_classes or num_source_classes(units_of(entries_of(weights.tensors)), options.num_classes))
+    told = _number(options.source_classes)
+    return told or num_source_classes(units_of(entries_of(weights.tensors)), _outputs(options))
 
 
 def _verify(options: argparse.Namespace, report: TransferReport, weights: SourceWeights) -> TransferReport:
@@ -117,7 +154,7 @@ def _verify(options: argparse.Namespace, report: TransferReport, weights: Source
     from dtl.checkpoint.verify import verify_plan
     from dtl.models.build import build
 
-    target = build(options.model, num_classes=options.num_classes)
+    target = build(options.model, num_classes=_outputs(options))
     source = build(options.source_arch, num_classes=_source_outputs(options, weights))
     size = options.image_size or target.preprocessing.image_size
     verification = verify_plan(report.plan, source.module, target.module, image_size=size)

@@ -1,0 +1,73 @@
+"""Class names of a head, from wherever people keep them: they say which of its rows belongs to which class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtl.errors import UserError
+
+_IN_FOLDER = ("model.json", "model/model.json", "manifest.json", "train/manifest.json")
+
+
+def read_class_names(given: str | Path | Sequence[str], what: str) -> list[str]:
+    """The names in the order of the head's outputs.
+
+    `given`: the names themselves, also as `ants,bees`; a text file of one name a line; JSON or YAML with a list, with `classes`,
+    or with numbers as keys (`id2label`); a run, a model folder, packed data, or a folder with one subfolder a class.
+    `what` names the option in messages. UserError where that is not to be had.
+    """
+    if isinstance(given, str) and not Path(given).exists() and "," in given:
+        given = [name.strip() for name in given.split(",")]
+    names = _from_path(Path(given), what) if isinstance(given, (str, Path)) else list(map(str, given))
+    if not names:
+        raise UserError(f"{what}: no class names in {given}")
+    return names
+
+
+def read_head_rows(given: str | Path | Mapping[str, Any], what: str) -> dict[str, tuple[str, ...]]:
+    """class here -> classes of the source, from a mapping or a YAML or JSON file of one."""
+    loaded = given if isinstance(given, Mapping) else _load(Path(given), what)
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise UserError(f"{what}: expected lines of `class here: class of the source` (or a list of them), found {type(loaded).__name__}")
+    return {str(name): tuple(map(str, old)) if isinstance(old, (list, tuple)) else (str(old),) for name, old in loaded.items()}
+
+
+def _from_path(path: Path, what: str) -> list[str]:
+    if path.is_dir():
+        file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+        if file is None:
+            return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+        path = file
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return [line.strip() for line in _text(path, what).splitlines() if line.strip()]
+    loaded = _load(path, what)
+    if isinstance(loaded, Mapping):
+        loaded = loaded.get("classes", loaded.get("id2label", loaded))
+    if isinstance(loaded, Mapping) and {str(key) for key in loaded} == set(map(str, range(len(loaded)))):
+        by_number = {str(key): value for key, value in loaded.items()}
+        loaded = [by_number[str(number)] for number in range(len(loaded))]
+    if not isinstance(loaded, list) or not all(isinstance(name, (str, int)) for name in loaded):
+        raise UserError(f"{what}: {path} holds no list of class names, no `classes` and no numbered names")
+    return list(map(str, loaded))
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: {path} is not readable as class names ({' '.join(str(error).split())})") from error
+
+
+def _load(path: Path, what: str) -> Any:
+    text = _text(path, what)
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml
+
+        return yaml.safe_load(text)
+    except Exception as error:  # both parsers raise their own kinds
+        raise UserError(f"{what}: {path} is not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({' '.join(str(error).split())})") from error
