@@ -65,6 +65,16 @@ static int reaches_end(const struct jpeg_decompress_struct *cinfo)
     }
 }
 
+/* 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1 and gray: TurboJPEG, which decodes the whole images, refuses some of the others. */
+static int is_usual_sampling(const struct jpeg_decompress_struct *cinfo)
+{
+    int across = cinfo->comp_info[0].h_samp_factor, down = cinfo->comp_info[0].v_samp_factor;
+    if (cinfo->num_components == 1)
+        return across == 1 && down == 1;
+    return (across <= 2 || (across == 4 && down == 1)) && down <= 2 && cinfo->comp_info[1].h_samp_factor == 1 &&
+           cinfo->comp_info[1].v_samp_factor == 1 && cinfo->comp_info[2].h_samp_factor == 1 && cinfo->comp_info[2].v_samp_factor == 1;
+}
+
 static int is_ordinary(const struct jpeg_decompress_struct *cinfo, const struct rectangle *wanted)
 {
     if (cinfo->image_width != wanted->image_width || cinfo->image_height != wanted->image_height)
@@ -75,9 +85,9 @@ static int is_ordinary(const struct jpeg_decompress_struct *cinfo, const struct 
     switch (cinfo->jpeg_color_space) {
     case JCS_YCbCr:
     case JCS_RGB:
-        return cinfo->num_components == 3;
+        return cinfo->num_components == 3 && is_usual_sampling(cinfo);
     case JCS_GRAYSCALE:
-        return cinfo->num_components == 1;
+        return cinfo->num_components == 1 && is_usual_sampling(cinfo);
     default:
         return 0;
     }

@@ -50,13 +50,18 @@ def probe(data: bytes) -> ImageHeader:
 def decode(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8]:
     """Pixels [H, W, 3]. Raises DecodeError for what is truncated, is no image, or is too large.
 
-    With a `reduction` of 2, 4 or 8 a plain JPEG may come at that fraction of its size, rounded up; everything else comes whole.
+    With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, comes whole.
     """
     pixels = decode_jpeg(data, reduction)
-    return decode_with_pillow(data) if pixels is None else pixels
+    if pixels is None:
+        pixels = decode_with_pillow(data)
+        # What Pillow lets pass is reduced like any other, so that damage outside of a crop does not change the crop's pixels.
+        reduced = decode_jpeg(data, reduction, strict=False) if reduction > 1 else None
+        pixels = pixels if reduced is None else reduced
+    return pixels
 
 
-def decode_jpeg(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8] | None:
+def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True) -> npt.NDArray[np.uint8] | None:
     """Pixels [H, W, 3] of a JPEG without any complaint from libjpeg, or None: then Pillow has to say.
 
     simplejpeg 1.9 was bit-equal to Pillow 13 for gray and for every chroma subsampling, baseline and progressive, and for JPEGs stored
@@ -72,7 +77,7 @@ def decode_jpeg(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8] | None
             return None
         # libjpeg's smallest size that is not below these; without them, the whole image.
         least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)} if reduction > 1 else {}
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=strict, **least)
         return pixels
     except ValueError:
         return None

@@ -1,7 +1,7 @@
 """Only the crop's rectangle of a JPEG, where the native extra is built (`_jpeg_crop.c`); the same pixels as without it, for less work.
 
 Where it is not there, is switched off (DTL_NATIVE=0) or does not take an image, `crop_jpeg` gives None, and the caller decodes the
-whole image. So a run is the same on machines with and without it.
+whole image. So a run is the same on machines with and without it. No torch here.
 """
 
 from __future__ import annotations
@@ -9,14 +9,23 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from dtl.data.geometry import Region
-
 SWITCH = "DTL_NATIVE"
+
+
+class Region(NamedTuple):
+    """A rectangle of an image that is decoded at the fraction `reduction` (1, 2, 4 or 8), in pixels of that."""
+
+    reduction: int
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)

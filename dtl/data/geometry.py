@@ -7,13 +7,14 @@ window of image_size x image_size pixels that may reach over the edge (zeros the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
+from dtl.data.decode_crop import Region
 from dtl.keyed import uniform
 
 Ints = npt.NDArray[np.int64]
@@ -54,16 +55,6 @@ class Placement:
         factor = self.reduction(i) if reduction is None else reduction
         top, left, height, width = self.boxes[i].tolist()
         return Region(factor, top // factor, left // factor, -(-height // factor), -(-width // factor))
-
-
-class Region(NamedTuple):
-    """A rectangle of an image that is decoded at the fraction `reduction` (1, 2, 4 or 8), in pixels of that."""
-
-    reduction: int
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 class Geometry(Protocol):

@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 
 from dtl.data.batch_buffers import BatchBuffers, pool
 from dtl.data.decode import DecodeError, decode
-from dtl.data.decode_crop import crop_jpeg
-from dtl.data.geometry import Region
+from dtl.data.decode_crop import Region, crop_jpeg
 from dtl.data.index import Shards
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.prefetch import Prefetcher, prefetcher

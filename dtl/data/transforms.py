@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from dtl.data import pixels
+from dtl.data.decode_crop import Region
 from dtl.data.geometry import (
     Floats,
     Geometry,
@@ -24,7 +25,6 @@ from dtl.data.geometry import (
     Pixels,
     Placement,
     RandomResizedCrop,
-    Region,
     ShortSide,
     Square,
     place,
