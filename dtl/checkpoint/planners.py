@@ -122,7 +122,7 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
 
     `settled`: pairs given by the user's map. `names`: whether the names are the source's own and may be used.
     """
-    source, target = units_of(request.source), request.target.units
+    source, target = units_of(request.source, like=request.target.units), request.target.units
     if source_flow is None and not request.in_order and any(unit.flat for unit in source):
         return _nothing_to_go_by()
     if names:

@@ -96,9 +96,10 @@ def names_speak(entries: Iterable[Entry]) -> bool:
     return sum(word in ROLES for word in words) >= 0.6 * len(words)
 
 
-def units_of(entries: list[Entry]) -> list[Unit]:
-    """The layers behind a list of tensors, in the list's order."""
-    units = _by_path(entries) if names_speak(entries) else _by_shapes(entries)
+def units_of(entries: list[Entry], like: Iterable[Unit] = ()) -> list[Unit]:
+    """The layers behind a list of tensors, in the list's order. `like`: layers of a network that these may be, which settle how a
+    sequence of shapes is cut where names say nothing and there is more than one way."""
+    units = _by_path(entries) if names_speak(entries) else _Cutter(entries, list(like)).cut()
     for index, unit in enumerate(units):
         unit.index = index
     return units
@@ -148,13 +149,21 @@ class _Cutter:
 
     A weight of two or more dimensions, then r vectors of its output size, then perhaps an integer scalar:
     with the scalar, 4 vectors are a BatchNorm, 5 a bias and a BatchNorm; without it, 2 are a norm and 3 a bias and a norm.
+    Lone vectors (a layer scale) and tables (Swin's position biases) look the same; where the network in question has
+    such, what its layers of the same shape have decides.
     """
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: list[Entry], like: list[Unit]) -> None:
         self.entries = entries
+        self.biased: dict[Shape, set[bool]] = {}
+        for unit in like:
+            if unit.kind in WEIGHTED:
+                self.biased.setdefault(unit.shape, set()).add("bias" in unit.roles)
+        self.lone = {squeezed(unit.shape) for unit in like if unit.kind in ("param", "vector")}
         self.units: list[Unit] = []
-        # Files written before torch 0.4.1 have no counters; then four equal vectors are taken for a BatchNorm.
-        self.counters = any(entry.is_counter for entry in entries)
+        # Files written before torch 0.4.1 have no counters; then four equal vectors are taken for a BatchNorm, if the network has any.
+        without = bool(like) and not any(unit.kind == "bn" for unit in like)
+        self.counters = without or any(entry.is_counter for entry in entries)
 
     def vectors(self, start: int) -> int:
         """Number of floating vectors of one size that begin at `start`."""
@@ -194,6 +203,11 @@ class _Cutter:
             biased = run in (3, 5) or (run > 5 and run % 2 == 1)
         else:
             biased = run % 2 == 1
+            if shape[:1] in self.lone and self.biased.get(shape) == {not biased} and run and (self.counters or run < 4 or biased):
+                biased = not biased
+        if not run and shape in self.lone and shape not in self.biased:
+            self.emit("param", at, "param")
+            return at + 1
         self.emit("conv" if len(shape) >= 3 else "linear", at, *(("weight", "bias") if biased else ("weight",)))
         return at + 1 + biased
 
@@ -221,6 +235,3 @@ class _Cutter:
                 at += 1
         return self.units
 
-
-def _by_shapes(entries: list[Entry]) -> list[Unit]:
-    return _Cutter(entries).cut()
