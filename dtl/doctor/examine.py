@@ -46,6 +46,7 @@ class Doctor:
             ("run", lambda: self._disk("run", self.run_dir), PATIENCE),
             ("cache", lambda: self._disk("cache", self.cache_dir), PATIENCE),
             ("network", self._network, PATIENCE),
+            ("native", self._native, PATIENCE),
         ]
         if self.measure:
             checks += [("all-reduce", self._reduce, 80.0), ("decode", self._decode, 160.0)]
@@ -72,6 +73,12 @@ class Doctor:
     def _network(self) -> list[Finding]:
         hostname, address = probe.own_address()
         return judge_cluster.judge_network(probe.interfaces(), os.environ, hostname=hostname, resolves_to=address)
+
+    def _native(self) -> list[Finding]:
+        from dtl.data.decode_crop import native
+
+        found = native()
+        return [judge_machine.judge_native(found.summary, found.fault)]
 
     def _reduce(self) -> list[Finding]:
         backend = "nccl" if int(self.torch.get("count") or 0) > 1 else "gloo"

@@ -138,6 +138,12 @@ def judge_memory(available: int | None, limit: int | None, need: Need) -> Findin
     return Finding("memory", "ok", what)
 
 
+def judge_native(summary: str, fault: bool) -> Finding:
+    """Is the native extra in use? Without it runs are the same, but slower, so only one that is there and fails is worth a warning."""
+    fix = "pip install --force-reinstall --no-deps dtl (with gcc and libjpeg-turbo's headers), or DTL_NATIVE=0 to leave it out" if fault else ""
+    return Finding("native", "warn" if fault else "ok", summary, fix)
+
+
 def judge_decode(
     ms_per_image: float | None, cores: float, model_images_s: float | None, *, model: str, device: str, ranks: int, workers: int, what: str
 ) -> Finding:

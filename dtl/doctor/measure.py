@@ -74,21 +74,23 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from dtl.data.decode import decode as decoded
+    from dtl.data.decode import probe
+    from dtl.data.loader import decode_into
     from dtl.data.transforms import AugmentSettings, train_transform
 
     torch.set_num_threads(1)
     size = int(given["image_size"])
     images, what = _some_images(given.get("data"))
     transform = train_transform(image_size=size, augment=AugmentSettings())
-    out = torch.empty((3, size, size), dtype=torch.uint8)
+    out = torch.empty((1, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)[0]
+    headers = [probe(data) for data in images]
     end = time.process_time() + float(given["seconds"])
     count, start = 0, 0.0
     while time.process_time() < end or count == 0:
         for number, data in enumerate(images):
-            image = decoded(data)
-            sides = np.array([image.shape[1]]), np.array([image.shape[0]])
-            transform.apply(image, transform.draw(np.array([number]), *sides, seed=0, epoch=count), 0, out)
+            width, height = headers[number].width, headers[number].height
+            draws = transform.draw(np.array([number]), np.array([width]), np.array([height]), seed=0, epoch=count)
+            decode_into(out, data, transform, draws, 0, height=height, width=width)
         # The first round warms up.
         start, count = (start, count + 1) if count else (time.process_time(), 1)
         end = max(end, start + 0.01)

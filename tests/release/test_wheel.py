@@ -56,3 +56,19 @@ def test_the_wheel_runs_the_example_outside_the_repository(tmp_path: Path) -> No
     assert (away / "runs/digits/report/index.html").is_file()
     launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "dtl", "evaluate", "runs/digits"]
     assert "top1" in call(*launch, cwd=away, DTL_CACHE=str(tmp_path / "cache"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("compiler", ["cc", "/there/is/no/compiler"])
+def test_it_builds_with_a_compiler_and_without_one(compiler: str, tmp_path: Path) -> None:
+    """With one the native extra is inside (if libjpeg-turbo's headers are there), without one the rest is."""
+    source = tmp_path / "source"
+    source.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
+    call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source, cwd=tmp_path, CC=compiler)
+    (wheel,) = tmp_path.glob("dtl-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "dtl/data/decode_crop.py" in names
+    built = [name for name in names if name.startswith("dtl/data/_jpeg_crop.") and name.endswith(".so")]
+    assert len(built) == (compiler == "cc" and Path("/usr/include/jpeglib.h").exists())

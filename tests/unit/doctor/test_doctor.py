@@ -26,7 +26,7 @@ def test_it_answers_in_json_and_an_impossible_run_folder_is_a_failure(
     assert code == 1
     assert answer["status"] == "fail"
     by_check = {finding["check"]: finding for finding in answer["findings"]}
-    assert set(by_check) >= {"gpu", "shm", "memory", "files", "run", "cache", "network", "wandb", "slurm"}
+    assert set(by_check) >= {"gpu", "shm", "memory", "files", "run", "cache", "network", "native", "wandb", "slurm"}
     assert by_check["run"]["status"] == "fail"
     assert by_check["run"]["fix"]
     assert by_check["cache"]["status"] in ("ok", "warn")

@@ -8,7 +8,7 @@ import pytest
 
 from dtl.doctor.finding import Finding, table, worst
 from dtl.doctor.judge_cluster import Interface, choose_interface, judge_network, judge_reduce, judge_slurm, judge_wandb
-from dtl.doctor.judge_machine import GIB, MIB, Need, judge_decode, judge_disk, judge_memory, judge_open_files, judge_shm, judge_versions
+from dtl.doctor.judge_machine import GIB, MIB, Need, judge_decode, judge_disk, judge_memory, judge_native, judge_open_files, judge_shm, judge_versions
 
 GOOD = {"torch": "2.14.1+cu130", "torchvision": "0.29.1", "accelerate": "1.15.0"}
 LO, ETH, IB, DOCKER = Interface("lo", "127.0.0.1"), Interface("eth0", "10.0.0.5"), Interface("ib0", "10.1.0.5"), Interface("docker0", "172.17.0.1")
@@ -161,3 +161,10 @@ def test_the_table_names_each_remedy() -> None:
     text = table([Finding("gpu", "ok", "none"), Finding("shm", "fail", "too small", "docker run --shm-size=8g")])
     assert "FAIL  shm" in text
     assert "-> docker run --shm-size=8g" in text
+
+
+def test_a_native_extra_that_is_missing_is_no_warning_but_one_that_fails_is() -> None:
+    assert judge_native("it was not built", False).status == "ok"
+    broken = judge_native("it cannot be loaded", True)
+    assert broken.status == "warn"
+    assert "DTL_NATIVE=0" in broken.fix
