@@ -28,11 +28,16 @@ def set_aside(source: Sequence[Entry], ignore: Sequence[str]) -> tuple[list[Entr
     return [entry for entry in source if entry.name not in aside], [entry for entry in source if entry.name in aside]
 
 
-def source_units_that_count(units: Sequence[Unit], used: Collection[str], inside: Collection[str] | None) -> list[Unit]:
-    """The source's convolution and linear layers that a transfer of this network should use."""
-    heads = {unit.index for unit in detect_heads(units)}
+def source_units_that_count(units: Sequence[Unit], used: Collection[str], inside: Collection[str] | None, heads_here: Sequence[Unit]) -> list[Unit]:
+    """The source's convolution and linear layers that a transfer of this network should use. `heads_here`: the target's heads, whose
+    namesakes in the source are its heads, wherever they are registered."""
+    heads = {unit.index for unit in (*detect_heads(units), *(unit for unit in units if any(_is_namesake(unit, head) for head in heads_here)))}
     weighted = [unit for unit in units if unit.kind in WEIGHTED and (inside is None or any(name in inside for name in unit.names))]
     return [unit for unit in weighted if unit.index not in heads or _is_used(unit, used)]
+
+
+def _is_namesake(unit: Unit, head: Unit) -> bool:
+    return (unit.path == head.path or unit.path.endswith("." + head.path)) and unit.shape[1:] == head.shape[1:]
 
 
 def source_coverage(units: Sequence[Unit], used: Collection[str]) -> float:

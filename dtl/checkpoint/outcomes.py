@@ -120,8 +120,9 @@ class _Settlement:
         self._ties()
         self._norms_of_fresh_layers()
         self._lonely_norms()
-        coverage = self._coverage()
-        counted, used = source_units_that_count(self.source_units, self._used(), self.inside), self._used()
+        coverage, used = self._coverage(), self._used()
+        heads = [unit for unit in self.target.units if unit.index in self.heads]
+        counted = source_units_that_count(self.source_units, used, self.inside, heads)
         used_share = source_coverage(counted, used)
         self._judge(coverage, why_too_little_is_used(counted, used, self.policy.min_coverage))
         if self.hard:

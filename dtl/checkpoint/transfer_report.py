@@ -114,6 +114,7 @@ class TransferReport:
         lines = [f"warning: {warning}" for warning in self.warnings]
         lines.append(f"{self.source}: coverage {self.coverage:.1%} of convolution and linear layers, fresh {fresh / target:.1%} of all parameters")
         details = [f"by {self.plan.by} ({self.plan.view})"]
+        details += [f"{self.plan.source_coverage:.1%} of the source's layers used"] if self.plan.source_coverage < 1 else []
         details += [f"from '{self.container}'"] if self.container else []
         details += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
         details += [f"{self.seconds:.2f} s"] if self.seconds is not None else []

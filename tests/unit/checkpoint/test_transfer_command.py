@@ -87,3 +87,70 @@ def test_a_dry_run_takes_no_memory_for_the_network_and_little_time(tmp_path: Pat
     assert time.process_time() - started < 3
     assert len(built) == 1
     assert all(value.is_meta for value in built[0].module.state_dict().values())
+
+
+def test_rows_of_the_head_by_class_names(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Class names from a file, from packed data's manifest and from the command line; the same plan from its map, without any names."""
+    names = [f"class{n}" for n in range(10)]
+    (tmp_path / "old.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "manifest.json").write_text(json.dumps({"classes": ["class7", "both"]}))
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--source", str(weights)]
+    rows = ["--classes", str(tmp_path / "packed"), "--keep-head", "rows", "--source-classes", str(tmp_path / "old.txt"), "--head-rows", "both=class2,class3"]
+    assert main([*arguments, *rows, "--report", str(tmp_path / "r.json"), "--save-map", str(tmp_path / "m.yaml")]) == 0
+    assert "adapted, rows of the same classes" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {o["target"]: o["transform"] for o in report["outcomes"] if o["transform"]} == {"6.weight": "rows", "6.bias": "rows"}
+    assert '"rows": [7, [2, 3]]' in (tmp_path / "m.yaml").read_text()
+    assert main([*arguments, "--num-classes", "2", "--map", str(tmp_path / "m.yaml"), "--report", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["plan"] == report["plan"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--head-rows", "a=b"], "--head-rows needs --keep-head rows"),
+        (["--keep-head", "rows", "--head-rows", "a=b", "--head-rows", "c"], "--head-rows c: expected NEW=OLD"),
+        (["--keep-head", "rows"], "the class names of both sides must be known to choose rows"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", "a,b,c"], "the source has no head of 3 outputs"),
+        (["--classes", "a,b"], "--num-classes 4 beside 2 names in --classes"),
+        (["--keep-head", "rows", "--classes", "a,b,c,x", "--source-classes", ",".join("abcdefghij")], "the source has no class 'x'"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "calls several of its classes 'a'"),
+        (["--classes", "nowhere.txt"], "--classes: nowhere.txt is not readable as class names"),
+        (["--ignore", "decoder.*"], "ignore: decoder.* fits no tensor of the source"),
+    ],
+)
+def test_wrong_options_of_the_head_and_of_ignore(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_source_that_holds_more_than_the_network_is_refused_with_the_option_that_accepts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = resnet_tiny(num_classes=10).state_dict()
+    decoder = {f"decoder.{n}.weight": torch.zeros(5, 5, 3, 3) for n in range(20)}
+    torch.save({**state, **decoder}, tmp_path / "both.pth")
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path / "both.pth")]
+    assert main(arguments) == 2
+    assert "If that is meant: ignore: ['decoder.*']" in capsys.readouterr().err
+    assert main([*arguments, "--ignore", "decoder.*"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.txt", "ants\nbees\n"),
+        ("c.json", '["ants", "bees"]'),
+        ("c.json", '{"id2label": {"1": "bees", "0": "ants"}}'),
+        ("c.yaml", "classes: [ants, bees]\n"),
+        ("run/model/model.json", '{"classes": ["ants", "bees"]}'),
+        ("photos/bees/x.jpg", ""),
+    ],
+)
+def test_where_class_names_are_read_from(tmp_path: Path, name: str, content: str) -> None:
+    from dtl.checkpoint.class_names import read_class_names
+
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    (tmp_path / "photos" / "ants").mkdir(parents=True, exist_ok=True)
+    top = tmp_path / name.split("/")[0]
+    assert read_class_names(top, "classes") == ["ants", "bees"]
