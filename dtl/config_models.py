@@ -21,6 +21,15 @@ def _word_of(word: str) -> BeforeValidator:
     return BeforeValidator(lambda value: word if value is False else value)
 
 
+def _names_as_text(value: Any) -> Any:
+    """Class names that are numbers in YAML (digits) are names all the same."""
+    if isinstance(value, dict):
+        return {str(name): _names_as_text(old) for name, old in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Section(BaseModel):
     """Base of every section: frozen, strict about names, documented by the docstring under each field."""
 
@@ -152,9 +161,9 @@ class TransferConfig(Section):
     """Patterns of names in the source (`decoder.*`) that are not meant: not loaded, and not counted by min_coverage."""
     keep_head: Literal["auto", "rows"] | bool = "auto"
     """auto: the source's head is kept when it is for the very same classes; rows: its rows are chosen by class names."""
-    head_rows: str | dict[str, str | tuple[str, ...]] | None = None
+    head_rows: Annotated[str | dict[str, str | tuple[str, ...]] | None, BeforeValidator(_names_as_text)] = None
     """For keep_head rows: `class here: class of the source`, or a list of classes to average; or a YAML or JSON file of that."""
-    source_classes: str | tuple[str, ...] | None = None
+    source_classes: Annotated[str | tuple[str, ...] | None, BeforeValidator(_names_as_text)] = None
     """Class names of the source's head, where the source does not tell: a list, a file of one name a line, a run, a model folder."""
     fill: FillConfig = FillConfig()
     fold_norms: bool = False

@@ -43,6 +43,19 @@ def test_a_pretext_run_gives_its_backbone(tmp_path: Path) -> None:
     assert set(fresh) == other
 
 
+def test_rows_of_the_head_are_chosen_by_class_names(tmp_path: Path) -> None:
+    """The source's classes are known from its run; 0 is here what 3 and 8 were there, the others stay themselves."""
+    learn(tmp_path, "first", all={"train": "all", "epochs": 1, "lr": 0.1})
+    rows = ["--transfer.source", "runs/first", "--transfer.keep_head", "rows", "--transfer.head_rows", "{0: [3, 8]}"]
+    learn(tmp_path, "second", *rows, head={**STILL, "train": "head"})
+    before, after = (load_model_tensors(tmp_path / "runs" / name / "model") for name in ("first", "second"))
+    head = next(name for name, value in before.items() if value.dim() == 2 and len(value) == 10)
+    torch.testing.assert_close(after[head][0], before[head][[3, 8]].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[head][1:], before[head][1:], rtol=1e-4, atol=1e-5)
+    refused = run(["--config", "first.yaml", "--run.name", "third", *rows[:2], "--transfer.head_rows", "{0: 3}"], cwd=tmp_path, code=2)
+    assert "`head_rows` needs `keep_head: rows`" in refused.err()
+
+
 def test_a_run_without_a_model_says_so(tmp_path: Path) -> None:
     file = write_recipe(tmp_path, "endless", data=PLAIN, phases={"all": {"train": "all", "epochs": 500, "lr": 0.01}})
     job = start(["--config", str(file)], cwd=tmp_path)
