@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from damage import put_image, rewrite_index
 from PIL import Image
 from tiny_images import encoded, image_folder, pixels
@@ -20,7 +21,7 @@ from dtl.data import decode_crop
 from dtl.data.decode import decode, decode_jpeg
 from dtl.data.decode_crop import Region, crop_jpeg, native
 from dtl.data.index import Shards
-from dtl.data.loader import BatchDataset
+from dtl.data.loader import BatchDataset, decode_into
 from dtl.data.pack import pack
 from dtl.data.plan import MicroBatch
 from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
@@ -305,3 +306,20 @@ def test_a_readable_jpeg_with_a_warning_is_reduced_like_any_other() -> None:
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (80, 64)
     np.testing.assert_array_equal(decode(stray, 2), decode(data, 2))
+
+
+def test_crops_of_real_photos_are_those_of_image_folder_within_a_255th(real_data: Path) -> None:
+    """Decoded, cut and resized as in training, against Pillow's crop and resize of what ImageFolder loads, the same boxes."""
+    transform = train_transform(image_size=112, augment=AugmentSettings(horizontal_flip=False, reduced_decode=False))
+    out = torch.empty((1, 3, 112, 112), dtype=torch.uint8)
+    paths = sorted((real_data / "hymenoptera_data" / "train").glob("*/*.jpg"))[:40]
+    assert paths
+    for sample, path in enumerate(paths):
+        data = path.read_bytes()
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        draws = transform.draw([sample], [image.width], [image.height], seed=0, epoch=0)
+        decode_into(out[0], data, transform, draws, 0, height=image.height, width=image.width)
+        _, top, left, height, width = transform.region(draws, 0)
+        expected = image.crop((left, top, left + width, top + height)).resize((112, 112), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(expected).astype(int) - out[0].permute(1, 2, 0).numpy()).mean() < 1, path
