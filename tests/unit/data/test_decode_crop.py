@@ -323,3 +323,20 @@ def test_crops_of_real_photos_are_those_of_image_folder_within_a_255th(real_data
         _, top, left, height, width = transform.region(draws, 0)
         expected = image.crop((left, top, left + width, top + height)).resize((112, 112), Image.Resampling.BILINEAR)
         assert np.abs(np.asarray(expected).astype(int) - out[0].permute(1, 2, 0).numpy()).mean() < 1, path
+
+
+class NoLibrary:
+    """Finds the extra, but not what it is linked with: built on one machine, installed on another."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "dtl.data._jpeg_crop":
+            raise ImportError("libjpeg.so.62: cannot open shared object file")
+
+
+def test_an_extra_that_cannot_be_loaded_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "dtl.data._jpeg_crop", raising=False)
+    monkeypatch.delattr("dtl.data._jpeg_crop", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoLibrary(), *sys.meta_path])
+    assert (native().on, native().fault) == (False, True)
+    assert "libjpeg.so.62" in native().summary
+    assert crop_jpeg(encoded(height=40, width=60), Region(1, 0, 0, 4, 8), height=40, width=60) is None
