@@ -7,6 +7,7 @@ whole image. So a run is the same on machines with and without it. No torch here
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,14 +44,14 @@ def native() -> Native:
     if os.environ.get(SWITCH, "1") == "0":
         return Native(False, f"whole JPEGs are decoded for each crop: {SWITCH}=0 switches the native extra off")
     try:
-        from dtl.data import _jpeg_crop
+        _jpeg_crop = importlib.import_module("dtl.data._jpeg_crop")
     except ModuleNotFoundError:
-        return Native(False, "whole JPEGs are decoded for each crop: the native extra was not built")
+        return Native(False, "whole JPEGs are decoded for each crop: the native extra was not built (docs/data.md, Speed)")
     except ImportError as error:
         return Native(False, f"whole JPEGs are decoded for each crop: the native extra cannot be loaded ({error})", fault=True)
     if not _agrees():
         return Native(False, "whole JPEGs are decoded for each crop: the libjpeg of the native extra gives other pixels", fault=True)
-    number = _jpeg_crop.LIBJPEG_TURBO
+    number = int(_jpeg_crop.LIBJPEG_TURBO)
     version = f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
     return Native(True, f"of JPEGs only the crop's rectangle is decoded (libjpeg-turbo {version})")
 

@@ -265,10 +265,14 @@ def test_batches_and_reports_are_the_same_with_and_without_it(shards: Path, trai
         assert len(bad) == 1, "the one that is cut, in whatever rectangle"
 
 
-def test_without_it_the_summary_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_it_the_summary_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, region = encoded(height=40, width=60), Region(1, 0, 0, 4, 8)
-    monkeypatch.setitem(sys.modules, "dtl.data._jpeg_crop", None)
-    monkeypatch.delattr("dtl.data._jpeg_crop", raising=False)
+    import dtl.data
+
+    # Its place on the disk is what is missing, as after an installation without a compiler.
+    monkeypatch.setattr(dtl.data, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "dtl.data._jpeg_crop", raising=False)
+    monkeypatch.delattr(dtl.data, "_jpeg_crop", raising=False)
     assert (native().on, native().fault) == (False, False)
     assert "was not built" in native().summary
     assert crop_jpeg(data, region, height=40, width=60) is None
@@ -334,8 +338,10 @@ class NoLibrary:
 
 
 def test_an_extra_that_cannot_be_loaded_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dtl.data
+
     monkeypatch.delitem(sys.modules, "dtl.data._jpeg_crop", raising=False)
-    monkeypatch.delattr("dtl.data._jpeg_crop", raising=False)
+    monkeypatch.delattr(dtl.data, "_jpeg_crop", raising=False)
     monkeypatch.setattr(sys, "meta_path", [NoLibrary(), *sys.meta_path])
     assert (native().on, native().fault) == (False, True)
     assert "libjpeg.so.62" in native().summary
