@@ -1,6 +1,6 @@
 """Weight transfer on more than a hundred pairs of networks with known truth, against what people use today.
 
-    python -m benchmarks.transfer [--out RESULTS.json] [--only TEXT] [--methods TEXT] [--show]
+    python -m benchmarks.transfer [--out RESULTS] [--only TEXT] [--methods TEXT,TEXT] [--with RESULTS.json] [--show]
 
 Compared: dtl's `auto` without and with `assume_order`, and with the source's network; the loop of the tutorials
 (`if shapes are equal: i += 1`), a plain zip, equal names (`strict=False` without the clashes), and weightbridge if installed.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import json
 import signal
@@ -19,15 +20,16 @@ import statistics
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from benchmarks import measure
 from benchmarks.transfer_adversaries import adversaries
 from benchmarks.transfer_pairs import Pair, edits, families, tutorial
 from dtl.checkpoint.plan import plan_transfer
@@ -158,15 +160,17 @@ def available() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="write every score as JSON")
+    parser.add_argument("--out", type=Path, help="write FILE.md and FILE.json; results kept in the repository lie in benchmarks/results")
     parser.add_argument("--only", default="", help="pairs whose name holds this text")
-    parser.add_argument("--methods", default="", help="methods whose name holds this text")
+    parser.add_argument("--methods", default="", help="methods whose name holds one of these texts")
+    parser.add_argument("--with", dest="earlier", type=Path, help="take the scores of the other methods from an earlier result")
     parser.add_argument("--show", action="store_true", help="one line a pair")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    methods = [name for name in available() if options.methods in name]
-    scores: dict[str, dict[str, Score]] = defaultdict(dict)
+    facts = measure.machine()
+    methods = [name for name in available() if any(text in name for text in options.methods.split(","))]
+    scores: dict[str, dict[str, Score]] = _earlier(options.earlier, methods)
     groups: dict[str, str] = {}
     for pair in all_pairs():
         if options.only not in pair.name:
@@ -175,35 +179,58 @@ def main() -> int:
         for method in methods:
             if method == "dtl auto, source_model" and pair.source_model is None:
                 continue
-            scores[method][pair.name] = score(pair, METHODS[method])
+            scores.setdefault(method, {})[pair.name] = score(pair, METHODS[method])
         if options.show:
             cells = [f"{scores[m][pair.name].right}/{len(pair.truth)}-{scores[m][pair.name].false}" for m in methods if pair.name in scores[m]]
             print(f"{pair.name:60s} " + "  ".join(cells), flush=True)
-    return summary(scores, groups, options.out)
-
-
-def summary(scores: dict[str, dict[str, Score]], groups: dict[str, str], out: str | None) -> int:
-    names = list(dict.fromkeys(groups.values()))
-    print(f"\n{len(groups)} pairs; right pairs found / false pairs (in how many pairs of networks)")
-    print("method".ljust(26) + "".join(name.ljust(26) for name in names) + "median s  most s")
-    for method, results in scores.items():
-        cells = []
-        for group in names:
-            members = [s for name, s in results.items() if groups[name] == group]
-            right, of, false = (sum(getattr(s, field) for s in members) for field in ("right", "of", "false"))
-            cells.append(f"{100 * right / max(1, of):5.1f} % / {false} ({sum(s.false > 0 for s in members)})")
-        seconds = [s.seconds for s in results.values()]
-        times = f"{statistics.median(seconds):8.3f}  {max(seconds):6.2f}"
-        print(method.ljust(26) + "".join(cell.ljust(26) for cell in cells) + times)
-    if out:
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump({m: {name: vars(s) for name, s in results.items()} for m, results in scores.items()}, file, indent=1)
-    false = {name: s for name, s in scores.get("dtl auto", {}).items() if s.false}
-    false |= {name: s for name, s in scores.get("dtl auto, source_model", {}).items() if s.false}
-    for name, s in false.items():
-        print(f"FALSE in {name}: {s.false}, for instance {', '.join(s.wrong)}")
-    print("no false assignment without assume_order" if not false else f"false assignments in {len(false)} pairs")
+    scores = {method: scores[method] for method in METHODS if method in scores}
+    false = _false_pairs(scores)
+    lines = [*summary(scores, groups), "", *(false or ["No false assignment without assume_order."])]
+    if "weightbridge" in scores:
+        lines += ["", f"weightbridge {importlib.metadata.version('weightbridge')}, stopped after 15 s a pair."]
+    results = {method: {name: vars(each) for name, each in found.items()} for method, found in scores.items()}
+    measure.report(f"Weight transfer: {len(groups)} pairs of networks", lines, results, facts, options.out)
     return 1 if false else 0
+
+
+def _earlier(file: Path | None, measured_now: list[str]) -> dict[str, dict[str, Score]]:
+    if file is None:
+        return {}
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return {m: {n: Score(**{**s, "wrong": tuple(s["wrong"])}) for n, s in found.items()} for m, found in results.items() if m not in measured_now}
+
+
+def summary(scores: dict[str, dict[str, Score]], groups: dict[str, str]) -> list[str]:
+    """Two tables: by group of pairs, and torchvision against timm by what became of the names."""
+    names = list(dict.fromkeys(groups.values()))
+    rows = []
+    for method, results in scores.items():
+        cells = [_share([s for name, s in results.items() if groups.get(name) == group]) for group in names]
+        seconds = [s.seconds for s in results.values()]
+        rows.append([method, *cells, f"{statistics.median(seconds):.3f}", f"{max(seconds):.2f}"])
+    count = {group: sum(each == group for each in groups.values()) for group in names}
+    lines = ["Right pairs found / false pairs (in how many pairs of networks), floating tensors.", ""]
+    lines += measure.table(["method", *(f"{group} ({count[group]})" for group in names), "median s", "most s"], rows)
+    between = [name for name, group in groups.items() if group == "torchvision <-> timm"]
+    if between:
+        namings = ("names kept", "sorted", "all hashed")
+        rows = [[m, *(_share([s for n, s in found.items() if n in between and n.endswith(words)]) for words in namings)] for m, found in scores.items()]
+        lines += ["", "torchvision <-> timm:", "", *measure.table(["method", *namings], rows)]
+    return lines
+
+
+def _share(members: list[Score]) -> str:
+    right, of, false = (sum(getattr(s, field) for s in members) for field in ("right", "of", "false"))
+    return f"{100 * right / max(1, of):.1f} % of {of} / {false} ({sum(s.false > 0 for s in members)})"
+
+
+def _false_pairs(scores: dict[str, dict[str, Score]]) -> list[str]:
+    return [
+        f"FALSE by {method} in {name}: {found.false}, for instance {', '.join(found.wrong)}"
+        for method in ("dtl auto", "dtl auto, source_model")
+        for name, found in scores.get(method, {}).items()
+        if found.false
+    ]
 
 
 if __name__ == "__main__":

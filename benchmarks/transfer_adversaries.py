@@ -47,6 +47,10 @@ def other_networks() -> Iterator[Pair]:
     for source, target in (
         ("resnet50", "resnet18"),
         ("resnet18", "resnet50"),
+        ("resnet101", "resnet50"),
+        ("resnet34", "resnet18"),
+        ("convnext_small", "convnext_tiny"),
+        ("vgg16", "vgg11"),
         ("vgg16_bn", "resnet18"),
         ("mobilenet_v2", "resnet18"),
         ("efficientnet_b0", "mobilenet_v2"),
@@ -208,6 +212,7 @@ def layouts() -> Iterator[Pair]:
     source, target = _model("resnet18"), _model("resnet18", num_classes=10)
     body = [t for t in learned(target) if not t.startswith("fc.")]
     yield Pair("wrapped three times", "adversarial", state_of(source, wrapped), target, {t: wrapped(t) for t in body})
+    yield from _backbones()
     query = {f"encoder_q.{n}": v for n, v in source.state_dict().items()}
     key = {f"encoder_k.{n}": v for n, v in source.state_dict().items()}
     yield Pair("MoCo: encoder_q and encoder_k", "adversarial", query | key, target, {})
@@ -223,6 +228,17 @@ def layouts() -> Iterator[Pair]:
     for words, rename in (("parts hashed", hash_parts), ("other words", other_words)):
         state = dict(sorted(state_of(source, rename).items()))
         yield Pair(f"sorted, {words}", "adversarial", state, copy.deepcopy(target), {t: rename(t) for t in body})
+
+
+def _backbones() -> Iterator[Pair]:
+    """A detector and a segmentation network, of which only the backbone is wanted."""
+    from torchvision.models import detection, segmentation
+
+    without: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    for build, prefix in ((detection.fasterrcnn_resnet50_fpn, "backbone.body."), (segmentation.deeplabv3_resnet50, "backbone.")):
+        target = _model("resnet50")
+        body = {t: prefix + t for t in learned(target) if not t.startswith("fc.")}
+        yield Pair(f"{build.__name__} -> resnet50", "adversarial", state_of(meta(build, **without)), target, body)
 
 
 def _legacy(name: str) -> str:

@@ -145,8 +145,8 @@ class FillConfig(Section):
 class TransferConfig(Section):
     source: str
     """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, or pretrained: the default weights of model.name."""
-    by: Literal["auto", "name", "order", "map"] = "auto"
-    """How tensors find each other."""
+    by: Literal["auto", "name", "order", "strict", "map"] = "auto"
+    """How tensors find each other; strict: by order, of equal sequences of shapes only."""
     map: str | None = None
     """YAML or JSON file of names: all of them with `by: map`; with `by: auto` those that settle single layers."""
     source_arch: str | None = None

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from dtl.checkpoint.target import target_of
 from dtl.checkpoint.units import Entry, Key, entries_of
 from dtl.errors import UserError
 
-By = Literal["auto", "name", "order", "map"]
+By = Literal["auto", "name", "order", "strict", "map"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def plan_transfer(
 ) -> TransferPlan:
     """Plan how `source_tensors` go into `model`, by names and shapes alone.
 
-    `by`: name, order, map, or auto (names where they can be trusted, then alignment; never a guess).
+    `by`: name, order (equal sequences of shapes, else aligned with gaps), strict (equal sequences or nothing), map, or auto (names
+    where they can be trusted, then alignment; never a guess).
     `assume_order`: accept pairs that only the order of registration tells apart. `source_model`: the network the weights
     were made for; with it both execution orders are known. `mapping`: for `by="map"`, a file or a dict
     of rules (`dtl.checkpoint.mapping`); with `by="auto"` its lines settle single layers.
@@ -121,8 +122,8 @@ def plan_transfer(
     `trace=False` skips the run of `model` on the meta device.
     Raises UserError on contradictory arguments; a transfer that should not happen comes back with `refusals`.
     """
-    if by not in ("auto", "name", "order", "map"):
-        raise UserError(f"by: {by!r} is not one of auto, name, order, map")
+    if by not in get_args(By):
+        raise UserError(f"by: {by!r} is not one of {', '.join(get_args(By))}")
     if not 0 <= min_coverage <= 1:
         raise UserError(f"min_coverage: {min_coverage} is not between 0 and 1")
     if head_rows and keep_head != "rows":

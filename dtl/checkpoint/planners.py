@@ -69,7 +69,7 @@ def match(request: PlanRequest) -> Planned:
     renaming = rename(request.source, request.target.entries, prefix=request.prefix)
     channels_last = kernels(request.source, renaming)
     renamed = renamed_entries(request.source, renaming, turned=channels_last)
-    if request.by == "order":
+    if request.by in ("order", "strict"):
         matching = _by_order(replace(request, source=renamed))
     elif renaming.rivals:
         matching = _rivals(renaming)
@@ -203,12 +203,12 @@ def _by_order(request: PlanRequest) -> Matching:
     if not request.in_order:
         matching = Matching(view="order")
         matching.refusals.append(
-            "by: order needs the order in which the network registered its tensors, and this source's names are sorted "
+            f"by: {request.by} needs the order in which the network registered its tensors, and this source's names are sorted "
             "(safetensors keeps no order); use by: name, auto or map"
         )
         return matching
     strict = match_strict_order(request.source, request.target.entries, heads=request.heads)
-    if not strict.refusals:
+    if not strict.refusals or request.by == "strict":
         return strict
     # Not the same sequence: align the layers, with gaps, by position alone.
     aligned = _auto(replace(request, assume_order=True), None, {}, names=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,9 +118,9 @@ def apply_plan(
             target.copy_(value)
     seconds = None if started is None else time.perf_counter() - started
     return report.applied(
-        casts=_casts(values, targets),
+        casts=_casts(values.items(), targets),
         checksum=checksum({name: targets[name] for name in values}),
-        warnings=_untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing),
+        warnings=_warnings(plan, weights, target_preprocessing),
         seconds=seconds,
     )
 
@@ -134,18 +135,41 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def preview(
+    plan: TransferPlan,
+    weights: SourceWeights,
+    model: nn.Module,
+    *,
+    target_preprocessing: Mapping[str, Any] | None = None,
+) -> TransferReport:
+    """What `apply_plan` would say, with nothing copied: the model may be on the meta device, and one value at a time has memory.
+
+    What would be refused for its values comes back as a refusal of the report's plan.
+    """
+    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    try:
+        casts = _casts(_each_value(plan, weights, targets) if plan.ok else (), targets)
+    except TransferRefused as refused:
+        plan, casts = replace(plan, refusals=(str(refused),)), {}
+    return replace(TransferReport.of(plan, weights), casts=casts, warnings=_warnings(plan, weights, target_preprocessing))
+
+
 def _values(plan: TransferPlan, weights: SourceWeights, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Target tensor -> the value it gets, each checked: shape, allocated target, finite."""
-    values = {}
+    for name in (o.target for o in plan.outcomes if o.target and o.outcome in ("loaded", "adapted", "filled")):
+        if targets[name].is_meta:
+            raise UserError(f"{name} has no memory (meta device): allocate the model before loading weights into it")
+    return dict(_each_value(plan, weights, targets))
+
+
+def _each_value(plan: TransferPlan, weights: SourceWeights, targets: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     for outcome in plan.outcomes:
         name = outcome.target
         if name is None or outcome.outcome not in ("loaded", "adapted", "filled"):
             continue
         target = targets[name]
-        if target.is_meta:
-            raise UserError(f"{name} has no memory (meta device): allocate the model before loading weights into it")
         if outcome.source is None:
-            values[name] = torch.zeros_like(target)
+            yield name, torch.zeros_like(target)
             continue
         keys = outcome.source if isinstance(outcome.source, tuple) else (outcome.source,)
         tensors = [weights.tensors[key] for key in keys]
@@ -158,8 +182,7 @@ def _values(plan: TransferPlan, weights: SourceWeights, targets: dict[str, torch
         problem = _impossible(name, value, target.dtype)
         if problem is not None:
             raise TransferRefused(f"{name}: {'+'.join(keys)} {problem}; nothing was loaded")
-        values[name] = value
-    return values
+        yield name, value
 
 
 def _unusable(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
@@ -196,14 +219,18 @@ def _agree_on_ties(targets: dict[str, torch.Tensor], values: dict[str, torch.Ten
         del values[name]
 
 
-def _casts(values: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> dict[str, int]:
+def _casts(values: Iterable[tuple[str, torch.Tensor]], targets: dict[str, torch.Tensor]) -> dict[str, int]:
     """ "float16 -> float32" -> number of tensors."""
     counts: dict[str, int] = {}
-    for name, value in values.items():
+    for name, value in values:
         if value.dtype != targets[name].dtype:
             change = f"{value.dtype} -> {targets[name].dtype}".replace("torch.", "")
             counts[change] = counts.get(change, 0) + 1
     return counts
+
+
+def _warnings(plan: TransferPlan, weights: SourceWeights, target_preprocessing: Mapping[str, Any] | None) -> tuple[str, ...]:
+    return _untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
 
 
 def _other_preprocessing(source: Any, target: Mapping[str, Any] | None) -> tuple[str, ...]:

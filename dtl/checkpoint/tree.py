@@ -16,6 +16,8 @@ from functools import lru_cache
 from dtl.checkpoint.units import WEIGHTED, Unit, squeezed
 
 Part = tuple[int | str, ...]
+Bag = frozenset[tuple[tuple[str, tuple[int, ...]], int]]
+"""Kinds and shapes of a module's layers, with their numbers."""
 
 
 @lru_cache(maxsize=200_000)
@@ -146,6 +148,10 @@ class _Trees:
             place, other = self.our_numbers.place(ours[0]), self.their_numbers.place(theirs[0])
             if place and other and place[1] == other[1] and place[0] != other[0]:
                 return []
+            # Two blocks here and there, one block here and there: a block may as well have moved from the one stage to the other.
+            elsewhere = not place or not other or place[0] != other[0]
+            if elsewhere and (_resembles(ours[0], self.our_trees, self.our_bags) or _resembles(theirs[0], self.their_trees, self.their_bags)):
+                return []
         a = self.our_numbers.ranked(ours)
         b = self.their_numbers.ranked(theirs)
         if a is None or b is None:
@@ -194,6 +200,16 @@ def _subtrees(units: Sequence[Unit]) -> dict[str, frozenset[int]]:
     return {path: frozenset(content) for content, path in top.items()}
 
 
-def _bag(members: frozenset[int], units: Mapping[int, Unit]) -> frozenset[tuple[tuple[str, tuple[int, ...]], int]]:
+def _resembles(path: str, trees: Mapping[str, frozenset[int]], bags: Mapping[str, Bag]) -> bool:
+    """Whether another module holds the same layers in other numbers."""
+    layers = {layer for layer, _ in bags[path]}
+    return any(
+        bags[other] != bags[path] and not members & trees[path] and {layer for layer, _ in bags[other]} == layers
+        for other, members in trees.items()
+        if len(members) > 1
+    )
+
+
+def _bag(members: frozenset[int], units: Mapping[int, Unit]) -> Bag:
     """What a module learns. Tables of the architecture do not count: one library stores Swin's index tables, the other does not."""
     return frozenset(Counter(loose_signature(units[i]) for i in members if units[i].kind != "buffer").items())

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--source", required=True, help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY chooses inside")
     parse.add_argument("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
     parse.add_argument("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file of one name a line, a folder of class folders, packed data")
-    parse.add_argument("--by", choices=("auto", "name", "order", "map"), help="how layers are paired (default: auto, or map with --map)")
+    parse.add_argument("--by", choices=("auto", "name", "order", "strict", "map"), help="how layers are paired (default: auto, or map with --map)")
     parse.add_argument("--map", metavar="FILE", help="YAML or JSON, target: source; with --by auto it settles single layers")
     parse.add_argument("--save-map", metavar="FILE", help="write the plan as a map, to edit and to feed back")
     parse.add_argument("--source-arch", metavar="NAME", help="the network that the weights were made for: its dataflow is then known")
@@ -81,8 +81,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> TransferReport:
-    from dtl.checkpoint.transfer import plan_weights
-    from dtl.checkpoint.transfer_report import TransferReport
+    from dtl.checkpoint.transfer import plan_weights, preview
     from dtl.models.build import build
 
     network = build(options.model, num_classes=_outputs(options), meta=True)
@@ -108,7 +107,8 @@ def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> Trans
         fold_norms=options.fold_norms,
         image_size=options.image_size or network.preprocessing.image_size,
     )
-    return TransferReport.of(plan, weights)
+    normalisation = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
+    return preview(plan, weights, network.module, target_preprocessing=normalisation)
 
 
 def _number(given: str | None) -> int | None:
