@@ -102,6 +102,7 @@ class Runtime:
         """Called when a second Ctrl-C ends the process."""
         self._old_handlers: dict[int, Any] = {}
         self._old_wakeup: tuple[int, socket.socket] | None = None
+        self._listener: threading.Thread | None = None
 
     @property
     def is_main(self) -> bool:
@@ -120,6 +121,7 @@ class Runtime:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+        self.group = None
 
     # ---- signals
 
@@ -133,7 +135,8 @@ class Runtime:
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         self._old_wakeup = (signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth)
-        threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True)
+        self._listener.start()
 
     def release_signals(self) -> None:
         for number, handler in self._old_handlers.items():
@@ -142,8 +145,14 @@ class Runtime:
         if self._old_wakeup is not None:
             previous, mouth = self._old_wakeup
             signal.set_wakeup_fd(previous)
+            mouth.shutdown(socket.SHUT_RDWR)  # not only close: a loader process may have inherited it
             mouth.close()
             self._old_wakeup = None
+        if self._listener is not None:
+            # A thread that outlives us may hold the last reference to the process group: freed in it while the interpreter ends, gloo's
+            # group makes the process abort (status -6) after a run that went well.
+            self._listener.join()
+            self._listener = None
 
     def _listen(self, ear: socket.socket) -> None:
         """A second Ctrl-C ends the process at once, whatever the main thread is doing."""
