@@ -37,6 +37,7 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
     for dotted, value in overrides.items():
         _check_phase(values, dotted, origin)
         _set(values, dotted, value)
+        _replace_duration(values, dotted, overrides)
     config = _validate(values, origin)
     _check_whole(config, origin)
     return config, config.run.name or _of_sweep(name)
@@ -132,6 +133,14 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
             raise UserError(f"--{dotted}: {'.'.join(parents[: i + 1])} is a single value, it has no key {last!r}")
         node = child
     node[last] = value
+
+
+def _replace_duration(values: dict[str, Any], dotted: str, overrides: Mapping[str, Any]) -> None:
+    """`--phases.all.steps 50` takes the place of the recipe's epochs, and the other way round; both as options stay a contradiction."""
+    *place, last = dotted.split(".")
+    other = {"epochs": "steps", "steps": "epochs"}.get(last)
+    if overrides[dotted] is not None and len(place) == 2 and place[0] == "phases" and other and ".".join([*place, other]) not in overrides:
+        values["phases"][place[1]].pop(other, None)
 
 
 def _validate(values: dict[str, Any], origin: str) -> Config:

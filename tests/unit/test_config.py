@@ -71,7 +71,7 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
         (["--precision", "b16"], "precision: Input should be 'auto', 'no', 'bf16' or 'fp16' \\(got 'b16'\\)"),
         (["--transfer.by", "name"], "transfer.source is missing"),
         (["--transfer.source", "x", "--transfer.by", "map"], "transfer: `by: map` and `map: FILE` go together"),
-        (["--phases.all.steps", "5"], "phases.all: give `epochs` or `steps`, not both"),
+        (["--phases.all.steps", "5", "--phases.all.epochs", "2"], "phases.all: give `epochs` or `steps`, not both"),
         (["--run.name.x", "5"], "run.name is a single value, it has no key 'x'"),
         (["--run", "5"], "run: Input should be a valid dictionary"),
         (["--data.micro_batch_size", "128"], "micro_batch_size 128 is larger than data.global_batch_size 64"),
@@ -86,6 +86,16 @@ def test_a_mistake_is_one_clear_line(arguments: list[str], message: str) -> None
     with pytest.raises(UserError, match=message) as caught:
         load_config(arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [None, "epochs: 2", "steps: 7"])
+def test_a_duration_on_the_command_line_replaces_the_other_kind(tmp_path: Path, file: str | None) -> None:
+    recipe = [] if file is None else ["--config", str(tmp_path / "own.yaml")]
+    (tmp_path / "own.yaml").write_text(f"data: {{train: a, val: b}}\nphases: {{all: {{train: all, {file}}}}}\n")
+    phase = load_config([*recipe, "--phases.all.steps", "5"])[0].phases["all"]
+    assert (phase.steps, phase.epochs) == (5, None)
+    phase = load_config([*recipe, "--phases.all.epochs", "3"])[0].phases["all"]
+    assert (phase.steps, phase.epochs) == (None, 3)
 
 
 @pytest.mark.parametrize(
