@@ -49,6 +49,8 @@ class RunConfig(Section):
     """One process, no workers, few samples, anomaly detection, deterministic algorithms, no tracker, full traceback; overfits one batch first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    gradient_compression: Literal["no", "bf16", "fp16"] = "no"
+    """Send gradients between processes as 16 bits: half the bytes, for slow networks. Gradients are rounded, so results change a little."""
     timeout_minutes: Positive = 30.0
     """A run that makes no progress for this long ends, and names the rank that the others waited for, its stage and its samples."""
 

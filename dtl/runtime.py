@@ -71,7 +71,8 @@ class Exchange:
 class Runtime:
     """This process among its peers. `close()` (or the context manager) leaves the process group."""
 
-    def __init__(self, *, device: str = "auto", precision: str = "auto", broadcast_buffers: bool = False, timeout_minutes: float = 30.0) -> None:
+    def __init__(self, *, device: str = "auto", precision: str = "auto", timeout_minutes: float = 30.0, compression: str = "no") -> None:
+        """`compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16"."""
         timeout = timedelta(minutes=timeout_minutes) + MARGIN
         launch = read_launch()
         self.launch = launch
@@ -81,7 +82,7 @@ class Runtime:
         _check_gpus(launch, use_cpu)
         if use_cpu:
             _keep_freed_memory()
-        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), broadcast_buffers, timeout)
+        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), compression, timeout)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
@@ -310,13 +311,15 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         pause = min(1.0, pause * 1.5)
 
 
-def _accelerator(use_cpu: bool, precision: str, broadcast_buffers: bool, timeout: timedelta) -> Any:
+def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timedelta) -> Any:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     handlers = [
         InitProcessGroupKwargs(timeout=timeout),
-        DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(compression)
+        ),
     ]
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
 

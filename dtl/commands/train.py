@@ -62,7 +62,9 @@ def train(config: Config, name: str) -> int:
     gc.collect()
     gc.freeze()
     limit, heart = config.run.timeout_minutes, Heartbeat()
-    with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=limit) as runtime, debugging(config.run.debug):
+    with Runtime(
+        device=config.run.device, precision=config.precision, timeout_minutes=limit, compression=config.run.gradient_compression
+    ) as runtime, debugging(config.run.debug):
         runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt())
         doctor = Doctor(
             heart, rank=runtime.rank, world_size=runtime.world_size, name=runtime.token, limit=60 * limit, say=_tell, end=lambda line: _end(folder, heart, line)

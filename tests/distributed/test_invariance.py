@@ -103,3 +103,18 @@ def test_final_metrics_with_batch_norm_stay_within_the_stated_tolerance(tmp_path
     assert found[3]["loss"] != found[1]["loss"], "batch statistics of 16 and of 48 samples differ: is this a network without norms?"
     assert found[3]["loss"] == pytest.approx(found[1]["loss"], rel=0.05), found
     assert found[3]["top1"] == pytest.approx(found[1]["top1"], abs=0.04), found
+
+
+def test_compressed_gradients_change_little(tmp_path: Path) -> None:
+    phases = {"all": {"train": "all", "steps": 6, "lr": 0.05, "momentum": 0.9}}
+    losses = {}
+    for kind in ("no", "bf16", "fp16"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=phases, run={"gradient_compression": kind})
+        run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=2, env={"DTL_CACHE": str(tmp_path / "cache")})
+        losses[kind] = [event["loss"] for event in history(folder / "runs/tiny") if event["event"] == "train"]
+    for kind in ("bf16", "fp16"):
+        assert losses[kind][0] == losses["no"][0]
+        assert losses[kind] != losses["no"], "gradients were not rounded"
+        assert losses[kind] == pytest.approx(losses["no"], rel=0.02)
