@@ -215,8 +215,12 @@ def place(
     interpolation: Interpolation,
 ) -> None:
     """Write the window of one sample, cut out already, into `out` (uint8 [3,S,S], any strides; a channels_last batch is the faster one)."""
-    picture = resize(crop, resized, interpolation)
     target = out.permute(1, 2, 0).numpy()
+    if resized == target.shape[:2] != crop.shape[:2] and offset == (0, 0) and target.flags.c_contiguous and not (horizontal_flip or vertical_flip):
+        # The kernel behind `interpolate`, written straight into the batch.
+        _KERNELS[interpolation](_as_batch(crop), resized, False, None, None, out=out[None])
+        return
+    picture = resize(crop, resized, interpolation)
     if offset != (0, 0) or picture.shape != target.shape:
         picture, target = _clip_to_window(picture, target, offset, horizontal_flip, vertical_flip)
     if not (horizontal_flip or vertical_flip):
@@ -234,11 +238,18 @@ def resize(pixels: Pixels, size: tuple[int, int], interpolation: Interpolation) 
     height, width, _ = pixels.shape
     if (height, width) == size:
         return pixels
-    dense = _writable(np.ascontiguousarray(pixels))
-    # Exact channels_last strides for the batch of one: without them torch re-packs the output plane by plane (pytorch#68430).
-    image = torch.from_numpy(dense).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
-    resized = interpolate(image, size=size, mode=interpolation, align_corners=False, antialias=True)
+    resized = interpolate(_as_batch(pixels), size=size, mode=interpolation, align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
+
+
+_KERNELS = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
+
+
+def _as_batch(pixels: Pixels) -> torch.Tensor:
+    """[1,3,H,W] with exact channels_last strides: without them torch re-packs the output plane by plane (pytorch#68430)."""
+    height, width, _ = pixels.shape
+    dense = _writable(np.ascontiguousarray(pixels))
+    return torch.from_numpy(dense).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
 
 
 def _clip_to_window(

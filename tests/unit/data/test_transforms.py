@@ -398,3 +398,22 @@ def test_golden_draws() -> None:
         assert values is not None
         assert values.tolist() == expected
     assert draws.angles == pytest.approx([10.90742, 4.920119, 2.243034], abs=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_resize_straight_into_the_batch_gives_the_pixels_of_interpolate(interpolation: str) -> None:
+    transform = train_transform(image_size=24, augment=AugmentSettings(horizontal_flip=False), interpolation=interpolation)
+    batch = torch.empty((6, 3, 24, 24), dtype=torch.uint8, memory_format=torch.channels_last)
+    planes = torch.empty((6, 3, 24, 24), dtype=torch.uint8)
+    for sample, shape in enumerate([(60, 80), (25, 24), (24, 200), (300, 31), (12, 12), (24, 24)]):
+        image = _image(*shape)
+        draws = transform.draw([sample], [shape[1]], [shape[0]], seed=0, epoch=0)
+        _, top, left, height, width = transform.region(draws, 0)
+        transform.apply(image, draws, 0, batch[sample])
+        transform.apply(image, draws, 0, planes[sample])
+        crop = torch.from_numpy(image[top : top + height, left : left + width].copy()).permute(2, 0, 1)[None]
+        expected = crop
+        if (height, width) != (24, 24):
+            expected = torch.nn.functional.interpolate(crop, size=(24, 24), mode=interpolation, align_corners=False, antialias=True)
+        assert torch.equal(batch[sample], expected[0])
+        assert torch.equal(planes[sample], expected[0])
