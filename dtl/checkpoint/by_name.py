@@ -50,7 +50,9 @@ def match_names(source: list[Entry], target: list[Unit], *, heads: Sequence[Unit
         same += 1
         found = Unit(unit.path, kinds.get(unit.path, unit.kind), roles)
         if {found.kind, unit.kind} == {"bn", "norm"}:
-            matching.flag(unit, f"the kind of norm changed: {found.kind} in the source, {unit.kind} here", [(found, "")])
+            lacking = "the source has no statistics for it (running_mean, running_var): another kind of norm, or a file without them"
+            changed = f"the kind of norm changed: {found.kind} in the source, {unit.kind} here"
+            matching.flag(unit, lacking if unit.kind == "bn" else changed, [] if unit.kind == "bn" else [(found, "")])
             continue
         transform = unit_transform(found, unit, first=not _equal(found, unit) and unit.kind == "conv" and unit.index == first())
         if transform is not None:

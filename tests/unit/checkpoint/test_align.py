@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,65 @@ def test_norms_of_another_kind_are_flagged_and_never_loaded() -> None:
         assert "the kind of norm changed" in plan.refusals[0]
 
 
+def test_a_file_without_any_statistics_says_so() -> None:
+    source = {name: value for name, value in state(net()).items() if "running" not in name and "num_batches" not in name}
+    plan = plan_transfer(source, net())
+    assert "bn1.weight is not decided: the source has no statistics for it (running_mean, running_var)" in plan.refusals[0]
+    assert not {name for name in plan.pairs if "bn" in name}
+
+
+def test_shifted_numbers_are_noticed() -> None:
+    """A convolution put into a Sequential: names fit, shapes do not, and where they do the layer is another."""
+
+    def sequence(*extra: nn.Module) -> nn.Sequential:
+        widths = [(3, 8), (8, 8), (8, 12), (12, 12), (12, 16)]
+        layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in widths]
+        return nn.Sequential(*layers[:2], *extra, *layers[2:], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+    with torch.device("meta"):
+        source, target = sequence(), sequence(nn.Conv2d(8, 8, 5, padding=2))
+    by_name = plan_transfer(source.state_dict(), target, by="name")
+    assert by_name.pairs == {}
+    assert "2.weight [8, 8, 5, 5] against 2.weight [12, 8, 3, 3]; indices may have shifted" in by_name.refusals[0]
+    plan = plan_transfer(source.state_dict(), target, min_coverage=0.5)
+    moved = {f"{n + 1}.{role}": f"{n}.{role}" for n in (2, 3, 4) for role in ("weight", "bias")}
+    assert {t: s for t, s in plan.pairs.items() if t in moved} == moved
+    assert "2.weight" in plan.fresh
+
+
+def test_legacy_densenet_names() -> None:
+    def layer() -> nn.Sequential:
+        norms = [(f"norm{n}", nn.BatchNorm2d(8)) for n in (1, 2)]
+        return nn.Sequential(OrderedDict([norms[0], ("conv1", nn.Conv2d(8, 8, 1)), norms[1], ("conv2", nn.Conv2d(8, 8, 3, padding=1))]))
+
+    with torch.device("meta"):
+        target = nn.Sequential(OrderedDict([(f"denselayer{number}", layer()) for number in (1, 2, 3)]))
+
+    def legacy(name: str) -> str:
+        return name.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2")
+
+    old = {legacy(name): value for name, value in target.state_dict().items() if "num_batches" not in name}
+    plan = plan_transfer(old, target)
+    assert plan.ok
+    right(plan, legacy)
+
+
+def test_names_of_detectron2() -> None:
+    """A norm inside its convolution, frozen norms without counters, stages counted from 2."""
+    import re
+
+    def detectron(name: str) -> str:
+        name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name).replace("shortcut.0.", "shortcut.").replace("shortcut.1.", "shortcut.norm.")
+        name = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+        return "backbone.bottom_up." + (name if name.startswith("res") else f"stem.{name}")
+
+    source = {detectron(n): v for n, v in state(net()).items() if "num_batches" not in n and not n.startswith("fc.")}
+    plan = plan_transfer(source, net())
+    assert plan.ok, plan.refusals
+    assert plan.coverage == 1.0
+    right(plan, detectron)
+
+
 def test_rival_prefixes_are_refused_and_can_be_chosen() -> None:
     source = state(net(), "encoder_q.{}".format) | state(net(), "encoder_k.{}".format)
     plan = plan_transfer(source, net())
@@ -225,10 +285,19 @@ def test_strict_order_takes_equal_sequences_whatever_the_names() -> None:
     assert plan_transfer(headless, net(), by="order").fresh == ("fc.weight", "fc.bias")
 
 
-def test_order_is_refused_for_sorted_names() -> None:
-    plan = plan_transfer(dict(sorted(state(net()).items())), net(), by="order")
+@pytest.mark.parametrize("by", ["order", "strict"])
+def test_order_is_refused_for_sorted_names(by: Any) -> None:
+    plan = plan_transfer(dict(sorted(state(net()).items())), net(), by=by)
     assert plan.pairs == {}
+    assert f"by: {by} needs the order" in plan.refusals[0]
     assert "safetensors keeps no order" in plan.refusals[0]
+
+
+def test_strict_takes_equal_sequences_or_nothing() -> None:
+    right(plan_transfer(state(net(), hashed), net(classes=3), by="strict"), hashed)
+    plan = plan_transfer(state(net(), hashed), net((3, 2)), by="strict")
+    assert plan.pairs == {}
+    assert "the sequences of shapes differ (50 tensors against 60): layer1.2.conv1.weight [8, 8, 3, 3] against" in plan.refusals[0]
 
 
 def test_order_aligns_with_gaps() -> None:
@@ -315,6 +384,20 @@ def test_every_flag_has_a_reason_and_a_line_that_settles_it() -> None:
     settled = plan_transfer(source, target, mapping={name: hashed(name)}, **options)
     assert settled.pairs[name] == hashed(name)
     assert next(o.evidence for o in settled.outcomes if o.target == name) == "map"
+    roles = {hashed(n): n.rpartition(".")[2] for n in net().state_dict()}
+    for flagged, alternatives in before.flagged.items():
+        assert {roles[other] for other in alternatives} <= {flagged.rpartition(".")[2]}, "an alternative of a weight is a weight"
+
+
+def test_the_line_in_a_refusal_settles_it() -> None:
+    import yaml
+
+    source, target = dict(sorted(state(net(), lambda n: n.replace("layer1", "a").replace("layer2", "b").replace("conv", "w")).items())), net((3, 2))
+    plan = plan_transfer(source, target, min_coverage=0.1)
+    line = plan.refusals[0].split("a map settles it: ")[1]
+    ((name, other),) = yaml.safe_load(line).items()
+    settled = plan_transfer(source, target, mapping={name: other}, min_coverage=0.1, on_ambiguous="fresh")
+    assert settled.pairs[name] == other
 
 
 # --- maps ---

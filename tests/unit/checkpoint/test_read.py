@@ -158,6 +158,22 @@ def test_sharded_index(tmp_path: Path) -> None:
         read_weights(tmp_path)
 
 
+def test_sharded_index_of_torch_files(tmp_path: Path) -> None:
+    state = small().state_dict()
+    where = {}
+    for number, half in enumerate((dict(list(state.items())[:3]), dict(list(state.items())[3:]))):
+        torch.save(half, tmp_path / f"pytorch_model-{number}.bin")
+        where.update(dict.fromkeys(half, f"pytorch_model-{number}.bin"))
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for source in (tmp_path, index):
+        read = read_weights(source)
+        assert all(torch.equal(read.tensors[name], value) for name, value in state.items())
+    torch.save({"0.weight": state["0.weight"], "args": argparse.Namespace()}, tmp_path / "pytorch_model-0.bin")
+    with pytest.raises(UserError, match=r"pytorch_model-0.bin: holds Python objects.*argparse.Namespace"):
+        read_weights(tmp_path)
+
+
 def test_dicts_modules_and_arrays() -> None:
     module = small()
     assert list(read_weights(module).tensors) == list(module.state_dict())

@@ -154,3 +154,29 @@ def test_where_class_names_are_read_from(tmp_path: Path, name: str, content: str
     (tmp_path / "photos" / "ants").mkdir(parents=True, exist_ok=True)
     top = tmp_path / name.split("/")[0]
     assert read_class_names(top, "classes") == ["ants", "bees"]
+
+
+def test_the_dry_run_looks_at_the_values_too(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it lets pass is loaded: untrained, not finite and half-precision weights are told as they are when loading."""
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4"]
+    assert main([*arguments, "--source", str(weights)]) == 0
+    assert capsys.readouterr().out.startswith("warning: the source looks untrained: all of its running means are zero\n")
+    state = torch.load(weights, weights_only=True)
+    name = next(name for name, value in state.items() if value.dim() == 4)
+    torch.save({n: v.half() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "half.pth")
+    assert main([*arguments, "--source", str(tmp_path / "half.pth")]) == 0
+    assert "tensors cast float16 -> float32" in capsys.readouterr().out
+    torch.save({**state, name: torch.full_like(state[name], float("inf"))}, tmp_path / "inf.pth")
+    assert main([*arguments, "--source", str(tmp_path / "inf.pth")]) == 2
+    assert f"refused: {name}: {name} holds values that are not finite" in capsys.readouterr().err
+
+
+def test_the_dry_run_compares_mean_and_std_with_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    state = resnet_tiny(num_classes=4).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    facts = {"format": 1, "order": list(state), "preprocessing": {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}}
+    (tmp_path / "model.json").write_text(json.dumps(facts))
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path)]) == 0
+    assert "warning: the source was trained with mean [0.5, 0.5, 0.5], here it is [0.485, 0.456, 0.406]" in capsys.readouterr().out
