@@ -1,6 +1,6 @@
 """The 20-epoch head-only phase on ants and bees: the tutorial's way against dtl, which computes the frozen network's features once.
 
-    DTL_DATA=FOLDER DTL_MBV2=FILE python benchmarks/head_only.py [--epochs 20] [--measured 2] [--views 1 4] [--json FILE]
+    DTL_DATA=FOLDER DTL_MBV2=FILE python -m benchmarks.head_only [--epochs 20] [--measured 2] [--views 1 4] [--json FILE]
 
 FOLDER holds hymenoptera_data/{train,val}; FILE is an ImageNet MobileNetV2 by the names of configs/transfer_by_order.yaml. Both sides: 224
 pixels, batches of 4, SGD at 0.001 with momentum 0.9, falling to a tenth every 7 epochs, validation after each epoch, the best epoch counts.
@@ -14,9 +14,9 @@ model folder, with and without the report's pictures. CPU seconds are those of a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,56 +25,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tutorial import cpu_seconds
+from benchmarks.tutorial import epochs as tutorial_epochs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def tutorial(data: Path, weights: Path, *, epochs: int, measured: int, threads: int) -> dict[str, Any]:
-    """pytorch.org's "Transfer Learning for Computer Vision", section "ConvNet as fixed feature extractor", with another network."""
-    import torch
-    from torch import nn
-    from torch.optim.lr_scheduler import StepLR
-    from torchvision import datasets, models, transforms
-
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    views = {
-        "train": transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]),
-        "val": transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalise]),
-    }
-    folders = {split: datasets.ImageFolder(str(data / split), views[split]) for split in views}
-    loaders = {split: torch.utils.data.DataLoader(folder, batch_size=4, shuffle=True, num_workers=2) for split, folder in folders.items()}
-    network = models.mobilenet_v2()
-    network.load_state_dict(dict(zip(network.state_dict(), torch.load(weights, weights_only=True).values())), strict=False)
-    for parameter in network.parameters():
-        parameter.requires_grad = False
-    network.classifier[1] = nn.Linear(network.last_channel, 2)
-    loss_of = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(network.classifier[1].parameters(), lr=0.001, momentum=0.9)
-    schedule = StepLR(optimizer, step_size=7, gamma=0.1)
+    """`measured` epochs of the tutorial's loop; the median stands for all `epochs`."""
+    loop = tutorial_epochs(
+        data / "train", data / "val", weights, image_size=224, batch_size=4, lr=0.001, momentum=0.9, decay_every=7, threads=threads
+    )
     times, best = [], 0.0
-    for _ in range(measured):
-        began, cpu = time.monotonic(), _cpu_seconds()
-        for split, loader in loaders.items():
-            network.train(split == "train")
-            right = 0
-            for images, labels in loader:
-                optimizer.zero_grad()
-                with torch.set_grad_enabled(split == "train"):
-                    logits = network(images)
-                    loss = loss_of(logits, labels)
-                    if split == "train":
-                        loss.backward()
-                        optimizer.step()
-                right += int((logits.argmax(1) == labels).sum())
-            if split == "train":
-                schedule.step()
-            else:
-                best = max(best, right / len(folders[split]))
-        times.append((time.monotonic() - began, _cpu_seconds() - cpu))
-        print(f"  epoch: {times[-1][0]:.1f} s, {times[-1][1]:.1f} CPU s, best {best:.4f}", file=sys.stderr, flush=True)
-    seconds, cpu_seconds = (epochs * statistics.median(column) for column in zip(*times))
-    return {"way": "tutorial", "seconds": seconds, "cpu_seconds": cpu_seconds, "top1": best, "epochs_run": measured}
+    for seconds, cpu, top1 in itertools.islice(loop, measured):
+        times.append((seconds, cpu))
+        best = max(best, top1)
+        print(f"  epoch: {seconds:.1f} s, {cpu:.1f} CPU s, best {best:.4f}", file=sys.stderr, flush=True)
+    seconds, cpu_spent = (epochs * statistics.median(column) for column in zip(*times))
+    return {"way": "tutorial", "seconds": seconds, "cpu_seconds": cpu_spent, "top1": best, "epochs_run": measured}
 
 
 def with_dtl(data: Path, weights: Path, *, epochs: int, views: int, seed: int, report: bool, threads: int) -> dict[str, Any]:
@@ -90,20 +58,16 @@ def with_dtl(data: Path, weights: Path, *, epochs: int, views: int, seed: int, r
         command = [str(Path(sys.executable).parent / command[0]), *command[1:], str(ROOT / "dtl/train.py")]
         command += [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
         environment = {**os.environ, "DTL_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": str(threads)}
-        began, cpu = time.monotonic(), _cpu_seconds()
+        began, cpu = time.monotonic(), cpu_seconds()
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        seconds, cpu_seconds = time.monotonic() - began, _cpu_seconds() - cpu
+        seconds, cpu_spent = time.monotonic() - began, cpu_seconds() - cpu
         if done.returncode:
             raise SystemExit(done.stderr)
         print("  " + "\n  ".join(line for line in done.stderr.splitlines() if "computed once" in line), file=sys.stderr, flush=True)
         status = json.loads(Path(folder, "runs/head/status.json").read_text())
         phase = status["phases"][-1]
     way = f"dtl, {views} view{'s' if views > 1 else ''}{', with the report' if report else ''}"
-    return {"way": way, "seconds": seconds, "cpu_seconds": cpu_seconds, "top1": phase["best"]["value"], "phase_seconds": phase["seconds"], "seed": seed}
-
-
-def _cpu_seconds() -> float:
-    return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return {"way": way, "seconds": seconds, "cpu_seconds": cpu_spent, "top1": phase["best"]["value"], "phase_seconds": phase["seconds"], "seed": seed}
 
 
 def main() -> None:
