@@ -197,7 +197,7 @@ FAMILIES = [
 # More of the kind, with their names kept only: building and running them to confirm the truth is what takes time.
 MORE_FAMILIES = [
     ("efficientnet_b3", "efficientnet_b3"),
-    ("efficientnet_v2_m", "tf_efficientnetv2_m"),
+    ("efficientnet_v2_m", "efficientnetv2_m"),
     ("mobilenet_v3_small", "mobilenetv3_small_100"),
     ("convnext_base", "convnext_base"),
     ("vit_b_32", "vit_base_patch32_224"),
