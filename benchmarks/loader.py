@@ -149,13 +149,13 @@ def _ours(shards: Path, data: ImageSet, workers: int, *, native: str = "1", **op
     return iter(ours.build_loader(shards, batch_size=data.batch_size, workers=workers, **options))
 
 
-def _use_native(switch: str) -> None:
+def _use_native(switch: str) -> str:
+    """What dtl then says of its native extra."""
     from dtl.data import decode_crop
 
     os.environ[decode_crop.SWITCH] = switch
     decode_crop.native.cache_clear()
-    if switch == "1":
-        assert decode_crop.native().on, decode_crop.native().summary
+    return decode_crop.native().summary
 
 
 SYSTEMS: dict[str, tuple[Callable[[ImageSet, int], Iterator[Any]], str]] = {
@@ -285,7 +285,7 @@ def main() -> None:
     options.add_argument("--tiny", action="store_true", help="a few batches only: does it run at all?")
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    facts, lines, rows = machine(), [], []
+    facts, lines, rows = machine(), [f"dtl: {_use_native('1')}"], []
     with tempfile.TemporaryDirectory() as temporary:
         for name in chosen.sets.split(","):
             folder = chosen.keep or Path(temporary)
