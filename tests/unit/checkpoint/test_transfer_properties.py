@@ -119,3 +119,61 @@ def test_a_new_name_beside_names_that_hold_is_not_guessed(seed: int) -> None:
     true = truth(ours, theirs, "keep")
     plan = plan_transfer(source.state_dict(), target, min_coverage=0.0)
     assert {t: s for t, s in plan.pairs.items() if true.get(t) != s} == {}
+
+
+def test_stages_of_one_and_two_equal_blocks_are_not_told_apart_by_counting() -> None:
+    """One block and two there, two and one here, under hashed names in alphabetical order: a block may have moved either way."""
+    rng = random.Random(235)
+    ours = theirs = random_plan(rng)
+    for what in ("insert", "classes", "delete"):
+        theirs = edit(theirs, what, rng)
+    with torch.device("meta"):
+        source, target = RandomNetwork(ours), RandomNetwork(theirs)
+    true = truth(ours, theirs, "hash parts")
+    state = dict(sorted((rename(name, "hash parts"), value) for name, value in source.state_dict().items()))
+    plan = plan_transfer(state, target, min_coverage=0.0)
+    assert {t: s for t, s in plan.pairs.items() if true.get(t) != s} == {}
+
+
+class _Shortcut(nn.Module):
+    """A block whose shortcut has the shape of its first convolution, as in RegNet; named and registered as one library or the other does."""
+
+    def __init__(self, fan_in: int, width: int, *, first: bool) -> None:
+        super().__init__()
+        inner = [("conv1", (fan_in, width, 1)), ("conv2", (width, width, 3)), ("conv3", (width, width, 5))]
+        shortcut = [("downsample", (fan_in, width, 1))] if fan_in != width else []
+        names = {"conv1": "f.a", "conv2": "f.b", "conv3": "f.c", "downsample": "proj"}
+        self.words = {word: names[word].replace(".", "_") if first else word for word, _ in (*inner, *shortcut)}
+        for word, (a, b, kernel) in (*shortcut, *inner) if first else (*inner, *shortcut):
+            parts = OrderedDict([("conv", nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False)), ("bn", nn.BatchNorm2d(b))])
+            self.add_module(self.words[word], nn.Sequential(*parts.values()) if first else nn.Sequential(parts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for word in ("conv1", "conv2", "conv3"):
+            y = self.get_submodule(self.words[word])(y)
+        return y + (self.get_submodule(self.words["downsample"])(x) if "downsample" in self.words else x)
+
+
+@pytest.mark.parametrize("alphabetical", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_shortcut_is_what_is_left_of_a_block_whose_other_layers_stand(first: bool, alphabetical: bool) -> None:
+    def network(first: bool) -> nn.Sequential:
+        blocks = [_Shortcut(8 if n == 0 else 12, 12, first=first) for n in range(3)] + [_Shortcut(12 if n == 0 else 20, 20, first=first) for n in range(2)]
+        ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5)]
+        return nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, *ends)
+
+    with torch.device("meta"):
+        source, target = network(first), network(not first)
+    state = source.state_dict()
+    plan = plan_transfer(dict(sorted(state.items())) if alphabetical else state, target)
+    words = {"proj": "downsample", "f_a": "conv1", "f_b": "conv2", "f_c": "conv3"} | {"downsample": "proj", "conv1": "f_a", "conv2": "f_b", "conv3": "f_c"}
+    parts = {"conv": "0", "bn": "1", "0": "conv", "1": "bn"}
+
+    def there(name: str) -> str:
+        path = name.split(".")
+        return name if len(path) == 2 else ".".join([path[0], words[path[1]], parts[path[2]], path[3]])
+
+    assert {t: s for t, s in plan.pairs.items() if s != there(t)} == {}
+    assert plan.ok, plan.refusals
+    assert plan.coverage == 1.0
