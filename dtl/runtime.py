@@ -58,14 +58,18 @@ class Exchange:
     """Flags on their way between the ranks; `result()` waits for the slowest of them."""
 
     def __init__(self, flags: Flags, group: dist.ProcessGroup | None) -> None:
-        self._values = torch.tensor(flags.to_list(), dtype=torch.int32)
-        self._work = None if group is None else dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        self._flags = flags
+        self._work = None
+        if group is not None:
+            self._values = torch.tensor(flags.to_list(), dtype=torch.int32)
+            self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
     def result(self) -> Flags:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return Flags(*(bool(value) for value in self._values.tolist()))
+            self._flags = Flags(*(bool(value) for value in self._values.tolist()))
+        return self._flags
 
 
 class Runtime:
