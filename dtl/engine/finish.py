@@ -82,6 +82,9 @@ def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
         _save_model(trainer, model, folder, config)
         folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
         tracker.table(table_rows(trainer.numbers()))
+        worse = fell_behind(trainer.numbers(), lr=trainer.phases[-1].config.lr)
+        if worse:
+            tracker.say(worse)
         page = _make_report(folder, config, tracker.say)
         tracker.attach(None if page is None else page.parent, model if config.tracking.wandb_model else None, step=state.step)
     tracker.close("done")
@@ -106,6 +109,21 @@ def _make_report(folder: RunFolder, config: Config, say: Callable[[str], None]) 
 
 def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "val_loss": (row["val"] or {}).get("loss"), "top1": (row["val"] or {}).get("top1")} for row in results]
+
+
+def fell_behind(results: Sequence[dict[str, Any]], *, lr: float) -> str | None:
+    """The line for a last phase that ended more than a point of top1 below an earlier one: what it learned cost what was there."""
+    scored = [row for row in results if row["task"] == "classify" and (row["val"] or {}).get("top1") is not None]
+    if len(scored) < 2 or scored[-1] is not results[-1]:
+        return None
+    last, best = scored[-1], max(scored[:-1], key=lambda row: row["val"]["top1"])
+    if last["val"]["top1"] >= best["val"]["top1"] - 0.01:
+        return None
+    name = last["phase"]
+    return (
+        f"phase {name} ended below phase {best['phase']} ({100 * last['val']['top1']:.1f} % after {100 * best['val']['top1']:.1f} %): a rate of {lr:g} "
+        f"may be too much for these weights; try --phases.{name}.lr {lr / 10:g}, --phases.{name}.layer-decay 0.7, or the run without {name}"
+    )
 
 
 def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
