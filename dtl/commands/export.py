@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from dtl.engine.image_inputs import ImageInputs
 
 _DESCRIPTION = """\
 Write a trained model for other programs, and compare it with PyTorch on real images before it gets its name.
@@ -43,17 +47,38 @@ def run(arguments: Sequence[str]) -> int:
 
     if options.to == "onnx":
         need("onnx", "onnxscript")  # before the work
-    folder, _ = find_model(options.model)
+    folder, run_folder = find_model(options.model)
     model = open_model(folder)
-    inputs = find_images(options.images) if options.images else None
+    inputs = find_images(options.images) if options.images else _images_of(run_folder)
     done = export(model, target, to=options.to, images=real_images(model, inputs), opset=options.opset)
-    of = "images" if inputs is not None else "of the built-in digits (--images takes your own)"
+    of = "images" if options.images else "of the run's validation images" if inputs is not None else "of the built-in digits (--images takes your own)"
     if done.difference is None:
         print(f"not checked against PyTorch: {done.note}", file=sys.stderr)
     else:
         print(f"checked against PyTorch on {done.num_images} {of}: largest difference of a logit {done.difference:.2g}")
     print(f"{done.path} ({options.to}{'' if done.difference is None else ', ' + done.note}), {done.path}.json")
     return 0
+
+
+def _images_of(run_folder: Path | None) -> ImageInputs | None:
+    """The run's validation images, as it packed them; None for a model folder, and where they cannot be had here any more."""
+    if run_folder is None:
+        return None
+    from dtl.data.cache import open_split
+    from dtl.engine.image_inputs import find_images
+    from dtl.engine.model_run import stored_config
+
+    data = stored_config(run_folder).data
+    source, fraction = (data.val, 0.0) if data.val is not None else (data.train, data.val_fraction)
+    if source is None or "://" in source or source.startswith("pipe:"):
+        return None
+    try:
+        shards = open_split(
+            source, split="val", cache_dir=data.cache_dir, names=data.names, on_error=data.on_error, val_fraction=fraction, say=lambda line: None
+        )
+        return find_images([str(shards.folder)])
+    except UserError:
+        return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,5 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", choices=("onnx", "torch-export", "safetensors"), required=True, help="the format")
     add("--out", required=True, metavar="FILE", help="the file to write; FILE.json is written beside it")
     add("--opset", type=int, metavar="N", help="version of the ONNX operators (torch's default)")
-    add("--images", action="append", metavar="PATH", help="images to compare on: a folder, a list, shards; may be repeated")
+    add(
+        "--images", action="append", metavar="PATH",
+        help="images to compare on: a folder, a list, shards; may be repeated (by default the run's validation images)",
+    )  # fmt: skip
     return parser

@@ -54,3 +54,10 @@ def test_the_model_can_be_evaluated_and_used(finished: tuple[Path, subprocess.Co
     expected = status(folder / "runs/digits")["phases"][-1]["val"]
     assert metrics["top1"] == expected["top1"]
     assert metrics["num_samples"] == expected["num_samples"]
+
+
+def test_an_export_is_compared_on_the_runs_own_images(finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    folder, _ = finished
+    command = [str(folder / "runs/digits"), "--to", "safetensors", "--out", "digits.safetensors"]
+    done = run(command, cwd=tmp_path, command="export", env={"DTL_CACHE": str(folder / "cache")})
+    assert "checked against PyTorch on 8 of the run's validation images" in done.out()
