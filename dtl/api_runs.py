@@ -50,7 +50,7 @@ class Run:
 def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str, Any] | None = None) -> Run:
     """Train by a recipe, as `dtl train` does: a config file, a built-in one (digits, finetune, features), or its sections as a dict.
 
-    `options` go on top, under their dotted names: `dtl.fit("finetune", {"data.train": "photos", "data.val_fraction": 0.15})`.
+    `options` go on top, under their dotted names: `dtl.fit("finetune", {"data.train": "all_photos", "data.val_fraction": 0.15})`.
     The same call again goes on where the run stopped, or gives the result of a finished one. Raises UserError as the command does.
     """
     config, name = _config(recipe, options or {})

@@ -69,7 +69,9 @@ def _read_recipe(file: str) -> tuple[str, str, str]:
     try:
         return path.read_text(encoding="utf-8"), str(path), path.stem
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file (built-in recipes: {', '.join(builtin)})") from None
+        near = difflib.get_close_matches(path.stem, list(builtin), n=1, cutoff=0.6)
+        hint = f"; did you mean --config {near[0]}?" if near else f" (built-in recipes: {', '.join(builtin)})"
+        raise UserError(f"{path}: no such config file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this config file: {error}") from None
 

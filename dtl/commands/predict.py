@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model folder, or a run (runs/NAME)")
     add("paths", metavar="PATH", nargs="+", help="images, folders, list files, packed shards, or -")
-    add("--out", required=True, metavar="FILE", help="FILE.csv or FILE.jsonl; - for standard output")
+    add("--out", default="-", metavar="FILE", help="FILE.csv or FILE.jsonl (default: -, CSV on standard output)")
     add("--format", choices=("csv", "jsonl"), help="by default the ending of FILE, csv for -")
     add("--top", type=_count(1), default=1, metavar="N", help="with JSON lines: a list of the N most probable classes (1)")
     add("--batch-size", type=_count(1), default=64, metavar="N", help="images at once on each process (64)")

@@ -56,6 +56,8 @@ def ensure_packed(
     if isinstance(source, str) and is_remote_folder(source):
         return _ensure_mirrored(source, split, cache_dir, options, say)
     if (ready := packed_folder(source, split)) is not None:
+        if val_fraction and split == "train":
+            say(f"{source} is packed: its own splits count, and data.val_fraction does not")
         return ready
     if (tars := shards_for_training(source, split)) is not None:
         if val_fraction:
@@ -73,10 +75,13 @@ def ensure_packed(
             options=options,
         )
     opened = open_source(source, classes=classes, names=names, on_error=on_error)
+    if val_fraction and opened.has_splits:
+        raise UserError(
+            f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them"
+        )
     wanted = _wanted_split(source, opened, split, val_fraction)
-    fraction = 0.0 if opened.has_splits else val_fraction
     place = _cache_place(cache_dir)
-    home = place / _fingerprint(opened, val_fraction=fraction, on_error=on_error, seed=seed, fixed=classes is not None)
+    home = place / _fingerprint(opened, val_fraction=val_fraction, on_error=on_error, seed=seed, fixed=classes is not None)
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
         return folder
@@ -87,7 +92,7 @@ def ensure_packed(
                 source,
                 opened,
                 say,
-                val_fraction=fraction,
+                val_fraction=val_fraction,
                 on_error=on_error,
                 seed=seed,
                 processes=processes,

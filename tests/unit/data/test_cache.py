@@ -59,8 +59,17 @@ def test_both_splits_of_one_source(tmp_path: Path, photos: Path) -> None:
     train, val = (packed_into(tmp_path, photos, split=split, val_fraction=0.25) for split in ("train", "val"))
     assert train.parent == val.parent
     assert (Shards.open(train).num_samples, Shards.open(val).num_samples) == (15, 5)
-    train, val = (packed_into(tmp_path, "digits", split=split, val_fraction=0.1) for split in ("train", "val"))
+    train, val = (packed_into(tmp_path, "digits", split=split) for split in ("train", "val"))
     assert (Shards.open(train).num_samples, Shards.open(val).num_samples) == (1437, 360), "digits come with their splits"
+
+
+def test_a_fraction_of_what_has_splits_is_not_ignored(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(UserError, match=r"digits has splits of its own \(train, val\): leave data.val_fraction out"):
+        packed_into(tmp_path, "digits", val_fraction=0.1)
+    pack(photos, tmp_path / "d", val_fraction=0.25, progress=False)
+    said: list[str] = []
+    packed_into(tmp_path, tmp_path / "d", said, val_fraction=0.5)
+    assert said == [f"{tmp_path / 'd'} is packed: its own splits count, and data.val_fraction does not"]
 
 
 def test_validation_takes_the_classes_of_training(tmp_path: Path, photos: Path) -> None:
