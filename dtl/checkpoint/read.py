@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -247,17 +248,31 @@ def _why_blocked(path: Path, error: Exception) -> str:
             f"python -c \"import torch; torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
         )
     blocked = _unsafe_globals(path)
+    # torch.load(..., weights_only=True) runs nothing but what it is given by name, also where a user trusts the file.
+    by_hand = "save model.state_dict() with the program that wrote it"
+    if any(re.fullmatch(r"[\w.]+", name) is None for name in blocked):  # names are the file's: none may slip into a command
+        return f"holds Python objects of names that Python does not have ({_some(blocked)}); do not trust it: {by_hand}"
     if any(name.startswith("torch.nn.modules.") for name in blocked):
+        found = f"a whole pickled module ({_some(blocked)}), which runs code when opened"
+        if not zipfile.is_zipfile(path):  # torch before 1.6 put the source code in, which only the unsafe way reads
+            return f"{found}, in torch's old format: {by_hand}"
         return (
-            f"a whole pickled module ({_some(blocked)}), which runs code when opened; where you trust it, convert it once, beside its "
-            f"source code: python -c \"import torch; m = torch.load('{path}', weights_only=False); "
+            f"{found}; where you trust it, convert it once, beside its source code: "
+            "python -c \"import torch, pydoc; "
+            f"torch.serialization.add_safe_globals([(pydoc.locate(n), n) for n in '{' '.join(blocked)}'.split()]); "
+            f"m = torch.load('{path}', weights_only=True); "
             "m = m if hasattr(m, 'state_dict') else next(v for v in m.values() if hasattr(v, 'state_dict')); torch.save(m.state_dict(), 'weights.pth')\""
         )
     if blocked:
         return (
-            f"holds Python objects that could run code when opened ({_some(blocked)}); where you trust it, keep the weights only: "
-            f"python -c \"import torch; c = torch.load('{path}', weights_only=False); s = c.get('state_dict', c.get('model', c)); "
+            f"holds Python objects that could run code when opened ({_some(blocked)}); keep the weights only, with empty stand-ins for all but NumPy's: "
+            "python -c \"import torch, numpy, pydoc; "
+            "D = type('D', (), dict(__init__=lambda s, *a, **k: None, __setstate__=lambda s, x: None)); "
+            "torch.serialization.add_safe_globals([(pydoc.locate(n) if n.startswith(('numpy.', '_codecs.')) else D, n) "
+            f"for n in '{' '.join(blocked)}'.split()] + [type(numpy.dtype(t)) for t in '?bhilqBHILQefd']); "
+            f"c = torch.load('{path}', weights_only=True); s = c.get('state_dict', c.get('model', c)); "
             "torch.save({k: torch.as_tensor(v) for k, v in s.items() if hasattr(v, 'shape')}, 'weights.pth')\""
+            f"; or {by_hand}"
         )
     if isinstance(error, OSError):
         return f"not readable ({_line(error)})"

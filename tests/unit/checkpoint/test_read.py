@@ -15,6 +15,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -90,7 +91,7 @@ class Custom(nn.Linear):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {"w": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, "argparse.Namespace.*weights_only=False"),
+        ({"state_dict": {"w": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, "argparse.Namespace.*weights_only=True"),
         ({"w": torch.zeros(2), "rng": random.Random(0)}, "random.Random"),
         (small(), "a whole pickled module.*convert it once.*state_dict"),
         ([1, 2], "holds a list, not a state dict"),
@@ -310,6 +311,36 @@ def test_the_line_that_converts_a_whole_module_works(tmp_path: Path, container: 
     line = str(refused.value).split('python -c "')[1].rstrip('"')
     subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
     assert list(read_weights(tmp_path / "weights.pth").tensors) == list(module.state_dict())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_line_that_keeps_the_weights_only_works(tmp_path: Path, zipped: bool) -> None:
+    state = small().state_dict()
+    beside = {"args": argparse.Namespace(lr=1), "rng": random.Random(0), "best": numpy.float64(0.5), "place": Path("x")}
+    torch.save({"state_dict": state, **beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="could run code when opened") as refused:
+        read_weights(tmp_path / "w.pth")
+    line = str(refused.value).split('python -c "')[1].split('"')[0]
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    found = read_weights(tmp_path / "weights.pth").tensors
+    assert list(found) == list(state)
+    assert all(torch.equal(torch.as_tensor(found[name]), state[name]) for name in state)
+
+
+def test_the_line_that_keeps_the_weights_only_runs_nothing_of_the_file(tmp_path: Path) -> None:
+    torch.save({"state_dict": small().state_dict(), "evil": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="could run code when opened") as refused:
+        read_weights(tmp_path / "w.pth")
+    line = str(refused.value).split('python -c "')[1].split('"')[0]
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=False, capture_output=True)  # it may well refuse such a file
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_whole_module_in_the_old_format_has_no_safe_line(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"a whole pickled module .* in torch's old format: save model.state_dict\(\)") as refused:
+        read_weights(tmp_path / "whole.pth")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
