@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transfer_networks import Window
 
 from dtl.checkpoint import adapt, load_pretrained
 from dtl.checkpoint.heads import pick_rows
@@ -138,16 +139,6 @@ def test_a_transfer_resizes_positions_for_another_image_size(by: str) -> None:
 
 
 def test_a_transfer_resizes_relative_tables() -> None:
-    class Window(nn.Module):
-        def __init__(self, size: int) -> None:
-            super().__init__()
-            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-            self.relative_position_bias_table = nn.Parameter(torch.randn((2 * size - 1) ** 2, 2))
-            self.head = nn.Linear(8, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.proj(self.qkv(x)[:, :8]))
-
     source, target = Window(7), Window(12)
     report = load_pretrained(target, source.state_dict())
     assert [o.transform for o in report.outcomes if o.transform] == ["resize_relative_table"]

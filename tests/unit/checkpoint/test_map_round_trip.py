@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_adapt import Tokens
 from torch import nn
-from transfer_networks import RandomNetwork, edit, random_plan, rename
+from transfer_networks import RandomNetwork, Tied, Window, edit, random_plan, rename
 
 from dtl.checkpoint.adapt import TRANSFORMS, apply_transform
 from dtl.checkpoint.mapping import save_map
@@ -50,27 +50,6 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.qkv(x).chunk(3, -1) if hasattr(self, "qkv") else (self.query(x), self.key(x), self.value(x))
         return self.head(self.fc1(sum(parts)))
-
-
-class Window(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * size - 1) ** 2, 2))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.proj(self.qkv(x)[:, :8]))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.b(self.a(x)))
 
 
 class Patches(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transfer_networks import Tied
 
 from dtl.checkpoint import load_pretrained, plan_transfer
 from dtl.checkpoint.read import read_weights
@@ -147,15 +148,6 @@ def test_types_are_cast_and_told(source: Net) -> None:
 
 
 def test_tied_tensors_are_loaded_once_and_must_agree() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-            self.b.weight = self.a.weight
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(self.b(self.a(x)))
-
     source, target = Tied(), Tied()
     load_pretrained(target, source.state_dict())
     assert torch.equal(target.a.weight, source.a.weight)

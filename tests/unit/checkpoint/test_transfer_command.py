@@ -53,6 +53,15 @@ def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: py
         (["--verify"], "--verify needs --source-arch"),
         (["--by", "map"], "by: map needs a map"),
         (["--min-coverage", "7"], "min_coverage: 7.0 is not between 0 and 1"),
+        (["--head-rows", "a=b"], "--head-rows needs --keep-head rows"),
+        (["--keep-head", "rows", "--head-rows", "a=b", "--head-rows", "c"], "--head-rows c: expected NEW=OLD"),
+        (["--keep-head", "rows"], "the class names of both sides must be known to choose rows"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", "a,b,c"], "the source has no head of 3 outputs"),
+        (["--classes", "a,b"], "--num-classes 4 beside 2 names in --classes"),
+        (["--keep-head", "rows", "--classes", "a,b,c,x", "--source-classes", ",".join("abcdefghij")], "the source has no class 'x'"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "calls several of its classes 'a'"),
+        (["--classes", "nowhere.txt"], "--classes: nowhere.txt is not readable as class names"),
+        (["--ignore", "decoder.*"], "ignore: decoder.* fits no tensor of the source"),
     ],
 )
 def test_wrong_options(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,25 +113,6 @@ def test_rows_of_the_head_by_class_names(weights: Path, tmp_path: Path, capsys: 
     assert '"rows": [7, [2, 3]]' in (tmp_path / "m.yaml").read_text()
     assert main([*arguments, "--num-classes", "2", "--map", str(tmp_path / "m.yaml"), "--report", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["plan"] == report["plan"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--head-rows", "a=b"], "--head-rows needs --keep-head rows"),
-        (["--keep-head", "rows", "--head-rows", "a=b", "--head-rows", "c"], "--head-rows c: expected NEW=OLD"),
-        (["--keep-head", "rows"], "the class names of both sides must be known to choose rows"),
-        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", "a,b,c"], "the source has no head of 3 outputs"),
-        (["--classes", "a,b"], "--num-classes 4 beside 2 names in --classes"),
-        (["--keep-head", "rows", "--classes", "a,b,c,x", "--source-classes", ",".join("abcdefghij")], "the source has no class 'x'"),
-        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "calls several of its classes 'a'"),
-        (["--classes", "nowhere.txt"], "--classes: nowhere.txt is not readable as class names"),
-        (["--ignore", "decoder.*"], "ignore: decoder.* fits no tensor of the source"),
-    ],
-)
-def test_wrong_options_of_the_head_and_of_ignore(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), *options]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_a_source_that_holds_more_than_the_network_is_refused_with_the_option_that_accepts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

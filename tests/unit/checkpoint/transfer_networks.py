@@ -1,7 +1,7 @@
 """Random small networks, random edits of them, and the true correspondence of their tensors, by construction.
 
 A network is a plan of layers, each with an identity that survives every edit that leaves the layer what it is. Names come from
-the plan, so that an inserted block never takes another block's name.
+the plan, so that an inserted block never takes another block's name. At the end two fixed ones: a table of relative positions, and tied weights.
 """
 
 from __future__ import annotations
@@ -238,3 +238,24 @@ def truth(source: NetworkPlan, target: NetworkPlan, how: str) -> dict[str, str]:
                 if name.rpartition(".")[0] == ours[identity]:
                     found[f"{path}.{name.rpartition('.')[2]}"] = rename(name, how)
     return found
+
+
+class Window(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * size - 1) ** 2, 2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.proj(self.qkv(x)[:, :8]))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.b(self.a(x)))
