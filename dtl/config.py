@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from dtl.config_models import Config, PhaseConfig, Section
 from dtl.errors import UserError
+from dtl.wording import some
 
 __all__ = ["Config", "PhaseConfig", "Section", "builtin_recipes", "config_from_dict", "load_config"]
 
@@ -165,6 +166,9 @@ def _one_line(error: ValidationError, origin: str) -> str:
     dotted = ".".join(_real_keys(place))
     if first["type"] == "missing":
         return f"{origin}: {dotted} is missing"
+    inner = _known_keys(place)
+    if inner and not isinstance(first["input"], dict):
+        return f"{origin}: {dotted} is a section, not a single value (got {first['input']!r}); its settings are {dotted}.{inner[0]}, {some(inner[1:])}"
     messages = [e["msg"] for e in problems if [str(p) for p in e["loc"]][: len(_real_keys(place))] == _real_keys(place)]
     message = "; or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in messages))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"

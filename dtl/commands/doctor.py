@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtl.wording import OptionParser
+
 _DESCRIPTION = """\
 What would go wrong here, before it does: versions of PyTorch, CUDA and the driver, GPUs and their links, shared memory, open files,
 memory, disks, the network interface that ranks would meet over, a sum over two real processes, the speed of decoding against that of
@@ -77,7 +79,7 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="dtl doctor", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

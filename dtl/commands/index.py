@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from dtl.wording import OptionParser
+
 _DESCRIPTION = """\
 Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
 read: each is checked once from end to end (headers, sizes, end marks, every image's header).
@@ -54,7 +56,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="dtl index", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+
+from dtl.wording import OptionParser
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="dtl models", description="List the networks that can be named in model.name.")
+    parser = OptionParser(prog="dtl models", description="List the networks that can be named in model.name.")
     parser.add_argument("word", nargs="?", default="", help="only names that contain this")
     options = parser.parse_args(list(arguments))
 

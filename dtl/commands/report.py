@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from dtl.errors import UserError
+from dtl.wording import OptionParser
 
 _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="dtl report",
         description=_DESCRIPTION,
         epilog=_EPILOG,

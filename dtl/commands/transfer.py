@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
+from dtl.wording import OptionParser
 
 if TYPE_CHECKING:
     from dtl.checkpoint.read import SourceWeights
@@ -24,7 +25,7 @@ exit status: 0 the weights would be loaded; 2 they would be refused (the reason 
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="dtl transfer", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse = OptionParser(prog="dtl transfer", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--model", required=True, help="the network to fill: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
     parse.add_argument("--source", required=True, help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY chooses inside")
     parse.add_argument("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
+from dtl.wording import OptionParser
 
 if TYPE_CHECKING:
     from dtl.data.verify import VerifyReport
@@ -59,7 +60,7 @@ def _summary(report: VerifyReport, *, quarantine: bool) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="dtl verify", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

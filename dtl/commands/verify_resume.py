@@ -14,13 +14,14 @@ from pathlib import Path
 
 from dtl.errors import UserError
 from dtl.resume_check import Result, check
+from dtl.wording import OptionParser
 
 _EPILOG = """All other options are those of `dtl train`. Keep the run short (--phases.all.steps 50): it is done at least twice.
 On a CPU the weights must come out bit-identical; on a GPU only where its kernels are deterministic."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="dtl verify-resume", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--kills", type=int, default=6, metavar="N", help="how often a run is killed (default 6)")

@@ -12,8 +12,8 @@ from pathlib import Path
 from dtl.data.fetch_other import find_by_fsspec
 from dtl.data.fetch_stream import FetchError
 from dtl.data.remote import base_name, is_remote, kind_of, shown
-from dtl.data.sources import nearest
 from dtl.errors import UserError
+from dtl.wording import near_path
 
 # Of a split, the names under which shards are kept, in their file names or as folders.
 SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -37,8 +37,7 @@ def find_shards(sources: Sequence[Tar]) -> list[Tar]:
     missing = [path for path in found if isinstance(path, Path) and not path.is_file()]
     if missing:
         first = missing[0]
-        near = nearest(first.name, [entry.name for entry in first.parent.iterdir()]) if first.parent.is_dir() else ""
-        raise UserError(f"{first} does not exist{near if len(found) == 1 else f' ({len(missing):,} of {len(found):,} shards are missing)'}")
+        raise UserError(f"{first} does not exist{near_path(first) if len(found) == 1 else f' ({len(missing):,} of {len(found):,} shards are missing)'}")
     seen: set[Tar] = set()
     for path in found:
         same = path.resolve() if isinstance(path, Path) else path

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dtl.data.foreign_samples import FOLDER, Label, shown
 from dtl.data.manifest import MANIFEST_NAME, Manifest
-from dtl.data.sources import nearest
 from dtl.errors import UserError
+from dtl.wording import nearest
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:

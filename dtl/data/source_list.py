@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.data.display_names import find_display_names
-from dtl.data.sources import ALL, Source, SourceBuilder, nearest
+from dtl.data.sources import ALL, Source, SourceBuilder
 from dtl.data.strings import StringTable
 from dtl.errors import UserError
+from dtl.wording import nearest
 
 _PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
 _LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")

@@ -6,7 +6,6 @@ Here images are only listed, none is read: that is pack's work.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -20,6 +19,7 @@ from dtl.data.digits import DIGITS_VAL_FRACTION, read_digits
 from dtl.data.png import store_png
 from dtl.data.strings import StringTable
 from dtl.errors import UserError
+from dtl.wording import near_path
 
 # Names of the folders of a split, best first: val is set aside for choosing, test is meant for the end.
 VAL_NAMES = ("val", "valid", "validation", "test")
@@ -195,19 +195,12 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(sha256(data).digest()[:8], "big")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
 def _check_exists(path: Path) -> None:
     if path.exists():
         return
     if path.is_symlink():
         raise UserError(f"{path} is a link to {path.readlink()}, which does not exist")
-    parent = path.parent
-    if not parent.is_dir():
-        raise UserError(f"{path} does not exist (nor does the folder {parent})")
-    hint = nearest(path.name, [*(entry.name for entry in parent.iterdir()), *(["digits"] if parent == Path() else [])])
+    hint = near_path(path, others=["digits"])
+    if not path.parent.is_dir():
+        raise UserError(f"{path} does not exist (nor does the folder {path.parent}){hint}")
     raise UserError(f"{path} does not exist{hint or '; give a folder of images, a list file, or the word digits'}")

@@ -73,7 +73,7 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
         (["--transfer.source", "x", "--transfer.by", "map"], "transfer: `by: map` and `map: FILE` go together"),
         (["--phases.all.steps", "5", "--phases.all.epochs", "2"], "phases.all: give `epochs` or `steps`, not both"),
         (["--run.name.x", "5"], "run.name is a single value, it has no key 'x'"),
-        (["--run", "5"], "run: Input should be a valid dictionary"),
+        (["--run", "5"], "run is a section, not a single value"),
         (["--data.micro_batch_size", "128"], "micro_batch_size 128 is larger than data.global_batch_size 64"),
         (["--data.val", "x", "--data.val_fraction", "0.1"], "both given"),
         (["--data.train", "photos"], "would use the digits recipe; give --config finetune"),
@@ -101,13 +101,13 @@ def test_a_duration_on_the_command_line_replaces_the_other_kind(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: [1, 2]\nphases: {a: {}}", "data: Input should be a valid dictionary"),
+        ("data: [1, 2]\nphases: {a: {}}", "data is a section, not a single value"),
         ("data: {train: x\n", "not valid YAML"),
         ("- a\n- b\n", "a config is a mapping of sections, got list"),
         ("data: {train: x}\n", "no phases"),
         ("phases: {all: {}}\n", "no training data"),
         ("data: {train: x}\nphases: {'a b': {}}\n", "'a b' cannot name a phase"),
-        ("data: {train: x}\nphases: {all: 3}\n", "phases.all: Input should be a valid dictionary"),
+        ("data: {train: x}\nphases: {all: 3}\n", "phases.all is a section, not a single value"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -236,10 +236,11 @@ def test_folders_that_are_refused(tmp_path: Path, case: str, message: str) -> No
 
 
 def test_missing_sources(tmp_path: Path) -> None:
-    image_folder(tmp_path / "hymenoptera", {"a": 1, "b": 1})
+    image_folder(tmp_path / "hymenoptera/train", {"a": 1, "b": 1})
     (tmp_path / "link").symlink_to(tmp_path / "away")
     for name, message in [
-        ("hymenoptra", "hymenoptra does not exist; did you mean 'hymenoptera'?"),
+        ("hymenoptra", f"hymenoptra does not exist; did you mean '{tmp_path}/hymenoptera'?"),
+        ("hymenoptra/trian", f"trian does not exist .nor does the folder .*; did you mean '{tmp_path}/hymenoptera/train'?"),
         ("zzz", "zzz does not exist; give a folder of images"),
         ("no/such", r"does not exist \(nor does the folder"),
         ("link", "is a link to .*away, which does not exist"),

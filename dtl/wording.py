@@ -1,0 +1,80 @@
+"""Words for people: counted things, and what somebody may have meant who mistyped a name, a path or an option. Nothing heavy in here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dtl.errors import UserError
+
+_PLURALS = {"process": "processes", "class": "classes", "is": "are"}
+
+
+def counted(number: float, what: str) -> str:
+    """`1 epoch`, `1,437 images`, `2 loader processes`: the last word of `what` is put into the plural."""
+    first, space, last = what.rpartition(" ")
+    word = last if number == 1 else _PLURALS.get(last, f"{last}s")
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {first}{space}{word}"
+
+
+def some(names: Sequence[str], *, limit: int = 5) -> str:
+    """`a, b, c and 7 more`."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def near_path(path: Path, *, others: Sequence[str] = ()) -> str:
+    """`; did you mean 'x'?` with the whole path to type, for a path that does not exist; nothing where no name is near.
+
+    Each part that does not exist is replaced by its nearest neighbour, as long as there is one. `others` are words that go as well.
+    """
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if part == ".." or (found / part).exists():
+            found = found / part
+            continue
+        try:
+            names = [entry.name for entry in found.iterdir()]
+        except OSError:
+            names = []
+        close = difflib.get_close_matches(part, [*names, *others] if len(path.parts) == 1 else names, n=1, cutoff=0.6)
+        if not close:
+            return ""
+        found = found / close[0]
+    return f"; did you mean '{found}'?"
+
+
+def near_run(path: Path) -> str:
+    """As `near_path`, for a run or a model folder: one under runs/ may have been named without it."""
+    inside = Path("runs") / path
+    if not path.is_absolute() and inside.is_dir():
+        return f"; did you mean '{inside}'?"
+    return near_path(path) or (near_path(inside) if not path.is_absolute() else "")
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse, whose complaints are one line like all of ours, with the nearest option for a mistyped one."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+            message = f"unknown option {word}" if word.startswith("-") else f"{word} is one argument too many"
+            hint = self._meant(word)
+        raise UserError(f"{self.prog}: {message}{hint}; {self.prog} --help lists what it takes")
+
+    def _meant(self, word: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        # `--data` for `--data.val`: what it begins is nearer than what it resembles.
+        begun = [option for option in known if option.startswith((f"{word}.", f"{word}-"))] if word.startswith("--") else []
+        return f"; did you mean {begun[0]}?" if begun else nearest(word, known).replace("'", "") if word.startswith("--") else ""
