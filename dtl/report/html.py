@@ -192,7 +192,7 @@ table{border-collapse:collapse;width:100%;margin-bottom:.8rem;font-variant-numer
 th,td{padding:.42rem 1.4rem .42rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{font-weight:500;color:var(--soft);font-size:.85rem}
 tbody th{font-weight:600}
-.n{text-align:right}
+.n{text-align:right;white-space:nowrap;overflow-wrap:normal}
 th:last-child,td:last-child{padding-right:0}
 figure{margin:0}
 .plot img{display:block;width:100%;height:auto}

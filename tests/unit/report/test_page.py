@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,14 @@ from report_runs import PHASES, make_config, make_run, write_history
 
 from dtl.errors import UserError
 from dtl.report import make_comparison, make_report
+from dtl.report.html import Cell
+from dtl.report.html import page as page_of
+from dtl.report.html import table as table_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--enable-logging=stderr"]
+no_browser = pytest.mark.skipif(BROWSER is None, reason="no browser: install one with `apt-get install chromium`")
 NASTY = '<script>alert("$x")</script>&amp; a name that is very long and has_no_spaces_anywhere_in_it_to_break_the_line_at'
 
 
@@ -77,41 +82,57 @@ def test_right_and_wrong_are_told_by_mark_and_words_too(run: SimpleNamespace) ->
     assert "✗" in page.text
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser: install one with `apt-get install chromium`")
+@no_browser
 @pytest.mark.parametrize("width", [375, 1280])
 def test_a_real_browser_shows_it(run: SimpleNamespace, tmp_path: Path, width: int) -> None:
-    """In a frame of that width: a window cannot be made so narrow everywhere. A frame with `srcdoc` may be measured from outside."""
-    wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(f"""<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><title>wrapper</title><body>
-<pre id="found"></pre><iframe id="frame" width="{width}" height="900" srcdoc="{html.escape(run.page.read_text(encoding="utf-8"))}"></iframe>
-<script>
-onload = () => {{  // of the whole: the frame and its images are there
-  const page = frame.contentDocument, images = [...page.images];
-  page.querySelector("details").open = true;
-  found.textContent = JSON.stringify({{
-    width: page.documentElement.clientWidth, scroll: page.documentElement.scrollWidth, images: images.length,
-    broken: images.filter(image => !image.naturalWidth).length, text: page.body.innerText,
-    narrow: images.filter(image => image.currentSrc != image.src).length,
-  }});
-}};
-</script>""")
-    command = [
-        str(BROWSER),
-        *FLAGS,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-        f"file://{wrapper}",
-    ]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
-    found = json.loads(html.unescape(shown.stdout.split('<pre id="found">')[1].split("</pre>")[0]))
+    found = measured(run.page.read_text(encoding="utf-8"), width, tmp_path)
     assert found["scroll"] == found["width"] <= width
     assert found["images"] == len(Page.read(run.page).images)
     assert found["broken"] == 0
     assert found["narrow"] == (1 if width < 640 else 0)  # the curves have a drawing of their own there
     for words in ("digits", "Course of the run", "What the network sees", "Most often confused", "Pretrained weights", "global_batch_size"):
         assert words in found["text"]
+
+
+@no_browser
+def test_numbers_beside_long_names_stay_on_one_line_in_a_narrow_window(tmp_path: Path) -> None:
+    names = ("hard-leaved pocket orchid", "pink-yellow dahlia", "a_name_without_a_single_space_in_it_at_all")
+    rows = [[Cell(one), Cell(other), Cell("12", number=True), Cell("1,234", number=True)] for one in names for other in names]
+    table = table_of(["class", "taken for", "times", "of"], rows, compact=True)
+    found = measured(page_of("names", "", [table], footer=""), 375, tmp_path)
+    assert found["numbers"] == 2 * len(rows) + 2
+    assert found["cut"] == []
+    assert found["scroll"] == found["width"]
+
+
+def measured(document: str, width: int, folder: Path) -> dict[str, Any]:
+    """What a browser makes of a page in a frame of that width: a window cannot be made so narrow everywhere. A frame with
+    `srcdoc` may be measured from outside. Fails where the console has a line."""
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(f"""<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><title>wrapper</title><body>
+<pre id="found"></pre><iframe id="frame" width="{width}" height="900" srcdoc="{html.escape(document)}"></iframe>
+<script>
+const lines = cell => {{
+  const range = cell.ownerDocument.createRange();
+  range.selectNodeContents(cell);
+  return range.getClientRects().length;
+}};
+onload = () => {{  // of the whole: the frame and its images are there
+  const page = frame.contentDocument, images = [...page.images], numbers = [...page.querySelectorAll(".compact .n")];
+  page.querySelectorAll("details").forEach(part => part.open = true);
+  found.textContent = JSON.stringify({{
+    width: page.documentElement.clientWidth, scroll: page.documentElement.scrollWidth, images: images.length,
+    broken: images.filter(image => !image.naturalWidth).length, text: page.body.innerText,
+    narrow: images.filter(image => image.currentSrc != image.src).length,
+    numbers: numbers.length, cut: numbers.filter(cell => lines(cell) > 1).map(cell => cell.innerText),
+  }});
+}};
+</script>""")
+    command = [str(BROWSER), *FLAGS, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", f"file://{wrapper}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
+    found: dict[str, Any] = json.loads(html.unescape(shown.stdout.split('<pre id="found">')[1].split("</pre>")[0]))
+    return found
 
 
 def test_numbers_come_from_at_most_so_many_images_and_seconds(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
