@@ -6,7 +6,7 @@
 Without a launcher it starts itself on 1 and on `--processes` (2) processes of this machine and prints the efficiency table; under torchrun, srun
 or accelerate, on any number of nodes, it measures that world and prints one row, so that runs on 1, 8, 16 ... GPUs make the table.
 
-Within one start, blocks of three ways take turns: the raw loop, `dtl train`'s loop (its agreement before each step, heartbeat, log lines and
+Within one start, blocks of three ways take turns: the raw loop, `dtl train`'s loop (its agreement at each step, heartbeat, log lines and
 counting), and dtl's with gradients sent as bf16. A block ends with a barrier; wall-clock time by rank 0. `--batch` is a rank's.
 """
 

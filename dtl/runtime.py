@@ -41,12 +41,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 @dataclass(frozen=True)
 class Flags:
-    """What any rank may have to tell the others before a step; after the exchange, what at least one of them said."""
+    """What any rank may have to tell the others in a step; after the exchange, what at least one of them said."""
 
     stop: bool = False
     """A signal asked this rank to save and leave."""
     failed: bool = False
-    """This rank cannot take the step: its data is damaged."""
+    """This rank's data of the step is damaged."""
     save: bool = False
     """A checkpoint is due by the clock (the main process decides)."""
 

@@ -1,6 +1,7 @@
 """When the run must have left the machine: `checkpoint.deadline_seconds` after its start, or the end of its Slurm allocation.
 
-It stops by itself early enough to save: by twice the longest save so far and twice the longest step, and a moment to leave.
+It stops by itself early enough to save: by twice the longest save so far and three times the longest step (the one under way, and one more
+before all ranks know), and a moment to leave.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LEAVING_SECONDS_OF_SLURM = 20.0
 
 
 class Deadline:
-    """Asked by the main process before each step. `seconds`: after `started` (by time.monotonic); the allocation's end comes on its own."""
+    """Asked by the main process at each step. `seconds`: after `started` (by time.monotonic); the allocation's end comes on its own."""
 
     def __init__(self, seconds: float | None, *, started: float, environment: Mapping[str, str] | None = None) -> None:
         self._environment = dict(os.environ if environment is None else environment)
@@ -34,7 +35,7 @@ class Deadline:
     @property
     def margin(self) -> float:
         """Seconds before the end at which the run has to stop."""
-        return 2 * (self._longest_save + self._longest_step)
+        return 2 * self._longest_save + 3 * self._longest_step
 
     def due(self) -> str | None:
         """Why the run has to stop now, or None."""

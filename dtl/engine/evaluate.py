@@ -28,12 +28,13 @@ def evaluate(
     num_outputs: int,
     loss: Loss,
     normalise: Normalise,
-    before_step: Callable[[list[Batch]], bool] | None = None,
+    agree: Callable[[list[Batch]], Callable[[], bool]] | None = None,
     confusion: bool = False,
 ) -> Sums | None:
     """Sums over all ranks, the same on each of them. `steps` is this rank's share, with the same number of steps on every rank.
 
-    `before_step(batches)` may end the pass on all ranks at once (they must agree): then the result is None.
+    `agree(batches)` is called before a step, and what it returns after it: that may end the pass, on all ranks at once, and the result is
+    None. So ranks can talk while they compute.
     """
     sums = Sums(num_outputs, device=runtime.device, confusion=confusion)
     training = {name: child.training for name, child in module.named_modules()}
@@ -41,10 +42,11 @@ def evaluate(
     try:
         with torch.inference_mode(), closing(steps):  # type: ignore[type-var]
             for batches in steps:
-                if before_step is not None and before_step(batches):
-                    return None
+                ends = None if agree is None else agree(batches)
                 for batch in batches:
                     _add(sums, module, batch, runtime, task=task, loss=loss, normalise=normalise)
+                if ends is not None and ends():
+                    return None
     finally:
         for name, child in module.named_modules():
             child.training = training[name]

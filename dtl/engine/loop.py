@@ -6,6 +6,7 @@ A run may be killed at any instant: everything that decides what comes next is i
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ from dtl.engine.verdict import diverged, judge, note_result
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
 from dtl.models.build import Network
-from dtl.runtime import Flags, Runtime
+from dtl.runtime import Exchange, Flags, Runtime
 from dtl.tracking import Tracker
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
@@ -165,39 +166,48 @@ class Trainer:
             return
         with closing(self.feeds.train_steps(phase, state.phase_step)) as stream:  # type: ignore[type-var]
             while state.phase_step < phase.num_steps and not state.extra.get("ended"):
-                batches, save_by_clock = self._next(active, stream)
+                batches = self._next(phase, stream)
+                told = self._tell(batches, save=self._save_due_by_clock())
                 phase_step = state.phase_step
                 weight = step_weight(active, self.feeds, phase_step)
                 with micro_batch.explained(self.feeds, phase):
                     lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                said = self._hear(told, "train", batches)
                 self._trace.record(state.step + 1, batches)
                 self._counted.take(batches)
                 self._speed.take(batches)
                 self._count(phase, self.feeds.step_size(phase, phase_step))
-                self._after_step(active, lr, save_by_clock)
+                self._after_step(active, lr, save_by_clock=said.save)
+                if said.stop or (self.runtime.world_size == 1 and self._stop_due()):
+                    self._stop(active)
 
-    def _next(self, active: ActivePhase, stream: Any) -> tuple[list[Batch], bool]:
-        """This rank's micro-batches of the next step, after all ranks have agreed that they can take it."""
+    def _next(self, phase: Phase, stream: Any) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
         self._step_started = time.monotonic()
-        phase, phase_step = active.phase, self.state.phase_step
+        phase_step = self.state.phase_step
         self.heart.what = lambda: self.feeds.batch_name(phase, phase_step)
         self.heart.enter("load", self.state.step + 1)
-        batches = next(stream)
+        batches: list[Batch] = next(stream)
         waited = time.monotonic() - self._step_started
         self._window.data_seconds += waited
         self._speed.waited += waited
-        said = self._agree(batches, save=self._save_due_by_clock())
-        if said.failed:
-            self.bad_samples.take("train", batches)
-        if said.stop:
-            self._stop(active)
-        return batches, said.save
+        return batches
 
-    def _agree(self, batches: list[Batch], *, save: bool = False) -> Flags:
-        stop = self.runtime.stop_signal is not None or (self.runtime.is_main and self.deadline.due() is not None)
-        flags = Flags(stop=stop, failed=any(batch.bad for batch in batches), save=save)
+    def _stop_due(self) -> bool:
+        return self.runtime.stop_signal is not None or (self.runtime.is_main and self.deadline.due() is not None)
+
+    def _tell(self, batches: list[Batch], *, save: bool = False) -> Exchange:
+        """Tell the other ranks what they must know of this step. It travels while the step is computed, and `_hear` waits for theirs:
+        nothing of a step counts before that, and a rank that is asked to stop may well finish the step first."""
+        return self.runtime.exchange(Flags(stop=self._stop_due(), failed=any(batch.bad for batch in batches), save=save))
+
+    def _hear(self, told: Exchange, split: str, batches: list[Batch]) -> Flags:
+        """What the ranks said. Damaged samples, which had weight 0 in the step, are written down, or end the run."""
         self.heart.enter("collective")
-        return self.runtime.exchange(flags).result()
+        said = told.result()
+        if said.failed:
+            self.bad_samples.take(split, batches)
+        return said
 
     def _count(self, phase: Phase, num_images: int) -> None:
         state = self.state
@@ -212,7 +222,7 @@ class Trainer:
         state.extra["images"] += num_images
         state.extra["train_seconds"] += seconds
 
-    def _after_step(self, active: ActivePhase, lr: float, save_by_clock: bool) -> None:
+    def _after_step(self, active: ActivePhase, lr: float, *, save_by_clock: bool) -> None:
         phase, state, settings = active.phase, self.state, self.settings
         last = state.phase_step == phase.num_steps
         if state.step % settings.log_every == 0 or last:
@@ -287,31 +297,28 @@ class Trainer:
                 num_outputs=phase.num_outputs,
                 loss=active.eval_loss,
                 normalise=self._normalise,
-                before_step=self._before_val_step,
+                agree=self._agree_on_val_step,
             )
-            if sums is None:
-                stopped = True
-            else:
-                stopped = False
+            if sums is not None:
                 self._judge(active, sums.result())
-        if stopped:
+        if sums is None:
             self._stop(active)
         state.extra["pending_eval"] = False
         self._spend(phase)
 
-    def _before_val_step(self, batches: list[Batch]) -> bool:
-        said = self._agree(batches)
-        if said.failed:
-            self.bad_samples.take("val", batches)
-        self.heart.enter("evaluate")
-        return said.stop
+    def _agree_on_val_step(self, batches: list[Batch]) -> Callable[[], bool]:
+        told = self._tell(batches)
+
+        def stop() -> bool:
+            said = self._hear(told, "val", batches)
+            self.heart.enter("evaluate")
+            return said.stop
+
+        return stop
 
     def _before_feature_step(self, batches: list[Batch]) -> bool:
         self.heart.enter("features", self.state.step)
-        said = self._agree(batches)
-        if said.failed:
-            self.bad_samples.take("train", batches)
-        return said.stop
+        return self._hear(self._tell(batches), "train", batches).stop
 
     def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
         """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
