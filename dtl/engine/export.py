@@ -113,7 +113,7 @@ def describe(model: StoredModel) -> dict[str, Any]:
         },
         "architecture": model.facts.architecture,
         "metrics": model.facts.metrics,
-        "made_by": {**model.facts.made_by, "exported_by": f"dtl {__version__}, torch {torch.__version__}"},
+        "made_by": {**{key: value for key, value in model.facts.made_by.items() if key != "settings"}, "exported_by": f"dtl {__version__}, torch {torch.__version__}"},
     }
 
 
@@ -200,10 +200,11 @@ def _exported_program(module: nn.Module, images: Tensor) -> torch.export.Exporte
 
 
 def _to_safetensors(model: StoredModel, path: Path, facts: dict[str, Any]) -> tuple[Run, str]:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.network.module.state_dict().items()}
-    save_file(tensors, str(path), metadata={"format": "pt", _METADATA: json.dumps(facts)})
+    # The library's own writer of files makes them readable by nobody else, whatever the umask says.
+    path.write_bytes(save(tensors, metadata={"format": "pt", _METADATA: json.dumps(facts)}))
     architecture = model.facts.architecture
     fresh = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
     fresh.module.load_state_dict(load_file(str(path)), strict=True)

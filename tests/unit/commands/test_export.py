@@ -72,6 +72,7 @@ def test_safetensors_is_the_state_dict_with_its_facts(model: Path, tmp_path: Pat
 
     out = tmp_path / "model.safetensors"
     assert run([str(model), "--to", "safetensors", "--out", str(out)]) == 0
+    assert out.stat().st_mode == out.with_name("model.safetensors.json").stat().st_mode, "readable by those whom the umask lets"
     wanted = open_model(model).network.module.state_dict()
     with safe_open(out, "pt") as file:
         assert set(file.keys()) == set(wanted)
