@@ -113,7 +113,10 @@ def describe(model: StoredModel) -> dict[str, Any]:
         },
         "architecture": model.facts.architecture,
         "metrics": model.facts.metrics,
-        "made_by": {**{key: value for key, value in model.facts.made_by.items() if key != "settings"}, "exported_by": f"dtl {__version__}, torch {torch.__version__}"},
+        "made_by": {
+            **{key: value for key, value in model.facts.made_by.items() if key != "settings"},
+            "exported_by": f"dtl {__version__}, torch {torch.__version__}",
+        },
     }
 
 

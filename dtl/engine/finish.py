@@ -18,6 +18,7 @@ from dtl.config import Config
 from dtl.data.atomic import write_whole
 from dtl.engine.loop import Trainer
 from dtl.engine.phases import Phase
+from dtl.engine.shareable import without_secrets
 from dtl.models.build import Network
 from dtl.run_lock import RunFolder, read_status
 from dtl.runtime import Runtime
@@ -151,7 +152,14 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
         display_names=dict(train.manifest.display_names),
         preprocessing=preprocessing(network, config, trainer),
         metrics={"phase": last["phase"], **(last["val"] or {})},
-        made_by={"run": str(folder.path), "step": trainer.state.step, "dtl": __version__, "torch": torch.__version__, "data": train.dataset_id},
+        made_by={
+            "run": str(folder.path),
+            "step": trainer.state.step,
+            "dtl": __version__,
+            "torch": torch.__version__,
+            "data": train.dataset_id,
+            "settings": without_secrets(config.to_dict()),
+        },
     )
 
 

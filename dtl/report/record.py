@@ -104,10 +104,10 @@ def read_run(folder: str | Path) -> RunRecord:
     if not any((path / name).exists() for name in ("history.jsonl", "config.yaml", "model")):
         raise UserError(f"{path} is no run folder: it has no history.jsonl, no config.yaml and no model folder")
     record = RunRecord(path)
+    record.model = _json(record, "model/model.json")
     _read_config(record)
     record.status = _json(record, "status.json") or {}
     record.transfer = _json(record, "transfer.json")
-    record.model = _json(record, "model/model.json")
     _read_history(record)
     if record.model is None:
         record.missing.append("no model folder: predictions, confusion and the numbers per class need one")
@@ -117,13 +117,25 @@ def read_run(folder: str | Path) -> RunRecord:
 def _read_config(record: RunRecord) -> None:
     file = record.path / "config.yaml"
     try:
-        record.config_text = file.read_text(encoding="utf-8")
+        record.config_text = _settings_text(record, file)
         values = yaml.safe_load(record.config_text)
         record.config = config_from_dict(values if isinstance(values, dict) else {}, str(file))
     except FileNotFoundError:
         record.missing.append("no config.yaml: what needs the run's data or settings is left out")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         record.missing.append(f"config.yaml cannot be used: {' '.join(str(error).split())}")
+
+
+def _settings_text(record: RunRecord, file: Path) -> str:
+    """config.yaml, or where it is gone the settings that the model folder remembers. FileNotFoundError without either."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        made_by = (record.model or {}).get("made_by")
+        settings = made_by.get("settings") if isinstance(made_by, dict) else None
+        if not isinstance(settings, dict):
+            raise
+        return yaml.safe_dump(settings, sort_keys=False, width=120)
 
 
 def _json(record: RunRecord, name: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import harness
@@ -38,3 +39,15 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     assert f"all 360 validation images: top-1 {top1}" in page.text
     assert "mixed in pairs" in page.text
     assert "each image in its four rotations" in page.text
+
+    # From the history and the model folder alone, all pictures again.
+    pictures = {file.name for file in (run / "report").iterdir()}
+    for other in run.iterdir():
+        if other.name not in ("history.jsonl", "model"):
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    again = Page.read(make_report(run, say=said.append))
+    assert said == []
+    assert {file.name for file in (run / "report").iterdir()} == pictures
+    assert len(again.images) == len(page.images)
+    for words in (f"all 360 validation images: top-1 {top1}", "mixed in pairs", "each image in its four rotations"):
+        assert words in again.text
