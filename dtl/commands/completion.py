@@ -91,7 +91,8 @@ _dtl() {{
 {cases}
     esac || _files
 }}
-compdef _dtl dtl"""
+# From a folder of $fpath the file itself is the function when it is first called; sourced, it only tells zsh of it.
+if [[ $funcstack[1] == _dtl ]]; then _dtl "$@"; else compdef _dtl dtl; fi"""
 
 
 def _fish(options: dict[str, list[str]]) -> str:

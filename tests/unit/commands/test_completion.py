@@ -1,9 +1,14 @@
-"""Shell completion, made from the commands' own help: asked in a real bash, and in zsh and fish where they are installed."""
+"""Shell completion, made from the commands' own help: asked in a real bash, zsh and fish."""
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -52,11 +57,77 @@ def test_bash_completes(scripts: dict[str, Path], words: list[str], expected: se
     assert set(done.stdout.split()) == expected
 
 
+ASKED = [
+    ("dtl ev", {"dtl evaluate"}),
+    ("dtl train --data.micro", {"dtl train --data.micro_batch_size"}),
+    ("dtl find-lr --phases.head.l", {f"dtl find-lr --phases.head.{key}" for key in ("label_smoothing", "layer_decay", "loss", "lr")}),
+    ("dtl doctor --q", {"dtl doctor --quick"}),
+]
+
+
+@pytest.mark.parametrize(("typed", "expected"), ASKED)
+def test_fish_completes(scripts: dict[str, Path], tmp_path: Path, typed: str, expected: set[str]) -> None:
+    needs("fish")
+    environment = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb"}
+    code = f"source {scripts['fish']}; complete -C '{typed}'"
+    done = subprocess.run(["fish", "--no-config", "-c", code], capture_output=True, text=True, check=True, env=environment)
+    before = typed.rpartition(" ")[0]
+    assert {f"{before} {line.partition(chr(9))[0]}" for line in done.stdout.splitlines()} == expected
+
+
+@pytest.mark.parametrize("sourced", [False, True], ids=["from-fpath", "sourced"])
+def test_zsh_completes(scripts: dict[str, Path], tmp_path: Path, sourced: bool) -> None:
+    """At a real terminal: what is typed with a tab after it, and then made an argument of `print`."""
+    needs("zsh")
+    (tmp_path / "functions").mkdir()
+    shutil.copy(scripts["zsh"], tmp_path / "functions/_dtl")
+    start = [f"fpath=({tmp_path}/functions $fpath)"] if not sourced else []
+    start += ["bindkey -e", f"autoload -U compinit; compinit -u -d {tmp_path}/dump", "setopt no_auto_menu"]
+    start += [f"source {scripts['zsh']}"] if sourced else []
+    typed = [(words, next(iter(found))) for words, found in ASKED if len(found) == 1]
+    # Ctrl-A goes to the beginning of the line.
+    answers = talk_to_zsh(tmp_path, start, [f"{words}\t\x01print -r -- told: " for words, _ in typed])
+    assert answers == [found for _, found in typed]
+
+
+def needs(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} is installed (.ci/run installs it)")
+
+
+def talk_to_zsh(folder: Path, start: list[str], lines: list[str]) -> list[str]:
+    """What an interactive zsh prints after `told:` for each line."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {"PATH": os.environ["PATH"], "HOME": str(folder), "TERM": "dumb", "PS1": "", "COLUMNS": "400"})
+    try:
+        for line in start:
+            os.write(terminal, f"{line}\n".encode())
+        heard = ""
+        for number, line in enumerate(lines):
+            os.write(terminal, line.encode())
+            os.write(terminal, b"\n")
+            deadline = time.monotonic() + 30
+            while len(answers_in(heard)) <= number:
+                assert time.monotonic() < deadline, heard
+                if select.select([terminal], [], [], 0.2)[0]:
+                    heard += os.read(terminal, 65536).decode(errors="replace")
+        return answers_in(heard)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+def answers_in(heard: str) -> list[str]:
+    return [line.removeprefix("told: ").strip() for line in heard.replace("\r", "\n").split("\n") if line.startswith("told: ")]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_script_is_one_of_its_shell(scripts: dict[str, Path], shell: str) -> None:
     text = scripts[shell].read_text()
     for name in COMMANDS:
         assert name in text
     if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} is installed to read its script")
+        pytest.skip(f"no {shell} is installed to read its script (.ci/run installs it)")
     subprocess.run([shell, "-n", str(scripts[shell])], check=True)
