@@ -237,6 +237,18 @@ def read_status(path: str | Path) -> dict[str, Any] | None:
     return _read_json(Path(path) / "status.json")
 
 
+def never_began(path: str | Path) -> bool:
+    """Whether a folder only says why the start of a run failed, and holds nothing of a run."""
+    place = Path(path)
+    left = ("history.jsonl", "config.yaml", "checkpoints", "model")
+    return (place / "status.json").is_file() and not any((place / name).exists() for name in left)
+
+
+def why_none_began(path: str | Path) -> str:
+    """In words, for a folder of `never_began`."""
+    return f"its start failed before the first step ({(read_status(path) or {}).get('why') or 'no reason is known'})"
+
+
 def _describe_self() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _REFRESH_SECONDS = 0.25
-_COLUMNS = ("phase", "epochs", "seconds", "images/s", "train loss", "val loss", "top1")
+_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1")
 
 
 class Console:
@@ -106,7 +106,8 @@ class Console:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, train_loss, val_loss, top1 (0..1);
+    """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, kept_epoch (whose weights it hands on), train_loss,
+    val_loss and top1 (0..1) of these;
     what a phase does not have (None or absent, for instance no validation) is shown as a dash."""
     from rich import box
     from rich.table import Table

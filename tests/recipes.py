@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 
 RECIPE: dict[str, Any] = {
     "data": {"train": "digits", "image_size": 16, "global_batch_size": 120, "workers": 1, "augment": {"preset": "cifar", "erasing": 0.3}},
@@ -34,6 +36,16 @@ def write_recipe(folder: Path, name: str = "tiny", **sections: Any) -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
+
+
+def write_images(folder: Path, classes: dict[str, int], *, seed: int = 0) -> Path:
+    """A folder of small random images, `classes` of so many each."""
+    generator = np.random.default_rng(seed)
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / name / f"{i}.jpg")
+    return folder
 
 
 def weights_hash(run: Path) -> str:

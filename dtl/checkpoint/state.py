@@ -6,6 +6,7 @@ A `torch.amp.GradScaler` needs nothing from here: its `state_dict()` is plain nu
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -27,6 +28,8 @@ class Best:
     metric: str
     value: float
     step: int
+    loss: float = math.inf
+    """Of that evaluation: among equals of the metric the lower loss is the better one."""
 
 
 @dataclass

@@ -17,8 +17,8 @@ RUN is a run folder. The page opens without a network. What is missing (a data s
 _EPILOG = """\
 examples:
   dtl report runs/digits                              writes runs/digits/report/index.html and PNGs
-  dtl report runs/rotnet runs/supervised              writes runs/report/index.html and compare.png
-  dtl report runs/rot-s* runs/sup-s* --out comparison runs that differ in their seed only become one curve with a band
+  dtl report runs/rotnet runs/supervised              writes comparison/index.html and compare.png
+  dtl report runs/rot-s* runs/sup-s* --out seeds      runs that differ in their seed only become one curve with a band
 """
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/digits")
-    add("--out", metavar="FOLDER", help="where to write (RUN/report; for several runs `report` beside the first)")
+    add("--out", metavar="FOLDER", help="where to write (RUN/report; for several runs comparison/)")
     add("--csv", metavar="FILE", help="write the history of the runs as one CSV table instead, a line an event (train, val, epoch)")
     add("--max-images", type=int, default=1000, metavar="N", help="show the model at most N validation images, drawn at random (1000)")
     add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (6)")

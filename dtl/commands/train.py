@@ -65,7 +65,8 @@ def train(config: Config, name: str) -> int:
     with Runtime(
         device=config.run.device, precision=config.precision, timeout_minutes=limit, compression=config.run.gradient_compression
     ) as runtime, debugging(config.run.debug):
-        runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt())
+        fresh = config.run.resume == "never"
+        runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt(), step=heart.step, fresh=fresh)
         doctor = Doctor(
             heart, rank=runtime.rank, world_size=runtime.world_size, name=runtime.token, limit=60 * limit, say=_tell, end=lambda line: _end(folder, heart, line)
         )
@@ -78,7 +79,7 @@ def train(config: Config, name: str) -> int:
             sys.stderr.flush()
             os._exit(1)  # the usual way out would wait for the rank that is gone
         except BaseException as error:
-            _note_failure(folder, error)
+            _note_failure(folder, error, step=heart.step, fresh=fresh)
             raise
         finally:
             folder.release()
@@ -96,7 +97,7 @@ def _end(folder: RunFolder, heart: Heartbeat, line: str) -> None:
 
 def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:
     from dtl.checkpoint.store import CheckpointStore
-    from dtl.engine import build, finish
+    from dtl.engine import build, finish, start
     from dtl.engine.alike import check_alike
     from dtl.engine.deadline import Deadline
     from dtl.engine.debug import overfit_one_batch
@@ -106,7 +107,7 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
     console = Console(is_main=runtime.is_main)
     deadline = Deadline(config.checkpoint.deadline_seconds, started=started)
     check_alike(config, name, runtime)
-    build.prepare_folder(config, folder, runtime)
+    build.take_folder(folder, runtime)
     heart.enter("data")
     train_shards, val_shards = build.open_shards(config, runtime, console.say)
     heart.enter("model")
@@ -125,11 +126,13 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
     )
     checkpoint, state = build.find_checkpoint(config, store, runtime, train_shards, val_shards)
     if finish.is_finished(folder, state, phases, runtime):
-        return finish.tell_result_again(folder, state, runtime, console)
+        return finish.tell_result_again(folder, state, config, runtime, console)
     build.note_changes(state, runtime, console.say)
-    tracker = build.open_tracker(config, name, folder, runtime, state, console)
-    report = None if checkpoint else build.transfer_weights(config, network, runtime, train_shards, tracker.say)
+    start.check_phases(phases, network, feeds, runtime)
+    report = None if checkpoint else build.transfer_weights(config, network, runtime, train_shards, console.say)
     channels_last = build.place_network(config, network, runtime)
+    start.clear_folder(config, folder, runtime)
+    tracker = build.open_tracker(config, name, folder, runtime, state, console)
     trainer = build.build_trainer(
         config,
         runtime,
@@ -173,12 +176,19 @@ def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Run
     return EXIT_STOPPED
 
 
-def _note_failure(folder: RunFolder, error: BaseException, *, step: int = 0) -> None:
-    """status.json tells scripts what happened, also where launchers turn every status into 1."""
+def _note_failure(folder: RunFolder, error: BaseException, *, step: int = 0, fresh: bool = False) -> None:
+    """status.json tells scripts what happened, also where launchers turn every status into 1. What an earlier start has finished stays in it."""
     if folder.incarnation == 0 or isinstance(error, SystemExit):
         return
+    from dtl.run_lock import read_status
+
+    before = read_status(folder.path) or {}
+    if fresh and before and before.get("incarnation") != folder.incarnation and not isinstance(error, UserError):
+        return  # `run.resume: never` with the earlier run still whole: a job's next round would take this status for a sign to go on with that one
+    step = step or int(before.get("step", 0))
+    kept = {key: before[key] for key in ("phases", "model") if key in before}
     kind = "input" if isinstance(error, UserError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "fault"
     try:
-        folder.write_status("failed", why=f"{kind}: {error}" if str(error) else kind, step=step)
+        folder.write_status("failed", why=f"{kind}: {error}" if str(error) else kind, step=step, **kept)
     except (OSError, UserError) as problem:
         print(f"dtl: status.json could not be written: {problem}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from socket import gethostname
@@ -42,6 +41,7 @@ from dtl.models.build import Network, build
 from dtl.run_lock import RunFolder
 from dtl.runtime import Runtime
 from dtl.tracking import Console, Tracker
+from dtl.wording import counted
 
 Say = Callable[[str], None]
 # Settings that may change between two starts of one run: they do not change its result.
@@ -236,23 +236,18 @@ def _source(source: str, model: str) -> str:
 # ---- the run
 
 
-def prepare_folder(config: Config, folder: RunFolder, runtime: Runtime) -> None:
-    """Take the run folder (main process) and clear it when the run is to start afresh."""
+def take_folder(folder: RunFolder, runtime: Runtime) -> None:
+    """Take the run folder (main process)."""
     with runtime.together("run folder"):
         if runtime.is_main:
             folder.acquire()
-            if config.run.resume == "never":
-                for name in ("checkpoints", "model", "report"):
-                    shutil.rmtree(folder.path / name, ignore_errors=True)
-                for name in ("history.jsonl", "bad_samples.jsonl", "transfer.json", "status.json"):
-                    (folder.path / name).unlink(missing_ok=True)
     folder.incarnation = runtime.agree(folder.incarnation)
 
 
 def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
     """The newest whole checkpoint and the state in it; a fresh state without one. Changed settings are refused by name."""
     with runtime.together("resume"):
-        newest = store.newest() if runtime.is_main else None
+        newest = store.newest() if runtime.is_main and config.run.resume != "never" else None
     # The main process has checked the hashes; the others need not read everything twice.
     step = runtime.agree(None if newest is None else newest.step)
     with runtime.together("resume"):
@@ -275,7 +270,7 @@ def note_changes(state: TrainState, runtime: Runtime, say: Say) -> None:
     if state.step:
         if state.world_size != runtime.world_size:
             say(
-                f"this run was on {state.world_size} process(es) and goes on with {runtime.world_size}: the same samples in the same global "
+                f"this run was on {counted(state.world_size, 'process')} and goes on with {runtime.world_size}: the same samples in the same global "
                 "batches; batch norm statistics and the rounding of sums may differ"
             )
         elif state.num_threads != threads:

@@ -19,10 +19,12 @@ from dtl.data.atomic import write_whole
 from dtl.engine.loop import Trainer
 from dtl.engine.phases import Phase
 from dtl.engine.shareable import without_secrets
+from dtl.engine.start import remarks
 from dtl.models.build import Network
 from dtl.run_lock import RunFolder, read_status
 from dtl.runtime import Runtime
 from dtl.tracking import Console
+from dtl.wording import counted
 
 # From this many starts at one step on, status.json says that there is no progress.
 STARTS_WITHOUT_PROGRESS = 3
@@ -51,27 +53,33 @@ def begin(trainer: Trainer, folder: RunFolder, config: Config, report: TransferR
     state, runtime = trainer.state, trainer.runtime
     done = f"; going on at step {state.step}" if state.step else ""
     trainer.tracker.say(
-        f"run {folder.path}: {trainer.feeds.train.num_samples:,} training and {trainer.feeds.val.num_samples:,} validation images of "
-        f"{trainer.feeds.train.num_classes} classes, {trainer.network.name}, {runtime.world_size} process(es) on {runtime.device.type}, "
-        f"precision {runtime.precision}{done}"
+        f"run {folder.path}: {trainer.feeds.train.num_samples:,} training and {counted(trainer.feeds.val.num_samples, 'validation image')} of "
+        f"{counted(trainer.feeds.train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
+        f"{runtime.device.type}, precision {runtime.precision}{done}"
     )
+    for line in remarks(trainer.phases, trainer.feeds, runtime):
+        trainer.tracker.say(line)
 
 
 def is_finished(folder: RunFolder, state: TrainState, phases: Sequence[Phase], runtime: Runtime) -> bool:
     """Nothing is left to train, and the last start said so: its model folder is whole."""
     last = phases[-1]
     at_end = state.phase_index == last.index and (state.phase_step >= last.num_steps or bool(state.extra.get("ended")))
+    # A start that failed before it began (a mistyped option) has kept what the status said of the finished run.
     status = read_status(folder.path) if runtime.is_main else None
-    return runtime.agree(at_end and (status or {}).get("state") == "done")
+    return runtime.agree(at_end and "model" in (status or {}))
 
 
-def tell_result_again(folder: RunFolder, state: TrainState, runtime: Runtime, console: Console) -> int:
+def tell_result_again(folder: RunFolder, state: TrainState, config: Config, runtime: Runtime, console: Console) -> int:
     """A finished run started again prints its result and changes nothing."""
     if runtime.is_main:
         status = read_status(folder.path) or {}
         console.say(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
         console.table(table_rows(status.get("phases", [])))
         folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
+        page = folder.path / "report" / "index.html"
+        for line in next_steps(folder.path, config, page if page.is_file() else None):
+            console.say(line)
     return 0
 
 

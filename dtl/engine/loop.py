@@ -36,6 +36,7 @@ from dtl.heartbeat import Heartbeat
 from dtl.models.build import Network
 from dtl.runtime import Exchange, Flags, Runtime
 from dtl.tracking import Tracker
+from dtl.wording import counted
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
 SECONDS_BETWEEN_SAVES = 15.0
@@ -136,10 +137,8 @@ class Trainer:
         )
         num = sum(parameter.numel() for parameter in active.parameters)
         total = sum(parameter.numel() for parameter in self.network.module.parameters())
-        epochs = phase.num_steps / phase.steps_per_epoch
-        self.tracker.say(
-            f"phase {phase.name}: {phase.config.task}, {epochs:g} epochs of {phase.steps_per_epoch} steps, {num:,} of {total:,} parameters trained"
-        )
+        length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
+        self.tracker.say(f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained")
         done = self.state.step - self.state.phase_step
         self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)
         return active

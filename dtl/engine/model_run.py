@@ -19,8 +19,9 @@ from dtl.engine.step import Normalise
 from dtl.engine.tasks import Task, task_named
 from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build, forward_logits
-from dtl.run_lock import read_status
+from dtl.run_lock import never_began, read_status, why_none_began
 from dtl.runtime import Runtime
+from dtl.wording import near_run
 
 _TURNS = tuple(f"{90 * turn} degrees" for turn in range(4))
 
@@ -69,8 +70,9 @@ def find_model(place: str | Path) -> tuple[Path, Path | None]:
     if _is_model(path / "model"):
         return path / "model", path
     if not path.exists():
-        hint = f"; did you mean {Path('runs') / path}?" if (Path("runs") / path).is_dir() else ""
-        raise UserError(f"{path} does not exist{hint or '; give a run (runs/NAME) or a model folder'}")
+        raise UserError(f"{path} does not exist{near_run(path) or '; give a run (runs/NAME) or a model folder'}")
+    if never_began(path):
+        raise UserError(f"{path} holds no model: {why_none_began(path)}")
     if (path / "config.yaml").is_file():
         status = read_status(path) or {}
         raise UserError(

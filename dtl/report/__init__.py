@@ -36,7 +36,7 @@ def make_report(
 
 
 def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None = None, say: Callable[[str], None] = _quiet) -> Path:
-    """Write compare.png and index.html about several runs into `out` (default: `report` beside the first run); returns the page.
+    """Write compare.png and index.html about several runs into `out` (default: `comparison` in the working folder); returns the page.
 
     Needs no data, no model and no torch. Raises UserError where there is nothing to compare.
     """

@@ -18,6 +18,8 @@ import yaml
 
 from dtl.config import Config, config_from_dict
 from dtl.errors import UserError
+from dtl.run_lock import never_began, why_none_began
+from dtl.wording import near_run
 
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
@@ -33,6 +35,8 @@ class PhaseRecord:
     first_step: int
     train: dict[str, Column]
     val: dict[str, Column]
+    keep: str = "best"
+    """Which weights the phase hands on: those of its best evaluation, or the last."""
     row: dict[str, Any] = field(default_factory=dict)
     """What status.json says of the phase once it is finished."""
 
@@ -46,13 +50,26 @@ class PhaseRecord:
         return self.last_step - self.first_step
 
     def best(self, metric: str = "top1") -> int | None:
-        """The place of the best evaluation in `val`, the first of equals; None where there was none."""
-        values = self.val[metric]
-        known = np.flatnonzero(np.isfinite(values))
-        if not len(known):
-            return None
-        chosen = np.argmin(values[known]) if metric == "loss" else np.argmax(values[known])
-        return int(known[chosen])
+        """The place of the best evaluation in `val`, among equals the one with the lower loss, as the run decided; None where there was none."""
+        return best_of(self.val[metric], self.val["loss"], lowest=metric == "loss")
+
+    def kept(self, metric: str = "top1") -> int | None:
+        """The place in `val` of the weights that the phase handed on."""
+        return self.best(metric) if self.keep == "best" else len(self.val["step"]) - 1 if len(self.val["step"]) else None
+
+    def train_loss_at(self, step: float) -> float | None:
+        """The training loss as it was last told by `step`."""
+        told = np.flatnonzero(self.train["step"] <= step)
+        return float(self.train["loss"][told[-1]]) if len(told) else None
+
+
+def best_of(values: Column, losses: Column, *, lowest: bool) -> int | None:
+    """The place of the greatest of `values` (or the lowest), among equals that of the lower loss, then the first; None without a finite one."""
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return None
+    order = np.lexsort((known, losses[known], values[known] if lowest else -values[known]))
+    return int(known[order[0]])
 
 
 @dataclass
@@ -100,7 +117,9 @@ def read_run(folder: str | Path) -> RunRecord:
     """Read a run folder. UserError where it is none."""
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder")
+        raise UserError(f"{path}: no such run folder{near_run(path)}")
+    if never_began(path):
+        raise UserError(f"{path} holds no run: {why_none_began(path)}")
     if not any((path / name).exists() for name in ("history.jsonl", "config.yaml", "model")):
         raise UserError(f"{path} is no run folder: it has no history.jsonl, no config.yaml and no model folder")
     record = RunRecord(path)
@@ -184,7 +203,8 @@ def _read_history(record: RunRecord) -> None:
     for name, kinds in columns.items():
         settings = record.config.phases.get(name) if record.config is not None else None
         arrays = {kind: {column: np.asarray(values) for column, values in found.items()} for kind, found in kinds.items()}
-        phase = PhaseRecord(name, settings.task if settings else "classify", first_step, arrays["train"], arrays["val"], rows.get(name, {}))
+        task, keep = (settings.task, settings.keep) if settings else ("classify", "best")
+        phase = PhaseRecord(name, task, first_step, arrays["train"], arrays["val"], keep, rows.get(name, {}))
         record.phases.append(phase)
         first_step = phase.last_step
 

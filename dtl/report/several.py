@@ -11,20 +11,27 @@ from dtl.errors import UserError
 from dtl.report import html
 from dtl.report.compare import Comparison, Course, compare, compare_figure, differences
 from dtl.report.html import Cell
-from dtl.report.record import RunRecord, read_run
-from dtl.report.single import duration, embed_plot, footer, prepare_folder, write_page
+from dtl.report.record import RunRecord, best_of, read_run
+from dtl.report.single import PAGE, duration, embed_plot, footer, prepare_folder, write_page
 from dtl.report.style import NARROW, percent
+from dtl.run_lock import never_began, why_none_began
 
 _MOST_COLUMNS = 8  # of a table of differences
 
 
 def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None, say: Callable[[str], None]) -> Path:
     """See `dtl.report.make_comparison`."""
-    records = [read_run(folder) for folder in run_folders]
+    # `dtl report runs/*` names these too.
+    never = [folder for folder in run_folders if never_began(folder)] if len(run_folders) > 1 else []
+    for folder in never:
+        say(f"left out of the comparison: {folder}: {why_none_began(folder)}")
+    records = [read_run(folder) for folder in run_folders if folder not in never]
+    if not records:
+        raise UserError("nothing to compare: none of these runs has begun")
     twice = sorted({str(record.path) for record in records if [other.path.resolve() for other in records].count(record.path.resolve()) > 1})
     if twice:
         raise UserError(f"{twice[0]} is given twice")
-    folder = _place(records[0], out)
+    folder = _place(out)
     comparison = compare(records)
     prepare_folder(folder)
     left_out = [
@@ -61,12 +68,12 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
     return write_page(folder, html.page(title, lead, [part for part in sections if part], footer=footer()))
 
 
-def _place(first: RunRecord, out: str | Path | None) -> Path:
+def _place(out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
-    folder = first.path.resolve().parent / "report"
-    if (folder / "history.jsonl").exists() or (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is a run of that name; give the comparison's folder with --out")
+    folder = Path("comparison")
+    if folder.exists() and not (folder / PAGE).is_file():
+        raise UserError(f"{folder} is here already, and no comparison of runs; name another folder with --out")
     return folder
 
 
@@ -82,8 +89,7 @@ def _results(comparison: Comparison) -> str:
     rows = []
     for group in comparison.groups:
         for course in group.courses:
-            known = np.flatnonzero(np.isfinite(course.top1))
-            best = int(known[np.argmax(course.top1[known])]) if len(known) else None
+            best = best_of(course.top1, course.loss, lowest=False)
             seconds = sum(phase.row.get("seconds") or 0.0 for phase in course.record.phases)
             rows.append([
                 Cell(course.record.name),

@@ -181,12 +181,12 @@ def _lead(record: RunRecord, examples: Examples | None) -> str:
 
 
 def result(record: RunRecord) -> dict[str, float] | None:
-    """The numbers of the weights that the run hands on: the model folder's, or those of the last phase's best evaluation."""
+    """The numbers of the weights that the run hands on: the model folder's, or those that the last phase would hand on."""
     names = ("top1", "top5", "loss", "num_samples")
     metrics = (record.model or {}).get("metrics")
     if isinstance(metrics, dict) and all(isinstance(metrics.get(name), (int, float)) for name in names):
         return {name: float(metrics[name]) for name in names}
-    best = record.phases[-1].best(record.monitor) if record.phases else None
+    best = record.phases[-1].kept(record.monitor) if record.phases else None
     return None if best is None else {name: float(record.phases[-1].val[name][best]) for name in names}
 
 
@@ -202,16 +202,16 @@ def _phases(record: RunRecord) -> str:
     rows = []
     for phase in record.phases:
         rows.append([Cell(phase.name), *_phase_cells(record, phase)])
-    columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "train loss", "val loss", "top-1", "time"]
-    chosen = f"Validation numbers are those of each phase's best evaluation (by {record.monitor})."
+    columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "time"]
+    chosen = f"Losses and top-1 are those of the weights that each phase hands on: of its best evaluation by {record.monitor}, or of its last (keep: last)."
     return html.section("Phases", html.table(columns, rows), html.text(chosen, "soft"))
 
 
 def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
     settings = record.config.phases.get(phase.name) if record.config is not None else None
-    per_epoch, best = record.steps_per_epoch, phase.best(record.monitor)
+    per_epoch, best = record.steps_per_epoch, phase.kept(record.monitor)
     trained = "–" if settings is None else settings.train if isinstance(settings.train, str) else ", ".join(settings.train)
-    train_loss = phase.train["loss"]
+    train_loss = None if best is None else phase.train_loss_at(phase.val["step"][best])
     seconds = phase.row.get("seconds")
     return [
         Cell(phase.task),
@@ -219,7 +219,8 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
         Cell(f"{round(phase.num_steps / per_epoch, 2):g}" if per_epoch else "–", number=True),
         Cell(f"{phase.num_steps:,}", number=True),
         Cell("–" if settings is None else f"{settings.optimizer}, {settings.lr:g}"),
-        Cell(f"{train_loss[-1]:.4f}" if len(train_loss) else "–", number=True),
+        Cell("–" if best is None else f"{phase.val['epoch'][best]:g}", number=True),
+        Cell("–" if train_loss is None else f"{train_loss:.4f}", number=True),
         Cell("–" if best is None else f"{phase.val['loss'][best]:.4f}", number=True),
         Cell("–" if best is None else percent(float(phase.val["top1"][best]), 2), number=True),
         Cell(duration(seconds) if seconds else "–", number=True),

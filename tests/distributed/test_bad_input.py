@@ -6,22 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from harness import run, start, status, wait_for
-from PIL import Image
-from recipes import write_recipe
-
-
-def images(folder: Path, classes: dict[str, int], *, seed: int = 0) -> Path:
-    """A folder of small random images, `classes` of so many each."""
-    generator = np.random.default_rng(seed)
-    for name, count in classes.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / name / f"{i}.jpg")
-    return folder
+from recipes import write_images, write_recipe
 
 
 def empty_folder(folder: Path) -> list[str]:
@@ -30,26 +18,26 @@ def empty_folder(folder: Path) -> list[str]:
 
 
 def one_class(folder: Path) -> list[str]:
-    images(folder / "photos", {"ants": 4})
+    write_images(folder / "photos", {"ants": 4})
     return ["--data.train", "photos", "--data.val-fraction", "0.5"]
 
 
 def class_without_image(folder: Path) -> list[str]:
-    images(folder / "photos", {"ants": 4, "bees": 4})
+    write_images(folder / "photos", {"ants": 4, "bees": 4})
     (folder / "photos/cows").mkdir()
     return ["--data.train", "photos", "--data.val-fraction", "0.5"]
 
 
 def truncated_image(folder: Path) -> list[str]:
-    images(folder / "photos", {"ants": 4, "bees": 4})
+    write_images(folder / "photos", {"ants": 4, "bees": 4})
     file = folder / "photos/bees/2.jpg"
     file.write_bytes(file.read_bytes()[:-200])
     return ["--data.train", "photos", "--data.val-fraction", "0.5"]
 
 
 def other_classes_in_val(folder: Path) -> list[str]:
-    images(folder / "a", {"ants": 4, "bees": 4})
-    images(folder / "b", {"ants": 4, "cows": 4}, seed=1)
+    write_images(folder / "a", {"ants": 4, "bees": 4})
+    write_images(folder / "b", {"ants": 4, "cows": 4}, seed=1)
     return ["--data.train", "a", "--data.val", "b"]
 
 
@@ -139,7 +127,7 @@ def test_a_loss_that_is_not_finite_names_step_lr_and_samples(tmp_path: Path) -> 
 def test_a_rank_that_sees_other_data_is_told(tmp_path: Path) -> None:
     """One rank has another copy of the images: an error on both, not a silent mixture."""
     for name, seed in (("a", 0), ("b", 5)):
-        images(tmp_path / name / "photos", {"ants": 6, "bees": 6}, seed=seed)
+        write_images(tmp_path / name / "photos", {"ants": 6, "bees": 6}, seed=seed)
     recipe = write_recipe(tmp_path, data={"global_batch_size": 4, "train": "photos", "val_fraction": 0.5})
     from harness import free_port
 

@@ -216,13 +216,19 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     assert (run / "report/training-pretext.png").exists()
 
 
-def test_a_comparison_of_runs(tmp_path: Path) -> None:
+def test_a_comparison_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
         make_run(tmp_path / f"runs/rotnet-s{seed}", make_config(f"rotnet-s{seed}", seed=seed), model=False)
     make_run(tmp_path / "runs/supervised", make_config("supervised", phases={"all": PHASES["all"]}), model=False)
     folders = sorted((tmp_path / "runs").iterdir())
-    path = make_comparison(folders)
-    assert path == tmp_path / "runs/report/index.html"
+    (tmp_path / "runs/typo").mkdir()
+    (tmp_path / "runs/typo/status.json").write_text('{"state": "failed", "why": "input: phtos does not exist"}')
+    told: list[str] = []
+    path = make_comparison([*folders, tmp_path / "runs/typo"], say=told.append)
+    assert path == Path("comparison/index.html")
+    assert f"left out of the comparison: {tmp_path}/runs/typo: its start failed before the first step (input: phtos does not exist)" in told
+    assert make_comparison(folders) == path, "the same command again"
     page = Page.read(path)
     page.check_self_contained()
     for words in ("rotnet · supervised", "90.05 ± 0.07 %", "phases.pretext", "mean and standard deviation of 2 seeds", "Left out"):
@@ -231,17 +237,20 @@ def test_a_comparison_of_runs(tmp_path: Path) -> None:
     assert "supervised has no evaluation" in Page.read(make_comparison(folders, out=tmp_path / "again")).text
 
 
-def test_mistakes_of_the_user_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_of_the_user_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dtl.commands.report import run as command
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "comparison").mkdir()
     run = make_run(tmp_path / "runs/report", model=False)
     other = make_run(tmp_path / "runs/other", model=False)
     blocked = tmp_path / "file"
     blocked.write_text("")
     for arguments, words in (
         ([str(tmp_path / "no")], "no such run folder"),
+        (["reprt"], "no such run folder; did you mean 'runs/report'"),
         ([str(run), "--out", str(blocked / "x")], "name another folder with --out"),
-        ([str(run), str(other)], "is a run of that name"),
+        ([str(run), str(other)], "comparison is here already, and no comparison of runs; name another folder with --out"),
         ([str(other), str(other)], "is given twice"),
         ([str(run), "--max-images", "0"], "at least one image"),
         ([str(run), "--seconds", "-1"], "0 or more"),
@@ -254,5 +263,5 @@ def test_help_and_comparisons_need_no_torch(tmp_path: Path) -> None:
     code = "import sys; from dtl.commands.report import run\ntry: run(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, "--help"], check=True, capture_output=True, timeout=60)
     runs = [str(make_run(tmp_path / name, make_config(name, phases={"all": PHASES["all"]}), model=False)) for name in ("a", "b")]
-    done = subprocess.run([sys.executable, "-c", code, *runs], check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == str(tmp_path / "report/index.html")
+    done = subprocess.run([sys.executable, "-c", code, *runs], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "comparison/index.html"

@@ -82,6 +82,27 @@ def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     assert phase.best("loss") is None
 
 
+def test_the_kept_evaluation_is_the_one_that_the_run_kept(tmp_path: Path) -> None:
+    """Among equals of top1 the lower loss; the last where the phase keeps its last weights."""
+    told = [(5, 0.9, 0.5), (10, 0.95, 0.4), (15, 0.95, 0.3), (20, 0.95, 0.3), (25, 0.94, 0.1)]
+    for keep, place, train_loss in (("best", 2, 3.0), ("last", 4, 5.0)):
+        folder = make_run(tmp_path / keep, make_config(keep, phases={"all": {"epochs": 5, "keep": keep}}), model=False)
+        events = [
+            event
+            for number, (step, top1, loss) in enumerate(told)
+            for event in (
+                {"event": "train", "phase": "all", "epoch": number, "step": step, "loss": number + 1.0, "lr": 0.1},
+                {"event": "val", "phase": "all", "epoch": number, "step": step, "loss": loss, "top1": top1, "top5": 1.0, "num_samples": 9},
+            )
+        ]
+        write_history(folder, events)
+        phase = read_run(folder).phases[0]
+        assert phase.kept() == place
+        assert phase.train_loss_at(phase.val["step"][place]) == train_loss
+        assert phase.best() == 2
+        assert phase.best("loss") == 4
+
+
 @pytest.mark.parametrize(("make", "words"), [(False, "no such run folder"), (True, "is no run folder: it has no history.jsonl")])
 def test_other_folders_are_refused(tmp_path: Path, make: bool, words: str) -> None:
     if make:

@@ -1,0 +1,98 @@
+"""The start of a run: what fails before the first step leaves only the reason, and what may not go unsaid is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from harness import history, run, status
+from recipes import weights_hash, write_images, write_recipe
+
+from dtl.engine.model_run import find_model
+from dtl.errors import UserError
+
+SHORT = {"phases": {"head": {"train": "head", "steps": 2, "lr": 0.1}, "all": {"train": "all", "steps": 3, "lr": 0.05, "eval_every": 0.01}}}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_start_that_fails_leaves_the_reason_only_and_can_be_mended(tmp_path: Path, world: int) -> None:
+    """Wandb is not opened, and the mended command is a first start like any other."""
+    recipe = write_recipe(tmp_path, **SHORT, tracking={"wandb": "offline"})
+    folder = tmp_path / "runs/tiny"
+    torch.save({"a.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
+    mistakes = {
+        "nowhere": ["--data.train", "nowhere", "--data.val", "nowhere"],
+        "other.pt": ["--transfer.source", "other.pt"],
+        "phase all: train: the pattern 'layr4.*'": ["--phases.all.train", "[layr4.*]"],
+    }
+    for words, arguments in mistakes.items() if world == 1 else [*mistakes.items()][1:]:
+        job = run(["--config", str(recipe), *arguments], cwd=tmp_path, world=world, code=2, env={"WANDB_MODE": "offline"})
+        assert words in job.err()
+        assert "wandb" not in job.err()
+        assert sorted(os.listdir(folder)) == ["lock", "status.json"]
+        assert status(folder)["state"] == "failed"
+        assert words in status(folder)["why"]
+    with pytest.raises(UserError, match=r"its start failed before the first step \(input: phase all: train: "):
+        find_model(folder)
+    job = run(["--config", str(recipe), "--data.image-size", "12", "--tracking.wandb", "off"], cwd=tmp_path, world=world)
+    assert "without a new checkpoint" not in job.err()
+    assert status(folder)["state"] == "done"
+
+
+def test_a_mistake_costs_a_finished_run_nothing(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, **SHORT)
+    folder = tmp_path / "runs/tiny"
+    run(["--config", str(recipe)], cwd=tmp_path)
+    first, before = weights_hash(folder), status(folder)
+    for more in ([], ["--run.resume", "never"]):
+        run(["--config", str(recipe), "--data.train", "nowhere", "--data.val", "nowhere", *more], cwd=tmp_path, code=2)
+        now = status(folder)
+        assert (now["state"], now["step"], now["phases"]) == ("failed", 5, before["phases"])
+        assert weights_hash(folder) == first
+        assert (folder / "checkpoints").is_dir()
+    again = run(["--config", str(recipe)], cwd=tmp_path).err()
+    assert "is finished (step 5)" in again
+    assert "model        runs/tiny/model (model.safetensors, model.json)" in again
+    assert "report" not in again, "this recipe makes none"
+    assert status(folder)["state"] == "done"
+
+
+def test_what_may_not_go_unsaid_is_said_once_at_the_start(tmp_path: Path) -> None:
+    """A class that only one split has, and threads that a launcher's default leaves idle."""
+    write_images(tmp_path / "train", {"ants": 6, "bees": 6, "cows": 1})
+    write_images(tmp_path / "val", {"ants": 3, "bees": 1})
+    recipe = write_recipe(tmp_path, phases={"all": {"epochs": 1}}, data={"global_batch_size": 13, "train": "train", "val": "val"})
+    job = run(["--config", str(recipe)], cwd=tmp_path, world=2, env={"LOCAL_WORLD_SIZE": "1"})
+    lines = job.err(rank=0).splitlines()
+    assert lines.count("1 of 3 classes without a validation image, so not measured, and count nowhere in top1: cows") == 1
+    assert any(line.startswith("phase all: classify, 1 epoch of 1 step, ") for line in lines)
+    assert any("13 training and 4 validation images of 3 classes, networks:small, 2 processes on cpu" in line for line in lines)
+    spare = [line for line in lines if "--num_cpu_threads_per_process" in line]
+    assert [line.partition(",")[0] for line in spare] == ["computing with 1 thread a process"] * (len(os.sched_getaffinity(0)) > 1)
+
+    shutil.rmtree(tmp_path / "train/cows")
+    write_images(tmp_path / "train", {f"class{i}": 1 for i in range(6)}, seed=9)
+    split = ["--data.val", "null", "--data.val-fraction", "0.1", "--run.name", "split"]
+    assert "6 of 8 classes without a validation image" in (said := run(["--config", str(recipe), *split], cwd=tmp_path).err())
+    assert ": class0, class1, class2, class3, class4 and 1 more" in said
+
+
+def test_the_closing_row_is_of_the_weights_that_the_phase_hands_on(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, phases={keep: {"steps": 4, "lr": 0.2, "eval_every": 0.01, "keep": keep} for keep in ("best", "last")}, tracking={"log_every": 1}
+    )
+    run(["--config", str(recipe)], cwd=tmp_path)
+    folder = tmp_path / "runs/tiny"
+    events = history(folder)
+    for row in status(folder)["phases"]:
+        told = [event for event in events if event["event"] == "val" and event["phase"] == row["phase"]]
+        wanted = told[-1] if row["phase"] == "last" else min(told, key=lambda event: (-event["top1"], event["loss"]))
+        (trained,) = [event for event in events if event["event"] == "train" and event["step"] == wanted["step"]]
+        assert (row["kept_step"], row["kept_epoch"]) == (wanted["step"], wanted["epoch"])
+        assert (row["val"]["top1"], row["val"]["loss"]) == (wanted["top1"], wanted["loss"])
+        assert row["train_loss"] == trained["loss"]
+    assert json.loads((folder / "model/model.json").read_text())["metrics"]["loss"] == row["val"]["loss"]
