@@ -1,6 +1,7 @@
 """Several runs in one plot: validation top1 and loss over the epochs that learned the same task.
 
-Runs that differ in nothing but their seed are one curve: the mean, in a band from the lowest to the highest.
+Runs that differ in nothing but their seed are one curve: the mean, in a band from the lowest to the highest. That holds as well where
+each seed has a list of images or a source of weights of its own, which has the seed as a number in its name (`few0.csv`, `runs/pretext-s0`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _NO_DIFFERENCE = (
     "data.workers",
     "data.cache_dir",
 )
+# Settings that may name a file or a run of each seed.
+_NAMED_BY_SEED = ("data.train", "transfer.source")
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,9 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     )
     if pretext:
         left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s count from the first phase that is drawn")
-    groups: dict[str, list[Course]] = {}
-    for record in records:
-        course = courses[record.path]
-        if course is not None:
-            groups.setdefault(_identity(record), []).append(course)
-    names = _group_names([[course.record.name for course in members] for members in groups.values()])
-    return Comparison(tuple(Group(name, tuple(members)) for name, members in zip(names, groups.values())), unit, task, tuple(left_out))
+    groups = _grouped([course for record in records if (course := courses[record.path]) is not None])
+    names = _group_names([[course.record.name for course in members] for members in groups])
+    return Comparison(tuple(Group(name, tuple(members)) for name, members in zip(names, groups)), unit, task, tuple(left_out))
 
 
 def compare_figure(comparison: Comparison, width: int = WIDE) -> Figure:
@@ -127,11 +126,13 @@ def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         values = [_shown(found[name]) if name in found else "–" for found in settings]
         if len(set(values)) > 1:
             rows.append((name, values))
-    return _without_whole_phases(rows, records)
+    return _without_whole_sections(rows, records)
 
 
-def _without_whole_phases(rows: list[tuple[str, list[str]]], records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """A phase that some runs do not have is one line, not thirty."""
+def _without_whole_sections(rows: list[tuple[str, list[str]]], records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """A phase that some runs do not have is one line, not thirty; of pretrained weights that some do not have, only their source."""
+    if not all(record.config is not None and record.config.transfer for record in records):
+        rows = [row for row in rows if not row[0].startswith("transfer.") or row[0] == "transfer.source"]
     partial = []
     for name in dict.fromkeys(name for record in records if record.config for name in record.config.phases):
         has = [record.config is not None and name in record.config.phases for record in records]
@@ -164,12 +165,29 @@ def _draw(axes: Axes, group: Group, name: str, *, color: str, marker: str, style
     axes.plot(x, y, color=color, marker=shown, linestyle=style, label=label or None, clip_on=False)
 
 
-def _identity(record: RunRecord) -> str:
-    """Equal for runs that differ in their seed only; the path of a run without a config."""
+def _grouped(courses: Sequence[Course]) -> list[list[Course]]:
+    """Courses whose runs differ in their seed only, or in it and in the names that hold it."""
+    groups: list[list[Course]] = []
+    place: dict[str, int] = {}
+    for course in courses:
+        keys = _identities(course.record)
+        at = next((place[key] for key in keys if key in place), len(groups))
+        if at == len(groups):
+            groups.append([])
+        groups[at].append(course)
+        place.update((key, at) for key in keys)
+    return groups
+
+
+def _identities(record: RunRecord) -> tuple[str, ...]:
+    """Equal for runs that differ in their seed only: as the settings are, and with the seed (as the last number that is it) taken out of
+    the names of data and sources. The path of a run without a config."""
     if record.config is None:
-        return str(record.path.resolve())
-    values = _flat(record.config.to_dict())
-    return json.dumps({name: value for name, value in values.items() if not name.startswith(_NO_DIFFERENCE)}, sort_keys=True)
+        return (str(record.path.resolve()),)
+    values = {name: value for name, value in _flat(record.config.to_dict()).items() if not name.startswith(_NO_DIFFERENCE)}
+    last_seed = re.compile(rf"(.*)(?<!\d){record.config.run.seed}(?!\d)", re.DOTALL)
+    named = {name: last_seed.sub(r"\1{seed}", values[name], count=1) for name in _NAMED_BY_SEED if isinstance(values.get(name), str)}
+    return tuple(json.dumps({**values, **changed}, sort_keys=True) for changed in ({}, named))
 
 
 def _group_names(names: Sequence[Sequence[str]]) -> list[str]:

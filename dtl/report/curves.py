@@ -32,7 +32,7 @@ def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
         _dots(loss, phase.val["step"], phase.val["loss"], "validation")
         _dots(top1, phase.val["step"], phase.val["top1"], "validation")
         _mark_best(top1, phase, record.monitor, record.last_step)
-        _line(lr, phase.train["step"], phase.train["lr"], GREY, "")
+        _lr_line(lr, phase, stairs=_falls_in_stairs(record, phase))
     loss.set_title("Loss", pad=17)
     _title(top1, "Top-1 on validation images (◇ best)")
     _title(lr, "Learning rate")
@@ -94,6 +94,21 @@ def _nice_step(least: float) -> int:
 def _line(axes: Axes, x: Column, y: Column, color: str, label: str) -> None:
     if len(x):
         axes.plot(*thinned(x, y), color=color, label=label, marker="o" if len(x) == 1 else None)
+
+
+def _falls_in_stairs(record: RunRecord, phase: PhaseRecord) -> bool:
+    settings = record.config.phases.get(phase.name) if record.config is not None else None
+    return settings is not None and settings.schedule == "step"
+
+
+def _lr_line(axes: Axes, phase: PhaseRecord, *, stairs: bool) -> None:
+    """Logged are some steps only: between two of them stairs do not slope. The rate logged is that of the steps up to it."""
+    x, y = phase.train["step"], phase.train["lr"]
+    if stairs and 0 < len(x) <= _MOST_POINTS:
+        x, y = np.append(phase.first_step, x), np.append(y[0], y)
+        axes.plot(x, y, color=GREY, drawstyle="steps-pre")
+    else:
+        _line(axes, x, y, GREY, "")
 
 
 def _dots(axes: Axes, x: Column, y: Column, label: str) -> None:

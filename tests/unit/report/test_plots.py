@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from report_runs import PHASES, make_config, make_run, write_history
 
+from dtl.config import config_from_dict
 from dtl.errors import UserError
 from dtl.report import style
 from dtl.report.compare import compare, compare_figure, differences
@@ -147,6 +148,41 @@ def test_seeds_become_one_curve_and_the_pretext_is_left_out(tmp_path: Path) -> N
     assert "rotnet-s0: pretext" in comparison.left_out[0]
     with style.plain():
         saved(compare_figure(comparison), tmp_path / "compare.png")
+
+
+def test_seeds_with_images_and_sources_of_their_own_become_one_curve_too(tmp_path: Path) -> None:
+    """`few0.csv` and `runs/pre-s0` belong to seed 0; a number that is not the seed tells runs apart."""
+    short = {"all": {"train": "all", "epochs": 4, "lr": 0.02}}
+    records = []
+    for kind in ("pretext", "scratch"):
+        for seed in (0, 1, 18):
+            config = make_config(f"{kind}-s{seed}", phases=short, seed=seed, train=f"resnet18/few{seed}.csv").to_dict()
+            config["transfer"] = {"source": f"runs/pre-s{seed}"} if kind == "pretext" else None
+            records.append(read_run(make_run(tmp_path / f"{kind}-s{seed}", config_from_dict(config, "test"), model=False)))
+    config = make_config("other-s1", phases=short, seed=1, train="resnet18/few5.csv")
+    records.append(read_run(make_run(tmp_path / "other-s1", config, model=False)))
+    groups = compare(records).groups
+    assert [(group.name, len(group.courses)) for group in groups] == [
+        ("pretext", 3),
+        ("scratch", 3),
+        ("other-s1", 1),
+    ]
+    names = [name for name, _ in differences(records)]
+    assert names == ["data.train", "transfer.source"]
+
+
+@pytest.mark.parametrize(("schedule", "sloping"), [("step", False), ("cosine", True)])
+def test_a_rate_that_falls_in_stairs_is_drawn_so(tmp_path: Path, schedule: str, sloping: bool) -> None:
+    phases = {"all": {"train": "all", "epochs": 6, "lr": 0.1, "schedule": schedule}}
+    record = read_run(make_run(tmp_path / "run", make_config("run", phases=phases), model=False))
+    with style.plain():
+        figure = curves_figure(record)
+    assert figure is not None
+    (line,) = [line for line in figure.axes[2].lines if len(line.get_xdata()) > 2]
+    assert (line.get_drawstyle() == "default") == sloping
+    x, y = line.get_xdata(), line.get_ydata()
+    assert (x[0] == 0) != sloping
+    assert y[-1] == record.phases[0].train["lr"][-1]
 
 
 def test_what_differs_between_runs_is_listed_once(tmp_path: Path) -> None:
