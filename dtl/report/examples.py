@@ -134,16 +134,17 @@ class Examples:
 
     def training_views(self, num_tiles: int = NUM_TILES) -> list[TrainingView]:
         """The first images of each kind of phase: phases with the same task and mixing look alike."""
-        kinds: dict[tuple[str, float, float], list[Phase]] = {}
+        kinds: dict[tuple[str, float, float, bool], list[Phase]] = {}
         for phase in self.phases:
-            kinds.setdefault((phase.config.task, phase.config.mixup, phase.config.cutmix), []).append(phase)
+            kinds.setdefault((phase.config.task, phase.config.mixup, phase.config.cutmix, self._unaugmented(phase)), []).append(phase)
         return [self._training_view(phases, num_tiles) for phases in kinds.values()]
 
     def _training_view(self, phases: Sequence[Phase], num_tiles: int) -> TrainingView:
         phase = phases[0]
         mixed = bool(phase.config.mixup or phase.config.cutmix)
         samples = self.feeds.plan(phase.first_epoch).step_samples(0)[: num_tiles // phase.task.expansion]
-        batch = self._load(self.feeds.train, self.feeds.train_transform, samples, epoch=phase.first_epoch)
+        plain = self._unaugmented(phase)
+        batch = self._load(self.feeds.train, self.feeds.val_transform if plain else self.feeds.train_transform, samples, epoch=phase.first_epoch)
         images, labels, weights = phase.task.prepare(batch.images, batch.labels, batch.weights)
         names = self._names(phase.task)
         shares = torch.nn.functional.one_hot(labels, phase.num_outputs).float()
@@ -157,7 +158,14 @@ class Examples:
         rows = np.arange(len(images)).reshape(phase.task.expansion, -1).T.ravel()
         tiles = [Tile(_pixels(images[row]), _shares_text(shares[row], names)) for row in rows.tolist() if weights[row] > 0]
         words = "each image in its four rotations" if phase.task.name == "rotate" else "mixed in pairs" if mixed else ""
+        if plain:
+            words = "not augmented, since their features were computed once"
         return TrainingView(tuple(phase.name for phase in phases), words, tiles)
+
+    def _unaugmented(self, phase: Phase) -> bool:
+        """Its features were cached from images as evaluation sees them (dtl.engine.feature_phase), whatever the augmentation says."""
+        config = phase.config
+        return config.cache_features is True and config.views == 1 and not self.feeds.train_transform.is_fixed
 
     # ---- validation images
 

@@ -198,6 +198,22 @@ def test_a_run_that_ends_with_the_pretext_task_is_asked_about_rotations(tmp_path
     assert "270°" in page.text
 
 
+def test_a_phase_on_cached_features_is_shown_the_images_that_gave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtl.report.examples import Examples
+    from dtl.report.record import read_run
+
+    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
+    phases = {"head": {"train": "head", "epochs": 1, "cache_features": True}, "all": {"train": "all", "epochs": 1}}
+    examples = Examples.open(read_run(make_run(tmp_path / "run", make_config("run", phases=phases), model=False)))
+    head, everything = examples.training_views(num_tiles=6)
+    assert (head.phases, everything.phases) == (("head",), ("all",))
+    assert head.words == "not augmented, since their features were computed once"
+    assert everything.words == ""
+    samples = examples.feeds.plan(0).step_samples(0)[:6]
+    seen = examples._load(examples.feeds.train, examples.feeds.val_transform, samples, epoch=5).images.permute(0, 2, 3, 1).numpy()
+    assert [tile.pixels.tolist() for tile in head.tiles] == seen.tolist()
+
+
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     from PIL import Image
 
