@@ -29,6 +29,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dtl.errors import UserError
 from dtl.launched import Launch, read_launch
+from dtl.wording import counted
 
 T = TypeVar("T")
 ranks_met = False
@@ -342,7 +343,7 @@ def _keep_freed_memory() -> None:
 def _check_gpus(launch: Launch, use_cpu: bool) -> None:
     if not use_cpu and launch.local_world_size > torch.cuda.device_count():
         raise UserError(
-            f"{launch.local_world_size} processes were launched on a machine with {torch.cuda.device_count()} GPU(s); "
+            f"{counted(launch.local_world_size, 'process')} launched on a machine with {counted(torch.cuda.device_count(), 'GPU')}; "
             "launch one a GPU, or use --run.device cpu"
         )
 
@@ -351,7 +352,7 @@ def _check_world(launch: Launch, world_size: int) -> None:
     for number, source in ((launch.world_size, "WORLD_SIZE is"), (launch.asked_for, "the launch asked for")):
         if number is not None and number != world_size:
             raise UserError(
-                f"{source} {number} process(es), but this one sees a world of {world_size}: they would be separate runs. "
+                f"{source} {counted(number, 'process')}, but this one sees a world of {world_size}: they would be separate runs. "
                 "On CPUs use `accelerate launch --config_file launch/cpu_2.yaml --num_processes N`, or torchrun --nproc-per-node N"
             )
 

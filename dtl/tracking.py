@@ -17,6 +17,7 @@ from typing import Any
 from dtl.errors import UserError
 from dtl.tracking_console import Console, summary_table
 from dtl.tracking_wandb import WandbRun, choose_mode, new_id
+from dtl.wording import counted
 
 __all__ = ["Console", "History", "Tracker", "summary_table"]
 
@@ -209,7 +210,7 @@ class Tracker:
         self._tell({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("val", phase, epoch, step, facts)
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
-        self.say(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({num_samples} samples)")
+        self.say(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
 
     def epoch(
         self,

@@ -10,6 +10,7 @@ import torch
 
 from dtl.checkpoint.names import strip_wrappers
 from dtl.errors import UserError
+from dtl.wording import counted
 
 # State of other things than the network: never looked into.
 _NOT_WEIGHTS = (
@@ -103,7 +104,7 @@ def _choose(candidates: dict[str, int], origin: str) -> str:
     # As many tensors, or nearly: a second network of the same kind (an average of weights, a teacher).
     rivals = [container for container, count in candidates.items() if count >= 0.9 * most and (count > 4 or count == most)]
     if len(rivals) > 1:
-        named = " and ".join(f"'{container}' ({candidates[container]} tensors)" for container in rivals)
+        named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')})" for container in rivals)
         raise UserError(f"{origin}: holds {named}; say which one is meant, for instance source: {origin}#{rivals[0]}")
     return rivals[0]
 

@@ -17,6 +17,7 @@ from dtl.checkpoint.heads import detect_heads, head_obstacle, rows_of_head
 from dtl.checkpoint.matching import Matching
 from dtl.checkpoint.target import Target
 from dtl.checkpoint.units import NORMS, WEIGHTED, Entry, Key, Shape, Unit, num_elements, units_of
+from dtl.wording import counted
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -284,7 +285,7 @@ class _Settlement:
         name, flag = next(iter(self.matching.flags.items()))
         could = f"; could be {', '.join(flag.names[:3])}" if flag.alternatives else ""
         others = len(self.matching.flags) - 1
-        more = f" (and {others} tensors more)" if others else ""
+        more = f" (and {counted(others, 'tensor')} more)" if others else ""
         settle = f"; a map settles it: {flag.line(name)}" if flag.alternatives else ""
         return f"{name} is not decided: {flag.reason}{could}{more}{settle}"
 

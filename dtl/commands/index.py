@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, counted
 
 _DESCRIPTION = """\
 Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     for line in lines[1:]:
         print(line, file=sys.stderr)
     if not options.quiet:
-        shards = "1 shard" if report.num_shards == 1 else f"{report.num_shards:,} shards"
+        shards = counted(report.num_shards, "shard")
         print(f"{lines[0]} in {shards}, {report.num_bytes / 2**20:,.1f} MiB, indexed in {report.seconds:.1f} s: {report.folder}")
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, counted
 
 if TYPE_CHECKING:
     from dtl.data.pack import PackReport
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     source = open_source(options.source, classes=classes, names=options.names, on_error="skip")
     if not options.quiet:
         _say(
-            f"{options.source}: {source.kind}, {source.num_samples:,} images of {len(source.classes):,} classes, {_size(source.num_bytes)}"
+            f"{options.source}: {source.kind}, {counted(source.num_samples, 'image')} of {counted(len(source.classes), 'class')}, {_size(source.num_bytes)}"
         )
         for note in source.notes:
             _say(f"  {note}")
@@ -123,9 +123,9 @@ def _parser() -> argparse.ArgumentParser:
 def _print_report(report: PackReport) -> None:
     width = max(len(split.split) for split in report.splits)
     for split in report.splits:
-        shards = "1 shard" if split.num_shards == 1 else f"{split.num_shards:,} shards"
-        print(f"{split.split:{width}}  {split.num_samples:,} images, {shards}, {_size(split.num_bytes)}: {split.folder}")
-    print(f"packed in {report.seconds:.1f} s, {len(report.skipped):,} images left out")
+        shards = counted(split.num_shards, "shard")
+        print(f"{split.split:{width}}  {counted(split.num_samples, 'image')}, {shards}, {_size(split.num_bytes)}: {split.folder}")
+    print(f"packed in {report.seconds:.1f} s, {counted(len(report.skipped), 'image')} left out")
 
 
 def _size(num_bytes: int) -> str:

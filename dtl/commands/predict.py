@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, counted
 
 if TYPE_CHECKING:
     from dtl.engine.image_inputs import ImageInputs
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     if runtime.is_main:
         _tell(options, len(inputs), problems)
     if len(problems) == len(inputs):
-        raise UserError(f"none of the {len(inputs):,} images could be read")
+        raise UserError("the image could not be read" if len(inputs) == 1 else f"none of the {len(inputs):,} images could be read")
     return 0
 
 
@@ -145,7 +145,7 @@ def _tell(options: argparse.Namespace, count: int, problems: Sequence[Any]) -> N
         print(f"not readable: {path}: {reason}", file=sys.stderr)
     unread = f", {len(problems):,} could not be read" if problems else ""
     where = "" if options.out == "-" else f": {options.out}"
-    print(f"{count - len(problems):,} images predicted{unread}{where}", file=sys.stderr)
+    print(f"{counted(count - len(problems), 'image')} predicted{unread}{where}", file=sys.stderr)
 
 
 def _format(options: argparse.Namespace) -> str:

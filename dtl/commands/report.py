@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, counted
 
 _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
     if options.csv is not None:
         from dtl.report.csv_file import write_csv
 
-        print(f"{options.csv}: {write_csv(options.runs, options.csv):,} lines")
+        print(f"{options.csv}: {counted(write_csv(options.runs, options.csv), 'line')}")
         return 0
     from dtl.report import make_comparison, make_report
 

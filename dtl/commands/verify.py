@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, counted
 
 if TYPE_CHECKING:
     from dtl.data.verify import VerifyReport
@@ -43,9 +43,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _summary(report: VerifyReport, *, quarantine: bool) -> str:
-    shards = "1 shard" if report.num_shards == 1 else f"{report.num_shards:,} shards"
+    shards = counted(report.num_shards, "shard")
     new = len(report.new_samples)
-    parts = [f"{report.folder}: {report.num_samples:,} samples in {shards}, checked in {report.seconds:.1f} s"]
+    parts = [f"{report.folder}: {counted(report.num_samples, 'sample')} in {shards}, checked in {report.seconds:.1f} s"]
     if report.in_quarantine:
         parts.append(f"{len(report.in_quarantine):,} in quarantine")
     if new:

@@ -24,6 +24,7 @@ from dtl.data.remote import default_cache_dir as default_cache_dir
 from dtl.data.remote_folder import SPLIT_FOLDERS, find_remote_folders, mirror, mirror_place, refuse_remote_folder
 from dtl.data.sources import ALL, Source, open_source
 from dtl.errors import UserError
+from dtl.wording import counted
 
 
 def ensure_packed(
@@ -156,7 +157,7 @@ def _ensure_indexed(
     with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that indexes {source}")):
         if (folder / MANIFEST_NAME).exists():
             return folder
-        say(f"indexing {source} ({len(tars):,} WebDataset shard{'' if len(tars) == 1 else 's'}) into {folder}; they stay as they are")
+        say(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
         report = index_shards(
             tars,
             out=folder,
@@ -247,7 +248,7 @@ def _pack_into(
     progress: bool,
     fixed: Sequence[str] | None,
 ) -> None:
-    say(f"packing {source} ({opened.num_samples:,} images of {len(opened.classes)} classes) into {home}")
+    say(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
     for note in opened.notes:
         say(f"  {note}")
     report = pack(
@@ -283,7 +284,7 @@ def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
 
 def describe_index(report: IndexReport, *, limit: int = 10) -> list[str]:
     """Lines about an index: what is in it, what was left out, what should be looked at."""
-    lines = [f"{report.num_samples:,} images of {len(report.classes):,} classes", *report.notes]
+    lines = [f"{counted(report.num_samples, 'image')} of {counted(len(report.classes), 'class')}", *report.notes]
     if report.num_skipped:
         left_out = "sample is not usable and was left out" if report.num_skipped == 1 else "samples are not usable and were left out"
         listed = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:limit])

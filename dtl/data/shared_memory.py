@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from dtl.errors import UserError
+from dtl.wording import counted
 
 SHM = Path("/dev/shm")
 _PAGE = 4096
@@ -43,9 +44,10 @@ def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path =
     free = space.f_bavail * space.f_frsize
     if ranks * needed > free:
         raise UserError(
-            f"{folder} has {_shown(free)} free of {_shown(space.f_blocks * space.f_frsize)}, but {ranks} process(es) with {workers} loader processes "
-            f"each take up to {_shown(ranks * needed)} there: remove what other programs have left in it, give it more (docker run "
-            f"--shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), or load with fewer (--data.workers N, 0: in the training process)"
+            f"{folder} has {_shown(free)} free of {_shown(space.f_blocks * space.f_frsize)}, but {counted(ranks, 'process')} "
+            f"with {counted(workers, 'loader process')} each take up to {_shown(ranks * needed)} there: remove what other programs have left in it, "
+            f"give it more (docker run --shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), or load with fewer "
+            "(--data.workers N, 0: in the training process)"
         )
 
 

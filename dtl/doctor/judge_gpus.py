@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtl.doctor.finding import Finding
+from dtl.wording import counted
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # From near to far, as `nvidia-smi topo -m` explains them; NV# is NVLink.
@@ -110,10 +111,11 @@ def judge_cuda(facts: Mapping[str, Any], gpus: Sequence[Gpu], driver_knows: tupl
         return [Finding("gpu", "ok", f"none here; torch is {kind}, runs use the CPU")]
     if gpus and not built:
         fix = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cuNNN (NNN: the driver's CUDA)"
-        return [Finding("gpu", "fail", f"{len(gpus)} GPU(s) are here, but this torch {facts.get('torch')} is built for CPUs only", fix)]
+        return [Finding("gpu", "fail", f"{counted(len(gpus), 'GPU')} here, but this torch {facts.get('torch')} is built for CPUs only", fix)]
     if gpus and not count:
         return [_unseen(facts, gpus, driver_knows)]
-    found = [Finding("gpu", "ok", f"{count} GPU(s), {_names(facts, gpus)}, torch built for CUDA {built}" + (f", driver {gpus[0].driver}" if gpus else ""))]
+    driver = f", driver {gpus[0].driver}" if gpus else ""
+    found = [Finding("gpu", "ok", f"{counted(count, 'GPU')}, {_names(facts, gpus)}, torch built for CUDA {built}{driver}")]
     arch = [str(name) for name in facts.get("arch_list", [])]
     for number, capability in enumerate(facts.get("capabilities", [])):
         if arch and not _runs_on(str(capability), arch):
@@ -144,14 +146,14 @@ def _unseen(facts: Mapping[str, Any], gpus: Sequence[Gpu], driver_knows: tuple[i
     built = tuple(int(part) for part in str(facts["cuda"]).split(".")[:2])
     visible = facts.get("visible_devices")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-        return Finding("gpu", "fail", f"{len(gpus)} GPU(s) are here, but CUDA_VISIBLE_DEVICES={visible!r} hides them", "unset CUDA_VISIBLE_DEVICES")
+        return Finding("gpu", "fail", f"{counted(len(gpus), 'GPU')} here, but CUDA_VISIBLE_DEVICES={visible!r} hides them", "unset CUDA_VISIBLE_DEVICES")
     if driver_knows is not None and driver_knows[0] < built[0]:
         fix = f"install a driver for CUDA {built[0]} or newer, or a torch built for CUDA {driver_knows[0]} (pytorch.org/get-started)"
         what = f"driver {gpus[0].driver} knows CUDA {driver_knows[0]}.{driver_knows[1]} at most, this torch is built for {facts['cuda']}"
         return Finding("gpu", "fail", what, fix)
     reason = f": {facts['error']}" if facts.get("error") else ""
     fix = "python -c 'import torch; torch.cuda.init()' shows why; in a container: docker run --gpus all"
-    return Finding("gpu", "fail", f"nvidia-smi shows {len(gpus)} GPU(s), PyTorch sees none{reason}", fix)
+    return Finding("gpu", "fail", f"nvidia-smi shows {counted(len(gpus), 'GPU')}, PyTorch sees none{reason}", fix)
 
 
 def _runs_on(capability: str, arch_list: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dtl.data.shared_memory import bytes_needed
 from dtl.doctor.finding import Finding
+from dtl.wording import counted
 
 MIB, GIB = 2**20, 2**30
 # torchvision 0.N belongs to torch 2.(N - 15), since torch 2.0 and torchvision 0.15.
@@ -79,7 +80,7 @@ def judge_shm(free: int | None, total: int | None, need: Need) -> Finding:
     if free is None or total is None:
         fix = "--data.workers 0" if need.workers else ""
         return Finding("shm", "warn" if need.workers else "ok", "/dev/shm cannot be looked at; loader processes need it", fix)
-    what = f"/dev/shm has {_size(free)} free of {_size(total)}; {need.ranks} process(es) with {need.workers} loader processes "
+    what = f"/dev/shm has {_size(free)} free of {_size(total)}; {counted(need.ranks, 'process')} with {counted(need.workers, 'loader process')} "
     what += f"keep up to {_size(need.shm_bytes)} in it"
     wanted = max(1, -(-2 * need.shm_bytes // GIB))
     fix = f"docker run --shm-size={wanted}g ... (or --ipc=host); on a machine of your own: mount -o remount,size={wanted}G /dev/shm; or --data.workers 0"
@@ -151,18 +152,18 @@ def judge_decode(
     if ms_per_image is None:
         return Finding("decode", "warn", "decoding could not be measured", "")
     able = 1000.0 / ms_per_image
-    summary = f"one core prepares {able:,.0f} images/s ({what}), {cores:g} core(s) to have"
+    summary = f"one core prepares {able:,.0f} images/s ({what}), {counted(float(cores), 'core')} to have"
     if model_images_s is None:
         return Finding("decode", "ok", f"{summary}: {able * cores:,.0f} images/s")
     wanted = model_images_s * ranks
     needed = -(-wanted // able)
-    summary += f"; {model} trains {wanted:,.0f} images/s on {ranks} {device}(s), which needs {needed:.0f} of them"
+    summary += f"; {model} trains {wanted:,.0f} images/s on {counted(ranks, 'GPU' if device == 'cuda' else 'process')}, which needs {needed:.0f} of them"
     # On a CPU the network itself takes the same cores, whatever the loader does.
     if needed > cores and device != "cpu":
         fix = "dtl pack SRC DST --short-side 256 (smaller images decode faster), or a machine with more cores a GPU"
         return Finding("decode", "warn", f"{summary}: the loader will be the limit", fix)
     if workers * ranks < needed and device != "cpu":
-        return Finding("decode", "warn", f"{summary}; {workers * ranks} loader process(es) are planned", f"--data.workers {int(-(-needed // ranks))}")
+        return Finding("decode", "warn", f"{summary}; {counted(workers * ranks, 'loader process')} planned", f"--data.workers {int(-(-needed // ranks))}")
     return Finding("decode", "ok", summary)
 
 

@@ -23,6 +23,7 @@ from dtl.models.groups import layer_groups
 from dtl.optim.groups import build_groups, build_optimizer
 from dtl.optim.schedule import Schedule, lr_at
 from dtl.runtime import Runtime
+from dtl.wording import counted
 
 SYNC_BN_BELOW = 16
 
@@ -113,7 +114,7 @@ def enter(
     trainable = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
     unused = unused_parameters(network, trainable, image_size=image_size)
     if unused:
-        say(f"phase {phase.name}: {len(unused)} parameters get no gradient and are left out, the first is {min(unused)}")
+        say(f"phase {phase.name}: {counted(len(unused), 'parameter')} without a gradient, left out; the first is {min(unused)}")
         trainable = trainable - unused
     if not trainable:
         raise UserError(f"phases.{phase.name}.train: nothing is left to train")

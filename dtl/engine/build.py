@@ -274,7 +274,7 @@ def note_changes(state: TrainState, runtime: Runtime, say: Say) -> None:
                 "batches; batch norm statistics and the rounding of sums may differ"
             )
         elif state.num_threads != threads:
-            say(f"this run used {state.num_threads} threads a process and goes on with {threads}: the rounding of sums may differ")
+            say(f"this run used {counted(state.num_threads, 'thread')} a process and goes on with {threads}: the rounding of sums may differ")
     state.world_size, state.num_threads = runtime.world_size, threads
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dtl.data.index import Shards
 from dtl.engine.assess import NUM_BINS, Assessment, Hard
 from dtl.errors import DamagedSample
+from dtl.wording import counted
 
 NUM_PAIRS = 20
 _TABLE_CLASSES = 30
@@ -80,7 +81,7 @@ def table(values: dict[str, Any]) -> str:
     """The report for a terminal. Long lists of classes are cut to those that are recognised worst."""
     width = min(32, max([len(_MEAN), *(len(row["name"]) for row in values["per_class"])]))
     lines = [
-        f"{values['num_samples']:,} images: top1 {_percent(values['top1'])}, top5 {_percent(values['top5'])}, "
+        f"{counted(values['num_samples'], 'image')}: top1 {_percent(values['top1'])}, top5 {_percent(values['top5'])}, "
         f"loss {_plain(values['loss'])}, calibration error {_percent(values['calibration_error'])}",
         "",
         f"{'class':{width}}  precision    recall        F1   images",

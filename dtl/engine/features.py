@@ -33,6 +33,7 @@ from dtl.engine.step import Normalise
 from dtl.errors import DamagedSample, UserError
 from dtl.models.network import Network
 from dtl.runtime import Runtime
+from dtl.wording import counted
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
@@ -208,7 +209,7 @@ class FeatureCache:
             if writes:
                 shutil.rmtree(temporary, ignore_errors=True)
         num = sum(part.shards.num_samples * len(part.epochs) for part in parts)
-        self.say(f"features of {num:,} images computed once in {time.monotonic() - started:.1f} s, kept in {folder}")
+        self.say(f"features of {counted(num, 'image')} computed once in {time.monotonic() - started:.1f} s, kept in {folder}")
         return folder
 
     def _compute(self, module: nn.Module, cut: str, part: Part, folder: Path | None) -> list[Any] | None:
@@ -265,7 +266,7 @@ class FeatureCache:
         size, free = 4 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
         if size > free:
             raise UserError(
-                f"the features of {shape[1]:,} images in {shape[0]} view(s) take {size / 2**30:.1f} GiB, and {path.parent.parent} has "
+                f"the features of {shape[1]:,} images in {counted(shape[0], 'view')} take {size / 2**30:.1f} GiB, and {path.parent.parent} has "
                 f"{free / 2**30:.1f} GiB free; use fewer views, another data.cache_dir, or cache_features false"
             )
         values = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)

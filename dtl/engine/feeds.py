@@ -18,6 +18,7 @@ from dtl.data.plan import EpochPlan, RankLayout
 from dtl.data.shared_memory import bytes_needed
 from dtl.engine.feature_data import FeatureDataset
 from dtl.engine.phases import Phase
+from dtl.wording import counted
 
 
 @dataclass
@@ -161,7 +162,7 @@ class Feeds:
         samples = self.step_samples(phase, phase_step)
         mine = samples[len(samples) * self.rank // self.world_size :][: max(1, len(samples) // self.world_size)]
         damaged = self.train.damaged(int(mine[0]), "")
-        return f"{len(mine)} samples that begin with {damaged.key} of {damaged.shard}"
+        return f"{counted(len(mine), 'sample')} from {damaged.key} of {damaged.shard} on"
 
     def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
         cached = self.cached.get(split)

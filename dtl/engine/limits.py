@@ -15,6 +15,7 @@ import torch
 
 from dtl.data.loader import Batch
 from dtl.runtime import Runtime
+from dtl.wording import counted
 
 GIB = 2**30
 # Less waiting than this is no limit; a shorter epoch measures the start of its loader processes.
@@ -85,7 +86,7 @@ def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_s
         return ""
     each = speed.loading / speed.images
     measured = f"the loader is the limit ({speed.wait:.0%} of the time is waiting for it): an image takes {1000 * each:.1f} ms"
-    measured += f", {workers} loader process(es) are {busy:.0%} busy" if workers else " in the training process itself"
+    measured += f", {counted(workers, 'loader process')} {busy:.0%} busy" if workers else " in the training process itself"
     if speed.computing < LEAST_BUSY * speed.loading:
         stalled = 1 - speed.computing / speed.loading
         more = max(1, 2 * workers)
@@ -95,14 +96,14 @@ def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_s
     most = max(1, cores - 1) if on_cpu else cores
     if workers < most:
         short = f", of {wanted} that would keep up" if wanted > most else ""
-        return f"{measured}; --data.workers {min(wanted, most)} (this process has {cores} core(s){short})"
+        return f"{measured}; --data.workers {min(wanted, most)} (this process has {counted(cores, 'core')}{short})"
     target = round(image_size * 256 / 224)
     if short_side > 1.25 * target:
         return (
-            f"{measured} on {cores} core(s), and {wanted} would be needed; the images are {short_side:.0f} pixels at the short side, {target} would do: "
-            f"dtl pack SRC DST --short-side {target}"
+            f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed; the images are {short_side:.0f} pixels at the short side, "
+            f"{target} would do: dtl pack SRC DST --short-side {target}"
         )
-    return f"{measured} on {cores} core(s), and {wanted} would be needed: more cores a process, or fewer augmentations"
+    return f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed: more cores a process, or fewer augmentations"
 
 
 def num_cores() -> int:

@@ -26,6 +26,7 @@ from dtl.engine.undo import modes_kept, rng_kept
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
 from dtl.runtime import Runtime
+from dtl.wording import counted
 
 _KEY = "micro_batch_sizes"
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -59,7 +60,7 @@ def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Norma
         halved = True
         say(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {feeds.micro_batch_size}")
     if halved:
-        times = f"{layout.accumulation_steps} a step on each of {runtime.world_size} process(es)"
+        times = f"{layout.accumulation_steps} a step on each of {counted(runtime.world_size, 'process')}"
         say(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {feeds.global_batch_size}")
         if state is not None:
             state.extra[_KEY] = {**state.extra.get(_KEY, {}), phase.name: size}

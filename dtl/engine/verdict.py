@@ -10,6 +10,7 @@ from dtl.engine.active import ActivePhase
 from dtl.engine.feeds import Feeds
 from dtl.engine.phases import Phase
 from dtl.errors import UserError
+from dtl.wording import counted
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: 
     if stop.threshold is not None and (value <= stop.threshold if monitor == "loss" else value >= stop.threshold):
         return Verdict(gain, f"{monitor} {value:.4f} reached {stop.threshold}")
     if stop.patience is not None and state.evaluations_without_gain >= stop.patience:
-        return Verdict(gain, f"no better {monitor} in {stop.patience} evaluations")
+        return Verdict(gain, f"no better {monitor} in {counted(stop.patience, 'evaluation')}")
     return Verdict(gain, None)
 
 

@@ -19,7 +19,7 @@ import yaml
 from dtl.config import Config, config_from_dict
 from dtl.errors import UserError
 from dtl.run_lock import never_began, why_none_began
-from dtl.wording import near_run
+from dtl.wording import counted, near_run
 
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
@@ -197,7 +197,7 @@ def _read_history(record: RunRecord) -> None:
         record.missing.append(f"history.jsonl cannot be read: {error.strerror}")
         return
     if unread:
-        record.missing.append(f"{unread} line(s) of history.jsonl cannot be read and are left out")
+        record.missing.append(f"{counted(unread, 'line')} of history.jsonl that cannot be read, left out")
     rows = {row.get("phase"): row for row in record.status.get("phases", []) if isinstance(row, dict)}
     first_step = 0
     for name, kinds in columns.items():

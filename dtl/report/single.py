@@ -18,6 +18,7 @@ from dtl.report.grids import save_grid
 from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
+from dtl.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +171,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> str:
             ("Training data", f"{config.data.train}{images}"),
             ("Pretrained weights", config.transfer.source if config.transfer else "none"),
             ("Image size", f"{config.data.image_size} × {config.data.image_size} pixels"),
-            ("Global batch", f"{config.data.global_batch_size} images"),
+            ("Global batch", counted(config.data.global_batch_size, "image")),
             ("Seed", str(config.run.seed)),
         ]
     state = record.status.get("state")

@@ -25,7 +25,7 @@ def test_it_halves_until_all_ranks_fit_and_trains_as_if_told_so(tmp_path: Path, 
     assert recipes.weights_hash(tmp_path / "runs/auto") == recipes.weights_hash(tmp_path / "runs/told"), "the trials left a trace"
     said = job.err()
     assert said.count("do not fit into memory (rank ") == 3 * len(PHASES)
-    assert f"phase all: micro-batches of {fits} fit, 8 a step on each of {world} process(es); the global batch stays 120" in said
+    assert f"phase all: micro-batches of {fits} fit, 8 a step on each of {world} process{'es' if world > 1 else ''}; the global batch stays 120" in said
     if world == 2:
         assert "60 images at once do not fit into memory (rank 0: out of memory for 60 images); trying 30" in said
         assert "15 images at once do not fit into memory (rank 1: out of memory for 15 images); trying 8" in said

@@ -63,7 +63,7 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_happened(tmp_path: Path, worl
 
     lines: list[str] = []
     result = check(launch, ["--config", str(recipe)], tmp_path, kills=kills // 2, world=world, seed=world, fresh_cache=True, timeout=120, say=lines.append)
-    print("\n".join([f"{world} process(es)", *lines, f"{len(result.kills)} kills in {result.runs} runs, in: {result.where()}"]))
+    print("\n".join([f"world of {world}", *lines, f"{len(result.kills)} kills in {result.runs} runs, in: {result.where()}"]))
     assert not result.differences, result.differences
     assert len(result.kills) == kills // 2
     assert result.steps == 16

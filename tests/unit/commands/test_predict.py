@@ -126,7 +126,7 @@ def test_unreadable_images_are_listed_and_not_fatal(model: Path, photos: Path, c
 
 def test_nothing_readable_is_an_error(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(UserError, match="none of the 1 images could be read"):
+    with pytest.raises(UserError, match="the image could not be read"):
         run([str(model), str(tmp_path / "a.jpg"), "--out", str(tmp_path / "o.csv"), "--workers", "0"])
 
 

@@ -15,15 +15,15 @@ USUAL = {"workers": 2, "cores": 16, "on_cpu": False, "image_size": 224, "short_s
 
 def test_workers_are_counted_from_the_measured_times() -> None:
     assert advise(STARVED, **USUAL) == (  # type: ignore[arg-type]
-        "the loader is the limit (75% of the time is waiting for it): an image takes 10.0 ms, 2 loader process(es) are 100% busy; "
-        "--data.workers 8 (this process has 16 core(s))"
+        "the loader is the limit (75% of the time is waiting for it): an image takes 10.0 ms, 2 loader processes 100% busy; "
+        "--data.workers 8 (this process has 16 cores)"
     )
 
 
 @pytest.mark.parametrize(
     ("changes", "speed", "said"),
     [
-        ({"cores": 4}, {}, "--data.workers 4 (this process has 4 core(s), of 8 that would keep up)"),
+        ({"cores": 4}, {}, "--data.workers 4 (this process has 4 cores, of 8 that would keep up)"),
         ({"cores": 4, "on_cpu": True}, {}, "--data.workers 3 "),
         ({"workers": 0}, {"loading": 75.0, "computing": 75.0}, "in the training process itself; --data.workers 3 "),
         ({"cores": 2, "short_side": 3000.0}, {}, "3000 pixels at the short side, 256 would do: dtl pack SRC DST --short-side 256"),
