@@ -19,6 +19,7 @@ from dtl.errors import DamagedSample, UserError
 
 _PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
 _LOOK_BYTES = 65_536
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def find_images(places: Sequence[str]) -> ImageInputs:
     loose: list[str] = []
     for place in places:
         if place == "-":
-            group: Files | PackedImages | None = Files(StringTable.build(_listed(sys.stdin.read().splitlines(), Path())))
+            group: Files | PackedImages | None = _listed("standard input", sys.stdin.read().splitlines(), Path())
         else:
             group = _group(Path(place).expanduser())
         if group is None:
@@ -184,13 +185,22 @@ def _list_file(path: Path) -> Files | None:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is neither an image nor a list of images: {reason}") from None
-    paths = StringTable.build(_listed(lines, path.parent))
+    return _listed(str(path), lines, path.parent)
+
+
+def _listed(source: str, lines: Sequence[str], folder: Path) -> Files:
+    """The images that a list names. UserError for a text that is none: where no line looks like an image, nor is a file."""
+    paths = StringTable.build(_paths(lines, folder))
     if len(paths) == 0:
-        raise UserError(f"{path} lists no images; each line is a path, or CSV with a column path")
+        raise UserError(f"{source} lists no images; each line is a path, or CSV with a column path")
+    if not any(_looks_like_image(paths[number]) or os.path.isfile(paths[number]) for number in range(len(paths))):
+        first = next(line.strip() for line in lines if line.strip())
+        shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]} ..."
+        raise UserError(f"{source} is no image, and no list of images: none of its lines is the path of one (the first is '{shown}')")
     return Files(paths)
 
 
-def _listed(lines: Sequence[str], folder: Path) -> Iterator[str]:
+def _paths(lines: Sequence[str], folder: Path) -> Iterator[str]:
     """Paths of a list's lines, relative ones under `folder`: the path alone, `path label`, or CSV with a header."""
     names = _csv_column(lines) or (_without_label(line.strip()) for line in lines if line.strip())
     for name in names:

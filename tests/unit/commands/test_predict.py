@@ -137,6 +137,7 @@ def test_nothing_readable_is_an_error(model: Path, tmp_path: Path) -> None:
         (["{model}", "{tmp}/none.jpg", "--out", "{tmp}/o.csv"], "does not exist"),
         (["{model}", "{tmp}/x.tar", "--out", "{tmp}/o.csv"], "manifest.json"),
         (["{model}", "{tmp}/data.bin", "--out", "{tmp}/o.csv"], "neither an image nor a list"),
+        (["{model}", "{tmp}/notes.txt", "--out", "{tmp}/o.csv"], "notes.txt is no image, and no list of images: .* .the first is 'Dear diary, today I"),
         (["{model}", "{tmp}", "--out", "{tmp}/o.txt"], "use .csv or .jsonl"),
         (["{model}", "{tmp}", "--out", "{tmp}/no/o.csv"], "does not exist"),
         (["{model}", "{tmp}", "--out", "{tmp}/o.csv", "--top", "3"], "one line an image"),
@@ -146,6 +147,7 @@ def test_nothing_readable_is_an_error(model: Path, tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_clear_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "x.tar").touch()
+    (tmp_path / "notes.txt").write_text("\n Dear diary, today I saw ants\nand bees\n")
     (tmp_path / "data.bin").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match=message) as caught:
         run([one.format(model=model, tmp=tmp_path) for one in arguments])
