@@ -19,6 +19,7 @@ from dtl.doctor.judge_machine import Need
 from dtl.doctor.probe import Measurement, Unanswered
 
 PATIENCE = 20.0
+_WITHOUT = "mend what it says, or go on without: dtl doctor --quick leaves the measurements out"
 
 
 @dataclass
@@ -135,9 +136,9 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]], seconds: float) 
         try:
             box.append(list(check()))
         except Unanswered as error:
-            box.append([Finding(name, "warn", f"could not be measured: {error}")])
+            box.append([Finding(name, "warn", f"could not be measured: {error}", _WITHOUT)])
         except Exception as error:
-            box.append([Finding(name, "warn", f"could not be checked ({type(error).__name__}: {error})")])
+            box.append([Finding(name, "warn", f"could not be checked ({type(error).__name__}: {error})", _WITHOUT)])
 
     worker = threading.Thread(target=work, name=f"doctor-{name}", daemon=True)
     worker.start()

@@ -11,12 +11,15 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`check`: what was looked at, one word; `summary`: what was found; `fix`: the line that mends it, empty where nothing is to mend."""
+    """`check`: what was looked at, one word; `summary`: what was found; `fix`: the line that mends it, which only what is ok can do without."""
 
     check: str
     status: Status
     summary: str
     fix: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.status == "ok" or self.fix, f"a finding without what mends it: {self.check}: {self.summary}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -150,14 +150,14 @@ def judge_decode(
 ) -> Finding:
     """Can this machine's cores prepare images as fast as the model takes them? Both were measured here."""
     if ms_per_image is None:
-        return Finding("decode", "warn", "decoding could not be measured", "")
+        return Finding("decode", "warn", "decoding could not be measured", "dtl doctor --data FOLDER measures it on images of yours")
     able = 1000.0 / ms_per_image
     summary = f"one core prepares {able:,.0f} images/s ({what}), {counted(float(cores), 'core')} to have"
     if model_images_s is None:
         return Finding("decode", "ok", f"{summary}: {able * cores:,.0f} images/s")
     wanted = model_images_s * ranks
     needed = -(-wanted // able)
-    summary += f"; {model} trains {wanted:,.0f} images/s on {counted(ranks, 'GPU' if device == 'cuda' else 'process')}, which needs {needed:.0f} of them"
+    summary += f"; {model} trains {wanted:,.0f} images/s on {counted(ranks, 'process' if device == 'cpu' else device)}, which needs {needed:.0f} of them"
     # On a CPU the network itself takes the same cores, whatever the loader does.
     if needed > cores and device != "cpu":
         fix = "dtl pack SRC DST --short-side 256 (smaller images decode faster), or a machine with more cores a GPU"

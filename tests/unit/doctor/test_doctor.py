@@ -73,7 +73,10 @@ def test_a_check_that_breaks_or_hangs_is_a_finding() -> None:
         raise RuntimeError("what a driver may say")
 
     (found,) = examine._guarded("gpu", broken, 5.0)
-    assert found == Finding("gpu", "warn", "could not be checked (RuntimeError: what a driver may say)")
+    assert (found.check, found.status, found.summary) == ("gpu", "warn", "could not be checked (RuntimeError: what a driver may say)")
+    assert "--quick" in found.fix
+    with pytest.raises(AssertionError, match="a finding without what mends it"):
+        Finding("gpu", "warn", "something is wrong")
     start = time.monotonic()
     (found,) = examine._guarded("run", lambda: time.sleep(3) or [], 0.1)  # type: ignore[func-returns-value]
     assert time.monotonic() - start < 2
