@@ -55,7 +55,8 @@ def judge_network(interfaces: Sequence[Interface], environ: Mapping[str, str], *
             found.append(Finding("network", "fail", what, f"export {variable}={real.name if real else 'lo'}"))
     nccl = choose_interface(interfaces, environ.get("NCCL_SOCKET_IFNAME"))
     gloo = environ.get("GLOO_SOCKET_IFNAME") or next((i.name for i in interfaces if i.address == resolves_to), None)
-    fix = f"export GLOO_SOCKET_IFNAME={real.name} NCCL_SOCKET_IFNAME={real.name}" if real else "export GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME (`ip addr` lists the names)"
+    name = real.name if real else "NAME"
+    fix = f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}" + ("" if real else " (`ip addr` lists the names)")
     if resolves_to is None and not environ.get("GLOO_SOCKET_IFNAME"):
         what = f"the host name {hostname} has no address here: gloo takes lo, and ranks on other machines cannot reach it"
         found.append(Finding("network", "warn", what, fix))
