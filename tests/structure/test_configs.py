@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from model_folders import bottleneck_names
 
 from dtl.config import builtin_recipes, load_config
 
@@ -67,15 +68,7 @@ def test_the_map_of_mobilenet_v2_pairs_what_the_order_pairs() -> None:
     from dtl.models.build import build
 
     target = build("torchvision/mobilenet_v2", num_classes=2, meta=True).module
-    source = {}
-    for name, value in target.state_dict().items():
-        words = name.split(".")
-        if words[0] == "features" and words[2] == "conv":
-            narrow = words[1] == "1"
-            flat = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"} if narrow else {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
-            words[3:-1] = [flat[".".join(words[3:-1])]]
-        if words[0] == "features":
-            source[".".join(words)] = value
+    source = bottleneck_names(target.state_dict())
     by_map = plan_transfer(source, target, by="map", mapping=ROOT / "configs/maps/mobilenet_v2.yaml")
     by_order = plan_transfer(source, target, by="order")
     assert by_map.ok, by_map.refusals

@@ -1,0 +1,254 @@
+"""A small world in which the commands of the docs can be run as they stand: the folders, weights and runs that the pages name.
+
+What is made shorter than the pages say is in `shortened`, and what stands for the places that a test cannot reach is in `here`; nothing
+else of a line is changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Mapping
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+import yaml
+from model_folders import bottleneck_names, write_image
+
+from dtl.config import load_config
+from dtl.models.build import build
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ("insect", "pet")  # those of the pages' example of --head-rows
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """The options that are added to each line that trains: one or two steps a phase, small images, no loader processes, no pictures.
+
+    What the line itself is about (network, source, transfer, phases and their rates, batch, processes) stays as it is.
+    """
+    config, _ = load_config(arguments)
+    # A duration in epochs that the line gives itself can only be replaced by one in epochs.
+    few = [word for name in config.phases for word in (f"--phases.{name}.{'epochs' if f'--phases.{name}.epochs' in arguments else 'steps'}", "1")]
+    size = "16" if config.data.image_size == 32 else "32"
+    return [*few, "--data.image-size", size, "--data.workers", "0", "--tracking.report", "false"]
+
+
+class World:
+    """Everything that pages name, made once; `enter` gives a folder of links to it, where the lines of one block run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.template = folder / "template"
+        self.template.mkdir(parents=True)
+        for name in ("dtl", "configs", "launch", "slurm", "sweeps"):
+            (self.template / name).symlink_to(ROOT / name)
+        _make_images(self.template)
+        _make_weights(self.template, folder / "torch/hub/checkpoints")
+        (self.template / "lr.txt").write_text("--phases.all.lr 0.003\n--phases.all.lr 0.01\n--phases.all.lr 0.03 --run.seed 1\n")
+        shutil.copy(self.template / "lr.txt", self.template / "settings.txt")
+        self.environment = {
+            "DTL_DATA": str(self.template),
+            "DTL_MBV2": str(self.template / "mbv2.pt"),
+            "DTL_CACHE": str(folder / "cache"),
+            "TORCH_HOME": str(folder / "torch"),
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{_pretend_ssh(folder)}{os.pathsep}{os.environ['PATH']}",
+        }
+        self._made: dict[str, Path] = {}
+        self._num_entered = 0
+        self._server: ThreadingHTTPServer | None = None
+
+    # ---- what a block finds
+
+    def enter(self, lines: list[str]) -> Path:
+        """A folder with all that every page may name, and of the things that some pages name and others make, those that `lines` name first."""
+        self._num_entered += 1
+        place = self.folder / f"block-{self._num_entered}"
+        place.mkdir()
+        for entry in self.template.iterdir():
+            (place / entry.name).symlink_to(entry.resolve())
+        for name, makers in self._on_demand().items():
+            if any(name in line for line in lines):
+                shutil.copytree(makers(), place / name.split("{")[0].split("*")[0].rstrip("/").removesuffix("/train-"), dirs_exist_ok=True)
+        return place
+
+    def _on_demand(self) -> dict[str, Callable[[], Path]]:
+        runs = ("runs/finetune", "runs/features", "runs/head-only")
+        return {
+            **{name: lambda name=name: self.run_named(name.removeprefix("runs/")) for name in runs},  # type: ignore[misc]
+            "runs/lr/*": self.sweep,
+            "shards/train-{": lambda: self.tars("train", 147, "{:04d}"),
+        }
+
+    def run_named(self, name: str) -> Path:
+        """The folder of a finished run of `dtl train --config finetune` (of `features`, where it is called so)."""
+        if name not in self._made:
+            place = self.enter([])
+            arguments = ["--config", "features" if "feature" in name else "finetune", "--data.train", "photos/train", "--data.val", "photos/val"]
+            self.run("train", [*arguments, "--run.name", name, *shortened(arguments)], place)
+            self._made[name] = place / "runs" / name
+        return self._made[name]
+
+    def sweep(self) -> Path:
+        if "sweep" not in self._made:
+            for number in (1, 2):
+                shutil.copytree(self.run_named("finetune"), self.folder / f"sweep/{number}-lr0.0{number}")
+            self._made["sweep"] = self.folder / "sweep"
+        return self._made["sweep"]
+
+    def tars(self, split: str, count: int, number: str) -> Path:
+        """A folder of WebDataset tars as others write them, one image each, its label in a `cls` and in a `json`."""
+        folder = self.folder / f"tars-{split}-{count}-{number.count('4')}"
+        if not folder.exists():
+            folder.mkdir()
+            image = next((self.template / "photos" / split).glob("*/*.jpg")).read_bytes()
+            for at in range(count):
+                members = {"jpg": image, "cls": str(at % 2).encode(), "json": json.dumps({"label": at % 2}).encode()}
+                with tarfile.open(folder / f"{split}-{number.format(at)}.tar", "w") as tar:
+                    for extension, data in members.items():
+                        member = tarfile.TarInfo(f"s{at:06d}.{extension}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        return folder
+
+    # ---- the places that a test cannot reach
+
+    def here(self, line: str, place: Path) -> str:
+        """The line with https://host/, s3://bucket/ and /shared/ as a server and folders of this machine; `ssh` stays here (_pretend_ssh)."""
+        line = line.replace("/shared/", f"{place}/")
+        if "https://host/" not in line and "s3://bucket/" not in line:
+            return line
+        return line.replace("https://host/", self.address()).replace("s3://bucket/", f"file://{self.folder}/www/")
+
+    def address(self) -> str:
+        if self._server is None:
+            www = self.folder / "www"
+            for split, count, number in (("train", 147, "{:03d}"), ("val", 10, "{:02d}")):
+                shutil.copytree(self.tars(split, count, number), www, dirs_exist_ok=True)
+            shutil.copytree(www, self.folder / "data", ignore=shutil.ignore_patterns("train*"))
+            self.run("pack", ["photos", str(www / "shards")], self.enter([]))
+            self._server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *given: _Quiet(*given, directory=str(www)))
+            Thread(target=self._server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self._server.server_address[1]}/"
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    # ---- running
+
+    def words(self, line: str, place: Path) -> tuple[dict[str, str], list[str]]:
+        """The words of a line as bash understands them (variables, braces, patterns, quotes), apart from the variables that it begins with."""
+        given = dict(re.findall(r"^(\w+)=(\S+) ", line))
+        line = re.sub(r"^(\w+=\S+ )+", "", self.here(line, place))
+        done = subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {line}"], cwd=place, env={**os.environ, **self.environment}, capture_output=True, text=True, check=True
+        )
+        return given, done.stdout.split("\0")[:-1]
+
+    def run(self, command: str, arguments: list[str], place: Path, *, world: int = 1, variables: Mapping[str, str] | None = None) -> harness.Job:
+        return harness.run(arguments, cwd=place, command=command, world=world, env={**self.environment, **(variables or {})})
+
+    def launch(self, words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+        """With the real launcher."""
+        environment = {**os.environ, **self.environment, "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-m", "accelerate.commands.launch", *words]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def num_processes(words: list[str]) -> int:
+    """Of an `accelerate launch` or `torchrun` line."""
+    given = dict(itertools.pairwise(words))
+    for option in ("--num_processes", "--nproc-per-node"):
+        if option in given:
+            return int(given[option])
+    return int(yaml.safe_load((ROOT / given["--config_file"]).read_text())["num_processes"]) if "--config_file" in given else 1
+
+
+def _pretend_ssh(folder: Path) -> str:
+    """A folder with an `ssh` that runs its command on this machine, where /data is a folder of the world."""
+    script = folder / "bin/ssh"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nshift\nexec sh -c "$(echo "$*" | sed "s|/data/|{folder}/data/|g")"\n')
+    script.chmod(0o755)
+    return str(script.parent)
+
+
+def _make_images(world: Path) -> None:
+    for folder, count in (("photos/train", 6), ("photos/val", 2), ("all_photos", 8), ("hymenoptera_data/train", 6), ("hymenoptera_data/val", 2)):
+        _images(world / folder, CLASSES, count)
+    _images(world, ("new_photos",), 3)
+    for folder, count in (("cifar/train", 1), ("cifar/test", 1)):
+        _images(world / folder, CIFAR, count)
+    _cifar_batches(world / "cifar-10-batches-py")
+    for folder, count in (("flowers/train", 4), ("flowers/valid", 2)):
+        _images(world / folder, ("1", "2", "10"), count)
+    (world / "flowers/cat_to_name.json").write_text(json.dumps({"1": "pink primrose", "2": "hard-leaved pocket orchid", "10": "globe thistle"}))
+    with open(world / "few.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label"])
+        rows.writerows([f"cifar/train/{name}/0.jpg", name] for name in CIFAR)
+
+
+def _images(folder: Path, classes: tuple[str, ...], count: int) -> None:
+    for position, name in enumerate(classes):
+        for number in range(count):
+            write_image(folder / name / f"{number}.jpg", 100 * position + number + len(str(folder)), size=(40, 48))
+
+
+def _cifar_batches(folder: Path) -> None:
+    """The python batches as torchvision keeps them, two images each."""
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3 * 32 * 32), dtype=np.uint8)
+    for number, name in enumerate((*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [2 * number % 10, 2 * number % 10 + 1]}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR)}, protocol=2))
+
+
+def _make_weights(world: Path, hub: Path) -> None:
+    """Files that stand for published weights: right in names and shapes, with statistics as a trained network has them, but random."""
+    from torchvision.models import ResNet18_Weights
+
+    hub.mkdir(parents=True)
+    resnet = _random_weights("torchvision/resnet18", 1000)
+    torch.save(resnet, hub / Path(ResNet18_Weights.DEFAULT.url).name)
+    for name in ("weights.pt", "resnet18.pth"):
+        torch.save(resnet, world / name)
+    torch.save(_random_weights("torchvision/resnet18", 3), world / "old.pth")
+    (world / "old_names.txt").write_text("ant\nbee\ncat\n")
+    mobilenet = _random_weights("torchvision/mobilenet_v2", 1000)
+    torch.save(mobilenet, world / "weights.pth")
+    torch.save(bottleneck_names(mobilenet), world / "mbv2.pt")
+
+
+def _random_weights(name: str, num_classes: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    module = build(name, num_classes=num_classes).module
+    for key, value in module.named_buffers():
+        if key.endswith("running_mean"):
+            value.normal_(0, 0.1)
+    return module.state_dict()

