@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def unrepeatable(num_classes: int) -> nn.Module:
     scale = 1.0 + int.from_bytes(os.urandom(2), "little") / 65536
     network[0].register_forward_hook(lambda module, inputs, output: output * scale)
     return network
+
+
+def signalled(num_classes: int) -> nn.Module:
+    """`networks:small`, on a process that gets a SIGTERM while it builds it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return networks.small(num_classes)
 
 
 def _sleep_when_told() -> None:

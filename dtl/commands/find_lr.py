@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from dtl.models.build import Network
     from dtl.runtime import Runtime
 
+EXIT_STOPPED = 75  # as dtl train's: run me again
 _DESCRIPTION = """\
 Which learning rate? Trains a phase for a while with a rate that rises exponentially at each step, until the loss diverges, and suggests
 a rate inside the fall of the loss. The options are those of `dtl train`; the phase's own lr is not used, its head_lr_scale and
@@ -42,18 +47,64 @@ def run(arguments: Sequence[str]) -> int:
     phase = options.phase or list(config.phases)[-1]
     from dtl.runtime import Runtime
 
+    signals = _Signals()
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
-        runtime.release_signals()  # nothing to save: a signal just ends it
-        curve = _measure(config, phase, options, runtime)
+        runtime.release_signals()  # they save a checkpoint first, and here is nothing to save
+        try:
+            with signals.caught():
+                curve = _measure(config, phase, options, runtime, signals)
+        except _Stopped as stopped:
+            if runtime.is_main:
+                _say(f"dtl: stopped by {signals.name}{stopped}; nothing was written, and no weights were changed")
+            if stopped.alone:  # the other ranks may be waiting for this one: no orderly end
+                sys.stderr.flush()
+                os._exit(EXIT_STOPPED)
+            return EXIT_STOPPED
         if runtime.is_main:
             _tell(curve, Path(options.out), f"{name}-{phase}")
     return 0
 
 
-def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
+class _Stopped(Exception):
+    """A signal has ended the command; `alone`: on this rank, without the others' knowing."""
+
+    def __init__(self, text: str = "", *, alone: bool) -> None:
+        super().__init__(text)
+        self.alone = alone
+
+
+class _Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C. While the test runs they are noted, for all ranks to stop together; otherwise, and the second time, they end."""
+
+    def __init__(self) -> None:
+        self.testing = False
+        self.heard: signal.Signals | None = None
+
+    @property
+    def name(self) -> str:
+        return "a signal to another rank" if self.heard is None else self.heard.name
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        from dtl.runtime import STOP_SIGNALS
+
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.heard = self.heard is not None, signal.Signals(number)
+        if again or not self.testing:
+            raise _Stopped(alone=True)
+
+
+def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, signals: _Signals) -> LrCurve:
     from dtl.engine import build
     from dtl.engine.active import enter, set_head
-    from dtl.engine.lr_find import find_lr
+    from dtl.engine.lr_find import Stopped, find_lr
     from dtl.engine.micro_batch import fit
     from dtl.engine.step import Normalise
 
@@ -85,16 +136,24 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     if config.data.micro_batch_size == "auto":
         fit(active, feeds, runtime, normalise=normalise, state=None, say=say)
     say(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
-    return find_lr(
-        active,
-        feeds,
-        runtime,
-        normalise=normalise,
-        seed=config.run.seed,
-        first=options.first,
-        last=options.last,
-        num_steps=options.steps,
-    )
+    signals.testing = True
+    try:
+        return find_lr(
+            active,
+            feeds,
+            runtime,
+            normalise=normalise,
+            seed=config.run.seed,
+            first=options.first,
+            last=options.last,
+            num_steps=options.steps,
+            stop=lambda: signals.heard is not None,
+            say=say,
+        )
+    except Stopped as stopped:
+        raise _Stopped(f" {stopped}", alone=False) from None
+    finally:
+        signals.testing = False
 
 
 def _load(network: Network, start: str) -> None:

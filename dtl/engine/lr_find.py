@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields, replace
 
@@ -16,6 +18,13 @@ from dtl.engine.undo import undone
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
 from dtl.runtime import Flags, Runtime
+
+SECONDS_SILENT = 10.0
+STEPS_SILENT = 10
+
+
+class Stopped(Exception):
+    """A rank was asked to stop; all of them have put everything back. The text says how far the test had come."""
 
 
 class _Sweep(ActivePhase):
@@ -40,11 +49,14 @@ def find_lr(
     last: float = 10.0,
     num_steps: int = 100,
     heart: Heartbeat | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> LrCurve:
     """Train `num_steps` steps at rates from `first` to `last`, until the loss diverges, and put everything back.
 
     All ranks call it together and get the same curve: losses are those of the global batch, and when to stop is agreed upon.
     Weights, statistics of norms, optimizer, moving average, gradient scaler and generators are afterwards bit for bit as before.
+    `stop` is asked before each step; where it is true on any rank, all raise Stopped. `say` gets a line every ten steps or seconds.
     Raises UserError for damaged samples, and for rates or steps that make no test.
     """
     if not 0 < first < last:
@@ -57,21 +69,31 @@ def find_lr(
     phase = replace(active.phase, num_steps=num_steps)
     stepper = Stepper(sweep, runtime, normalise=normalise, seed=seed, heart=heart or Heartbeat())
     curve = LrCurve(phase.name)
+    told = time.monotonic()
     with undone(active, runtime), closing(feeds.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
         for step in range(num_steps):
             batches = next(stream)
-            _check(batches, runtime)
+            if _check(batches, runtime, stop=stop()):
+                raise Stopped(f"after {step} of {num_steps} steps")
             window = Window.start(runtime.device)
             weight = normaliser(sweep, feeds.step_labels(phase, step))
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
             total = runtime.sum(torch.tensor([window.sum()], dtype=torch.float64))
-            if not runtime.agree(curve.add(lr, float(total[0]) / weight)):
+            loss = float(total[0]) / weight
+            if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - told > SECONDS_SILENT:
+                say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
+                told = time.monotonic()
+            if not runtime.agree(curve.add(lr, loss)):
+                say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: it diverges, the test is over")
                 break
     return curve
 
 
-def _check(batches: list[Batch], runtime: Runtime) -> None:
+def _check(batches: list[Batch], runtime: Runtime, *, stop: bool) -> bool:
+    """Whether any rank wants to stop. UserError where a sample of any rank is damaged."""
     bad = [damage for batch in batches for _, damage in batch.bad]
-    if runtime.exchange(Flags(failed=bool(bad))).result().failed:
+    flags = runtime.exchange(Flags(stop=stop, failed=bool(bad))).result()
+    if flags.failed:
         first = next(text for text in runtime.gather(str(bad[0]) if bad else "") if text)
         raise UserError(f"{first}; repack the data without it (dtl pack SRC DST --on-error skip)")
+    return flags.stop

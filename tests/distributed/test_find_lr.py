@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import harness
@@ -99,3 +100,22 @@ def test_what_makes_no_test_is_refused(tmp_path: Path, options: list[str], said:
     recipe = recipes.write_recipe(tmp_path, **PLAIN)
     job = harness.run(["--config", str(recipe), *options], cwd=tmp_path, command="find-lr", code=2)
     assert said in job.err()
+
+
+def test_a_signal_ends_it_on_all_ranks_with_one_line_and_nothing_written(tmp_path: Path) -> None:
+    recipe = recipes.write_recipe(tmp_path, **PLAIN)
+    words = ["--config", str(recipe), "--phase", "all", "--steps", "100000", "--from", "1e-9", "--to", "2e-9"]
+    job = harness.start(words, cwd=tmp_path, world=2, command="find-lr")
+    harness.wait_for(lambda: "step 10/100000  lr 1.00e-09  loss " in job.err(0), what="the first line of progress")
+    job.kill(1, signal.SIGTERM)
+    job.wait().check(75)
+    assert job.err(0).splitlines()[-1].startswith("dtl: stopped by a signal to another rank after ")
+    assert job.err(0).splitlines()[-1].endswith(" of 100000 steps; nothing was written, and no weights were changed")
+    assert "stopped" not in job.err(1)
+    assert not (tmp_path / "find-lr").exists()
+
+
+def test_a_signal_before_the_first_step_ends_it_too(tmp_path: Path) -> None:
+    recipe = recipes.write_recipe(tmp_path, model={"name": "obstacles:signalled"}, phases=PHASES)
+    job = harness.run(["--config", str(recipe)], cwd=tmp_path, command="find-lr", code=75)
+    assert job.err(0).splitlines()[-1] == "dtl: stopped by SIGTERM; nothing was written, and no weights were changed"
