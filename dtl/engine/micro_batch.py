@@ -53,7 +53,7 @@ def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Norma
         rank = next(i for i, problem in enumerate(problems) if problem)
         if size <= layout.unit:
             raise UserError(
-                f"phase {phase.name}: not even {size} image(s) at once fit into memory (rank {rank}: {problems[rank]}); a smaller data.image_size or "
+                f"phase {phase.name}: not even {counted(size, 'image')} at once would fit into memory (rank {rank}: {problems[rank]}); a smaller data.image_size or "
                 "model, model.checkpoint_activations: true, or precision bf16 need less"
             )
         feeds.micro_batch_size = max(layout.unit, -(-size // 2))

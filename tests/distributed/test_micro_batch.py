@@ -38,7 +38,7 @@ def test_it_halves_until_all_ranks_fit_and_trains_as_if_told_so(tmp_path: Path, 
 
 def test_not_even_one_image_is_one_line(tmp_path: Path) -> None:
     job = harness.run(recipe(tmp_path, fits=0), cwd=tmp_path, code=2)
-    assert "not even 1 image(s) at once fit into memory (rank 0: out of memory for 1 images)" in job.err()
+    assert "not even 1 image at once would fit into memory (rank 0: out of memory for 1 images)" in job.err()
     assert "checkpoint_activations" in job.err()
     assert "Traceback" not in job.err()
 
