@@ -140,15 +140,26 @@ class Examples:
         return [self._training_view(phases, num_tiles) for phases in kinds.values()]
 
     def _training_view(self, phases: Sequence[Phase], num_tiles: int) -> TrainingView:
-        phase = phases[0]
+        phase, tiles = phases[0], list[Tile]()
+        for step in range(min(num_tiles, phase.num_steps, phase.steps_per_epoch)):
+            if len(tiles) + phase.task.expansion > num_tiles:
+                break
+            tiles += self._step_tiles(phase, step, (num_tiles - len(tiles)) // phase.task.expansion)
         mixed = bool(phase.config.mixup or phase.config.cutmix)
-        samples = self.feeds.plan(phase.first_epoch).step_samples(0)[: num_tiles // phase.task.expansion]
-        plain = self._unaugmented(phase)
-        batch = self._load(self.feeds.train, self.feeds.val_transform if plain else self.feeds.train_transform, samples, epoch=phase.first_epoch)
+        words = "each image in its four rotations" if phase.task.name == "rotate" else "mixed in pairs" if mixed else ""
+        if self._unaugmented(phase):
+            words = "not augmented, since their features were computed once"
+        return TrainingView(tuple(phase.name for phase in phases), words, tiles)
+
+    def _step_tiles(self, phase: Phase, step: int, most: int) -> list[Tile]:
+        """At most `most` first images of one step of the phase's first epoch, as its task makes them."""
+        samples = self.feeds.plan(phase.first_epoch).step_samples(step)[: most + most % 2]  # whole pairs, which may be mixed
+        transform = self.feeds.val_transform if self._unaugmented(phase) else self.feeds.train_transform
+        batch = self._load(self.feeds.train, transform, samples, epoch=phase.first_epoch, step=step)
         images, labels, weights = phase.task.prepare(batch.images, batch.labels, batch.weights)
         names = self._names(phase.task)
         shares = torch.nn.functional.one_hot(labels, phase.num_outputs).float()
-        if mixed:
+        if phase.config.mixup or phase.config.cutmix:
             floats, shares = mix_batch(
                 images.float(), shares, batch.slots, weights=weights, mixup=phase.config.mixup, cutmix=phase.config.cutmix,
                 seed=self.seed, epoch=batch.epoch, step=batch.step,
@@ -157,10 +168,7 @@ class Examples:
         # The turns of one image side by side, not all images of one turn.
         rows = np.arange(len(images)).reshape(phase.task.expansion, -1).T.ravel()
         tiles = [Tile(_pixels(images[row]), _shares_text(shares[row], names)) for row in rows.tolist() if weights[row] > 0]
-        words = "each image in its four rotations" if phase.task.name == "rotate" else "mixed in pairs" if mixed else ""
-        if plain:
-            words = "not augmented, since their features were computed once"
-        return TrainingView(tuple(phase.name for phase in phases), words, tiles)
+        return tiles[: most * phase.task.expansion]
 
     def _unaugmented(self, phase: Phase) -> bool:
         """Its features were cached from images as evaluation sees them (dtl.engine.feature_phase), whatever the augmentation says."""
@@ -223,9 +231,9 @@ class Examples:
             tiles.append(Tile(_pixels(image), names[predicted], sure if right else f"{sure}, is {names[label]}", right))
         return tiles
 
-    def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int) -> Batch:
+    def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int, step: int = 0) -> Batch:
         samples = np.asarray(samples, np.int64)
-        request = MicroBatch(epoch, 0, 0, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
+        request = MicroBatch(epoch, step, 0, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
         return BatchDataset(shards, transform, image_size=self.feeds.image_size, seed=self.seed).__getitems__(request)
 
     def _names(self, task: Task) -> list[str]:

@@ -248,7 +248,7 @@ def _training(parts: _Parts, examples: Examples | None) -> str:
             (html.subheading(heading) if len(views) > 1 or view.words else "")
             + html.tiles(view.tiles, fours=view.words.endswith("rotations"))
         )
-    about = "Training images exactly as they reach the network, after augmentation: the first of the first batch."
+    about = "Training images exactly as they reach the network, after augmentation: the first that it is given."
     return html.section("What the network sees", html.text(about, "soft"), *blocks)
 
 

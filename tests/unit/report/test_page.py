@@ -214,6 +214,27 @@ def test_a_phase_on_cached_features_is_shown_the_images_that_gave_them(tmp_path:
     assert [tile.pixels.tolist() for tile in head.tiles] == seen.tolist()
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_small_batches_fill_the_grid_with_those_that_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixup: float) -> None:
+    """The tutorials train with batches of four. Each picture is what the run's own loader made of that sample in that step."""
+    from dtl.report.examples import Examples
+    from dtl.report.record import read_run
+
+    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
+    config = make_config("run", phases={"all": {"train": "all", "epochs": 1, "mixup": mixup}}, global_batch_size=4)
+    examples = Examples.open(read_run(make_run(tmp_path / "run", config, model=False)))
+    (view,) = examples.training_views(num_tiles=10)
+    assert len(view.tiles) == 10
+    feeds = examples.feeds
+    samples = np.concatenate([feeds.plan(0).step_samples(step) for step in range(3)])[:10]
+    assert len(set(samples.tolist())) == 10
+    if not mixup:
+        drawn = examples._load(feeds.train, feeds.train_transform, samples, epoch=0).images.permute(0, 2, 3, 1).numpy()
+        assert [tile.pixels.tolist() for tile in view.tiles] == drawn.tolist()
+    else:
+        assert any(" + " in tile.caption for tile in view.tiles[4:])
+
+
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     from PIL import Image
 
