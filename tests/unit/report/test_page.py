@@ -95,6 +95,16 @@ def test_a_real_browser_shows_it(run: SimpleNamespace, tmp_path: Path, width: in
 
 
 @no_browser
+def test_a_comparison_in_a_narrow_window(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, make_config(name, phases={"all": PHASES["all"]}), model=False) for name in ("supervised", "a-" + "long" * 9)]
+    found = measured(make_comparison(runs, out=tmp_path / "comparison").read_text(encoding="utf-8"), 375, tmp_path)
+    assert found["scroll"] == found["width"]
+    assert (found["images"], found["broken"], found["narrow"]) == (1, 0, 1)
+    for words in ("Course", "Results", "best top-1", "supervised", "a-" + "long" * 9):
+        assert words in found["text"]
+
+
+@no_browser
 def test_numbers_beside_long_names_stay_on_one_line_in_a_narrow_window(tmp_path: Path) -> None:
     names = ("hard-leaved pocket orchid", "pink-yellow dahlia", "a_name_without_a_single_space_in_it_at_all")
     rows = [[Cell(one), Cell(other), Cell("12", number=True), Cell("1,234", number=True)] for one in names for other in names]
