@@ -115,9 +115,13 @@ def compare_figure(comparison: Comparison, width: int = WIDE) -> Figure:
     return figure
 
 
-def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) for every setting that differs; a dash where a run has no such setting."""
-    settings = [_flat(record.config.to_dict()) if record.config is not None else {} for record in records]
+def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each group) for every setting that differs; a dash where a group's runs have no such setting.
+
+    Of several seeds with files of their own it is the name that they share, `few{seed}.csv`.
+    """
+    records = [group.courses[0].record for group in groups]
+    settings = [_shared_settings(group) for group in groups]
     names = sorted({name for values in settings for name in values})
     rows = []
     for name in names:
@@ -185,9 +189,22 @@ def _identities(record: RunRecord) -> tuple[str, ...]:
     if record.config is None:
         return (str(record.path.resolve()),)
     values = {name: value for name, value in _flat(record.config.to_dict()).items() if not name.startswith(_NO_DIFFERENCE)}
-    last_seed = re.compile(rf"(.*)(?<!\d){record.config.run.seed}(?!\d)", re.DOTALL)
-    named = {name: last_seed.sub(r"\1{seed}", values[name], count=1) for name in _NAMED_BY_SEED if isinstance(values.get(name), str)}
-    return tuple(json.dumps({**values, **changed}, sort_keys=True) for changed in ({}, named))
+    return tuple(json.dumps({**values, **changed}, sort_keys=True) for changed in ({}, _named_by_seed(values, record.config.run.seed)))
+
+
+def _named_by_seed(values: dict[str, Any], seed: int) -> dict[str, str]:
+    last = re.compile(rf"(.*)(?<!\d){seed}(?!\d)", re.DOTALL)
+    return {name: last.sub(r"\1{seed}", values[name], count=1) for name in _NAMED_BY_SEED if isinstance(values.get(name), str)}
+
+
+def _shared_settings(group: Group) -> dict[str, Any]:
+    configs = [course.record.config for course in group.courses]
+    first = configs[0]
+    if first is None:
+        return {}
+    values, others = _flat(first.to_dict()), [_flat(config.to_dict()) for config in configs[1:] if config is not None]
+    named = _named_by_seed(values, first.run.seed)
+    return {**values, **{name: name_of for name, name_of in named.items() if any(other.get(name) != values[name] for other in others)}}
 
 
 def _group_names(names: Sequence[Sequence[str]]) -> list[str]:

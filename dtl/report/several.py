@@ -9,9 +9,9 @@ import numpy as np
 
 from dtl.errors import UserError
 from dtl.report import html
-from dtl.report.compare import Comparison, Course, compare, compare_figure, differences
+from dtl.report.compare import Comparison, Course, Group, compare, compare_figure, differences
 from dtl.report.html import Cell
-from dtl.report.record import RunRecord, best_of, read_run
+from dtl.report.record import best_of, read_run
 from dtl.report.single import PAGE, duration, embed_plot, footer, prepare_folder, write_page
 from dtl.report.style import NARROW, percent
 from dtl.run_lock import never_began, why_none_began
@@ -58,7 +58,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
     sections = [
         html.section("Course", plot),
         html.section("Results", _results(comparison)),
-        _differences(records),
+        _differences(comparison.groups),
         html.section("Left out", html.bullets(left_out)) if left_out else "",
     ]
     title = " · ".join(group.name for group in comparison.groups) if len(comparison.groups) <= 4 else f"{len(records)} runs"
@@ -112,11 +112,11 @@ def _results(comparison: Comparison) -> str:
     return html.table(columns, rows) + (groups if several else "")
 
 
-def _differences(records: Sequence[RunRecord]) -> str:
-    if len(records) > _MOST_COLUMNS:
-        return html.section("Settings that differ", html.text(f"Not listed for more than {_MOST_COLUMNS} runs.", "soft"))
-    rows = [[Cell(name), *(Cell(value) for value in values)] for name, values in differences(records)]
+def _differences(groups: Sequence[Group]) -> str:
+    if len(groups) > _MOST_COLUMNS:
+        return html.section("Settings that differ", html.text(f"Not listed for more than {_MOST_COLUMNS} curves.", "soft"))
+    rows = [[Cell(name), *(Cell(value) for value in values)] for name, values in differences(groups)]
     return html.section(
         "Settings that differ",
-        html.table(["setting", *(record.name for record in records)], rows) if rows else html.text("None but names."),
+        html.table(["setting", *(group.name for group in groups)], rows) if rows else html.text("None but names."),
     )
