@@ -2,12 +2,14 @@
 
     python -m benchmarks.gpu --data SHARDS [--models torchvision/resnet50,torchvision/vit_b_16] [--batch 128] [--workers 8] [--out FILE]
 
+The loader is measured twice where torchcodec is installed: decoding in its processes, and on the GPU (`data.decode: device`).
 `both` trains on what the loader gives: pinned, copied without waiting, normalised on the device. Medians of repeated rounds.
 `--device cpu --steps 2` only shows that it runs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -43,14 +45,16 @@ def trainer(name: str, *, device: torch.device, bf16: bool, channels_last: bool,
     return step
 
 
-def batches(options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(options: Any, *, decode_on: torch.device | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless; pinned on the way where there is a GPU."""
     import dtl
 
     for epoch in itertools.count():
-        loader = dtl.build_loader(options.data, image_size=options.image_size, batch_size=options.batch, workers=options.workers, epoch=epoch)
+        loader = dtl.build_loader(
+            options.data, image_size=options.image_size, batch_size=options.batch, workers=options.workers, epoch=epoch, decode_on=decode_on
+        )
         for images, labels, _ in loader:
-            if options.device == "cuda":
+            if options.device == "cuda" and images.device.type == "cpu":
                 images, labels = images.pin_memory(), labels.pin_memory()
             yield images, labels
 
@@ -94,15 +98,19 @@ def main() -> None:
     facts, rows, data = machine(), [], {}
     live = batches(options)
     ready = itertools.repeat(next(live))
-    data["loader"] = interleaved({"loader": lambda: rate(options, None, live)}, options.rounds)["loader"]
-    rows.append(["loader alone", "", "", "", Spread.of(data["loader"]).show(0), "-"])
+    loaders = {"loader alone": live}
+    if importlib.util.find_spec("torchcodec"):
+        loaders["loader alone, decoding on the device"] = batches(options, decode_on=torch.device(options.device))
+    data |= interleaved({name: partial(rate, options, None, loader) for name, loader in loaders.items()}, options.rounds)
+    rows += [[name, "", "", "", Spread.of(data[name]).show(0), "-"] for name in loaders]
     for name, variant in itertools.product(options.models.split(","), options.variants.split(",")):
         bf16, channels_last, compiled = (letter == "1" for letter in variant)
         step = trainer(name, device=torch.device(options.device), bf16=bf16, channels_last=channels_last, compiled=compiled)
         found = interleaved({"model": partial(rate, options, step, ready), "both": partial(rate, options, step, live)}, options.rounds)
         data[f"{name} {variant}"] = found
         rows.append([name, bf16, channels_last, compiled, Spread.of(found["model"]).show(0), Spread.of(found["both"]).show(0)])
-    live.close()  # type: ignore[attr-defined]
+    for loader in loaders.values():
+        loader.close()  # type: ignore[attr-defined]
     lines = table(("model", "bf16", "channels last", "compile", "alone, images/s", "with the loader, images/s"), rows)
     report("One GPU" if options.device == "cuda" else "No GPU: a trial of the benchmark", lines, data, facts, options.out)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dtl.checkpoint.transfer import load_pretrained
@@ -35,6 +36,7 @@ class BatchIterable:
     shuffle: bool
     rank: int = 0
     world_size: int = 1
+    decode_on: torch.device | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -56,6 +58,7 @@ class BatchIterable:
             image_size=self.image_size,
             seed=self.seed,
             workers=self.workers,
+            decode_on=self.decode_on,
         )
         for step in loader.steps(self.epoch, 0, plan.num_steps):
             for batch in step:
@@ -80,15 +83,16 @@ def build_loader(
     cache_dir: str | Path | None = None,
     rank: int = 0,
     world_size: int = 1,
+    decode_on: torch.device | None = None,
 ) -> BatchIterable:
     """The loader that training uses, without training: `for images, labels, weights in dtl.build_loader("photos/train"): ...`
 
     `split` "train" shuffles and augments (by default as the preset imagenet), "val" does neither. `batch_size` is that of all ranks together.
-    Images stay uint8: normalise them on the device. Raises UserError for what cannot be read.
+    Images stay uint8: normalise them on the device. `decode_on`: a GPU that decodes JPEGs, and holds the images then. Raises UserError for what cannot be read.
     """
     if split not in ("train", "val"):
         raise UserError(f"split is {split!r}; it must be train or val")
     shards = open_split(source, split=split, cache_dir=cache_dir)
     training = split == "train"
     transform = train_transform(image_size=image_size, augment=augment or AugmentSettings()) if training else eval_transform(image_size=image_size)
-    return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size)
+    return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size, decode_on)

@@ -93,6 +93,8 @@ class DataConfig(Section):
     """Samples that one rank passes forward at once; auto: its whole share of the global batch, halved until it fits into memory."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes of each rank; 0: load in the training process."""
+    decode: Literal["workers", "device"] = "workers"
+    """Where JPEGs become pixels: in the loader processes, or on the GPU (nvJPEG, by torchcodec; crop, resize, flips and erasing follow there)."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a damaged sample does: end the run, or keep its place with weight 0."""
     max_bad: Annotated[int, Field(ge=0)] = 0
@@ -122,7 +124,7 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     name: str = "torchvision/resnet18"
-    """torchvision/NAME, timm/NAME, dtl/NAME, or package.module:function."""
+    """torchvision/NAME, timm/NAME, timm/hf-hub:ORG/NAME, dtl/NAME, or package.module:function."""
     init: Literal["default", "xavier", "kaiming"] = "default"
     """Initial values of new layers; of the whole network only when nothing is transferred."""
     options: dict[str, Any] = {}
@@ -146,7 +148,7 @@ class FillConfig(Section):
 
 class TransferConfig(Section):
     source: str
-    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, or pretrained: the default weights of model.name."""
+    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, hf-hub:ORG/NAME, or pretrained: the default weights of model.name."""
     by: Literal["auto", "name", "order", "strict", "map"] = "auto"
     """How tensors find each other; strict: by order, of equal sequences of shapes only."""
     map: str | None = None

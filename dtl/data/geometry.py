@@ -7,7 +7,7 @@ window of image_size x image_size pixels that may reach over the edge (zeros the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["bilinear", "bicubic"]
+T = TypeVar("T", Pixels, torch.Tensor)
 
 # The short side is scaled to resize_size, so the memory of the resized image grows with its aspect ratio. Beyond this ratio only a
 # stripe is resized, which can shift the picture by less than a pixel against torchvision's Resize.
@@ -222,7 +223,7 @@ def place(
         return
     picture = resize(crop, resized, interpolation)
     if offset != (0, 0) or picture.shape != target.shape:
-        picture, target = _clip_to_window(picture, target, offset, horizontal_flip, vertical_flip)
+        picture, target = clip_to_window(picture, target, offset, horizontal_flip, vertical_flip)
     if not (horizontal_flip or vertical_flip):
         np.copyto(target, picture)
     elif target.strides[2] == 1:
@@ -252,10 +253,8 @@ def _as_batch(pixels: Pixels) -> torch.Tensor:
     return torch.from_numpy(dense).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
 
 
-def _clip_to_window(
-    picture: Pixels, target: Pixels, offset: tuple[int, int], horizontal_flip: bool, vertical_flip: bool
-) -> tuple[Pixels, Pixels]:
-    """The part of the picture that the window sees, and the part of the target where it goes; the rest of the target is zeroed."""
+def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_flip: bool, vertical_flip: bool) -> tuple[T, T]:
+    """The part of the picture [H,W,3] that the window sees, and the part of the target where it goes; the rest of the target is zeroed."""
     size = target.shape[0]
     taken, given = [], []
     for start, length, flipped in zip(offset, picture.shape[:2], (vertical_flip, horizontal_flip)):

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from dtl.data.batch_buffers import BatchBuffers, pool
 from dtl.data.decode import DecodeError, decode
 from dtl.data.decode_crop import Region, crop_jpeg
+from dtl.data.device_decode import DeviceDecoder, Encoded
 from dtl.data.index import Shards
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.prefetch import Prefetcher, prefetcher
@@ -77,6 +78,8 @@ class Batch:
     """(wall, CPU) time that making it took."""
     place: tuple[int, int] | None = None
     """On the way from a loader process: the pool and the buffer where the images lie."""
+    encoded: Encoded | None = None
+    """On the way to a device that decodes: what `images` does not hold yet."""
 
     def pin_memory(self) -> Batch:
         for name in ("images", *_SMALL):
@@ -113,6 +116,8 @@ class BatchDataset:
     def __init__(self, shards: Shards, transform: Transform, *, image_size: int, seed: int) -> None:
         self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
         self._buffers: BatchBuffers | None = None
+        self.ships = False
+        """JPEGs are left as they are, for a DeviceDecoder."""
 
     def filling(self, buffers: BatchBuffers) -> BatchDataset:
         """The same, for loader processes that put images into `buffers`."""
@@ -132,13 +137,24 @@ class BatchDataset:
         widths, heights = shards.widths[distinct].astype(np.int64), shards.heights[distinct].astype(np.int64)
         keyed_by = distinct if request.draws is None else request.draws[: len(distinct)]
         draws = self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=request.epoch)
+        encoded, jpegs = Encoded(draws, heights, widths) if self.ships else None, list[bytes]()
         for i, data in enumerate(shards.read(distinct)):
-            damage = self._fill(int(distinct[i]), data, draws, i, images[i])
+            damage = self._refused(int(distinct[i]), data)
+            if damage is None:
+                assert isinstance(data, bytes)
+                if encoded is not None and encoded.take(i, data, jpegs):
+                    continue
+                damage = self._fill(int(distinct[i]), data, draws, i, images[i])
+            if encoded is not None:
+                encoded.decoded.append(i)
             if damage is not None:
                 images[i] = 0
                 weights[i] = 0.0
                 bad.append((int(distinct[i]), damage))
-        if len(distinct) < len(request.samples):
+        if encoded is not None:
+            encoded.close(jpegs)
+            images = images[encoded.decoded]
+        elif len(distinct) < len(request.samples):
             # A pad repeats a sample of its micro-batch, already decoded; its weight is 0.
             images[len(distinct) :] = images[torch.arange(len(request.samples) - len(distinct)) % len(distinct)]
         labels = shards.labels[request.samples].astype(np.int64)
@@ -154,6 +170,7 @@ class BatchDataset:
             bad=bad,
             seconds=(time.perf_counter() - started[0], time.thread_time() - started[1]),
             place=place,
+            encoded=encoded,
         )
 
     def _room(self, request: MicroBatch) -> tuple[Tensor, tuple[int, int] | None]:
@@ -164,22 +181,25 @@ class BatchDataset:
         shape = (len(request.samples), 3, self.image_size, self.image_size)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
-    def _fill(self, sample: int, data: bytes | DamagedSample, draws: Any, i: int, out: Tensor) -> DamagedSample | None:
+    def _refused(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
+        """What is wrong with a sample before it is decoded."""
         if isinstance(data, DamagedSample):
             return data
         shards = self.shards
         width, height = int(shards.widths[sample]), int(shards.heights[sample])
-        reason = None
         if width * height > MAX_PIXELS:
-            reason = f"{width} x {height} pixels are more than {MAX_PIXELS:,}"
-        elif not 0 <= int(shards.labels[sample]) < shards.num_classes:
-            reason = f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes"
-        else:
-            try:
-                decode_into(out, data, self.transform, draws, i, height=height, width=width)
-            except DecodeError as error:
-                reason = str(error)
-        return None if reason is None else shards.damaged(sample, reason)
+            return shards.damaged(sample, f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+        if not 0 <= int(shards.labels[sample]) < shards.num_classes:
+            return shards.damaged(sample, f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes")
+        return None
+
+    def _fill(self, sample: int, data: bytes, draws: Any, i: int, out: Tensor) -> DamagedSample | None:
+        shards = self.shards
+        try:
+            decode_into(out, data, self.transform, draws, i, height=int(shards.heights[sample]), width=int(shards.widths[sample]))
+        except DecodeError as error:
+            return shards.damaged(sample, str(error))
+        return None
 
 
 def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int) -> None:
@@ -216,12 +236,18 @@ class StepLoader:
         pin_memory: bool = False,
         steps_per_epoch: int | None = None,
         dataset: Any = None,
+        decode_on: torch.device | None = None,
     ) -> None:
-        """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images."""
+        """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images. `decode_on`: where JPEGs are decoded,
+        and images end; None: in the loader processes."""
         self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
         self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
         self._dataset: Any = dataset or BatchDataset(shards, transform, image_size=image_size, seed=seed)
         self._pin_memory = pin_memory
+        self._decoder = None
+        if decode_on is not None and isinstance(self._dataset, BatchDataset):
+            self._decoder = DeviceDecoder(self._dataset.transform, decode_on, shards.damaged)  # type: ignore[arg-type]
+            self._dataset.ships = True
 
     def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
@@ -243,7 +269,8 @@ class StepLoader:
                 pin_memory=self._pin_memory,
                 generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
             )
-            batches = iter(loader)
+            loaded: Iterator[Batch] = iter(loader)
+            batches = loaded if self._decoder is None else self._decoder.finished(loaded)
         try:
             for plan, step in self.walk(first_epoch, first_step, num_steps):
                 if ahead is not None:
@@ -251,7 +278,9 @@ class StepLoader:
                 yield [next(batches) for _ in range(self.layout.accumulation_steps)]
         finally:
             # The iterator's end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
-            del batches
+            if self._decoder is not None:
+                batches.close()  # type: ignore[attr-defined]
+            del batches, loaded
             if buffers is not None:
                 buffers.close()
             if ahead is not None:
@@ -259,7 +288,7 @@ class StepLoader:
 
     def _make_buffers(self) -> BatchBuffers | None:
         """Enough for all batches on their way, the step that the trainer has in hand, and the one before it."""
-        if not self.workers or sys.platform != "linux" or not isinstance(self._dataset, BatchDataset):
+        if not self.workers or sys.platform != "linux" or not isinstance(self._dataset, BatchDataset) or self._dataset.ships:
             return None
         num = self.workers * PREFETCH + 2 * self.layout.accumulation_steps + 1
         return BatchBuffers(num, micro_batch_size=self.layout.micro_batch_size, image_size=self._dataset.image_size)

@@ -19,21 +19,30 @@ _TENSORS = 4  # beside the images: labels, weights, samples, slots
 _SEMAPHORES = 6  # of a queue and of the event that ends its process
 
 
-def batch_bytes(*, micro_batch_size: int, image_size: int) -> int:
+def batch_bytes(*, micro_batch_size: int, image_bytes: int) -> int:
     """Of one micro-batch, each of its tensors a file of whole pages."""
-    return _pages(micro_batch_size * 3 * image_size**2) + _TENSORS * _pages(8 * micro_batch_size)
+    return _pages(micro_batch_size * image_bytes) + _TENSORS * _pages(8 * micro_batch_size)
 
 
-def bytes_needed(*, micro_batch_size: int, image_size: int, accumulation_steps: int, workers: int, prefetch: int, own_buffers: bool) -> int:
+def bytes_needed(
+    *,
+    micro_batch_size: int,
+    image_size: int,
+    accumulation_steps: int,
+    workers: int,
+    prefetch: int,
+    own_buffers: bool,
+    file_bytes: int = 0,
+) -> int:
     """The most that one rank's loader has in /dev/shm: a page for each semaphore of its queues, one queue a process and one for all.
 
     Without `own_buffers` (`dtl.data.batch_buffers`, on Linux) also batches: what is asked of its processes, made or not, and two steps in
-    the trainer's hands.
+    the trainer's hands; an image takes its pixels, or `file_bytes` where its file travels and is more.
     """
     if not workers:
         return 0
     batches = 0 if own_buffers else workers * prefetch + 2 * accumulation_steps
-    return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(micro_batch_size=micro_batch_size, image_size=image_size)
+    return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(micro_batch_size=micro_batch_size, image_bytes=max(3 * image_size**2, file_bytes))
 
 
 def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path = SHM) -> None:

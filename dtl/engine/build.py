@@ -19,6 +19,7 @@ from dtl.checkpoint.transfer import apply_plan, plan_weights
 from dtl.checkpoint.transfer_report import TransferReport
 from dtl.checkpoint.units import entries_of, units_of
 from dtl.config import Config, config_from_dict
+from dtl.data import device_decode
 from dtl.data.balance import class_members
 from dtl.data.cache import default_cache_dir, open_split
 from dtl.data.cache_room import divide
@@ -119,6 +120,8 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
         )
         feeds = Feeds(
+        if data.decode == "device":
+            device_decode.ready(train_view)
             train=train,
             val=val,
             train_transform=train_view,
@@ -136,6 +139,7 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             members=runtime.main_first(lambda: class_members(train, data.balance, cache_dir=data.cache_dir)),
             pin_memory=runtime.device.type == "cuda",
             max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
+            decode_on=runtime.device if data.decode == "device" else None,
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
         feeds.plan(0)

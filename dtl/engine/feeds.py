@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from dtl.data.balance import AnyBalance, plan_epoch
 from dtl.data.cache_room import Demand
@@ -42,6 +43,8 @@ class Feeds:
     members: ClassMembers | None = None
     """Which samples each class has; needed with `balance`."""
     pin_memory: bool = False
+    decode_on: torch.device | None = None
+    """Where JPEGs are decoded; None: in the loader processes."""
     max_train_steps: int | None = None
     max_val_steps: int | None = None
     cached: dict[str, FeatureDataset] = field(default_factory=dict, repr=False)
@@ -88,7 +91,7 @@ class Feeds:
     def shared_bytes(self) -> int:
         """What this rank's loader processes take of /dev/shm at most: validation's come while those of training wait, prefetched."""
         sizes = 0
-        for plan in (self.plan(0), self._val_plan()):
+        for shards, plan in ((self.train, self.plan(0)), (self.val, self._val_plan())):
             layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=True)
             sizes += bytes_needed(
                 micro_batch_size=layout.micro_batch_size,
@@ -96,7 +99,8 @@ class Feeds:
                 accumulation_steps=layout.accumulation_steps,
                 workers=self.workers,
                 prefetch=PREFETCH,
-                own_buffers=sys.platform == "linux",
+                own_buffers=sys.platform == "linux" and self.decode_on is None,
+                file_bytes=0 if self.decode_on is None else _file_bytes(shards),
             )
         return sizes
 
@@ -176,6 +180,12 @@ class Feeds:
             seed=self.seed,
             workers=0 if cached is not None else self.workers,
             pin_memory=self.pin_memory,
+            decode_on=self.decode_on,
             steps_per_epoch=limit,
             dataset=cached,
         )
+
+
+def _file_bytes(shards: Shards) -> int:
+    """Half more than the mean of some thousand: a batch may have larger ones."""
+    return int(1.5 * np.mean(shards.sizes[:: max(1, shards.num_samples // 4096)]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class Normalise:
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
         self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
         self._device = device
+        # Copies on a stream of their own overlap with the computation of the step before.
+        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     @property
@@ -42,10 +45,20 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Cached features (float32, engine.features) are only moved."""
-        images = images.to(self._device, non_blocking=True)
+        images = self._moved(images)
         if images.dtype != torch.uint8:
             return images
         return images.to(torch.float32, memory_format=self._format).sub_(self._mean).mul_(self._scale)
+
+    def _moved(self, images: Tensor) -> Tensor:
+        if self._copies is None or images.device == self._device:
+            return images.to(self._device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            moved = images.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        moved.record_stream(current)  # the memory belongs to the other stream, which must not use it again before this one is done
+        return moved
 
 
 @dataclass
