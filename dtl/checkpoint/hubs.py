@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.parse import urlparse
 import torch
 
 from dtl.errors import UserError
+from dtl.hub import hub_in_reach, hub_name, why_not_fetched
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         import timm
     except ImportError as error:
         raise UserError(f"timm:{name}: timm is not installed; pip install 'dtl[timm]'") from error
+    if (repository := hub_name(name)) is not None:
+        return _hub_tensors(repository)
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
@@ -97,27 +101,44 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if config is None or not config.has_weights:
         tags = list(timm.list_pretrained(f"{base}.*"))[:5]
         raise UserError(f"timm:{name}: timm has no pretrained weights of this name; it has {', '.join(tags) or 'none for this model'}")
-    try:
-        module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client has a dozen kinds of failure; all mean that the weights are not here
-        where = config.hf_hub_id or config.url or config.file
-        raise UserError(
-            f"timm:{name}: cannot fetch {where} ({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
-            f"without a network, the file must lie in the cache of the Hugging Face hub or in {torch.hub.get_dir()}/checkpoints"
-        ) from error
-    return dict(module.state_dict()), _timm_facts(config)
+    with hub_in_reach():
+        try:
+            module = timm.create_model(name, pretrained=True)
+        except Exception as error:  # the hub's client has a dozen kinds of failure; all mean that the weights are not here
+            if not config.hf_hub_id:
+                place = f"without a network, its file must lie in {torch.hub.get_dir()}/checkpoints"
+                raise UserError(f"timm:{name}: cannot fetch {config.url or config.file} ({error}); {place}") from error
+            raise UserError(f"timm:{name}: {why_not_fetched(config.hf_hub_id, error)}") from error
+    return dict(module.state_dict()), _timm_facts(dict(vars(config)))
 
 
-def _timm_facts(config: Any) -> dict[str, Any]:
+def _hub_tensors(repository: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Those of anybody's repository on the Hugging Face hub that timm can read (`hf-hub:ORG/NAME[@REVISION]`)."""
+    import timm
+    from timm.models import _hub
+
+    # Repositories are anybody's: a timm that would unpickle their files is not let near them.
+    safe = inspect.signature(_hub.load_state_dict_from_hf).parameters.get("weights_only")
+    if safe is None or safe.default is not True:
+        raise UserError(f"timm:hf-hub:{repository} needs a timm that opens files with weights_only=True: pip install -U timm")
+    with hub_in_reach():
+        try:
+            module = timm.create_model(f"hf-hub:{repository}", pretrained=True)
+        except Exception as error:
+            raise UserError(f"timm:hf-hub:{repository}: {why_not_fetched(repository, error)}") from error
+    return dict(module.state_dict()), _timm_facts(dict(module.pretrained_cfg))  # type: ignore[arg-type]
+
+
+def _timm_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "preprocessing": {
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "image_size": config.input_size[-1],
-            "interpolation": config.interpolation,
-            "crop_ratio": config.crop_pct,
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "image_size": config["input_size"][-1],
+            "interpolation": config["interpolation"],
+            "crop_ratio": config["crop_pct"],
         }
     }
-    if config.label_names:
-        facts["classes"] = list(config.label_names)
+    if config.get("label_names"):
+        facts["classes"] = list(config["label_names"])
     return facts

@@ -23,6 +23,7 @@ from dtl.checkpoint.names import looks_sorted
 from dtl.checkpoint.pickles import is_legacy_torch, pickled_globals
 from dtl.checkpoint.units import entries_of
 from dtl.errors import UserError
+from dtl.hub import hub_name
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl")
 # What a legacy torch file names besides its objects.
@@ -64,7 +65,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     """Read pretrained weights from a file, a folder, a name, a web address, a dict or a module.
 
     Takes `.pt .pth .th .bin .ckpt .safetensors`, sharded indexes (`*.index.json`), a dtl run or model folder, an Accelerate
-    or Hugging Face folder, `torchvision:NAME`, `timm:NAME` and `http(s)://` addresses. `FILE#KEY` (or `key`) chooses among
+    or Hugging Face folder, `torchvision:NAME`, `timm:NAME`, `hf-hub:ORG/NAME` and `http(s)://` addresses. `FILE#KEY` (or `key`) chooses among
     several state dicts in a file (`ckpt.pth#model_ema`) or, ending in a dot, a prefix of names (`moco.pth#encoder_q.`).
     Raises UserError when the source is missing, unreadable, blocked, or could mean two things.
     """
@@ -77,7 +78,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     named = str(source)
     if named.startswith("torchvision:"):
         return _from_cache(hubs.torchvision_file(named.removeprefix("torchvision:")), origin=named, key=key)
-    if named.startswith("timm:"):
+    if named.startswith("timm:") or hub_name(named) is not None:
         tensors, facts = hubs.timm_tensors(named.removeprefix("timm:"))
         return SourceWeights(tensors, named, ordered=True, facts=facts)
     if named.startswith(("http://", "https://")):

@@ -36,6 +36,7 @@ from dtl.engine.phases import Phase, plan_phases
 from dtl.engine.settings import Settings
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
+from dtl.hub import hub_name
 from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build
@@ -182,7 +183,7 @@ def transfer_weights(config: Config, network: Network, runtime: Runtime, train: 
         return None
     options = config.transfer
     with runtime.together("transfer"):
-        weights = runtime.main_first(lambda: read_weights(_source(options.source, network.name)))
+        weights = runtime.main_first(lambda: read_weights(_source(options.source, network.name, named=config.model.name)))
     runtime.same("the pretrained weights' file", weights.fingerprint)
     with runtime.together("transfer"):
         # Planned once: what one process decided holds for all.
@@ -227,10 +228,12 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
     )
 
 
-def _source(source: str, model: str) -> str:
-    """`pretrained` as the name of the network's own weights."""
+def _source(source: str, model: str, *, named: str) -> str:
+    """`pretrained` as the name of the network's own weights; `named` as the recipe has it."""
     if source != "pretrained":
         return source
+    if (repository := hub_name(named)) is not None:
+        return f"timm:hf-hub:{repository}"
     zoo, _, name = model.partition("/")
     if zoo not in ("torchvision", "timm") or not name:
         raise UserError(f"transfer.source is pretrained, but {model} has no published weights; give a file with --transfer.source")

@@ -53,8 +53,8 @@ def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Norma
         rank = next(i for i, problem in enumerate(problems) if problem)
         if size <= layout.unit:
             raise UserError(
-                f"phase {phase.name}: not even {counted(size, 'image')} at once would fit into memory (rank {rank}: {problems[rank]}); a smaller data.image_size or "
-                "model, model.checkpoint_activations: true, or precision bf16 need less"
+                f"phase {phase.name}: not even {counted(size, 'image')} at once would fit into memory (rank {rank}: {problems[rank]}); a smaller "
+                "data.image_size or model, model.checkpoint_activations: true, or precision bf16 need less"
             )
         feeds.micro_batch_size = max(layout.unit, -(-size // 2))
         halved = True

@@ -29,9 +29,9 @@ def build(name: str, *, num_classes: int, init: Init = "default", options: dict[
         raise UserError(f"model {name!r}: the number of classes must be at least 1, not {num_classes}")
     if init not in ("default", "xavier", "kaiming"):
         raise UserError(f"model.init must be default, xavier or kaiming, not {init!r}")
-    options = dict(options or {})
-    arguments = {key: value for key, value in options.items() if key != "head"}
     entry = catalog.find(name)
+    options = {**entry.options, **(options or {})}
+    arguments = {key: value for key, value in options.items() if key != "head"}
 
     def construct(count: int) -> nn.Module:
         return _construct(entry, count, arguments)

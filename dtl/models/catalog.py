@@ -1,4 +1,4 @@
-"""Which networks there are, by name: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function."""
+"""Which networks there are, by name: torchvision/NAME, timm/NAME, timm/hf-hub:ORG/NAME, dtl/NAME, package.module:function."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 from dtl.errors import UserError
+from dtl.hub import hub_in_reach, hub_name, why_not_fetched
 from dtl.models.plain_resnet import PLAIN_RESNETS
 from dtl.models.preprocessing import Preprocessing, timm_preprocessing, torchvision_preprocessing
 
@@ -28,6 +29,8 @@ class Entry:
     library: str
     construct: Callable[..., nn.Module]
     takes_num_classes: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    """That the name itself brings along."""
 
     def preprocessing(self, module: nn.Module) -> Preprocessing:
         """That of the default pretrained weights; ImageNet's values where there are none."""
@@ -48,11 +51,12 @@ def model_names() -> list[str]:
 
 def find(name: str) -> Entry:
     """The network of that name. The library may be left out: dtl's and torchvision's names come first, then timm's."""
+    if (repository := hub_name(name)) is not None:
+        return _hub_entry(name, repository)
     if ":" in name:
         return _function_entry(name)
     library, _, short = name.rpartition("/")
     if library not in ("", "dtl", "torchvision", "timm"):
-        # timm has names with a slash in them (hf-hub and local folders), which we do not take: they would need a download.
         raise UserError(_unknown(name))
     if library in ("", "dtl") and short in PLAIN_RESNETS:
         return Entry(f"dtl/{short}", "dtl", PLAIN_RESNETS[short])
@@ -81,6 +85,29 @@ def _construct_timm(name: str, **options: Any) -> nn.Module:
     import timm
 
     return timm.create_model(name, pretrained=False, **options)
+
+
+def _hub_entry(name: str, repository: str) -> Entry:
+    """A repository's config says which of timm's networks it is. The entry's own name is that one: it is built without the hub afterwards."""
+    if importlib.util.find_spec("timm") is None:
+        raise UserError(f"model {name!r} needs timm, which is not installed: pip install 'dtl[timm]'")
+    from timm.models import load_model_config_from_hf
+
+    with hub_in_reach():
+        try:
+            config, architecture, arguments = load_model_config_from_hf(repository)
+        except Exception as error:  # the hub's client has a dozen kinds of failure
+            raise UserError(f"model {name!r}: {why_not_fetched(repository, error)}") from error
+    if architecture not in _timm_names():
+        raise UserError(f"model {name!r} is a {architecture!r}, which this timm does not have: pip install -U timm")
+    options = {key: value for key, value in (arguments or {}).items() if key != "num_classes"}
+
+    def construct(**given: Any) -> nn.Module:
+        import timm
+
+        return timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **given)
+
+    return Entry(f"timm/{architecture}", "timm", construct, options=options)
 
 
 def _check_timm_tag(name: str) -> None:

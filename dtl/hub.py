@@ -1,0 +1,54 @@
+"""The Hugging Face hub, as timm uses it: names of its repositories, and no minute of retries where there is no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlparse
+
+_PREFIXES = ("hf-hub:", "hf_hub:")
+_SECONDS = 5.0
+
+
+def hub_name(name: str) -> str | None:
+    """`org/name[@revision]` of `hf-hub:org/name`, with timm's name before it or not; None for what names no repository."""
+    bare = name.removeprefix("timm/").removeprefix("timm:")
+    return next((bare.removeprefix(prefix) for prefix in _PREFIXES if bare.startswith(prefix)), None)
+
+
+@contextmanager
+def hub_in_reach() -> Iterator[None]:
+    """Within it the hub's client looks into its cache only, should the hub not answer: its own way takes a minute, and prints every try."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def why_not_fetched(what: str, error: BaseException) -> str:
+    """One line on a repository that could not be had."""
+    from huggingface_hub import constants
+
+    kinds = {kind.__name__ for kind in (*type(error).__mro__, *type(error.__cause__).__mro__)}
+    if constants.HF_HUB_OFFLINE or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        reason = f"the hub cannot be reached from here, and its cache ({constants.HF_HUB_CACHE}) does not hold it"
+    else:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"cannot fetch {what}: {reason}; where there is a network, `hf download {what}` puts it there, or give a file"
+
+
+def _answers(endpoint: str) -> bool:
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")):
+        return True  # the proxy's matter
+    address = urlparse(endpoint)
+    try:
+        with socket.create_connection((address.hostname or "", address.port or (80 if address.scheme == "http" else 443)), timeout=_SECONDS):
+            return True
+    except OSError:
+        return False
