@@ -120,9 +120,9 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             interpolation=facts.interpolation,
             square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
         )
-        feeds = Feeds(
         if data.decode == "device":
             device_decode.ready(train_view)
+        feeds = Feeds(
             train=train,
             val=val,
             train_transform=train_view,
@@ -139,8 +139,8 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             balance=data.balance,
             members=runtime.main_first(lambda: class_members(train, data.balance, cache_dir=data.cache_dir)),
             pin_memory=runtime.device.type == "cuda",
-            max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
             decode_on=runtime.device if data.decode == "device" else None,
+            max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
         feeds.plan(0)
