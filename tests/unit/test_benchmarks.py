@@ -44,3 +44,20 @@ def test_cpu_time_counts_children_that_live_and_that_have_ended() -> None:
     assert cpu_seconds() - before >= 0.3
     child.communicate(b"\n")
     assert cpu_seconds() - before >= 0.3
+
+
+def test_few_labels_draws_as_many_of_each_class_and_others_for_each_seed(tmp_path: Path) -> None:
+    from benchmarks.few_labels import draw_lists
+
+    for name in ("cat", "dog"):
+        (tmp_path / "cifar/train" / name).mkdir(parents=True)
+        for number in range(50):
+            (tmp_path / "cifar/train" / name / f"{number}.png").touch()
+    draw_lists(tmp_path, seeds=2, labels=5)
+    first, second = ((tmp_path / f"cifar/few-{seed}.csv").read_text().splitlines() for seed in (0, 1))
+    assert first[0] == "path,label"
+    for lines in (first[1:], second[1:]):
+        assert [line.split(",")[1] for line in lines] == ["cat"] * 5 + ["dog"] * 5
+        assert all((tmp_path / "cifar" / line.split(",")[0]).exists() for line in lines)
+        assert len(set(lines)) == 10
+    assert set(first) != set(second)
