@@ -24,6 +24,7 @@ from dtl.checkpoint.pickles import is_legacy_torch, pickled_globals
 from dtl.checkpoint.units import entries_of
 from dtl.errors import UserError
 from dtl.hub import hub_name
+from dtl.wording import near_path
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl")
 # What a legacy torch file names besides its objects.
@@ -91,6 +92,14 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     return _from_path(path, key=key or chosen)
 
 
+def check_is_there(source: str) -> None:
+    """UserError where `source` is meant as a file or folder, and there is none; nothing is read, and nothing fetched."""
+    if not (source.startswith(("torchvision:", "timm:")) or hub_name(source) is not None or "://" in source):
+        path = _split_fragment(source)[0].expanduser()
+        if not path.exists():
+            _from_path(path, key=None)
+
+
 def _from_mapping(mapping: Mapping[str, Any], *, origin: str, key: str | None) -> SourceWeights:
     contents = find_state_dict(mapping, key=key, origin=origin)
     return SourceWeights(
@@ -120,7 +129,7 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
     if path.is_dir():
         return _from_folder(path, key=key)
     if not path.exists():
-        raise UserError(f"no pretrained weights at {path}; give a file, a folder, torchvision:NAME, timm:NAME or an address")
+        raise UserError(f"no pretrained weights at {path}{near_path(path) or '; give a file, a folder, torchvision:NAME, timm:NAME or an address'}")
     if path.name.endswith(".index.json"):
         return _from_index(path)
     if path.suffix == ".safetensors":

@@ -108,6 +108,7 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
     deadline = Deadline(config.checkpoint.deadline_seconds, started=started)
     check_alike(config, name, runtime)
     build.take_folder(folder, runtime)
+    start.check_names(config, folder, runtime)
     heart.enter("data")
     train_shards, val_shards = build.open_shards(config, runtime, console.say)
     heart.enter("model")

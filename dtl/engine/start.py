@@ -9,16 +9,27 @@ from pathlib import Path
 
 import torch
 
+from dtl.checkpoint.read import check_is_there
 from dtl.config import Config
 from dtl.engine.feeds import Feeds
 from dtl.engine.losses import class_weights
 from dtl.engine.phases import Phase
 from dtl.errors import UserError
 from dtl.models.build import Network
+from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.run_lock import RunFolder
 from dtl.runtime import Runtime
 from dtl.wording import counted, some
+
+
+def check_names(config: Config, folder: RunFolder, runtime: Runtime) -> None:
+    """A mistyped network, or weights that are not there, are told before hours of packing. A run that goes on needs its source no more."""
+    goes_on = config.run.resume != "never" and any((folder.path / "checkpoints").glob("step-*"))
+    with runtime.together("names"):
+        find(config.model.name)
+        if config.transfer is not None and config.transfer.source != "pretrained" and not goes_on:
+            check_is_there(config.transfer.source)
 
 
 def check_phases(phases: Sequence[Phase], network: Network, feeds: Feeds, runtime: Runtime) -> None:

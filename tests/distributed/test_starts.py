@@ -26,12 +26,14 @@ def test_a_start_that_fails_leaves_the_reason_only_and_can_be_mended(tmp_path: P
     torch.save({"a.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
     mistakes = {
         "nowhere": ["--data.train", "nowhere", "--data.val", "nowhere"],
+        "no pretrained weights at othr.pt; did you mean 'other.pt'?": ["--transfer.source", "othr.pt"],
         "other.pt": ["--transfer.source", "other.pt"],
         "phase all: train: the pattern 'layr4.*'": ["--phases.all.train", "[layr4.*]"],
     }
-    for words, arguments in mistakes.items() if world == 1 else [*mistakes.items()][1:]:
+    for words, arguments in mistakes.items() if world == 1 else [*mistakes.items()][2:]:
         job = run(["--config", str(recipe), *arguments], cwd=tmp_path, world=world, code=2, env={"WANDB_MODE": "offline"})
         assert words in job.err()
+        assert ("packing" in job.err()) == (words == "other.pt"), "names are looked at first"
         assert "wandb" not in job.err()
         assert sorted(os.listdir(folder)) == ["lock", "status.json"]
         assert status(folder)["state"] == "failed"
