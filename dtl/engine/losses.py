@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
 from dtl.errors import UserError
-
-LossName = Literal["cross_entropy", "focal"]
-LOSSES: tuple[LossName, ...] = ("cross_entropy", "focal")
 
 
 @dataclass(frozen=True)
@@ -32,26 +28,30 @@ class Loss:
     A sample's class weight is the mean of the weights of its classes by its target's shares; label smoothing does not enter it.
     """
 
-    name: LossName = "cross_entropy"
+    name: str = "cross_entropy"
+    """One of LOSSES."""
     smoothing: float = 0.0
     gamma: float = 2.0
     alpha: float | Tensor = 1.0
     class_weights: Tensor | None = None
 
     def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if targets.ndim == 1 and self.name == "cross_entropy" and self.smoothing == 0 and self.class_weights is None:
-            # The usual case: the same values, a quarter of the operations.
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            return losses, torch.ones_like(losses)
-        shares = as_shares(targets, logits.shape[1])
-        if self.name == "focal":
-            losses = focal(logits, smoothed(shares, self.smoothing), gamma=self.gamma, alpha=self.alpha)
-        else:
-            losses = cross_entropy(logits, smoothed(shares, self.smoothing))
+        losses = self.losses(logits, targets)
         if self.class_weights is None:
             return losses, torch.ones_like(losses)
-        weights = (shares * self.class_weights.to(shares)).sum(dim=1)
-        return losses * weights, weights
+        return losses, self._weights(as_shares(targets, logits.shape[1]), self.class_weights)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The weighted losses [B] alone."""
+        if targets.ndim == 1 and self.name == "cross_entropy" and self.smoothing == 0 and self.class_weights is None:
+            # The usual case: the same values, a quarter of the operations.
+            return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        shares = as_shares(targets, logits.shape[1])
+        losses = LOSSES[self.name](logits, smoothed(shares, self.smoothing), self)
+        return losses if self.class_weights is None else losses * self._weights(shares, self.class_weights)
+
+    def _weights(self, shares: Tensor, class_weights: Tensor) -> Tensor:
+        return (shares * class_weights.to(shares)).sum(dim=1)
 
     def to(self, device: torch.device | str) -> Loss:
         """The same loss with its tensors on `device`, so that no step copies them."""
@@ -69,10 +69,7 @@ def build_loss(
     class_weights: Tensor | None = None,
 ) -> Loss:
     """A loss by name; `alpha` (focal: one factor, or one per class) and `gamma` are the focal loss's, the rest is for both."""
-    for known in LOSSES:
-        if name == known:
-            break
-    else:
+    if name not in LOSSES:
         raise UserError(f"loss is {name!r}; it must be one of {', '.join(LOSSES)}")
     if not 0 <= smoothing < 1:
         raise UserError(f"label_smoothing is {smoothing}; it is a share, from 0 to below 1")
@@ -88,7 +85,7 @@ def build_loss(
     values = factors.tolist() if isinstance(factors, Tensor) else [factors]
     if any(not math.isfinite(value) or value < 0 for value in values) or not any(values):
         raise UserError(f"alpha of the focal loss is {alpha}; give one number above 0, or one of 0 or more for each class")
-    return Loss(name=known, smoothing=smoothing, gamma=gamma, alpha=factors, class_weights=class_weights)
+    return Loss(name=name, smoothing=smoothing, gamma=gamma, alpha=factors, class_weights=class_weights)
 
 
 def cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
@@ -111,6 +108,13 @@ def focal(logits: Tensor, shares: Tensor, *, gamma: float = 2.0, alpha: float | 
     # there (for gamma below 1 it is infinite at 0, and 0 * infinity would be NaN).
     missed = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float32).tiny if gamma >= 1 else 1e-12)
     return -_expectation(shares * factors, missed.pow(gamma) * log_p)
+
+
+# By their names in phases.NAME.loss: logits [B,K], shares [B,K] and the settings -> one float32 number a sample.
+LOSSES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
+    "cross_entropy": lambda logits, shares, loss: cross_entropy(logits, shares),
+    "focal": lambda logits, shares, loss: focal(logits, shares, gamma=loss.gamma, alpha=loss.alpha),
+}
 
 
 def as_shares(targets: Tensor, num_classes: int) -> Tensor:

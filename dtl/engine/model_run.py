@@ -16,14 +16,12 @@ from dtl.config import Config, config_from_dict
 from dtl.data.geometry import ShortSide, Square
 from dtl.data.transforms import TRANSFORM_VERSION, Transform, eval_transform
 from dtl.engine.step import Normalise
-from dtl.engine.tasks import Task, task_named
+from dtl.engine.tasks import TASKS, Task, task_named
 from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build, forward_logits
 from dtl.run_lock import never_began, read_status, why_none_began
 from dtl.runtime import Runtime
 from dtl.wording import near_run
-
-_TURNS = tuple(f"{90 * turn} degrees" for turn in range(4))
 
 
 @dataclass
@@ -185,6 +183,6 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
 
 
 def _task(facts: ModelFacts) -> Task:
-    """The four rotations as classes are a pretext network's; everything else tells the data set's own classes apart."""
-    rotate = task_named("rotate")
-    return rotate if facts.classes in (_TURNS, rotate.class_names(())) else task_named("classify")
+    """The outputs of a task of its own (the four rotations) are a pretext network's; everything else tells the data set's classes apart."""
+    own = [task for task in TASKS.values() if task.name != "classify" and task.class_names(()) == facts.classes]
+    return own[0] if own else task_named("classify")

@@ -81,14 +81,14 @@ class Rotate:
         return turned, turns, weights.repeat(4)
 
 
-_TASKS: dict[str, Task] = {"classify": Classify(), "rotate": Rotate()}
+TASKS: dict[str, Task] = {"classify": Classify(), "rotate": Rotate()}
 
 
 def task_named(name: str) -> Task:
     """The task of that name; UserError for an unknown one."""
-    if name not in _TASKS:
-        raise UserError(f"task is {name!r}; it must be one of {', '.join(_TASKS)}")
-    return _TASKS[name]
+    if name not in TASKS:
+        raise UserError(f"task is {name!r}; it must be one of {', '.join(TASKS)}")
+    return TASKS[name]
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:

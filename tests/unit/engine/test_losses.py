@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional
 
-from dtl.engine.losses import build_loss, class_weights
+from dtl.config import PhaseConfig
+from dtl.engine.losses import LOSSES, build_loss, class_weights
 from dtl.errors import UserError
 
 
@@ -145,3 +147,26 @@ def test_bad_settings_are_refused() -> None:
         class_weights("invers", [1], ["a"])
     with pytest.raises(UserError, match="no samples to count"):
         class_weights("inverse", [0, 0], ["a", "b"])
+
+
+def test_the_recipes_know_every_loss() -> None:
+    assert set(get_args(PhaseConfig.model_fields["loss"].annotation)) == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_one_finite_float32_number_a_sample(name: str) -> None:
+    """For any finite logits, in half precision too, and gradients likewise; a sample's number does not depend on its batch."""
+    for scale in (0.0, 1.0, 1e4):
+        logits, labels = _data()
+        logits = (scale * logits).requires_grad_()
+        losses, _ = build_loss(name)(logits, labels)
+        assert (losses.shape, losses.dtype) == ((12,), torch.float32)
+        assert torch.isfinite(losses).all()
+        assert (losses >= 0).all()
+        losses.sum().backward()
+        assert logits.grad is not None
+        assert torch.isfinite(logits.grad).all()
+        alone, _ = build_loss(name)(logits[3:4], labels[3:4])
+        torch.testing.assert_close(alone, losses[3:4])
+        halves, _ = build_loss(name)(logits.bfloat16(), labels)
+        assert halves.dtype == torch.float32

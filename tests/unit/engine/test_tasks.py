@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
-from dtl.engine.tasks import task_named
+from dtl.config import PhaseConfig
+from dtl.engine.tasks import TASKS, task_named
 from dtl.errors import UserError
 
 
@@ -50,3 +53,14 @@ def test_classify_changes_nothing() -> None:
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(UserError, match="task is 'jigsaw'; it must be one of classify, rotate"):
         task_named("jigsaw")
+
+
+def test_the_recipes_know_every_task_and_each_keeps_its_shapes() -> None:
+    assert set(get_args(PhaseConfig.model_fields["task"].annotation)) == set(TASKS)
+    for name, task in TASKS.items():
+        assert task.name == name
+        images, labels, weights = task.prepare(torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 2]), torch.tensor([1.0, 0.0, 1.0]))
+        rows = 3 * task.expansion
+        assert (images.shape, labels.shape, weights.shape) == ((rows, 3, 8, 8), (rows,), (rows,))
+        assert int(labels.max()) < task.num_outputs(3) == len(task.class_names(["a", "b", "c"]))
+        assert int((weights == 0).sum()) == task.expansion, "a pad stays a pad"
