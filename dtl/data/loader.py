@@ -80,6 +80,17 @@ class Batch:
     """On the way from a loader process: the pool and the buffer where the images lie."""
     encoded: Encoded | None = None
     """On the way to a device that decodes: what `images` does not hold yet."""
+    num_real: int = -1
+    """Slots that are no pad; counted where the batch is made."""
+
+    def __post_init__(self) -> None:
+        if self.num_real < 0:
+            self.num_real = int(np.count_nonzero(self.slots.numpy() >= 0))
+
+    @property
+    def full(self) -> bool:
+        """Every slot has weight 1: no pad, and nothing damaged."""
+        return self.num_real == len(self.weights) and not self.bad
 
     def pin_memory(self) -> Batch:
         for name in ("images", *_SMALL):

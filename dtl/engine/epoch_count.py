@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 
 from dtl.checkpoint.state import TrainState
@@ -36,7 +35,7 @@ class EpochCount:
     def take(self, batches: Iterable[Batch]) -> None:
         """A step that is done."""
         for batch in batches:
-            self.seen += int(np.count_nonzero(batch.slots.numpy() >= 0))
+            self.seen += batch.num_real
             self.damaged += len(batch.bad)
 
     def store(self, state: TrainState, runtime: Runtime) -> None:

@@ -110,6 +110,7 @@ class Stepper:
         config = active.phase.config
         self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
         self._scaler = runtime.accelerator.scaler
+        self._factor: tuple[float, Tensor] | None = None
         # Accelerate's wrapper is for the scaler; without one it only looks for packages that are not there, a millisecond at each step.
         self._optimizer = active.optimizer if self._scaler is not None else getattr(active.optimizer, "optimizer", active.optimizer)
 
@@ -129,8 +130,11 @@ class Stepper:
                 self.heart.enter("forward")
                 loss_sum = self.loss_sum(batch, step)
                 self.heart.enter("backward")
-                loss = loss_sum * (self.runtime.world_size / normaliser)
-                (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+                factor = self.runtime.world_size / normaliser
+                if self._scaler is None:
+                    torch.autograd.backward(loss_sum, self._as_tensor(factor))  # the product's gradient, without the product
+                else:
+                    self._scaler.scale(loss_sum * factor).backward()
             window.add(step + 1, loss_sum.detach())
         if active.phase.config.clip_norm is not None:
             accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
@@ -141,11 +145,16 @@ class Stepper:
         window.weight_sum += normaliser
         return lr
 
+    def _as_tensor(self, factor: float) -> Tensor:
+        """On the device; nearly all steps have the same."""
+        if self._factor is None or self._factor[0] != factor:
+            self._factor = factor, torch.tensor(factor, dtype=torch.float32, device=self.runtime.device)
+        return self._factor[1]
+
     def loss_sum(self, batch: Batch, step: int) -> Tensor:
         """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""
         active, device = self.active, self.runtime.device
         images = self.normalise(batch.images)
-        full = bool(batch.weights.numpy().all())  # on the host: no pad and no damaged slot
         labels, weights = batch.labels.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
         images, labels, weights = active.phase.task.prepare(images, labels, weights)
         targets: Tensor = labels
@@ -155,9 +164,9 @@ class Stepper:
                 images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing
             )
         logits, auxiliary = active.wrapped(images)
-        total = _weighted_sum(active, logits, targets, None if full else weights)
+        total = _weighted_sum(active, logits, targets, None if batch.full else weights)
         for other in auxiliary:
-            total = total + AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * _weighted_sum(active, other, targets, None if full else weights)
+            total = total + AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * _weighted_sum(active, other, targets, None if batch.full else weights)
         return total
 
 
@@ -171,7 +180,7 @@ def _seed_draws(seed: int, device: torch.device) -> None:
 
 def _weighted_sum(active: ActivePhase, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """`weights`: of the slots, 1 or 0; None where all are 1 (the same sum, two operations less and none of theirs in the backward pass)."""
-    losses, _ = active.loss(logits, targets)
+    losses = active.loss.losses(logits, targets)
     if weights is None:
         return losses.sum()
     # Masked, not multiplied: a padded slot's loss may be infinite, and 0 * inf is not 0.

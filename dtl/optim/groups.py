@@ -43,20 +43,19 @@ def build_groups(
     depth = {name: i for i, group in enumerate(layer_groups) for name in group}
     head_depth = len(layer_groups) - 1
     undecayed = frozenset() if decay_norms_and_biases else undecayed_names(module)
-    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if name not in trainable:
             continue
         distance = head_depth - depth[name]
         scale = head_lr_scale if distance == 0 else layer_decay**distance
         decay = 0.0 if name in undecayed else weight_decay
-        # Without layer-wise decay the backbone is one group: few groups, large fused updates.
-        key = (distance if layer_decay != 1 else min(distance, 1), decay)
-        group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
+        # What is treated alike is one group: few groups, large fused updates.
+        group = groups.setdefault((scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)
     # From the input to the head, the decayed ones first.
-    return [groups[key] for key in sorted(groups, key=lambda key: (-key[0], -key[1]))]
+    return sorted(groups.values(), key=lambda group: (-max(head_depth - depth[name] for name in group["names"]), -group["weight_decay"]))
 
 
 def undecayed_names(module: nn.Module) -> frozenset[str]:

@@ -45,10 +45,12 @@ def test_scales_and_decay() -> None:
         (["5.weight"], 10, 0.1),
         (["5.bias"], 10, 0.0),
     ]
-    flat = build_groups(_network(), NAMES, layer_groups=LAYERS, weight_decay=0.1, decay_norms_and_biases=True)
+    (alike,) = build_groups(_network(), NAMES, layer_groups=LAYERS, weight_decay=0.1, decay_norms_and_biases=True)
+    assert (alike["names"], alike["lr_scale"], alike["weight_decay"]) == (list(NAMES), 1.0, 0.1)
+    flat = build_groups(_network(), NAMES, layer_groups=LAYERS, weight_decay=0.1, decay_norms_and_biases=True, head_lr_scale=2)
     assert [(group["names"], group["lr_scale"], group["weight_decay"]) for group in flat] == [
         ([name for name in NAMES if not name.startswith("5.")], 1.0, 0.1),
-        (["5.weight", "5.bias"], 1.0, 0.1),
+        (["5.weight", "5.bias"], 2, 0.1),
     ]
 
 
