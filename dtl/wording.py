@@ -71,7 +71,7 @@ class OptionParser(argparse.ArgumentParser):
             word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
             message = f"unknown option {word}" if word.startswith("-") else f"{word} is one argument too many"
             hint = self._meant(word)
-        raise UserError(f"{self.prog}: {message}{hint}; {self.prog} --help lists what it takes")
+        raise UserError(f"{message}{hint} ({self.prog} --help lists what it takes)")
 
     def _meant(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
