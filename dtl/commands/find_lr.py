@@ -45,50 +45,54 @@ def run(arguments: Sequence[str]) -> int:
     if options.phase is not None and options.phase not in config.phases:
         raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")
     phase = options.phase or list(config.phases)[-1]
+    signals = _Signals()
+    try:
+        with signals.caught():
+            return _run(config, f"{name}-{phase}", phase, options, signals)
+    except _Stopped:  # on this rank alone
+        _tell_stopped(signals, "")
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the others may be waiting for it: no orderly end
+            sys.stderr.flush()
+            os._exit(EXIT_STOPPED)
+        return EXIT_STOPPED
+
+
+def _run(config: Config, name: str, phase: str, options: argparse.Namespace, signals: _Signals) -> int:
+    from dtl.engine.lr_find import Stopped
     from dtl.runtime import Runtime
 
-    signals = _Signals()
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
-        runtime.release_signals()  # they save a checkpoint first, and here is nothing to save
+        runtime.release_signals()  # it would save a checkpoint first, and here is nothing to save
         try:
-            with signals.caught():
-                curve = _measure(config, phase, options, runtime, signals)
-        except _Stopped as stopped:
-            if runtime.is_main:
-                _say(f"dtl: stopped by {signals.name}{stopped}; nothing was written, and no weights were changed")
-            if stopped.alone:  # the other ranks may be waiting for this one: no orderly end
-                sys.stderr.flush()
-                os._exit(EXIT_STOPPED)
+            curve = _measure(config, phase, options, runtime, signals)
+        except Stopped as stopped:
+            _tell_stopped(signals, f" {stopped}")
             return EXIT_STOPPED
         if runtime.is_main:
-            _tell(curve, Path(options.out), f"{name}-{phase}")
+            _tell(curve, Path(options.out), name)
     return 0
 
 
-class _Stopped(Exception):
-    """A signal has ended the command; `alone`: on this rank, without the others' knowing."""
+def _tell_stopped(signals: _Signals, when: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        by = "a signal to another rank" if signals.heard is None else signals.heard.name
+        _say(f"dtl: stopped by {by}{when}; nothing was written, and no weights were changed")
 
-    def __init__(self, text: str = "", *, alone: bool) -> None:
-        super().__init__(text)
-        self.alone = alone
+
+class _Stopped(BaseException):
+    """A signal ends the command at once; as KeyboardInterrupt, nothing that catches errors catches it."""
 
 
 class _Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C. While the test runs they are noted, for all ranks to stop together; otherwise, and the second time, they end."""
+    """SIGTERM, SIGUSR1 and Ctrl-C. From the test's first step on they are noted, for all ranks to stop together; before, and the second time, they end."""
 
     def __init__(self) -> None:
         self.testing = False
         self.heard: signal.Signals | None = None
 
-    @property
-    def name(self) -> str:
-        return "a signal to another rank" if self.heard is None else self.heard.name
-
     @contextmanager
     def caught(self) -> Iterator[None]:
-        from dtl.runtime import STOP_SIGNALS
-
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         try:
             yield
         finally:
@@ -98,13 +102,13 @@ class _Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.heard = self.heard is not None, signal.Signals(number)
         if again or not self.testing:
-            raise _Stopped(alone=True)
+            raise _Stopped
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, signals: _Signals) -> LrCurve:
     from dtl.engine import build
     from dtl.engine.active import enter, set_head
-    from dtl.engine.lr_find import Stopped, find_lr
+    from dtl.engine.lr_find import find_lr
     from dtl.engine.micro_batch import fit
     from dtl.engine.step import Normalise
 
@@ -137,24 +141,18 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         fit(active, feeds, runtime, normalise=normalise, state=None, say=say)
     say(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
     signals.testing = True
-    try:
-        return find_lr(
-            active,
-            feeds,
-            runtime,
-            normalise=normalise,
-            seed=config.run.seed,
-            first=options.first,
-            last=options.last,
-            num_steps=options.steps,
-            stop=lambda: signals.heard is not None,
-            say=say,
-        )
-    except Stopped as stopped:
-        raise _Stopped(f" {stopped}", alone=False) from None
-    finally:
-        signals.testing = False
-
+    return find_lr(
+        active,
+        feeds,
+        runtime,
+        normalise=normalise,
+        seed=config.run.seed,
+        first=options.first,
+        last=options.last,
+        num_steps=options.steps,
+        stop=lambda: signals.heard is not None,
+        say=say,
+    )
 
 def _load(network: Network, start: str) -> None:
     """The weights of a finished run as the start, strictly."""

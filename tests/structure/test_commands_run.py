@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ NOT_RUN = {
     "pip install -e '.[test,dev]'": ("the same", "tests/release/test_wheel.py"),
     "pytest -n 2 --dist loadfile": ("it is what is running", ".ci/run"),
     "pytest": ("the same, on one process", ".ci/run"),
+    "pytest tests/resilience/test_kills.py -k ends_as_if --kills 100": ("the same with 8 kills is running anyway", "tests/resilience/test_kills.py"),
+    "DTL_MBV2=mbv2.pt pytest tests/unit/checkpoint/test_transfer.py": ("is running anyway", "tests/unit/checkpoint/test_transfer.py"),
     "ruff check .": ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml"),
     "mypy dtl": ("the same", ".pre-commit-config.yaml"),
     "wandb sweep sweeps/learning_rate.yaml": ("asks wandb's server", "tests/structure/test_sweeps.py"),
@@ -97,6 +97,9 @@ def test_there_are_some_and_what_is_not_run_is_there_and_covered() -> None:
         assert line in lines, f"no page says this any more: {line}"
         assert reason
         assert (ROOT / covering).is_file(), covering
+    # The tests that two lines choose are there.
+    assert "ends_as_if" in (ROOT / "tests/resilience/test_kills.py").read_text()
+    assert 'environ.get("DTL_MBV2")' in (ROOT / "tests/unit/checkpoint/test_transfer.py").read_text()
     texts = "".join(page.read_text() for page in PAGES)
     assert all(f"`{span}`" in texts for span in SPOKEN)
 
@@ -115,16 +118,13 @@ def test_a_block_does_what_its_page_says(world: World, page: str, lines: list[st
         return
     place = world.enter(wanted)
     for line in wanted:
-        given, words = world.words(line, place)
-        words = [word for word in words if word != "..."]
+        words = [word for word in world.words(line, place) if word != "..."]
         if words[0] == "dtl":
             run_dtl(world, place, words[1], words[2:])
         elif words[0] in ("accelerate", "torchrun"):
             launch(world, place, line, page, words)
         elif words[0] == "sbatch":
             submit(world, place, words)
-        elif words[0] == "pytest":
-            collect(words[1:], given)
         else:
             pytest.fail(f"{page}: nothing runs this line; say how, or list it in NOT_RUN: {line}")
 
@@ -185,14 +185,6 @@ def submit(world: World, place: Path, words: list[str]) -> None:
     if "--data.train" not in rest:
         rest += ["--data.train", "photos/train", "--data.val", "photos/val"]
     train(world, place, ["--config", *rest])
-
-
-def collect(words: list[str], variables: dict[str, str]) -> None:
-    """The tests that a line names are there; most of them are running anyway."""
-    command = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "::test_" in done.stdout
 
 
 def load_config_in(place: Path, words: list[str]) -> tuple[dict[str, Any], str]:
