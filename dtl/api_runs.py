@@ -30,7 +30,7 @@ class Run:
     state: str
     """done, or stopped (by a signal, after saving: `dtl.fit` again goes on)."""
     phases: tuple[dict[str, Any], ...]
-    """One row a finished phase: phase, epochs, seconds, images_per_second, train_loss, val, best."""
+    """One row a finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
 
     @property
     def model(self) -> Path:
