@@ -6,8 +6,9 @@
 Without a launcher it starts itself on 1 and on `--processes` (2) processes of this machine and prints the efficiency table; under torchrun, srun
 or accelerate, on any number of nodes, it measures that world and prints one row, so that runs on 1, 8, 16 ... GPUs make the table.
 
-Within one start, blocks of three ways take turns: the raw loop, `dtl train`'s loop (its agreement at each step, heartbeat, log lines and
-counting), and dtl's with gradients sent as bf16. A block ends with a barrier; wall-clock time by rank 0. `--batch` is a rank's.
+Within one start, blocks take turns: the raw loop, as it is and with DDP's static graph, `dtl train`'s loop (its agreement at each step,
+heartbeat, log lines and counting), and dtl's with gradients sent as bf16. A block ends with a barrier; wall-clock time by rank 0.
+`--batch` is a rank's.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ phases: {{all: {{train: all, epochs: 1000, eval_every: 1000, lr: 0.0001, schedul
 tracking: {{wandb: "off", report: false}}
 checkpoint: {{every_minutes: 1000}}
 """
-RAW, OURS, COMPRESSED = "raw DDP", "dtl", "dtl, bf16 gradients"
+RAW, STATIC, OURS, COMPRESSED = "raw DDP", "raw DDP, static graph", "dtl", "dtl, bf16 gradients"
 
 
-def raw_loop(network: str, device: Any, precision: str) -> Callable[[Any, Any], None]:
+def raw_loop(network: str, device: Any, precision: str, *, static_graph: bool = False) -> Callable[[Any, Any], None]:
     """One step of the plainest DistributedDataParallel loop."""
     import torch
     from torch import nn
@@ -45,7 +46,9 @@ def raw_loop(network: str, device: Any, precision: str) -> Callable[[Any, Any], 
 
     module: Any = build(network, num_classes=10).module.to(device, memory_format=torch.channels_last)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        module = nn.parallel.DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        module = nn.parallel.DistributedDataParallel(
+            module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, static_graph=static_graph
+        )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
     mean = 255 * torch.tensor((0.485, 0.456, 0.406), device=device).view(1, 3, 1, 1)
     scale = 1 / (255 * torch.tensor((0.229, 0.224, 0.225), device=device).view(1, 3, 1, 1))
@@ -77,7 +80,7 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.cuda.is_available():
         torch.set_num_threads(1)
-    found: dict[str, list[float]] = {RAW: [], OURS: [], COMPRESSED: []}
+    found: dict[str, list[float]] = {RAW: [], STATIC: [], OURS: [], COMPRESSED: []}
     real = Feeds.train_steps
 
     def wait() -> float:
@@ -93,7 +96,9 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
         first.close()  # type: ignore[attr-defined]
         (batch,) = batches
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        raw = raw_loop(options.network, device, precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        raw = raw_loop(options.network, device, precision)
+        static = raw_loop(options.network, device, precision, static_graph=True) if world > 1 and way == OURS else None
         for number in range(options.rounds + 1):
             started = wait()
             for _ in range(options.steps):
@@ -101,11 +106,15 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
             ended = wait()
             for _ in range(options.steps):
                 raw(batch.images, batch.labels)
+            raw_ended = wait()
+            if static is not None:
+                for _ in range(options.steps):
+                    static(batch.images, batch.labels)
             if number:
                 found[way].append((ended - started) / options.steps)
-                found[RAW].append((wait() - ended) / options.steps)
-            else:
-                wait()
+                found[RAW].append((raw_ended - ended) / options.steps)
+                if static is not None:
+                    found[STATIC].append((wait() - raw_ended) / options.steps)
         raise Enough
 
     Feeds.train_steps = stream  # type: ignore[method-assign]
