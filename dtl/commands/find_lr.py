@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
+from dtl.wording import OptionParser
 
 if TYPE_CHECKING:
     from dtl.config import Config
@@ -38,9 +39,14 @@ examples:
 
 def run(arguments: Sequence[str]) -> int:
     """The command. UserError for a recipe or options that make no test."""
-    options, rest = _parser().parse_known_args(list(arguments))
-    from dtl.config import load_config
+    parser = _parser()
+    options, rest = parser.parse_known_args(list(arguments))
+    from dtl.config import Config, load_config
 
+    for word in rest:
+        name = word.partition("=")[0]
+        if name.startswith("--") and "." not in name and name[2:] not in Config.model_fields:
+            parser.error(f"unrecognized arguments: {word}")
     config, name = load_config([*(["--config", options.config] if options.config else []), *rest])
     if options.phase is not None and options.phase not in config.phases:
         raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")
@@ -184,8 +190,8 @@ def _tell(curve: LrCurve, out: Path, name: str) -> None:
     print(curve.verdict())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="dtl find-lr", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

@@ -96,6 +96,7 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
         (["--from", "1", "--to", "0.1"], "the learning rates must rise"),
         (["--steps", "3"], "3 steps are too few"),
         (["--start", "nowhere"], "nowhere does not exist"),
+        (["--phse", "head"], "unknown option --phse; did you mean --phase?"),
     ],
 )
 def test_what_makes_no_test_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
