@@ -8,6 +8,7 @@ micro-batch is. What fitted is kept in the checkpoint's state. Composer has the 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from dtl.runtime import Runtime
 from dtl.wording import counted
 
 _KEY = "micro_batch_sizes"
+_CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
@@ -72,7 +74,7 @@ def explained(feeds: Feeds, phase: Phase) -> Iterator[None]:
     """A step that runs out of memory after all (others took it meanwhile) says what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         size = feeds.layout(phase).micro_batch_size
@@ -90,7 +92,7 @@ def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, no
     with rng_kept(runtime.device), modes_kept(active.module), _alone():
         try:
             _compute(active, size, image_size, runtime, normalise)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0].split(". ")[0][:120] or "out of memory"
@@ -104,6 +106,9 @@ def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, no
         gc.collect()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif hasattr(ctypes.CDLL(None), "malloc_trim"):
+            # Freed memory is kept on CPUs (see dtl.runtime): the next trial would find the limit taken by what this one left.
+            ctypes.CDLL(None).malloc_trim(0)
     return problem
 
 
@@ -152,5 +157,5 @@ def _alone() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error on GPUs; on CPUs the allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """torch's own error on GPUs. On CPUs, where a limit is set (ulimit -v), its allocator, oneDNN and C++ each have words of their own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _CPU_WORDS)
