@@ -69,7 +69,7 @@ def find_lr(
     phase = replace(active.phase, num_steps=num_steps)
     stepper = Stepper(sweep, runtime, normalise=normalise, seed=seed, heart=heart or Heartbeat())
     curve = LrCurve(phase.name)
-    told_step, told = -1, time.monotonic()
+    told = time.monotonic()
     with undone(active, runtime), closing(feeds.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
         for step in range(num_steps):
             batches = next(stream)
@@ -82,7 +82,7 @@ def find_lr(
             loss = float(total[0]) / weight
             if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - told > SECONDS_SILENT:
                 say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
-                told_step, told = -1, time.monotonic()
+                told = time.monotonic()
             if not runtime.agree(curve.add(lr, loss)):
                 say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: it diverges, the test is over")
                 break
