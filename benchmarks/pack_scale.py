@@ -49,19 +49,16 @@ print(json.dumps({"reader": private, "samples": shards.num_samples}))
 
 def make(folder: Path, num: int, classes: int) -> None:
     """`num` files of different bytes, in `classes` folders."""
-    import io
-
     import numpy as np
-    from PIL import Image
+
+    from dtl.data.png import store_png
 
     draw = np.random.default_rng(num)
     for label in range(classes):
         place = folder / f"class_{label:04d}"
         place.mkdir(parents=True)
         for number in range(label, num, classes):
-            file = io.BytesIO()
-            Image.fromarray(draw.integers(0, 256, (8, 8), np.uint8)).save(file, "png", compress_level=0)
-            (place / f"n{label:08d}_{number:07d}.png").write_bytes(file.getvalue())
+            (place / f"n{label:08d}_{number:07d}.png").write_bytes(store_png(draw.integers(0, 256, (8, 8), np.uint8)))
 
 
 def measure(folder: Path, num: int, classes: int) -> dict[str, float]:
@@ -69,7 +66,7 @@ def measure(folder: Path, num: int, classes: int) -> dict[str, float]:
     make(images, num, classes)
     found: dict[str, float] = {"files": num}
     for program, words in ((PROGRAM, (images, packed)), (READER, (packed,))):
-        done = subprocess.run([sys.executable, "-c", program, *map(str, words)], check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True)
         found |= json.loads(done.stdout.splitlines()[-1])
     if found["samples"] != num:
         raise RuntimeError(f"{num} files, {found['samples']} samples")

@@ -160,7 +160,7 @@ def _one_line(error: ValidationError, origin: str) -> str:
     place = [str(part) for part in first["loc"]]
     known = _known_keys(place[:-1])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], known, n=3, cutoff=0.5)
+        near = [".".join([*place[:-1], name]) for name in difflib.get_close_matches(place[-1], known, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}"
         return f"{origin}: unknown config key {'.'.join(place)}; {hint}"
     dotted = ".".join(_real_keys(place))

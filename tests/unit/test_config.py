@@ -62,9 +62,9 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.wrkers", "3"], "unknown config key data.wrkers; did you mean workers?"),
+        (["--data.wrkers", "3"], "unknown config key data.wrkers; did you mean data.workers?"),
         (["--dta.workers", "3"], "unknown config key dta; did you mean data?"),
-        (["--phases.all.lrr", "1"], "unknown config key phases.all.lrr; did you mean lr?"),
+        (["--phases.all.lrr", "1"], "unknown config key phases.all.lrr; did you mean phases.all.lr?"),
         (["--phases.hed.lr", "1"], "the built-in recipe digits has no phase hed; did you mean head?"),
         (["--data.workers", "x"], "data.workers: Input should be a valid integer.* \\(got 'x'\\)"),
         (["--data.workers", "-1"], "data.workers: Input should be greater than or equal to 0"),
