@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dtl.data.loader import Batch
     from dtl.data.transforms import Draws, Transform
 
+_APP1, _SCAN = 0xE1, 0xDA  # of a JPEG's markers: where EXIF lies, and where its pixels begin
 AHEAD = 2
 """Batches that are decoded, or being decoded, while the trainer has one in hand."""
 
@@ -53,6 +54,7 @@ class Encoded:
         """Whether the device decodes this one; the bytes are then put behind `jpegs`."""
         if data[:2] != b"\xff\xd8" or not _is_plain(data):
             return False
+        data = without_exif(data)
         self.rows.append(row)
         self.sizes.append(len(data))
         jpegs.append(data)
@@ -67,6 +69,18 @@ def _is_plain(data: bytes) -> bool:
         return simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK")
     except ValueError:
         return False
+
+
+def without_exif(data: bytes) -> bytes:
+    """A JPEG without its EXIF: torchcodec turns pictures as their orientation says, and ImageFolder, as all else here, does not."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
+        end = at + 1 if data[at + 1] == 0xFF else at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # 0xFF fills
+        if data[at + 1] == _APP1 and data[at + 4 : at + 8] == b"Exif":
+            data = data[:at] + data[end:]
+        else:
+            at = end
+    return data
 
 
 class DeviceDecoder:

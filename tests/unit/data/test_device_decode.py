@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.data.device_decode import DeviceDecoder, ready
+from dtl.data.device_decode import DeviceDecoder, ready, without_exif
 from dtl.data.index import Shards
 from dtl.data.loader import Batch, BatchDataset, StepLoader
 from dtl.data.pack import pack
@@ -41,6 +42,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
         mode, suffix, options = kinds[number % len(kinds)]
         place = folder / "images" / f"class_{number % 3}"
         place.mkdir(parents=True, exist_ok=True)
+        if suffix == "jpg":
+            exif = Image.Exif()
+            exif[0x0112] = 1 + number % 8  # orientation, as of cameras: nobody here turns an image by it
+            options = {**options, "exif": exif}
         picture(number).convert(mode).save(place / f"{number:03d}.{suffix}", **options)
     pack(folder / "images", folder / "packed", processes=1, progress=False)
     return Shards.open(folder / "packed")
@@ -111,6 +116,18 @@ def test_a_jpeg_that_no_decoder_takes_is_named_and_counts_for_nothing(shards: Sh
     assert done.weights[: len(samples)].tolist() == [float(row not in (broken, mistaken)) for row in range(len(samples))]
     for row in range(len(samples)):
         assert torch.equal(done.images[row], torch.zeros_like(done.images[row]) if row in (broken, mistaken) else expected.images[row])
+
+
+def test_exif_is_left_out_and_nothing_else() -> None:
+    plain, turned = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0).save(plain, "JPEG", comment=b"Exif", icc_profile=b"profile")
+    picture(0).save(turned, "JPEG", comment=b"Exif", icc_profile=b"profile", exif=exif)
+    assert len(turned.getvalue()) > len(plain.getvalue())
+    assert without_exif(turned.getvalue()) == without_exif(plain.getvalue()) == plain.getvalue()
+    for end in range(len(turned.getvalue())):  # torn files are the decoder's to judge
+        assert len(without_exif(turned.getvalue()[:end])) <= end
 
 
 def batches_as_shipped(shards: Shards, transform: Transform) -> list[Batch]:
