@@ -68,14 +68,20 @@ def train(config: Config, name: str) -> int:
         fresh = config.run.resume == "never"
         runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt(), step=heart.step, fresh=fresh)
         doctor = Doctor(
-            heart, rank=runtime.rank, world_size=runtime.world_size, name=runtime.token, limit=60 * limit, say=_tell, end=lambda line: _end(folder, heart, line)
+            heart,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            name=runtime.token,
+            limit=60 * limit,
+            say=_tell,
+            end=lambda line: _end(folder, heart, line, fresh=fresh),
         )
         try:
             with doctor:
                 return _train(config, name, folder, runtime, heart, started)
         except PeerLost as lost:
             if str(lost):
-                _end(folder, heart, str(lost))
+                _end(folder, heart, str(lost), fresh=fresh)
             sys.stderr.flush()
             os._exit(1)  # the usual way out would wait for the rank that is gone
         except BaseException as error:
@@ -89,10 +95,10 @@ def _tell(line: str) -> None:
     print(f"dtl: {line}", file=sys.stderr, flush=True)
 
 
-def _end(folder: RunFolder, heart: Heartbeat, line: str) -> None:
+def _end(folder: RunFolder, heart: Heartbeat, line: str, *, fresh: bool) -> None:
     """Why the run ends although no rank has said so."""
     _tell(f"{line}; the same command goes on from the newest checkpoint")
-    _note_failure(folder, RuntimeError(line), step=heart.step)
+    _note_failure(folder, RuntimeError(line), step=heart.step, fresh=fresh)
 
 
 def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:

@@ -14,6 +14,8 @@ from recipes import weights_hash, write_images, write_recipe
 
 from dtl.engine.model_run import find_model
 from dtl.errors import UserError
+from dtl.heartbeat import Heartbeat
+from dtl.run_lock import RunFolder
 
 SHORT = {"phases": {"head": {"train": "head", "steps": 2, "lr": 0.1}, "all": {"train": "all", "steps": 3, "lr": 0.05, "eval_every": 0.01}}}
 
@@ -61,6 +63,23 @@ def test_a_mistake_costs_a_finished_run_nothing(tmp_path: Path) -> None:
     assert "model        runs/tiny/model (model.safetensors, model.json)" in again
     assert "report" not in again, "this recipe makes none"
     assert status(folder)["state"] == "done"
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_lost_rank_costs_the_run_before_nothing_either(tmp_path: Path, fresh: bool) -> None:
+    """With `run.resume: never` a job's next round takes a changed status for the sign that this run has begun."""
+    from dtl.commands.train import _end
+
+    for name in ("before", "now"):
+        with RunFolder(tmp_path) as folder:
+            if name == "before":
+                folder.write_status("done", step=5)
+            else:
+                _end(folder, Heartbeat(), "lost rank 1", fresh=fresh)
+                assert status(tmp_path)["state"] == ("done" if fresh else "failed")
+                folder.write_status("running", step=0)
+                _end(folder, Heartbeat(), "lost rank 1", fresh=fresh)
+                assert (status(tmp_path)["state"], status(tmp_path)["why"]) == ("failed", "fault: lost rank 1")
 
 
 def test_what_may_not_go_unsaid_is_said_once_at_the_start(tmp_path: Path) -> None:
