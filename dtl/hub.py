@@ -36,11 +36,14 @@ def why_not_fetched(what: str, error: BaseException) -> str:
     from huggingface_hub import constants
 
     kinds = {kind.__name__ for kind in (*type(error).__mro__, *type(error.__cause__).__mro__)}
-    if constants.HF_HUB_OFFLINE or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        reason = f"the hub cannot be reached from here, and its cache ({constants.HF_HUB_CACHE}) does not hold it"
-    else:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return f"cannot fetch {what}: {reason}; where there is a network, `hf download {what}` puts it there, or give a file"
+    if not kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:  # it is there, and not what is asked for; or it is nowhere
+        return f"cannot use {what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    name, _, revision = what.partition("@")
+    command = f"hf download {name} --revision {revision}" if revision else f"hf download {name}"
+    return (
+        f"cannot fetch {what}: the hub cannot be reached from here, and its cache ({constants.HF_HUB_CACHE}) does not hold it; "
+        f"where there is a network, `{command}` puts it there, or give a file"
+    )
 
 
 def _answers(endpoint: str) -> bool:

@@ -89,8 +89,14 @@ def test_what_the_hub_does_not_hold_is_one_line_at_once(hub: Path) -> None:
             call()
     with pytest.raises(UserError, match=r"cannot fetch timm/resnet18.*`hf download timm/resnet18"):
         read_weights("timm:resnet18")
+    with pytest.raises(UserError, match=r"cannot fetch nobody/nothing@v2: .*`hf download nobody/nothing --revision v2`"):
+        build("hf-hub:nobody/nothing@v2", num_classes=2)
     assert time.monotonic() - started < 10
     config = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps({**config, "architecture": "resnet_of_tomorrow"}))
     with pytest.raises(UserError, match="is a 'resnet_of_tomorrow', which this timm does not have: pip install -U timm"):
         build(NAME, num_classes=2)
+    # What is in the cache, but cannot be used, is not told as missing.
+    (hub / "config.json").write_text(json.dumps({**config, "num_classes": 4}))
+    with pytest.raises(UserError, match=r"cannot use someone/tiny-birds: RuntimeError: .*size mismatch"):
+        read_weights("hf-hub:someone/tiny-birds")
