@@ -35,15 +35,15 @@ def why_not_fetched(what: str, error: BaseException) -> str:
     """One line on a repository that could not be had."""
     from huggingface_hub import constants
 
+    words = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    if isinstance(error, (RuntimeError, ValueError, TypeError, LookupError, AssertionError)):  # it is there, but is not what it should be
+        return f"cannot use {what}: {words}"
     kinds = {kind.__name__ for kind in (*type(error).__mro__, *type(error.__cause__).__mro__)}
-    if not kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:  # it is there, and not what is asked for; or it is nowhere
-        return f"cannot use {what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    if constants.HF_HUB_OFFLINE or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        words = f"the hub cannot be reached from here, and its cache ({constants.HF_HUB_CACHE}) does not hold it"
     name, _, revision = what.partition("@")
     command = f"hf download {name} --revision {revision}" if revision else f"hf download {name}"
-    return (
-        f"cannot fetch {what}: the hub cannot be reached from here, and its cache ({constants.HF_HUB_CACHE}) does not hold it; "
-        f"where there is a network, `{command}` puts it there, or give a file"
-    )
+    return f"cannot fetch {what}: {words}; where there is a network, `{command}` puts it there, or give a file"
 
 
 def _answers(endpoint: str) -> bool:

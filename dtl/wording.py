@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
 from dtl.errors import UserError
 
+_MOST_NAMES = 10_000  # compared with a mistyped one; a folder may hold millions
 _PLURALS = {"process": "processes", "class": "classes", "is": "are"}
 
 
@@ -44,7 +46,7 @@ def near_path(path: Path, *, others: Sequence[str] = ()) -> str:
             found = found / part
             continue
         try:
-            names = [entry.name for entry in found.iterdir()]
+            names = [entry.name for entry in islice(found.iterdir(), _MOST_NAMES)]
         except OSError:
             names = []
         close = difflib.get_close_matches(part, [*names, *others] if len(path.parts) == 1 else names, n=1, cutoff=0.6)

@@ -104,7 +104,7 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with hub_in_reach():
         try:
             module = timm.create_model(name, pretrained=True)
-        except Exception as error:  # the hub's client has a dozen kinds of failure; all mean that the weights are not here
+        except Exception as error:  # the hub's client has a dozen kinds of failure
             if not config.hf_hub_id:
                 place = f"without a network, its file must lie in {torch.hub.get_dir()}/checkpoints"
                 raise UserError(f"timm:{name}: cannot fetch {config.url or config.file} ({error}); {place}") from error

@@ -160,6 +160,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         say=say,
     )
 
+
 def _load(network: Network, start: str) -> None:
     """The weights of a finished run as the start, strictly."""
     from dtl.checkpoint.model_folder import load_model_tensors
