@@ -33,7 +33,7 @@ class StepTrace:
         for batch in batches:
             for slot, sample, image in zip(batch.slots.tolist(), batch.samples.tolist(), batch.images, strict=True):
                 if slot >= 0:
-                    slots.append((slot, sample, hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).hexdigest()))
+                    slots.append((slot, sample, hashlib.blake2b(image.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()))
         self._file.write(json.dumps({"step": step, "slots": slots}) + "\n")
 
 

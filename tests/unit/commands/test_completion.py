@@ -6,7 +6,6 @@ import os
 import pty
 import select
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -97,9 +96,11 @@ def needs(shell: str) -> None:
 
 def talk_to_zsh(folder: Path, start: list[str], lines: list[str]) -> list[str]:
     """What an interactive zsh prints after `told:` for each line."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execvpe("zsh", ["zsh", "-f", "-i"], {"PATH": os.environ["PATH"], "HOME": str(folder), "TERM": "dumb", "PS1": "", "COLUMNS": "400"})
+    # Not pty.fork: the process that tests may have threads, and a fork of these is an error from Python 3.12 on.
+    terminal, its_end = pty.openpty()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "TERM": "dumb", "PS1": "", "COLUMNS": "400"}
+    zsh = subprocess.Popen(["zsh", "-f", "-i"], stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True, env=environment)
+    os.close(its_end)
     try:
         for line in start:
             os.write(terminal, f"{line}\n".encode())
@@ -114,8 +115,8 @@ def talk_to_zsh(folder: Path, start: list[str], lines: list[str]) -> list[str]:
                     heard += os.read(terminal, 65536).decode(errors="replace")
         return answers_in(heard)
     finally:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        zsh.kill()
+        zsh.wait()
         os.close(terminal)
 
 
