@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def unrepeatable(num_classes: int) -> nn.Module:
 def signalled(num_classes: int) -> nn.Module:
     """`networks:small`, on a process that gets a SIGTERM while it builds it."""
     os.kill(os.getpid(), signal.SIGTERM)
+    return networks.small(num_classes)
+
+
+def uncodec(num_classes: int) -> nn.Module:
+    """`networks:small`; rank 1's machine has no torchcodec."""
+    if os.environ.get("RANK") == "1":
+        sys.modules["torchcodec.decoders"] = None  # type: ignore[assignment]
     return networks.small(num_classes)
 
 

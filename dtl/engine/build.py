@@ -122,6 +122,7 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
         )
         if data.decode == "device":
             device_decode.ready(train_view)
+    with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here
         feeds = Feeds(
             train=train,
             val=val,

@@ -32,3 +32,11 @@ def test_what_it_cannot_do_is_one_line_before_the_first_step(tmp_path: Path) -> 
     done = run(["--config", str(recipe)], cwd=tmp_path, world=2, code=2)
     lines = [line for line in done.err().splitlines() if line.startswith("dtl: ")]
     assert lines == ["dtl: data.decode device crops, resizes, flips and erases; data.augment.rotation needs data.decode workers"]
+
+
+def test_a_machine_without_the_decoder_is_named_on_all_ranks(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", {"one": 8, "two": 8})
+    recipe = write_recipe(tmp_path, model={"name": "obstacles:uncodec"}, data={**DATA, "train": str(images), "decode": "device"}, phases=PHASES)
+    done = run(["--config", str(recipe)], cwd=tmp_path, world=2, code=2)
+    (line,) = [line for line in done.err().splitlines() if line.startswith("dtl: ")]
+    assert line.startswith("dtl: rank 1: data.decode device needs the package torchcodec (")
