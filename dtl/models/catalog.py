@@ -91,6 +91,7 @@ def _hub_entry(name: str, repository: str) -> Entry:
     """A repository's config says which of timm's networks it is. The entry's own name is that one: it is built without the hub afterwards."""
     if importlib.util.find_spec("timm") is None:
         raise UserError(f"model {name!r} needs timm, which is not installed: pip install 'dtl[timm]'")
+    import timm
     from timm.models import load_model_config_from_hf
 
     with hub_in_reach():
@@ -100,11 +101,11 @@ def _hub_entry(name: str, repository: str) -> Entry:
             raise UserError(f"model {name!r}: {why_not_fetched(repository, error)}") from error
     if architecture not in _timm_names():
         raise UserError(f"model {name!r} is a {architecture!r}, which this timm does not have: pip install -U timm")
-    options = {key: value for key, value in (arguments or {}).items() if key != "num_classes"}
+    # Those of the network alone: a repository is anybody's, and has no say in what else is loaded (checkpoint_path ...).
+    ours = {"num_classes", *inspect.signature(timm.create_model).parameters}
+    options = {key: value for key, value in (arguments or {}).items() if key not in ours}
 
     def construct(**given: Any) -> nn.Module:
-        import timm
-
         return timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **given)
 
     return Entry(f"timm/{architecture}", "timm", construct, options=options)

@@ -65,6 +65,13 @@ def test_a_name_of_the_hub_brings_architecture_options_and_preprocessing(hub: Pa
     }
 
 
+def test_a_repository_has_no_say_in_what_else_is_loaded(hub: Path) -> None:
+    config = json.loads((hub / "config.json").read_text())
+    config["model_args"] |= {"checkpoint_path": str(hub / "nothing.pth"), "pretrained": True}
+    (hub / "config.json").write_text(json.dumps(config))
+    assert build(NAME, num_classes=5).options == {"stem_width": 8, "channels": [16, 16, 16, 32]}
+
+
 def test_a_run_by_such_a_name_is_used_without_the_hub_afterwards(hub: Path, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, model={"name": NAME}, phases={"head": {"train": "head", "steps": 2, "lr": 0.1}}, transfer={"source": "pretrained"}
