@@ -3,8 +3,8 @@
 For machines with a strong GPU and few CPU cores. What is no plain JPEG (PNG, CMYK ...) is decoded by the loader processes as ever. The same
 samples, draws and boxes; the pixels differ by the rounding of another decoder and of a resize in float32. Also on a CPU, for tests.
 
-nvJPEG's hardware path writes into memory that the caller's stream may still read (torchcodec#1634, vision#9606, measured on an H100): decoding
-has a stream of its own here, which is empty whenever a batch begins.
+nvJPEG's hardware path writes into memory that the caller's stream may still read (torchcodec#1634, vision#9606: seen on an H100 there):
+decoding has a stream of its own here, and comes first in each batch, when that stream is empty.
 """
 
 from __future__ import annotations
@@ -122,11 +122,12 @@ class DeviceDecoder:
             self._stream.synchronize()
         size, num = self._transform.image_size, len(batch.samples)
         with torch.inference_mode(False), torch.no_grad(), contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            # First of all, while nothing that is queued could still read memory that the decoder is given.
+            pictures = self._pictures(list(torch.split(encoded.data, encoded.sizes)))
             images = torch.empty((num, 3, size, size), dtype=torch.uint8, device=self._device, memory_format=torch.channels_last).zero_()
             if encoded.decoded:
                 images[torch.tensor(encoded.decoded, device=self._device)] = batch.images.to(self._device, non_blocking=True)
-            pieces = list(torch.split(encoded.data, encoded.sizes))
-            for row, picture in zip(encoded.rows, self._pictures(pieces), strict=True):
+            for row, picture in zip(encoded.rows, pictures, strict=True):
                 found: Tensor | str = picture
                 expected = (3, int(encoded.heights[row]), int(encoded.widths[row]))
                 if isinstance(found, Tensor) and tuple(found.shape) != expected:
