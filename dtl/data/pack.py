@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl import __version__, keyed
+from dtl.data.atomic import write_whole
 from dtl.data.content_split import split_by_content
 from dtl.data.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
 from dtl.data.manifest import MANIFEST_VERSION
@@ -27,7 +28,7 @@ from dtl.data.pack_destination import Existing, clear_errors, prepare_destinatio
 from dtl.data.pack_job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, Options
 from dtl.data.pack_pool import run_tasks
 from dtl.data.pack_progress import PackProgress
-from dtl.data.pack_tasks import load_chunk, shard_name, shrink_factor
+from dtl.data.pack_tasks import SCANNED, load_chunk, shard_name, shrink_factor
 from dtl.data.sources import ALL, Source, open_source
 from dtl.errors import UserError
 
@@ -153,6 +154,7 @@ class _Packing:
             assert found is not None, f"chunk {number} has just been read"
             rows[at : at + len(found[0])] = found[0]
             reasons += [(sample, reason) for sample, reason in found[1]]
+        write_whole(self.job.folder / SCANNED, lambda file: np.save(file, rows), sync=False)
         return rows, reasons
 
     def members(self, scan: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.int64]]:

@@ -26,6 +26,8 @@ from dtl.errors import UserError
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
 _BLOCK = 512
+SCANNED = "scanned.npy"
+"""The rows of all chunks, for the processes that write shards to map: each of them needs rows from anywhere."""
 
 
 def open_job(folder: Path) -> Job:
@@ -119,17 +121,18 @@ def shard_name(number: int) -> str:
 
 
 def _write_tar(file: _HashingFile, job: Job, order: Any, *, first: int, digits: int, rows: Any) -> None:
-    chunks = _Chunks(job)
+    scanned = np.load(job.folder / SCANNED, mmap_mode="r")
     # mtime=0: the same bytes each time; and a fractional time would need a PAX header of 1.5 KB before each member.
     with tar_writer_class()(file, mtime=0, encoder=False) as tar:
         for row, sample in enumerate(order.tolist()):
-            data, (height, width, name) = _image(job, sample, chunks.row(sample))
+            data, (height, width, name) = _image(job, sample, scanned[sample])
             extension, label = _EXTENSIONS[name], int(job.labels[sample])
             members = {extension: data, "cls": str(label).encode()}
             start = tar.tarstream.offset
             tar.write({"__key__": f"{first + row:0{digits}d}", **members})
             # TarWriter writes the members in the order of their extensions, each a header block and whole blocks of data.
             before = 0 if extension < "cls" else 2 * _BLOCK
+            tar.tarstream.members.clear()  # the standard library keeps a kilobyte of each
             rows[row] = (start + before + _BLOCK, len(data), zlib.crc32(data), label, width, height, FORMAT_FLAGS[name])
 
 
@@ -200,21 +203,6 @@ class _HashingFile:
         self.size += len(data)
         written: int = self.file.write(data)
         return written
-
-
-class _Chunks:
-    """Rows of the scan by sample number; the chunks are mapped, so memory stays flat."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._open = functools.lru_cache(maxsize=4096)(self._load)
-
-    def row(self, sample: int) -> Any:
-        number, row = divmod(sample, self._job.chunk_samples)
-        return self._open(number)[row]
-
-    def _load(self, number: int) -> Any:
-        return np.load(self._job.folder / f"scan-{number:05d}.npy")
 
 
 @functools.lru_cache(maxsize=1)
