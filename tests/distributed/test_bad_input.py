@@ -63,7 +63,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "weights that do not fit": (weights_of_another_network, "other.pt"),
     "weights that are a pickle": (weights_that_are_a_pickle, "other.pt"),
     "missing weights": (lambda folder: ["--transfer.source", "gone.pt"], "gone.pt"),
-    "unknown key": (lambda folder: ["--data.wrkers", "1"], "did you mean workers"),
+    "unknown key": (lambda folder: ["--data.wrkers", "1"], "did you mean data.workers"),
     "unknown pattern": (lambda folder: ["--phases.head.train", "[layr4.*]"], "layr4"),
     "bad last": (lambda folder: ["--phases.head.train", "last:99"], "last:99"),
 }
