@@ -91,7 +91,7 @@ class DeviceDecoder:
 
     def __init__(self, transform: Transform, device: torch.device, damaged: Callable[[int, str], DamagedSample]) -> None:
         """`damaged(sample, reason)` names a sample that cannot be decoded."""
-        self._decode_jpeg = ready(transform)
+        self._decode_jpeg = ready(transform, device)
         self._transform, self._device, self._damaged = transform, device, damaged
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -150,6 +150,8 @@ class DeviceDecoder:
             return []
         try:
             return list(self._decode_jpeg(pieces, device=self._device))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # one of them fails all
             return [self._picture(piece) for piece in pieces]
 
@@ -164,8 +166,8 @@ class DeviceDecoder:
                 return str(error)
 
 
-def ready(transform: Transform) -> Any:
-    """torchcodec's decoder. UserError where it is missing, or the device cannot do what `transform` does."""
+def ready(transform: Transform, device: torch.device) -> Any:
+    """torchcodec's decoder. UserError where it is missing or does not work on `device`, or cannot do what `transform` does."""
     _check(transform)
     try:
         from torchcodec.decoders import decode_jpeg  # type: ignore[import-not-found, attr-defined, unused-ignore]
@@ -173,6 +175,14 @@ def ready(transform: Transform) -> Any:
         raise UserError(
             f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'dtl[device-decode]'"
         ) from None
+    # Tried once: a decoder that fails for every image would otherwise pass for images that are hard to decode, one by one on the CPU.
+    trial = torch.from_numpy(np.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), np.uint8))
+    try:
+        decode_jpeg([trial], device=device)
+    except RuntimeError as error:
+        raise UserError(
+            f"data.decode device: torchcodec decodes nothing on {device} ({' '.join(str(error).split())[:200]}); use --data.decode workers"
+        ) from error
     return decode_jpeg
 
 

@@ -121,7 +121,7 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
         )
         if data.decode == "device":
-            device_decode.ready(train_view)
+            device_decode.ready(train_view, runtime.device)
     with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here
         feeds = Feeds(
             train=train,

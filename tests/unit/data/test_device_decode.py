@@ -141,10 +141,19 @@ def batches_as_shipped(shards: Shards, transform: Transform) -> list[Batch]:
 @pytest.mark.parametrize("knob", [{"rotation": 10}, {"color_jitter": 0.4}, {"grayscale": 0.1}, {"trivial": True}])
 def test_what_the_device_cannot_do_is_refused_by_name(knob: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"data\.augment\.{next(iter(knob))} needs data\.decode workers"):
-        ready(train_transform(image_size=SIZE, augment=AugmentSettings(**knob)))
+        ready(train_transform(image_size=SIZE, augment=AugmentSettings(**knob)), DEVICE)
 
 
 def test_a_missing_torchcodec_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
     with pytest.raises(UserError, match=r"pip install 'dtl\[device-decode\]'"):
-        ready(TRANSFORMS["evaluation"])
+        ready(TRANSFORMS["evaluation"], DEVICE)
+
+
+def test_a_decoder_that_decodes_nothing_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(source: Any, **options: Any) -> Any:
+        raise RuntimeError("nvJPEG is\nnot there")
+
+    monkeypatch.setattr("torchcodec.decoders.decode_jpeg", broken)
+    with pytest.raises(UserError, match=r"decodes nothing on \w+.* \(nvJPEG is not there\); use --data\.decode workers"):
+        ready(TRANSFORMS["evaluation"], DEVICE)
