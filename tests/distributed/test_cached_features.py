@@ -68,4 +68,5 @@ def test_what_cannot_be_cached_is_told_or_refused(tmp_path: Path) -> None:
         ("turned", "the task rotate makes its own images", {"task": "rotate"}),
     ]:
         job = run(recipe(tmp_path, name, cache_features=True, **more), cwd=tmp_path, code=2)
-        assert [line for line in job.err().splitlines() if line.startswith("dtl: ")] == [f"dtl: phases.head.cache_features is true, but {why}"]
+        lines = [line for line in job.err().splitlines() if not line.startswith("computing with")]  # where threads are few
+        assert lines[1:] == [f"dtl: phases.head.cache_features is true, but {why}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import history, start, wait_for
 from recipes import write_recipe
@@ -16,18 +17,14 @@ MIB = 2**20
 
 def resident(pid: int) -> int:
     """RSS in bytes, mapped files included; not PSS, which grows when others who share the libraries end."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Rss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no Rss")
+    return int(psutil.Process(pid).memory_info().rss)
 
 
 def open_files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return psutil.Process(pid).num_fds()
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory and open files of other processes are read from Linux's /proc")
 def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Many shards (more than may be open at once), two loader processes for the whole phase, an evaluation each epoch with its own."""
     from dtl.data.index import Shards
@@ -49,7 +46,7 @@ def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
         )
         wait_for(told, seconds=120, what=f"epoch {epoch + 1}")
         # The two oldest are those of training; an evaluation's come and go.
-        workers = sorted(children(pid), key=lambda child: int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19]))[:2]
+        workers = sorted(children(pid), key=lambda child: psutil.Process(child).create_time())[:2]
         rows.append((resident(pid), [resident(worker) for worker in workers], open_files(pid), max(open_files(worker) for worker in workers)))
     job.wait(900).check(0)
     early, late = rows[4:9], rows[-5:]

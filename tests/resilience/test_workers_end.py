@@ -7,31 +7,22 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
+import psutil
 from harness import history, start, wait_for
 from recipes import write_recipe
 
 
 def children(pid: int) -> set[int]:
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                    found.add(int(entry.name))
-            except (OSError, ValueError, IndexError):
-                continue  # it ended in between
-    return found
+    return {child.pid for child in psutil.Process(pid).children()}
 
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="which processes live is read from Linux's /proc")
 def test_loader_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     """Stopped first, so that they stand with full hands when it is killed: torch's own would wait for good."""
     phases = {"all": {"train": "all", "epochs": 500, "lr": 0.01, "eval_every": 400}}

@@ -14,7 +14,7 @@ from lab import SlurmLab, why_not
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
     problem = why_not()
     if problem:
-        pytest.skip(problem)
+        pytest.skip(f"a real Slurm is started for these: {problem}")
     with SlurmLab(tmp_path_factory.mktemp("slurm")) as lab:
         yield lab
 

@@ -298,7 +298,6 @@ print("closed", flush=True)
 
 
 def test_a_dead_wandb_service_never_hurts_the_run(tmp_path: Path) -> None:
-    pytest.importorskip("psutil", reason="install psutil, to find wandb's service")
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", KILLED_SERVICE, tmp_path / "run"], capture_output=True, text=True, timeout=90, check=True)
     assert done.stdout == "closed\n"
@@ -368,7 +367,6 @@ def test_which_mode_is_chosen(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard", reason="pip install 'dtl[tensorboard]'")
     tracker = make_tracker(tmp_path / "run", wandb="off", tensorboard=True)
     tell(tracker, 1, 10)
     tracker.close()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import pytest
 import recipes
 from test_tracking import wandb_records
 
@@ -32,7 +31,6 @@ def records(run: Path) -> dict[str, Any]:
 
 
 def test_wandb_has_config_metrics_by_phase_pictures_and_the_model(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     recipe = recipes.write_recipe(tmp_path, **SHORT, tracking={"wandb": "offline", "wandb_model": True, "report": True, "tensorboard": True})
     harness.run(["--config", str(recipe)], cwd=tmp_path, env={"WANDB_MODE": "offline"})
     run = tmp_path / "runs/tiny"

@@ -316,7 +316,9 @@ def test_real_mobilenet_weights(family: str) -> None:
     features = {}
     for by in ("order", "auto"):
         if family == "timm":
-            model = pytest.importorskip("timm").create_model("mobilenetv2_100", num_classes=2)
+            import timm
+
+            model = timm.create_model("mobilenetv2_100", num_classes=2)
         else:
             from torchvision import models
 
@@ -351,9 +353,10 @@ def test_real_weights_tell_ants_from_bees() -> None:
     path, data = os.environ.get("DTL_MBV2"), os.environ.get("DTL_DATA")
     if not path or not data:
         pytest.skip("set DTL_MBV2 to the MobileNetV2 weights named in docs/weight-transfer.md and DTL_DATA to the folder with hymenoptera_data")
+    import timm
     from torchvision import models
 
-    networks = [models.mobilenet_v2(num_classes=2), pytest.importorskip("timm").create_model("mobilenetv2_100", num_classes=2)]
+    networks = [models.mobilenet_v2(num_classes=2), timm.create_model("mobilenetv2_100", num_classes=2)]
     for network in networks:
         load_pretrained(network.eval(), path)
         network.classifier = nn.Identity()

@@ -32,7 +32,7 @@ def indexed(*sources: Path | str, **options: Any) -> Shards:
 
 
 def as_webdataset_reads(paths: list[Path]) -> list[dict[str, Any]]:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
     found = list(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False))
     gc.collect()
     return found
@@ -55,7 +55,7 @@ interop = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.
 @pytest.mark.parametrize("fields", [{"mtime": None}, {"mtime": 0.0}, {"mtime": 1700000000.5}])
 def test_webdatasets_own_writer(tmp_path: Path, fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Its default is the time of day with a fraction, so a PAX header before each member."""
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
     with webdataset.ShardWriter(str(tmp_path / "imagenet-%03d.tar"), maxcount=7, verbose=0, **fields) as writer:
         for number in range(20):
             image = encoded(seed=number, height=10 + number % 3, width=16)

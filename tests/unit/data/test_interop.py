@@ -32,7 +32,7 @@ def paths(shards: Shards) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.0.2 leaves the last tar open
 def test_webdataset_decodes_the_same_pixels(shards: Shards) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
     found = list(webdataset.WebDataset(paths(shards), shardshuffle=False).decode("rgb8").to_tuple("__key__", "jpg", "cls"))
     gc.collect()
     assert [key for key, _, _ in found] == [shards.key(sample) for sample in range(20)]
@@ -47,7 +47,7 @@ def test_hugging_face_datasets_reads_them(shards: Shards, streaming: bool, tmp_p
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="brings 375 MB (pyarrow, pandas): pip install datasets switches this on")
     found = datasets.load_dataset(
         "webdataset", data_files={"train": paths(shards)}, split="train", streaming=streaming, cache_dir=str(tmp_path / "cache")
     )

@@ -116,7 +116,7 @@ def test_formats_keep_their_bytes_and_get_their_real_extension(tmp_path: Path, k
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.0.2 leaves the last tar open
 def test_webdataset_reads_our_shards(packed: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
     shards = Shards.open(packed)
     urls = [str(packed / shard.url) for shard in shards.manifest.shards]
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -130,7 +130,7 @@ def test_webdataset_reads_our_shards(packed: Path) -> None:
 
 
 def test_tar_writer_is_webdatasets_own(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
     sample = {"__key__": "000001", "jpg": b"x" * 700, "cls": b"3"}
     written = []
     pack_tasks.tar_writer_class.cache_clear()

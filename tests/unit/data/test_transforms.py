@@ -92,7 +92,7 @@ def test_epoch_seed_and_sample_change_the_draws(preset: str) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) -> None:
-    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    from torchvision.transforms.v2 import functional
     transform = train_transform(image_size=56, augment=AugmentSettings(), interpolation=interpolation)
     samples = list(range(24))
     images = [_image(*SHAPES[s % len(SHAPES)], seed=s) for s in samples]
@@ -110,7 +110,7 @@ def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) ->
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "resize_size"), [(40, None), (32, 37), (33, 38), (48, 48), (60, 50)])
 def test_evaluation_is_torchvisions_resize_and_center_crop(interpolation: str, size: int, resize_size: int | None) -> None:
-    v2 = pytest.importorskip("torchvision.transforms.v2")
+    from torchvision.transforms import v2
     transform = eval_transform(image_size=size, resize_size=resize_size, interpolation=interpolation)
     mode = v2.InterpolationMode(interpolation)
     reference = v2.Compose([v2.Resize(resize_size or round(size / 0.875), interpolation=mode, antialias=True), v2.CenterCrop(size)])
@@ -136,7 +136,7 @@ def test_real_photos_have_the_pixels_of_torchvisions_image_pipeline() -> None:
     folder = os.environ.get("DTL_DATA")
     if not folder:
         pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data")
-    v2 = pytest.importorskip("torchvision.transforms.v2")
+    from torchvision.transforms import v2
     reference = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
     files = sorted((Path(folder) / "hymenoptera_data/val/ants").glob("*.jpg"))[:12]
     assert files

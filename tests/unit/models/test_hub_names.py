@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from harness import run, status
 from recipes import write_recipe
@@ -17,7 +18,6 @@ from dtl.commands.evaluate import measure, parser
 from dtl.errors import UserError
 from dtl.models.build import build
 
-timm = pytest.importorskip("timm", reason="timm is not installed")
 NAME = "timm/hf-hub:someone/tiny-birds"
 
 
