@@ -97,19 +97,28 @@ class DeviceDecoder:
 
     def finished(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, their images on the device."""
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[Future[tuple[Batch, Any]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="device-decode") as pool:
             for batch in batches:
-                pending.append(pool.submit(self.finish, batch))
+                pending.append(pool.submit(self._finish_marked, batch))
                 if len(pending) > AHEAD:
-                    yield self._hand_over(pending.popleft().result())
+                    yield self._hand_over(*pending.popleft().result())
             while pending:
-                yield self._hand_over(pending.popleft().result())
+                yield self._hand_over(*pending.popleft().result())
 
-    def _hand_over(self, batch: Batch) -> Batch:
-        if self._stream is not None:
+    def _finish_marked(self, batch: Batch) -> tuple[Batch, Any]:
+        """The finished batch, and the event at which its images are there: the stream may have the next one queued by the time it is taken."""
+        batch = self.finish(batch)
+        if self._stream is None:
+            return batch, None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return batch, event
+
+    def _hand_over(self, batch: Batch, event: Any) -> Batch:
+        if event is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
+            current.wait_event(event)
             batch.images.record_stream(current)
         return batch
 
