@@ -3,7 +3,8 @@
     python -m benchmarks.compute [--network torchvision/resnet18] [--batch 16] [--image-size 224] [--compile] [--rounds 5] [--out FILE]
 
 Each variant trains a copy of one network on the same batch, in turns; `dtl` is what `precision: auto` and `model.channels_last` choose here.
-Then one optimizer step on ready gradients: one parameter at a time, foreach, fused.
+Then one optimizer step on ready gradients: one parameter at a time, foreach, fused; and the loader's uint8 batch made into normalised floats,
+as usually written and by dtl (the same bits).
 """
 
 from __future__ import annotations
@@ -63,6 +64,36 @@ def optimizer_step(options: Any, device: torch.device, **how: bool) -> Callable[
     return step
 
 
+def normalising(options: Any, device: torch.device) -> dict[str, Callable[[], tuple[float, float]]]:
+    from dtl.engine.step import Normalise
+    from dtl.models.preprocessing import Preprocessing
+
+    preprocessing = Preprocessing()
+    ours = Normalise(preprocessing, device, channels_last=True)
+    mean, std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    scale = 1 / std
+    shape = (options.batch, options.image_size, options.image_size, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)  # channels last in memory
+
+    def usual(batch: torch.Tensor) -> torch.Tensor:
+        return batch.to(torch.float32, memory_format=torch.channels_last).sub_(mean).mul_(scale)
+
+    assert torch.equal(usual(images), ours(images))
+
+    def timed(work: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], tuple[float, float]]:
+        def step() -> tuple[float, float]:
+            _wait(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(5):
+                work(images)
+            _wait(device)
+            return (time.perf_counter() - wall) / 5, (time.process_time() - cpu) / 5
+
+        return step
+
+    return {"normalising, as usually written": timed(usual), "normalising, dtl": timed(ours)}
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -96,7 +127,7 @@ def main() -> None:
         "SGD, foreach": optimizer_step(options, device, foreach=True),
         "SGD, fused": optimizer_step(options, device, fused=True),
     }
-    for group in (ways, steps):
+    for group in (ways, steps, normalising(options, device)):
         for way in group.values():
             way()  # allocates, compiles
         found = interleaved(group, options.rounds)

@@ -54,7 +54,7 @@ def raw_loop(network: str, device: Any, precision: str, *, static_graph: bool = 
     scale = 1 / (255 * torch.tensor((0.229, 0.224, 0.225), device=device).view(1, 3, 1, 1))
 
     def step(images: Any, labels: Any) -> None:
-        inputs = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).sub_(mean).mul_(scale)
+        inputs = images.to(device, non_blocking=True).sub(mean).mul_(scale).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = module(inputs)
         nn.functional.cross_entropy(logits.float(), labels.to(device, non_blocking=True)).backward()

@@ -9,6 +9,8 @@ NumPy's generator streams may change between versions, and the order of a data s
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,14 +18,21 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
+# The same as Python's integers: a key is made at each step, and converting them would be most of its cost.
+_INT_GAMMA, _INT_MIX_1, _INT_MIX_2 = int(_GAMMA), int(_MIX_1), int(_MIX_2)
 
 
 def key(*parts: int | str) -> np.uint64:
     """One 64-bit key for a sequence of integers and words; another order of the parts is another key."""
+    return np.uint64(int_key(*parts))
+
+
+def int_key(*parts: int | str) -> int:
+    """The same, as Python's integer."""
     state = 0
     for part in parts:
         state = _mix_int(state ^ _part(part))
-    return np.uint64(state)
+    return state
 
 
 def keys(items: npt.ArrayLike, *parts: int | str) -> npt.NDArray[np.uint64]:
@@ -52,16 +61,19 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _mix_int(value: int) -> int:
-    z = (value + int(_GAMMA)) & _MASK
-    z = ((z ^ (z >> 30)) * int(_MIX_1)) & _MASK
-    z = ((z ^ (z >> 27)) * int(_MIX_2)) & _MASK
+    z = (value + _INT_GAMMA) & _MASK
+    z = ((z ^ (z >> 30)) * _INT_MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * _INT_MIX_2) & _MASK
     return z ^ (z >> 31)
 
 
 def _part(part: int | str) -> int:
-    if isinstance(part, str):
-        state = 0x73747269  # a word and an integer of the same bytes differ
-        for byte in part.encode():
-            state = _mix_int(state ^ byte)
-        return state
-    return int(part) & _MASK
+    return _word(part) if isinstance(part, str) else int(part) & _MASK
+
+
+@lru_cache(maxsize=256)
+def _word(word: str) -> int:
+    state = 0x73747269  # a word and an integer of the same bytes differ
+    for byte in word.encode():
+        state = _mix_int(state ^ byte)
+    return state

@@ -246,6 +246,13 @@ class Runtime:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def sum_floats(self, *values: float) -> list[float]:
+        """Each value's sum over ranks, on all ranks."""
+        if self.group is None:
+            return [float(value) for value in values]
+        summed: list[float] = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        return summed
+
     def main_first(self, work: Callable[[], T]) -> T:
         """`work` on the main process of each node first (it may fill a cache), then on the others; also when it fails there."""
         if self.group is None:

@@ -22,6 +22,10 @@ from dtl.wording import counted
 __all__ = ["Console", "History", "Tracker", "summary_table"]
 
 
+# Once: `json.dumps` with options makes an encoder for each call.
+_as_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+
+
 class History:
     """history.jsonl: one JSON object a line, in the order of steps, each line on the disk's way when `append` returns.
 
@@ -47,7 +51,7 @@ class History:
             self.last_step = step
         if _identity(event) in self._told_before:
             return
-        self._unwritten += (json.dumps(_plain(event), allow_nan=False, ensure_ascii=False) + "\n").encode()
+        self._unwritten += (_as_json(_plain(event)) + "\n").encode()
         self._write()
 
     def resume_at(self, offset: int, *, step: int) -> int:

@@ -11,7 +11,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dtl.checkpoint.state import TrainState
@@ -78,7 +77,7 @@ class Trainer:
         self._trace = StepTrace(self.runtime.rank)
         self._told_stall = 0.0
         self._saved_step = -1
-        self._window = Window.start(self.runtime.device)
+        self._window = Window()
         self._last_save = self._clock = self._step_started = time.monotonic()
 
     # ---- the run
@@ -106,7 +105,7 @@ class Trainer:
         self.state.extra = {**self.state.extra, "pending_eval": False, "ended": False, "images": 0, "train_seconds": 0.0}
         self._best = {}
         self._counted = EpochCount()
-        self._window = Window.start(self.runtime.device)
+        self._window = Window()
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
@@ -148,7 +147,7 @@ class Trainer:
         if self.runtime.is_main and "best" in checkpoint.groups:
             self._best = checkpoint.tensors("best")
         loss_sum, weight_sum = self.state.extra.get("window", (0.0, 0.0))
-        self._window = Window.start(self.runtime.device, loss_sum if self.runtime.is_main else 0.0, weight_sum)
+        self._window = Window(loss_sum if self.runtime.is_main else 0.0, weight_sum)
         self._counted = EpochCount.restored(self.state, self.runtime)
 
     # ---- one phase
@@ -168,14 +167,18 @@ class Trainer:
                 batches = self._next(phase, stream)
                 told = self._tell(batches, save=self._save_due_by_clock())
                 phase_step = state.phase_step
-                weight = step_weight(active, self.feeds, phase_step)
-                with micro_batch.explained(self.feeds, phase):
+                num_images = self.feeds.step_size(phase, phase_step)
+                weight = step_weight(active, self.feeds, phase_step, num_images)
+                try:
                     lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                except micro_batch.PERHAPS_FULL as error:
+                    micro_batch.explain(error, self.feeds, phase)
+                    raise
                 said = self._hear(told, "train", batches)
                 self._trace.record(state.step + 1, batches)
                 self._counted.take(batches)
                 self._speed.take(batches)
-                self._count(phase, self.feeds.step_size(phase, phase_step))
+                self._count(phase, num_images)
                 self._after_step(active, lr, save_by_clock=said.save)
                 if said.stop or (self.runtime.world_size == 1 and self._stop_due()):
                     self._stop(active)
@@ -261,16 +264,16 @@ class Trainer:
         self._told_stall = self.stall_seconds
         self.state.extra["train_loss"] = loss
         self._spend(phase)
-        self._window = Window.start(self.runtime.device)
+        self._window = Window()
 
     def _mean_loss(self, active: ActivePhase) -> float:
         """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
         window = self._window
-        sums = self.runtime.sum(torch.tensor([window.sum()], dtype=torch.float64))
-        bad = window.bad_step
-        loss = float(sums[0]) / max(window.weight_sum, 1e-12)
-        if any(step >= 0 for step in self.runtime.gather(bad)) or loss != loss:
-            raise diverged(active, self.feeds, self.state, [int(step) for step in self.runtime.gather(bad) if step >= 0])
+        mine = window.sum()
+        total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
+        loss = total / max(window.weight_sum, 1e-12)
+        if num_bad or loss != loss:
+            raise diverged(active, self.feeds, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
         return loss
 
     def _spend(self, phase: Phase) -> None:
@@ -344,8 +347,8 @@ class Trainer:
             self._mean_loss(active)  # a diverged run must not replace a good checkpoint
         self._spend(active.phase)
         saving.sync_buffers(active, self.runtime)
-        total = self.runtime.sum(torch.tensor([self._window.sum()], dtype=torch.float64))
-        self.state.extra["window"] = (float(total[0]), self._window.weight_sum)
+        (total,) = self.runtime.sum_floats(self._window.sum())
+        self.state.extra["window"] = (total, self._window.weight_sum)
         self._counted.store(self.state, self.runtime)
         self.tracker.sync()
         self.state.history_offset = self.tracker.history_offset

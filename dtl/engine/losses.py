@@ -43,12 +43,21 @@ class Loss:
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The weighted losses [B] alone."""
-        if targets.ndim == 1 and self.name == "cross_entropy" and self.smoothing == 0 and self.class_weights is None:
+        if self._is_plain(targets):
             # The usual case: the same values, a quarter of the operations.
             return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         shares = as_shares(targets, logits.shape[1])
         losses = LOSSES[self.name](logits, smoothed(shares, self.smoothing), self)
         return losses if self.class_weights is None else losses * self._weights(shares, self.class_weights)
+
+    def total(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the weighted losses, where every sample of the batch counts."""
+        if self._is_plain(targets):
+            return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return self.losses(logits, targets).sum()
+
+    def _is_plain(self, targets: Tensor) -> bool:
+        return targets.ndim == 1 and self.name == "cross_entropy" and self.smoothing == 0 and self.class_weights is None
 
     def _weights(self, shares: Tensor, class_weights: Tensor) -> Tensor:
         return (shares * class_weights.to(shares)).sum(dim=1)

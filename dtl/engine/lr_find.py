@@ -7,8 +7,6 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields, replace
 
-import torch
-
 from dtl.data.loader import Batch
 from dtl.engine.active import ActivePhase
 from dtl.engine.feeds import Feeds
@@ -75,11 +73,10 @@ def find_lr(
             batches = next(stream)
             if _check(batches, runtime, stop=stop()):
                 raise Stopped(f"after {step} of {num_steps} steps")
-            window = Window.start(runtime.device)
+            window = Window()
             weight = normaliser(sweep, feeds.step_labels(phase, step))
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
-            total = runtime.sum(torch.tensor([window.sum()], dtype=torch.float64))
-            loss = float(total[0]) / weight
+            loss = runtime.sum_floats(window.sum())[0] / weight
             if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - told > SECONDS_SILENT:
                 say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
                 told = time.monotonic()

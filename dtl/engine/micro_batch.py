@@ -29,6 +29,8 @@ from dtl.heartbeat import Heartbeat
 from dtl.runtime import Runtime
 from dtl.wording import counted
 
+# What torch raises where memory ends; the words of a RuntimeError tell.
+PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)
 _KEY = "micro_batch_sizes"
 _CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -69,14 +71,9 @@ def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Norma
     return halved
 
 
-@contextmanager
-def explained(feeds: Feeds, phase: Phase) -> Iterator[None]:
-    """A step that runs out of memory after all (others took it meanwhile) says what to do."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
+def explain(error: Exception, feeds: Feeds, phase: Phase) -> None:
+    """Raise what says what to do, where a step ran out of memory after all (others took it meanwhile)."""
+    if _is_out_of_memory(error):
         size = feeds.layout(phase).micro_batch_size
         raise RuntimeError(
             f"out of memory in a micro-batch of {size}, which fitted before: somebody else may use this device; "
@@ -92,7 +89,7 @@ def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, no
     with rng_kept(runtime.device), modes_kept(active.module), _alone():
         try:
             _compute(active, size, image_size, runtime, normalise)
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        except PERHAPS_FULL as error:
             if not _is_out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0].split(". ")[0][:120] or "out of memory"

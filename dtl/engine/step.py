@@ -19,7 +19,7 @@ from dtl.data.mix import mix_batch
 from dtl.engine.active import ActivePhase
 from dtl.engine.feeds import Feeds
 from dtl.heartbeat import Heartbeat
-from dtl.keyed import key
+from dtl.keyed import int_key
 from dtl.models.build import Preprocessing
 from dtl.runtime import Runtime
 
@@ -33,6 +33,7 @@ class Normalise:
     def __init__(self, preprocessing: Preprocessing, device: torch.device, *, channels_last: bool) -> None:
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
         self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._device = device
         # Copies on a stream of their own overlap with the computation of the step before.
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -48,7 +49,20 @@ class Normalise:
         images = self._moved(images)
         if images.dtype != torch.uint8:
             return images
-        return images.to(torch.float32, memory_format=self._format).sub_(self._mean).mul_(self._scale)
+        if images.is_contiguous(memory_format=torch.channels_last):
+            # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU four times as long.
+            mean, scale = self._as_rows(images.shape[3])
+            rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32).sub_(mean).mul_(scale)
+            made = rows.view(len(rows), images.shape[2], -1, 3).permute(0, 3, 1, 2)
+        else:
+            made = images.to(torch.float32).sub_(self._mean).mul_(self._scale)
+        return made.contiguous(memory_format=self._format)
+
+    def _as_rows(self, width: int) -> tuple[Tensor, Tensor]:
+        """Mean and scale for a row of `width` pixels, each [3 * width]."""
+        if width not in self._rows:
+            self._rows[width] = self._mean.flatten().repeat(width), self._scale.flatten().repeat(width)
+        return self._rows[width]
 
     def _moved(self, images: Tensor) -> Tensor:
         if self._copies is None or images.device == self._device:
@@ -63,10 +77,10 @@ class Normalise:
 
 @dataclass
 class Window:
-    """Sums since the last log line, on the device. Weighted by the step's normaliser: `loss` is a mean over samples."""
+    """Sums since the last log line. Weighted by the step's normaliser: `loss` is a mean over samples."""
 
-    total: Tensor
-    """float64: this rank's share of the loss, without what `add` has got since it was last asked for"""
+    total: float = 0.0
+    """This rank's share of the loss, without what `add` has got since it was last asked for."""
     weight_sum: float = 0.0
     """of all ranks"""
     bad_step: int = -1
@@ -74,10 +88,6 @@ class Window:
     seconds: float = 0.0
     data_seconds: float = 0.0
     num_images: int = 0
-
-    @classmethod
-    def start(cls, device: torch.device, loss_sum: float = 0.0, weight_sum: float = 0.0) -> Window:
-        return cls(total=torch.tensor(loss_sum, dtype=torch.float64, device=device), weight_sum=weight_sum)
 
     def __post_init__(self) -> None:
         self._added: list[tuple[int, Tensor]] = []
@@ -92,14 +102,12 @@ class Window:
         """This rank's share of the loss. The host waits for the device here."""
         if self._added:
             losses = torch.stack([loss for _, loss in self._added]).to("cpu", torch.float64).tolist()
-            total = self.total.item()
             for (step, _), loss in zip(self._added, losses, strict=True):
-                total += loss
-                if self.bad_step < 0 and not math.isfinite(total):
+                self.total += loss
+                if self.bad_step < 0 and not math.isfinite(self.total):
                     self.bad_step = step
-            self.total.fill_(total)
             self._added.clear()
-        return float(self.total)
+        return self.total
 
 
 class Stepper:
@@ -107,8 +115,10 @@ class Stepper:
 
     def __init__(self, active: ActivePhase, runtime: Runtime, *, normalise: Normalise, seed: int, heart: Heartbeat) -> None:
         self.active, self.runtime, self.normalise, self.seed, self.heart = active, runtime, normalise, seed, heart
+        self._on_host = runtime.device.type == "cpu"
         config = active.phase.config
         self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
+        self._draws = int_key(seed, "step", runtime.rank)
         self._scaler = runtime.accelerator.scaler
         self._factor: tuple[float, Tensor] | None = None
         # Accelerate's wrapper is for the scaler; without one it only looks for packages that are not there, a millisecond at each step.
@@ -126,7 +136,7 @@ class Stepper:
             last = micro_step == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(active.wrapped):
                 # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
-                _seed_draws(int(key(self.seed, "step", step, self.runtime.rank, micro_step)) >> 1, self.runtime.device)
+                _seed_draws(int_key(self._draws + step, micro_step) >> 1, self.runtime.device)
                 self.heart.enter("forward")
                 loss_sum = self.loss_sum(batch, step)
                 self.heart.enter("backward")
@@ -139,7 +149,8 @@ class Stepper:
         if active.phase.config.clip_norm is not None:
             accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in active.parameters:
+            parameter.grad = None  # as `zero_grad` does, which opens a range for the profiler each time
         if active.ema is not None:
             active.ema.update()
         window.weight_sum += normaliser
@@ -155,7 +166,9 @@ class Stepper:
         """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""
         active, device = self.active, self.runtime.device
         images = self.normalise(batch.images)
-        labels, weights = batch.labels.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
+        labels, weights = batch.labels, batch.weights
+        if not self._on_host:
+            labels, weights = labels.to(device, non_blocking=True), weights.to(device, non_blocking=True)
         images, labels, weights = active.phase.task.prepare(images, labels, weights)
         targets: Tensor = labels
         if self._mixing is not None:
@@ -180,17 +193,17 @@ def _seed_draws(seed: int, device: torch.device) -> None:
 
 def _weighted_sum(active: ActivePhase, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """`weights`: of the slots, 1 or 0; None where all are 1 (the same sum, two operations less and none of theirs in the backward pass)."""
-    losses = active.loss.losses(logits, targets)
     if weights is None:
-        return losses.sum()
+        return active.loss.total(logits, targets)
+    losses = active.loss.losses(logits, targets)
     # Masked, not multiplied: a padded slot's loss may be infinite, and 0 * inf is not 0.
     return torch.where(weights > 0, losses * weights, 0.0).sum()
 
 
-def step_weight(active: ActivePhase, feeds: Feeds, phase_step: int) -> float:
-    """`normaliser` of a step; its labels are looked up only where classes have weights."""
+def step_weight(active: ActivePhase, feeds: Feeds, phase_step: int, num_images: int) -> float:
+    """`normaliser` of a step of `num_images`; its labels are looked up only where classes have weights."""
     if active.class_weights is None:
-        return float(feeds.step_size(active.phase, phase_step) * active.phase.task.expansion)
+        return float(num_images * active.phase.task.expansion)
     return normaliser(active, feeds.step_labels(active.phase, phase_step))
 
 

@@ -12,6 +12,7 @@ from benchmarks.loop import CASES, Enough, run_dtl
 
 # What reads a tensor's value: item(), float(), bool(), an `if` on a tensor, nonzero's size.
 ASKS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::unique")
+GATHERS = "aten::stack"
 
 
 def test_no_value_is_asked_for_between_log_lines() -> None:
@@ -22,11 +23,22 @@ def test_no_value_is_asked_for_between_log_lines() -> None:
             with profile(activities=[ProfilerActivity.CPU]) as seen:
                 for _ in range(steps):
                     yield [replace(batch) for batch in batches]
-            counts[name] = {event.key: event.count for event in seen.key_averages() if event.key in ASKS or "backward" in event.key.lower()}
+            counts[name] = _counted(seen)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            batches[0].weights.sum().item()
+        counts["asked by this test"] = _counted(seen)
         raise Enough
 
     run_dtl(CASES[0], stream)
-    assert sum(count for name, count in counts["quiet"].items() if name not in ASKS) >= 7, "the profiler saw the steps"
-    assert not [name for name in counts["quiet"] if name in ASKS]
-    # The loss of a log line and its sum over ranks: a few values, not one a step.
-    assert 1 <= counts["with a log line"].get("aten::item", 0) <= 4
+    assert sum(count for name, count in counts["quiet"].items() if "backward" in name.lower()) >= 7, "the profiler saw the steps"
+    assert counts["asked by this test"]["aten::item"] == 1, "the profiler would see it"
+    for name in ("quiet", "with a log line"):
+        assert not [asked for asked in counts[name] if asked in ASKS]
+    # The losses of a log line come to the host together.
+    assert counts["quiet"].get(GATHERS, 0) == 0
+    assert counts["with a log line"][GATHERS] == 1
+
+
+def _counted(seen: profile) -> dict[str, int]:
+    wanted = (*ASKS, GATHERS)
+    return {event.key: event.count for event in seen.key_averages() if event.key in wanted or "backward" in event.key.lower()}
