@@ -60,7 +60,7 @@ class Batch:
     """One micro-batch: B slots of one rank."""
 
     images: Tensor
-    """uint8 [B, 3, H, W], channels last in memory."""
+    """uint8 [B, 3, H, W], channels last in memory; of a dataset with V `views` [V * B, 3, H, W], all of the first view first."""
     labels: Tensor
     """int64 [B]"""
     weights: Tensor
@@ -129,6 +129,8 @@ class BatchDataset:
         self._buffers: BatchBuffers | None = None
         self.ships = False
         """JPEGs are left as they are, for a DeviceDecoder."""
+        self.views: tuple[int, ...] = ()
+        """Epochs whose draws each sample is given, all from one reading and decoding; empty: those of the request's epoch."""
 
     def filling(self, buffers: BatchBuffers) -> BatchDataset:
         """The same, for loader processes that put images into `buffers`."""
@@ -147,27 +149,29 @@ class BatchDataset:
         distinct = request.samples[: max(num_real, 1)]
         widths, heights = shards.widths[distinct].astype(np.int64), shards.heights[distinct].astype(np.int64)
         keyed_by = distinct if request.draws is None else request.draws[: len(distinct)]
-        draws = self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=request.epoch)
-        encoded, jpegs = Encoded(draws, heights, widths) if self.ships else None, list[bytes]()
+        views = [self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=epoch) for epoch in self.views or (request.epoch,)]
+        size = len(request.samples)
+        encoded, jpegs = Encoded(views[0], heights, widths) if self.ships else None, list[bytes]()
         for i, data in enumerate(shards.read(distinct)):
             damage = self._refused(int(distinct[i]), data)
             if damage is None:
                 assert isinstance(data, bytes)
                 if encoded is not None and encoded.take(i, data, jpegs):
                     continue
-                damage = self._fill(int(distinct[i]), data, draws, i, images[i])
+                damage = self._fill(int(distinct[i]), data, views, i, images[i::size])
             if encoded is not None:
                 encoded.decoded.append(i)
             if damage is not None:
-                images[i] = 0
+                images[i::size] = 0
                 weights[i] = 0.0
                 bad.append((int(distinct[i]), damage))
         if encoded is not None:
             encoded.close(jpegs)
             images = images[encoded.decoded]
-        elif len(distinct) < len(request.samples):
+        elif len(distinct) < size:
             # A pad repeats a sample of its micro-batch, already decoded; its weight is 0.
-            images[len(distinct) :] = images[torch.arange(len(request.samples) - len(distinct)) % len(distinct)]
+            for view in torch.split(images, size):
+                view[len(distinct) :] = view[torch.arange(size - len(distinct)) % len(distinct)]
         labels = shards.labels[request.samples].astype(np.int64)
         labels[(labels < 0) | (labels >= shards.num_classes)] = 0  # such a sample has weight 0, but no loss takes such a label
         return Batch(
@@ -189,7 +193,7 @@ class BatchDataset:
         buffer = request.buffer if isinstance(request, Request) else None
         if self._buffers is not None and buffer is not None:
             return self._buffers.view(buffer), (self._buffers.number, buffer)
-        shape = (len(request.samples), 3, self.image_size, self.image_size)
+        shape = (max(1, len(self.views)) * len(request.samples), 3, self.image_size, self.image_size)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
     def _refused(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
@@ -204,10 +208,15 @@ class BatchDataset:
             return shards.damaged(sample, f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes")
         return None
 
-    def _fill(self, sample: int, data: bytes, draws: Any, i: int, out: Tensor) -> DamagedSample | None:
+    def _fill(self, sample: int, data: bytes, views: list[Any], i: int, out: Tensor) -> DamagedSample | None:
+        """Sample `i` of the request into `out` [V, 3, S, S], a row a view."""
         shards = self.shards
+        height, width = int(shards.heights[sample]), int(shards.widths[sample])
         try:
-            decode_into(out, data, self.transform, draws, i, height=int(shards.heights[sample]), width=int(shards.widths[sample]))
+            if len(views) == 1:
+                decode_into(out[0], data, self.transform, views[0], i, height=height, width=width)
+            else:
+                decode_views_into(out, data, self.transform, views, i, height=height, width=width)
         except DecodeError as error:
             return shards.damaged(sample, str(error))
         return None
@@ -220,10 +229,25 @@ def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: i
     if crop is not None:
         transform.apply_crop(crop, draws, i, out)
         return
-    image = decode(data, region.reduction)
-    if image.shape[:2] not in ((height, width), (-(-height // region.reduction), -(-width // region.reduction))):
+    transform.apply(_decoded(data, region.reduction, height=height, width=width), draws, i, out)
+
+
+def decode_views_into(out: Tensor, data: bytes, transform: Transform, views: Sequence[Any], i: int, *, height: int, width: int) -> None:
+    """The same for each of several draws, into its row of `out`: decoded whole once (once a fraction of its size, where these differ),
+    since two rectangles take longer than the image."""
+    images: dict[int, np.ndarray] = {}
+    for row, draws in zip(out, views, strict=True):
+        reduction = transform.region(draws, i).reduction
+        if reduction not in images:
+            images[reduction] = _decoded(data, reduction, height=height, width=width)
+        transform.apply(images[reduction], draws, i, row)
+
+
+def _decoded(data: bytes, reduction: int, *, height: int, width: int) -> np.ndarray:
+    image = decode(data, reduction)
+    if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
         raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}")
-    transform.apply(image, draws, i, out)
+    return image
 
 
 class StepLoader:
@@ -248,12 +272,16 @@ class StepLoader:
         steps_per_epoch: int | None = None,
         dataset: Any = None,
         decode_on: torch.device | None = None,
+        views: tuple[int, ...] = (),
     ) -> None:
         """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images. `decode_on`: where JPEGs are decoded,
-        and images end; None: in the loader processes."""
+        and images end; None: in the loader processes. `views`: of a BatchDataset (not with `decode_on`)."""
+        assert not (views and decode_on is not None)
         self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
         self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
         self._dataset: Any = dataset or BatchDataset(shards, transform, image_size=image_size, seed=seed)
+        if views:
+            self._dataset.views = views
         self._pin_memory = pin_memory
         self._decoder = None
         if decode_on is not None and isinstance(self._dataset, BatchDataset):
@@ -302,7 +330,8 @@ class StepLoader:
         if not self.workers or sys.platform != "linux" or not isinstance(self._dataset, BatchDataset) or self._dataset.ships:
             return None
         num = self.workers * PREFETCH + 2 * self.layout.accumulation_steps + 1
-        return BatchBuffers(num, micro_batch_size=self.layout.micro_batch_size, image_size=self._dataset.image_size)
+        rows = self.layout.micro_batch_size * max(1, len(self._dataset.views))
+        return BatchBuffers(num, micro_batch_size=rows, image_size=self._dataset.image_size)
 
     def walk(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[EpochPlan, int]]:
         """(plan, step within the epoch) of each step."""

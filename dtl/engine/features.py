@@ -214,53 +214,53 @@ class FeatureCache:
 
     def _compute(self, module: nn.Module, cut: str, part: Part, folder: Path | None) -> list[Any] | None:
         """Write the part's features into `folder` (one process of each node); returns its damaged samples, [view, sample, facts]."""
-        runtime = self.runtime
+        runtime, num_views = self.runtime, len(part.epochs)
         backbone, values, damaged = Backbone(module, cut), None, []
-        for view, epoch in enumerate(part.epochs):
-            plan = EpochPlan(
-                part.shards.shard_sizes, seed=self.seed, epoch=epoch, global_batch_size=self.batch_size * runtime.world_size, shuffle=False
-            )
-            layout = RankLayout.for_plan(plan, num_ranks=runtime.world_size, micro_batch_size=self.batch_size)
-            loader = StepLoader(
-                part.shards,
-                part.transform,
-                plans=lambda _, plan=plan: plan,  # type: ignore[misc]
-                layout=layout,
-                rank=runtime.rank,
-                image_size=self.image_size,
-                seed=self.seed,
-                workers=self.workers,
-                pin_memory=runtime.device.type == "cuda",
-            )
-            stream = loader.steps(epoch, 0, plan.num_steps)
-            try:
-                for step, batches in enumerate(stream):
-                    if self.before_step(batches):
-                        return None
-                    rows = torch.cat([self._features(backbone, batch) for batch in batches])
-                    if view == step == 0:
-                        with runtime.together("features"):
-                            if folder is not None:
-                                shape = (len(part.epochs), part.shards.num_samples, *rows.shape[1:])
-                                values = self._file(folder / f"{part.split}.npy", shape)
-                    first = plan.step_bounds(step)[0]
-                    for rank, theirs in enumerate(runtime.gather_rows(rows)):
-                        if values is not None:
-                            low, high = layout.slots(plan.step_bounds(step)[1] - first, rank)
-                            values[view, first + low : first + high] = theirs[: high - low].numpy()
-                    mine = [(sample, damage) for batch in batches for sample, damage in batch.bad]
-                    if any(batch.bad for batch in batches) or runtime.world_size > 1:
-                        damaged += [[view, *entry] for entries in runtime.gather([[s, _facts(d)] for s, d in mine]) for entry in entries]
-            finally:
-                stream.close()  # type: ignore[attr-defined]
+        # An image is read and decoded once, and all its views are passed forward together.
+        size, epoch = -(-self.batch_size // num_views), part.epochs[0]
+        plan = EpochPlan(part.shards.shard_sizes, seed=self.seed, epoch=epoch, global_batch_size=size * runtime.world_size, shuffle=False)
+        layout = RankLayout.for_plan(plan, num_ranks=runtime.world_size, micro_batch_size=size)
+        loader = StepLoader(
+            part.shards,
+            part.transform,
+            plans=lambda _: plan,
+            layout=layout,
+            rank=runtime.rank,
+            image_size=self.image_size,
+            seed=self.seed,
+            workers=self.workers,
+            pin_memory=runtime.device.type == "cuda",
+            views=part.epochs,
+        )
+        stream = loader.steps(epoch, 0, plan.num_steps)
+        try:
+            for step, batches in enumerate(stream):
+                if self.before_step(batches):
+                    return None
+                rows = torch.cat([self._features(backbone, batch, num_views) for batch in batches], dim=1)
+                if step == 0:
+                    with runtime.together("features"):
+                        if folder is not None:
+                            values = self._file(folder / f"{part.split}.npy", (num_views, part.shards.num_samples, *rows.shape[2:]))
+                first, end = plan.step_bounds(step)
+                for rank, theirs in enumerate(runtime.gather_rows(rows)):
+                    if values is not None:
+                        low, high = layout.slots(end - first, rank)
+                        values[:, first + low : first + high] = theirs[:, : high - low].numpy()
+                if any(batch.bad for batch in batches) or runtime.world_size > 1:
+                    mine = [[sample, _facts(damage)] for batch in batches for sample, damage in batch.bad]
+                    damaged += [[view, *entry] for entries in runtime.gather(mine) for entry in entries for view in range(num_views)]
+        finally:
+            stream.close()  # type: ignore[attr-defined]
         if values is not None:
             values.flush()
         return damaged
 
-    def _features(self, backbone: Backbone, batch: Batch) -> Tensor:
-        """float32 [real slots first, pads behind]: rows of a micro-batch in slot order."""
+    def _features(self, backbone: Backbone, batch: Batch, num_views: int) -> Tensor:
+        """float32 [V, B, ...], real slots first, pads behind, in slot order."""
         with torch.inference_mode(), self.runtime.accelerator.autocast():
-            return backbone(self.normalise(batch.images)).float().cpu().contiguous()
+            rows = backbone(self.normalise(batch.images)).float().cpu().contiguous()
+        return rows.view(num_views, -1, *rows.shape[1:])
 
     def _file(self, path: Path, shape: tuple[int, ...]) -> Any:
         size, free = 4 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
