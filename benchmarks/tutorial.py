@@ -13,9 +13,23 @@ from pathlib import Path
 
 
 def epochs(
-    train: Path, val: Path, weights: Path, *, image_size: int, batch_size: int, lr: float, momentum: float, decay_every: int, threads: int
+    train: Path,
+    val: Path,
+    weights: Path,
+    *,
+    image_size: int,
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    decay_every: int,
+    threads: int,
+    crops: bool = True,
+    weight_decay: float = 0.0,
 ) -> Iterator[tuple[float, float, float]]:
-    """(wall-clock seconds, CPU seconds of all processes, top1 of validation) of each epoch, without an end and without the time to build it."""
+    """(wall-clock seconds, CPU seconds of all processes, top1 of validation) of each epoch, without an end and without the time to build it.
+
+    `crops`: random crops and flips of the training images, as published; else they are cut as validation's.
+    """
     import torch
     from torch import nn
     from torch.optim.lr_scheduler import StepLR
@@ -24,12 +38,10 @@ def epochs(
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    views = {
-        "train": transforms.Compose([transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]),
-        "val": transforms.Compose(
-            [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size), transforms.ToTensor(), normalise]
-        ),
-    }
+    augmented = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()]
+    cut = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
+    chosen = {"train": augmented if crops else cut, "val": cut}
+    views = {split: transforms.Compose([*steps, transforms.ToTensor(), normalise]) for split, steps in chosen.items()}
     folders = {split: datasets.ImageFolder(str(folder), views[split]) for split, folder in (("train", train), ("val", val))}
     loaders = {split: torch.utils.data.DataLoader(folder, batch_size=batch_size, shuffle=True, num_workers=2) for split, folder in folders.items()}
     network = models.mobilenet_v2()
@@ -38,7 +50,7 @@ def epochs(
         parameter.requires_grad = False
     network.classifier[1] = nn.Linear(network.last_channel, len(folders["train"].classes))
     loss_of = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(network.classifier[1].parameters(), lr=lr, momentum=momentum)
+    optimizer = torch.optim.SGD(network.classifier[1].parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     schedule = StepLR(optimizer, step_size=decay_every, gamma=0.1)
     while True:
         began, cpu, right = time.monotonic(), cpu_seconds(), 0
