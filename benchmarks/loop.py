@@ -11,8 +11,6 @@ paired with their neighbours, and the median difference stands with its 95 % con
 
 from __future__ import annotations
 
-import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import machine, parser, report, table
+from benchmarks.measure import machine, parser, report, table, with_interval
 
 
 def tiny(num_classes: int) -> nn.Module:
@@ -134,13 +132,6 @@ def measure(case: Case) -> dict[str, list[float]]:
     return {name: values[WARM_UP:] for name, values in found.items()}
 
 
-def show(values: list[float], digits: int = 0) -> str:
-    """Median and its 95 % confidence interval."""
-    ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
-    low, high = ordered[max(0, int(len(values) / 2 - half))], ordered[min(len(values) - 1, math.ceil(len(values) / 2 + half))]
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(rounds=None)
@@ -153,7 +144,8 @@ def main() -> None:
         above = [ours - raw for ours, raw in zip(found["dtl"], found["raw"])]
         share = [100 * (ours / raw - 1) for ours, raw in zip(found["dtl"], found["raw"])]
         fastest = min(found["dtl"]) - min(found["raw"])
-        rows.append([case.name, f"{len(above)} x {case.steps}", *map(show, (found["raw"], found["dtl"], above)), show(share, 1), f"{fastest:.0f}"])
+        times = [with_interval(values) for values in (found["raw"], found["dtl"], above)]
+        rows.append([case.name, f"{len(above)} x {case.steps}", *times, with_interval(share, 1), f"{fastest:.0f}"])
         data.append({"case": asdict(case), **{way: [round(value, 1) for value in values] for way, values in found.items()}})
     head = ("network", "blocks x steps", "raw, µs a step", "dtl, µs a step", "above raw, µs", "above raw, %", "fastest block above raw's, µs")
     lines = ["Medians and their 95 % confidence intervals.", "", *table(head, rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -36,6 +37,13 @@ class Spread:
 
     def show(self, digits: int = 2) -> str:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+
+def with_interval(values: Sequence[float], digits: int = 0) -> str:
+    """Median and its 95 % confidence interval, by order statistics."""
+    ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
+    low, high = ordered[max(0, int(len(values) / 2 - half))], ordered[min(len(values) - 1, math.ceil(len(values) / 2 + half))]
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def cpu_seconds() -> float:

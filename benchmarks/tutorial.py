@@ -24,11 +24,15 @@ def epochs(
     decay_every: int,
     threads: int,
     crops: bool = True,
+    adapting_norms: bool = True,
     weight_decay: float = 0.0,
+    crop_ratio: float = 0.875,
 ) -> Iterator[tuple[float, float, float]]:
     """(wall-clock seconds, CPU seconds of all processes, top1 of validation) of each epoch, without an end and without the time to build it.
 
-    `crops`: random crops and flips of the training images, as published; else they are cut as validation's.
+    `crops`: random crops and flips of the training images, as published; else they are cut as validation's. `adapting_norms`: the frozen
+    network's batch norms go on counting, since the whole is in train mode, as published; else only the head is in train mode.
+    `crop_ratio`: image_size / the short side that images are resized to for validation.
     """
     import torch
     from torch import nn
@@ -39,7 +43,7 @@ def epochs(
     torch.set_num_threads(threads)
     normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     augmented = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()]
-    cut = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
+    cut = [transforms.Resize(round(image_size / crop_ratio)), transforms.CenterCrop(image_size)]
     chosen = {"train": augmented if crops else cut, "val": cut}
     views = {split: transforms.Compose([*steps, transforms.ToTensor(), normalise]) for split, steps in chosen.items()}
     folders = {split: datasets.ImageFolder(str(folder), views[split]) for split, folder in (("train", train), ("val", val))}
@@ -55,7 +59,8 @@ def epochs(
     while True:
         began, cpu, right = time.monotonic(), cpu_seconds(), 0
         for split, loader in loaders.items():
-            network.train(split == "train")
+            network.train(split == "train" and adapting_norms)
+            network.classifier.train(split == "train")
             right = 0
             for images, labels in loader:
                 optimizer.zero_grad()

@@ -329,6 +329,7 @@ def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timed
 
     handlers = [
         InitProcessGroupKwargs(timeout=timeout),
+        # No static graph: benchmarks.scaling shows no gain, and it would forbid networks that skip layers at random.
         DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(compression)
         ),

@@ -269,8 +269,7 @@ class Trainer:
     def _mean_loss(self, active: ActivePhase) -> float:
         """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
         window = self._window
-        mine = window.sum()
-        total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
+        total, num_bad = self.runtime.sum_floats(window.sum(), window.bad_step >= 0)  # in this order: the sum finds the step
         loss = total / max(window.weight_sum, 1e-12)
         if num_bad or loss != loss:
             raise diverged(active, self.feeds, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
