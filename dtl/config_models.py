@@ -296,7 +296,7 @@ class Config(Section):
     phases: dict[str, PhaseConfig] = {}
     """The run, in order: NAME: {task, train, epochs or steps, lr, ...}."""
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _word_of("no")] = "auto"
-    """auto: the launch file's value, else bf16 where the hardware has it."""
+    """auto: the launch file's value, else bf16 where the hardware has it. What is left in float32 uses TF32 on GPUs (not with run.debug)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 

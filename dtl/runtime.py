@@ -87,6 +87,8 @@ class Runtime:
         _check_gpus(launch, use_cpu)
         if use_cpu:
             _keep_freed_memory()
+        else:
+            hurry_gpu(True)
         self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), compression, timeout)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -335,6 +337,12 @@ def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timed
         ),
     ]
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+
+
+def hurry_gpu(wanted: bool) -> None:
+    """TF32 for the matrix products that are left in float32, and cuDNN's quickest kernels, found by trying them: batches have one size."""
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.benchmark = wanted
 
 
 def _keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from dtl.engine.step import Normalise
 from dtl.errors import UserError
 from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
+from dtl.runtime import hurry_gpu
 
 OVERFIT_STEPS = 200
 OVERFIT_IMAGES = 16
@@ -42,11 +43,14 @@ def debugging(wanted: bool) -> Iterator[None]:
     os.environ["DTL_DEBUG"] = "1"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic kernels
     torch.use_deterministic_algorithms(True, warn_only=True)
+    hurried = torch.backends.cudnn.benchmark
+    hurry_gpu(False)
     try:
         with torch.autograd.set_detect_anomaly(True):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
+        hurry_gpu(hurried)
 
 
 def overfit_one_batch(trainer: Trainer) -> None:

@@ -10,7 +10,31 @@ import time
 import warnings
 import weakref
 
-from dtl.runtime import Runtime
+import pytest
+import torch
+
+from dtl.engine.debug import debugging
+from dtl.runtime import Runtime, hurry_gpu
+
+
+def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+    for name in ("DTL_DEBUG", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")  # `debugging` leaves them behind; undone with this
+    before = state()
+    with Runtime(device="cpu"):
+        assert state() == before, "on CPUs nothing is changed"
+    assert before == ("highest", False)
+    try:
+        hurry_gpu(True)
+        assert state() == ("high", True)
+        with debugging(True):
+            assert state() == ("highest", False)
+        assert state() == ("high", True)
+    finally:
+        hurry_gpu(False)
 
 
 def test_nothing_of_a_run_outlives_it() -> None:
