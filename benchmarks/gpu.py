@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Spread, interleaved, machine, parser, report, table
+from dtl.runtime import hurry_gpu
 
 
 def trainer(name: str, *, device: torch.device, bf16: bool, channels_last: bool, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], None]:
@@ -93,8 +94,7 @@ def main() -> None:
     options = made.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this machine shows no GPU to PyTorch; --device cpu --steps 2 only shows that the benchmark runs")
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    hurry_gpu(options.device == "cuda")
     facts, rows, data = machine(), [], {}
     live = batches(options)
     ready = itertools.repeat(next(live))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import signal
@@ -14,11 +15,14 @@ from torch import nn
 
 
 def small(num_classes: int) -> nn.Module:
-    """`networks:small`; on the rank in $SLEEP_ON, reading sleeps while there is a file named `sleep`; the disk takes $SLOW_DISK s a file."""
+    """`networks:small`; on the rank in $SLEEP_ON, reading sleeps while there is a file named `sleep`; the disk takes $SLOW_DISK s a file,
+    or is full while there is a file of the name $FULL_DISK."""
     if os.environ.get("SLEEP_ON") == os.environ.get("RANK", "0"):
         _sleep_when_told()
     if "SLOW_DISK" in os.environ:
         _slow_disk(float(os.environ["SLOW_DISK"]))
+    if "FULL_DISK" in os.environ:
+        _full_disk(Path(os.environ["FULL_DISK"]))
     return networks.small(num_classes)
 
 
@@ -66,6 +70,20 @@ def _slow_disk(seconds: float) -> None:
         return write(path, pieces)
 
     durable._write = slow
+
+
+def _full_disk(while_there: Path) -> None:
+    from dtl.checkpoint import durable
+
+    write = durable._write
+
+    def full(path, pieces):  # type: ignore[no-untyped-def]
+        if while_there.exists():
+            path.write_bytes(b"what still fitted")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, pieces)
+
+    durable._write = full
 
 
 def other_torch() -> None:

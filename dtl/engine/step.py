@@ -50,7 +50,7 @@ class Normalise:
         if images.dtype != torch.uint8:
             return images
         if images.is_contiguous(memory_format=torch.channels_last):
-            # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU four times as long.
+            # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU several times as long.
             mean, scale = self._as_rows(images.shape[3])
             rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32).sub_(mean).mul_(scale)
             made = rows.view(len(rows), images.shape[2], -1, 3).permute(0, 3, 1, 2)
