@@ -321,7 +321,7 @@ def _open_board(run_dir: Path, resume_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("tracking.tensorboard needs the package tensorboard: pip install 'dtl[tensorboard]'") from error
+        raise UserError("tracking.tensorboard needs the package tensorboard: pip install tensorboard") from error
     # From this step on, what an earlier start has told is hidden.
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
 

@@ -90,7 +90,7 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"timm:{name}: timm is not installed; pip install 'dtl[timm]'") from error
+        raise UserError(f"timm:{name}: timm is not installed; pip install timm") from error
     if (repository := hub_name(name)) is not None:
         return _hub_tensors(repository)
     base = name.split(".")[0]

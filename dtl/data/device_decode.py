@@ -182,7 +182,7 @@ def ready(transform: Transform, device: torch.device) -> Any:
         from torchcodec.decoders import decode_jpeg  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError as error:
         raise UserError(
-            f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'dtl[device-decode]'"
+            f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'torchcodec>=0.16'"
         ) from None
     # Tried once: a decoder that fails for every image would otherwise pass for images that are hard to decode, one by one on the CPU.
     trial = torch.from_numpy(np.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), np.uint8))

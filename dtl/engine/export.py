@@ -241,7 +241,7 @@ def need(*packages: str) -> None:
     """UserError with the way to install what is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--to onnx needs {' and '.join(missing)}, not installed here: pip install 'dtl[onnx]'")
+        raise UserError(f"--to onnx needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}")
 
 
 def _at(opset: int | None) -> str:

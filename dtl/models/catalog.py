@@ -63,7 +63,7 @@ def find(name: str) -> Entry:
     if library in ("", "torchvision") and short in _torchvision_names():
         return Entry(f"torchvision/{short}", "torchvision", lambda **options: _construct_torchvision(short, **options))
     if library == "timm" and importlib.util.find_spec("timm") is None:
-        raise UserError(f"model {name!r} needs timm, which is not installed: pip install 'dtl[timm]'")
+        raise UserError(f"model {name!r} needs timm, which is not installed: pip install timm")
     if library in ("", "timm") and short.partition(".")[0] in _timm_names():
         _check_timm_tag(short)
         return Entry(f"timm/{short}", "timm", lambda **options: _construct_timm(short, **options))
@@ -90,7 +90,7 @@ def _construct_timm(name: str, **options: Any) -> nn.Module:
 def _hub_entry(name: str, repository: str) -> Entry:
     """A repository's config says which of timm's networks it is. The entry's own name is that one: it is built without the hub afterwards."""
     if importlib.util.find_spec("timm") is None:
-        raise UserError(f"model {name!r} needs timm, which is not installed: pip install 'dtl[timm]'")
+        raise UserError(f"model {name!r} needs timm, which is not installed: pip install timm")
     import timm
     from timm.models import load_model_config_from_hf
 

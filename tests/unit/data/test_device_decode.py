@@ -146,7 +146,7 @@ def test_what_the_device_cannot_do_is_refused_by_name(knob: dict[str, Any]) -> N
 
 def test_a_missing_torchcodec_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
-    with pytest.raises(UserError, match=r"pip install 'dtl\[device-decode\]'"):
+    with pytest.raises(UserError, match=r"pip install 'torchcodec>=0.16'"):
         ready(TRANSFORMS["evaluation"], DEVICE)
 
 

@@ -269,7 +269,7 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: None)
     catalog._timm_names.cache_clear()
     try:
-        with pytest.raises(UserError, match=re.escape("pip install 'dtl[timm]'")):
+        with pytest.raises(UserError, match=re.escape("pip install timm")):
             build("timm/resnet18", num_classes=2)
         assert not any(name.startswith("timm/") for name in model_names())
     finally:
