@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ from pathlib import Path
 from dtl.data import cache
 from dtl.errors import UserError
 slow = float(sys.argv[3])
+print("begins", flush=True)
 real = cache.pack
 def pack(*arguments, **options):
     print("packing", flush=True)
@@ -158,10 +159,11 @@ def test_several_processes_at_once_pack_once(tmp_path: Path, photos: Path) -> No
 def test_a_killed_packer_blocks_nobody(tmp_path: Path, photos: Path) -> None:
     first = _start(photos, tmp_path / "cache", 60)
     assert first.stdout is not None
-    assert first.stdout.readline() == "packing\n"
+    assert [first.stdout.readline() for _ in range(2)] == ["begins\n", "packing\n"]
     second = _start(photos, tmp_path / "cache", 0)
-    time.sleep(0.3)
-    assert second.poll() is None, "it waits for the first"
+    assert second.stdout is not None
+    assert second.stdout.readline() == "begins\n"
+    assert not select.select([second.stdout], [], [], 1.0)[0], "it waits for the first, and neither packs, nor ends"
     first.send_signal(signal.SIGKILL)
     first.wait()
     first.stdout.close()

@@ -76,10 +76,11 @@ def test_batches_are_uint8_channels_last_with_labels_of_the_index(shards: Shards
 
 
 def test_a_rank_without_any_sample_gets_padding_only(shards: Shards) -> None:
-    batches = steps(shards, rank=59, world=60, num_steps=2)
-    for step in batches:
-        assert [batch.images.shape[0] for batch in step] == [1]
-    assert sum(float(batch.weights.sum()) for step in batches for batch in step) in (0.0, 1.0, 2.0)
+    """360 samples in 8 steps: 45 a step for 60 ranks, so the first of every four has none."""
+    without = steps(shards, rank=4, world=60, num_steps=2)
+    assert [(batch.images.shape[0], batch.slots.tolist(), batch.weights.tolist()) for step in without for batch in step] == [(1, [-1], [0.0])] * 2
+    with_one = steps(shards, rank=5, world=60, num_steps=2)
+    assert [(batch.images.shape[0], batch.slots.tolist(), batch.weights.tolist()) for step in with_one for batch in step] == [(1, [3], [1.0])] * 2
 
 
 def test_a_damaged_sample_keeps_its_slot_at_weight_0_and_is_named(shards: Shards, tmp_path: Path) -> None:
