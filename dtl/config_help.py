@@ -111,6 +111,21 @@ the same; the command line wins over the file. `--print-config` prints what a ru
 This page is made from the models: `python -m dtl.config_help > docs/configuration.md`.
 """
 
+FOOTER = """
+## Environment variables
+
+| variable | |
+|---|---|
+| `DTL_CACHE` | Where image folders are packed and remote shards are kept, if not in `~/.cache/dtl`; `data.cache_dir` wins. |
+| `DTL_DEBUG` | Any value: mistakes come with a traceback, as with `run.debug`. |
+| `DTL_NATIVE` | 0: without the native JPEG extra. |
+| `DTL_TRACE` | A folder: each rank writes the samples of every step there, for comparing two runs. |
+| `WANDB_PROJECT`, `WANDB_ENTITY` | Where runs go: the project (`dtl` by default), and whose. |
+| `WANDB_MODE` | online or offline: what `tracking.wandb: auto` means; disabled: no wandb whatever the config says. |
+| `HF_HOME`, `TORCH_HOME` | Where pretrained weights are kept: timm's and the Hugging Face hub's, torchvision's. |
+"""
+
 if __name__ == "__main__":
     print(HEADER)
     print(reference().rstrip())
+    print(FOOTER.rstrip())

@@ -199,7 +199,9 @@ def _pretend_ssh(folder: Path) -> str:
 
 
 def _make_images(world: Path) -> None:
-    for folder, count in (("photos/train", 6), ("photos/val", 2), ("all_photos", 8), ("hymenoptera_data/train", 6), ("hymenoptera_data/val", 2)):
+    for folder, count in (("photos/train", 6), ("photos/val", 2), ("photos/test", 2), ("all_photos", 8)):
+        _images(world / folder, CLASSES, count)
+    for folder, count in (("hymenoptera_data/train", 6), ("hymenoptera_data/val", 2)):
         _images(world / folder, CLASSES, count)
     _images(world, ("new_photos",), 3)
     for folder, count in (("cifar/train", 1), ("cifar/test", 1)):

@@ -96,6 +96,6 @@ def test_a_launch_file_is_one_that_accelerate_takes(file: Path) -> None:
 
 
 def test_the_configuration_page_is_made_from_the_models() -> None:
-    from dtl.config_help import HEADER, reference
+    from dtl.config_help import FOOTER, HEADER, reference
 
-    assert (ROOT / "docs/configuration.md").read_text() == f"{HEADER}\n{reference().rstrip()}\n"
+    assert (ROOT / "docs/configuration.md").read_text() == f"{HEADER}\n{reference().rstrip()}\n{FOOTER}"
