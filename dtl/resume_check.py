@@ -47,7 +47,6 @@ Start = Callable[[Sequence[str], dict[str, str]], Running]
 class Killed:
     """Where one kill hit."""
 
-    aim: str
     stage: str
     step: int
     writing: bool
@@ -132,7 +131,7 @@ class _Run:
             return None
         running.kill()
         stage, step, _, _ = read_stage(stage_file)
-        return Killed(aim, stage, step, self.is_writing())
+        return Killed(stage, step, self.is_writing())
 
 
 def check(

@@ -226,13 +226,16 @@ class Runtime:
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """A stage that any rank may fail at: when one does, all leave with its one line, instead of waiting for it for ever."""
+        """A stage that any rank may fail at: when one does, all leave with its one line, instead of waiting for it for ever.
+
+        `what` the stage is about, in front of the system's own errors, which do not say what they were for.
+        """
         error: UserError | OSError | None = None
         try:
             yield
         except (UserError, OSError) as caught:
             error = caught
-        problems = {rank: problem for rank, problem in enumerate(self.gather(_describe(error))) if problem is not None}
+        problems = {rank: problem for rank, problem in enumerate(self.gather(_describe(error, what))) if problem is not None}
         if problems:
             rank, problem = next(iter(problems.items()))
             alone = f"rank {rank}: " if rank and len(problems) < self.world_size else ""
@@ -373,18 +376,8 @@ def _check_world(launch: Launch, world_size: int) -> None:
             )
 
 
-def _describe(error: Exception | None) -> str | None:
+def _describe(error: Exception | None, what: str) -> str | None:
     if error is None:
         return None
-    return " ".join(str(error).split())
-
-
-def rank_from_environment() -> int:
-    """This process's rank before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def report_error(message: str) -> None:
-    """One line on stderr, from one rank only."""
-    if rank_from_environment() == 0:
-        print(f"dtl: {message}", file=sys.stderr, flush=True)
+    line = " ".join(str(error).split())
+    return line if isinstance(error, UserError) else f"{what}: {line}"

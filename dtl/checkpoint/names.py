@@ -193,10 +193,6 @@ def likeness(left: str, right: str) -> float:
     return 2 * row[-1] / (len(a) + len(b))
 
 
-def natural_parts(path: str) -> tuple[int | str, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in re.findall(r"\d+|[A-Za-z]+", path))
-
-
 def looks_sorted(entries: Sequence[Entry]) -> bool:
     """Whether the names stand in alphabetical order, as safetensors writes them: no module registers bias before weight."""
     names = [entry.name for entry in entries if entry.family == "f"]

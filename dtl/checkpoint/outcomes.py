@@ -19,8 +19,6 @@ from dtl.checkpoint.target import Target
 from dtl.checkpoint.units import NORMS, WEIGHTED, Entry, Key, Shape, Unit, num_elements, units_of
 from dtl.wording import counted
 
-STATISTICS = ("running_mean", "running_var")
-
 
 @dataclass(frozen=True)
 class Outcome:

@@ -26,7 +26,6 @@ from dtl.errors import UserError
 from dtl.hub import hub_name
 from dtl.wording import near_path
 
-TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl")
 # What a legacy torch file names besides its objects.
 _HARMLESS = ("torch._utils.", "torch.storage.", "torch.Storage", "torch.FloatStorage", "torch.LongStorage", "torch.nn.parameter.",
              "collections.OrderedDict", "__builtin__.set")  # fmt: skip

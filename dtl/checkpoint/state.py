@@ -128,12 +128,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         optimizer.state[parameters[name][1]] = values
 
 
-def config_conflicts(
-    old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Sequence[str] = (), ordered: Sequence[str] = ("phases",)
-) -> list[tuple[str, object, object]]:
+def config_conflicts(old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> list[tuple[str, object, object]]:
     """The settings that differ between two configs, as (dotted key, old, new); a key that one of them lacks counts as None.
 
-    `ignored` are patterns of dotted keys (`tracking.*`). The order of the keys counts only in the sections named in `ordered`.
+    `ignored` are patterns of dotted keys (`tracking.*`). The order of the keys counts for the phases only.
     """
     flat_old, flat_new = _flat(old), _flat(new)
     conflicts: list[tuple[str, object, object]] = []
@@ -141,10 +139,9 @@ def config_conflicts(
         before, after = flat_old.get(key), flat_new.get(key)
         if before != after and not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignored):
             conflicts.append((key, before, after))
-    for section in ordered:
-        first, second = (list(config.get(section) or {}) for config in (old, new))
-        if first != second and sorted(first) == sorted(second):
-            conflicts.append((section, first, second))
+    first, second = (list(config.get("phases") or {}) for config in (old, new))
+    if first != second and sorted(first) == sorted(second):
+        conflicts.append(("phases", first, second))
     return conflicts
 
 

@@ -26,6 +26,8 @@ from dtl.data.sources import ALL, Source, open_source
 from dtl.errors import UserError
 from dtl.wording import counted
 
+_MOST_LISTED = 10  # images in one line of trouble
+
 
 def ensure_packed(
     source: str | Path,
@@ -267,7 +269,7 @@ def _pack_into(
     say(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
 
 
-def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
+def describe_trouble(report: PackReport) -> list[str]:
     """Lines about images that were left out, or that look damaged."""
     kinds = (
         (report.skipped, "image cannot be read and was left out", "images cannot be read and were left out"),
@@ -276,19 +278,19 @@ def describe_trouble(report: PackReport, *, limit: int = 10) -> list[str]:
     lines = []
     for found, one, many in kinds:
         if found:
-            more = f"; and {len(found) - limit:,} more" if len(found) > limit else ""
-            listed = "; ".join(f"{path}: {reason}" for path, reason in found[:limit])
+            more = f"; and {len(found) - _MOST_LISTED:,} more" if len(found) > _MOST_LISTED else ""
+            listed = "; ".join(f"{path}: {reason}" for path, reason in found[:_MOST_LISTED])
             lines.append(f"{len(found):,} {one if len(found) == 1 else many}: {listed}{more}")
     return lines
 
 
-def describe_index(report: IndexReport, *, limit: int = 10) -> list[str]:
+def describe_index(report: IndexReport) -> list[str]:
     """Lines about an index: what is in it, what was left out, what should be looked at."""
     lines = [f"{counted(report.num_samples, 'image')} of {counted(len(report.classes), 'class')}", *report.notes]
     if report.num_skipped:
         left_out = "sample is not usable and was left out" if report.num_skipped == 1 else "samples are not usable and were left out"
-        listed = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:limit])
-        more = f"; and {report.num_skipped - limit:,} more" if report.num_skipped > limit else ""
+        listed = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:_MOST_LISTED])
+        more = f"; and {report.num_skipped - _MOST_LISTED:,} more" if report.num_skipped > _MOST_LISTED else ""
         lines.append(f"{report.num_skipped:,} {left_out}: {listed}{more}")
     return lines
 

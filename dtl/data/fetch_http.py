@@ -95,7 +95,6 @@ def _stream(response: http.client.HTTPResponse, start: int, validator: str | Non
         total=total if total is not None else ends,
         ends=ends,
         validator=_validator(headers),
-        content_type=headers.get_content_type(),
         status=response.status,
         blocks=_blocks(response, timeout),
         close=response.close,

@@ -38,7 +38,7 @@ def open_pipe(url: str, start: int, validator: str | None, timeout: float) -> St
             process.wait()
         told.close()
 
-    return Stream(0, None, None, None, "", None, _output(process, told, timeout), close)
+    return Stream(0, None, None, None, None, _output(process, told, timeout), close)
 
 
 def _output(process: subprocess.Popen[bytes], told: BinaryIO, timeout: float) -> Iterator[bytes]:
@@ -118,7 +118,7 @@ def open_fsspec(url: str, start: int, validator: str | None, timeout: float) -> 
         done.set()
         raise FetchError("the file was changed during the download", restart=True)
     total = int(size) if size is not None else None
-    return Stream(start, total, total, version, "", None, iter(take, b""), done.set)
+    return Stream(start, total, total, version, None, iter(take, b""), done.set)
 
 
 def find_by_fsspec(pattern: str) -> list[str]:

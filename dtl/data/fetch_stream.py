@@ -40,7 +40,6 @@ class Stream:
     """The byte behind the last one that was promised, where that is known."""
     validator: str | None
     """Names this version of the file, where the other side does."""
-    content_type: str
     status: int | None
     blocks: Iterator[bytes]
     close: Callable[[], None]

@@ -130,7 +130,6 @@ class MicroBatch:
     epoch: int
     step: int
     """Step within the epoch, from 0."""
-    micro_step: int
     samples: Int
     """[B] sample ids; a pad repeats a sample of its micro-batch."""
     slots: Int
@@ -183,7 +182,6 @@ class RankLayout:
             yield MicroBatch(
                 epoch=plan.epoch,
                 step=step,
-                micro_step=micro_step,
                 samples=padded % plan.num_samples,
                 slots=np.concatenate([first + start + np.arange(len(real)), np.full(padding, -1)]).astype(np.int64),
                 weights=np.concatenate([np.ones(len(real)), np.zeros(padding)]).astype(np.float32),

@@ -29,6 +29,7 @@ VERIFYING = "dtl.data.verify_tasks"
 _IMAGES_PER_TASK = 1024
 # Decoding takes about 1 ms an image: starting a process has to be worth it.
 _IMAGES_PER_PROCESS = 500
+_MOST_LINES = 10  # of one shard
 
 
 @dataclass
@@ -205,17 +206,17 @@ def _write_quarantine(shards: Shards, report: VerifyReport) -> None:
         report.notes.append(f"no sample is left of {len(lost)} class{'' if len(lost) == 1 else 'es'}: {', '.join(lost[:10])}")
 
 
-def describe(report: VerifyReport, say: Callable[[str], None], *, per_shard: int = 10) -> None:
-    """A line for each finding, at most `per_shard` of one shard, then a summary."""
+def describe(report: VerifyReport, say: Callable[[str], None]) -> None:
+    """A line for each finding, at most ten of one shard, then a summary."""
     for shard, offset, reason in report.shards:
         say(f"{shard}: at byte {offset}: {reason}")
     shown: dict[str, int] = {}
     for bad in report.new_samples:
         shown[bad.shard] = shown.get(bad.shard, 0) + 1
-        if shown[bad.shard] <= per_shard:
+        if shown[bad.shard] <= _MOST_LINES:
             say(str(DamagedSample(shard=bad.shard, key=bad.key, offset=bad.offset, reason=bad.reason)))
     for shard, count in shown.items():
-        if count > per_shard:
-            say(f"{shard}: {count - per_shard:,} more damaged samples")
+        if count > _MOST_LINES:
+            say(f"{shard}: {count - _MOST_LINES:,} more damaged samples")
     for note in report.notes:
         say(note)

@@ -30,9 +30,9 @@ class Unanswered(Exception):
 class Measurement:
     """`python -m dtl.doctor.measure KIND` in a process of its own, which is killed when its time is up."""
 
-    def __init__(self, kind: str, given: Mapping[str, Any], *, seconds: float, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kind: str, given: Mapping[str, Any], *, seconds: float) -> None:
         self._seconds, self._kind = seconds, kind
-        variables = {**os.environ, **(env or {})}
+        variables = dict(os.environ)
         root = str(Path(__file__).resolve().parents[2])
         variables["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [variables.get("PYTHONPATH")])])
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -50,7 +50,6 @@ class ActivePhase:
     network: Network
     wrapped: nn.Module
     """The network as the loop calls it: under autocast, and DDP with several ranks."""
-    trainable: frozenset[str]
     optimizer: torch.optim.Optimizer
     """Accelerate's wrapper, which knows the gradient scaler."""
     schedule: Schedule
@@ -152,7 +151,6 @@ def enter(
         phase=phase,
         network=network,
         wrapped=wrapped,
-        trainable=trainable,
         optimizer=runtime.accelerator.prepare_optimizer(optimizer),
         schedule=_schedule(phase),
         loss=build_loss(

@@ -128,7 +128,7 @@ def _compute(active: ActivePhase, size: int, image_size: int, runtime: Runtime, 
     wrapped = active.wrapped
     inner = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
     stepper = Stepper(replace(active, wrapped=inner), runtime, normalise=normalise, seed=0, heart=Heartbeat())
-    loss = stepper.loss_sum(batch, 0)
+    loss = stepper.loss_sum(batch)
     runtime.accelerator.backward(loss / size)
     _moments(active)
 

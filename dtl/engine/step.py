@@ -138,7 +138,7 @@ class Stepper:
                 # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
                 _seed_draws(int_key(self._draws + step, micro_step) >> 1, self.runtime.device)
                 self.heart.enter("forward")
-                loss_sum = self.loss_sum(batch, step)
+                loss_sum = self.loss_sum(batch)
                 self.heart.enter("backward")
                 factor = self.runtime.world_size / normaliser
                 if self._scaler is None:
@@ -162,7 +162,7 @@ class Stepper:
             self._factor = factor, torch.tensor(factor, dtype=torch.float32, device=self.runtime.device)
         return self._factor[1]
 
-    def loss_sum(self, batch: Batch, step: int) -> Tensor:
+    def loss_sum(self, batch: Batch) -> Tensor:
         """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""
         active, device = self.active, self.runtime.device
         images = self.normalise(batch.images)

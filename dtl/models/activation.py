@@ -33,13 +33,6 @@ def enable_activation_checkpointing(network: Network) -> list[str]:
     return names
 
 
-def disable_activation_checkpointing(module: nn.Module) -> None:
-    """Give every block its own forward back."""
-    for part in module.modules():
-        if isinstance(part.__dict__.get("forward"), _Checkpointed):
-            del part.__dict__["forward"]
-
-
 class _Checkpointed:
     """Stands in for one block's `forward`: an attribute of the instance, so that the tree of names stays as it is.
 

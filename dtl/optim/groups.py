@@ -79,7 +79,6 @@ def build_optimizer(
     momentum: float = 0.9,
     nesterov: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
     fused: bool | Literal["auto"] = "auto",
 ) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW over `groups`; each group starts at lr * lr_scale. The caller sets `group["lr"]` before each step.
@@ -100,7 +99,7 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=use_fused)
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=betas, eps=eps, fused=use_fused)
+    return kind(groups, lr=lr, betas=betas, fused=use_fused)
 
 
 def _why_not_fused(parameters: list[nn.Parameter]) -> str:

@@ -233,7 +233,7 @@ class Examples:
 
     def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int, step: int = 0) -> Batch:
         samples = np.asarray(samples, np.int64)
-        request = MicroBatch(epoch, step, 0, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
+        request = MicroBatch(epoch, step, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
         return BatchDataset(shards, transform, image_size=self.feeds.image_size, seed=self.seed).__getitems__(request)
 
     def _names(self, task: Task) -> list[str]:

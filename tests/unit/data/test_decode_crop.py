@@ -240,7 +240,7 @@ def batches(folder: Path, *, training: bool) -> list[tuple[np.ndarray, list[tupl
     samples = np.arange(shards.num_samples)
     found = []
     for epoch in range(6 if training else 1):
-        request = MicroBatch(epoch=epoch, step=0, micro_step=0, samples=samples, slots=samples, weights=np.ones(len(samples), np.float32))
+        request = MicroBatch(epoch=epoch, step=0, samples=samples, slots=samples, weights=np.ones(len(samples), np.float32))
         batch = dataset.__getitems__(request)
         found.append((batch.images.numpy().copy(), [(sample, damage.reason) for sample, damage in batch.bad]))
     return found
