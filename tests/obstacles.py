@@ -95,6 +95,13 @@ def other_torch() -> None:
     alike.version = importlib.metadata.version
 
 
+def other_augmentations() -> None:
+    """This dtl augments otherwise than the one before."""
+    from dtl.data.transforms import VERSIONS
+
+    VERSIONS["training"] += 1
+
+
 def slow_reads() -> None:
     """Every batch takes a while to read."""
     from dtl.data.loader import BatchDataset

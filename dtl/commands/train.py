@@ -103,7 +103,7 @@ def _end(folder: RunFolder, heart: Heartbeat, line: str, *, fresh: bool) -> None
 
 def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:
     from dtl.checkpoint.store import CheckpointStore
-    from dtl.engine import build, finish, start
+    from dtl.engine import build, finish, resume, start
     from dtl.engine.alike import check_alike
     from dtl.engine.deadline import Deadline
     from dtl.engine.debug import overfit_one_batch
@@ -131,10 +131,10 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
         say=console.say,
         before_write=folder.check_incarnation,
     )
-    checkpoint, state = build.find_checkpoint(config, store, runtime, train_shards, val_shards)
+    checkpoint, state = resume.find_checkpoint(config, store, runtime, train_shards, val_shards)
     if finish.is_finished(folder, state, phases, runtime):
         return finish.tell_result_again(folder, state, config, runtime, console)
-    build.note_changes(state, runtime, console.say)
+    resume.note_changes(config, checkpoint, state, runtime, console.say)
     start.check_phases(phases, network, feeds, runtime)
     report = None if checkpoint else build.transfer_weights(config, network, runtime, train_shards, console.say)
     channels_last = build.place_network(config, network, runtime)

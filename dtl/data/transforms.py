@@ -34,7 +34,12 @@ from dtl.data.policies import NUM_BINS, RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, appl
 from dtl.errors import UserError
 from dtl.keyed import uniform
 
-TRANSFORM_VERSION = 2  # raise it with every change that gives other pixels for the same sample: checkpoints and caches compare it
+# Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION is what
+# evaluation does to an image, here and in geometry.py (resize, crop, square): model folders of another one are refused. TRANSFORM_VERSION
+# is training's; it says nothing about a model that is already there.
+TRANSFORM_VERSION = 2
+EVALUATION_VERSION = 1
+VERSIONS = {"training": TRANSFORM_VERSION, "evaluation": EVALUATION_VERSION}
 
 Preset = Literal["imagenet", "cifar", "light", "none"]
 PRESETS: tuple[Preset, ...] = ("imagenet", "cifar", "light", "none")
@@ -157,7 +162,9 @@ class Transform:
             augment["randaugment"] = list(self.augment.randaugment) if self.augment.randaugment else None
         geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.geometry).items()}
         return {
-            "version": TRANSFORM_VERSION,
+            # An augmented image is resized as in evaluation.
+            **({} if self.augment is None else {"version": TRANSFORM_VERSION}),
+            "evaluation_version": EVALUATION_VERSION,
             "geometry": {"name": type(self.geometry).__name__, **geometry},
             "interpolation": self.interpolation,
             "augment": augment,

@@ -13,12 +13,12 @@ from torch import nn
 from dtl.checkpoint.heads import num_source_classes
 from dtl.checkpoint.plan import TransferPlan
 from dtl.checkpoint.read import SourceWeights, read_weights
-from dtl.checkpoint.state import TrainState, config_conflicts
-from dtl.checkpoint.store import Checkpoint, CheckpointStore
+from dtl.checkpoint.state import TrainState
+from dtl.checkpoint.store import CheckpointStore
 from dtl.checkpoint.transfer import apply_plan, plan_weights
 from dtl.checkpoint.transfer_report import TransferReport
 from dtl.checkpoint.units import entries_of, units_of
-from dtl.config import Config, config_from_dict
+from dtl.config import Config
 from dtl.data import device_decode
 from dtl.data.balance import class_members
 from dtl.data.cache import default_cache_dir, open_split
@@ -43,15 +43,8 @@ from dtl.models.build import Network, build
 from dtl.run_lock import RunFolder
 from dtl.runtime import Runtime
 from dtl.tracking import Console, Tracker
-from dtl.wording import counted
 
 Say = Callable[[str], None]
-# Settings that may change between two starts of one run: they do not change its result.
-FREE_SETTINGS = (
-    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.timeout_minutes", "tracking.*", "checkpoint.*", "precision",
-    "data.workers", "data.micro_batch_size", "data.cache_dir", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
-    "data.cache_gb", "data.retries", "data.timeout", "data.allow_pipe",
-)  # fmt: skip
 DEBUG_TRAIN_STEPS = 4
 DEBUG_VAL_STEPS = 2
 
@@ -250,73 +243,6 @@ def take_folder(folder: RunFolder, runtime: Runtime) -> None:
         if runtime.is_main:
             folder.acquire()
     folder.incarnation = runtime.agree(folder.incarnation)
-
-
-def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
-    """The newest whole checkpoint and the state in it; a fresh state without one. Changed settings are refused by name."""
-    with runtime.together("resume"):
-        newest = store.newest() if runtime.is_main and config.run.resume != "never" else None
-    # The main process has checked the hashes; the others need not read everything twice.
-    step = runtime.agree(None if newest is None else newest.step)
-    with runtime.together("resume"):
-        checkpoint = newest if runtime.is_main or step is None else store.at(step)
-        if checkpoint is None:
-            if config.run.resume == "must":
-                raise UserError(f"run.resume is must, but {store.folder} holds no whole checkpoint")
-            state = TrainState(dataset_ids={"train": train.dataset_id, "val": val.dataset_id})
-        else:
-            state = TrainState.from_json(checkpoint.state["train"])
-            _check_settings(config, checkpoint, store.folder.parent)
-            _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)
-            _check_precision(str(checkpoint.state["precision"]), runtime.precision)
-    return checkpoint, state
-
-
-def note_changes(state: TrainState, runtime: Runtime, say: Say) -> None:
-    """What may change between two starts, but not go unsaid; then the state takes this start's facts."""
-    threads = torch.get_num_threads()
-    if state.step:
-        if state.world_size != runtime.world_size:
-            say(
-                f"this run was on {counted(state.world_size, 'process')} and goes on with {runtime.world_size}: the same samples in the same global "
-                "batches; batch norm statistics and the rounding of sums may differ"
-            )
-        elif state.num_threads != threads:
-            say(f"this run used {counted(state.num_threads, 'thread')} a process and goes on with {threads}: the rounding of sums may differ")
-    state.world_size, state.num_threads = runtime.world_size, threads
-
-
-def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
-    old = config_from_dict(checkpoint.state["config"], str(checkpoint.path)).to_dict()
-    new = config.to_dict()
-    last = list(config.phases)[-1]
-    free = (*FREE_SETTINGS, f"phases.{last}.epochs", f"phases.{last}.steps")
-    conflicts = config_conflicts(old, new, ignored=free)
-    if conflicts:
-        name, before, after = conflicts[0]
-        more = f" (and {len(conflicts) - 1} more settings)" if len(conflicts) > 1 else ""
-        raise UserError(
-            f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{more}; "
-            "start another run with --run.name NEW, or this one afresh with --run.resume never"
-        )
-
-
-def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
-    for split, dataset_id in now.items():
-        if state.dataset_ids.get(split) != dataset_id:
-            raise UserError(
-                f"{run} was started with other {split} images (data.{split} has changed); "
-                "start another run with --run.name NEW, or this one afresh with --run.resume never"
-            )
-
-
-def _check_precision(before: str, now: str) -> None:
-    if before != now:
-        raise UserError(f"this run was started with precision {before}, here it would be {now}; go on with --precision {before}")
-
-
-def _shown(value: object) -> str:
-    return "unset" if value is None else repr(value)
 
 
 def open_tracker(config: Config, name: str, folder: RunFolder, runtime: Runtime, state: TrainState, console: Console) -> Tracker:

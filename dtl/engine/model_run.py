@@ -14,7 +14,7 @@ from dtl.checkpoint import durable
 from dtl.checkpoint.model_folder import ModelFacts, load_model_tensors, read_model_json
 from dtl.config import Config, config_from_dict
 from dtl.data.geometry import ShortSide, Square
-from dtl.data.transforms import TRANSFORM_VERSION, Transform, eval_transform
+from dtl.data.transforms import EVALUATION_VERSION, Transform, eval_transform
 from dtl.engine.step import Normalise
 from dtl.engine.tasks import TASKS, Task, task_named
 from dtl.errors import UserError
@@ -169,14 +169,15 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
     try:
         geometry = dict(described["geometry"])
         kind = {"ShortSide": ShortSide, "Square": Square}[geometry.pop("name")]
-        version = int(described["version"])
+        # An older dtl wrote one number for training and evaluation, `version`: 1 and 2, between which evaluation was the same.
+        version = int(described.get("evaluation_version", 1))
         plain = eval_transform(image_size=int(geometry["image_size"]), interpolation=str(described["interpolation"]))
         transform = replace(plain, geometry=kind(**geometry))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: preprocessing.transform: {type(error).__name__} {error}") from error
-    if version != TRANSFORM_VERSION:
+    if version != EVALUATION_VERSION:
         raise UserError(
-            f"{path}: its images were prepared by version {version} of the transforms, this dtl has version {TRANSFORM_VERSION}; "
+            f"{path}: its images were prepared by version {version} of evaluation's transforms, this dtl has version {EVALUATION_VERSION}; "
             "use the dtl that trained it, or train it again"
         )
     return transform

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtl.checkpoint.state import TrainState, load_optimizer, optimizer_tensors
 from dtl.checkpoint.store import Checkpoint, CheckpointStore
+from dtl.data.transforms import VERSIONS
 from dtl.engine.active import ActivePhase
 from dtl.errors import UserError
 from dtl.runtime import Runtime
@@ -50,6 +51,8 @@ def save(
         "ema_updates": None if active.ema is None else active.ema.num_updates,
         "config": config,
         "precision": runtime.precision,
+        "device": runtime.device.type,
+        "transforms": VERSIONS,
     }
     return store.save(state.step, groups, extra, wait=wait)
 

@@ -25,6 +25,7 @@ def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: 
     """Compare with the best of the phase, and write that, the early stop's counter and the metrics into `state`."""
     value, loss = float(metrics[monitor]), float(metrics["loss"])
     best = state.best.get(phase.name)
+    assert best is None or best.metric == monitor, "a resume refuses another monitor"
     better = best is None or (value < best.value if monitor == "loss" else value > best.value)
     gain = better or (best is not None and value == best.value and loss < best.loss)
     if gain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -71,9 +72,13 @@ def test_more_epochs_on_the_last_phase_go_on(tmp_path: Path) -> None:
     arguments = ["--config", str(write_recipe(tmp_path))]
     run(arguments, cwd=tmp_path)
     first = status(tmp_path / "runs/tiny")["step"]
-    run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path)
+    free = ["--data.micro-batch-size", "60", "--checkpoint.keep", "1", "--checkpoint.every-steps", "5", "--checkpoint.async", "false"]
+    job = run([*arguments, "--phases.all.epochs", "2", *free], cwd=tmp_path)
+    assert job.err().count("this run had data.micro_batch_size auto and goes on with 60") == 1
     after = status(tmp_path / "runs/tiny")
     assert after["state"] == "done"
+    (newest,) = (tmp_path / "runs/tiny/checkpoints").glob("step-*/state.json")
+    assert json.loads(newest.read_text())["device"] == "cpu", "a start on another device is to be told"
     assert after["step"] == first + 6
     steps = [event["step"] for event in history(tmp_path / "runs/tiny")]
     assert steps == sorted(steps)
@@ -86,6 +91,10 @@ def test_a_changed_setting_is_refused_by_name_with_the_way_out(tmp_path: Path) -
     assert job.err().count("\n") == 1
     for words in ("phases.head.lr", "0.1", "0.3", "--run.name NEW", "--run.resume never"):
         assert words in job.err()
+    job = run([*arguments, "--checkpoint.monitor", "loss", "--checkpoint.keep", "1", "--phases.all.epochs", "2"], cwd=tmp_path, code=2)
+    assert "started with checkpoint.monitor 'top1', now it is 'loss'; start another run" in job.err(), "other weights would be the best"
+    job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_augmentations"}}, code=2)
+    assert "was started with version 2 of the training transforms, this dtl has version 3" in job.err()
     run([*arguments, "--phases.head.lr", "0.3", "--run.resume", "never"], cwd=tmp_path)
 
 

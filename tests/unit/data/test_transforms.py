@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dtl.data.decode import decode
-from dtl.data.transforms import TRANSFORM_VERSION, AugmentSettings, Draws, Transform, eval_transform, train_transform
+from dtl.data.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, AugmentSettings, Draws, Transform, eval_transform, train_transform
 from dtl.errors import UserError
 
 EVERYTHING = AugmentSettings(
@@ -336,7 +336,8 @@ def test_an_image_of_another_size_than_indexed_is_refused() -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_description_is_json_and_tells_transforms_apart(name: str) -> None:
     text = json.dumps(TRANSFORMS[name].describe(), sort_keys=True)
-    assert json.loads(text)["version"] == 2
+    assert json.loads(text)["evaluation_version"] == 1
+    assert json.loads(text).get("version") == (None if TRANSFORMS[name].augment is None else 2)
     others = {json.dumps(t.describe(), sort_keys=True) for key, t in TRANSFORMS.items() if key != name}
     assert text not in others
 
@@ -417,3 +418,17 @@ def test_a_resize_straight_into_the_batch_gives_the_pixels_of_interpolate(interp
             expected = torch.nn.functional.interpolate(crop, size=(24, 24), mode=interpolation, align_corners=False, antialias=True)
         assert torch.equal(batch[sample], expected[0])
         assert torch.equal(planes[sample], expected[0])
+
+
+def test_golden_evaluation() -> None:
+    """Other numbers here mean that model folders see other pixels: raise EVALUATION_VERSION, then put the new ones in."""
+    assert EVALUATION_VERSION == 1
+    found = []
+    for transform in (eval_transform(image_size=24), eval_transform(image_size=24, crop_ratio=0.8), eval_transform(image_size=24, square=True)):
+        placement = transform.draw([0, 1, 2], [37, 50, 2000], [50, 31, 30], seed=1, epoch=2).placement
+        found.append((placement.boxes.tolist(), placement.resized.tolist(), placement.offsets.tolist()))
+    assert found == [
+        ([[0, 0, 50, 37], [0, 0, 31, 50], [0, 760, 30, 480]], [[36, 27], [27, 43], [27, 432]], [[6, 2], [2, 10], [2, 204]]),
+        ([[0, 0, 50, 37], [0, 0, 31, 50], [0, 760, 30, 480]], [[40, 30], [30, 48], [30, 480]], [[8, 3], [3, 12], [3, 228]]),
+        ([[0, 0, 50, 37], [0, 0, 31, 50], [0, 0, 30, 2000]], [[24, 24], [24, 24], [24, 24]], [[0, 0], [0, 0], [0, 0]]),
+    ]
