@@ -205,12 +205,15 @@ class PhaseConfig(Section):
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Each group of layers further from the head learns at this share of the next one's rate."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """How gradients become steps: SGD with momentum, Adam, or AdamW (Adam with weight decay beside the gradient)."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Of SGD."""
     nesterov: bool = False
+    """SGD with Nesterov's momentum, which looks a step ahead; needs `momentum` over 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of Adam and AdamW."""
     weight_decay: NotNegative = 0.0
+    """Pull of the weights towards zero: this times the weight joins its gradient (AdamW: times lr, goes off the weight); not for norms and biases."""
     decay_norms_and_biases: bool = False
     """Weight decay on norms and biases too."""
     schedule: Literal["constant", "step", "cosine", "linear", "one_cycle"] = "cosine"
@@ -218,12 +221,15 @@ class PhaseConfig(Section):
     step_epochs: Positive | tuple[Positive, ...] = 7.0
     """`schedule: step`: every so many epochs, or at these epochs, the rate is multiplied by `gamma`."""
     gamma: Positive = 0.1
+    """`schedule: step`: factor on the learning rate at each of its steps."""
     final_lr: Fraction = 0.0
     """`schedule: cosine | linear`: last learning rate, as a share of `lr`."""
     warmup: NotNegative = 0.0
     """Epochs over which the learning rate rises from 0."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """What training minimises; focal counts easy images less (Lin et al. 2017). Validation always measures the cross-entropy."""
     focal_gamma: NotNegative = 2.0
+    """Exponent of the focal loss: the larger, the less easy images count; 0: cross-entropy."""
     focal_alpha: Positive | tuple[Positive, ...] | None = None
     """Weight of the focal loss: one number, or one a class."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
