@@ -233,6 +233,7 @@ class PhaseConfig(Section):
     focal_alpha: Positive | tuple[Positive, ...] | None = None
     """Weight of the focal loss: one number, or one a class."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target that is spread over all classes alike; 0: off."""
     class_weights: str = "none"
     """none, inverse, sqrt (of the class counts), or a JSON file {class: weight}."""
     mixup: NotNegative = 0.0
