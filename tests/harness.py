@@ -154,6 +154,11 @@ def history(run: Path, *, times: bool = False) -> list[dict[str, Any]]:
     return events
 
 
+def steps_done(run: Path) -> int:
+    """The last step that history tells of."""
+    return max([event.get("step", 0) for event in history(run)], default=0) if (run / "history.jsonl").exists() else 0
+
+
 def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())  # type: ignore[no-any-return]
 

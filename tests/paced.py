@@ -1,4 +1,4 @@
-"""A network that dawdles on demand, so that what is to happen in the middle of a run happens there."""
+"""Networks that dawdle on demand, so that what is to happen in the middle of a run happens there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from networks import small as build_small
+import networks
 from torch import nn
 
-QUICK_STEPS = 10  # forward passes: those of the trial for memory, and the first steps
+QUICK_STEPS = "10"
+"""Forward passes, unless $QUICK_STEPS says another number: those of the trial for memory (two a phase), and the first steps."""
 SECONDS = 3.0
 
 _steps = 0
@@ -18,7 +19,15 @@ _steps = 0
 
 def small(num_classes: int) -> nn.Module:
     """As `networks.small`; while the file $HOLD exists, each step of training but the first few takes seconds longer."""
-    network = build_small(num_classes)
+    return _paced(networks.small(num_classes))
+
+
+def without_norms(num_classes: int) -> nn.Module:
+    """As `networks.without_norms`, in the same way."""
+    return _paced(networks.without_norms(num_classes))
+
+
+def _paced(network: nn.Module) -> nn.Module:
     network.register_forward_pre_hook(_dawdle)
     return network
 
@@ -26,6 +35,6 @@ def small(num_classes: int) -> nn.Module:
 def _dawdle(module: nn.Module, inputs: Any) -> None:
     global _steps
     _steps += module.training
-    until = time.monotonic() + SECONDS
-    while module.training and _steps > QUICK_STEPS and time.monotonic() < until and Path(os.environ["HOLD"]).exists():
+    quick, until = int(os.environ.get("QUICK_STEPS", QUICK_STEPS)), time.monotonic() + SECONDS
+    while module.training and _steps > quick and time.monotonic() < until and Path(os.environ["HOLD"]).exists():
         time.sleep(0.05)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import history, run, start, status, wait_for
+from harness import history, run, start, status, steps_done, wait_for
 from recipes import write_recipe
 from safetensors.torch import load_file
 
@@ -15,9 +18,11 @@ from dtl.engine.step_trace import read_trace
 PHASES = {"all": {"train": "all", "steps": 8, "lr": 0.05, "momentum": 0.9, "mixup": 0.2, "schedule": "one_cycle", "eval_every": 0.3}}
 
 
-def train(folder: Path, *, world: int, variables: dict[str, str] | None = None, **data: Any) -> list[dict[str, Any]]:
+def train(
+    folder: Path, *, world: int, variables: dict[str, str] | None = None, phases: dict[str, Any] = PHASES, **data: Any
+) -> list[dict[str, Any]]:
     folder.mkdir()
-    recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=PHASES, data=data)
+    recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=phases, data=data)
     env = {"DTL_CACHE": str(folder.parent / "cache"), **(variables or {})}
     run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=world, env=env)
     assert status(folder / "runs/tiny")["state"] == "done"
@@ -49,7 +54,10 @@ def test_ranks_workers_and_accumulation_do_not_change_the_experiment(tmp_path: P
 
 
 def test_class_weights_have_a_global_denominator(tmp_path: Path) -> None:
-    phases = {"all": {"train": "all", "steps": 4, "lr": 0.05, "class_weights": "inverse", "loss": "focal", "label_smoothing": 0.1}}
+    """Weights so unlike that the halves of a batch have other denominators than the whole: averaged over ranks the losses would be off by percents."""
+    (tmp_path / "weights.json").write_text(json.dumps({str(digit): 10.0 if digit == 3 else 0.1 for digit in range(10)}))
+    phase = {"train": "all", "steps": 4, "lr": 0.05, "class_weights": str(tmp_path / "weights.json"), "loss": "focal", "label_smoothing": 0.1}
+    phases = {"all": phase}
     losses = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
@@ -57,6 +65,7 @@ def test_class_weights_have_a_global_denominator(tmp_path: Path) -> None:
         recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=phases)
         run(["--config", str(recipe), "--tracking.log-every", "1"], cwd=folder, world=world, env={"DTL_CACHE": str(tmp_path / "cache")})
         losses[world] = [event["loss"] for event in history(folder / "runs/tiny") if event["event"] == "train"]
+    assert len(losses[1]) == 4
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)
 
 
@@ -64,22 +73,24 @@ def test_stop_on_two_ranks_and_go_on_with_one_and_three(tmp_path: Path) -> None:
     """Checkpoints of one world are read by another: the remaining steps are the same global batches, with the same augmentations."""
     for name in ("trace-one", "trace-moved"):
         (tmp_path / name).mkdir()
-    expected = train(tmp_path / "reference", world=1, variables={"DTL_TRACE": str(tmp_path / "trace-one")}, global_batch_size=119)
-    folder = tmp_path / "moved"
+    phases = {"all": {**PHASES["all"], "steps": 30}}
+    expected = train(tmp_path / "reference", world=1, variables={"DTL_TRACE": str(tmp_path / "trace-one")}, phases=phases, global_batch_size=119)
+    folder, hold = tmp_path / "moved", tmp_path / "hold"
     folder.mkdir()
-    recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=PHASES, data={"global_batch_size": 119})
+    recipe = write_recipe(folder, model={"name": "paced:without_norms"}, phases=phases, data={"global_batch_size": 119})
     arguments = ["--config", str(recipe), "--tracking.log-every", "1", "--checkpoint.every-steps", "1"]
-    env = {"DTL_CACHE": str(tmp_path / "cache"), "DTL_TRACE": str(tmp_path / "trace-moved")}
+    env = {"DTL_CACHE": str(tmp_path / "cache"), "DTL_TRACE": str(tmp_path / "trace-moved"), "HOLD": str(hold)}
+    told = ""
     for world in (2, 3):
+        hold.touch()
         job = start(arguments, cwd=folder, world=world, env=env)
-        file = folder / "runs/tiny/history.jsonl"
-        before = len(history(folder / "runs/tiny")) if file.exists() else 0
-        wait_for(lambda before=before, file=file: file.exists() and len(file.read_text().splitlines()) > before + 1, what="two more lines")
-        job.kill(number=15)
-        job.wait()
-    told = run(arguments, cwd=folder, world=1, env=env)
-    if "is finished" not in told.err():
-        assert "goes on with 1" in told.err() or "goes on with" in told.err()
+        before = steps_done(folder / "runs/tiny")
+        wait_for(lambda before=before: steps_done(folder / "runs/tiny") > before + 1, what="two more steps")
+        job.kill(number=signal.SIGTERM)
+        hold.unlink()
+        told += job.wait().check(75).err(0)
+    told += run(arguments, cwd=folder, world=1, env=env).err()
+    assert re.findall(r"this run was on (\d) processes and goes on with (\d)", told) == [("2", "3"), ("3", "1")]
     got = history(folder / "runs/tiny")
     assert [event["step"] for event in got] == [event["step"] for event in expected]
     assert [event.get("lr") for event in got] == [event.get("lr") for event in expected]
