@@ -30,7 +30,7 @@ class EpochSpeed:
     waited: float = 0.0
     """Seconds of it that the training stood still for its next batch."""
     images: int = 0
-    """Of this rank."""
+    """Of this rank, pads left out."""
     loading: float = 0.0
     """Wall seconds of all loader processes."""
     computing: float = 0.0
@@ -38,7 +38,7 @@ class EpochSpeed:
 
     def take(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
-            self.images += len(batch.images)
+            self.images += batch.num_real
             self.loading += batch.seconds[0]
             self.computing += batch.seconds[1]
 

@@ -27,6 +27,7 @@ from dtl.engine.feeds import Feeds
 from dtl.engine.limits import EpochSpeed
 from dtl.engine.phases import Phase
 from dtl.engine.settings import Settings
+from dtl.engine.start import phase_lines
 from dtl.engine.step import Normalise, Stepper, Window, step_weight
 from dtl.engine.step_trace import StepTrace
 from dtl.engine.verdict import diverged, judge, note_result
@@ -35,7 +36,6 @@ from dtl.heartbeat import Heartbeat
 from dtl.models.build import Network
 from dtl.runtime import Exchange, Flags, Runtime
 from dtl.tracking import Tracker
-from dtl.wording import counted
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
 SECONDS_BETWEEN_SAVES = 15.0
@@ -134,10 +134,8 @@ class Trainer:
             choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
             say=self.tracker.say,
         )
-        num = sum(parameter.numel() for parameter in active.parameters)
-        total = sum(parameter.numel() for parameter in self.network.module.parameters())
-        length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
-        self.tracker.say(f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained")
+        for line in phase_lines(active, self.runtime):
+            self.tracker.say(line)
         done = self.state.step - self.state.phase_step
         self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)
         return active

@@ -11,6 +11,7 @@ import torch
 
 from dtl.checkpoint.read import check_is_there
 from dtl.config import Config
+from dtl.engine.active import ActivePhase
 from dtl.engine.feeds import Feeds
 from dtl.engine.losses import class_weights
 from dtl.engine.phases import Phase
@@ -75,6 +76,23 @@ def unseen_classes(classes: Sequence[str], train: Sequence[int], val: Sequence[i
         names = [name for name, count in zip(classes, counts) if not count]
         if names:
             lines.append(f"{len(names)} of {counted(len(classes), 'class')} without a {split} image, so {so}: {some(names)}")
+    return lines
+
+
+def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
+    """What a phase is, at its start; and that its norms' statistics are rank 0's, where ranks have statistics of their own."""
+    phase = active.phase
+    num = sum(parameter.numel() for parameter in active.parameters)
+    total = sum(parameter.numel() for parameter in active.module.parameters())
+    length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
+    lines = [f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained"]
+    own = [
+        part
+        for part in active.evaluated.modules()
+        if part.training and getattr(part, "running_mean", None) is not None and not isinstance(part, torch.nn.SyncBatchNorm)
+    ]
+    if runtime.world_size > 1 and own:
+        lines.append(f"phase {phase.name}: the statistics of {counted(len(own), 'norm')} are each rank's own in training; rank 0's are evaluated, saved and handed on")
     return lines
 
 

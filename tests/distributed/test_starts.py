@@ -117,3 +117,13 @@ def test_the_closing_row_is_of_the_weights_that_the_phase_hands_on(tmp_path: Pat
         assert (row["val"]["top1"], row["val"]["loss"]) == (wanted["top1"], wanted["loss"])
         assert row["train_loss"] == trained["loss"]
     assert json.loads((folder / "model/model.json").read_text())["metrics"]["loss"] == row["val"]["loss"]
+
+
+def test_whose_statistics_count_is_told_where_ranks_have_their_own(tmp_path: Path) -> None:
+    """Not on one rank, and not of a phase whose norms are frozen."""
+    steps = {"steps": 1, "lr": 0.05}
+    recipe = write_recipe(tmp_path, phases={"head": {"train": "head", **steps}, "all": {"train": "all", **steps}})
+    told = {world: run(["--config", str(recipe), "--run.name", f"on-{world}"], cwd=tmp_path, world=world).err() for world in (1, 2)}
+    assert "each rank's own" not in told[1]
+    lines = [line for line in told[2].splitlines() if "each rank's own" in line]
+    assert lines == ["phase all: the statistics of 2 norms are each rank's own in training; rank 0's are evaluated, saved and handed on"]

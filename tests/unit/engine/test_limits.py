@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+from dtl.data.loader import Batch
 from dtl.engine.limits import EpochSpeed, advise
 
 # Two loader processes, busy all the time at 10 ms an image, give 200 images/s; the training alone would take 800.
 STARVED = EpochSpeed(seconds=100.0, waited=75.0, images=20_000, loading=200.0, computing=190.0)
 USUAL = {"workers": 2, "cores": 16, "on_cpu": False, "image_size": 224, "short_side": 375.0}
+
+
+def test_pads_are_no_images() -> None:
+    """They repeat an image of their micro-batch, and nobody waits for them to be read."""
+    speed = EpochSpeed()
+    for slots in ([0, 1, 2, -1], [3, 4, -1, -1]):
+        tensors = {"labels": torch.zeros(4, dtype=torch.int64), "weights": torch.ones(4), "samples": torch.zeros(4, dtype=torch.int64)}
+        speed.take([Batch(images=torch.zeros(4, 3, 2, 2, dtype=torch.uint8), slots=torch.tensor(slots), epoch=0, step=0, **tensors)])
+    assert speed.images == 5
 
 
 def test_workers_are_counted_from_the_measured_times() -> None:
