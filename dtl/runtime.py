@@ -84,6 +84,8 @@ class Runtime:
         use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("run.device is cuda, but this machine shows no GPU to PyTorch; use --run.device auto or cpu")
+        if device == "cuda" and launch.use_cpu:
+            raise UserError("run.device is cuda, but the launch asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
         _check_gpus(launch, use_cpu)
         if use_cpu:
             _keep_freed_memory()
@@ -346,6 +348,7 @@ def hurry_gpu(wanted: bool) -> None:
     """TF32 for the matrix products that are left in float32, and cuDNN's quickest kernels, found by trying them: batches have one size."""
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.benchmark = wanted
+    torch.backends.cudnn.allow_tf32 = wanted  # convolutions have a switch of their own, which is on by default
 
 
 def _keep_freed_memory() -> None:

@@ -95,6 +95,11 @@ def other_torch() -> None:
     alike.version = importlib.metadata.version
 
 
+def other_precision() -> None:
+    """This process was launched with another precision."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+
+
 def other_augmentations() -> None:
     """This dtl augments otherwise than the one before."""
     from dtl.data.transforms import VERSIONS

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dtl.data.transforms import Draws, Transform
 
 _APP1, _SCAN = 0xE1, 0xDA  # of a JPEG's markers: where EXIF lies, and where its pixels begin
+_STRONGEST = 32
 AHEAD = 2
 """Batches that are decoded, or being decoded, while the trainer has one in hand."""
 
@@ -93,7 +95,7 @@ class DeviceDecoder:
         """`damaged(sample, reason)` names a sample that cannot be decoded."""
         self._decode_jpeg = ready(transform, device)
         self._transform, self._device, self._damaged = transform, device, damaged
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream: Any = _stream(device) if device.type == "cuda" else None
 
     def finished(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, their images on the device."""
@@ -184,7 +186,21 @@ def ready(transform: Transform, device: torch.device) -> Any:
         raise UserError(
             f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'torchcodec>=0.16'"
         ) from None
-    # Tried once: a decoder that fails for every image would otherwise pass for images that are hard to decode, one by one on the CPU.
+    _try(decode_jpeg, device)
+    return decode_jpeg
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    """One for all decoders of a device: PyTorch has 32 of them, and gives the same ones again after that."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _try(decode_jpeg: Any, device: torch.device) -> None:
+    """Once a device: a decoder that fails for every image would otherwise pass for images that are hard to decode, one by one on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # as before each batch: nothing that is queued may still read memory that the decoder is given
     trial = torch.from_numpy(np.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), np.uint8))
     try:
         decode_jpeg([trial], device=device)
@@ -192,7 +208,6 @@ def ready(transform: Transform, device: torch.device) -> Any:
         raise UserError(
             f"data.decode device: torchcodec decodes nothing on {device} ({' '.join(str(error).split())[:200]}); use --data.decode workers"
         ) from error
-    return decode_jpeg
 
 
 def _check(transform: Transform) -> None:
@@ -215,7 +230,7 @@ def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transfor
     crop = picture[:, top : top + height, left : left + width]
     resized = tuple(placement.resized[i].tolist())
     if (height, width) != resized:
-        smooth = interpolate(crop[None].float(), size=resized, mode=transform.interpolation, align_corners=False, antialias=True)
+        smooth = interpolate(_coarse(crop[None].float(), resized), size=resized, mode=transform.interpolation, align_corners=False, antialias=True)
         crop = smooth[0].round_().clamp_(0, 255).to(torch.uint8)
     seen, target = crop.permute(1, 2, 0), out.permute(1, 2, 0)
     flips = bool(draws.horizontal_flip[i]), bool(draws.vertical_flip[i])
@@ -226,5 +241,11 @@ def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transfor
     target.copy_(seen.flip(axes) if axes else seen)
     if draws.erase is not None and draws.erase[i, 2]:
         top, left, height, width = draws.erase[i].tolist()
-        fill = torch.tensor(transform.erase_fill, dtype=torch.uint8, device=out.device).view(3, 1, 1)
-        out[:, top : top + height, left : left + width] = fill
+        for channel, value in zip(out, transform.erase_fill, strict=True):
+            channel[top : top + height, left : left + width].fill_(value)
+
+
+def _coarse(crop: Tensor, size: tuple[int, ...]) -> Tensor:
+    """[1,3,H,W], averaged down to not more than `_STRONGEST` times `size`: CUDA's antialiasing has room for some fifty pixels a pixel."""
+    factors = [max(1, -(-now // (_STRONGEST * wanted))) for now, wanted in zip(crop.shape[2:], size, strict=True)]
+    return crop if max(factors) == 1 else interpolate(crop, size=[-(-now // factor) for now, factor in zip(crop.shape[2:], factors)], mode="area")

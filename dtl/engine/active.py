@@ -158,8 +158,8 @@ def enter(
             smoothing=config.label_smoothing,
             gamma=config.focal_gamma,
             alpha=config.focal_alpha,
-            class_weights=None if weights is None else weights.to(runtime.device),
-        ),
+            class_weights=weights,
+        ).to(runtime.device),
         eval_loss=build_loss("cross_entropy"),
         class_weights=weights,
         ema=ExponentialMovingAverage(network.module, decay=config.ema) if config.ema else None,
@@ -218,4 +218,7 @@ def _sync_norms(
         return
     if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        say(f"batch norm statistics are taken over all {runtime.world_size} ranks")
+        say(
+            f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others "
+            "(--model.sync-bn false: each rank its own)"
+        )

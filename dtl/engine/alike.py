@@ -23,7 +23,7 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "si
 
 def check_alike(config: Config, name: str, runtime: Runtime) -> None:
     """Raises the same UserError on every rank where settings or versions differ; it names the first rank and the first difference."""
-    mine = {"run": name, **_settings(config.to_dict(), ""), **_versions()}
+    mine = {"run": name, "the device": runtime.device.type, "the precision": runtime.precision, **_settings(config.to_dict(), ""), **_versions()}
     digests = runtime.gather(hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).hexdigest())
     if len(set(digests)) == 1:
         return

@@ -106,8 +106,8 @@ def assess(model: PlacedModel, batches: RankBatches, runtime: Runtime, *, task: 
             if batch.bad and not skip_damaged:
                 raise UserError(f"{batch.bad[0][1]}; leave such samples out with --on-error skip")
             seen.damaged += [(sample, str(damage)) for sample, damage in batch.bad]
-            labels, weights = batch.labels.to(runtime.device), batch.weights.to(runtime.device)
-            samples = batch.samples.to(runtime.device).repeat(task.expansion)
+            labels, weights, samples = (part.to(runtime.device, non_blocking=True) for part in (batch.labels, batch.weights, batch.samples))
+            samples = samples.repeat(task.expansion)
             images, labels, weights = task.prepare(model.normalise(batch.images), labels, weights)
             seen.add(number, model.logits(images), labels, weights, samples)
     return seen.all_ranks(runtime)

@@ -43,14 +43,16 @@ def debugging(wanted: bool) -> Iterator[None]:
     os.environ["DTL_DEBUG"] = "1"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic kernels
     torch.use_deterministic_algorithms(True, warn_only=True)
-    hurried = torch.backends.cudnn.benchmark
+    cudnn = torch.backends.cudnn
+    precision, benchmark, tf32 = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
     hurry_gpu(False)
     try:
         with torch.autograd.set_detect_anomaly(True):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-        hurry_gpu(hurried)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
 
 
 def overfit_one_batch(trainer: Trainer) -> None:

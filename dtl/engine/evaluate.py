@@ -55,7 +55,7 @@ def evaluate(
 
 def _add(sums: Sums, module: nn.Module, batch: Batch, runtime: Runtime, *, task: Task, loss: Loss, normalise: Normalise) -> None:
     images = normalise(batch.images)
-    labels, weights = batch.labels.to(runtime.device), batch.weights.to(runtime.device)
+    labels, weights = batch.labels.to(runtime.device, non_blocking=True), batch.weights.to(runtime.device, non_blocking=True)
     images, labels, weights = task.prepare(images, labels, weights)
     with runtime.accelerator.autocast():
         logits = module(images)

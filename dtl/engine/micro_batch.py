@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from dtl.engine.step import Normalise, Stepper
 from dtl.engine.undo import modes_kept, rng_kept
 from dtl.errors import UserError
 from dtl.heartbeat import Heartbeat
+from dtl.models.freeze import norms_alone
 from dtl.runtime import Runtime
 from dtl.wording import counted
 
@@ -33,6 +35,8 @@ from dtl.wording import counted
 PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)
 _KEY = "micro_batch_sizes"
 _CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
+# Where a device is nearly full, CUDA's libraries have words of their own.
+_GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
@@ -86,7 +90,7 @@ def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, no
     buffers = list(active.module.buffers())
     kept = [buffer.detach().clone() for buffer in buffers]
     problem = ""
-    with rng_kept(runtime.device), modes_kept(active.module), _alone():
+    with rng_kept(runtime.device), modes_kept(active.module), norms_alone():
         try:
             _compute(active, size, image_size, runtime, normalise)
         except PERHAPS_FULL as error:
@@ -128,8 +132,9 @@ def _compute(active: ActivePhase, size: int, image_size: int, runtime: Runtime, 
     wrapped = active.wrapped
     inner = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
     stepper = Stepper(replace(active, wrapped=inner), runtime, normalise=normalise, seed=0, heart=Heartbeat())
-    loss = stepper.loss_sum(batch)
-    runtime.accelerator.backward(loss / size)
+    with _eager(inner):
+        loss = stepper.loss_sum(batch)
+        runtime.accelerator.backward(loss / size)
     _moments(active)
 
 
@@ -142,17 +147,14 @@ def _moments(active: ActivePhase) -> list[Tensor]:
     return [torch.empty_like(parameter) for parameter in active.parameters for _ in range(number)]
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Synchronised norms compute with this rank's own statistics."""
-    synchronised = nn.SyncBatchNorm.forward
-    nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.SyncBatchNorm.forward = synchronised  # type: ignore[method-assign]
+def _eager(module: nn.Module) -> AbstractContextManager[Any]:
+    """A compiled network runs as written: a graph that is compiled here would be taken for the training's, without the gathering of
+    statistics over ranks and without the parts between which DDP sends gradients. Eager needs no less memory."""
+    # The import behind `set_stance` takes seconds of its own.
+    return torch.compiler.set_stance("force_eager") if getattr(module, "_compiled_call_impl", None) is not None else nullcontext()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error on GPUs. On CPUs, where a limit is set (ulimit -v), its allocator, oneDNN and C++ each have words of their own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _CPU_WORDS)
+    """torch's own error on GPUs, or its libraries'. On CPUs, where a limit is set (ulimit -v), its allocator, oneDNN and C++ each have words
+    of their own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in (*_CPU_WORDS, *_GPU_WORDS))

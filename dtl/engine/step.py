@@ -157,9 +157,9 @@ class Stepper:
         return lr
 
     def _as_tensor(self, factor: float) -> Tensor:
-        """On the device; nearly all steps have the same."""
+        """On the device, filled there: a copy would make the host wait for all that is queued. Steps of one epoch have one of two."""
         if self._factor is None or self._factor[0] != factor:
-            self._factor = factor, torch.tensor(factor, dtype=torch.float32, device=self.runtime.device)
+            self._factor = factor, torch.full((), factor, dtype=torch.float32, device=self.runtime.device)
         return self._factor[1]
 
     def loss_sum(self, batch: Batch) -> Tensor:

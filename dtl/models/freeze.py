@@ -10,7 +10,8 @@ import copy
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -98,6 +99,11 @@ def unused_parameters(
     (meta device), so do it once a phase: the answer depends on nothing that changes between steps.
     """
     size = image_size or network.preprocessing.image_size
+    with norms_alone():
+        return _unused(network, trainable, size, auxiliary)
+
+
+def _unused(network: Network, trainable: Collection[str], size: int, auxiliary: bool) -> frozenset[str]:
     try:
         return _without_gradient(meta_copy(network.module), trainable, torch.empty(2, 3, size, size, device="meta"), auxiliary)
     except (RuntimeError, NotImplementedError):
@@ -115,6 +121,17 @@ def _without_gradient(module: nn.Module, trainable: Collection[str], images: tor
     wanted = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(wanted, gradients) if gradient is None)
+
+
+@contextmanager
+def norms_alone() -> Iterator[None]:
+    """Norms that were converted to SyncBatchNorm compute with this rank's own statistics: no collective, and on any device."""
+    synchronised = nn.SyncBatchNorm.forward
+    nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = synchronised  # type: ignore[method-assign]
 
 
 class _StaysInEval:

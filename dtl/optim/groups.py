@@ -97,9 +97,20 @@ def build_optimizer(
     use_fused = not refusal if fused == "auto" else bool(fused)
     groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=use_fused)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=use_fused)
+        if use_fused and momentum:
+            _begin_momentum(optimizer)
+        return optimizer
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
     return kind(groups, lr=lr, betas=betas, fused=use_fused)
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum from zero, which gives the first step's values as they are. Left to itself the fused kernel takes memory as it finds it, and
+    where fp16's first step overflows, which its scaler expects, it returns before writing any: the next step would start from rubbish."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _why_not_fused(parameters: list[nn.Parameter]) -> str:

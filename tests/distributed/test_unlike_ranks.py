@@ -36,6 +36,13 @@ def test_another_version_of_a_library(tmp_path: Path) -> None:
     assert re.search(r"the version of torch is '9.9.0' on rank 1 \(host \S+\), '\S+' on rank 0", the_line(job))
 
 
+def test_another_precision(tmp_path: Path) -> None:
+    """As of a node with older GPUs, or with none that works: each would choose by itself."""
+    recipe = write_recipe(tmp_path, phases=PHASES, data={"workers": 0}, precision="auto")
+    job = start(["--config", str(recipe)], cwd=tmp_path, world=2, by_rank={1: {"before": "obstacles:other_precision"}}).wait(60).check(2)
+    assert re.search(r"the precision is 'bf16' on rank 1 \(host \S+\), 'no' on rank 0", the_line(job))
+
+
 def test_a_file_that_one_rank_does_not_see(tmp_path: Path) -> None:
     job = launch(tmp_path, arguments=["--data.train", "missing/photos"]).wait(60).check(2)
     assert "missing/photos" in the_line(job)

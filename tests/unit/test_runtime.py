@@ -14,27 +14,40 @@ import pytest
 import torch
 
 from dtl.engine.debug import debugging
+from dtl.errors import UserError
 from dtl.runtime import Runtime, hurry_gpu
 
 
 def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
-    def state() -> tuple[str, bool]:
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    def state() -> tuple[str, bool, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
 
     for name in ("DTL_DEBUG", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "")  # `debugging` leaves them behind; undone with this
     before = state()
     with Runtime(device="cpu"):
         assert state() == before, "on CPUs nothing is changed"
-    assert before == ("highest", False)
+    assert before == ("highest", False, True)
+    with debugging(True):
+        assert state() == ("highest", False, False), "convolutions have a switch of their own"
+    assert state() == before
     try:
         hurry_gpu(True)
-        assert state() == ("high", True)
+        assert state() == ("high", True, True)
         with debugging(True):
-            assert state() == ("highest", False)
-        assert state() == ("high", True)
+            assert state() == ("highest", False, False)
+        assert state() == ("high", True, True)
     finally:
         hurry_gpu(False)
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def test_a_gpu_is_not_looked_for_in_a_launch_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate would train on the CPU without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match=r"run\.device is cuda, but the launch asks for CPUs"):
+        Runtime(device="cuda")
 
 
 def test_nothing_of_a_run_outlives_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.data.device_decode import DeviceDecoder, ready, without_exif
+from dtl.data.device_decode import DeviceDecoder, _coarse, place_on_device, ready, without_exif
 from dtl.data.index import Shards
 from dtl.data.loader import Batch, BatchDataset, StepLoader
 from dtl.data.pack import pack
@@ -89,6 +89,23 @@ def test_the_pixels_are_those_of_the_loader_processes(shards: Shards, name: str)
         compare(mine, other)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_very_large_images_to_very_small_ones(interpolation: str) -> None:
+    """CUDA's antialiasing refuses more than some 90 pixels a pixel (bicubic: 45): they are averaged first."""
+    rows, columns = np.mgrid[0:1200, 0:2400]
+    whole = np.stack([128 + 100 * np.sin(rows / (90 + 50 * phase)) * np.cos(columns / 130) for phase in range(3)], axis=2).astype(np.uint8)
+    transform = eval_transform(image_size=8, interpolation=interpolation, crop_ratio=1.0)
+    draws = transform.draw(np.array([0]), np.array([2400]), np.array([1200]), seed=0, epoch=0)
+    ours, theirs = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    transform.apply(whole, draws, 0, theirs)
+    seen = torch.from_numpy(whole).permute(2, 0, 1).to(DEVICE)
+    out = ours.to(DEVICE)
+    place_on_device(seen, draws, 0, out, transform)
+    assert theirs.float().std() > 10
+    assert (out.cpu().int() - theirs.int()).abs().max() <= 2
+    assert max(now / 8 for now in _coarse(seen[None].float(), (8, 8)).shape[2:]) <= 32
+
+
 @pytest.mark.parametrize(("world", "workers", "micro"), [(1, 2, None), (1, 1, 5), (2, 2, None), (3, 0, 2)])
 def test_ranks_workers_and_micro_batches_with_their_pads(shards: Shards, world: int, workers: int, micro: int | None) -> None:
     transform = TRANSFORMS["imagenet"]
@@ -110,7 +127,7 @@ def test_a_jpeg_that_no_decoder_takes_is_named_and_counts_for_nothing(shards: Sh
     encoded.data[int(ends[0]) + 20 : int(ends[1])] = 0  # a JPEG's first bytes, and nothing behind them
     encoded.heights[mistaken] += 1
     samples = batch.samples[batch.slots >= 0].tolist()
-    done = DeviceDecoder(transform, DEVICE, shards.damaged).finish(batch)
+    (done,) = DeviceDecoder(transform, DEVICE, shards.damaged).finished(iter([batch]))
     assert [sample for sample, _ in done.bad] == [samples[broken], samples[mistaken]]
     assert "the index says" in str(done.bad[1][1])
     assert done.weights[: len(samples)].tolist() == [float(row not in (broken, mistaken)) for row in range(len(samples))]

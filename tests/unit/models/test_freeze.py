@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build, forward_logits
-from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
+from dtl.models.freeze import checksum, freeze, frozen_names, norms_alone, select, set_train_mode, unused_parameters
 from dtl.models.groups import layer_groups
 
 
@@ -227,3 +227,17 @@ def test_unused_layers_of_a_forward_that_looks_at_values() -> None:
     assert unused_parameters(network, select(network, "all")) == {"spare.weight", "spare.bias"}
     assert all(parameter.requires_grad for parameter in network.module.parameters())
     assert len(layer_groups(network)) == 2
+
+
+def test_norms_that_an_earlier_phase_synchronised(one_rank: None) -> None:
+    """SyncBatchNorm refuses every device but GPUs while it trains in a process group; shapes alone are on none."""
+    network = build("dtl/resnet_tiny", num_classes=3)
+    nn.SyncBatchNorm.convert_sync_batchnorm(network.module)
+    with pytest.raises(ValueError, match="to be on GPU"):
+        forward_logits(network.module.train(), torch.randn(2, 3, 32, 32))
+    assert unused_parameters(network, select(network, "all")) == set()
+    with norms_alone():
+        logits, _ = forward_logits(network.module.train(), torch.randn(2, 3, 32, 32))
+    assert logits.isfinite().all()
+    with pytest.raises(ValueError, match="to be on GPU"):
+        forward_logits(network.module.train(), torch.randn(2, 3, 32, 32))

@@ -138,3 +138,28 @@ def test_fused_is_refused_or_left_out_with_words(caplog: pytest.LogCaptureFixtur
         optimizer = build_optimizer(groups, "sgd", lr=0.1)
     assert optimizer.defaults["fused"] is False
     assert "fused kernels not used: there is none for the device meta" in caplog.text
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_fused_momentum_begins_as_the_plain_one_does(nesterov: bool) -> None:
+    """An overflow in fp16's first step is left out by the kernel itself, which then used memory that nobody had written."""
+    found: dict[bool, list[torch.Tensor]] = {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        module = _network()
+        optimizer = build_optimizer(build_groups(module, NAMES, layer_groups=LAYERS), "sgd", lr=0.1, nesterov=nesterov, fused=fused)
+        for step in range(4):
+            for parameter in module.parameters():
+                parameter.grad = torch.full_like(parameter, torch.inf if step == 0 else step)
+            if fused:
+                # What GradScaler does with an optimizer whose kernel looks for the overflow by itself.
+                optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(float(step == 0))  # type: ignore[attr-defined]
+            if fused or step > 0:
+                optimizer.step()
+            if step == 0:
+                before = [parameter.detach().clone() for parameter in module.parameters()]
+                assert all(state["momentum_buffer"].eq(0).all() for state in optimizer.state.values())
+                assert len(optimizer.state) == (len(before) if fused else 0)
+        found[fused] = [parameter.detach() for parameter in module.parameters()]
+    for plain, quick in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(quick, plain)
