@@ -95,6 +95,19 @@ def other_torch() -> None:
     alike.version = importlib.metadata.version
 
 
+def far_ahead() -> None:
+    """The host runs ahead of its device, which then takes half a second to come to a log line."""
+    from dtl.engine.step import Window
+
+    real = Window.sum
+
+    def late(self: Window) -> float:
+        time.sleep(0.5 if self._added else 0.0)
+        return real(self)
+
+    Window.sum = late  # type: ignore[method-assign]
+
+
 def other_precision() -> None:
     """This process was launched with another precision."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"

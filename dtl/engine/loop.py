@@ -72,11 +72,9 @@ class Trainer:
             self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.say
         )
         self._best: dict[str, Tensor] = {}
-        self._counted = EpochCount()
-        self._speed = EpochSpeed()
+        self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
-        self._told_stall = 0.0
-        self._saved_step = -1
+        self._told_stall, self._saved_step = 0.0, -1
         self._window = Window()
         self._last_save = self._clock = self._step_started = time.monotonic()
 
@@ -97,6 +95,7 @@ class Trainer:
                 checkpoint = None
             self._train(active)
             self._finish(active)
+            del active  # its optimizer, gradients and average make room for the next phase's
 
     def _begin(self, phase: Phase) -> None:
         self.state.phase, self.state.phase_index, self.state.phase_step = phase.name, phase.index, 0
@@ -114,7 +113,8 @@ class Trainer:
         ):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
-            active = self._enter_once(phase)
+            del active
+            return self._enter_once(phase)
         return active
 
     def _enter_once(self, phase: Phase) -> ActivePhase:
@@ -214,13 +214,15 @@ class Trainer:
         state.step += 1
         state.phase_step += 1
         state.epoch, state.epoch_step = phase.epoch_of(state.phase_step)
-        seconds = time.monotonic() - self._step_started
-        self.deadline.saw_step(seconds)
         self._window.num_images += num_images
+        state.extra["images"] += num_images
+        self._took(time.monotonic() - self._step_started)
+
+    def _took(self, seconds: float) -> None:
+        self.deadline.saw_step(seconds)
         self._window.seconds += seconds
         self._speed.seconds += seconds
-        state.extra["images"] += num_images
-        state.extra["train_seconds"] += seconds
+        self.state.extra["train_seconds"] += seconds
 
     def _after_step(self, active: ActivePhase, lr: float, *, save_by_clock: bool) -> None:
         phase, state, settings = active.phase, self.state, self.settings
@@ -229,11 +231,10 @@ class Trainer:
             self._log(active, lr)
         if last or state.epoch_step == 0:
             self._tell_epoch(phase)
-        evaluated = False
-        if phase.eval_due(state.phase_step):
+        evaluated = phase.eval_due(state.phase_step)
+        if evaluated:
             state.extra["pending_eval"] = True
             self._evaluate(active)
-            evaluated = True
             last = last or bool(state.extra.get("ended"))
         waited = self.runtime.agree(time.monotonic() - self._last_save >= SECONDS_BETWEEN_SAVES) if evaluated else False
         every = settings.every_steps is not None and state.step % settings.every_steps == 0
@@ -246,9 +247,8 @@ class Trainer:
 
     def _log(self, active: ActivePhase, lr: float) -> None:
         loss = self._mean_loss(active)
-        window = self._window
+        window, phase = self._window, active.phase
         seconds = max(window.seconds, 1e-9)
-        phase = active.phase
         self.tracker.train(
             phase=phase.name,
             epoch=phase.epoch_of(self.state.phase_step - 1)[0],
@@ -266,8 +266,10 @@ class Trainer:
 
     def _mean_loss(self, active: ActivePhase) -> float:
         """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
-        window = self._window
-        total, num_bad = self.runtime.sum_floats(window.sum(), window.bad_step >= 0)  # in this order: the sum finds the step
+        window, asked = self._window, time.monotonic()
+        mine = window.sum()
+        self._took(time.monotonic() - asked)  # the steps themselves, where the host had run ahead of a GPU
+        total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
         loss = total / max(window.weight_sum, 1e-12)
         if num_bad or loss != loss:
             raise diverged(active, self.feeds, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])

@@ -34,3 +34,16 @@ def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     assert "in the training process itself; --data.workers " in said[0] or "wait for the disk (or for a core)" in said[0]
     notes = [event for event in harness.history(tmp_path / "runs/tiny", times=True) if event.get("note") == "limit"]
     assert [note["phase"] for note in notes] == ["all"]
+
+
+def test_the_time_in_which_a_device_catches_up_counts(tmp_path: Path) -> None:
+    """On a GPU a step's call returns before the step is done; a log line waits for it."""
+    recipe = recipes.write_recipe(tmp_path, phases={"all": {"train": "all", "steps": 8, "lr": 0.05}}, tracking={"log_every": 4}, data={"workers": 0})
+    harness.run(["--config", str(recipe)], cwd=tmp_path, by_rank={0: {"before": "obstacles:far_ahead"}})
+    events = harness.history(tmp_path / "runs/tiny", times=True)
+    lines = [event for event in events if event["event"] == "train"]
+    (epoch,) = [event for event in events if event["event"] == "epoch"]
+    images = 4 * recipes.RECIPE["data"]["global_batch_size"]
+    assert len(lines) == 2
+    assert all(event["images_per_second"] <= images / 0.5 for event in lines)
+    assert epoch["images_per_second"] <= 2 * images / 1.0
