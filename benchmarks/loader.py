@@ -113,7 +113,8 @@ def dtl_whole(data: ImageSet, workers: int) -> Iterator[Any]:
 def dtl_threads(data: ImageSet, workers: int) -> Iterator[Any]:
     """The same batches, made by threads of this process; as many under way as processes would have."""
     import dtl as ours
-    from dtl.data.loader import PREFETCH, BatchDataset
+    from dtl.data.loader import BatchDataset
+    from dtl.data.loader_process import PREFETCH
     from dtl.data.plan import RankLayout
 
     _use_native("1")

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -83,7 +83,7 @@ def _write_all(options: argparse.Namespace, kind: str, model: StoredModel, input
     )
     problems: list[tuple[str, str]] = []
     if runtime.is_main:
-        with _output(options.out) as file:
+        with closing(parts), _output(options.out) as file:
             writer = _Writer(file, kind, model, lists=options.top > 1)
             for part in parts:
                 problems += [(one.path, one.problem) for one in part if one.problem is not None]

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     from dtl.data.cache import open_split
     from dtl.data.cache_room import Demand, divide
     from dtl.data.epoch_proof import prove_epoch
-    from dtl.data.loader import PREFETCH
+    from dtl.data.loader_process import PREFETCH
     from dtl.data.pack_progress import PackProgress
     from dtl.data.remote import RemoteOptions
     from dtl.data.shard_uses import ShardUses

@@ -7,15 +7,11 @@ batches, and what counts as seen is what the trainer finished, not what was pref
 from __future__ import annotations
 
 import copy
-import os
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,12 +24,12 @@ from dtl.data.decode import DecodeError, decode
 from dtl.data.decode_crop import Region, crop_jpeg
 from dtl.data.device_decode import DeviceDecoder, Encoded
 from dtl.data.index import Shards
+from dtl.data.loader_process import PREFETCH, end_processes, process_options
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.prefetch import Prefetcher, prefetcher
 from dtl.data.shard_uses import ShardUses
 from dtl.errors import DamagedSample
 
-PREFETCH = 2
 # Larger images are refused before decoding: 60,000 x 60,000 pixels would take 10 GB.
 MAX_PIXELS = 200_000_000
 
@@ -299,14 +295,9 @@ class StepLoader:
             loader: DataLoader[Batch] = DataLoader(
                 dataset,
                 batch_sampler=_Requests(self, first_epoch, first_step, num_steps, buffers),  # type: ignore[arg-type]
-                num_workers=min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
-                worker_init_fn=partial(_init_worker, os.getpid()) if self.workers else None,
-                prefetch_factor=PREFETCH if self.workers else None,
-                # Python 3.14's own choice, a fork server, imports torch anew in each (5 s), and keeps them alive after a killed trainer.
-                multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
                 pin_memory=self._pin_memory,
-                generator=torch.Generator(),  # its base seed is unused, and must not be drawn from the training's generator
+                **process_options(min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0),
             )
             loaded: Iterator[Batch] = iter(loader)
             batches = loaded if self._decoder is None else self._decoder.finished(loaded)
@@ -316,9 +307,9 @@ class StepLoader:
                     ahead.at(plan.epoch, step)
                 yield [next(batches) for _ in range(self.layout.accumulation_steps)]
         finally:
-            # The iterator's end shuts its processes down; left to the interpreter's exit it would hang (they ignore SIGTERM).
             if self._decoder is not None:
                 batches.close()  # type: ignore[attr-defined]
+            end_processes(loaded)
             del batches, loaded
             if buffers is not None:
                 buffers.close()
@@ -383,18 +374,3 @@ class _Requests(Sequence[MicroBatch]):
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
-
-
-def _init_worker(parent: int, worker: int) -> None:
-    """Signals to the job are the trainer's to answer: a loader process that dies of one would break the step that is to be saved."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _end_with(parent: int) -> None:
-    """torch's loader processes look for their parent while they wait for work, not while nobody takes what they have."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

@@ -14,7 +14,8 @@ from dtl.data.balance import AnyBalance, plan_epoch
 from dtl.data.cache_room import Demand
 from dtl.data.class_members import ClassMembers
 from dtl.data.index import Shards
-from dtl.data.loader import PREFETCH, Batch, StepLoader, Transform
+from dtl.data.loader import Batch, StepLoader, Transform
+from dtl.data.loader_process import PREFETCH
 from dtl.data.plan import EpochPlan, RankLayout
 from dtl.data.shared_memory import bytes_needed
 from dtl.engine.feature_data import FeatureDataset

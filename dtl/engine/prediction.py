@@ -6,7 +6,7 @@ is still being computed. B images, K classes, T best classes asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtl.data.decode import DecodeError, decode
+from dtl.data.loader_process import end_processes, process_options
 from dtl.data.transforms import Transform
 from dtl.engine.image_inputs import ImageInputs
 from dtl.engine.model_run import PlacedModel
 from dtl.errors import DamagedSample
 from dtl.runtime import Runtime
 
-_PREFETCH = 2
 _ROUNDS_AT_ONCE = 8
 
 
@@ -85,19 +85,22 @@ class _Batches(Dataset[_Images]):
 
 def predict(
     model: PlacedModel, transform: Transform, inputs: ImageInputs, runtime: Runtime, *, top: int, batch_size: int, workers: int
-) -> Iterator[list[Prediction]]:
+) -> Generator[list[Prediction], None, None]:
     """All predictions in the order of `inputs`, on the main process; the other ranks get empty lists. All ranks must exhaust it."""
     batches = _Batches(inputs, transform, batch_size)
     mine = iter(_loader(batches, range(runtime.rank, len(batches), runtime.world_size), workers, runtime))
     rounds = -(-len(batches) // runtime.world_size)
-    for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):
-        last = min(rounds, first + _ROUNDS_AT_ONCE) if runtime.world_size > 1 else first + 1
-        done = [_predicted(model, next(mine), top) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
-        of_ranks = runtime.gather(done)
-        if runtime.is_main:
-            yield [one for turn in range(last - first) for of_rank in of_ranks for one in of_rank[turn]]
-        else:
-            yield []
+    try:
+        for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):
+            last = min(rounds, first + _ROUNDS_AT_ONCE) if runtime.world_size > 1 else first + 1
+            done = [_predicted(model, next(mine), top) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
+            of_ranks = runtime.gather(done)
+            if runtime.is_main:
+                yield [one for turn in range(last - first) for of_rank in of_ranks for one in of_rank[turn]]
+            else:
+                yield []
+    finally:
+        end_processes(mine)
 
 
 def _number(turn: int, runtime: Runtime) -> int:
@@ -123,18 +126,10 @@ def _predicted(model: PlacedModel, batch: _Images, top: int) -> list[Prediction]
 
 
 def _loader(batches: _Batches, numbers: range, workers: int, runtime: Runtime) -> DataLoader[_Images]:
-    workers = min(workers, len(numbers))
     return DataLoader(
         batches,
         sampler=numbers,
         batch_size=None,
-        num_workers=workers,
-        prefetch_factor=_PREFETCH if workers else None,
         pin_memory=runtime.device.type == "cuda",
-        worker_init_fn=_init_worker if workers else None,
-        generator=torch.Generator(),
+        **process_options(min(workers, len(numbers))),
     )
-
-
-def _init_worker(worker: int) -> None:
-    torch.set_num_threads(1)

@@ -13,7 +13,8 @@ import torch
 from dtl.data.batch_buffers import BatchBuffers
 from dtl.data.cache import ensure_packed
 from dtl.data.index import Shards
-from dtl.data.loader import PREFETCH, Batch, StepLoader
+from dtl.data.loader import Batch, StepLoader
+from dtl.data.loader_process import PREFETCH
 from dtl.data.plan import EpochPlan, RankLayout
 from dtl.data.transforms import AugmentSettings, train_transform
 

@@ -62,7 +62,8 @@ LOADERS = """
 import os, sys, time
 from pathlib import Path
 from dtl.data.index import Shards
-from dtl.data.loader import PREFETCH, StepLoader
+from dtl.data.loader import StepLoader
+from dtl.data.loader_process import PREFETCH
 from dtl.data.plan import EpochPlan, RankLayout
 from dtl.data.shared_memory import bytes_needed
 from dtl.data.transforms import AugmentSettings, train_transform
