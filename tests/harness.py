@@ -6,6 +6,7 @@ What the launchers themselves do is tested by a few real launches in tests/distr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from dtl.resume_check import TIMES
 
 # Python 3.11's fork server looks for what it should import on the default path only, and says nothing when it is not there.
 _here = Path(__file__).resolve().parent
@@ -68,12 +71,23 @@ class Job:
         ranks = range(len(self.processes)) if rank is None else [rank]
         return "".join((self.folder / f"{kind}-{r}").read_text(errors="replace") for r in ranks if (self.folder / f"{kind}-{r}").exists())
 
+    def end(self) -> None:
+        """Kill what still runs: each rank with the workers in its process group, stopped ones too."""
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                process.join()
+
     def check(self, code: int = 0) -> Job:
         assert self.codes == [code] * len(self.processes), f"exit codes {self.codes}:\n{self.err()}\n{self.out()}"
         return self
 
 
 _jobs = 0
+started: list[Job] = []
+"""Those of this test; tests/conftest.py ends what a failed one leaves running."""
 
 
 def start(
@@ -97,15 +111,16 @@ def start(
     variables = {"DTL_CACHE": str(cwd / "cache"), "WANDB_MODE": "disabled", "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": str(threads), **(env or {})}
     if world > 1:
         variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = []
+    job = Job([], folder)
+    started.append(job)
     for rank in range(world):
         ranked = {**variables, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})}
         own = (by_rank or {}).get(rank, {})
         words = [*arguments, *own.get("arguments", [])]
         process = _context.Process(target=_run, args=(command, words, str(cwd), str(folder), rank, ranked, threads, own.get("before")))
         process.start()
-        processes.append(process)
-    return Job(processes, folder)
+        job.processes.append(process)
+    return job
 
 
 def run(arguments: Sequence[str], *, cwd: Path, world: int = 1, code: int = 0, timeout: float = 150.0, **more: Any) -> Job:
@@ -149,9 +164,17 @@ def history(run: Path, *, times: bool = False) -> list[dict[str, Any]]:
     if not times:
         events = [event for event in events if event.get("note") != "limit"]  # advice that follows from times
         for event in events:
-            for key in ("images_per_second", "data_wait", "memory_gib", "seconds", "checkpoint_stall_seconds"):
+            for key in TIMES:
                 event.pop(key, None)
     return events
+
+
+def the_line(job: Job, having: str = "") -> str:
+    """The one line that says what is wrong, of those that have these words; no rank says anything more of it."""
+    assert "Traceback" not in job.err(), job.err()
+    lines = [line for line in job.err().splitlines() if line.startswith("dtl: ") and having in line]
+    assert len(lines) == 1, job.err()
+    return lines[0]
 
 
 def steps_done(run: Path) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import history, run, start, status, wait_for
+from harness import history, run, start, status, the_line, wait_for
 from recipes import write_recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "data"))
 import damage
-from tiny_images import encoded
+from tiny_images import huge_bmp
 
 from dtl.data.foreign import index_shards
 from dtl.data.index import Shards
@@ -51,36 +51,22 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs/tiny/bad_samples.jsonl").read_text().splitlines()]
 
 
-def the_line(text: str) -> str:
-    """The one line that says what is wrong; no rank says anything more of it."""
-    assert "Traceback" not in text, text
-    lines = [line for line in text.splitlines() if line.startswith("dtl: ")]
-    assert len(lines) == 1, text
-    return lines[0]
-
-
 # what is done to a sample's image or shard, and what is said
 DAMAGES: dict[str, tuple[Callable[[Path, int], object], str]] = {
     "one bit": (damage.flip_bit, "the bytes are not those that were packed"),
     "a zeroed block": (damage.zero_block, "the bytes are not those that were packed"),
     "a truncated shard": (damage.cut_shard, "bytes before the image does"),
     "a cut in a header": (lambda f, n: damage.cut_shard(f, n, in_header=True), "bytes before the image does"),
-    "another shard": (lambda f, n: shutil.copy(damage.shard_path(f, 1400), damage.shard_path(f, n)), ""),
+    "another shard": (lambda f, n: shutil.copy(damage.shard_path(f, 1400), damage.shard_path(f, n)), "the bytes are not those that were packed"),
     "a missing shard": (lambda f, n: damage.shard_path(f, n).unlink(), "the shard is missing"),
     "a label out of range": (lambda f, n: damage.rewrite_index(f, n, labels=10), "label 10 is not one of 10 classes"),
     "no image, crc right": (lambda f, n: damage.put_image(f, n, b"nothing"), "not an image"),
-    "60,000 x 60,000": (lambda f, n: damage.put_image(f, n, huge(), width=60_000, height=60_000), "60000 x 60000 pixels"),
+    "60,000 x 60,000": (lambda f, n: damage.put_image(f, n, huge_bmp(), width=60_000, height=60_000), "60000 x 60000 pixels"),
 }
 
 
 WHOLE_SHARDS = ("another shard", "a missing shard")
 TAILS = ("a truncated shard", "a cut in a header")
-
-
-def huge() -> bytes:
-    data = bytearray(encoded("BMP", height=4, width=4))
-    data[18:26] = (60_000).to_bytes(4, "little") * 2
-    return bytes(data)
 
 
 def in_shard(folder: Path, sample: int) -> list[int]:
@@ -104,7 +90,7 @@ def test_fail_is_one_line_and_status_2_on_all_ranks(tmp_path: Path, digits: Path
     shard, key, offset = damage.shard_path(digits / "train", victim).name, shards.key(victim), int(shards.offsets[victim])
     do(digits / "train", victim)
     job = run(arguments(tmp_path, digits, "--data.workers", str(world - 1)), cwd=tmp_path, world=world, code=2, timeout=60)
-    line = the_line(job.err())
+    line = the_line(job)
     assert f"{shard}: " in line
     assert " at byte " in line
     assert reason in line
@@ -154,7 +140,7 @@ def test_skip_ends_where_there_are_more_than_allowed(tmp_path: Path, digits: Pat
     for sample in BAD:
         damage.flip_bit(digits / "train", sample)
     job = run(arguments(tmp_path, digits, "--data.on-error", "skip", "--data.max-bad", "2"), cwd=tmp_path, world=world, code=2, timeout=60)
-    line = the_line(job.err())
+    line = the_line(job)
     assert "3 damaged samples are more than data.max_bad 2" in line
     assert "bad_samples.jsonl" in line
     assert len(entries(tmp_path)) == 3
@@ -164,7 +150,7 @@ def test_skip_ends_where_there_are_more_than_allowed(tmp_path: Path, digits: Pat
 def test_a_damaged_validation_sample_ends_the_run_too(tmp_path: Path, digits: Path, world: int) -> None:
     damage.zero_block(digits / "val", 300)
     job = run(arguments(tmp_path, digits), cwd=tmp_path, world=world, code=2, timeout=60)
-    assert "sample 000300 at byte" in the_line(job.err())
+    assert "sample 000300 at byte" in the_line(job)
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
@@ -178,7 +164,7 @@ def test_a_shard_that_shrinks_while_training(tmp_path: Path, digits: Path, world
         os.truncate(path, 50_000)
     if on_error == "fail":
         job.wait(60).check(2)
-        assert "before the image does" in the_line(job.err())
+        assert "before the image does" in the_line(job)
         return
     wait_for(lambda: (folder / "bad_samples.jsonl").exists() and len(entries(tmp_path)) > 200, what="the ledger")
     job.kill(rank=0, number=signal.SIGTERM)
@@ -192,7 +178,7 @@ def test_an_index_that_does_not_belong(tmp_path: Path, digits: Path, world: int,
     """There is nothing to skip by: it is refused in either case."""
     shutil.copy(digits / "val/index.bin", digits / "train/index.bin")
     job = run(arguments(tmp_path, digits, "--data.on-error", on_error), cwd=tmp_path, world=world, code=2, timeout=60)
-    assert "train/index.bin does not belong to the manifest.json beside it" in the_line(job.err())
+    assert "train/index.bin does not belong to the manifest.json beside it" in the_line(job)
 
 
 def test_quarantine_is_honoured(tmp_path: Path, digits: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import history, status, wait_for
+from harness import status, steps_done, wait_for
 from lab import SlurmLab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -56,12 +56,6 @@ class SlurmJob:
         self.wait_for_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert self.state == "COMPLETED", self.log[-6000:]
         assert status(self.run)["state"] == "done"
-
-
-def steps_done(run: Path) -> int:
-    """The last step that history tells of."""
-    file = run / "history.jsonl"
-    return max([event.get("step", 0) for event in history(run)], default=0) if file.exists() else 0
 
 
 class Desk:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import dtl
 from dtl.checkpoint import durable
 from dtl.checkpoint.model_folder import load_model_tensors, read_model_json, save_model_folder
 from dtl.errors import UserError
@@ -47,7 +48,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert facts.display_names == {"ants": "Ameisen"}
     assert facts.preprocessing == FACTS["preprocessing"] | {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.1, 0.1]}
     assert facts.metrics == {"top1": 0.9375}
-    assert facts.made_by == {"run": "digits", "step": 120, "dtl": "0.1.0", "torch": torch.__version__}
+    assert facts.made_by == {"run": "digits", "step": 120, "dtl": dtl.__version__, "torch": torch.__version__}
     state = net.state_dict()
     tensors = load_model_tensors(folder)
     assert list(tensors) == list(facts.order) == list(state)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from foreign_tars import numbered, sample, with_json, write_tar
-from tiny_images import encoded, image_folder
+from tiny_images import encoded, huge_bmp, image_folder
 
 from dtl.commands import index as command
 from dtl.data.cache import ensure_packed
@@ -279,9 +279,7 @@ def test_which_image(tmp_path: Path) -> None:
 
 
 def test_an_image_of_60000_by_60000_is_refused(tmp_path: Path) -> None:
-    huge = bytearray(encoded("BMP", height=4, width=4))
-    huge[18:26] = (60_000).to_bytes(4, "little") * 2
-    path = write_tar(tmp_path / "a.tar", [*sample("a", 0), ("b.bmp", bytes(huge)), ("b.cls", b"1")])
+    path = write_tar(tmp_path / "a.tar", [*sample("a", 0), ("b.bmp", huge_bmp()), ("b.cls", b"1")])
     with pytest.raises(UserError, match=r"sample b at byte .*60000 x 60000|too many pixels"):
         indexed(path)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from foreign_tars import sample as members
 from foreign_tars import write_tar
-from tiny_images import encoded, image_folder
+from tiny_images import encoded, huge_bmp, image_folder
 
 from dtl.commands import verify as command
 from dtl.data.foreign import index_shards
@@ -78,16 +78,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a size in the index": (lambda f: damage.rewrite_index(f, 9, widths=5), 1, "the index says 5 x"),
     "an offset": (lambda f: damage.rewrite_index(f, 9, offsets=512), 1, "the bytes are not those that were packed"),
     "no image": (lambda f: damage.put_image(f, 9, b"nothing"), 1, "not an image"),
-    "half an image": (lambda f: damage.put_image(f, 9, encoded(height=10, width=12)[:300]), 1, ""),
-    "too large": (lambda f: damage.put_image(f, 9, _huge(), width=60_000, height=60_000), 1, "pixels"),
+    "half an image": (lambda f: damage.put_image(f, 9, encoded(height=10, width=12)[:-40]), 1, "image file is truncated"),
+    "too large": (lambda f: damage.put_image(f, 9, huge_bmp(), width=60_000, height=60_000), 1, "pixels"),
     "another shard": (lambda f: shutil.copy(damage.shard_path(f, 34), damage.shard_path(f, 9)), -1, "the bytes are not those that were packed"),
 }
-
-
-def _huge() -> bytes:
-    data = bytearray(encoded("BMP", height=4, width=4))
-    data[18:26] = (60_000).to_bytes(4, "little") * 2
-    return bytes(data)
 
 
 @pytest.mark.parametrize("which", list(DAMAGES))

@@ -23,6 +23,13 @@ def encoded(kind: str = "JPEG", *, mode: str = "RGB", height: int = 24, width: i
     return buffer.getvalue()
 
 
+def huge_bmp() -> bytes:
+    """A small file whose header says 60,000 x 60,000 pixels."""
+    data = bytearray(encoded("BMP", height=4, width=4))
+    data[18:26] = (60_000).to_bytes(4, "little") * 2
+    return bytes(data)
+
+
 def image_folder(root: Path, classes: dict[str, int], *, kind: str = "JPEG", suffix: str = ".jpg", seed: int = 0) -> Path:
     """`root/CLASS/0000.jpg` ..., all different; `classes` gives the number of images in each."""
     number = seed * 100_000
