@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness import Job, history, run, start, status, wait_for
+from harness import Job, history, run, start, status, the_line, wait_for
 from recipes import write_recipe
 
 PHASES: dict[str, Any] = {"all": {"train": "all", "steps": 6, "lr": 0.05}}
@@ -16,12 +16,6 @@ def launch(folder: Path, **own: Any) -> Job:
     """Two ranks, the second of which has something of its own."""
     recipe = write_recipe(folder, phases=PHASES, data={"workers": 0})
     return start(["--config", str(recipe)], cwd=folder, world=2, by_rank={1: own})
-
-
-def the_line(job: Job) -> str:
-    lines = [line for line in job.err().splitlines() if line.startswith("dtl: ")]
-    assert len(lines) == 1, job.err()
-    return lines[0]
 
 
 def test_another_setting(tmp_path: Path) -> None:

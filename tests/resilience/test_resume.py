@@ -7,14 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import history, run, start, status, wait_for
+from harness import history, run, start, status, steps_done, wait_for
 from recipes import weights_hash, write_recipe
-
-
-def steps_done(folder: Path) -> int:
-    """The last step that history tells of."""
-    file = folder / "history.jsonl"
-    return max([event.get("step", 0) for event in history(folder)], default=0) if file.exists() else 0
 
 
 @pytest.fixture(scope="module")

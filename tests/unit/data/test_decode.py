@@ -186,7 +186,7 @@ def test_huge_jpeg_header() -> None:
     data = bytearray(encoded(height=16, width=16))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = (60_000).to_bytes(2, "big") * 2
-    with pytest.raises(DecodeError, match="^60000 x 60000 pixels, more than the 178,956,970 that are allowed$"):
+    with pytest.raises(DecodeError, match=r"^60000 x 60000 pixels, more than the 178,956,970 that are allowed$"):
         decode(bytes(data))
 
 
