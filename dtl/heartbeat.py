@@ -49,6 +49,8 @@ class Heartbeat:
         self.since = time.monotonic()
         self.what: Callable[[], str] = str
         """What the stage works on, for instance its samples; called only in a stall, by another thread."""
+        self.part: Callable[[], None] = lambda: None
+        """From here on this rank waits for nobody, and nobody for it; set by who watches."""
         self._file = _stage_file()
 
     def enter(self, stage: str, step: int | None = None) -> None:
@@ -210,10 +212,13 @@ class Doctor:
         self.heart, self.rank, self.limit, self._say, self._end = heart, rank, limit, say, end
         self._notes = Notes(rank, world_size, name) if world_size > 1 else None
         self._interval = min(INTERVAL, limit / 20)
+        self._lock = threading.Lock()
+        """Held while the notes are used."""
         self._stop = threading.Event()
         self._told = 0.0
         self._what = _Lazily()
         self._thread = threading.Thread(target=self._watch, name="hang-doctor", daemon=True)
+        heart.part = self.part
 
     def __enter__(self) -> Doctor:
         if self._notes is not None:
@@ -230,6 +235,12 @@ class Doctor:
         if line is not None:
             self._wait_for_the_others()
             raise PeerLost(line) from error
+
+    def part(self) -> None:
+        """The ranks have done what they had to do together. Called before they close what joins them: the store may go with rank 0's group."""
+        with self._lock:
+            self._leave("")
+            self._notes = None
 
     def _wait_for_the_others(self) -> None:
         """Rank 0 may take the store with it: the others must have had their look first, or they would take it for the one that is gone."""
@@ -266,15 +277,16 @@ class Doctor:
         while not self._stop.wait(self._interval):
             age = time.monotonic() - self.heart.since
             stalled = age > self.limit / 6
-            try:
-                if self._notes is not None:
-                    self._notes.write(self.heart, what=self._what(self.heart) if stalled else "")
-                if stalled:
-                    self._diagnose(age)
-                else:
-                    self._told = 0.0
-            except RuntimeError:
-                self._unreachable(age)
+            with self._lock:
+                try:
+                    if self._notes is not None:
+                        self._notes.write(self.heart, what=self._what(self.heart) if stalled else "")
+                    if stalled:
+                        self._diagnose(age)
+                    else:
+                        self._told = 0.0
+                except RuntimeError:
+                    self._unreachable(age)
 
     def _diagnose(self, age: float) -> None:
         notes = [Note(self.rank, 0, socket.gethostname(), os.getpid(), self.heart.stage, self.heart.step, 0, age, self._what(self.heart))]

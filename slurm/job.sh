@@ -155,8 +155,9 @@ start_step() {
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over by itself
   unset SLURM_EXPORT_ENV  # after `sbatch --export=NONE` the tasks would have no environment at all
   say "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
-  # One node's end ends all: the ranks of the others would wait for it.
-  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "$DTL_HOME/slurm/node.sh" "${train[@]}" &
+  # One node's failure ends all: the ranks of the others would wait for it. Success does not, whatever the site's WaitTime: the first node
+  # may be making the report.
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 "$DTL_HOME/slurm/node.sh" "${train[@]}" &
   step=$!
   [[ -z $warned ]] || on_warning
 }

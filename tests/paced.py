@@ -1,4 +1,4 @@
-"""Networks that dawdle on demand, so that what is to happen in the middle of a run happens there."""
+"""Networks, and a report, that dawdle on demand, so that what is to happen in the middle of a run happens there."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ def _dawdle(module: nn.Module, inputs: Any) -> None:
     quick, until = int(os.environ.get("QUICK_STEPS", QUICK_STEPS)), time.monotonic() + SECONDS
     while module.training and _steps > quick and time.monotonic() < until and Path(os.environ["HOLD"]).exists():
         time.sleep(0.05)
+
+
+def report() -> None:
+    """The report is not begun while the file $HOLD exists."""
+    import dtl.report
+
+    make = dtl.report.make_report
+
+    def held(*arguments: Any, **more: Any) -> Any:
+        while Path(os.environ["HOLD"]).exists():
+            time.sleep(0.05)
+        return make(*arguments, **more)
+
+    dtl.report.make_report = held

@@ -84,12 +84,18 @@ def tell_result_again(folder: RunFolder, state: TrainState, config: Config, runt
 
 
 def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
-    """Model folder, status, table, and what to do next."""
-    state, tracker = trainer.state, trainer.tracker
-    if trainer.runtime.is_main:
-        model = folder.path / "model"
-        _save_model(trainer, model, folder, config)
-        folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
+    """Model folder and status: the run is done, and the ranks part. What is left is the main process's: table, report, what to do next."""
+    state, tracker, runtime = trainer.state, trainer.tracker, trainer.runtime
+    model = folder.path / "model"
+    with runtime.together("model"):
+        if runtime.is_main:
+            _save_model(trainer, model, folder, config)
+            folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
+    # A report, or the network to wandb, may take minutes: the other ranks leave, and nothing that comes can fail or hang for their sake.
+    trainer.heart.part()
+    runtime.barrier()  # no rank looks for another any more
+    runtime.close()
+    if runtime.is_main:
         tracker.table(table_rows(trainer.numbers()))
         worse = fell_behind(trainer.numbers(), lr=trainer.phases[-1].config.lr)
         if worse:
@@ -97,8 +103,7 @@ def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
         page = _make_report(folder, config, tracker.say)
         tracker.attach(None if page is None else page.parent, model if config.tracking.wandb_model else None, step=state.step)
     tracker.close("done")
-    trainer.runtime.barrier()
-    if trainer.runtime.is_main:
+    if runtime.is_main:
         for line in next_steps(folder.path, config, page):
             tracker.say(line)
 

@@ -92,7 +92,8 @@ def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
         if part.training and getattr(part, "running_mean", None) is not None and not isinstance(part, torch.nn.SyncBatchNorm)
     ]
     if runtime.world_size > 1 and own:
-        lines.append(f"phase {phase.name}: the statistics of {counted(len(own), 'norm')} are each rank's own in training; rank 0's are evaluated, saved and handed on")
+        norms = counted(len(own), "norm")
+        lines.append(f"phase {phase.name}: the statistics of {norms} are each rank's own in training; rank 0's are evaluated, saved and handed on")
     return lines
 
 
