@@ -225,7 +225,7 @@ class PhaseConfig(Section):
     final_lr: Fraction = 0.0
     """`schedule: cosine | linear`: last learning rate, as a share of `lr`."""
     warmup: NotNegative = 0.0
-    """Epochs over which the learning rate rises from 0."""
+    """Epochs over which the learning rate rises from a hundredth of `lr`."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """What training minimises; focal counts easy images less (Lin et al. 2017). Validation always measures the cross-entropy."""
     focal_gamma: NotNegative = 2.0

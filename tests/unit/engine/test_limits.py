@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dtl.data.loader import Batch
-from dtl.engine.limits import EpochSpeed, advise
+from dtl.engine.limits import EpochSpeed, advise, peak_bytes
 
 # Two loader processes, busy all the time at 10 ms an image, give 200 images/s; the training alone would take 800.
 STARVED = EpochSpeed(seconds=100.0, waited=75.0, images=20_000, loading=200.0, computing=190.0)
@@ -58,3 +60,16 @@ def test_the_advice_depends_on_what_is_short(changes: dict[str, object], speed: 
 )
 def test_no_advice_where_loading_is_not_the_limit(speed: dict[str, float]) -> None:
     assert advise(replace(STARVED, **speed), **USUAL) == ""  # type: ignore[arg-type]
+
+
+def test_memory_is_that_of_the_process_alone() -> None:
+    """Linux hands a parent's peak on to its children, launchers and test sessions among them (getrusage's ru_maxrss)."""
+    before = peak_bytes()
+    held = torch.ones(400 * 2**20, dtype=torch.uint8)
+    assert peak_bytes() >= before
+    assert peak_bytes() > len(held)
+    code = "from dtl.engine.limits import peak_bytes; before = peak_bytes(); held = bytearray(b'x') * 300 * 2**20; print(before, peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    small, large = map(int, done.stdout.split())
+    assert small < peak_bytes() - 2**27
+    assert large >= small + 290 * 2**20
