@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -23,10 +24,19 @@ def counted(number: float, what: str) -> str:
     return f"{shown} {first}{space}{word}"
 
 
-def some(names: Sequence[str], *, limit: int = 5) -> str:
+def some(names: Sequence[str], *, limit: int = 5, quoted: bool = False) -> str:
     """`a, b, c and 7 more`."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(f"'{name}'" if quoted else name for name in names[:limit]) + more
+
+
+def to_stderr(line: str) -> None:
+    """What a command says while it works; its results go to standard output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def to_nobody(line: str) -> None:
+    """On ranks but the main process."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -80,3 +90,16 @@ class OptionParser(argparse.ArgumentParser):
         # `--data` for `--data.val`: what it begins is nearer than what it resembles.
         begun = [option for option in known if option.startswith((f"{word}.", f"{word}-"))] if word.startswith("--") else []
         return f"; did you mean {begun[0]}?" if begun else nearest(word, known).replace("'", "") if word.startswith("--") else ""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse's `type=`: a whole number that is not smaller."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise ValueError
+        return number
+
+    parse.__name__ = f"number of {least} or more"
+    return parse

@@ -24,7 +24,7 @@ from dtl.checkpoint.pickles import is_legacy_torch, pickled_globals
 from dtl.checkpoint.units import entries_of
 from dtl.errors import UserError
 from dtl.hub import hub_name
-from dtl.wording import near_path
+from dtl.wording import near_path, some
 
 # What a legacy torch file names besides its objects.
 _HARMLESS = ("torch._utils.", "torch.storage.", "torch.Storage", "torch.FloatStorage", "torch.LongStorage", "torch.nn.parameter.",
@@ -241,7 +241,7 @@ def _no_weights(start: bytes) -> str | None:
 
 def _why_pickle(path: Path) -> str:
     found = pickled_globals(path)
-    names = f" ({_some(found)})" if found else ""
+    names = f" ({some(found, limit=4)})" if found else ""
     return (
         f"a Python pickle{names}, which runs code when opened; where you trust it (detectron2's model zoo), convert it once: "
         f"python -c \"import pickle, torch; c = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
@@ -260,9 +260,9 @@ def _why_blocked(path: Path, error: Exception) -> str:
     # torch.load(..., weights_only=True) runs nothing but what it is given by name, also where a user trusts the file.
     by_hand = "save model.state_dict() with the program that wrote it"
     if any(re.fullmatch(r"[\w.]+", name) is None for name in blocked):  # names are the file's: none may slip into a command
-        return f"holds Python objects of names that Python does not have ({_some(blocked)}); do not trust it: {by_hand}"
+        return f"holds Python objects of names that Python does not have ({some(blocked, limit=4)}); do not trust it: {by_hand}"
     if any(name.startswith("torch.nn.modules.") for name in blocked):
-        found = f"a whole pickled module ({_some(blocked)}), which runs code when opened"
+        found = f"a whole pickled module ({some(blocked, limit=4)}), which runs code when opened"
         if not zipfile.is_zipfile(path):  # torch before 1.6 put the source code in, which only the unsafe way reads
             return f"{found}, in torch's old format: {by_hand}"
         return (
@@ -274,7 +274,8 @@ def _why_blocked(path: Path, error: Exception) -> str:
         )
     if blocked:
         return (
-            f"holds Python objects that could run code when opened ({_some(blocked)}); keep the weights only, with empty stand-ins for all but NumPy's: "
+            f"holds Python objects that could run code when opened ({some(blocked, limit=4)}); "
+            "keep the weights only, with empty stand-ins for all but NumPy's: "
             "python -c \"import torch, numpy, pydoc; "
             "D = type('D', (), dict(__init__=lambda s, *a, **k: None, __setstate__=lambda s, x: None)); "
             "torch.serialization.add_safe_globals([(pydoc.locate(n) if n.startswith(('numpy.', '_codecs.')) else D, n) "
@@ -295,9 +296,6 @@ def _unsafe_globals(path: Path) -> list[str]:
     except Exception:  # formats before torch 1.6, which torch cannot look into, or damage
         return [name for name in pickled_globals(path) if not name.startswith(_HARMLESS)]
 
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _line(error: Exception) -> str:

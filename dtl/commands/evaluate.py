@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, at_least, some, to_nobody, to_stderr
 
 if TYPE_CHECKING:
     from dtl.config import Config
@@ -116,7 +116,7 @@ def _open_data(options: argparse.Namespace, config: Config | None, model: Stored
             split="val",
             classes=model.classes if own_labels and other_set else None,
             progress=runtime.is_main,
-            say=_say if runtime.is_main else _silent,
+            say=to_stderr if runtime.is_main else to_nobody,
             remote=remote if runtime.local_rank == 0 else replace(remote, leader=False),
             **details,
         )
@@ -155,21 +155,16 @@ def _check_classes(source: str, found: Sequence[str], known: Sequence[str]) -> N
     unknown = [name for name in found if name not in set(known)]
     missing = [name for name in known if name not in set(found)]
     if unknown:
-        what = f"it has {_some(unknown)}, which the model does not know"
+        what = f"it has {some(unknown, limit=6, quoted=True)}, which the model does not know"
     elif missing:
-        what = f"it was packed without {_some(missing)}, so its label numbers mean other classes"
+        what = f"it was packed without {some(missing, limit=6, quoted=True)}, so its label numbers mean other classes"
     else:
         at = next(i for i, (a, b) in enumerate(zip(found, known)) if a != b)
         what = f"they come in another order: label {at} is '{found[at]}' there and '{known[at]}' in the model"
     raise UserError(
-        f"{source}: its classes are not the model's {_some(known)}: {what}; "
+        f"{source}: its classes are not the model's {some(known, limit=6, quoted=True)}: {what}; "
         "give the images themselves, or pack them with the model's classes (`dtl pack SRC DST --classes-from TRAIN_SHARDS`)"
     )
-
-
-def _some(names: Sequence[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"'{name}'" for name in names[:limit]) + more
 
 
 def _workers(options: argparse.Namespace, config: Config | None) -> int:
@@ -186,25 +181,6 @@ def _check_json(path: str | None) -> None:
             raise UserError(f"--json {path}: the folder {parent} does not exist")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _count(least: int) -> Any:
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise ValueError
-        return number
-
-    parse.__name__ = f"number of {least} or more"
-    return parse
-
-
 def parser() -> argparse.ArgumentParser:
     parser = OptionParser(
         prog="dtl evaluate",
@@ -217,8 +193,8 @@ def parser() -> argparse.ArgumentParser:
     add("model", metavar="RUN|MODEL", help="a run (runs/NAME: its model, its validation data) or a model folder")
     add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder a class, a list file, packed shards, digits")
     add("--json", metavar="FILE", help="write all numbers there; - prints them instead of the table")
-    add("--batch-size", type=_count(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"images at once on each process ({_DEFAULT_BATCH_SIZE})")
-    add("--workers", type=_count(0), metavar="N", help="loader processes of each process (the run's, else 2)")
+    add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"images at once on each process ({_DEFAULT_BATCH_SIZE})")
+    add("--workers", type=at_least(0), metavar="N", help="loader processes of each process (the run's, else 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
     add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="damaged images: end, or leave them out and list them (fail)")

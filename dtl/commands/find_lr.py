@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, to_nobody, to_stderr
 
 if TYPE_CHECKING:
     from dtl.config import Config
@@ -82,7 +82,7 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace, sig
 def _tell_stopped(signals: _Signals, when: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         by = "a signal to another rank" if signals.heard is None else signals.heard.name
-        _say(f"dtl: stopped by {by}{when}; nothing was written, and no weights were changed")
+        to_stderr(f"dtl: stopped by {by}{when}; nothing was written, and no weights were changed")
 
 
 class _Stopped(BaseException):
@@ -118,7 +118,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     from dtl.engine.micro_batch import fit
     from dtl.engine.step import Normalise
 
-    say = _say if runtime.is_main else _silent
+    say = to_stderr if runtime.is_main else to_nobody
     train, val = build.open_shards(config, runtime, say)
     with runtime.together("model"):
         network = build.build_network(config, train.num_classes)
@@ -187,7 +187,7 @@ def _tell(curve: LrCurve, out: Path, name: str) -> None:
         )
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    _say(f"{len(curve.lrs)} steps; plot {out / name}.png, numbers {out / name}.json")
+    to_stderr(f"{len(curve.lrs)} steps; plot {out / name}.png, numbers {out / name}.json")
     print(curve.verdict())
 
 
@@ -204,11 +204,3 @@ def _parser() -> OptionParser:
     add("--steps", type=int, default=100, metavar="N", help="steps from the first to the last rate (100)")
     add("--out", metavar="FOLDER", default="find-lr", help="where CONFIG-PHASE.png and .json are written (find-lr)")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    pass

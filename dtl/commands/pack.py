@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted
+from dtl.wording import OptionParser, counted, to_stderr
 
 if TYPE_CHECKING:
     from dtl.data.pack import PackReport
@@ -46,13 +45,13 @@ def run(argv: list[str]) -> int:
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None
     shard_bytes = parse_size(options.shard_size)
     # An empty class folder is told and left out: who packs reads the notes. A training job has no reader, and refuses.
-    source = open_source(options.source, classes=classes, names=options.names, on_error="skip")
+    source = open_source(options.source, classes=classes, names=options.names, on_error="skip", labelled=not options.unlabelled)
     if not options.quiet:
-        _say(
+        to_stderr(
             f"{options.source}: {source.kind}, {counted(source.num_samples, 'image')} of {counted(len(source.classes), 'class')}, {_size(source.num_bytes)}"
         )
         for note in source.notes:
-            _say(f"  {note}")
+            to_stderr(f"  {note}")
     try:
         report = pack(
             source,
@@ -71,10 +70,10 @@ def run(argv: list[str]) -> int:
             progress=not options.quiet,
         )
     except KeyboardInterrupt:
-        _say(f"stopped; run the same command again to go on, or remove {options.destination}")
+        to_stderr(f"stopped; run the same command again to go on, or remove {options.destination}")
         return 130
     for line in describe_trouble(report):
-        _say(line)
+        to_stderr(line)
     if not options.quiet:
         _print_report(report)
     return 0
@@ -100,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--val-fraction", type=float, default=0.0, metavar="F", help="set this share aside for validation, by content, from every class (0)"
     )
     split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards, for a validation set of theirs")
+    split.add_argument("--unlabelled", action="store_true", help="SRC may be a folder or list of images without labels (for task: rotate)")
     split.add_argument(
         "--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json and the like beside the images)"
     )
@@ -130,7 +130,3 @@ def _print_report(report: PackReport) -> None:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted
+from dtl.wording import OptionParser, at_least, counted
 
 if TYPE_CHECKING:
     from dtl.engine.image_inputs import ImageInputs
@@ -166,17 +166,6 @@ def _format(options: argparse.Namespace) -> str:
     return str(kind)
 
 
-def _count(least: int) -> Any:
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise ValueError
-        return number
-
-    parse.__name__ = f"number of {least} or more"
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = OptionParser(
         prog="dtl predict",
@@ -190,9 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     add("paths", metavar="PATH", nargs="+", help="images, folders, list files, packed shards, or -")
     add("--out", default="-", metavar="FILE", help="FILE.csv or FILE.jsonl (default: -, CSV on standard output)")
     add("--format", choices=("csv", "jsonl"), help="by default the ending of FILE, csv for -")
-    add("--top", type=_count(1), default=1, metavar="N", help="with JSON lines: a list of the N most probable classes (1)")
-    add("--batch-size", type=_count(1), default=64, metavar="N", help="images at once on each process (64)")
-    add("--workers", type=_count(0), default=2, metavar="N", help="loader processes of each process (2)")
+    add("--top", type=at_least(1), default=1, metavar="N", help="with JSON lines: a list of the N most probable classes (1)")
+    add("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once on each process (64)")
+    add("--workers", type=at_least(0), default=2, metavar="N", help="loader processes of each process (2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
     add("--precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="number format of the computation (auto)")
     return parser

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted
+from dtl.wording import OptionParser, counted, to_stderr
 
 _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
@@ -38,10 +37,10 @@ def run(argv: list[str]) -> int:
 
     if len(options.runs) == 1:
         page = make_report(
-            options.runs[0], out=options.out, device=options.device, max_images=options.max_images, seconds=options.seconds, say=_say
+            options.runs[0], out=options.out, device=options.device, max_images=options.max_images, seconds=options.seconds, say=to_stderr
         )
     else:
-        page = make_comparison(options.runs, out=options.out, say=_say)
+        page = make_comparison(options.runs, out=options.out, say=to_stderr)
     print(page)
     return 0
 
@@ -62,7 +61,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (6)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (auto: as the run did)")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

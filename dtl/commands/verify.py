@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted
+from dtl.wording import OptionParser, counted, to_stderr
 
 if TYPE_CHECKING:
     from dtl.data.verify import VerifyReport
@@ -35,7 +34,7 @@ def run(arguments: list[str]) -> int:
     usable = True
     for folder in split_folders(options.shards, remote=remote):
         report = verify(folder, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine, remote=remote)
-        describe(report, _say)
+        describe(report, to_stderr)
         if not options.quiet:
             print(_summary(report, quarantine=options.quarantine))
         usable = usable and report.is_usable
@@ -72,7 +71,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-pipe", action="store_true", help="run the pipe: commands that the manifest names")
     add("--quiet", action="store_true", help="say nothing but what is wrong")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

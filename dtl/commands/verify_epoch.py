@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.wording import OptionParser, to_stderr
 
 if TYPE_CHECKING:
     from dtl.data.epoch_proof import EpochProof
@@ -54,7 +53,7 @@ def run(arguments: list[str]) -> int:
         cache_dir=options.cache_dir,
         on_error=options.on_error,
         progress=not options.quiet,
-        say=_say,
+        say=to_stderr,
         remote=RemoteOptions(cache_gb=options.cache_gb),
     )
     plan = plan_epoch(
@@ -93,7 +92,7 @@ def run(arguments: list[str]) -> int:
 
 def _report(proof: EpochProof, plan: EpochPlan, options: argparse.Namespace) -> None:
     for line in proof.damaged:
-        _say(line)
+        to_stderr(line)
     if options.json:
         facts: dict[str, Any] = {**asdict(proof), "world": options.world, "workers": options.workers, "epoch": options.epoch}
         print(json.dumps({**facts, "start": options.start, "steps_per_epoch": plan.num_steps}))
@@ -153,7 +152,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--quiet", action="store_true", help="no progress")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dtl.data.atomic import fsync_folder, write_whole
 from dtl.errors import UserError
+from dtl.wording import some
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -130,10 +131,10 @@ def check_class_maps(train: Manifest, val: Manifest) -> None:
     again = "pack both together, or val with the classes of train (`dtl pack VAL DST --classes-from TRAIN_SHARDS`)"
     unknown = [name for name in val.classes if name not in set(train.classes)]
     if unknown:
-        raise UserError(f"validation has {_some(unknown)} which training does not know; training has {_some(train.classes)}; {again}")
+        raise UserError(f"validation has {_named(unknown)} which training does not know; training has {_named(train.classes)}; {again}")
     missing = [name for name in train.classes if name not in set(val.classes)]
     if missing:
-        raise UserError(f"validation was packed without {_some(missing)}, so its label numbers mean other classes than training's; {again}")
+        raise UserError(f"validation was packed without {_named(missing)}, so its label numbers mean other classes than training's; {again}")
     at = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes)) if a != b)
     raise UserError(
         f"training and validation have their classes in another order: label {at} is '{train.classes[at]}' in training "
@@ -141,7 +142,5 @@ def check_class_maps(train: Manifest, val: Manifest) -> None:
     )
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:limit])
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"class{'' if len(names) == 1 else 'es'} {shown}{more}"
+def _named(classes: Sequence[str]) -> str:
+    return f"class{'' if len(classes) == 1 else 'es'} {some(classes, limit=8, quoted=True)}"

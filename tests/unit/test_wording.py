@@ -30,6 +30,7 @@ def test_a_number_and_its_noun_agree(number: float, what: str, text: str) -> Non
 def test_a_long_list_ends_in_a_count() -> None:
     assert some(["a", "b"]) == "a, b"
     assert some([str(i) for i in range(9)]) == "0, 1, 2, 3, 4 and 4 more"
+    assert some(["a", "b", "c"], limit=2, quoted=True) == "'a', 'b' and 1 more"
 
 
 def test_a_mistyped_path_is_shown_whole_as_it_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
