@@ -87,7 +87,7 @@ def predict(
     `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead.
     """
     from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import find_model, open_model, place
+    from dtl.engine.model_run import find_model, open_model, place, trained_in
     from dtl.engine.prediction import predict as predictions
     from dtl.runtime import Runtime
 
@@ -96,7 +96,7 @@ def predict(
     with _on_its_own():
         stored = open_model(find_model(_place(model))[0])
         inputs = find_images([str(path) for path in ([images] if isinstance(images, str | Path) else images)])
-        runtime = Runtime(device=device)
+        runtime = Runtime(device=device, trained_in=trained_in(stored.folder))
         parts = predictions(
             place(stored, runtime), stored.transform, inputs, runtime, top=min(top, len(stored.classes)), batch_size=batch_size, workers=workers
         )

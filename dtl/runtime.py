@@ -76,8 +76,11 @@ class Exchange:
 class Runtime:
     """This process among its peers. `close()` (or the context manager) leaves the process group."""
 
-    def __init__(self, *, device: str = "auto", precision: str = "auto", timeout_minutes: float = 30.0, compression: str = "no") -> None:
-        """`compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16"."""
+    def __init__(
+        self, *, device: str = "auto", precision: str = "auto", trained_in: str | None = None, timeout_minutes: float = 30.0, compression: str = "no"
+    ) -> None:
+        """`trained_in`: the precision of the model's run, taken for `auto` where it can be.
+        `compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16"."""
         timeout = timedelta(minutes=timeout_minutes) + MARGIN
         launch = read_launch()
         self.launch = launch
@@ -91,7 +94,7 @@ class Runtime:
             _keep_freed_memory()
         else:
             hurry_gpu(True)
-        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu), compression, timeout)
+        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu, trained_in), compression, timeout)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
@@ -292,8 +295,9 @@ class Runtime:
                 tensor.detach().copy_(value.view_as(tensor))
 
 
-def resolve_precision(wanted: str, launch: Launch, use_cpu: bool) -> str:
-    """`auto`: the launch file's value, else bf16 where the hardware computes in it. A conflict with the launch file is refused."""
+def resolve_precision(wanted: str, launch: Launch, use_cpu: bool, trained_in: str | None = None) -> str:
+    """`auto`: the launch file's value, else `trained_in` where the hardware computes in it, else bf16 likewise. A conflict with the launch
+    file is refused."""
     if wanted != "auto":
         if launch.precision not in (None, wanted):
             raise UserError(f"precision is {wanted}, but the launch says mixed_precision {launch.precision}; make them agree, or use --precision auto")
@@ -302,9 +306,10 @@ def resolve_precision(wanted: str, launch: Launch, use_cpu: bool) -> str:
         return wanted
     if launch.precision is not None:
         return launch.precision
-    if use_cpu:
-        return "bf16" if _cpu_has_bf16() else "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    has_bf16 = _cpu_has_bf16() if use_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    if trained_in == "no" or (trained_in == "fp16" and not use_cpu):
+        return trained_in
+    return "bf16" if has_bf16 else "no"
 
 
 def _cpu_has_bf16() -> bool:

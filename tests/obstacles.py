@@ -113,6 +113,20 @@ def other_precision() -> None:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
 
 
+def with_bf16() -> None:
+    """This machine computes in bf16."""
+    from dtl import runtime
+
+    runtime._cpu_has_bf16 = lambda: True
+
+
+def without_bf16() -> None:
+    """This machine does not compute in bf16."""
+    from dtl import runtime
+
+    runtime._cpu_has_bf16 = lambda: False
+
+
 def other_augmentations() -> None:
     """This dtl augments otherwise than the one before."""
     from dtl.data.transforms import VERSIONS

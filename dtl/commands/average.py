@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     for folder, one in zip(folders[1:], facts[1:]):
         _check_same(folders[0], facts[0], folder, one)
     mean = average((load_model_tensors(folder) for folder in folders), [str(folder) for folder in folders])
-    first = facts[0]
+    first, precisions = facts[0], {one.made_by.get("precision") for one in facts} - {None}
     save_model_folder(
         target,
         mean,
@@ -55,7 +55,10 @@ def run(arguments: Sequence[str]) -> int:
         display_names=first.display_names,
         preprocessing=first.preprocessing,
         metrics={},
-        made_by={"average_of": [{"model": str(folder), **_origin(one)} for folder, one in zip(folders, facts)]},
+        made_by={
+            "average_of": [{"model": str(folder), **_origin(one)} for folder, one in zip(folders, facts)],
+            **({"precision": precisions.pop()} if len(precisions) == 1 else {}),
+        },
     )
     print(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
     print(f"  dtl evaluate {target} --data.val SRC")
@@ -98,9 +101,16 @@ def _check_same(first_folder: Path, first: ModelFacts, folder: Path, other: Mode
         if a != b:
             raise UserError(f"{first_folder} and {folder} cannot be averaged: class {label} is '{a}' in one and '{b}' in the other")
     for key in first.preprocessing.keys() | other.preprocessing.keys():
-        a, b = first.preprocessing.get(key), other.preprocessing.get(key)
+        a, b = (_versioned(facts.preprocessing.get(key)) for facts in (first, other))
         if a != b:
             raise UserError(f"{first_folder} and {folder} cannot be averaged: their images are prepared with {key} {a} and {b}")
+
+
+def _versioned(value: object) -> object:
+    """A transform as this dtl describes it: an older one wrote another version, in which evaluation was the same."""
+    if not isinstance(value, dict) or "version" not in value:
+        return value
+    return {"evaluation_version": 1, **{key: one for key, one in value.items() if key != "version"}}
 
 
 def _check_target(target: Path, folders: Sequence[Path], *, overwrite: bool) -> None:

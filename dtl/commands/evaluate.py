@@ -49,17 +49,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """All numbers, on the main process; None on the others."""
     from dtl.engine.assess import RankBatches, assess
     from dtl.engine.evaluation import report
-    from dtl.engine.model_run import find_model, open_model, place, stored_config
+    from dtl.engine.model_run import find_model, open_model, place, precision_line, stored_config, trained_in
     from dtl.runtime import Runtime
 
     _check_json(options.json)
     folder, run_folder = find_model(options.model)
     config = stored_config(run_folder) if run_folder is not None else None
-    precision = options.precision or (config.precision if config is not None else "auto")
-    with Runtime(device=options.device, precision=precision) as runtime:
+    before = None
+    if options.precision is None:  # a folder of an older dtl does not say it; its run does, where somebody asked for one
+        before = trained_in(folder) or (config.precision if config is not None and config.precision != "auto" else None)
+    with Runtime(device=options.device, precision=options.precision or "auto", trained_in=before) as runtime:
         runtime.release_signals()  # nothing to save: a signal just ends it
         with runtime.together("model"):
             model = open_model(folder)
+        for line in precision_line(folder, before, runtime):
+            to_stderr(line)
         shards = _open_data(options, config, model, runtime)
         batches = RankBatches(shards, model.transform, batch_size=options.batch_size, workers=_workers(options, config), runtime=runtime)
         seen = assess(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, at_least, counted
+from dtl.wording import OptionParser, at_least, counted, to_stderr
 
 if TYPE_CHECKING:
     from dtl.engine.image_inputs import ImageInputs
@@ -45,14 +45,17 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     kind = _format(options)
     from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import find_model, open_model
+    from dtl.engine.model_run import find_model, open_model, precision_line, trained_in
     from dtl.runtime import Runtime
 
     folder, _ = find_model(options.model)
-    with Runtime(device=options.device, precision=options.precision) as runtime:
+    before = trained_in(folder) if options.precision is None else None
+    with Runtime(device=options.device, precision=options.precision or "auto", trained_in=before) as runtime:
         runtime.release_signals()  # nothing to save: a signal just ends it
         with runtime.together("model"):
             model = open_model(folder)
+        for line in precision_line(folder, before, runtime):
+            to_stderr(line)
         inputs: ImageInputs | None = None
         with runtime.together("images"):
             if runtime.is_main:
@@ -183,5 +186,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once on each process (64)")
     add("--workers", type=at_least(0), default=2, metavar="N", help="loader processes of each process (2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
-    add("--precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="number format of the computation (auto)")
+    add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")
     return parser

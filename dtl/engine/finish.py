@@ -168,6 +168,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
         made_by={
             "run": str(folder.path),
             "step": trainer.state.step,
+            "precision": trainer.runtime.precision,
             "dtl": __version__,
             "torch": torch.__version__,
             "data": train.dataset_id,

@@ -92,6 +92,23 @@ def open_model(folder: Path) -> StoredModel:
     return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))
 
 
+def trained_in(folder: Path) -> str | None:
+    """The precision that a model folder's run computed in; None where it does not say (of an older dtl, or damaged, which `open_model` tells)."""
+    try:
+        made_by = read_model_json(folder).made_by
+    except UserError:
+        return None
+    known = [made_by.get("precision"), (made_by.get("settings") or {}).get("precision")]  # an older dtl kept the setting only
+    return next((value for value in known if value in ("no", "bf16", "fp16")), None)
+
+
+def precision_line(folder: Path, before: str | None, runtime: Runtime) -> list[str]:
+    """A line where this machine, or its launch, computes otherwise than the model's run did."""
+    if before in (None, runtime.precision) or not runtime.is_main:
+        return []
+    return [f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ"]
+
+
 def place(model: StoredModel, runtime: Runtime) -> PlacedModel:
     """Onto this rank's device; channels last where there are convolutions, as training does by itself."""
     module = model.network.module.to(runtime.device)

@@ -70,3 +70,32 @@ def test_predictions_are_one_file_in_one_order_at_any_world_size(tmp_path: Path)
     assert texts == [texts[0]] * 4
     paths = [line.split(",")[0] for line in texts[0].splitlines()[1:]]
     assert paths == sorted(paths)
+
+
+def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
+    """What `auto` came to stands in model.json, also for a machine on which it would come to something else."""
+    with_bf16, without = ({0: {"before": f"obstacles:{name}"}} for name in ("with_bf16", "without_bf16"))
+    recipe = write_recipe(tmp_path, phases={"all": {"train": "all", "steps": 2, "lr": 0.05}}, precision="auto")
+    run(["--config", str(recipe)], cwd=tmp_path, by_rank=without)
+    facts = tmp_path / "runs/tiny/model/model.json"
+    stored = json.loads(facts.read_text())
+    assert (stored["made_by"]["precision"], stored["made_by"]["settings"]["precision"]) == ("no", "auto")
+
+    def asked(*arguments: str, before: dict[int, dict[str, str]], made_by: dict[str, str | None] | None = None) -> tuple[str, str]:
+        """What `dtl evaluate` computed in, and whether it told of it; `made_by`: changes to the model folder (None: it does not say)."""
+        changed = {key: value for key, value in {**stored["made_by"], **(made_by or {})}.items() if value is not None}
+        facts.write_text(json.dumps({**stored, "made_by": changed}))
+        file = tmp_path / "evaluation.json"
+        job = run(["runs/tiny", "--json", str(file), "--workers", "0", *arguments], cwd=tmp_path, command="evaluate", by_rank=before)
+        return json.loads(file.read_text())["precision"], "told" if "was trained in precision" in job.err() else ""
+
+    assert asked(before=with_bf16) == ("no", "")
+    assert asked("--precision", "bf16", before=with_bf16) == ("bf16", "")
+    assert asked(before=with_bf16, made_by={"precision": "bf16"}) == ("bf16", "")
+    assert asked(before=without, made_by={"precision": "bf16"}) == ("no", "told")
+    assert asked(before=with_bf16, made_by={"precision": None}) == ("bf16", ""), "a folder of an older dtl"
+
+    facts.write_text(json.dumps({**stored, "made_by": {"precision": "fp16"}}))
+    write_image(tmp_path / "a.jpg", 0)
+    job = run(["runs/tiny", "a.jpg", "--workers", "0"], cwd=tmp_path, command="predict", by_rank=without)
+    assert "was trained in precision fp16, and computes in no here" in job.err()

@@ -63,6 +63,26 @@ class TestPrecision:
         assert resolve_precision("auto", launch(None), use_cpu=True) in ("no", "bf16")
         assert resolve_precision("bf16", launch(None), use_cpu=True) == "bf16"
 
+    @pytest.mark.parametrize(
+        ("wanted", "given", "trained_in", "has_bf16", "taken"),
+        [
+            ("auto", None, "no", True, "no"),
+            ("auto", None, "bf16", True, "bf16"),
+            ("auto", None, "bf16", False, "no"),  # this machine does not have it
+            ("auto", None, "fp16", True, "bf16"),  # nor has any CPU
+            ("auto", "no", "bf16", True, "no"),  # the launch was asked for
+            ("bf16", None, "no", False, "bf16"),  # so was this
+            ("auto", None, None, True, "bf16"),
+        ],
+    )
+    def test_a_model_computes_as_it_was_trained_where_it_can(
+        self, monkeypatch: pytest.MonkeyPatch, wanted: str, given: str | None, trained_in: str | None, has_bf16: bool, taken: str
+    ) -> None:
+        from dtl import runtime
+
+        monkeypatch.setattr(runtime, "_cpu_has_bf16", lambda: has_bf16)
+        assert runtime.resolve_precision(wanted, launch(given), True, trained_in) == taken
+
     @pytest.mark.parametrize(("wanted", "given", "message"), [("bf16", "no", "the launch says"), ("fp16", None, "needs a GPU")])
     def test_contradictions_are_refused(self, wanted: str, given: str | None, message: str) -> None:
         from dtl.runtime import resolve_precision

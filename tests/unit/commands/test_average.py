@@ -11,6 +11,7 @@ from model_folders import CLASSES, model_folder
 
 from dtl.checkpoint.model_folder import load_model_tensors, read_model_json
 from dtl.commands.average import average, run
+from dtl.data.transforms import eval_transform
 from dtl.engine.model_run import open_model
 from dtl.errors import UserError
 
@@ -30,6 +31,18 @@ def test_the_mean_of_three_is_a_model_folder(tmp_path: Path) -> None:
     assert facts.metrics == {}  # nobody has measured it
     assert [one["model"] for one in facts.made_by["average_of"]] == [str(folder) for folder in folders]
     open_model(tmp_path / "soup")
+
+
+@pytest.mark.parametrize(("precisions", "kept"), [(("bf16", "bf16"), "bf16"), (("bf16", "no"), None), (("bf16", None), "bf16"), ((None, None), None)])
+def test_folders_of_an_older_dtl_go_with_new_ones(tmp_path: Path, precisions: tuple[str | None, str | None], kept: str | None) -> None:
+    """They describe the same transform in other words, and do not say the precision."""
+    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 16, "interpolation": "bilinear", "crop_ratio": 0.8}
+    now = eval_transform(image_size=16, crop_ratio=0.8).describe()
+    older = {"version": 2, **{key: value for key, value in now.items() if key != "evaluation_version"}}
+    for name, transform, precision in zip("ab", (now, older), precisions):
+        model_folder(tmp_path / name, preprocessing={**facts, "transform": transform}, made_by={"run": name, "precision": precision})
+    assert run([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "soup")]) == 0
+    assert read_model_json(tmp_path / "soup").made_by.get("precision") == kept
 
 
 def test_half_precision_is_summed_in_float64() -> None:
