@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,22 +141,29 @@ def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
     make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     active, most, pointers, write = [0], [0], [], durable.write_tensors
+    gate = threading.Event()
 
-    def slow(path: Path, members: dict[str, Tensor]) -> durable.FileFacts:
+    def held(path: Path, members: dict[str, Tensor]) -> durable.FileFacts:
         active[0] += 1
         most[0] = max(most[0], active[0])
         pointers.append({name: tensor.data_ptr() for name, tensor in members.items()})
-        time.sleep(0.1)
+        assert gate.wait(60)
         active[0] -= 1
         return write(path, members)
 
-    monkeypatch.setattr(durable, "write_tensors", slow)
+    monkeypatch.setattr(durable, "write_tensors", held)
     store = make(keep=10)
-    first = store.save(1, tensors(1), {})
-    second = store.save(2, tensors(2), {})
+    store.save(1, tensors(1), {})  # returns while its writing is held
+    second = threading.Thread(target=store.save, args=(2, tensors(2), {}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive(), "it waits"
+    assert store.steps() == []
+    gate.set()
+    second.join(60)
     store.flush()
+    assert store.steps() == [1, 2]
     assert most == [1]
-    assert first < 0.1 < second, "the first returns at once, the second waits"
     assert pointers[:2] == pointers[2:]
     assert [torch.mean(store.at(step).tensors("model")["weight"]).item() for step in (1, 2)] == [1.0, 2.0]
 

@@ -1,7 +1,7 @@
 """A real HTTP server on loopback that serves a folder, counts what it is asked for, and misbehaves as told.
 
 `server.plan[NAME]` is a list of misbehaviours for the next requests of that path, used up one by one; then it serves well:
-"500", "404", "503 after 1", "drop N" (closes after N bytes), "short" (lies about its length), "html", "hang", "other tag", "no range".
+"500", "404", "503 after 1", "drop N" (closes after N bytes), "short" (lies about its length), "html", "hang", "other tag", "no range", "302 ADDRESS".
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, PAGE, name, start, {"Content-Type": "text/html"})
         if what[:3].isdigit():
             more = {"Retry-After": what.split()[-1]} if "after" in what else {}
+            more |= {"Location": what.split()[1]} if what.startswith("302 ") else {}
             return self._answer(int(what[:3]), b"error", name, start, more)
         if not file.is_file():
             return self._answer(404, b"nothing", name, start, {})

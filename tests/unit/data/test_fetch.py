@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_server import Server
+from harness import wait_for
 
 from dtl.data import fetch as fetch_module
 from dtl.data.fetch import Fetched, Unfetched, fetch, fetch_bytes
@@ -98,8 +99,7 @@ def test_two_versions_are_never_glued(server: Server, known: bool, validators: b
     cut = threading.Event()
 
     def change() -> None:
-        while not server.requests:
-            time.sleep(0.001)
+        wait_for(lambda: server.requests, what="the first request")
         (server.folder / "a.tar").write_bytes(DATA)
         cut.set()
 
@@ -194,13 +194,34 @@ def test_passwords_and_signatures_stay_out_of_messages(server: Server) -> None:
     assert str(caught.value).startswith(f"{server.url}/b.tar?... cannot be fetched: HTTP 404")
 
 
-def test_a_redirect_never_leads_to_a_local_file(server: Server, tmp_path: Path) -> None:
+def test_what_is_missing_is_none(server: Server) -> None:
     assert fetch_bytes(f"{server.url}/none", options=OPTIONS) is None
     assert fetch_bytes(f"{server.url}/a.tar", options=OPTIONS) == DATA
-    from dtl.data.fetch_http import _opener
 
-    kinds = {name for handler in _opener().handlers for name in [type(handler).__name__]}
-    assert not kinds & {"FileHandler", "FTPHandler", "DataHandler"}
+
+def test_a_redirect_is_followed(server: Server) -> None:
+    server.plan["b.tar"] = ["302 a.tar"]
+    assert fetch_bytes(f"{server.url}/b.tar", options=OPTIONS) == DATA
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("file://{tmp}/secret", "Redirection to url '{address}' is not allowed"),
+        ("file://localhost{tmp}/secret", "Redirection to url '{address}' is not allowed"),
+        ("data:,secret", "Redirection to url '{address}' is not allowed"),
+        ("ftp://127.0.0.1/secret", "unknown url type: ftp"),
+    ],
+)
+def test_a_redirect_never_leads_to_a_local_file(server: Server, tmp_path: Path, address: str, said: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    address, file = address.format(tmp=tmp_path), io.BytesIO()
+    server.always["a.tar"] = f"302 {address}"
+    with pytest.raises(Unfetched) as caught:
+        fetch(f"{server.url}/a.tar", file, options=OPTIONS)
+    assert str(caught.value).endswith(f"{said.format(address=address)} (1 try)")
+    assert file.getvalue() == b""
+    assert {name for name, _, _ in server.requests} == {"a.tar"}
 
 
 def test_proxies_of_the_environment_are_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,12 +290,13 @@ def test_what_fsspec_reads(tmp_path: Path) -> None:
         fetch(f"file://{tmp_path}/b.tar", io.BytesIO(), options=OPTIONS)
 
 
-def test_a_file_system_whose_package_is_missing() -> None:
-    try:
-        import gcsfs  # noqa: F401
-    except ImportError:
-        with pytest.raises(Unfetched, match=r"reading gs:// needs another package \(Please install gcsfs"):
-            fetch("gs://bucket/a.tar", io.BytesIO(), options=OPTIONS)
+def test_a_file_system_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.registry import _registry
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # wherever it is installed
+    monkeypatch.delitem(_registry, "gs", raising=False)  # ... and was used
+    with pytest.raises(Unfetched, match=r"reading gs:// needs another package \(Please install gcsfs"):
+        fetch("gs://bucket/a.tar", io.BytesIO(), options=OPTIONS)
 
 
 # --- names
@@ -297,8 +319,7 @@ def test_a_killed_process_leaves_no_command_behind(tmp_path: Path) -> None:
         f"fetch('pipe:echo $$ > {tmp_path}/pid; while true; do printf 0123456789; sleep 0.05; done', io.BytesIO(), options=RemoteOptions())"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
-        time.sleep(0.02)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip(), what="the command")
     process.send_signal(signal.SIGKILL)
     process.wait()
     number = int((tmp_path / "pid").read_text())

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_server import Server
+from harness import wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -109,8 +110,7 @@ def test_a_kill_leaves_nothing_that_is_in_the_way(server: Server, tmp_path: Path
     cache = cache_of(server, tmp_path)
     process = multiprocessing.get_context("fork").Process(target=cache.fetch, args=(3,))
     process.start()
-    while not any(path.stat().st_size for path in cache.folder.glob("*.part")):
-        time.sleep(0.01)
+    wait_for(lambda: any(path.stat().st_size for path in cache.folder.glob("*.part")), what="the first bytes")
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     assert [path.suffix for path in cache.folder.glob("[0-9a-f]*")].count(".tar") == 0, "a part never has the name of the whole"
