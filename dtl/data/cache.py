@@ -39,6 +39,7 @@ def ensure_packed(
     seed: int = 0,
     classes: Sequence[str] | None = None,
     names: str | Path | None = None,
+    labelled: bool = True,
     processes: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -77,7 +78,7 @@ def ensure_packed(
             say=say,
             options=options,
         )
-    opened = open_source(source, classes=classes, names=names, on_error=on_error)
+    opened = open_source(source, classes=classes, names=names, on_error=on_error, labelled=labelled)
     if val_fraction and opened.has_splits:
         raise UserError(
             f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them"

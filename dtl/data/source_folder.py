@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtl.data.display_names import find_display_names
-from dtl.data.sources import ALL, VAL_NAMES, Source, SourceBuilder
+from dtl.data.sources import ALL, UNLABELLED, VAL_NAMES, Source, SourceBuilder
 from dtl.errors import UserError
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
@@ -33,9 +33,11 @@ class _Told:
         return self.lines + [f"{_count(paths, one, many)} ({_few(paths)})" for paths, one, many in kinds if paths]
 
 
-def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str) -> Source:
+def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str, labelled: bool = True) -> Source:
     """List an image folder. See `open_source`."""
     told = _Told()
+    if not labelled and (not _has_classes(root) if classes is None else tuple(classes) == (UNLABELLED,)):
+        return _open_unlabelled(root, told)
     parts = _find_splits(root, told)
     split_names = tuple(parts)
     builder, order = SourceBuilder(), tuple(classes) if classes is not None else None
@@ -51,6 +53,28 @@ def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path 
     assert order is not None
     display = find_display_names(order, given=names, beside=[root / parts[split_names[0]], root, root.parent], told=told.lines)
     return builder.build(kind="image folder", root=root, classes=order, split_names=split_names, display_names=display, notes=told.notes())
+
+
+def _has_classes(root: Path) -> bool:
+    """Whether the folder is one for a classifier, so that all phases share what it is packed into."""
+    told = _Told()
+    place = next(iter(_find_splits(root, told, of_classes=False).values()))
+    return len(_class_folders(root / place, root, told)) > 1 and not told.loose
+
+
+def _open_unlabelled(root: Path, told: _Told) -> Source:
+    """All images below the root, or below its train/ and val/, as one class."""
+    parts = _find_splits(root, told, of_classes=False)
+    builder = SourceBuilder()
+    for split, place in enumerate(parts.values()):
+        listed = _images(root, Path(place), told)
+        if not listed:
+            raise UserError(_why_no_images(root / place, root, told))
+        paths, sizes, mtimes = zip(*listed)
+        builder.add(paths, label=0, split=split, sizes=sizes, mtimes=mtimes)
+    return builder.build(
+        kind="folder of images without labels", root=root, classes=(UNLABELLED,), split_names=tuple(parts), display_names={}, notes=told.notes()
+    )
 
 
 def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, split: int, order: Sequence[str] | None) -> dict[str, int]:
@@ -73,13 +97,13 @@ def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, s
     return counts
 
 
-def _find_splits(root: Path, told: _Told) -> dict[str, str]:
-    """Split -> its folder under root; {"all": ""} where the root's own folders are the classes."""
+def _find_splits(root: Path, told: _Told, *, of_classes: bool = True) -> dict[str, str]:
+    """Split -> its folder under root; {"all": ""} where the root's own folders are the classes, or hold the images."""
     folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
     present = [name for name in VAL_NAMES if name in folders]
     if "train" not in folders or not present:
         return {ALL: ""}
-    if not any(entry.is_dir() and not _is_hidden(entry.name) for entry in _entries(root / folders["train"])):
+    if of_classes and not any(entry.is_dir() and not _is_hidden(entry.name) for entry in _entries(root / folders["train"])):
         return {ALL: ""}  # classes that happen to be called train and test: they hold images, not folders
     parts = {"train": folders["train"], "val": folders[present[0]]}
     others = [folders[name] for name in folders if folders[name] not in parts.values() and not _is_hidden(name)]
@@ -117,7 +141,7 @@ def _images(root: Path, folder: Path, told: _Told) -> list[tuple[str, int, int]]
             continue  # a link back to a folder that we are in
         inside = above | {(status.st_dev, status.st_ino)}
         for entry in _entries(root / place):
-            path = f"{place}/{entry.name}"
+            path = entry.name if place == "." else f"{place}/{entry.name}"
             if _is_hidden(entry.name):
                 told.hidden.append(path)
             elif entry.is_dir():
@@ -153,7 +177,7 @@ def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_emp
         hint = (
             f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
         )
-        raise UserError(f"{place} has one class only, '{order[0]}'{hint}")
+        raise UserError(f"{place} has one class only, '{order[0]}'{hint}; without labels, only the task rotate can learn")
     return order
 
 
@@ -180,7 +204,7 @@ def _why_no_images(place: Path, root: Path, told: _Told) -> str:
         return (
             f"{place} has {_count(loose, 'image')} directly in it and no images in class folders; "
             f"put each class in a folder of its own ({place.name or place}/CLASS/{os.path.basename(loose[0])}), "
-            "or give a list file with a line `path label` for each image"
+            "or give a list file with a line `path label` for each image; without labels, only the task rotate can learn"
         )
     if others:
         return f"{place} holds no images, only other files ({_few(others)}); read are {', '.join(sorted(EXTENSIONS))}"

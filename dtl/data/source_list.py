@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.data.display_names import find_display_names
-from dtl.data.sources import ALL, Source, SourceBuilder
+from dtl.data.sources import ALL, UNLABELLED, Source, SourceBuilder
 from dtl.data.strings import StringTable
 from dtl.errors import UserError
 from dtl.wording import nearest
@@ -24,16 +24,16 @@ _NUMBER = re.compile(r"[+-]?\d+")
 _SHOWN_ERRORS = 3
 
 
-def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None) -> Source:
+def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None, labelled: bool = True) -> Source:
     """Read a list. Names sort as text, numbers as numbers (class names "0", "1" ...). See `open_source`."""
-    table, lines, coded, labels = _read_columns(path)
+    table, lines, coded, labels = _read_columns(path, labelled=labelled)
     if not lines:
         raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
     numeric = all(_NUMBER.fullmatch(label) for label in labels)
     if numeric:
         labels = [str(int(label)) for label in labels]
     order = tuple(classes) if classes is not None else tuple(sorted(set(labels), key=int if numeric else None))
-    if classes is None and len(order) == 1:
+    if classes is None and len(order) == 1 and labelled:
         raise UserError(f"{path} has one class only, '{order[0]}'; a classifier needs two or more")
     number = {name: position for position, name in enumerate(order)}
     for code, label in enumerate(labels):
@@ -52,13 +52,13 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
     return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=told)
 
 
-def _read_columns(path: Path) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
+def _read_columns(path: Path, *, labelled: bool) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
     """Paths, line numbers, a code for each label, and the label of each code, in order of appearance; no object stays for a line."""
     lines, coded = array("q"), array("i")
     codes: dict[str, int] = {}
 
     def paths() -> Iterator[str]:
-        for line, name, label in _rows(path):
+        for line, name, label in _rows(path, labelled=labelled):
             lines.append(line)
             coded.append(codes.setdefault(label, len(codes)))
             yield name
@@ -67,8 +67,8 @@ def _read_columns(path: Path) -> tuple[StringTable, array[int], npt.NDArray[np.i
     return table, lines, np.frombuffer(coded, np.int32) if coded else np.zeros(0, np.int32), list(codes)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, path, label)."""
+def _rows(path: Path, *, labelled: bool) -> Iterator[tuple[int, str, str]]:
+    """(line number, path, label). Where labels are not needed, a line may be a path alone, and the header name no other column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -76,7 +76,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     first = text.lstrip().partition("\n")[0]
-    columns = _csv_columns(first)
+    columns = _csv_columns(first, labelled=labelled)
     if columns is not None:
         yield from _csv_rows(path, text, *columns)
         return
@@ -89,34 +89,37 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
             continue
         # The label is the last field, so a path may have spaces.
         fields = row.strip().rsplit(None, 1)
+        if not labelled and (len(fields) < 2 or (path.parent / row.strip().strip("\"'")).exists()):
+            yield line, row.strip().strip("\"'"), UNLABELLED
+            continue
         if len(fields) < 2:
             raise UserError(f"{path}, line {line}: no label: `{row.strip()[:80]}`; a line is `path label`")
         yield line, fields[0].strip("\"'"), fields[1]
 
 
-def _csv_columns(first: str) -> tuple[str, str, str] | None:
-    """(delimiter, path column, label column) where the first line is a header that names both."""
+def _csv_columns(first: str, *, labelled: bool) -> tuple[str, str, str | None] | None:
+    """(delimiter, path column, label column) where the first line is a header that names both, or the first where labels are not needed."""
     for delimiter in (",", ";", "\t"):
         header = [cell.strip().strip('"').lower() for cell in first.split(delimiter)]
         paths = [name for name in _PATH_COLUMNS if name in header]
         labels = [name for name in _LABEL_COLUMNS if name in header]
-        if paths and labels:
-            return delimiter, paths[0], labels[0]
+        if paths and (labels or not labelled):
+            return delimiter, paths[0], labels[0] if labels else None
     return None
 
 
-def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
+def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_column: str | None) -> Iterator[tuple[int, str, str]]:
     reader = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, skipinitialspace=True)
     header = [cell.strip().lower() for cell in next(reader)]
-    at_path, at_label = header.index(path_column), header.index(label_column)
+    columns = [header.index(name) for name in (path_column, label_column) if name is not None]
     for row in reader:
         if not any(cell.strip() for cell in row):
             continue
-        values = [row[at].strip() if at < len(row) else "" for at in (at_path, at_label)]
+        values = [row[at].strip() if at < len(row) else "" for at in columns]
         for value, what in zip(values, ("path", "label")):
             if not value:
                 raise UserError(f"{path}, line {reader.line_num}: no {what}: `{delimiter.join(row)[:80]}`")
-        yield reader.line_num, values[0], values[1]
+        yield reader.line_num, values[0], values[1] if label_column is not None else UNLABELLED
 
 
 def _check_files(path: Path, table: StringTable, lines: Sequence[int]) -> tuple[array[int], array[int]]:

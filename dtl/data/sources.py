@@ -24,6 +24,7 @@ from dtl.wording import near_path
 # Names of the folders of a split, best first: val is set aside for choosing, test is meant for the end.
 VAL_NAMES = ("val", "valid", "validation", "test")
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
+UNLABELLED = "unlabelled"  # the one class of images that have no labels
 ALL = "all"  # the one split of a source that has no splits of its own
 
 
@@ -114,13 +115,18 @@ class SourceBuilder:
 
 
 def open_source(
-    source: str | Path, *, classes: Sequence[str] | None = None, names: str | Path | None = None, on_error: str = "fail"
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    names: str | Path | None = None,
+    on_error: str = "fail",
+    labelled: bool = True,
 ) -> Source:
     """Recognise and list a source. UserError where there is nothing to train on.
 
     `classes` fixes class names and their order (a validation set takes those of its training set): others are refused, and a class
     without an image is no error then. `names` is a JSON file {class: display name}. With `on_error="skip"` a class folder without
-    an image is left out, otherwise refused.
+    an image is left out, otherwise refused. With `labelled=False` a folder or list without labels is one class, `UNLABELLED`.
     """
     # Imported here: each of them builds on this module.
     from dtl.data.source_cifar import cifar_folder, open_cifar
@@ -135,11 +141,11 @@ def open_source(
         if path.is_file() and path.suffix.lower() in _ARCHIVES:
             raise UserError(f"{path} is an archive; unpack it and give the folder")
         if path.is_file():
-            found = open_list(path, classes=classes, names=names)
+            found = open_list(path, classes=classes, names=names, labelled=labelled)
         elif (batches := cifar_folder(path)) is not None:
             found = open_cifar(batches)
         else:
-            found = open_folder(path, classes=classes, names=names, on_error=on_error)
+            found = open_folder(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
     if classes is not None and found.classes != tuple(classes):
         raise UserError(
             f"{source} has other classes ({len(found.classes)}: '{found.classes[0]}' ...) "

@@ -61,6 +61,7 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
         "cache_dir": data.cache_dir,
         "on_error": data.on_error,
         "names": data.names,
+        "labelled": any(phase.task != "rotate" for phase in config.phases.values()),
         "progress": runtime.is_main,
         "say": quiet,
         "remote": remote_options(config, leader=runtime.local_rank == 0),
@@ -75,6 +76,10 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
     with runtime.together("data"):
         # The main process of each node packs, where there is anything to pack, since it is the one that tells of it.
         train, val = runtime.main_first(packed)
+        if common["labelled"] and train.num_classes < 2:
+            raise UserError(
+                f"{data.train} has one class only, {train.classes[0]!r}; a classifier needs two or more (without labels, only the task rotate can learn)"
+            )
         check_class_maps(train.manifest, val.manifest)
         if val.folder == train.folder:
             raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")

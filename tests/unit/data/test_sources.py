@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
 from dtl.data.content_split import split_by_content
@@ -168,6 +169,43 @@ def test_empty_class_folder_is_refused_or_left_out(tmp_path: Path) -> None:
     source = open_source(tmp_path, on_error="skip")
     assert source.classes == ("a", "b")
     assert "class folders without an image left out: 'c'" in notes(source)
+
+
+def loose(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name)
+    return root
+
+
+def test_images_without_labels(tmp_path: Path) -> None:
+    """Straight in the folder, in folders of any depth, or in train/ and val/: one class. A folder for a classifier stays one."""
+    flat = open_source(loose(tmp_path / "flat", "b.jpg", "a.jpg", "2024/may/c.png"), labelled=False)
+    assert (flat.classes, list(flat.names), flat.labels.tolist()) == (("unlabelled",), ["2024/may/c.png", "a.jpg", "b.jpg"], [0, 0, 0])
+    assert not flat.has_splits
+    assert not flat.notes
+    one = open_source(loose(tmp_path / "one", "things/a.jpg", "things/b.jpg"), labelled=False)
+    assert (one.classes, one.num_samples) == (("unlabelled",), 2)
+    split = open_source(loose(tmp_path / "split", "train/a.jpg", "train/b.jpg", "val/c.jpg"), labelled=False)
+    assert (split.split_names, split.counts().tolist()) == (("train", "val"), [[2], [1]])
+    labelled = loose(tmp_path / "labelled", "ants/a.jpg", "bees/b.jpg")
+    assert open_source(labelled, labelled=False).fingerprint == open_source(labelled).fingerprint, "packed once for both"
+    assert open_source(labelled, labelled=False, classes=("unlabelled",)).labels.tolist() == [0, 0], "for the validation of the others"
+    for folder in ("flat", "one"):
+        with pytest.raises(UserError, match="without labels, only the task rotate can learn"):
+            open_source(tmp_path / folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        open_source(tmp_path / "empty", labelled=False)
+
+
+@pytest.mark.parametrize("text", ["a b.jpg\nc.jpg\n", "path\na b.jpg\nc.jpg\n", "path,label\na b.jpg,x\nc.jpg,x\n", "a b.jpg x\nc.jpg x\n"])
+def test_lists_without_labels(tmp_path: Path, text: str) -> None:
+    loose(tmp_path, "a b.jpg", "c.jpg")
+    (tmp_path / "list.csv" if text.startswith("path") else tmp_path / "list.txt").write_text(text)
+    source = open_source(next(tmp_path.glob("list.*")), labelled=False)
+    assert (list(source.names), source.labels.tolist()) == (["a b.jpg", "c.jpg"], [0, 0])
+    assert source.classes == (("x",) if " x" in text or ",x" in text else ("unlabelled",))
 
 
 def test_fingerprint_changes_with_the_files_only(tmp_path: Path) -> None:
