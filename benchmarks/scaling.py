@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def start(options: Any, world: int) -> dict[str, list[float]]:
         return json.loads(Path(folder, "found.json").read_text())  # type: ignore[no-any-return]
 
 
+def launched_rank(options: Any) -> dict[str, list[float]]:
+    """A rank of somebody's launch, in one folder for all of them, which is gone afterwards: on several hosts in the one where it was started."""
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    name = f"dtl-scaling-{os.environ.get('MASTER_PORT', '0')}-{os.environ.get('SLURM_JOB_ID', os.getuid())}"
+    folder = (Path(tempfile.gettempdir()) if one_host else Path.cwd()) / name
+    folder.mkdir(exist_ok=True)
+    try:
+        return one_rank(options, folder)
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     made = parser(__doc__)
     made.set_defaults(rounds=40)
@@ -191,10 +205,7 @@ def main() -> None:
         return
     launched = "WORLD_SIZE" in os.environ
     if launched:
-        # One folder for all ranks, on a disk that all see: where it was started.
-        folder = Path(f".scaling-{os.environ.get('TORCHELASTIC_RUN_ID', os.environ.get('SLURM_JOB_ID', 'run'))}")
-        folder.mkdir(exist_ok=True)
-        results = {int(os.environ["WORLD_SIZE"]): one_rank(options, folder)}
+        results = {int(os.environ["WORLD_SIZE"]): launched_rank(options)}
         if os.environ.get("RANK", "0") != "0":
             return
     else:
