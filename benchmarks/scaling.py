@@ -147,8 +147,10 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
 
 
 def _another_port() -> None:
-    """The second start of this process makes a store of its own; the first one's may still hold the port."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ and "MASTER_PORT" in os.environ:
+    """The second start of this process makes a store of its own: the first one's may still hold the port, and torchrun's, which outlives
+    both, the addresses of the first."""
+    if "MASTER_PORT" in os.environ:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
@@ -161,7 +163,7 @@ def start(options: Any, world: int) -> dict[str, list[float]]:
         words = [sys.executable, "-m", "benchmarks.scaling", "--one", folder]
         for name in ("network", "batch", "image_size", "steps", "rounds"):
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        shared = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        shared = {**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})}
         if world > 1:
             shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         running = []
