@@ -251,7 +251,7 @@ def measure(start: Callable[[ImageSet, int], Iterator[Any]], data: ImageSet, wor
             cpu, clock = cpu_seconds(), time.perf_counter()
         if number == data.warmup + data.measured - 1:
             break
-    cpu, clock = cpu_seconds() - cpu, time.perf_counter() - clock
+    cpu, clock = max(cpu_seconds() - cpu, 1 / os.sysconf("SC_CLK_TCK")), time.perf_counter() - clock  # a few batches may take less than its tick
     assert images > 0, "the set is too small for the batches that are measured"
     if hasattr(batches, "close"):
         batches.close()

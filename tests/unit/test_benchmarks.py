@@ -1,12 +1,15 @@
-"""The benchmarks are found and can be asked for; the loop's runs in tests/unit/engine/test_host_waits.py."""
+"""The benchmarks are found and can be asked for, and two of them run; the loop's runs in tests/unit/engine/test_host_waits.py."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from recipes import write_images
 
 from benchmarks.__main__ import benchmarks, main
 from benchmarks.measure import Spread, cpu_seconds, interleaved, table
@@ -24,6 +27,56 @@ def test_all_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) ->
         assert f"{name} " in shown
         assert line in shown
     assert main(["nothing"]) == 2
+
+
+HELPS = """
+import importlib, sys
+from benchmarks.__main__ import benchmarks
+for name in benchmarks():
+    sys.argv = [name, "--help"]
+    try:
+        importlib.import_module(f"benchmarks.{name}").main()
+    except SystemExit as end:
+        print(f"END {name} {end.code}")
+"""
+
+
+def test_each_can_be_imported_and_has_a_help_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", HELPS], cwd=ROOT, capture_output=True, text=True, check=False)
+    helps = re.findall(r"^usage: (.*?)^END (\w+) (\w+)$", done.stdout, flags=re.MULTILINE | re.DOTALL)
+    assert [(name, code) for _, name, code in helps] == [(name, "0") for name in benchmarks()], done.stderr
+    for text, name, _ in helps:
+        assert text.startswith(name), text
+        assert f"python -m benchmarks.{name}" in text, text
+        assert "--rounds" in text or "--seeds" in text, text
+
+
+def ran(name: str, *options: str, folder: Path, **variables: str) -> list[dict[str, str]]:
+    """The rows of the tables that it prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "DTL_CACHE": str(folder / "cache"), **variables}
+    words = [sys.executable, "-m", f"benchmarks.{name}", "--rounds", "1", *options]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = ([word.strip() for word in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|"))
+    return [dict(zip(head, row)) for row in rows]
+
+
+def test_the_gpus_runs_without_one(tmp_path: Path) -> None:
+    small = ["--models", "networks:small", "--batch", "4", "--image-size", "32", "--workers", "0", "--variants", "110,000"]
+    rows = ran("gpu", "--device", "cpu", "--steps", "2", *small, folder=tmp_path)
+    assert [(row["bf16"], row["channels last"], row["compile"]) for row in rows if row["model"] == "networks:small"] == [
+        ("True", "True", "False"),
+        ("False", "False", "False"),
+    ]
+    assert all(float(row["alone, images/s"].split()[0]) > 0 for row in rows)
+
+
+def test_the_loaders_run_on_a_few_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "data/hymenoptera_data/train", {"ants": 6, "bees": 6})
+    options = ["--tiny", "--sets", "small", "--workers", "1", "--systems", "imagefolder,dtl"]
+    rows = ran("loader", *options, folder=tmp_path, DTL_DATA=str(tmp_path / "data"))
+    assert [row["system"].split(",")[0] for row in rows] == ["torchvision ImageFolder + DataLoader", "dtl"]
+    assert all(float(row["CPU ms/image"].split()[0]) > 0 and float(row["images/s"].split()[0]) > 0 for row in rows)
 
 
 def test_measures() -> None:
