@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tutorial import cpu_seconds
+from benchmarks.tutorial import ended_cpu_seconds
 from benchmarks.tutorial import epochs as tutorial_epochs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +58,9 @@ def with_dtl(data: Path, weights: Path, *, epochs: int, views: int, seed: int, r
         command = [str(Path(sys.executable).parent / command[0]), *command[1:], str(ROOT / "dtl/train.py")]
         command += [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
         environment = {**os.environ, "DTL_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": str(threads)}
-        began, cpu = time.monotonic(), cpu_seconds()
+        began, cpu = time.monotonic(), ended_cpu_seconds()
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        seconds, cpu_spent = time.monotonic() - began, cpu_seconds() - cpu
+        seconds, cpu_spent = time.monotonic() - began, ended_cpu_seconds() - cpu
         if done.returncode:
             raise SystemExit(done.stderr)
         print("  " + "\n  ".join(line for line in done.stderr.splitlines() if "computed once" in line), file=sys.stderr, flush=True)

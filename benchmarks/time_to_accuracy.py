@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Spread, data_folder, interleaved, machine, parser, report, table
-from benchmarks.tutorial import cpu_seconds, epochs
+from benchmarks.tutorial import ended_cpu_seconds, epochs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,11 +59,11 @@ CASES = {
 def measured(command: list[str], folder: Path, threads: int) -> tuple[float, float, str]:
     """Wall-clock and CPU seconds of a command, and what it printed."""
     environment = {**os.environ, "DTL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    began, cpu = time.monotonic(), cpu_seconds()
+    began, cpu = time.monotonic(), ended_cpu_seconds()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return time.monotonic() - began, cpu_seconds() - cpu, done.stdout
+    return time.monotonic() - began, ended_cpu_seconds() - cpu, done.stdout
 
 
 def with_dtl(case: Case, data: Path, threads: int) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def epochs(
     optimizer = torch.optim.SGD(network.classifier[1].parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     schedule = StepLR(optimizer, step_size=decay_every, gamma=0.1)
     while True:
-        began, cpu, right = time.monotonic(), cpu_seconds(), 0
+        began, cpu, right = time.monotonic(), ended_cpu_seconds(), 0
         for split, loader in loaders.items():
             network.train(split == "train" and adapting_norms)
             network.classifier.train(split == "train")
@@ -73,9 +73,9 @@ def epochs(
                 right += int((logits.argmax(1) == labels).sum())
             if split == "train":
                 schedule.step()
-        yield time.monotonic() - began, cpu_seconds() - cpu, right / len(folders["val"])
+        yield time.monotonic() - began, ended_cpu_seconds() - cpu, right / len(folders["val"])
 
 
-def cpu_seconds() -> float:
+def ended_cpu_seconds() -> float:
     """Of this process and of all children that have ended, user and system."""
     return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with signals.caught():
             return _run(config, f"{name}-{phase}", phase, options, signals)
-    except _Stopped:  # on this rank alone
+    except _EndNow:  # on this rank alone
         _tell_stopped(signals, "")
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the others may be waiting for it: no orderly end
             sys.stderr.flush()
@@ -64,14 +64,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(config: Config, name: str, phase: str, options: argparse.Namespace, signals: _Signals) -> int:
-    from dtl.engine.lr_find import Stopped
+    from dtl.engine.lr_find import SweepStopped
     from dtl.runtime import Runtime
 
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
         runtime.release_signals()  # it would save a checkpoint first, and here is nothing to save
         try:
             curve = _measure(config, phase, options, runtime, signals)
-        except Stopped as stopped:
+        except SweepStopped as stopped:
             _tell_stopped(signals, f" {stopped}")
             return EXIT_STOPPED
         if runtime.is_main:
@@ -85,7 +85,7 @@ def _tell_stopped(signals: _Signals, when: str) -> None:
         to_stderr(f"dtl: stopped by {by}{when}; nothing was written, and no weights were changed")
 
 
-class _Stopped(BaseException):
+class _EndNow(BaseException):
     """A signal ends the command at once; as KeyboardInterrupt, nothing that catches errors catches it."""
 
 
@@ -108,7 +108,7 @@ class _Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.heard = self.heard is not None, signal.Signals(number)
         if again or not self.testing:
-            raise _Stopped
+            raise _EndNow
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, signals: _Signals) -> LrCurve:

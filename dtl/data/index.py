@@ -45,7 +45,7 @@ __all__ = [
 INDEX_NAME = "index.bin"
 PATHS_NAME = "paths.bin"
 KEYS_NAME = "keys.bin"  # of shards made by others, whose headers may hold less than the whole name
-INDEX_VERSION = 1
+FORMAT_VERSION = 1
 
 _MAGIC = b"DTLINDEX"
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, shards, samples, zero
@@ -73,7 +73,7 @@ def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping
     """Write index.bin whole and return its sha256. `columns` are named as in `Shards`."""
     num_samples = int(np.sum(shard_sizes))
     parts: list[Any] = [
-        _HEADER.pack(_MAGIC, INDEX_VERSION, len(shard_sizes), num_samples, 0),
+        _HEADER.pack(_MAGIC, FORMAT_VERSION, len(shard_sizes), num_samples, 0),
         np.ascontiguousarray(shard_sizes, "<i8").data,
     ]
     for name, kind in _COLUMNS:
@@ -220,8 +220,8 @@ class Shards:
         if len(head) < _HEADER.size or head[:8] != _MAGIC:
             raise UserError(f"{path} is not an index of dtl; {again}")
         _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
-        if version != INDEX_VERSION:
-            raise UserError(f"{path} has format version {version}, this dtl reads version {INDEX_VERSION}; {again}")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this dtl reads version {FORMAT_VERSION}; {again}")
         expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
         if size != expected:
             raise UserError(f"{path} has {size} bytes where {expected} are expected; {again}")

@@ -21,7 +21,7 @@ SECONDS_SILENT = 10.0
 STEPS_SILENT = 10
 
 
-class Stopped(Exception):
+class SweepStopped(Exception):
     """A rank was asked to stop; all of them have put everything back. The text says how far the test had come."""
 
 
@@ -54,7 +54,7 @@ def find_lr(
 
     All ranks call it together and get the same curve: losses are those of the global batch, and when to stop is agreed upon.
     Weights, statistics of norms, optimizer, moving average, gradient scaler and generators are afterwards bit for bit as before.
-    `stop` is asked before each step; where it is true on any rank, all raise Stopped. `say` gets a line every ten steps or seconds.
+    `stop` is asked before each step; where it is true on any rank, all raise SweepStopped. `say` gets a line every ten steps or seconds.
     Raises UserError for damaged samples, and for rates or steps that make no test.
     """
     if not 0 < first < last:
@@ -72,7 +72,7 @@ def find_lr(
         for step in range(num_steps):
             batches = next(stream)
             if _check(batches, runtime, stop=stop()):
-                raise Stopped(f"after {step} of {num_steps} steps")
+                raise SweepStopped(f"after {step} of {num_steps} steps")
             window = Window()
             weight = normaliser(sweep, feeds.step_labels(phase, step))
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
