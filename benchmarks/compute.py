@@ -2,7 +2,7 @@
 
     python -m benchmarks.compute [--network torchvision/resnet18] [--batch 16] [--image-size 224] [--compile] [--rounds 5] [--out FILE]
 
-Each variant trains a copy of one network on the same batch, in turns; `dtl` is what `precision: auto` and `model.channels_last` choose here.
+Each variant trains a copy of one network on the same batch, in turns; the line above the table says which precision `precision: auto` chooses here.
 Then one optimizer step on ready gradients: one parameter at a time, foreach, fused; and the loader's uint8 batch made into normalised floats,
 as usually written and by dtl (the same bits).
 """

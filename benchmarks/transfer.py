@@ -20,7 +20,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ from benchmarks.transfer_pairs import Pair, edits, families, tutorial
 from dtl.checkpoint.plan import plan_transfer
 
 Found = dict[str, Any]
+LIMIT_SECONDS = 15  # of the clock, for a pair
+
+
+class NothingLoadedError(Exception):
+    """A method gave up; the text says how."""
 
 
 def all_pairs() -> Iterator[Pair]:
@@ -86,10 +92,10 @@ def weightbridge(pair: Pair) -> Found:
     ours = {name: np.broadcast_to(np.float64(n), tuple(pair.source[name].shape)) for n, name in enumerate(names)}
     theirs = {name: np.broadcast_to(np.float64(0), tuple(value.shape)) for name, value in pair.target.state_dict().items()}
     try:
-        with contextlib.redirect_stdout(io.StringIO()), time_limit(15):
+        with contextlib.redirect_stdout(io.StringIO()), time_limit(LIMIT_SECONDS):
             adapted = wb.adapt(ours, theirs)
-    except Exception:  # it raises where it cannot pair everything: nothing loaded
-        return {}
+    except Exception as error:  # it raises where it cannot pair everything
+        raise NothingLoadedError(f"stopped after {LIMIT_SECONDS} s" if isinstance(error, TimeoutError) else type(error).__name__) from error
     return {name: names[int(value.flat[0])] for name, value in adapted.items() if value.size}
 
 
@@ -127,18 +133,24 @@ class Score:
     false: int
     seconds: float
     wrong: tuple[str, ...]
+    failure: str = ""
+    """Why nothing was loaded, where the method gave up."""
 
 
 def score(pair: Pair, method: Callable[[Pair], Found]) -> Score:
     started = time.process_time()  # one thread: the machine may have other things to do
-    found = method(pair)
+    found, failure = {}, ""
+    try:
+        found = method(pair)
+    except NothingLoadedError as error:
+        failure = str(error)
     seconds = time.process_time() - started
     target = pair.target.state_dict()
     floating = {t: s for t, s in found.items() if target[t].is_floating_point()}
     head = _head_names(pair.target)
     right = sum(pair.truth.get(t) == s for t, s in floating.items())
     wrong = [t for t, s in floating.items() if pair.truth.get(t) != s and not (t in head and t not in pair.truth)]
-    return Score(right, len(pair.truth), len(wrong), seconds, tuple(wrong[:3]))
+    return Score(right, len(pair.truth), len(wrong), seconds, tuple(wrong[:3]), failure)
 
 
 def _head_names(target: nn.Module) -> set[str]:
@@ -187,7 +199,7 @@ def main() -> int:
     false = _false_pairs(scores)
     lines = [*summary(scores, groups), "", *(false or ["No false assignment without assume_order."])]
     if "weightbridge" in scores:
-        lines += ["", f"weightbridge {importlib.metadata.version('weightbridge')}, stopped after 15 s a pair."]
+        lines += ["", f"weightbridge {importlib.metadata.version('weightbridge')}: {_failures(scores['weightbridge'].values())}."]
     results = {method: {name: vars(each) for name, each in found.items()} for method, found in scores.items()}
     measure.report(f"Weight transfer: {len(groups)} pairs of networks", lines, results, facts, options.out)
     return 1 if false else 0
@@ -204,24 +216,34 @@ def summary(scores: dict[str, dict[str, Score]], groups: dict[str, str]) -> list
     """Two tables: by group of pairs, and torchvision against timm by what became of the names."""
     names = list(dict.fromkeys(groups.values()))
     rows = []
+    count = {group: sum(each == group for each in groups.values()) for group in names}
     for method, results in scores.items():
-        cells = [_share([s for name, s in results.items() if groups.get(name) == group]) for group in names]
+        cells = [_share([s for name, s in results.items() if groups.get(name) == group], count[group]) for group in names]
         seconds = [s.seconds for s in results.values()]
         rows.append([method, *cells, f"{statistics.median(seconds):.3f}", f"{max(seconds):.2f}"])
-    count = {group: sum(each == group for each in groups.values()) for group in names}
     lines = ["Right pairs found / false pairs (in how many pairs of networks), floating tensors.", ""]
     lines += measure.table(["method", *(f"{group} ({count[group]})" for group in names), "median CPU s", "most CPU s"], rows)
     between = [name for name, group in groups.items() if group == "torchvision <-> timm"]
     if between:
         namings = ("names kept", "sorted", "all hashed")
-        rows = [[m, *(_share([s for n, s in found.items() if n in between and n.endswith(words)]) for words in namings)] for m, found in scores.items()]
+        named = [[name for name in between if name.endswith(words)] for words in namings]
+        rows = [[m, *(_share([found[n] for n in pairs if n in found], len(pairs)) for pairs in named)] for m, found in scores.items()]
         lines += ["", "torchvision <-> timm:", "", *measure.table(["method", *namings], rows)]
     return lines
 
 
-def _share(members: list[Score]) -> str:
+def _share(members: list[Score], num_pairs: int) -> str:
+    """`num_pairs`: there are so many; not every method can be asked for each."""
     right, of, false = (sum(getattr(s, field) for s in members) for field in ("right", "of", "false"))
-    return f"{100 * right / max(1, of):.1f} % of {of} / {false} ({sum(s.false > 0 for s in members)})"
+    asked = "" if len(members) == num_pairs else f", {len(members)} of {num_pairs} pairs"
+    return f"{100 * right / max(1, of):.1f} % of {of} / {false} ({sum(s.false > 0 for s in members)}){asked}"
+
+
+def _failures(members: Iterable[Score]) -> str:
+    """How often nothing was loaded, and why."""
+    reasons = Counter(each.failure for each in members)
+    told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common() if reason)
+    return f"of {reasons.total()} pairs nothing was loaded for {reasons.total() - reasons['']}" + (f" ({told})" if told else "")
 
 
 def _false_pairs(scores: dict[str, dict[str, Score]]) -> list[str]:

@@ -158,16 +158,13 @@ def edit(plan: NetworkPlan, what: str, rng: random.Random) -> NetworkPlan:
     if what == "insert":
         blocks = rng.choice(plan.stages)
         # Behind the first block of a stage all blocks have the same shapes.
-        fan = blocks[-1].layers[-1].sizes[-1] if blocks[-1].layers[-1].kind != "conv" else None
         model = copy.deepcopy(blocks[-1])
-        width = fan or 0
         if _output(model) == _input(model) or len(blocks) > 1:
             for layer in model.layers:
                 plan.counter += 1
                 layer.identity = plan.counter
             model.name = f"extra{plan.counter}"
             blocks.insert(rng.randint(1, len(blocks)) if _input(blocks[0]) != _output(blocks[0]) else rng.randint(0, len(blocks)), model)
-        del width
     elif what == "delete":
         blocks = rng.choice(plan.stages)
         removable = [block for block in blocks if _input(block) == _output(block)]
