@@ -15,6 +15,8 @@ settings.register_profile("dtl", derandomize=True, deadline=None, suppress_healt
 settings.load_profile("dtl")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: tests that start processes would fight over them
+# Bit for bit is promised on CPUs, and two processes need no two GPUs there; tests/gpu takes the GPU where there is one.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
 
