@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
+import json
 import os
 import secrets
-import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -29,12 +26,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dtl.errors import UserError
 from dtl.launched import Launch, read_launch
+from dtl.signals import BrokenOff, EarlyWatch, Signals, StoppedEarly
 from dtl.wording import counted
 
 T = TypeVar("T")
 ranks_met = False
 """Whether this process has been among its peers: from then on all of them know of a user's mistake, and the main process tells it."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The hang doctor ends a run that makes no progress, and says why; the collectives' own limit is the net below it.
 MARGIN = timedelta(seconds=30)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -109,24 +106,23 @@ class Runtime:
         ranks_met = True
         self.token: str = self.agree(secrets.token_hex(4))
         """Names this start of the ranks together, for keys in the store that they met in."""
-        self._num_firsts = 0
-        self.stop_signal: int | None = None
-        self.on_abort: Callable[[], object] = lambda: None
-        """Called when a second Ctrl-C ends the process."""
-        self._old_handlers: dict[int, Any] = {}
-        self._old_wakeup: tuple[int, socket.socket] | None = None
-        self._listener: threading.Thread | None = None
+        self._num_onces = 0
+        nodes = self.gather((socket.gethostname(), self.local_rank))
+        self._leader = leader_of(self.rank, nodes)
+        """The rank that acts for this node."""
+        self._num_leaders = len({leader_of(rank, nodes) for rank in range(self.world_size)})
+        self.signals = Signals(speaks=self.is_main)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def __enter__(self) -> Runtime:
-        self.catch_signals()
+        self.signals.catch()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.release_signals()
+        self.signals.release()
         # After a fault the peers may be stuck or gone: destroying the group would wait for them.
         if kind is None or issubclass(kind, (UserError, SystemExit)):
             self.close()
@@ -138,58 +134,26 @@ class Runtime:
 
     # ---- signals
 
-    def catch_signals(self) -> None:
-        """From here on SIGTERM, SIGUSR1 and Ctrl-C ask for a save and a clean end; a second Ctrl-C ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in STOP_SIGNALS:
-            self._old_handlers[number] = signal.signal(number, self._on_signal)
-        # Python runs its handlers between two steps of the main thread, which may be deep in a collective: a thread listens too.
-        ear, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        self._old_wakeup = (signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth)
-        self._listener = threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True)
-        self._listener.start()
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked this rank to stop, if one did."""
+        return self.signals.heard
 
-    def release_signals(self) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        self._old_handlers.clear()
-        if self._old_wakeup is not None:
-            previous, mouth = self._old_wakeup
-            signal.set_wakeup_fd(previous)
-            mouth.shutdown(socket.SHUT_RDWR)  # not only close: a loader process may have inherited it
-            mouth.close()
-            self._old_wakeup = None
-        if self._listener is not None:
-            # A thread that outlives us may hold the last reference to the process group: freed in it while the interpreter ends, gloo's
-            # group makes the process abort (status -6) after a run that went well.
-            self._listener.join()
-            self._listener = None
-
-    def _listen(self, ear: socket.socket) -> None:
-        """A second Ctrl-C ends the process at once, whatever the main thread is doing."""
-        interrupts = 0
-        with ear:
-            while heard := ear.recv(16):
-                interrupts += heard.count(signal.SIGINT)
-                if interrupts >= 2:
-                    self.abort()
-
-    def abort(self) -> None:
-        """End this process now. A checkpoint that is being written stays unfinished, and does not count."""
-        os.write(2, b"\ndtl: ended at once\n" if self.is_main else b"")
-        with contextlib.suppress(Exception):
-            self.on_abort()
-        for child in multiprocessing.active_children():
-            child.kill()  # loader processes, which ignore gentler signals
-        os._exit(130)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal is None and self.is_main:
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\ndtl: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
-        self.stop_signal = number
+    @contextlib.contextmanager
+    def before_first_step(self, due: Callable[[], str | None]) -> Iterator[None]:
+        """Stages with nothing to save: a signal to any rank, or the main process's `due()`, breaks off what the ranks do in `together`,
+        which then raises StoppedEarly on all of them."""
+        store = None if self.group is None else meeting_store()
+        key = f"dtl/stop/{self.token}"
+        with EarlyWatch(
+            self.signals,
+            tell=lambda: store is None or store.add(key, 1),
+            told=lambda: store is not None and store.add(key, 0) > 0,
+            due=due if self.is_main else lambda: None,
+        ):
+            yield
+            with self.together("start"):
+                pass  # what came after the last stage
 
     # ---- agreement
 
@@ -235,12 +199,20 @@ class Runtime:
 
         `what` the stage is about, in front of the system's own errors, which do not say what they were for.
         """
-        error: UserError | OSError | None = None
+        error: BaseException | None = None
         try:
-            yield
-        except (UserError, OSError) as caught:
+            with self.signals.breakable():
+                yield
+        except (UserError, OSError, BrokenOff) as caught:
             error = caught
-        problems = {rank: problem for rank, problem in enumerate(self.gather(_describe(error, what))) if problem is not None}
+        except Exception as caught:
+            if self.signals.early_stop is None:
+                raise
+            error = caught  # of work that was broken off
+        answers = self.gather((_describe(error, what), self.signals.early_stop))
+        if stops := [why for _, why in answers if why is not None]:
+            raise StoppedEarly(stops[0])
+        problems = {rank: problem for rank, (problem, _) in enumerate(answers) if problem is not None}
         if problems:
             rank, problem = next(iter(problems.items()))
             alone = f"rank {rank}: " if rank and len(problems) < self.world_size else ""
@@ -263,23 +235,44 @@ class Runtime:
         summed: list[float] = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
         return summed
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """`work` on the main process of each node first (it may fill a cache), then on the others; also when it fails there."""
+    def once_a_node(self, work: Callable[[], list[str]]) -> list[str]:
+        """What `work` gives on the main process of each node, on all processes of the node; they fail as it does. Inside `together`."""
         if self.group is None:
             return work()
-        # Not a barrier, whose time limit is the collectives': packing may take hours.
-        self._num_firsts += 1
-        done = f"dtl/first/{self.token}/{self._num_firsts}"
-        num_mains = sum(self.gather(self.local_rank == 0))
-        store = meeting_store()
-        if self.local_rank != 0:
-            _wait_until(lambda: store.add(done, 0) >= num_mains)
-            return work()
-        try:
-            return work()
-        finally:
-            store.add(done, 1)
-            _wait_until(lambda: store.add(done, 0) >= num_mains)
+        # Not a broadcast, whose time limit is the collectives': packing may take hours.
+        self._num_onces += 1
+        key, store = f"dtl/once/{self.token}/{self._num_onces}", meeting_store()
+        error: UserError | OSError | None = None
+        if self.rank == self._leader:
+            answer: list[Any] = ["broken off", None]
+            try:
+                answer = ["done", work()]
+            except (UserError, OSError) as caught:
+                error, answer = caught, ["wrong" if isinstance(caught, UserError) else "failed", str(caught)]
+            finally:
+                store.set(f"{key}/{self.rank}", json.dumps(answer))
+                store.add(key, 1)
+        _wait_until(lambda: store.add(key, 0) >= self._num_leaders)
+        if error is not None:
+            raise error
+        kind, value = json.loads(store.get(f"{key}/{self._leader}"))
+        if kind == "broken off":
+            raise BrokenOff
+        if kind != "done":
+            raise (UserError if kind == "wrong" else OSError)(value)
+        found: list[str] = value
+        return found
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """`work` on the main process of each node first (it may fill a cache), then on the others. Inside `together`."""
+        results: list[T] = []
+
+        def first() -> list[str]:
+            results.append(work())
+            return []
+
+        self.once_a_node(first)
+        return results[0] if results else work()
 
     def sync_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Give all ranks the main process's values, in one message per dtype."""
@@ -319,6 +312,14 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def leader_of(rank: int, nodes: Sequence[tuple[str, int]]) -> int:
+    """The rank that acts for the node of `rank`; `nodes` has each rank's host and its number on the node. Two launches on one host are two nodes."""
+    host = nodes[rank][0]
+    leaders = [other for other, (place, local_rank) in enumerate(nodes) if place == host and local_rank == 0]
+    before = [leader for leader in leaders if leader <= rank]
+    return before[-1] if before else leaders[0] if leaders else rank
 
 
 def meeting_store() -> TCPStore:
@@ -384,7 +385,7 @@ def _check_world(launch: Launch, world_size: int) -> None:
             )
 
 
-def _describe(error: Exception | None, what: str) -> str | None:
+def _describe(error: BaseException | None, what: str) -> str | None:
     if error is None:
         return None
     line = " ".join(str(error).split())

@@ -194,6 +194,7 @@ decide() {
     done:*) say "done: $run"; exit 0 ;;
     failed:input*) say "not started again, the input is wrong: ${why#input: }"; exit 2 ;;
     failed:interrupted*) say "interrupted, not started again"; exit 1 ;;
+    stopped:*"before the first step") requeue "stopped before its first step" ;;
     stopped:*) requeue "stopped after saving" ;;
     *)
       if [[ -n $warned ]]; then requeue "stopped before it could save"; fi

@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.precision is None:  # a folder of an older dtl does not say it; its run does, where somebody asked for one
         before = trained_in(folder) or (config.precision if config is not None and config.precision != "auto" else None)
     with Runtime(device=options.device, precision=options.precision or "auto", trained_in=before) as runtime:
-        runtime.release_signals()  # nothing to save: a signal just ends it
+        runtime.signals.release()  # nothing to save: a signal just ends it
         with runtime.together("model"):
             model = open_model(folder)
         for line in precision_line(folder, before, runtime):
@@ -114,16 +114,22 @@ def _open_data(options: argparse.Namespace, config: Config | None, model: Stored
     other_set = details.pop("other_set")
     data = None if config is None else config.data
     remote = RemoteOptions() if data is None else RemoteOptions(cache_gb=data.cache_gb, retries=data.retries, timeout=data.timeout, allow_pipe=data.allow_pipe)
-    with runtime.together("data"):
-        shards = open_split(
+
+    def opened(found: str | None = None) -> Shards:
+        return open_split(
             source,
             split="val",
             classes=model.classes if own_labels and other_set else None,
             progress=runtime.is_main,
             say=to_stderr if runtime.is_main else to_nobody,
             remote=remote if runtime.local_rank == 0 else replace(remote, leader=False),
+            found=found,
             **details,
         )
+
+    with runtime.together("data"):
+        (folder,) = runtime.once_a_node(lambda: [str(opened().folder)])
+        shards = opened(folder)
         if own_labels:
             _check_classes(source, shards.classes, model.classes)
         if shards.num_samples == 0:

@@ -68,7 +68,7 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace, sig
     from dtl.runtime import Runtime
 
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
-        runtime.release_signals()  # it would save a checkpoint first, and here is nothing to save
+        runtime.signals.release()  # it would save a checkpoint first, and here is nothing to save
         try:
             curve = _measure(config, phase, options, runtime, signals)
         except SweepStopped as stopped:

@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     folder, _ = find_model(options.model)
     before = trained_in(folder) if options.precision is None else None
     with Runtime(device=options.device, precision=options.precision or "auto", trained_in=before) as runtime:
-        runtime.release_signals()  # nothing to save: a signal just ends it
+        runtime.signals.release()  # nothing to save: a signal just ends it
         with runtime.together("model"):
             model = open_model(folder)
         for line in precision_line(folder, before, runtime):

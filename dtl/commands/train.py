@@ -7,17 +7,23 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtl.config import Config, load_config
 from dtl.errors import UserError
 
 if TYPE_CHECKING:
+    from dtl.checkpoint.state import TrainState
+    from dtl.checkpoint.store import Checkpoint, CheckpointStore
+    from dtl.checkpoint.transfer_report import TransferReport
+    from dtl.engine.feeds import Feeds
     from dtl.engine.loop import Trainer
+    from dtl.engine.phases import Phase
     from dtl.heartbeat import Heartbeat
+    from dtl.models.build import Network
     from dtl.run_lock import RunFolder
     from dtl.runtime import Runtime
-    from dtl.tracking import Tracker
+    from dtl.tracking import Console, Tracker
 
 EXIT_STOPPED = 75
 SECONDS_TO_SPEAK = 20.0
@@ -66,7 +72,7 @@ def train(config: Config, name: str) -> int:
         device=config.run.device, precision=config.precision, timeout_minutes=limit, compression=config.run.gradient_compression
     ) as runtime, debugging(config.run.debug):
         fresh = config.run.resume == "never"
-        runtime.on_abort = lambda: _note_failure(folder, KeyboardInterrupt(), step=heart.step, fresh=fresh)
+        runtime.signals.on_abort = lambda: _note_failure(folder, KeyboardInterrupt(), step=heart.step, fresh=fresh)
         doctor = Doctor(
             heart,
             rank=runtime.rank,
@@ -102,18 +108,61 @@ def _end(folder: RunFolder, heart: Heartbeat, line: str, *, fresh: bool) -> None
 
 
 def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:
-    from dtl.checkpoint.store import CheckpointStore
-    from dtl.engine import build, finish, resume, start
+    from dtl.engine import build, finish, start
     from dtl.engine.alike import check_alike
     from dtl.engine.deadline import Deadline
-    from dtl.engine.debug import overfit_one_batch
-    from dtl.engine.loop import Stopped
+    from dtl.signals import StoppedEarly
     from dtl.tracking import Console
 
     console = Console(is_main=runtime.is_main)
     deadline = Deadline(config.checkpoint.deadline_seconds, started=started)
     check_alike(config, name, runtime)
     build.take_folder(folder, runtime)
+    try:
+        with runtime.before_first_step(deadline.due):
+            parts = _prepare(config, folder, runtime, heart, console)
+    except StoppedEarly as stopped:
+        return _stopped_early(folder, runtime, why=str(stopped), stage=heart.stage, fresh=config.run.resume == "never")
+    if parts is None:
+        return 0
+    start.clear_folder(config, folder, runtime)
+    tracker = build.open_tracker(config, name, folder, runtime, parts.state, console)
+    trainer = build.build_trainer(
+        config,
+        runtime,
+        folder=folder,
+        network=parts.network,
+        phases=parts.phases,
+        feeds=parts.feeds,
+        state=parts.state,
+        store=parts.store,
+        tracker=tracker,
+        channels_last=parts.channels_last,
+        heart=heart,
+        deadline=deadline,
+    )
+    finish.begin(trainer, folder, config, parts.report)
+    return _run(trainer, parts.checkpoint, config, folder)
+
+
+class _Parts(NamedTuple):
+    """What a run is made of; each has been found fit for it."""
+
+    network: Network
+    feeds: Feeds
+    phases: list[Phase]
+    store: CheckpointStore
+    checkpoint: Checkpoint | None
+    state: TrainState
+    report: TransferReport | None
+    channels_last: bool
+
+
+def _prepare(config: Config, folder: RunFolder, runtime: Runtime, heart: Heartbeat, console: Console) -> _Parts | None:
+    """Whatever may be refused or take long before the first step, and leaves the run folder as it was. None where the run is finished, and told so."""
+    from dtl.checkpoint.store import CheckpointStore
+    from dtl.engine import build, finish, resume, start
+
     start.check_names(config, folder, runtime)
     heart.enter("data")
     train_shards, val_shards = build.open_shards(config, runtime, console.say)
@@ -133,40 +182,33 @@ def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart
     )
     checkpoint, state = resume.find_checkpoint(config, store, runtime, train_shards, val_shards)
     if finish.is_finished(folder, state, phases, runtime):
-        return finish.tell_result_again(folder, state, config, runtime, console)
+        finish.tell_result_again(folder, state, config, runtime, console)
+        return None
     resume.note_changes(config, checkpoint, state, runtime, console.say)
     start.check_phases(phases, network, feeds, runtime)
     report = None if checkpoint else build.transfer_weights(config, network, runtime, train_shards, console.say)
     channels_last = build.place_network(config, network, runtime)
-    start.clear_folder(config, folder, runtime)
-    tracker = build.open_tracker(config, name, folder, runtime, state, console)
-    trainer = build.build_trainer(
-        config,
-        runtime,
-        folder=folder,
-        network=network,
-        phases=phases,
-        feeds=feeds,
-        state=state,
-        store=store,
-        tracker=tracker,
-        channels_last=channels_last,
-        heart=heart,
-        deadline=deadline,
-    )
-    finish.begin(trainer, folder, config, report)
+    return _Parts(network, feeds, phases, store, checkpoint, state, report, channels_last)
+
+
+def _run(trainer: Trainer, checkpoint: Checkpoint | None, config: Config, folder: RunFolder) -> int:
+    """From the first step to the end of the run, or to where it is stopped."""
+    from dtl.engine import finish
+    from dtl.engine.debug import overfit_one_batch
+    from dtl.engine.loop import Stopped
+
     if config.run.debug:
         overfit_one_batch(trainer)
     try:
         trainer.run(checkpoint)
     except Stopped as stopped:
-        return _stopped(trainer, folder, tracker, runtime, why=str(stopped))
+        return _stopped(trainer, folder, trainer.tracker, trainer.runtime, why=str(stopped))
     except BaseException:
-        tracker.close("failed")
+        trainer.tracker.close("failed")
         raise
     finally:
-        store.close()
-    heart.enter("finish")
+        trainer.store.close()
+    trainer.heart.enter("finish")
     finish.end(trainer, folder, config)
     return 0
 
@@ -183,19 +225,37 @@ def _stopped(trainer: Trainer, folder: RunFolder, tracker: Tracker, runtime: Run
     return EXIT_STOPPED
 
 
+def _stopped_early(folder: RunFolder, runtime: Runtime, *, why: str, stage: str, fresh: bool) -> int:
+    """Before the first step: no checkpoint is written, and what an earlier start has written stays as it was."""
+    if runtime.is_main:
+        _write_end(folder, "stopped", f"{why.removeprefix('a ')} before the first step", fresh=fresh, stage=stage)
+        kept = "what is packed or fetched is kept, and the same command goes on with it" if stage == "data" else "the same command starts it again"
+        _tell(f"stopped by {why} before the first step (stage {stage}): nothing to save yet; {kept}")
+    runtime.barrier()
+    return EXIT_STOPPED
+
+
 def _note_failure(folder: RunFolder, error: BaseException, *, step: int = 0, fresh: bool = False) -> None:
-    """status.json tells scripts what happened, also where launchers turn every status into 1. What an earlier start has finished stays in it."""
+    """status.json tells scripts what happened, also where launchers turn every status into 1."""
     if folder.incarnation == 0 or isinstance(error, SystemExit):
         return
+    kind = "input" if isinstance(error, UserError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "fault"
+    why = f"{kind}: {error}" if str(error) else kind
+    try:
+        _write_end(folder, "failed", why, step=step, fresh=fresh and not isinstance(error, UserError))
+    except (OSError, UserError) as problem:
+        print(f"dtl: status.json could not be written: {problem}", file=sys.stderr)
+
+
+def _write_end(folder: RunFolder, state: str, why: str, *, step: int = 0, fresh: bool, **more: Any) -> None:
+    """How this start has ended. What an earlier one has finished stays in status.json.
+
+    `fresh`: `run.resume: never`. With the earlier run still whole nothing is written: a job's next round would take it for a sign to go on with that.
+    """
     from dtl.run_lock import read_status
 
     before = read_status(folder.path) or {}
-    if fresh and before and before.get("incarnation") != folder.incarnation and not isinstance(error, UserError):
-        return  # `run.resume: never` with the earlier run still whole: a job's next round would take this status for a sign to go on with that one
-    step = step or int(before.get("step", 0))
-    kept = {key: before[key] for key in ("phases", "model") if key in before}
-    kind = "input" if isinstance(error, UserError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "fault"
-    try:
-        folder.write_status("failed", why=f"{kind}: {error}" if str(error) else kind, step=step, **kept)
-    except (OSError, UserError) as problem:
-        print(f"dtl: status.json could not be written: {problem}", file=sys.stderr)
+    if fresh and before and before.get("incarnation") != folder.incarnation:
+        return
+    kept = {key: before[key] for key in ("phases", "model", "progress") if key in before}
+    folder.write_status(state, why=why, step=step or int(before.get("step", 0)), **kept, **more)

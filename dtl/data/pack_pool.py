@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,6 +25,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from dtl.errors import UserError
+
+# Where a whole group is asked to end (Slurm does), a child has ended before its parent knows why: that is not to be told as a fault.
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SECONDS_TO_KNOW = 2.0
 
 _START = "import sys; sys.path.append({root!r}); from dtl.data.pack_pool import serve; serve({work!r}, {folder!r})"
 
@@ -82,6 +88,7 @@ class _Child:
         command = [sys.executable, "-c", _START.format(root=root, work=work, folder=str(folder))]
         # A session of its own: Ctrl-C reaches the parent, which closes the children in good order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self._closed = False
 
     def ask(self, task: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
@@ -93,7 +100,10 @@ class _Child:
         except (OSError, ValueError):
             line = ""
         if not line:
-            raise RuntimeError(f"a packing process ended with status {self._process.wait()} during {task}; was it killed for memory?")
+            status = self._process.wait()
+            if -status in _ENDING_SIGNALS and not self._closed:
+                time.sleep(_SECONDS_TO_KNOW)
+            raise RuntimeError(f"a packing process ended with status {status} during {task}; was it killed for memory?")
         answer = json.loads(line)
         if answer["kind"] == "done":
             return answer["answer"]
@@ -105,6 +115,7 @@ class _Child:
 
     def close(self) -> None:
         """End it at once: whatever it was writing is still under a temporary name."""
+        self._closed = True
         end_process(self._process)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None

@@ -38,6 +38,7 @@ from dtl.models.build import build as build_model
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.runtime import Runtime
+from dtl.signals import Signals
 
 Ints = npt.NDArray[np.int64]
 Say = Callable[[str], None]
@@ -96,7 +97,7 @@ class Alone(Runtime):
         self.rank = self.local_rank = 0
         self.world_size, self.group, self.precision = 1, None, "no"
         self.accelerator = SimpleNamespace(autocast=nullcontext)
-        self.stop_signal = None
+        self.signals = Signals(speaks=False)
 
 
 @dataclass

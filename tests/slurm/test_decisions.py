@@ -39,7 +39,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "environment": {"LISTENS_LATE": LISTENS_LATE},
     },
     "never": {
-        "does": 'echo "$*" >>told; say stopped signal; [[ $(wc -l <told) == 2 ]] && say done; exit 1',
+        "does": 'echo "$*" >>told; say stopped "signal before the first step"; [[ $(wc -l <told) == 2 ]] && say done; exit 1',
         "arguments": ["--run.resume", "never"],
     },
     "array": {
@@ -141,6 +141,7 @@ def test_run_resume_never_counts_for_the_first_round_only(jobs: dict[str, SlurmJ
     first, second = (job.folder / "told").read_text().splitlines()
     assert first.endswith("--run.resume never")
     assert second.endswith("--run.resume never --run.resume auto")
+    assert "stopped before its first step; requeued" in job.log
 
 
 def test_requeueing_the_last_element_of_an_array_leaves_the_others_alone(jobs: dict[str, SlurmJob]) -> None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dtl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer may import those before it; the parts of one layer do not import each other (but for what is listed as shared).
 LAYERS: list[set[str]] = [
-    {"errors", "wording", "hub", "keyed", "config", "config_models", "config_help", "metrics", "launched"},
+    {"errors", "wording", "hub", "keyed", "config", "config_models", "config_help", "metrics", "launched", "signals"},
     {"runtime", "run_lock", "heartbeat", "tracking", "data", "models", "checkpoint", "optim"},
     {"engine", "report", "doctor"},
     {"train", "cli", "commands", "api", "api_runs", "resume_check", "__main__"},

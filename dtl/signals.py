@@ -1,0 +1,165 @@
+"""Signals that ask a run to stop. They are noted at any time; before the first step they also break off what a rank does by itself.
+
+From the first step on the training loop looks at the note after each step and saves. Before it there is nothing to save, and a stage
+may take hours (packing a folder of images, a download): there the handler raises `BrokenOff` in the middle of it, though never between
+two collectives, and `EarlyWatch` passes the wish on to the other ranks. No torch in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_LOOK_SECONDS = 1.0
+
+
+class BrokenOff(BaseException):
+    """This rank's work before the first step was broken off by a wish to stop. As KeyboardInterrupt, nothing that catches errors catches it."""
+
+
+class StoppedEarly(Exception):
+    """All ranks stop before the first step, by what the message says."""
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C of this process. `speaks`: it tells of them, for all ranks."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        self.heard: int | None = None
+        """The last one that asked for a stop."""
+        self.why = "a signal"
+        """What asked for it."""
+        self.early = False
+        """The first step is still to come."""
+        self.on_abort: Callable[[], object] = lambda: None
+        """Called when a second Ctrl-C ends the process."""
+        self.asked = False
+        """A stop was asked for; known also while the main thread is deep in a collective, and has heard of nothing."""
+        self._speaks = speaks
+        self._breakable = False
+        self._old_handlers: dict[int, Any] = {}
+        self._old_wakeup: tuple[int, socket.socket] | None = None
+        self._listener: threading.Thread | None = None
+
+    def catch(self) -> None:
+        """From here on they ask for a save and a clean end; a second Ctrl-C ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in STOP_SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._on_signal)
+        # Python runs its handlers between two steps of the main thread, which may be deep in a collective: a thread listens too.
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        self._old_wakeup = (signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth)
+        self._listener = threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True)
+        self._listener.start()
+
+    def release(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
+        if self._old_wakeup is not None:
+            previous, mouth = self._old_wakeup
+            signal.set_wakeup_fd(previous)
+            mouth.shutdown(socket.SHUT_RDWR)  # not only close: a loader process may have inherited it
+            mouth.close()
+            self._old_wakeup = None
+        if self._listener is not None:
+            # A thread that outlives us may hold the last reference to the process group: freed in it while the interpreter ends, gloo's
+            # group makes the process abort (status -6) after a run that went well.
+            self._listener.join()
+            self._listener = None
+
+    def ask(self, why: str) -> None:
+        """Ask this process to stop, as a signal would; from any thread."""
+        self.why = why
+        if self._old_handlers:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)  # wakes it where it sleeps, too
+        else:
+            self.heard, self.asked = signal.SIGUSR1, True
+
+    @property
+    def early_stop(self) -> str | None:
+        """What asks this rank to stop before the first step, if anything does."""
+        return self.why if self.early and self.heard is not None else None
+
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Work of this rank alone, with no collective in it: before the first step a wish to stop raises BrokenOff here."""
+        self._breakable = self.early
+        try:
+            if self.early_stop is not None:  # it came before, or right now
+                raise BrokenOff
+            yield
+        finally:
+            self._breakable = False
+
+    def abort(self) -> None:
+        """End this process now. A checkpoint that is being written stays unfinished, and does not count."""
+        os.write(2, b"\ndtl: ended at once\n" if self._speaks else b"")
+        with contextlib.suppress(Exception):
+            self.on_abort()
+        for child in multiprocessing.active_children():
+            child.kill()  # loader processes, which ignore gentler signals
+        os._exit(130)
+
+    def _listen(self, ear: socket.socket) -> None:
+        """Whatever the main thread is doing, what was asked is known, and a second Ctrl-C ends the process at once."""
+        interrupts = 0
+        with ear:
+            while heard := ear.recv(16):
+                self.asked = self.asked or any(number in heard for number in STOP_SIGNALS)
+                interrupts += heard.count(signal.SIGINT)
+                if interrupts >= 2:
+                    self.abort()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first, self.heard = self.heard is None, number
+        if self._breakable:
+            self._breakable = False  # once: what tidies up after it is left in peace
+            raise BrokenOff
+        if first and self._speaks:
+            what = b"stopping" if self.early else b"stopping after this step, with a checkpoint"
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\ndtl: " + what + b"; Ctrl-C again ends at once\n")
+
+
+class EarlyWatch:
+    """Beside the stages before the first step: tells the other ranks of a wish to stop, obeys theirs, and looks at the clock.
+
+    `tell()` reaches all ranks, `told()` says whether one of them was reached; `due()` why it is time to stop, or None.
+    """
+
+    def __init__(self, signals: Signals, *, tell: Callable[[], object], told: Callable[[], bool], due: Callable[[], str | None]) -> None:
+        self._signals, self._tell, self._told, self._due = signals, tell, told, due
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="early-stop", daemon=True)
+
+    def __enter__(self) -> None:
+        self._signals.early = True
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._signals.early = False
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that held it: the heartbeat tells of that
+            while not self._over.wait(_LOOK_SECONDS):
+                if self._signals.asked:
+                    self._tell()
+                    return
+                if self._told():
+                    self._signals.ask("a signal")
+                    return
+                if (why := self._due()) is not None:
+                    self._signals.ask(why)
