@@ -106,13 +106,24 @@ def ensure_packed(
     return folder
 
 
-def open_split(source: str | Path, *, remote: RemoteOptions | None = None, cache_dir: str | Path | None = None, **options: Any) -> Shards:
-    """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `remote.allow_pipe`."""
+def open_split(
+    source: str | Path,
+    *,
+    remote: RemoteOptions | None = None,
+    cache_dir: str | Path | None = None,
+    found: str | Path | None = None,
+    **options: Any,
+) -> Shards:
+    """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `remote.allow_pipe`.
+
+    `found`: the folder of another process of this node that has opened the same just now, so that nothing is listed, fetched or hashed again.
+    """
     own = is_remote(source) and kind_of(str(source)) == "pipe"
     far = remote or RemoteOptions()
     far = replace(far, cache_dir=None if cache_dir is None else str(cache_dir), allow_pipe=far.allow_pipe or own)
-    shards = Shards.open(ensure_packed(source, cache_dir=cache_dir, remote=far, **options), remote=far)
-    if shards.cache is not None and far.leader:
+    folder = ensure_packed(source, cache_dir=cache_dir, remote=far, **options) if found is None else Path(found)
+    shards = Shards.open(folder, remote=far, checked=found is not None)
+    if shards.cache is not None and far.leader and found is None:
         shards.cache.clean()
     return shards
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -67,15 +67,15 @@ def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Sha
         "remote": remote_options(config, leader=runtime.local_rank == 0),
     }
 
-    def packed() -> tuple[Shards, Shards]:
-        train = open_split(str(data.train), split="train", val_fraction=data.val_fraction, **common)
+    def opened(found: Sequence[str | None] = (None, None)) -> tuple[Shards, Shards]:
+        train = open_split(str(data.train), split="train", val_fraction=data.val_fraction, found=found[0], **common)
         if data.val is None:
-            return train, open_split(str(data.train), split="val", val_fraction=data.val_fraction, **common)
-        return train, open_split(data.val, split="val", classes=train.classes, **common)
+            return train, open_split(str(data.train), split="val", val_fraction=data.val_fraction, found=found[1], **common)
+        return train, open_split(data.val, split="val", classes=train.classes, found=found[1], **common)
 
     with runtime.together("data"):
-        # The main process of each node packs, where there is anything to pack, since it is the one that tells of it.
-        train, val = runtime.main_first(packed)
+        # Listing a source, packing it and checking its index are work on all of the data: one process of each node does it.
+        train, val = opened(runtime.once_a_node(lambda: [str(shards.folder) for shards in opened()]))
         if common["labelled"] and train.num_classes < 2:
             raise UserError(
                 f"{data.train} has one class only, {train.classes[0]!r}; a classifier needs two or more (without labels, only the task rotate can learn)"

@@ -123,8 +123,8 @@ def test_a_loss_that_is_not_finite_names_step_lr_and_samples(tmp_path: Path) -> 
         assert status(tmp_path / f"runs/world{world}")["state"] == "failed"
 
 
-def test_a_rank_that_sees_other_data_is_told(tmp_path: Path) -> None:
-    """One rank has another copy of the images: an error on both, not a silent mixture."""
+def test_a_node_that_sees_other_data_is_told(tmp_path: Path) -> None:
+    """One node has another copy of the images: an error on both, not a silent mixture."""
     for name, seed in (("a", 0), ("b", 5)):
         write_images(tmp_path / name / "photos", {"ants": 6, "bees": 6}, seed=seed)
     recipe = write_recipe(tmp_path, data={"global_batch_size": 4, "train": "photos", "val_fraction": 0.5})
@@ -133,7 +133,7 @@ def test_a_rank_that_sees_other_data_is_told(tmp_path: Path) -> None:
     port = free_port()
     jobs = []
     for rank, name in enumerate(("a", "b")):
-        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         arguments = ["--config", str(recipe), "--run.dir", str(tmp_path / "runs")]
         jobs.append(start(arguments, cwd=tmp_path / name, env={**variables, "GLOO_SOCKET_IFNAME": "lo"}))
     for job in jobs:

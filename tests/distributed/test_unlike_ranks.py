@@ -37,8 +37,8 @@ def test_another_precision(tmp_path: Path) -> None:
     assert re.search(r"the precision is 'bf16' on rank 1 \(host \S+\), 'no' on rank 0", the_line(job))
 
 
-def test_a_file_that_one_rank_does_not_see(tmp_path: Path) -> None:
-    job = launch(tmp_path, arguments=["--data.train", "missing/photos"]).wait(60).check(2)
+def test_a_file_that_one_node_does_not_see(tmp_path: Path) -> None:
+    job = launch(tmp_path, before="packing_hooks:another_node", arguments=["--data.train", "missing/photos"]).wait(60).check(2)
     assert "missing/photos" in the_line(job)
     assert "rank 1" in the_line(job)
     assert status(tmp_path / "runs/tiny")["why"].startswith("input: ")
