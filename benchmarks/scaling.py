@@ -156,6 +156,8 @@ def _another_port() -> None:
 
 def start(options: Any, world: int) -> dict[str, list[float]]:
     """This program on `world` processes of this machine."""
+    import torch
+
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
