@@ -5,6 +5,7 @@ Only values that are wrong by themselves, or beside another of their section, ar
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -260,12 +261,14 @@ class PhaseConfig(Section):
             raise ValueError("give `epochs` or `steps`, not both")
         if self.task == "rotate" and (self.mixup or self.cutmix):
             raise ValueError("mixup and cutmix do not go with the rotation task")
+        if isinstance(self.step_epochs, tuple) and any(later <= earlier for earlier, later in pairwise(self.step_epochs)):
+            raise ValueError(f"step_epochs must rise, not {list(self.step_epochs)}")
         return self
 
 
 class CheckpointConfig(Section):
     every_steps: Count | None = None
-    """Save each so many steps, besides each evaluation and the end of each phase."""
+    """Save each so many steps, besides the end of each phase, and each evaluation unless the last save is less than 15 s ago."""
     every_minutes: Positive | None = 10.0
     """Save when the last save is this long ago."""
     deadline_seconds: Positive | None = None

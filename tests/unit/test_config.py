@@ -72,6 +72,7 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
         (["--transfer.by", "name"], "transfer.source is missing"),
         (["--transfer.source", "x", "--transfer.by", "map"], "transfer: `by: map` and `map: FILE` go together"),
         (["--phases.all.steps", "5", "--phases.all.epochs", "2"], "phases.all: give `epochs` or `steps`, not both"),
+        (["--phases.all.step-epochs", "[3, 2]"], "phases.all: step_epochs must rise, not \\[3.0, 2.0\\]"),
         (["--run.name.x", "5"], "run.name is a single value, it has no key 'x'"),
         (["--run", "5"], "run is a section, not a single value"),
         (["--data.micro_batch_size", "128"], "micro_batch_size 128 is larger than data.global_batch_size 64"),
