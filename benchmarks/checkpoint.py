@@ -49,9 +49,7 @@ def train_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None
     optimizer.zero_grad()
 
 
-def ways(
-    model: torch.nn.Module, optimizer: Any, accelerator: Accelerator, folder: Path, *, fsync: bool
-) -> tuple[dict[str, Way], list[CheckpointStore]]:
+def ways(model: torch.nn.Module, optimizer: Any, accelerator: Accelerator, folder: Path, *, fsync: bool) -> tuple[dict[str, Way], list[CheckpointStore]]:
     def ours(name: str, asynchronous: bool) -> tuple[CheckpointStore, Way]:
         store = CheckpointStore(folder / name, keep=2, asynchronous=asynchronous)
 

@@ -33,9 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def tutorial(data: Path, weights: Path, *, epochs: int, measured: int, threads: int) -> dict[str, Any]:
     """`measured` epochs of the tutorial's loop; the median stands for all `epochs`."""
-    loop = tutorial_epochs(
-        data / "train", data / "val", weights, image_size=224, batch_size=4, lr=0.001, momentum=0.9, decay_every=7, threads=threads
-    )
+    loop = tutorial_epochs(data / "train", data / "val", weights, image_size=224, batch_size=4, lr=0.001, momentum=0.9, decay_every=7, threads=threads)
     times, best = [], 0.0
     for seconds, cpu, top1 in itertools.islice(loop, measured):
         times.append((seconds, cpu))

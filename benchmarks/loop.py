@@ -93,9 +93,7 @@ def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, p
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "loop.yaml"
-        recipe.write_text(
-            RECIPE.format(folder=folder, model=case.model, image_size=case.image_size, batch=BATCH, precision=precision), encoding="utf-8"
-        )
+        recipe.write_text(RECIPE.format(folder=folder, model=case.model, image_size=case.image_size, batch=BATCH, precision=precision), encoding="utf-8")
         config, name = load_config(["--config", str(recipe)])
         Feeds.train_steps = patched  # type: ignore[method-assign]
         try:

@@ -50,9 +50,7 @@ CIFAR = ("cifar10_features", "cifar10_small/train", "cifar10_small/test", 96, 64
 CASES = {
     "ants_bees": Case("ants_bees_features", "hymenoptera_data/train", "hymenoptera_data/val", 224, 4, 0.94),
     "cifar10": Case(*CIFAR, 0.70),
-    "cifar10_same": Case(
-        *CIFAR, 0.80, {"decay_every": GIVE_UP, "weight_decay": 0.001, "crops": False, "adapting_norms": False, "crop_ratio": 224 / 232}
-    ),
+    "cifar10_same": Case(*CIFAR, 0.80, {"decay_every": GIVE_UP, "weight_decay": 0.001, "crops": False, "adapting_norms": False, "crop_ratio": 224 / 232}),
 }
 
 

@@ -79,9 +79,7 @@ def evaluate(model: str | Path | Run, data: str | Path | None = None, *, batch_s
     return values
 
 
-def predict(
-    model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto"
-) -> list[dict[str, Any]]:
+def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto") -> list[dict[str, Any]]:
     """Classes of images, in their order: one {path, label, name, probability} an image, and with `top` > 1 the list `predictions`.
 
     `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead.

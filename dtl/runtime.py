@@ -324,9 +324,7 @@ def leader_of(rank: int, nodes: Sequence[tuple[str, int]]) -> int:
 
 def meeting_store() -> TCPStore:
     """Another connection to the store that the ranks met in: the launcher's, or that of rank 0."""
-    return TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
-    )
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
@@ -343,9 +341,7 @@ def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timed
     handlers = [
         InitProcessGroupKwargs(timeout=timeout),
         # No static graph: benchmarks.scaling shows no gain, and it would forbid networks that skip layers at random.
-        DistributedDataParallelKwargs(
-            broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(compression)
-        ),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(compression)),
     ]
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
 

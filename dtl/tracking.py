@@ -197,18 +197,14 @@ class Tracker:
     def end_phase(self) -> None:
         self.console.end_phase()
 
-    def train(
-        self, *, phase: str, epoch: int, step: int, loss: float, lr: float, images_per_second: float, data_wait: float, **more: Any
-    ) -> None:
+    def train(self, *, phase: str, epoch: int, step: int, loss: float, lr: float, images_per_second: float, data_wait: float, **more: Any) -> None:
         """Progress of training: the means of the steps since the last such line. `data_wait` is a share of the time, 0..1."""
         facts = {"loss": loss, "lr": lr, "images_per_second": images_per_second, "data_wait": data_wait, **more}
         self._tell({"event": "train", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("train", phase, epoch, step, facts)
         self.console.progress(step=step, epoch=epoch, loss=loss, lr=lr, images_per_second=images_per_second, data_wait=data_wait)
 
-    def val(
-        self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any
-    ) -> None:
+    def val(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:
         """One evaluation."""
         facts = {"loss": loss, "top1": top1, "top5": top5, "num_samples": num_samples, **more}
         self._tell({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts})

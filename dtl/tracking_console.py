@@ -118,7 +118,5 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
         values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in _COLUMNS]
-        table.add_row(
-            *("-" if value is None else formats.get(column, "{}").format(value) for column, value in zip(_COLUMNS, values, strict=True))
-        )
+        table.add_row(*("-" if value is None else formats.get(column, "{}").format(value) for column, value in zip(_COLUMNS, values, strict=True)))
     return table

@@ -72,4 +72,3 @@ def _accepting(units: Sequence[Unit], used: Collection[str], least: float, share
 
 def _is_used(unit: Unit, used: Collection[str]) -> bool:
     return any(name in used for name in unit.names)
-

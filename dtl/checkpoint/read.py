@@ -267,7 +267,7 @@ def _why_blocked(path: Path, error: Exception) -> str:
             return f"{found}, in torch's old format: {by_hand}"
         return (
             f"{found}; where you trust it, convert it once, beside its source code: "
-            "python -c \"import torch, pydoc; "
+            'python -c "import torch, pydoc; '
             f"torch.serialization.add_safe_globals([(pydoc.locate(n), n) for n in '{' '.join(blocked)}'.split()]); "
             f"m = torch.load('{path}', weights_only=True); "
             "m = m if hasattr(m, 'state_dict') else next(v for v in m.values() if hasattr(v, 'state_dict')); torch.save(m.state_dict(), 'weights.pth')\""
@@ -276,7 +276,7 @@ def _why_blocked(path: Path, error: Exception) -> str:
         return (
             f"holds Python objects that could run code when opened ({some(blocked, limit=4)}); "
             "keep the weights only, with empty stand-ins for all but NumPy's: "
-            "python -c \"import torch, numpy, pydoc; "
+            'python -c "import torch, numpy, pydoc; '
             "D = type('D', (), dict(__init__=lambda s, *a, **k: None, __setstate__=lambda s, x: None)); "
             "torch.serialization.add_safe_globals([(pydoc.locate(n) if n.startswith(('numpy.', '_codecs.')) else D, n) "
             f"for n in '{' '.join(blocked)}'.split()] + [type(numpy.dtype(t)) for t in '?bhilqBHILQefd']); "
@@ -295,7 +295,6 @@ def _unsafe_globals(path: Path) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # formats before torch 1.6, which torch cannot look into, or damage
         return [name for name in pickled_globals(path) if not name.startswith(_HARMLESS)]
-
 
 
 def _line(error: Exception) -> str:

@@ -201,10 +201,7 @@ class CheckpointStore:
         durable.remove(temporary)
         temporary.mkdir()
         try:
-            files = {
-                f"{group}.safetensors": durable.write_tensors(temporary / f"{group}.safetensors", members)
-                for group, members in snapshot.tensors.items()
-            }
+            files = {f"{group}.safetensors": durable.write_tensors(temporary / f"{group}.safetensors", members) for group, members in snapshot.tensors.items()}
             files["state.json"] = durable.write_json(temporary / "state.json", snapshot.state)
             manifest = {
                 "format": FORMAT,
@@ -257,8 +254,7 @@ class CheckpointStore:
                 self._say(f"checkpoint {path} is damaged and passed over: {problem}")
         if found:
             raise UserError(
-                f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): "
-                "mend the disk, or start the run afresh with --run.resume never"
+                f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): mend the disk, or start the run afresh with --run.resume never"
             )
         return None
 

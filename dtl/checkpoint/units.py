@@ -234,4 +234,3 @@ class _Cutter:
                 self.emit("param" if entry.family == "f" else "buffer", at, "param")
                 at += 1
         return self.units
-

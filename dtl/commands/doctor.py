@@ -79,9 +79,7 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OptionParser(
-        prog="dtl doctor", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog="dtl doctor", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the recipe that is to run here: its folders, model, batch size and workers are asked for")
     add("--data", metavar="SRC", help="a folder of images or packed shards, to measure decoding on (default: a made-up photo)")

@@ -83,9 +83,7 @@ def _images_of(run_folder: Path | None) -> ImageInputs | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OptionParser(
-        prog="dtl export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog="dtl export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model folder, or a run (runs/NAME)")
     add("--to", choices=("onnx", "torch-export", "safetensors"), required=True, help="the format")

@@ -182,9 +182,7 @@ def _tell(curve: LrCurve, out: Path, name: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         data = (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
         write_whole(out / f"{name}.json", lambda file: file.write(data))
-        save_lr_plot(
-            out / f"{name}.png", phase=curve.phase, lrs=curve.lrs, losses=curve.losses, smoothed=curve.smoothed, suggestion=curve.suggestion
-        )
+        save_lr_plot(out / f"{name}.png", phase=curve.phase, lrs=curve.lrs, losses=curve.losses, smoothed=curve.smoothed, suggestion=curve.suggestion)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     to_stderr(f"{len(curve.lrs)} steps; plot {out / name}.png, numbers {out / name}.json")

@@ -56,9 +56,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OptionParser(
-        prog="dtl index", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog="dtl index", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("tars", metavar="TARS", nargs="+", help="folder, 'train-{000..099}.tar', glob, tar, or list of tars")
     add("--out", metavar="DIR", help="where the index goes (the folder of the shards; needed for remote ones)")

@@ -88,25 +88,17 @@ def parse_size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OptionParser(
-        prog="dtl pack", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog="dtl pack", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("source", metavar="SRC", help="where the images are")
     add("destination", metavar="DST", help="a new folder for the shards")
     split = parser.add_argument_group("splits and classes")
-    split.add_argument(
-        "--val-fraction", type=float, default=0.0, metavar="F", help="set this share aside for validation, by content, from every class (0)"
-    )
+    split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="set this share aside for validation, by content, from every class (0)")
     split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards, for a validation set of theirs")
     split.add_argument("--unlabelled", action="store_true", help="SRC may be a folder or list of images without labels (for task: rotate)")
-    split.add_argument(
-        "--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json and the like beside the images)"
-    )
+    split.add_argument("--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json and the like beside the images)")
     images = parser.add_argument_group("images")
-    images.add_argument(
-        "--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and say so (fail)"
-    )
+    images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and say so (fail)")
     images.add_argument("--no-verify", dest="verify", action="store_false", help="read the headers only, do not decode every image")
     images.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is over N pixels")
     images.add_argument("--short-side", type=int, metavar="N", help="shrink images whose shorter side is over N pixels")

@@ -68,9 +68,10 @@ def train(config: Config, name: str) -> int:
     gc.collect()
     gc.freeze()
     limit, heart = config.run.timeout_minutes, Heartbeat()
-    with Runtime(
-        device=config.run.device, precision=config.precision, timeout_minutes=limit, compression=config.run.gradient_compression
-    ) as runtime, debugging(config.run.debug):
+    with (
+        Runtime(device=config.run.device, precision=config.precision, timeout_minutes=limit, compression=config.run.gradient_compression) as runtime,
+        debugging(config.run.debug),
+    ):
         fresh = config.run.resume == "never"
         runtime.signals.on_abort = lambda: _note_failure(folder, KeyboardInterrupt(), step=heart.step, fresh=fresh)
         doctor = Doctor(

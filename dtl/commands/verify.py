@@ -59,9 +59,7 @@ def _summary(report: VerifyReport, *, quarantine: bool) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OptionParser(
-        prog="dtl verify", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(prog="dtl verify", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="folder with a manifest.json, or with train/ and val/ that have one; also a remote one (https://, s3:// ...)")
     add("--quarantine", action="store_true", help="leave damaged samples out of training from now on")

@@ -57,9 +57,7 @@ def tell(result: Result) -> int:
         for line in result.differences:
             print(f"DIFFERENT: {line}")
         return 1
-    print(
-        f"the same: weights bit by bit, {result.events} lines of history, {result.slots} samples of {result.steps} steps a run, augmentations included"
-    )
+    print(f"the same: weights bit by bit, {result.events} lines of history, {result.slots} samples of {result.steps} steps a run, augmentations included")
     return 0
 
 

@@ -80,9 +80,7 @@ def ensure_packed(
         )
     opened = open_source(source, classes=classes, names=names, on_error=on_error, labelled=labelled)
     if val_fraction and opened.has_splits:
-        raise UserError(
-            f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them"
-        )
+        raise UserError(f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them")
     wanted = _wanted_split(source, opened, split, val_fraction)
     place = _cache_place(cache_dir)
     home = place / _fingerprint(opened, val_fraction=val_fraction, on_error=on_error, seed=seed, fixed=classes is not None)
@@ -313,9 +311,7 @@ def _locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
     try:
         file = path.open("a")
     except OSError as error:
-        raise UserError(
-            f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)"
-        ) from None
+        raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

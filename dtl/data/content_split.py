@@ -10,9 +10,7 @@ import numpy.typing as npt
 from dtl.errors import UserError
 
 
-def split_by_content(
-    hashes: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32], fraction: float, *, num_classes: int
-) -> npt.NDArray[np.bool_]:
+def split_by_content(hashes: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32], fraction: float, *, num_classes: int) -> npt.NDArray[np.bool_]:
     """True for the samples of validation, ceil(fraction x N) of them, shared out over the classes by largest remainder.
 
     Within a class the smallest `hashes` (of the images' bytes) are taken: an added image moves at most a few others, those at the

@@ -183,9 +183,7 @@ def ready(transform: Transform, device: torch.device) -> Any:
     try:
         from torchcodec.decoders import decode_jpeg  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError as error:
-        raise UserError(
-            f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'torchcodec>=0.16'"
-        ) from None
+        raise UserError(f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'torchcodec>=0.16'") from None
     _try(decode_jpeg, device)
     return decode_jpeg
 

@@ -14,9 +14,7 @@ class FetchError(Exception):
     `missing`: the other side says that there is no such file.
     """
 
-    def __init__(
-        self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False
-    ) -> None:
+    def __init__(self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.retry, self.restart, self.after, self.missing = reason, retry and not missing, restart, after, missing
 

@@ -286,9 +286,7 @@ class _Damage:
         self.reason = reason
 
 
-def _runs(
-    order: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
-) -> list[list[int]]:
+def _runs(order: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> list[list[int]]:
     """Slots in reading order, those that lie close together in one shard in one list."""
     runs: list[list[int]] = []
     end = start = 0

@@ -62,9 +62,7 @@ class Manifest:
         try:
             return cls.parse(path.read_bytes(), path)
         except FileNotFoundError:
-            raise UserError(
-                f"{folder} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)"
-            ) from None
+            raise UserError(f"{folder} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -78,9 +76,7 @@ class Manifest:
         if not isinstance(raw, dict) or "shards" not in raw:
             raise UserError(f"{path} is not a manifest of dtl")
         if raw.get("version") != MANIFEST_VERSION:
-            raise UserError(
-                f"{path} has format version {raw.get('version')}, this dtl reads version {MANIFEST_VERSION}; pack the data again"
-            )
+            raise UserError(f"{path} has format version {raw.get('version')}, this dtl reads version {MANIFEST_VERSION}; pack the data again")
         return cls._parse(raw, path)
 
     @classmethod
@@ -89,9 +85,7 @@ class Manifest:
         if wrong:
             raise UserError(f"{path} has missing or unknown fields: {', '.join(sorted(wrong))}")
         try:
-            shards = tuple(
-                Shard(url=str(s["url"]), samples=int(s["samples"]), bytes=int(s["bytes"]), sha256=str(s["sha256"])) for s in raw["shards"]
-            )
+            shards = tuple(Shard(url=str(s["url"]), samples=int(s["samples"]), bytes=int(s["bytes"]), sha256=str(s["sha256"])) for s in raw["shards"])
             manifest = cls(
                 version=MANIFEST_VERSION,
                 classes=tuple(str(name) for name in raw["classes"]),
@@ -106,17 +100,14 @@ class Manifest:
             raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
         if len(set(manifest.classes)) != len(manifest.classes) or len(manifest.class_counts) != len(manifest.classes):
             raise UserError(
-                f"{path} is damaged: {len(manifest.classes)} classes, {len(set(manifest.classes))} of them different, "
-                f"{len(manifest.class_counts)} counts"
+                f"{path} is damaged: {len(manifest.classes)} classes, {len(set(manifest.classes))} of them different, {len(manifest.class_counts)} counts"
             )
         if sum(manifest.class_counts) != manifest.num_samples:
             raise UserError(f"{path} is damaged: the classes have {sum(manifest.class_counts)} samples, the shards {manifest.num_samples}")
         return manifest
 
 
-def dataset_id(
-    classes: Sequence[str], *, sizes: npt.NDArray[np.uint32], crcs: npt.NDArray[np.uint32], labels: npt.NDArray[np.int32]
-) -> str:
+def dataset_id(classes: Sequence[str], *, sizes: npt.NDArray[np.uint32], crcs: npt.NDArray[np.uint32], labels: npt.NDArray[np.int32]) -> str:
     """Hash of the class names and of each sample's size, crc32 and label in packed order: content, not paths."""
     digest = hashlib.sha256(json.dumps([list(classes), len(labels)], ensure_ascii=False).encode())
     for column, kind in ((sizes, "<u4"), (crcs, "<u4"), (labels, "<i4")):

@@ -95,9 +95,7 @@ def symmetric_beta(alpha: float, items: Ints, *names: int | str) -> Floats:
     return share
 
 
-def _mixed(
-    images: Tensor, targets: Tensor, partner: Tensor, share: Tensor, box: Tensor, *, mixup: bool, cutmix: bool
-) -> tuple[Tensor, Tensor]:
+def _mixed(images: Tensor, targets: Tensor, partner: Tensor, share: Tensor, box: Tensor, *, mixup: bool, cutmix: bool) -> tuple[Tensor, Tensor]:
     others = torch.index_select(images, 0, partner, out=torch.empty_like(images))  # `out` keeps channels_last
     mixed = images
     if mixup:

@@ -99,9 +99,7 @@ def pack(
     _check_options(options, processes)
     opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error="skip")
     if val_fraction and opened.has_splits:
-        raise UserError(
-            f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it"
-        )
+        raise UserError(f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it")
     place = Path(destination).expanduser()
     with clear_errors(place):
         folder = prepare_destination(place, existing)
@@ -163,9 +161,7 @@ class _Packing:
         if not self.job.options.val_fraction:
             return {name: np.flatnonzero(usable & (self.source.splits == number)) for number, name in enumerate(self.source.split_names)}
         samples = np.flatnonzero(usable)
-        val = split_by_content(
-            scan["hash"][samples], self.source.labels[samples], self.job.options.val_fraction, num_classes=len(self.source.classes)
-        )
+        val = split_by_content(scan["hash"][samples], self.source.labels[samples], self.job.options.val_fraction, num_classes=len(self.source.classes))
         return {"train": samples[~val], "val": samples[val]}
 
     def refuse_empty_classes(self, members: dict[str, npt.NDArray[np.int64]], num_unreadable: int) -> None:
@@ -180,9 +176,7 @@ class _Packing:
         counts = np.bincount(self.source.labels[members[first]], minlength=len(self.source.classes))
         empty = [self.source.classes[label] for label in np.flatnonzero(counts == 0)]
         if empty:
-            raise UserError(
-                f"no image{'' if first == ALL else ' to train on'} for {len(empty)} of {len(counts)} classes: {', '.join(empty[:10])}{why}"
-            )
+            raise UserError(f"no image{'' if first == ALL else ' to train on'} for {len(empty)} of {len(counts)} classes: {', '.join(empty[:10])}{why}")
 
     def check_space(self, scan: npt.NDArray[Any]) -> None:
         """Say before writing that the disk is too small. Re-encoded images are not known yet; theirs shows while writing."""
@@ -223,9 +217,7 @@ class _Packing:
         shards = []
         for number in range(num_shards):
             facts = json.loads((work / f"{split}-{number:05d}.json").read_text())
-            shards.append(
-                Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts["bytes"], sha256=facts["sha256"])
-            )
+            shards.append(Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts["bytes"], sha256=facts["sha256"]))
         columns = {name: rows[name] for name in ROWS.names or ()}
         index_sha256 = write_index(folder / INDEX_NAME, np.diff(cuts), columns)
         self.job.names.take(np.load(work / f"{split}.order.npy")).write(folder / PATHS_NAME)
@@ -294,7 +286,5 @@ def _default_processes(source: Source) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(
         1,
-        min(cores, source.num_bytes // _BYTES_PER_PROCESS, 64)
-        if source.images is None
-        else min(cores, source.num_samples // _SAMPLES_PER_PROCESS),
+        min(cores, source.num_bytes // _BYTES_PER_PROCESS, 64) if source.images is None else min(cores, source.num_samples // _SAMPLES_PER_PROCESS),
     )

@@ -33,9 +33,7 @@ LOCK_NAME = "lock"
 
 GOOD, UNREADABLE, DOUBTFUL = 0, 1, 2
 SCAN = np.dtype([("hash", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2"), ("format", "u1"), ("state", "u1")])
-ROWS = np.dtype(
-    [("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels", "<i4"), ("widths", "<u2"), ("heights", "<u2"), ("flags", "u1")]
-)
+ROWS = np.dtype([("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels", "<i4"), ("widths", "<u2"), ("heights", "<u2"), ("flags", "u1")])
 
 
 @dataclass(frozen=True)

@@ -141,9 +141,7 @@ def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, 
     try:
         data = job.read(sample)
     except OSError as error:
-        raise UserError(
-            f"{job.names[sample]}: {error.strerror} (it could be read a moment ago; the source changed while it was packed)"
-        ) from None
+        raise UserError(f"{job.names[sample]}: {error.strerror} (it could be read a moment ago; the source changed while it was packed)") from None
     if len(data) != scanned["size"] or zlib.crc32(data) != scanned["crc"]:
         raise UserError(f"{job.names[sample]} changed while it was packed; run the same command again when nothing writes to the source")
     height, width = int(scanned["height"]), int(scanned["width"])

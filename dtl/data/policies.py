@@ -38,9 +38,7 @@ def _bits(most: int) -> Callable[[int], npt.NDArray[np.float64]]:
     return lambda size: np.rint(8 - np.arange(NUM_BINS) * most / (NUM_BINS - 1))
 
 
-def _space(
-    *, shear: float, shift: Callable[[int], npt.NDArray[np.float64]], turn: float, colour: float, bits: int
-) -> tuple[Operation, ...]:
+def _space(*, shear: float, shift: Callable[[int], npt.NDArray[np.float64]], turn: float, colour: float, bits: int) -> tuple[Operation, ...]:
     return (
         Operation("Identity", None, False),
         Operation("ShearX", _even(0.0, shear), True),

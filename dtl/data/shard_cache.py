@@ -42,9 +42,7 @@ _NAME_LENGTH = 32
 class ShardCache:
     """The remote ones of a manifest's shards, by their number in it. Pickles as plain values; nothing is opened or made by making one."""
 
-    def __init__(
-        self, folder: Path, options: RemoteOptions, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]
-    ) -> None:
+    def __init__(self, folder: Path, options: RemoteOptions, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]) -> None:
         """`urls` are None for shards that are local; `sizes` in bytes."""
         self.options, self.folder = options, folder
         self.urls, self.digests = list(urls), list(digests)

@@ -49,9 +49,7 @@ class ShardUses:
 
     def to_json(self) -> dict[str, Any]:
         """What makes the same uses in another process."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.init and item.name[0] != "_"} | {
-            "shard_sizes": self.shard_sizes.tolist()
-        }
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.init and item.name[0] != "_"} | {"shard_sizes": self.shard_sizes.tolist()}
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> ShardUses:

@@ -167,16 +167,13 @@ def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_emp
     if empty and not drop_empty:
         what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         raise UserError(
-            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, "
-            "or leave it out with --data.on-error skip"
+            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, or leave it out with --data.on-error skip"
         )
     if empty:
         told.lines.append(f"class folders without an image left out: {_few(empty)}")
     if len(order) == 1:
         inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not _is_hidden(entry.name))
-        hint = (
-            f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
-        )
+        hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
         raise UserError(f"{place} has one class only, '{order[0]}'{hint}; without labels, only the task rotate can learn")
     return order
 
@@ -186,10 +183,7 @@ def _refuse_unknown(place: Path, present: Sequence[str], order: Sequence[str], *
     unknown = [name for name in present if name not in known]
     if unknown:
         where = "the given class list" if given else "training"
-        raise UserError(
-            f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: "
-            f"{_few(unknown)}; known are {_few(order)}"
-        )
+        raise UserError(f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: {_few(unknown)}; known are {_few(order)}")
 
 
 def _tell_empty(place: str, counts: dict[str, int], order: Sequence[str], told: _Told) -> None:

@@ -81,9 +81,7 @@ def _rows(path: Path, *, labelled: bool) -> Iterator[tuple[int, str, str]]:
         yield from _csv_rows(path, text, *columns)
         return
     if path.suffix.lower() == ".csv":
-        raise UserError(
-            f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`"
-        )
+        raise UserError(f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`")
     for line, row in enumerate(io.StringIO(text), start=1):
         if not row.strip():
             continue
@@ -138,7 +136,5 @@ def _check_files(path: Path, table: StringTable, lines: Sequence[int]) -> tuple[
         mtimes.append(status.st_mtime_ns)
     if count:
         more = f"; and {count - _SHOWN_ERRORS:,} more" if count > _SHOWN_ERRORS else ""
-        raise UserError(
-            f"{path}: {count:,} of {len(lines):,} images do not exist: {'; '.join(missing)}{more}; paths are relative to {path.parent}"
-        )
+        raise UserError(f"{path}: {count:,} of {len(lines):,} images do not exist: {'; '.join(missing)}{more}; paths are relative to {path.parent}")
     return sizes, mtimes

@@ -78,9 +78,7 @@ class SourceBuilder:
         """Samples of one class and split; `mtimes` in nanoseconds."""
         self.add_table(StringTable.build(names), labels=np.full(len(names), label, np.int32), split=split, sizes=sizes, mtimes=mtimes)
 
-    def add_table(
-        self, names: StringTable, *, labels: npt.NDArray[np.int32], split: int, sizes: Sequence[int], mtimes: Sequence[int]
-    ) -> None:
+    def add_table(self, names: StringTable, *, labels: npt.NDArray[np.int32], split: int, sizes: Sequence[int], mtimes: Sequence[int]) -> None:
         self._tables.append(names)
         self._labels.append(labels)
         self._splits.append(np.full(len(names), split, np.uint8))
@@ -147,10 +145,7 @@ def open_source(
         else:
             found = open_folder(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
     if classes is not None and found.classes != tuple(classes):
-        raise UserError(
-            f"{source} has other classes ({len(found.classes)}: '{found.classes[0]}' ...) "
-            f"than training ({len(classes)}: '{classes[0]}' ...)"
-        )
+        raise UserError(f"{source} has other classes ({len(found.classes)}: '{found.classes[0]}' ...) than training ({len(classes)}: '{classes[0]}' ...)")
     return found
 
 

@@ -94,9 +94,7 @@ class AugmentSettings:
             raise UserError("augment.randaugment and augment.trivial are both on; take one of them")
         given = self.randaugment
         if given is not None and (len(given) != 2 or given[0] < 1 or not 0 <= given[1] < NUM_BINS):
-            raise UserError(
-                f"augment.randaugment is {given}; it is two numbers: operations (1 or more) and magnitude (0 to {NUM_BINS - 1})"
-            )
+            raise UserError(f"augment.randaugment is {given}; it is two numbers: operations (1 or more) and magnitude (0 to {NUM_BINS - 1})")
 
     @property
     def jitter(self) -> tuple[float, float, float, float]:
@@ -104,9 +102,7 @@ class AugmentSettings:
         given = self.color_jitter
         values = (given, given, given, 0.0) if isinstance(given, (int, float)) else tuple(given)
         if len(values) != 4 or any(not math.isfinite(v) or v < 0 for v in values) or values[3] > 0.5:
-            raise UserError(
-                f"augment.color_jitter is {given}; give one number, or brightness, contrast, saturation (0 or more) and hue (0 to 0.5)"
-            )
+            raise UserError(f"augment.color_jitter is {given}; give one number, or brightness, contrast, saturation (0 or more) and hue (0 to 0.5)")
         brightness, contrast, saturation, hue = values
         return brightness, contrast, saturation, hue
 
@@ -229,9 +225,7 @@ class Transform:
             draws = replace(draws, angles=augment.rotation * (2 * uniform(ids, seed, epoch, "rotation") - 1))
         if augment.randaugment is not None or augment.trivial:
             num_ops, magnitude = augment.randaugment or (1, None)
-            operations, magnitudes = draw_operations(
-                self._space, ids, num_ops=num_ops, magnitude=magnitude, image_size=self.image_size, seed=seed, epoch=epoch
-            )
+            operations, magnitudes = draw_operations(self._space, ids, num_ops=num_ops, magnitude=magnitude, image_size=self.image_size, seed=seed, epoch=epoch)
             draws = replace(draws, operations=operations, magnitudes=magnitudes)
         if any(augment.jitter):
             jitter, order = _draw_jitter(augment.jitter, ids, seed=seed, epoch=epoch)

@@ -77,9 +77,7 @@ def split_folders(place: str | Path, *, remote: RemoteOptions | None = None) -> 
     return found
 
 
-def verify(
-    folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False, remote: RemoteOptions | None = None
-) -> VerifyReport:
+def verify(folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False, remote: RemoteOptions | None = None) -> VerifyReport:
     """Check one split: sizes, sha256, tars, index, crc, labels, and decode every image.
 
     With `quarantine` the damaged samples are set aside (see `dtl.data.quarantine`): a list that was there is replaced, or removed where

@@ -34,13 +34,17 @@ class Need:
     @property
     def shm_bytes(self) -> int:
         """What the loaders of training and validation of all ranks take of /dev/shm, as a run computes it before its first step."""
-        return 2 * self.ranks * bytes_needed(
-            micro_batch_size=self.batch_size,
-            image_size=self.image_size,
-            accumulation_steps=1,
-            workers=self.workers,
-            prefetch=self.prefetch,
-            own_buffers=self.own_buffers,
+        return (
+            2
+            * self.ranks
+            * bytes_needed(
+                micro_batch_size=self.batch_size,
+                image_size=self.image_size,
+                accumulation_steps=1,
+                workers=self.workers,
+                prefetch=self.prefetch,
+                own_buffers=self.own_buffers,
+            )
         )
 
     @property

@@ -39,9 +39,7 @@ class Measurement:
             variables.pop(name, None)
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "dtl.doctor.measure", kind, json.dumps(dict(given))]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, env=variables, start_new_session=True
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, env=variables, start_new_session=True)
         self._deadline = time.monotonic() + seconds
 
     def result(self) -> dict[str, Any]:

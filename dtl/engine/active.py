@@ -131,9 +131,7 @@ def enter(
         weight_decay=config.weight_decay,
         decay_norms_and_biases=config.decay_norms_and_biases,
     )
-    optimizer = build_optimizer(
-        groups, name=config.optimizer, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, betas=config.betas
-    )
+    optimizer = build_optimizer(groups, name=config.optimizer, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, betas=config.betas)
     weights = None
     if config.class_weights != "none" and config.task == "classify":
         weights = class_weights(config.class_weights, class_counts, classes)
@@ -218,7 +216,4 @@ def _sync_norms(
         return
     if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        say(
-            f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others "
-            "(--model.sync-bn false: each rank its own)"
-        )
+        say(f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)")

@@ -45,9 +45,7 @@ class BadSamples:
         if self.runtime.is_main:
             self._append(list(new.values()))
         if self.count > self.max_bad:
-            raise UserError(
-                f"{self.count} damaged samples are more than data.max_bad {self.max_bad} (listed in {self.path}); the last: {found[-1]['message']}"
-            )
+            raise UserError(f"{self.count} damaged samples are more than data.max_bad {self.max_bad} (listed in {self.path}); the last: {found[-1]['message']}")
 
     def _append(self, entries: list[dict[str, Any]]) -> None:
         if entries:

@@ -99,9 +99,7 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
     ranks_here = runtime.gather(gethostname()).count(gethostname())
     with runtime.together("batches"):
         if data.global_batch_size < runtime.world_size:
-            raise UserError(
-                f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs a sample a step"
-            )
+            raise UserError(f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs a sample a step")
         facts = network.preprocessing
         crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
         augment = AugmentSettings(**data.augment.model_dump())

@@ -68,9 +68,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
-        self._features = PhaseFeatures(
-            self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.say
-        )
+        self._features = PhaseFeatures(self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.say)
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
@@ -108,9 +106,7 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
-        if self.settings.fit_memory and micro_batch.fit(
-            active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.say
-        ):
+        if self.settings.fit_memory and micro_batch.fit(active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.say):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
             del active
@@ -354,9 +350,7 @@ class Trainer:
         self.state.wandb_id = self.tracker.wandb_id
         self.state.bad_samples = self.bad_samples.entries
         with self.runtime.together("checkpoint"):
-            self.stall_seconds += saving.save(
-                self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait
-            )
+            self.stall_seconds += saving.save(self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait)
         self.deadline.saw_save(self.store.save_seconds)
         self._last_save = time.monotonic()
         self._saved_step = self.state.step

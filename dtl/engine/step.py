@@ -173,9 +173,7 @@ class Stepper:
         targets: Tensor = labels
         if self._mixing is not None:
             targets = torch.nn.functional.one_hot(labels, active.phase.num_outputs).to(torch.float32)
-            images, targets = mix_batch(
-                images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing
-            )
+            images, targets = mix_batch(images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing)
         logits, auxiliary = active.wrapped(images)
         total = _weighted_sum(active, logits, targets, None if batch.full else weights)
         for other in auxiliary:

@@ -90,9 +90,7 @@ def checksum(module: nn.Module, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def unused_parameters(
-    network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None
-) -> frozenset[str]:
+def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None) -> frozenset[str]:
     """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
 
     `auxiliary` says whether the auxiliary heads are in the loss. Found by one forward and backward pass over shapes alone

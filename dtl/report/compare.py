@@ -83,9 +83,7 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     unit = "epoch" if all(record.steps_per_epoch for record in records) else "step"
     courses = {record.path: _course(record, task, unit) for record in records}
     left_out = [f"{record.name} has no evaluation of the task {task}" for record in records if courses[record.path] is None]
-    pretext = sorted(
-        {f"{record.name}: {phase.name}" for record in records for phase in record.phases if phase.task != task and courses[record.path]}
-    )
+    pretext = sorted({f"{record.name}: {phase.name}" for record in records for phase in record.phases if phase.task != task and courses[record.path]})
     if pretext:
         left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s count from the first phase that is drawn")
     groups = _grouped([course for record in records if (course := courses[record.path]) is not None])
@@ -223,9 +221,7 @@ def _group_names(names: Sequence[Sequence[str]]) -> list[str]:
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, dict) and values:
-        return {
-            name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
+        return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
     return {prefix: values}
 
 

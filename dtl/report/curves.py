@@ -125,9 +125,7 @@ def _mark_best(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> 
     axes.plot(step, value, marker="D", markersize=8, markerfacecolor="none", markeredgecolor=VERMILION, markeredgewidth=1.1, clip_on=False)
     edge = 0.06 * last_step  # a number at the end of its phase must not cross the border
     side = "right" if step > phase.last_step - edge else "left" if step < phase.first_step + edge else "center"
-    axes.annotate(
-        percent(value), (step, value), xytext=(0, 7), textcoords="offset points", ha=side, va="bottom", fontsize=8, color=VERMILION
-    )
+    axes.annotate(percent(value), (step, value), xytext=(0, 7), textcoords="offset points", ha=side, va="bottom", fontsize=8, color=VERMILION)
 
 
 def _limit_loss(axes: Axes, phases: list[PhaseRecord]) -> None:

@@ -94,10 +94,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, compact: bo
     lines = []
     for row in rows:
         cells = [f'<th scope="row">{escape(row[0].text)}</th>']
-        cells += [
-            f'<td data-label="{escape(name)}"{_number(right)}>{escape(cell.text)}</td>'
-            for name, cell, right in zip(columns[1:], row[1:], numbers[1:])
-        ]
+        cells += [f'<td data-label="{escape(name)}"{_number(right)}>{escape(cell.text)}</td>' for name, cell, right in zip(columns[1:], row[1:], numbers[1:])]
         lines.append("<tr>" + "".join(cells) + "</tr>")
     kind = "compact" if compact else "cards"
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

@@ -40,13 +40,9 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
     ]
     for words in left_out:
         say(f"left out of the comparison: {words}")
-    alt = "Top-1 and loss on validation images of " + "; ".join(
-        f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups
-    )
+    alt = "Top-1 and loss on validation images of " + "; ".join(f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups)
     caption = (
-        "The line of several seeds is their mean, the band goes from the lowest to the highest."
-        if any(len(g.courses) > 1 for g in comparison.groups)
-        else ""
+        "The line of several seeds is their mean, the band goes from the lowest to the highest." if any(len(g.courses) > 1 for g in comparison.groups) else ""
     )
     plot = embed_plot(
         folder / "compare.png",
@@ -62,9 +58,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         html.section("Left out", html.bullets(left_out)) if left_out else "",
     ]
     title = " · ".join(group.name for group in comparison.groups) if len(comparison.groups) <= 4 else f"{len(records)} runs"
-    lead = html.headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]) + html.text(
-        "Best top-1 on validation images.", "soft"
-    )
+    lead = html.headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]) + html.text("Best top-1 on validation images.", "soft")
     return write_page(folder, html.page(title, lead, [part for part in sections if part], footer=footer()))
 
 
@@ -103,12 +97,7 @@ def _results(comparison: Comparison) -> str:
             ])  # fmt: skip
     columns = ["run", "seed", "best top-1", f"at {comparison.unit}", "last top-1", "lowest loss", "steps in all", "time in all"]
     several = [group for group in comparison.groups if len(group.courses) > 1]
-    groups = html.bullets(
-        [
-            f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)"
-            for group in several
-        ]
-    )
+    groups = html.bullets([f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several])
     return html.table(columns, rows) + (groups if several else "")
 
 

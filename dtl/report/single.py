@@ -97,9 +97,7 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
     return write_page(parts.out, document)
 
 
-def embed_plot(
-    file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None
-) -> str:
+def embed_plot(file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None) -> str:
     """Draw into `file`, and embed; with `narrow` beside a second drawing for narrow windows. "" where there is nothing to draw."""
     small = file.with_name(f"{file.stem}-narrow.png")
     with style.plain():
@@ -244,10 +242,7 @@ def _training(parts: _Parts, examples: Examples | None) -> str:
         name = f"training-{view.phases[0]}" if len(views) > 1 else "training"
         save_grid(view.tiles, parts.out / f"{name}.png")
         heading = ", ".join(view.phases) + (f": {view.words}" if view.words else "")
-        blocks.append(
-            (html.subheading(heading) if len(views) > 1 or view.words else "")
-            + html.tiles(view.tiles, fours=view.words.endswith("rotations"))
-        )
+        blocks.append((html.subheading(heading) if len(views) > 1 or view.words else "") + html.tiles(view.tiles, fours=view.words.endswith("rotations")))
     about = "Training images exactly as they reach the network, after augmentation: the first that it is given."
     return html.section("What the network sees", html.text(about, "soft"), *blocks)
 
@@ -312,14 +307,8 @@ def _transfer(record: RunRecord) -> str:
     if found is None:
         return ""
     totals = found.get("totals") or {}
-    rows = [
-        [Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)]
-        for name, n in totals.items()
-    ]
-    words = (
-        f"From {found.get('source')}, by {found.get('by')}: "
-        f"{percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
-    )
+    rows = [[Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)] for name, n in totals.items()]
+    words = f"From {found.get('source')}, by {found.get('by')}: {percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
     told = [str(line) for key in ("warnings", "notes") for line in found.get(key) or []]
     return html.section(
         "Pretrained weights",

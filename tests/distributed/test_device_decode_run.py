@@ -26,9 +26,7 @@ def test_losses_are_those_of_the_loader_processes(tmp_path: Path, world: int) ->
 
 def test_what_it_cannot_do_is_one_line_before_the_first_step(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"one": 8, "two": 8})
-    recipe = write_recipe(
-        tmp_path, data={**DATA, "train": str(images), "decode": "device", "augment": {"preset": "light", "rotation": 5}}, phases=PHASES
-    )
+    recipe = write_recipe(tmp_path, data={**DATA, "train": str(images), "decode": "device", "augment": {"preset": "light", "rotation": 5}}, phases=PHASES)
     done = run(["--config", str(recipe)], cwd=tmp_path, world=2, code=2)
     lines = [line for line in done.err().splitlines() if line.startswith("dtl: ")]
     assert lines == ["dtl: data.decode device crops, resizes, flips and erases; data.augment.rotation needs data.decode workers"]

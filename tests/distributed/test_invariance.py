@@ -18,9 +18,7 @@ from dtl.engine.step_trace import read_trace
 PHASES = {"all": {"train": "all", "steps": 8, "lr": 0.05, "momentum": 0.9, "mixup": 0.2, "schedule": "one_cycle", "eval_every": 0.3}}
 
 
-def train(
-    folder: Path, *, world: int, variables: dict[str, str] | None = None, phases: dict[str, Any] = PHASES, **data: Any
-) -> list[dict[str, Any]]:
+def train(folder: Path, *, world: int, variables: dict[str, str] | None = None, phases: dict[str, Any] = PHASES, **data: Any) -> list[dict[str, Any]]:
     folder.mkdir()
     recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=phases, data=data)
     env = {"DTL_CACHE": str(folder.parent / "cache"), **(variables or {})}

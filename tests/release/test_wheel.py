@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def call(*command: str | Path, cwd: Path, **env: str) -> str:
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env={**variables, **env}, capture_output=True, text=True, check=False, timeout=900
-    )
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env={**variables, **env}, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

@@ -195,6 +195,7 @@ def test_quarantine_is_honoured(tmp_path: Path, digits: Path) -> None:
 def test_shards_that_webdataset_wrote_train_without_repacking(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own ShardWriter with its defaults (a PAX header a member), names as ImageNet's shards have them; once indexed, once not."""
     import webdataset
+
     (tmp_path / "wds").mkdir()
     for split in ("train", "val"):
         shards = Shards.open(packed / split)

@@ -41,9 +41,10 @@ def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert pid is not None
     rows = []
     for epoch in range(EPOCHS - 1):
-        told = lambda number=epoch: (run / "history.jsonl").exists() and any(  # noqa: E731
-            event["event"] == "train" and event["epoch"] > number for event in history(run)
-        )
+
+        def told(number: int = epoch) -> bool:
+            return (run / "history.jsonl").exists() and any(event["event"] == "train" and event["epoch"] > number for event in history(run))
+
         wait_for(told, seconds=120, what=f"epoch {epoch + 1}")
         # The two oldest are those of training; an evaluation's come and go.
         workers = sorted(children(pid), key=lambda child: psutil.Process(child).create_time())[:2]

@@ -136,5 +136,3 @@ class SlurmLab:
 
     def logs(self) -> str:
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in sorted((self.base / "log").iterdir()))
-
-

@@ -26,8 +26,7 @@ while not asked:
 JOBS: dict[str, dict[str, Any]] = {
     "crashes": {"does": "exit 1", "environment": {"DTL_MAX_TRIES": "2"}},
     "fails_after_progress": {
-        "does": "round=${SLURM_RESTART_COUNT:-0}; mkdir -p runs/tiny/checkpoints/step-0000000$round; say failed 'fault: no luck';"
-        "[[ $round == 1 ]] && say done",
+        "does": "round=${SLURM_RESTART_COUNT:-0}; mkdir -p runs/tiny/checkpoints/step-0000000$round; say failed 'fault: no luck';[[ $round == 1 ]] && say done",
         "environment": {"DTL_MAX_TRIES": "1"},
     },
     "wrong_input": {"does": "say failed 'input: photos/train: no such folder'; exit 1"},

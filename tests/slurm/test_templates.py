@@ -70,9 +70,7 @@ def test_a_multi_node_job_trains_to_the_end(desk: Desk, reference: dict[int, Pat
     assert [name.split("/")[3] for name in logs] == ["node-0", "node-1"]
 
 
-def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next_round(
-    reference: dict[int, Path], limited: tuple[SlurmJob, Future[dict[str, Any]]]
-) -> None:
+def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next_round(reference: dict[int, Path], limited: tuple[SlurmJob, Future[dict[str, Any]]]) -> None:
     job, following = limited
     left = following.result()
     assert left["state"] == "stopped"

@@ -22,9 +22,7 @@ def test_without_arguments_it_is_the_digits_recipe() -> None:
 def test_a_file_gives_the_run_its_name_and_options_go_on_top(tmp_path: Path) -> None:
     file = tmp_path / "flowers.yaml"
     file.write_text("data: {train: a, val: b}\nphases: {head: {train: head, epochs: 2}}\n")
-    config, name = load_config(
-        ["--config", str(file), "--phases.head.lr", "0.5", "--data.micro-batch-size=8", "--model.freeze_norm", "false", "--run.debug"]
-    )
+    config, name = load_config(["--config", str(file), "--phases.head.lr", "0.5", "--data.micro-batch-size=8", "--model.freeze_norm", "false", "--run.debug"])
     assert name == "flowers"
     assert config.phases["head"].lr == 0.5
     assert config.phases["head"].epochs == 2

@@ -87,9 +87,7 @@ def test_status_is_written_whole(folder: Path) -> None:
 
 
 def test_a_second_run_is_refused_with_host_and_pid(folder: Path, other: subprocess.Popen[str]) -> None:
-    with pytest.raises(
-        UserError, match=rf"another run works in .*digits \(host {re.escape(socket.gethostname())}, pid {other.pid}, since 2.*--run.name"
-    ):
+    with pytest.raises(UserError, match=rf"another run works in .*digits \(host {re.escape(socket.gethostname())}, pid {other.pid}, since 2.*--run.name"):
         start(folder)
     assert newest_incarnation(folder) == 1
 

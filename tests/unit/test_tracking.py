@@ -307,9 +307,7 @@ def test_a_dead_wandb_service_never_hurts_the_run(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_a_key_without_an_answering_server_goes_on_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_key_without_an_answering_server_goes_on_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)

@@ -206,6 +206,7 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
+
     monkeypatch.setattr(timm, "create_model", _no_network)
     with pytest.raises(UserError, match=r"timm has no such model; the nearest names are .*resnet18"):
         read_weights("timm:resnet188")

@@ -41,8 +41,7 @@ def groups(net: nn.Module, *, skip: str = "", turned: bool = False) -> list[dict
     matrix = [name for name, p in named.items() if p.dim() > 1]
     rest = [name for name, p in named.items() if p.dim() <= 1]
     found = [
-        {"params": [named[name] for name in names], "names": names, "weight_decay": decay, "lr_scale": 0.5}
-        for names, decay in ((matrix, 0.1), (rest, 0.0))
+        {"params": [named[name] for name in names], "names": names, "weight_decay": decay, "lr_scale": 0.5} for names, decay in ((matrix, 0.1), (rest, 0.0))
     ]
     return found[::-1] if turned else found
 
@@ -127,9 +126,7 @@ REFUSED: list[tuple[str, Callable[..., None] | None, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "spoil", "options", "message"), REFUSED)
-def test_what_does_not_fit_is_refused_and_changes_nothing(
-    kind: str, spoil: Callable[..., None] | None, options: dict[str, Any], message: str
-) -> None:
+def test_what_does_not_fit_is_refused_and_changes_nothing(kind: str, spoil: Callable[..., None] | None, options: dict[str, Any], message: str) -> None:
     tensors, meta = _saved()
     if spoil:
         spoil(tensors, meta)

@@ -118,9 +118,7 @@ def test_tied_tensors_are_saved_once_and_tied_again(make: Callable[..., Checkpoi
     assert (found.path / "model.safetensors").stat().st_size < 2.2 * weight.nbytes
 
 
-def test_what_changes_after_save_returned_is_not_in_the_checkpoint(
-    make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_changes_after_save_returned_is_not_in_the_checkpoint(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
     gate, write = threading.Event(), durable.write_tensors
     monkeypatch.setattr(durable, "write_tensors", lambda *given: (gate.wait(10), write(*given))[1])
     store, given = make(), tensors(1.0)
@@ -137,9 +135,7 @@ def test_what_changes_after_save_returned_is_not_in_the_checkpoint(
     assert torch.equal(found.tensors("model")["weight"], torch.full((100, 10), 1.0))
 
 
-def test_a_save_waits_for_the_one_before_and_reuses_its_memory(
-    make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_waits_for_the_one_before_and_reuses_its_memory(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
     active, most, pointers, write = [0], [0], [], durable.write_tensors
     gate = threading.Event()
 
@@ -384,9 +380,7 @@ while kills < 30 or (hits < 5 and kills < 300):
 
 def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "killed.py", tmp_path / "checkpoints"], stdout=subprocess.PIPE, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, tmp_path / "killed.py", tmp_path / "checkpoints"], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
     starts, leftovers = zip(*[map(int, line.split()) for line in done.stdout.splitlines()], strict=True)
     assert starts == tuple(sorted(starts))
     assert starts[-1] > 0

@@ -37,6 +37,7 @@ def check_facts(facts: dict[str, Any]) -> None:
 
 def test_onnx_gives_the_logits_of_pytorch(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnxruntime as runtime
+
     for number in range(3):
         write_image(tmp_path / f"photos/{number}.jpg", number)
     (tmp_path / "photos/broken.jpg").touch()

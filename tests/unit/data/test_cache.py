@@ -27,9 +27,7 @@ def photos(tmp_path: Path) -> Path:
 
 def packed_into(tmp_path: Path, source: Path | str, said: list[str] | None = None, **options: Any) -> Path:
     say = said.append if said is not None else (lambda line: None)
-    return ensure_packed(
-        source, **{"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "say": say, **options}
-    )
+    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "say": say, **options})
 
 
 def test_packed_once_and_told(tmp_path: Path, photos: Path) -> None:

@@ -56,9 +56,7 @@ def steps(shards: Shards, transform: Transform, *, device: bool, workers: int = 
         return EpochPlan(shards.shard_sizes, seed=3, epoch=epoch, global_batch_size=12)
 
     layout = RankLayout.for_plan(plan(0), num_ranks=world, micro_batch_size=micro)
-    loader = StepLoader(
-        shards, transform, plans=plan, layout=layout, rank=rank, image_size=SIZE, seed=3, workers=workers, decode_on=DEVICE if device else None
-    )
+    loader = StepLoader(shards, transform, plans=plan, layout=layout, rank=rank, image_size=SIZE, seed=3, workers=workers, decode_on=DEVICE if device else None)
     return [batch for batches in loader.steps(0, 0, 4) for batch in batches]
 
 

@@ -33,6 +33,7 @@ def indexed(*sources: Path | str, **options: Any) -> Shards:
 
 def as_webdataset_reads(paths: list[Path]) -> list[dict[str, Any]]:
     import webdataset
+
     found = list(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False))
     gc.collect()
     return found
@@ -56,6 +57,7 @@ interop = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.
 def test_webdatasets_own_writer(tmp_path: Path, fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Its default is the time of day with a fraction, so a PAX header before each member."""
     import webdataset
+
     with webdataset.ShardWriter(str(tmp_path / "imagenet-%03d.tar"), maxcount=7, verbose=0, **fields) as writer:
         for number in range(20):
             image = encoded(seed=number, height=10 + number % 3, width=16)

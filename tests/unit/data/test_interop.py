@@ -33,6 +33,7 @@ def paths(shards: Shards) -> list[str]:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.0.2 leaves the last tar open
 def test_webdataset_decodes_the_same_pixels(shards: Shards) -> None:
     import webdataset
+
     found = list(webdataset.WebDataset(paths(shards), shardshuffle=False).decode("rgb8").to_tuple("__key__", "jpg", "cls"))
     gc.collect()
     assert [key for key, _, _ in found] == [shards.key(sample) for sample in range(20)]
@@ -48,9 +49,7 @@ def test_hugging_face_datasets_reads_them(shards: Shards, streaming: bool, tmp_p
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets", reason="brings 375 MB (pyarrow, pandas): pip install datasets switches this on")
-    found = datasets.load_dataset(
-        "webdataset", data_files={"train": paths(shards)}, split="train", streaming=streaming, cache_dir=str(tmp_path / "cache")
-    )
+    found = datasets.load_dataset("webdataset", data_files={"train": paths(shards)}, split="train", streaming=streaming, cache_dir=str(tmp_path / "cache"))
     rows = list(found)
     assert [row["__key__"] for row in rows] == [shards.key(sample) for sample in range(20)]
     assert [int(row["cls"]) for row in rows] == shards.labels.tolist()

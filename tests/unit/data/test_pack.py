@@ -117,6 +117,7 @@ def test_formats_keep_their_bytes_and_get_their_real_extension(tmp_path: Path, k
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.0.2 leaves the last tar open
 def test_webdataset_reads_our_shards(packed: Path) -> None:
     import webdataset
+
     shards = Shards.open(packed)
     urls = [str(packed / shard.url) for shard in shards.manifest.shards]
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -131,6 +132,7 @@ def test_webdataset_reads_our_shards(packed: Path) -> None:
 
 def test_tar_writer_is_webdatasets_own(tmp_path: Path) -> None:
     import webdataset
+
     sample = {"__key__": "000001", "jpg": b"x" * 700, "cls": b"3"}
     written = []
     pack_tasks.tar_writer_class.cache_clear()
@@ -187,9 +189,7 @@ class _Cut(Exception):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 6])
-def test_an_interrupted_packing_goes_on(
-    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
-) -> None:
+def test_an_interrupted_packing_goes_on(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """Stopped after some of the 5 chunks of reading or of the shards: it is no data set, and the next call does only what is left."""
     tasks: list[str] = []
     real = pack_tasks.run_task
@@ -215,9 +215,7 @@ def test_an_interrupted_packing_goes_on(
     assert len(read) < 300 or stop_after == 0, "300 is reading everything twice"
 
 
-def test_a_finished_shard_that_was_damaged_is_written_again(
-    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_shard_that_was_damaged_is_written_again(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pack_tasks.run_task
 
     def cut(job: Job, task: dict[str, Any]) -> int:
@@ -466,9 +464,7 @@ DIGITS_IDS = ("fdad6a96e2887c5a354b95500cd0b497", "7e4a4d4e7e5019598a992c493cc91
 # --- smaller images
 
 
-@pytest.mark.parametrize(
-    ("option", "expected"), [({"max_side": 50}, (25, 50)), ({"short_side": 30}, (30, 60)), ({"max_side": 500}, (100, 200))]
-)
+@pytest.mark.parametrize(("option", "expected"), [({"max_side": 50}, (25, 50)), ({"short_side": 30}, (30, 60)), ({"max_side": 500}, (100, 200))])
 def test_shrinking(tmp_path: Path, option: dict[str, int], expected: tuple[int, int]) -> None:
     root = image_folder(tmp_path / "s", {"a": 1, "b": 1})
     big = {"photo.jpg": encoded(height=100, width=200), "lossless.png": encoded("PNG", height=100, width=200)}

@@ -58,6 +58,7 @@ def test_gray_posterize_solarize_equalize_are_pillows() -> None:
 @pytest.mark.parametrize("shift", [-0.5, -0.21, 0.0, 0.05, 0.33, 0.5])
 def test_hue_is_torchvisions_within_rounding(shift: float) -> None:
     from torchvision.transforms.v2 import functional
+
     for image in _images():
         theirs = functional.adjust_hue(torch.from_numpy(image).permute(2, 0, 1), shift).permute(1, 2, 0).numpy()
         assert _difference(pixels.hue(image, shift), theirs).max() <= 1
@@ -67,6 +68,7 @@ def test_hue_is_torchvisions_within_rounding(shift: float) -> None:
 @pytest.mark.parametrize("degrees", [0.0, 1.5, -20.0, 90.0, 135.0, 180.0])
 def test_rotation_is_torchvisions_within_rounding(degrees: float) -> None:
     from torchvision.transforms import v2
+
     for image in _images():
         planes = torch.from_numpy(image).permute(2, 0, 1)
         theirs = v2.functional.rotate(planes, degrees, interpolation=v2.InterpolationMode.BILINEAR)
@@ -77,6 +79,7 @@ def test_rotation_is_torchvisions_within_rounding(degrees: float) -> None:
 @pytest.mark.parametrize("size", [32, 224, 299])
 def test_the_space_is_torchvisions(ours: tuple[Operation, ...], name: str, size: int) -> None:
     from torchvision.transforms import v2
+
     theirs = getattr(v2, name)._AUGMENTATION_SPACE
     assert [op.name for op in ours] == list(theirs)
     assert getattr(v2, name)().num_magnitude_bins == NUM_BINS
@@ -93,6 +96,7 @@ def test_the_space_is_torchvisions(ours: tuple[Operation, ...], name: str, size:
 @pytest.mark.parametrize("name", ["RandAugment", "TrivialAugmentWide"])
 def test_each_operation_at_each_magnitude_is_torchvisions(name: str) -> None:
     from torchvision.transforms import v2
+
     space = {"RandAugment": RAND_AUGMENT, "TrivialAugmentWide": TRIVIAL_AUGMENT_WIDE}[name]
     reference = getattr(v2, name)()
     worst = {}

@@ -45,6 +45,7 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
 
 def test_class_order_is_that_of_torchvision(tmp_path: Path) -> None:
     from torchvision import datasets
+
     image_folder(tmp_path, dict.fromkeys(["101", "11", "2", "Zebra", "ant", "äpfel", "b c", "~x", "日本"], 2))
     assert list(open_source(tmp_path).classes) == datasets.ImageFolder(tmp_path).classes
 

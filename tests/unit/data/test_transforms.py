@@ -19,9 +19,7 @@ from dtl.data.decode import decode
 from dtl.data.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, AugmentSettings, Draws, Transform, eval_transform, train_transform
 from dtl.errors import UserError
 
-EVERYTHING = AugmentSettings(
-    rotation=15, color_jitter=(0.4, 0.4, 0.4, 0.1), vertical_flip=0.5, grayscale=0.3, erasing=0.5, randaugment=(2, 9)
-)
+EVERYTHING = AugmentSettings(rotation=15, color_jitter=(0.4, 0.4, 0.4, 0.1), vertical_flip=0.5, grayscale=0.3, erasing=0.5, randaugment=(2, 9))
 TRANSFORMS = {
     "imagenet": train_transform(image_size=48, augment=AugmentSettings()),
     "cifar": train_transform(image_size=32, augment=AugmentSettings(preset="cifar")),
@@ -93,6 +91,7 @@ def test_epoch_seed_and_sample_change_the_draws(preset: str) -> None:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) -> None:
     from torchvision.transforms.v2 import functional
+
     transform = train_transform(image_size=56, augment=AugmentSettings(), interpolation=interpolation)
     samples = list(range(24))
     images = [_image(*SHAPES[s % len(SHAPES)], seed=s) for s in samples]
@@ -111,6 +110,7 @@ def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) ->
 @pytest.mark.parametrize(("size", "resize_size"), [(40, None), (32, 37), (33, 38), (48, 48), (60, 50)])
 def test_evaluation_is_torchvisions_resize_and_center_crop(interpolation: str, size: int, resize_size: int | None) -> None:
     from torchvision.transforms import v2
+
     transform = eval_transform(image_size=size, resize_size=resize_size, interpolation=interpolation)
     mode = v2.InterpolationMode(interpolation)
     reference = v2.Compose([v2.Resize(resize_size or round(size / 0.875), interpolation=mode, antialias=True), v2.CenterCrop(size)])
@@ -137,6 +137,7 @@ def test_real_photos_have_the_pixels_of_torchvisions_image_pipeline() -> None:
     if not folder:
         pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data")
     from torchvision.transforms import v2
+
     reference = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
     files = sorted((Path(folder) / "hymenoptera_data/val/ants").glob("*.jpg"))[:12]
     assert files

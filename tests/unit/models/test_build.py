@@ -113,9 +113,7 @@ def test_the_plain_resnet_is_the_tutorials() -> None:
     assert [name for name, _ in module.get_submodule("1.0").named_children()] == ["conv1", "conv2", "bn1", "bn2"]
     biases = [key for key in module.state_dict() if "conv" in key and key.endswith("bias")] + ["0.0.bias"]
     assert len(biases) == 20
-    plain = {
-        key: t for key, t in module.state_dict().items() if key not in biases and "num_batches" not in key and not key.startswith("7.")
-    }
+    plain = {key: t for key, t in module.state_dict().items() if key not in biases and "num_batches" not in key and not key.startswith("7.")}
     theirs = build("resnet18", num_classes=10, meta=True).module.state_dict()
     wanted = {key: t for key, t in theirs.items() if "num_batches" not in key and "downsample.1" not in key and not key.startswith("fc.")}
     assert len(plain) == len(wanted) == 88

@@ -73,9 +73,7 @@ def test_a_repository_has_no_say_in_what_else_is_loaded(hub: Path) -> None:
 
 
 def test_a_run_by_such_a_name_is_used_without_the_hub_afterwards(hub: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(
-        tmp_path, model={"name": NAME}, phases={"head": {"train": "head", "steps": 2, "lr": 0.1}}, transfer={"source": "pretrained"}
-    )
+    recipe = write_recipe(tmp_path, model={"name": NAME}, phases={"head": {"train": "head", "steps": 2, "lr": 0.1}}, transfer={"source": "pretrained"})
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     job = run(["--config", str(recipe)], cwd=tmp_path, env=offline)
     assert "timm:hf-hub:someone/tiny-birds" in job.err()

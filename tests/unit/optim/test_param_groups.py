@@ -25,9 +25,7 @@ def test_every_trainable_parameter_once() -> None:
     module = _network()
     by_name = dict(module.named_parameters())
     for train, decay, layer_decay, norms in product((NAMES, NAMES[4:], LAYERS[2], ["1.bias"]), (0.0, 0.1), (1.0, 0.5), (False, True)):
-        groups = build_groups(
-            module, frozenset(train), layer_groups=LAYERS, weight_decay=decay, layer_decay=layer_decay, decay_norms_and_biases=norms
-        )
+        groups = build_groups(module, frozenset(train), layer_groups=LAYERS, weight_decay=decay, layer_decay=layer_decay, decay_norms_and_biases=norms)
         names = [name for group in groups for name in group["names"]]
         assert sorted(names) == sorted(train)
         assert all(group["params"] for group in groups)

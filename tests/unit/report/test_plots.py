@@ -45,10 +45,7 @@ def test_curves_of_a_run_with_phases(tmp_path: Path) -> None:
     [
         [{"event": "train", "phase": "a", "epoch": 0, "step": 1, "loss": 1.0, "lr": 0.1}],
         [{"event": "val", "phase": "a", "epoch": 0, "step": 1, "loss": "nan", "top1": 0.0}],
-        [
-            {"event": "train", "phase": "a", "epoch": 0, "step": s, "loss": "nan" if s == 2 else 1e6 if s == 1 else 0.0, "lr": 0.0}
-            for s in range(1, 90)
-        ],
+        [{"event": "train", "phase": "a", "epoch": 0, "step": s, "loss": "nan" if s == 2 else 1e6 if s == 1 else 0.0, "lr": 0.0} for s in range(1, 90)],
         [{"event": "train", "phase": f"$p_{s}^{{", "epoch": s, "step": s + 1, "loss": -1.0, "lr": 10.0**-s} for s in range(9)],
     ],
 )

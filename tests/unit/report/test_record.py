@@ -27,11 +27,7 @@ def test_phases_have_the_events_of_the_history_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("per_epoch", "durations", "log_every"),
-    list(
-        itertools.product(
-            [1, 2, 7, 40], [({"epochs": 3},), ({"steps": 11}, {"epochs": 2}), ({"epochs": 1.5}, {"epochs": 0.5}, {"epochs": 4})], [1, 5]
-        )
-    ),
+    list(itertools.product([1, 2, 7, 40], [({"epochs": 3},), ({"steps": 11}, {"epochs": 2}), ({"epochs": 1.5}, {"epochs": 0.5}, {"epochs": 4})], [1, 5])),
 )
 def test_epochs_are_found_from_the_events(tmp_path: Path, per_epoch: int, durations: tuple[dict[str, float], ...], log_every: int) -> None:
     config = make_config(phases={f"p{i}": duration for i, duration in enumerate(durations)})
