@@ -54,9 +54,10 @@ def test_the_rate_falls_at_these_epochs(runtime: Runtime) -> None:
     assert found == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 10 + [0.001] * 4)
 
 
-def test_epochs_that_do_not_rise_are_refused(runtime: Runtime) -> None:
+def test_epochs_that_come_to_one_step_are_refused(runtime: Runtime) -> None:
+    """Those that do not rise are the config's to refuse; these rise by less than a step."""
     with pytest.raises(UserError, match="milestones must be positive and rising"):
-        entered(runtime, schedule="step", step_epochs=[3, 2], epochs=5)
+        entered(runtime, schedule="step", step_epochs=[2.0, 2.001], epochs=5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
