@@ -70,14 +70,14 @@ def test_a_synchronised_norm_is_tried_without_its_peers(monkeypatch: pytest.Monk
     import torch
     from torch import nn
 
-    from dtl.engine.micro_batch import _alone
+    from dtl.models.freeze import norms_alone
 
     def waits(self: nn.Module, images: torch.Tensor) -> torch.Tensor:
         raise AssertionError("it would wait for the other ranks")
 
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", waits)
     norm, images = nn.SyncBatchNorm(3), torch.randn(4, 3, 2, 2)
-    with _alone():
+    with norms_alone():
         torch.testing.assert_close(norm(images), nn.BatchNorm2d(3)(images))
     with pytest.raises(AssertionError, match="it would wait"):
         norm(images)

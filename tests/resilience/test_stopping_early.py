@@ -89,9 +89,10 @@ def test_a_signal_while_packing(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_deadline_while_packing(tmp_path: Path, world: int) -> None:
-    words = recipe(tmp_path, checkpoint={"deadline_seconds": 5})
-    job = begin(tmp_path, words, world=world)
-    job.wait(60).check(75)
+    """It may strike while the run is on its way to where it is held, or there."""
+    (tmp_path / "hold").touch()
+    words = recipe(tmp_path, checkpoint={"deadline_seconds": 14})
+    run(words, cwd=tmp_path, world=world, by_rank={0: {"before": "packing_hooks:slow_children"}}, code=75, timeout=60)
     told = status(tmp_path / "runs/tiny")
     assert (told["state"], told["why"], told["stage"]) == ("stopped", "checkpoint.deadline_seconds before the first step", "data")
     assert not packers(tmp_path)
