@@ -71,8 +71,8 @@ def judge_versions(python: tuple[int, ...], versions: Mapping[str, str | None]) 
         wanted = f"0.{torch[1] + TORCHVISION_BEHIND}"
         what = f"torchvision {versions['torchvision']} does not belong to torch {versions['torch']}, whose is {wanted}: operators will be missing"
         found.append(Finding("versions", "fail", what, f"pip install 'torchvision=={wanted}.*'"))
-    if torch and torch < (2, 6):
-        found.append(Finding("versions", "fail", f"torch {versions['torch']} is older than 2.6", "pip install -U torch torchvision"))
+    if torch and torch < (2, 9):
+        found.append(Finding("versions", "fail", f"torch {versions['torch']} is older than 2.9", "pip install -U torch torchvision"))
     if not found:
         shown = ", ".join(f"{name} {version}" for name, version in versions.items())
         found.append(Finding("versions", "ok", f"Python {'.'.join(map(str, python[:3]))}, {shown}"))

@@ -21,7 +21,7 @@ LO, ETH, IB, DOCKER = Interface("lo", "127.0.0.1"), Interface("eth0", "10.0.0.5"
         ((3, 9, 1), {}, "needs 3.10"),
         ((3, 11, 7), {"torchvision": "0.28.0"}, "whose is 0.29"),
         ((3, 11, 7), {"accelerate": None}, "not installed: accelerate"),
-        ((3, 11, 7), {"torch": "2.5.0", "torchvision": "0.20.0"}, "older than 2.6"),
+        ((3, 11, 7), {"torch": "2.5.0", "torchvision": "0.20.0"}, "older than 2.9"),
     ],
 )
 def test_versions(python: tuple[int, ...], changes: dict[str, str | None], said: str) -> None:
