@@ -24,7 +24,7 @@ from dtl.data.decode import DecodeError, decode
 from dtl.data.decode_crop import Region, crop_jpeg
 from dtl.data.device_decode import DeviceDecoder, Encoded
 from dtl.data.index import Shards
-from dtl.data.loader_process import PREFETCH, end_processes, process_options
+from dtl.data.loader_process import PREFETCH, begun, end_processes
 from dtl.data.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.prefetch import Prefetcher, prefetcher
 from dtl.data.shard_uses import ShardUses
@@ -287,19 +287,26 @@ class StepLoader:
     def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
         ahead = self._follow(first_epoch, first_step, num_steps)
-        buffers = self._make_buffers()
-        dataset = self._dataset if buffers is None else self._dataset.filling(buffers)
-        with warnings.catch_warnings():
-            # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
+        buffers: BatchBuffers | None = None
+
+        def start(options: dict[str, Any]) -> Iterator[Batch]:
+            nonlocal buffers
+            if buffers is not None:
+                buffers.close()  # of processes that did not begin
+            buffers = self._make_buffers()
             loader: DataLoader[Batch] = DataLoader(
-                dataset,
+                self._dataset if buffers is None else self._dataset.filling(buffers),
                 batch_sampler=_Requests(self, first_epoch, first_step, num_steps, buffers),  # type: ignore[arg-type]
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 pin_memory=self._pin_memory,
-                **process_options(min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0),
+                **options,
             )
-            loaded: Iterator[Batch] = iter(loader)
+            return iter(loader)
+
+        with warnings.catch_warnings():
+            # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loaded = begun(start, min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0)
             batches = loaded if self._decoder is None else self._decoder.finished(loaded)
         try:
             for plan, step in self.walk(first_epoch, first_step, num_steps):

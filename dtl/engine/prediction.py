@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtl.data.decode import DecodeError, decode
-from dtl.data.loader_process import end_processes, process_options
+from dtl.data.loader_process import begun, end_processes
 from dtl.data.transforms import Transform
 from dtl.engine.image_inputs import ImageInputs
 from dtl.engine.model_run import PlacedModel
@@ -88,7 +88,9 @@ def predict(
 ) -> Generator[list[Prediction], None, None]:
     """All predictions in the order of `inputs`, on the main process; the other ranks get empty lists. All ranks must exhaust it."""
     batches = _Batches(inputs, transform, batch_size)
-    mine = iter(_loader(batches, range(runtime.rank, len(batches), runtime.world_size), workers, runtime))
+    numbers = range(runtime.rank, len(batches), runtime.world_size)
+    pinned = runtime.device.type == "cuda"
+    mine = begun(lambda options: iter(DataLoader(batches, sampler=numbers, batch_size=None, pin_memory=pinned, **options)), min(workers, len(numbers)))
     rounds = -(-len(batches) // runtime.world_size)
     try:
         for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):
@@ -123,13 +125,3 @@ def _predicted(model: PlacedModel, batch: _Images, top: int) -> list[Prediction]
             best, values_of = next(rows)
             found.append(Prediction(name, tuple(best), tuple(values_of)))
     return found
-
-
-def _loader(batches: _Batches, numbers: range, workers: int, runtime: Runtime) -> DataLoader[_Images]:
-    return DataLoader(
-        batches,
-        sampler=numbers,
-        batch_size=None,
-        pin_memory=runtime.device.type == "cuda",
-        **process_options(min(workers, len(numbers))),
-    )
