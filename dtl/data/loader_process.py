@@ -24,21 +24,25 @@ T = TypeVar("T")
 def begun(make: Callable[[dict[str, Any]], Iterator[T]], workers: int) -> Iterator[T]:
     """`make(options)`, the iterator of a DataLoader with these options, once all of its processes have begun.
 
-    Before Python 3.12 a forked process may wait for ever for a lock of the interpreter's that another thread, such as one of gloo's that
-    lets go of a tensor, held at that moment (`_PyThreadState_DeleteExcept`): seen once in some hundred runs of two processes. Where one
-    has not begun in time, all are ended, and others are started. `make` is then called again.
+    In Pythons without the mend of python/cpython#112275 (3.12 has it) a forked process may wait for ever for a lock of the interpreter's that
+    another thread held at that moment, such as one of gloo's that lets go of a tensor; 3.11.7 was seen in it. Where one has not begun in
+    time, all are ended and others are started, by `make` once more.
     """
     if sys.platform == "linux" and workers:
         for attempt in (1, 2):
             pipe = os.pipe()
+            batches: Iterator[T] = iter(())
+            all_begin = False
             try:
                 batches = make(process_options(workers, pipe))
-                if _all_begin(batches, workers, pipe[0], attempt * BEGIN_SECONDS):
-                    return batches
+                all_begin = _all_begin(batches, workers, pipe[0], attempt * BEGIN_SECONDS)
             finally:
                 for end in pipe:
                     os.close(end)
-            end_processes(batches)
+                if not all_begin:  # or Ctrl-C came meanwhile
+                    end_processes(batches)
+            if all_begin:
+                return batches
     return make(process_options(workers))
 
 

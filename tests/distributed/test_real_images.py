@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_ants_and_bees_by_order(tmp_path: Path, world: int) -> None:
-    data, weights = os.environ.get("DTL_DATA"), os.environ.get("DTL_MBV2")
-    if not data or not weights:
-        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data, and DTL_MBV2 to MobileNetV2's weights (see configs/transfer_by_order.yaml)")
-    arguments = ["--config", str(ROOT / "configs/transfer_by_order.yaml"), "--data.train", f"{data}/hymenoptera_data"]
+def test_ants_and_bees_by_order(tmp_path: Path, world: int, real_images: Path, imagenet_weights: Path) -> None:
+    arguments = ["--config", str(ROOT / "configs/transfer_by_order.yaml"), "--data.train", f"{real_images}/hymenoptera_data"]
     short = ["--phases.head.epochs", "2", "--phases.all.epochs", "0.5", "--tracking.report", "false", "--tracking.wandb", "off"]
-    run([*arguments, "--transfer.source", weights, *short], cwd=tmp_path, world=world, timeout=900)
+    run([*arguments, "--transfer.source", str(imagenet_weights), *short], cwd=tmp_path, world=world, timeout=900)
     folder = tmp_path / "runs/transfer_by_order"
     result = status(folder)["phases"]
     assert [phase["phase"] for phase in result] == ["head", "all"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import history, start, wait_for
+from harness import Job, history, start, wait_for
 from model_folders import model_folder, write_image
 from recipes import write_recipe
 
@@ -31,18 +31,24 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_loader_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    """Stopped first, so that they stand with full hands when it is killed: torch's own would wait for good."""
-    phases = {"all": {"train": "all", "epochs": 500, "lr": 0.01, "eval_every": 400}}
-    job = start(["--config", str(write_recipe(tmp_path, phases=phases, data={"workers": 3}))], cwd=tmp_path)
-    file = tmp_path / "runs/tiny/history.jsonl"
-    wait_for(lambda: file.exists() and len(history(file.parent)) > 2, what="some steps")
+def with_full_hands(job: Job) -> set[int]:
+    """The loader processes of a trainer that is stopped, so that they stand with batches that nobody takes."""
     pid = job.processes[0].pid
     assert pid is not None
     workers = children(pid)
     assert len(workers) >= 3
     os.kill(pid, signal.SIGSTOP)
     time.sleep(0.5)
+    return workers
+
+
+def test_loader_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Stopped first, so that they stand with full hands when it is killed: torch's own would wait for good."""
+    phases = {"all": {"train": "all", "epochs": 500, "lr": 0.01, "eval_every": 400}}
+    job = start(["--config", str(write_recipe(tmp_path, phases=phases, data={"workers": 3}))], cwd=tmp_path)
+    file = tmp_path / "runs/tiny/history.jsonl"
+    wait_for(lambda: file.exists() and len(history(file.parent)) > 2, what="some steps")
+    workers = with_full_hands(job)
     job.kill()
     wait_for(lambda: not any(alive(worker) for worker in workers), seconds=10, what="the loader processes to end")
 
@@ -54,12 +60,7 @@ def test_those_of_a_prediction_too(tmp_path: Path) -> None:
     arguments = [str(model_folder(tmp_path / "model")), "many.txt", "--batch-size", "1", "--workers", "3", "--device", "cpu"]
     job = start(arguments, command="predict", cwd=tmp_path)
     wait_for(lambda: job.out().count("\n") > 20, what="some predictions")
-    pid = job.processes[0].pid
-    assert pid is not None
-    workers = children(pid)
-    assert len(workers) >= 3
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(0.5)
+    workers = with_full_hands(job)
     for worker in workers:
         os.kill(worker, signal.SIGTERM)
     time.sleep(0.2)

@@ -95,7 +95,7 @@ def test_there_are_some_and_what_is_not_run_is_there_and_covered() -> None:
         assert (ROOT / covering).is_file(), covering
     # The tests that two lines choose are there.
     assert "ends_as_if" in (ROOT / "tests/resilience/test_kills.py").read_text()
-    assert 'environ.get("DTL_MBV2")' in (ROOT / "tests/unit/checkpoint/test_transfer.py").read_text()
+    assert "imagenet_weights: Path" in (ROOT / "tests/unit/checkpoint/test_transfer.py").read_text()
     texts = "".join(page.read_text() for page in PAGES)
     assert all(f"`{span}`" in texts for span in SPOKEN)
 

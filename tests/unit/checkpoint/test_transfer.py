@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,11 +307,8 @@ def test_verify_finds_what_a_right_map_cannot_see(source: Net) -> None:
 
 
 @pytest.mark.parametrize("family", ["torchvision", "timm"])
-def test_real_mobilenet_weights(family: str) -> None:
-    path = os.environ.get("DTL_MBV2")
-    if not path:
-        pytest.skip("set DTL_MBV2 to the MobileNetV2 weights named in docs/weight-transfer.md")
-    weights = read_weights(path)
+def test_real_mobilenet_weights(family: str, imagenet_weights: Path) -> None:
+    weights = read_weights(str(imagenet_weights))
     features = {}
     for by in ("order", "auto"):
         if family == "timm":
@@ -348,23 +344,20 @@ def folder_features(model: nn.Module, folder: Path) -> tuple[torch.Tensor, torch
     return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 
 
-def test_real_weights_tell_ants_from_bees() -> None:
+def test_real_weights_tell_ants_from_bees(imagenet_weights: Path, real_images: Path) -> None:
     """Frozen features of the transferred network, nearest class mean: 0.967 expected; about 0.6 would mean that nothing was loaded."""
-    path, data = os.environ.get("DTL_MBV2"), os.environ.get("DTL_DATA")
-    if not path or not data:
-        pytest.skip("set DTL_MBV2 to the MobileNetV2 weights named in docs/weight-transfer.md and DTL_DATA to the folder with hymenoptera_data")
     import timm
     from torchvision import models
 
     networks = [models.mobilenet_v2(num_classes=2), timm.create_model("mobilenetv2_100", num_classes=2)]
     for network in networks:
-        load_pretrained(network.eval(), path)
+        load_pretrained(network.eval(), str(imagenet_weights))
         network.classifier = nn.Identity()
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(networks[0](images), networks[1](images), rtol=0, atol=1e-5)
-    train, labels = folder_features(networks[0], Path(data) / "hymenoptera_data/train")
-    val, answers = folder_features(networks[0], Path(data) / "hymenoptera_data/val")
+    train, labels = folder_features(networks[0], real_images / "hymenoptera_data/train")
+    val, answers = folder_features(networks[0], real_images / "hymenoptera_data/val")
     means = nn.functional.normalize(torch.stack([train[labels == k].mean(0) for k in (0, 1)]))
     top1 = float(((val @ means.T).argmax(1) == answers).float().mean())
     print(f"nearest class mean: {top1:.3f} of {len(answers)}")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from dtl.data.batch_buffers import BatchBuffers
@@ -18,7 +16,6 @@ from dtl.data.loader_process import PREFETCH
 from dtl.data.plan import EpochPlan, RankLayout
 from dtl.data.transforms import AugmentSettings, train_transform
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="loader processes fork on Linux only")
 STEPS = 24
 
 

@@ -95,9 +95,9 @@ def test_a_jpeg_stored_as_rgb() -> None:
 
 
 @needs_native
-def test_real_images(real_data: Path) -> None:
+def test_real_images(real_images: Path) -> None:
     rng = np.random.default_rng(0)
-    paths = sorted((real_data / "hymenoptera_data" / "val").glob("*/*.jpg"))[:12]
+    paths = sorted((real_images / "hymenoptera_data" / "val").glob("*/*.jpg"))[:12]
     assert paths
     taken = 0
     for path in paths:
@@ -108,16 +108,6 @@ def test_real_images(real_data: Path) -> None:
             taken += 1
             assert_same(data, height, width, rng, count=3)
     assert taken >= 6
-
-
-@pytest.fixture
-def real_data() -> Path:
-    import os
-
-    folder = os.environ.get("DTL_DATA")
-    if not folder:
-        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data")
-    return Path(folder)
 
 
 def strange() -> dict[str, bytes]:
@@ -312,11 +302,11 @@ def test_a_readable_jpeg_with_a_warning_is_reduced_like_any_other() -> None:
     np.testing.assert_array_equal(decode(stray, 2), decode(data, 2))
 
 
-def test_crops_of_real_photos_are_those_of_image_folder_within_a_255th(real_data: Path) -> None:
+def test_crops_of_real_photos_are_those_of_image_folder_within_a_255th(real_images: Path) -> None:
     """Decoded, cut and resized as in training, against Pillow's crop and resize of what ImageFolder loads, the same boxes."""
     transform = train_transform(image_size=112, augment=AugmentSettings(horizontal_flip=False, reduced_decode=False))
     out = torch.empty((1, 3, 112, 112), dtype=torch.uint8)
-    paths = sorted((real_data / "hymenoptera_data" / "train").glob("*/*.jpg"))[:40]
+    paths = sorted((real_images / "hymenoptera_data" / "train").glob("*/*.jpg"))[:40]
     assert paths
     for sample, path in enumerate(paths):
         data = path.read_bytes()

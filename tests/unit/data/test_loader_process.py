@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import wait_for
 from tiny_images import image_folder
 
 from dtl.data import loader_process
@@ -63,3 +64,23 @@ def test_one_that_dies_as_it_begins_is_told_at_once(shards: Shards, monkeypatch:
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         samples(shards, 1)
     assert time.monotonic() - started < loader_process.BEGIN_SECONDS
+
+
+def test_an_interrupt_while_they_begin_leaves_none_behind(tmp_path: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to the interpreter's exit, which sends SIGTERM and waits: they ignore it."""
+    pids = tmp_path / "pids"
+
+    def told(*arguments: Any) -> None:
+        pids.write_text(str(os.getpid()))
+
+    def interrupted(*arguments: Any) -> bool:
+        wait_for(lambda: pids.exists() and pids.read_text() != "", what="the process to begin")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader_process, "_init_worker", told)
+    monkeypatch.setattr(loader_process, "_all_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:  # whose traceback keeps the iterator alive, as an error on its way up does
+        samples(shards, 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pids.read_text()), 0)
+    assert caught.tb is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
-import os
 import resource
 import signal
 import subprocess
@@ -678,17 +677,14 @@ def test_sizes_that_are_refused() -> None:
             parse_size(text)
 
 
-def test_real_sets(tmp_path: Path) -> None:
-    folder = os.environ.get("DTL_DATA")
-    if not folder:
-        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data and flowers")
-    report = pack(Path(folder) / "hymenoptera_data", tmp_path / "h", processes=2)
+def test_real_sets(tmp_path: Path, real_images: Path) -> None:
+    report = pack(real_images / "hymenoptera_data", tmp_path / "h", processes=2)
     assert [split.num_samples for split in report.splits] == [245, 153]
     shards = Shards.open(tmp_path / "h" / "train")
     names = {shards.path(sample) for sample in range(245)}
     assert {"train/ants/imageNotFound.gif", "train/ants/ant photos.jpg", "train/ants/formica.jpeg"} <= names
     assert "val/ants/F.pergan.28(f).jpg" in {Shards.open(tmp_path / "h" / "val").path(sample) for sample in range(153)}
-    pack(Path(folder) / "flowers", tmp_path / "f", processes=2)
+    pack(real_images / "flowers", tmp_path / "f", processes=2)
     flowers = Shards.open(tmp_path / "f" / "val")
     assert flowers.classes[:4] == ("101", "11", "17", "2")
     assert flowers.manifest.display_names["101"] == "trumpet creeper"

@@ -85,7 +85,6 @@ print(most, bytes_needed(**sizes, workers=3, prefetch=PREFETCH, own_buffers=True
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(sys.platform != "linux", reason="our own buffers are Linux's")
 def test_it_is_what_loaders_really_take(tmp_path: Path) -> None:
     """In a /dev/shm of 256 KiB, where one batch of 442 KB would not fit: no batch goes through it."""
     from dtl.data.pack import pack

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -132,14 +131,11 @@ def test_pixels_are_within_rounding_of_pillows(interpolation: Image.Resampling) 
         assert difference.mean() < 1, "of 255 levels"
 
 
-def test_real_photos_have_the_pixels_of_torchvisions_image_pipeline() -> None:
-    folder = os.environ.get("DTL_DATA")
-    if not folder:
-        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data")
+def test_real_photos_have_the_pixels_of_torchvisions_image_pipeline(real_images: Path) -> None:
     from torchvision.transforms import v2
 
     reference = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
-    files = sorted((Path(folder) / "hymenoptera_data/val/ants").glob("*.jpg"))[:12]
+    files = sorted((real_images / "hymenoptera_data/val/ants").glob("*.jpg"))[:12]
     assert files
     for file in files:
         image = Image.open(file).convert("RGB")
@@ -235,11 +231,8 @@ def test_reduced_jpegs_give_nearly_the_pixels_of_whole_ones(subsampling: int) ->
     assert np.mean([difference for _, difference in found]) < 1.5
 
 
-def test_reduced_photos_give_nearly_the_pixels_of_whole_ones() -> None:
-    folder = os.environ.get("DTL_DATA")
-    if not folder:
-        pytest.skip("set DTL_DATA to the folder that holds hymenoptera_data")
-    files = sorted((Path(folder) / "hymenoptera_data/val/ants").glob("*.jpg"))[:40]
+def test_reduced_photos_give_nearly_the_pixels_of_whole_ones(real_images: Path) -> None:
+    files = sorted((real_images / "hymenoptera_data/val/ants").glob("*.jpg"))[:40]
     assert files
     found = [_reduction_costs(file.read_bytes(), 64, sample) for sample, file in enumerate(files)]
     reduced = [difference for factor, difference in found if factor > 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -99,6 +98,5 @@ def test_the_recipe_says_what_is_needed(tmp_path: Path) -> None:
     _wanted(_parser().parse_args(["--config", "finetune", "--data", "photos"]))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="cores are told by Linux")
 def test_cores_are_those_that_this_process_may_use() -> None:
     assert 0 < probe.cores() <= len(os.sched_getaffinity(0))
