@@ -5,4 +5,4 @@ Without them the installation goes on, and dtl decodes whole JPEGs. Where libjpe
 
 from setuptools import Extension, setup
 
-setup(ext_modules=[Extension("dtl.data._jpeg_crop", ["dtl/data/_jpeg_crop.c"], libraries=["jpeg"], optional=True)])
+setup(ext_modules=[Extension("dtl.data.decoding._jpeg_crop", ["dtl/data/decoding/_jpeg_crop.c"], libraries=["jpeg"], optional=True)])

@@ -34,8 +34,8 @@ def one_rank(rank: int, world_size: int, port: int, steps: int, rounds: int, out
     import torch
     import torch.distributed as dist
 
-    from dtl.heartbeat import Doctor, Heartbeat
-    from dtl.runtime import Flags, Runtime
+    from dtl.distributed.runtime import Flags, Runtime
+    from dtl.distributed.watchdog import Doctor, Heartbeat
 
     torch.set_num_threads(1)
     with Runtime(device="cpu") as runtime:

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dtl.checkpoint.state import optimizer_tensors
-from dtl.checkpoint.store import CheckpointStore
+from dtl.checkpoint.resume.state import optimizer_tensors
+from dtl.checkpoint.resume.store import CheckpointStore
 
 Way = Callable[[int], tuple[float, float]]
 

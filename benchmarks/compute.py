@@ -65,8 +65,8 @@ def optimizer_step(options: Any, device: torch.device, **how: bool) -> Callable[
 
 
 def normalising(options: Any, device: torch.device) -> dict[str, Callable[[], tuple[float, float]]]:
-    from dtl.engine.step import Normalise
     from dtl.models.preprocessing import Preprocessing
+    from dtl.training.step import Normalise
 
     preprocessing = Preprocessing()
     ours = Normalise(preprocessing, device, channels_last=True)
@@ -100,8 +100,8 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> None:
-    from dtl.launched import read_launch
-    from dtl.runtime import resolve_precision
+    from dtl.distributed.launch import read_launch
+    from dtl.distributed.runtime import resolve_precision
 
     made = parser(__doc__)
     made.set_defaults(rounds=5)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Spread, interleaved, machine, parser, report, table
-from dtl.runtime import hurry_gpu
+from dtl.distributed.runtime import hurry_gpu
 
 
 def trainer(name: str, *, device: torch.device, bf16: bool, channels_last: bool, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], None]:

@@ -105,7 +105,7 @@ def dtl_wheels(data: ImageSet, workers: int) -> Iterator[Any]:
 
 
 def dtl_whole(data: ImageSet, workers: int) -> Iterator[Any]:
-    from dtl.data.transforms import AugmentSettings
+    from dtl.data.transforms.transforms import AugmentSettings
 
     return _ours(data.packed, data, workers, augment=AugmentSettings(reduced_decode=False))
 
@@ -113,9 +113,9 @@ def dtl_whole(data: ImageSet, workers: int) -> Iterator[Any]:
 def dtl_threads(data: ImageSet, workers: int) -> Iterator[Any]:
     """The same batches, made by threads of this process; as many under way as processes would have."""
     import dtl as ours
-    from dtl.data.loader import BatchDataset
-    from dtl.data.loader_process import PREFETCH
-    from dtl.data.plan import RankLayout
+    from dtl.data.loading.loader import BatchDataset
+    from dtl.data.loading.processes import PREFETCH
+    from dtl.data.sampling.plan import RankLayout
 
     _use_native("1")
     loader = ours.build_loader(data.packed, batch_size=data.batch_size, workers=0)
@@ -152,7 +152,7 @@ def _ours(shards: Path, data: ImageSet, workers: int, *, native: str = "1", **op
 
 def _use_native(switch: str) -> str:
     """What dtl then says of its native extra."""
-    from dtl.data import decode_crop
+    from dtl.data.decoding import crop as decode_crop
 
     os.environ[decode_crop.SWITCH] = switch
     decode_crop.native.cache_clear()
@@ -184,7 +184,7 @@ def make_set(name: str, folder: Path, *, images: int) -> ImageSet:
     """At least `images` files, from copies where there are fewer pictures: the decoder has no memory of them."""
     from PIL import Image
 
-    from dtl.data.pack import pack
+    from dtl.data.packing.pack import pack
 
     root = folder / name
     large = name == "photos"

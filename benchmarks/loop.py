@@ -60,8 +60,8 @@ class Enough(Exception):
 
 def raw_loop(case: Case) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     """One step of the plainest loop."""
-    from dtl.engine.step import Normalise
     from dtl.models.build import build
+    from dtl.training.step import Normalise
 
     network = build(case.model, num_classes=10)
     module = network.module.to(memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, p
     """`dtl train` on what `stream`, given one real step's batches, yields, until that raises Enough."""
     from dtl.commands.train import train
     from dtl.config import load_config
-    from dtl.engine.feeds import Feeds
+    from dtl.training.dataloaders import Feeds
 
     real = Feeds.train_steps
 

@@ -40,7 +40,7 @@ def copy_all(images: Path, target: Path, *, sync: bool) -> None:
 
 
 def pack_all(images: Path, target: Path) -> None:
-    from dtl.data.pack import pack
+    from dtl.data.packing.pack import pack
 
     pack(images, target, processes=2, progress=False)
 

@@ -23,7 +23,7 @@ LIMIT = 200
 PROGRAM = """
 import json, sys, threading, time
 import psutil
-from dtl.data.pack import pack
+from dtl.data.packing.pack import pack
 
 def own(pid):
     try:
@@ -49,7 +49,7 @@ print(json.dumps({"seconds": time.perf_counter() - started, **peak}))
 READER = """
 import json, resource, sys
 import numpy as np
-from dtl.data.index import Shards
+from dtl.data.shards.index import Shards
 
 shards = Shards.open(sys.argv[1])
 draw = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def make(folder: Path, num: int, classes: int) -> None:
     """`num` files of different bytes, in `classes` folders."""
     import numpy as np
 
-    from dtl.data.png import store_png
+    from dtl.data.sources.png import store_png
 
     draw = np.random.default_rng(num)
     for label in range(classes):

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.balance import AnyBalance, plan_epoch
-from dtl.data.class_members import ClassMembers, map_members
-from dtl.data.plan import EpochPlan, RankLayout
+from dtl.data.sampling.balance import AnyBalance, plan_epoch
+from dtl.data.sampling.class_members import ClassMembers, map_members
+from dtl.data.sampling.plan import EpochPlan, RankLayout
 
 GRID = [(10**6, 10**3), (10**8, 10**3), (10**8, 10**5), (10**9, 10**4), (10**9, 10**6)]
 NUM_CLASSES = 1000
@@ -101,7 +101,7 @@ def one_rank(num_samples: int, num_shards: int, balance: AnyBalance) -> dict[str
 
 def partition(num_samples: int, num_shards: int) -> float:
     """Seconds to ask all ranks and workers for three steps; an AssertionError where they are no partition."""
-    from dtl.data.loader import StepLoader, _Requests
+    from dtl.data.loading.loader import StepLoader, _Requests
 
     plan = EpochPlan(shard_sizes(num_samples, num_shards), seed=0, epoch=3, global_batch_size=GLOBAL_BATCH * 4)
     layout = RankLayout.for_plan(plan, num_ranks=RANKS, micro_batch_size=4)

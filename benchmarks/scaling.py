@@ -77,7 +77,7 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
 
     from dtl.commands.train import train
     from dtl.config import load_config
-    from dtl.engine.feeds import Feeds
+    from dtl.training.dataloaders import Feeds
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.cuda.is_available():

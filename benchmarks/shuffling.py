@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.index import Shards
-from dtl.data.plan import EpochPlan
+from dtl.data.sampling.plan import EpochPlan
+from dtl.data.shards.index import Shards
 
 NUM_SAMPLES, NUM_CLASSES, NUM_SHARDS = 1_281_167, 1_000, 1_282
 WINDOWS = (1_000, 4_096, 16_384, 65_536, 262_144, 2**31)

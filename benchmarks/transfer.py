@@ -33,7 +33,7 @@ from torch import nn
 from benchmarks import measure
 from benchmarks.transfer_adversaries import adversaries
 from benchmarks.transfer_pairs import Pair, edits, families, tutorial
-from dtl.checkpoint.plan import plan_transfer
+from dtl.checkpoint.transfer.plan import plan_transfer
 
 Found = dict[str, Any]
 LIMIT_SECONDS = 15  # of the clock, for a pair
@@ -155,8 +155,8 @@ def score(pair: Pair, method: Callable[[Pair], Found]) -> Score:
 
 def _head_names(target: nn.Module) -> set[str]:
     """A head of another task may be loaded by others by chance of equal shape; that is not counted."""
-    from dtl.checkpoint.heads import detect_heads
-    from dtl.checkpoint.units import entries_of, units_of
+    from dtl.checkpoint.transfer.layers.units import entries_of, units_of
+    from dtl.checkpoint.transfer.match.heads import detect_heads
 
     return {name for unit in detect_heads(units_of(entries_of(target.state_dict()))) for name in unit.names}
 

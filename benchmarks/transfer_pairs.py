@@ -233,9 +233,9 @@ def confirmed_truth(ours: str, theirs: str, a: nn.Module, b: nn.Module) -> dict[
     import timm
     from torchvision import models
 
-    from dtl.checkpoint.plan import plan_transfer
-    from dtl.checkpoint.trace import trace_dataflow
-    from dtl.checkpoint.verify import randomise
+    from dtl.checkpoint.transfer.layers.trace import trace_dataflow
+    from dtl.checkpoint.transfer.plan import plan_transfer
+    from dtl.checkpoint.transfer.verify import randomise
 
     hypotheses = []
     flows = trace_dataflow(a), trace_dataflow(b)

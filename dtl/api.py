@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtl.checkpoint.transfer import load_pretrained
-from dtl.checkpoint.transfer_report import TransferReport
-from dtl.data.cache import open_split
-from dtl.data.index import Shards
-from dtl.data.loader import StepLoader, Transform
-from dtl.data.pack import pack
-from dtl.data.plan import EpochPlan, RankLayout
-from dtl.data.transforms import AugmentSettings, eval_transform, train_transform
+from dtl.checkpoint.transfer.apply import load_pretrained
+from dtl.checkpoint.transfer.report import TransferReport
+from dtl.data.loading.loader import StepLoader, Transform
+from dtl.data.open import open_split
+from dtl.data.packing.pack import pack
+from dtl.data.sampling.plan import EpochPlan, RankLayout
+from dtl.data.shards.index import Shards
+from dtl.data.transforms.transforms import AugmentSettings, eval_transform, train_transform
 from dtl.errors import TransferRefused, UserError
 
 __all__ = ["BatchIterable", "TransferRefused", "TransferReport", "UserError", "build_loader", "load_pretrained", "pack"]

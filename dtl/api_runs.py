@@ -55,7 +55,7 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
     """
     config, name = _config(recipe, options or {})
     from dtl.commands.train import train
-    from dtl.run_lock import read_status
+    from dtl.runs.folder import read_status
 
     with _on_its_own():
         train(config, name)
@@ -84,10 +84,10 @@ def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size:
 
     `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead.
     """
-    from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import find_model, open_model, place, trained_in
-    from dtl.engine.prediction import predict as predictions
-    from dtl.runtime import Runtime
+    from dtl.distributed.runtime import Runtime
+    from dtl.inference.images import find_images
+    from dtl.inference.model import find_model, open_model, place, trained_in
+    from dtl.inference.predict import predict as predictions
 
     if top < 1:
         raise UserError(f"top is {top}; at least one class is asked for")
@@ -113,7 +113,7 @@ def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size:
 
 def load_model(model: str | Path | Run) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network in eval mode, on the CPU, and what is known of it: classes, display_names, preprocessing, architecture, metrics."""
-    from dtl.engine.model_run import find_model, open_model
+    from dtl.inference.model import find_model, open_model
 
     stored = open_model(find_model(_place(model))[0])
     facts = stored.facts
@@ -129,10 +129,10 @@ def load_model(model: str | Path | Run) -> tuple[nn.Module, dict[str, Any]]:
 
 def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Paths | None = None) -> Path:
     """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images; FILE.json lies beside it."""
-    from dtl.engine.export import export as write
-    from dtl.engine.export import need, real_images
-    from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import find_model, open_model
+    from dtl.inference.export import export as write
+    from dtl.inference.export import need, real_images
+    from dtl.inference.images import find_images
+    from dtl.inference.model import find_model, open_model
 
     if to not in ("onnx", "torch-export", "safetensors"):
         raise UserError(f"to is {to!r}; it must be onnx, torch-export or safetensors")

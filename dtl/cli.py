@@ -90,7 +90,7 @@ def _fail(message: str) -> int:
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
         print(f"dtl: {message}", file=sys.stderr, flush=True)
-    elif not getattr(sys.modules.get("dtl.runtime"), "ranks_met", False) and _main_process_waits():
+    elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
         print(f"dtl: rank {rank} (host {socket.gethostname()}): {message}", file=sys.stderr, flush=True)
     return 2
 

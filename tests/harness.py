@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from dtl.resume_check import TIMES
+from dtl.checks.resume import TIMES
 
 # Python 3.11's fork server looks for what it should import on the default path only, and says nothing when it is not there.
 _here = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dtl.checkpoint.model_folder import save_model_folder
+from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.models.build import build
 
 CLASSES = ("bee", "cat", "ant")

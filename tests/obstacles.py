@@ -48,7 +48,7 @@ def uncodec(num_classes: int) -> nn.Module:
 
 
 def _sleep_when_told() -> None:
-    from dtl.data.loader import BatchDataset
+    from dtl.data.loading.loader import BatchDataset
 
     read = BatchDataset.__getitems__
 
@@ -61,7 +61,7 @@ def _sleep_when_told() -> None:
 
 
 def _slow_disk(seconds: float) -> None:
-    from dtl.checkpoint import durable
+    from dtl.checkpoint.resume import tensors_file as durable
 
     write = durable._write
 
@@ -73,7 +73,7 @@ def _slow_disk(seconds: float) -> None:
 
 
 def _full_disk(while_there: Path) -> None:
-    from dtl.checkpoint import durable
+    from dtl.checkpoint.resume import tensors_file as durable
 
     write = durable._write
 
@@ -90,7 +90,7 @@ def other_torch() -> None:
     """This process has another version of torch."""
     real = importlib.metadata.version
     importlib.metadata.version = lambda name: "9.9.0" if name == "torch" else real(name)
-    from dtl.engine import alike
+    from dtl.distributed import alike
 
     alike.version = importlib.metadata.version
 
@@ -104,7 +104,7 @@ def little_gpu_memory() -> None:
 
 def far_ahead() -> None:
     """The host runs ahead of its device, which then takes half a second to come to a log line."""
-    from dtl.engine.step import Window
+    from dtl.training.step import Window
 
     real = Window.sum
 
@@ -122,28 +122,28 @@ def other_precision() -> None:
 
 def with_bf16() -> None:
     """This machine computes in bf16."""
-    from dtl import runtime
+    from dtl.distributed import runtime
 
     runtime._cpu_has_bf16 = lambda: True
 
 
 def without_bf16() -> None:
     """This machine does not compute in bf16."""
-    from dtl import runtime
+    from dtl.distributed import runtime
 
     runtime._cpu_has_bf16 = lambda: False
 
 
 def other_augmentations() -> None:
     """This dtl augments otherwise than the one before."""
-    from dtl.data.transforms import VERSIONS
+    from dtl.data.transforms.transforms import VERSIONS
 
     VERSIONS["training"] += 1
 
 
 def slow_reads() -> None:
     """Every batch takes a while to read."""
-    from dtl.data.loader import BatchDataset
+    from dtl.data.loading.loader import BatchDataset
 
     read = BatchDataset.__getitems__
 
@@ -156,7 +156,7 @@ def slow_reads() -> None:
 
 def failing_step() -> None:
     """This process has a fault of its own at step 3."""
-    from dtl.engine.step import Stepper
+    from dtl.training.step import Stepper
 
     step = Stepper.step
 

@@ -11,8 +11,12 @@ from typing import Any
 from networks import small as build_small
 from torch import nn
 
-from dtl.data import cache, index, pack, pack_pool, pack_tasks
-from dtl.data.pack_job import Job
+from dtl.data import open as cache
+from dtl.data import workers as pack_pool
+from dtl.data.packing import pack
+from dtl.data.packing import tasks as pack_tasks
+from dtl.data.packing.job import Job
+from dtl.data.shards import index
 
 QUICK_TASKS = 2
 

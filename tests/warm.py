@@ -12,8 +12,8 @@ import torchvision  # noqa: E402, F401
 
 import dtl.cli  # noqa: E402
 import dtl.commands.train  # noqa: E402
-import dtl.engine.build  # noqa: E402
-import dtl.engine.finish  # noqa: E402, F401
+import dtl.training.build  # noqa: E402
+import dtl.training.finish  # noqa: E402, F401
 
 warnings.resetwarnings()
 torch.set_num_threads(1)

@@ -6,23 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtl.checkpoint.outcomes import Outcome
-    from dtl.checkpoint.plan import TransferPlan, plan_transfer
-    from dtl.checkpoint.read import SourceWeights, read_weights
-    from dtl.checkpoint.transfer import apply_plan, load_pretrained
-    from dtl.checkpoint.transfer_report import TransferReport
+    from dtl.checkpoint.resume.store import CheckpointStore
+    from dtl.checkpoint.transfer.apply import apply_plan, load_pretrained
+    from dtl.checkpoint.transfer.outcomes import Outcome
+    from dtl.checkpoint.transfer.plan import TransferPlan, plan_transfer
+    from dtl.checkpoint.transfer.report import TransferReport
+    from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
 
 _HOMES = {
-    "Outcome": "outcomes",
-    "SourceWeights": "read",
-    "TransferPlan": "plan",
-    "TransferReport": "transfer_report",
-    "apply_plan": "transfer",
-    "load_pretrained": "transfer",
-    "plan_transfer": "plan",
-    "read_weights": "read",
+    "CheckpointStore": "resume.store",
+    "Outcome": "transfer.outcomes",
+    "SourceWeights": "transfer.source.read",
+    "TransferPlan": "transfer.plan",
+    "TransferReport": "transfer.report",
+    "apply_plan": "transfer.apply",
+    "load_pretrained": "transfer.apply",
+    "plan_transfer": "transfer.plan",
+    "read_weights": "transfer.source.read",
 }
 __all__ = [
+    "CheckpointStore",
     "Outcome",
     "SourceWeights",
     "TransferPlan",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.text import OptionParser
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtl.checkpoint.model_folder import ModelFacts
+    from dtl.checkpoint.resume.model_folder import ModelFacts
 
 _DESCRIPTION = """\
 Average the weights of several models that started from the same pretrained weights (Wortsman et al. 2022, "Model soups",
@@ -35,8 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     if len(options.models) < 2:
         raise UserError("an average needs two models or more")
     target = Path(options.out)
-    from dtl.checkpoint.model_folder import load_model_tensors, read_model_json, save_model_folder
-    from dtl.engine.model_run import find_model
+    from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json, save_model_folder
+    from dtl.inference.model import find_model
 
     folders = [find_model(place)[0] for place in options.models]
     if len({folder.resolve() for folder in folders}) < len(folders):

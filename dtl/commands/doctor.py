@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtl.wording import OptionParser
+from dtl.text import OptionParser
 
 _DESCRIPTION = """\
 What would go wrong here, before it does: versions of PyTorch, CUDA and the driver, GPUs and their links, shared memory, open files,
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     """What the run would need, from its config where one is given."""
-    from dtl.data.cache import default_cache_dir
+    from dtl.data.open import default_cache_dir
     from dtl.doctor.judge_machine import Need
 
     ranks = int(os.environ.get("WORLD_SIZE") or 1)

@@ -1,4 +1,4 @@
-"""`dtl evaluate RUN|MODEL`: exact metrics of a finished model. The work is `dtl.engine.assess`; this is its command line."""
+"""`dtl evaluate RUN|MODEL`: exact metrics of a finished model. The work is `dtl.inference.assess`; this is its command line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, at_least, some, to_nobody, to_stderr
+from dtl.text import OptionParser, at_least, some, to_nobody, to_stderr
 
 if TYPE_CHECKING:
     from dtl.config import Config
-    from dtl.data.index import Shards
-    from dtl.engine.model_run import StoredModel
-    from dtl.runtime import Runtime
+    from dtl.data.shards.index import Shards
+    from dtl.distributed.runtime import Runtime
+    from dtl.inference.model import StoredModel
 
 _DESCRIPTION = """\
 Measure a trained model on validation images: top1, top5, loss, precision, recall and F1 of each class, the confusion matrix, the
@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(list(arguments))
     values = measure(options)
     if values is not None:
-        from dtl.engine.evaluation import table
+        from dtl.inference.tables import table
 
         _tell(values, table(values), options)
     return 0
@@ -47,10 +47,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """All numbers, on the main process; None on the others."""
-    from dtl.engine.assess import RankBatches, assess
-    from dtl.engine.evaluation import report
-    from dtl.engine.model_run import find_model, open_model, place, precision_line, stored_config, trained_in
-    from dtl.runtime import Runtime
+    from dtl.distributed.runtime import Runtime
+    from dtl.inference.assess import RankBatches, assess
+    from dtl.inference.model import find_model, open_model, place, precision_line, stored_config, trained_in
+    from dtl.inference.tables import report
 
     _check_json(options.json)
     folder, run_folder = find_model(options.model)
@@ -92,7 +92,7 @@ def _tell(values: dict[str, Any], table: str, options: argparse.Namespace) -> No
         return
     print(table)
     if options.json is not None:
-        from dtl.data.atomic import write_whole
+        from dtl.files import write_whole
 
         data = (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
         try:
@@ -106,8 +106,8 @@ def _open_data(options: argparse.Namespace, config: Config | None, model: Stored
     """The images to evaluate on, whose labels must mean the model's classes; a folder of images is packed into the cache first."""
     from dataclasses import replace
 
-    from dtl.data.cache import open_split
-    from dtl.data.remote import RemoteOptions
+    from dtl.data.open import open_split
+    from dtl.data.remote.address import RemoteOptions
 
     source, details = _source(options, config)
     own_labels = model.task.name == "classify"

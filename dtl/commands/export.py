@@ -1,4 +1,4 @@
-"""`dtl export MODEL --to FORMAT --out FILE`. The work is `dtl.engine.export`; this is its command line."""
+"""`dtl export MODEL --to FORMAT --out FILE`. The work is `dtl.inference.export`; this is its command line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.text import OptionParser
 
 if TYPE_CHECKING:
-    from dtl.engine.image_inputs import ImageInputs
+    from dtl.inference.images import ImageInputs
 
 _DESCRIPTION = """\
 Write a trained model for other programs, and compare it with PyTorch on real images before it gets its name.
@@ -42,9 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; give a file")
 
-    from dtl.engine.export import export, need, real_images
-    from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import find_model, open_model
+    from dtl.inference.export import export, need, real_images
+    from dtl.inference.images import find_images
+    from dtl.inference.model import find_model, open_model
 
     if options.to == "onnx":
         need("onnx", "onnxscript")  # before the work
@@ -65,9 +65,9 @@ def _images_of(run_folder: Path | None) -> ImageInputs | None:
     """The run's validation images, as it packed them; None for a model folder, and where they cannot be had here any more."""
     if run_folder is None:
         return None
-    from dtl.data.cache import open_split
-    from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import stored_config
+    from dtl.data.open import open_split
+    from dtl.inference.images import find_images
+    from dtl.inference.model import stored_config
 
     data = stored_config(run_folder).data
     source, fraction = (data.val, 0.0) if data.val is not None else (data.train, data.val_fraction)

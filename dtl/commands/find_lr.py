@@ -1,4 +1,4 @@
-"""`dtl find-lr`: a learning rate range test of one phase of a recipe. The work is `dtl.engine.lr_find`."""
+"""`dtl find-lr`: a learning rate range test of one phase of a recipe. The work is `dtl.training.lr_range`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, to_nobody, to_stderr
+from dtl.text import OptionParser, to_nobody, to_stderr
 
 if TYPE_CHECKING:
     from dtl.config import Config
-    from dtl.engine.lr_curve import LrCurve
+    from dtl.distributed.runtime import Runtime
     from dtl.models.build import Network
-    from dtl.runtime import Runtime
+    from dtl.training.lr_curve import LrCurve
 
 EXIT_STOPPED = 75  # as dtl train's: run me again
 _DESCRIPTION = """\
@@ -64,8 +64,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(config: Config, name: str, phase: str, options: argparse.Namespace, signals: _Signals) -> int:
-    from dtl.engine.lr_find import SweepStopped
-    from dtl.runtime import Runtime
+    from dtl.distributed.runtime import Runtime
+    from dtl.training.lr_range import SweepStopped
 
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
         runtime.signals.release()  # it would save a checkpoint first, and here is nothing to save
@@ -112,11 +112,11 @@ class _Signals:
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, signals: _Signals) -> LrCurve:
-    from dtl.engine import build
-    from dtl.engine.active import enter, set_head
-    from dtl.engine.lr_find import find_lr
-    from dtl.engine.micro_batch import fit
-    from dtl.engine.step import Normalise
+    from dtl.training import build
+    from dtl.training.active import enter, set_head
+    from dtl.training.lr_range import find_lr
+    from dtl.training.micro_batch import fit
+    from dtl.training.step import Normalise
 
     say = to_stderr if runtime.is_main else to_nobody
     train, val = build.open_shards(config, runtime, say)
@@ -163,8 +163,8 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
 
 def _load(network: Network, start: str) -> None:
     """The weights of a finished run as the start, strictly."""
-    from dtl.checkpoint.model_folder import load_model_tensors
-    from dtl.engine.model_run import find_model
+    from dtl.checkpoint.resume.model_folder import load_model_tensors
+    from dtl.inference.model import find_model
 
     folder, _ = find_model(start)
     tensors, own = load_model_tensors(folder), network.module.state_dict()
@@ -174,7 +174,7 @@ def _load(network: Network, start: str) -> None:
 
 
 def _tell(curve: LrCurve, out: Path, name: str) -> None:
-    from dtl.data.atomic import write_whole
+    from dtl.files import write_whole
     from dtl.report.lr_plot import save_lr_plot
 
     values = curve.to_json()

@@ -1,11 +1,11 @@
-"""`dtl index TARS`: manifest and index for WebDataset shards that others wrote. The work is `dtl.data.foreign`."""
+"""`dtl index TARS`: manifest and index for WebDataset shards that others wrote. The work is `dtl.data.wds.index`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from dtl.wording import OptionParser, counted
+from dtl.text import OptionParser, counted
 
 _DESCRIPTION = """\
 Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
@@ -28,10 +28,10 @@ examples:
 def run(arguments: list[str]) -> int:
     """The command. UserError for whatever is wrong with the shards or the options."""
     options = _parser().parse_args(arguments)
-    from dtl.data.cache import describe_index
-    from dtl.data.foreign import index_shards
-    from dtl.data.foreign_labels import read_classes
-    from dtl.data.remote import RemoteOptions
+    from dtl.data.open import describe_index
+    from dtl.data.remote.address import RemoteOptions
+    from dtl.data.wds.index import index_shards
+    from dtl.data.wds.labels import read_classes
 
     report = index_shards(
         options.tars,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtl.wording import OptionParser
+from dtl.text import OptionParser
 
 
 def run(arguments: Sequence[str]) -> int:

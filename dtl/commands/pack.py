@@ -1,4 +1,4 @@
-"""`dtl pack SRC DST`: images to shards. The work is `dtl.data.pack`; this is its command line."""
+"""`dtl pack SRC DST`: images to shards. The work is `dtl.data.packing.pack`; this is its command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted, to_stderr
+from dtl.text import OptionParser, counted, to_stderr
 
 if TYPE_CHECKING:
-    from dtl.data.pack import PackReport
+    from dtl.data.packing.pack import PackReport
 
 _DESCRIPTION = """\
 Pack images into WebDataset shards with a manifest and an index, once; training then reads them fast and exactly.
@@ -36,10 +36,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def run(argv: list[str]) -> int:
     """The command. UserError for whatever is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
-    from dtl.data.cache import describe_trouble, packed_folder
-    from dtl.data.manifest import Manifest
-    from dtl.data.pack import pack
-    from dtl.data.sources import open_source
+    from dtl.data.open import describe_trouble, packed_folder
+    from dtl.data.packing.pack import pack
+    from dtl.data.shards.manifest import Manifest
+    from dtl.data.sources.base import open_source
 
     like = options.classes_from
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None

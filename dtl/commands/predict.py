@@ -1,4 +1,4 @@
-"""`dtl predict MODEL PATH...`: class names and probabilities for images. The work is `dtl.engine.prediction`; this is its command line."""
+"""`dtl predict MODEL PATH...`: class names and probabilities for images. The work is `dtl.inference.predict`; this is its command line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, at_least, counted, to_stderr
+from dtl.text import OptionParser, at_least, counted, to_stderr
 
 if TYPE_CHECKING:
-    from dtl.engine.image_inputs import ImageInputs
-    from dtl.engine.model_run import StoredModel
-    from dtl.engine.prediction import Prediction
-    from dtl.runtime import Runtime
+    from dtl.distributed.runtime import Runtime
+    from dtl.inference.images import ImageInputs
+    from dtl.inference.model import StoredModel
+    from dtl.inference.predict import Prediction
 
 _DESCRIPTION = """\
 Predict the classes of images with a trained model; images are prepared as the model folder says.
@@ -44,9 +44,9 @@ def run(arguments: Sequence[str]) -> int:
     """The command; 0 when at least one image could be read."""
     options = _parser().parse_args(list(arguments))
     kind = _format(options)
-    from dtl.engine.image_inputs import find_images
-    from dtl.engine.model_run import find_model, open_model, precision_line, trained_in
-    from dtl.runtime import Runtime
+    from dtl.distributed.runtime import Runtime
+    from dtl.inference.images import find_images
+    from dtl.inference.model import find_model, open_model, precision_line, trained_in
 
     folder, _ = find_model(options.model)
     before = trained_in(folder) if options.precision is None else None
@@ -72,8 +72,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _write_all(options: argparse.Namespace, kind: str, model: StoredModel, inputs: ImageInputs, runtime: Runtime) -> list[tuple[str, str]] | range:
     """Predict, and write as it comes (main process). Returns (path, reason) of what could not be read, on the other ranks as many."""
-    from dtl.engine.model_run import place
-    from dtl.engine.prediction import predict
+    from dtl.inference.model import place
+    from dtl.inference.predict import predict
 
     parts = predict(
         place(model, runtime),

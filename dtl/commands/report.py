@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted, to_stderr
+from dtl.text import OptionParser, counted, to_stderr
 
 _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,

@@ -13,17 +13,17 @@ from dtl.config import Config, load_config
 from dtl.errors import UserError
 
 if TYPE_CHECKING:
-    from dtl.checkpoint.state import TrainState
-    from dtl.checkpoint.store import Checkpoint, CheckpointStore
-    from dtl.checkpoint.transfer_report import TransferReport
-    from dtl.engine.feeds import Feeds
-    from dtl.engine.loop import Trainer
-    from dtl.engine.phases import Phase
-    from dtl.heartbeat import Heartbeat
+    from dtl.checkpoint.resume.state import TrainState
+    from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
+    from dtl.checkpoint.transfer.report import TransferReport
+    from dtl.distributed.runtime import Runtime
+    from dtl.distributed.watchdog import Heartbeat
     from dtl.models.build import Network
-    from dtl.run_lock import RunFolder
-    from dtl.runtime import Runtime
-    from dtl.tracking import Console, Tracker
+    from dtl.runs.folder import RunFolder
+    from dtl.runs.tracker import Console, Tracker
+    from dtl.training.dataloaders import Feeds
+    from dtl.training.loop import Trainer
+    from dtl.training.phases import Phase
 
 EXIT_STOPPED = 75
 SECONDS_TO_SPEAK = 20.0
@@ -31,7 +31,7 @@ SECONDS_TO_SPEAK = 20.0
 
 def run(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
-        from dtl.config_help import help_text
+        from dtl.config.help import help_text
 
         print(help_text())
         return 0
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         print(config.to_yaml(), end="")
         return 0
     if config.run.debug:
-        from dtl.engine.debug import debug_config
+        from dtl.training.debug import debug_config
 
         config, name = debug_config(config, name)
     return train(config, name)
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def train(config: Config, name: str) -> int:
     """One run from its config to its end; returns the exit status."""
-    from dtl.run_lock import RunFolder
+    from dtl.runs.folder import RunFolder
 
     started = time.monotonic()
     folder = RunFolder(f"{config.run.dir}/{name}")
@@ -60,9 +60,9 @@ def train(config: Config, name: str) -> int:
             time.sleep(SECONDS_TO_SPEAK)  # the first to leave makes the launcher end the others, and rank 0 is to say why
         return EXIT_STOPPED
 
-    from dtl.engine.debug import debugging
-    from dtl.heartbeat import Doctor, Heartbeat, PeerLost
-    from dtl.runtime import Runtime
+    from dtl.distributed.runtime import Runtime
+    from dtl.distributed.watchdog import Doctor, Heartbeat, PeerLost
+    from dtl.training.debug import debugging
 
     # What the imports made never dies: the collector need not walk it, and so does not copy its pages in every loader process.
     gc.collect()
@@ -109,11 +109,11 @@ def _end(folder: RunFolder, heart: Heartbeat, line: str, *, fresh: bool) -> None
 
 
 def _train(config: Config, name: str, folder: RunFolder, runtime: Runtime, heart: Heartbeat, started: float) -> int:
-    from dtl.engine import build, finish, start
-    from dtl.engine.alike import check_alike
-    from dtl.engine.deadline import Deadline
-    from dtl.signals import StoppedEarly
-    from dtl.tracking import Console
+    from dtl.distributed.alike import check_alike
+    from dtl.distributed.deadline import Deadline
+    from dtl.distributed.signals import StoppedEarly
+    from dtl.runs.tracker import Console
+    from dtl.training import build, finish, start
 
     console = Console(is_main=runtime.is_main)
     deadline = Deadline(config.checkpoint.deadline_seconds, started=started)
@@ -161,8 +161,9 @@ class _Parts(NamedTuple):
 
 def _prepare(config: Config, folder: RunFolder, runtime: Runtime, heart: Heartbeat, console: Console) -> _Parts | None:
     """Whatever may be refused or take long before the first step, and leaves the run folder as it was. None where the run is finished, and told so."""
-    from dtl.checkpoint.store import CheckpointStore
-    from dtl.engine import build, finish, resume, start
+    from dtl.checkpoint.resume import resume
+    from dtl.checkpoint.resume.store import CheckpointStore
+    from dtl.training import build, finish, start
 
     start.check_names(config, folder, runtime)
     heart.enter("data")
@@ -194,9 +195,9 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, heart: Heartbe
 
 def _run(trainer: Trainer, checkpoint: Checkpoint | None, config: Config, folder: RunFolder) -> int:
     """From the first step to the end of the run, or to where it is stopped."""
-    from dtl.engine import finish
-    from dtl.engine.debug import overfit_one_batch
-    from dtl.engine.loop import Stopped
+    from dtl.training import finish
+    from dtl.training.debug import overfit_one_batch
+    from dtl.training.loop import Stopped
 
     if config.run.debug:
         overfit_one_batch(trainer)
@@ -253,7 +254,7 @@ def _write_end(folder: RunFolder, state: str, why: str, *, step: int = 0, fresh:
 
     `fresh`: `run.resume: never`. With the earlier run still whole nothing is written: a job's next round would take it for a sign to go on with that.
     """
-    from dtl.run_lock import read_status
+    from dtl.runs.folder import read_status
 
     before = read_status(folder.path) or {}
     if fresh and before and before.get("incarnation") != folder.incarnation:

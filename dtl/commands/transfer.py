@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser
+from dtl.text import OptionParser
 
 if TYPE_CHECKING:
-    from dtl.checkpoint.read import SourceWeights
-    from dtl.checkpoint.transfer_report import TransferReport
+    from dtl.checkpoint.transfer.report import TransferReport
+    from dtl.checkpoint.transfer.source.read import SourceWeights
 
 _EPILOG = """\
 examples:
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("--head-rows needs --keep-head rows")
     by = options.by or ("map" if options.map else "auto")
 
-    from dtl.checkpoint.read import read_weights
+    from dtl.checkpoint.transfer.source.read import read_weights
 
     weights = read_weights(options.source)
     report = _plan(options, by, weights)
@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
         report = _verify(options, report, weights)
     print(report)
     if options.save_map:
-        from dtl.checkpoint.mapping import save_map
+        from dtl.checkpoint.transfer.match.by_map import save_map
 
         save_map(report.plan, options.save_map)
         print(f"map written to {options.save_map}")
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> TransferReport:
-    from dtl.checkpoint.transfer import plan_weights, preview
+    from dtl.checkpoint.transfer.apply import plan_weights, preview
     from dtl.models.build import build
 
     network = build(options.model, num_classes=_outputs(options), meta=True)
@@ -118,7 +118,7 @@ def _number(given: str | None) -> int | None:
 
 def _outputs(options: argparse.Namespace) -> int:
     """Outputs of the network's head: as told, or one a class."""
-    from dtl.checkpoint.class_names import read_class_names
+    from dtl.checkpoint.transfer.source.class_names import read_class_names
 
     classes = read_class_names(options.classes, "--classes") if options.classes else None
     if classes and options.num_classes not in (None, len(classes)):
@@ -141,8 +141,8 @@ def _head_rows(given: list[str] | None) -> dict[str, Any] | str | None:
 
 def _source_outputs(options: argparse.Namespace, weights: SourceWeights) -> int:
     """As many outputs as the source's head has, so that its network can be built."""
-    from dtl.checkpoint.heads import num_source_classes
-    from dtl.checkpoint.units import entries_of, units_of
+    from dtl.checkpoint.transfer.layers.units import entries_of, units_of
+    from dtl.checkpoint.transfer.match.heads import num_source_classes
 
     told = _number(options.source_classes)
     return told or num_source_classes(units_of(entries_of(weights.tensors)), _outputs(options))
@@ -152,7 +152,7 @@ def _verify(options: argparse.Namespace, report: TransferReport, weights: Source
     """Both networks with memory this time, random values, the same images."""
     from dataclasses import replace
 
-    from dtl.checkpoint.verify import verify_plan
+    from dtl.checkpoint.transfer.verify import verify_plan
     from dtl.models.build import build
 
     target = build(options.model, num_classes=_outputs(options))

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, counted, to_stderr
+from dtl.text import OptionParser, counted, to_stderr
 
 if TYPE_CHECKING:
     from dtl.data.verify import VerifyReport
@@ -25,7 +25,7 @@ is sound. Remove quarantine.json, or verify again after mending the shards, to t
 def run(arguments: list[str]) -> int:
     """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
-    from dtl.data.remote import RemoteOptions, is_remote
+    from dtl.data.remote.address import RemoteOptions, is_remote
     from dtl.data.verify import describe, split_folders, verify
 
     if options.quarantine and is_remote(options.shards):

@@ -1,4 +1,4 @@
-"""`dtl verify-epoch SRC`: what an epoch's loaders deliver, without a model. The work is `dtl.data.epoch_proof`."""
+"""`dtl verify-epoch SRC`: what an epoch's loaders deliver, without a model. The work is `dtl.checks.epoch`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.wording import OptionParser, to_stderr
+from dtl.text import OptionParser, to_stderr
 
 if TYPE_CHECKING:
-    from dtl.data.epoch_proof import EpochProof
-    from dtl.data.plan import EpochPlan
+    from dtl.checks.epoch import EpochProof
+    from dtl.data.sampling.plan import EpochPlan
 
 _DESCRIPTION = """\
 Run the training loaders of one epoch, for each of --world ranks in turn, without a model, and count what they deliver: every sample
@@ -36,15 +36,15 @@ def run(arguments: list[str]) -> int:
     _check(options)
     import torch
 
-    from dtl.data.balance import class_members, plan_epoch
-    from dtl.data.cache import open_split
-    from dtl.data.cache_room import Demand, divide
-    from dtl.data.epoch_proof import prove_epoch
-    from dtl.data.loader_process import PREFETCH
-    from dtl.data.pack_progress import PackProgress
-    from dtl.data.remote import RemoteOptions
-    from dtl.data.shard_uses import ShardUses
-    from dtl.data.transforms import AugmentSettings, train_transform
+    from dtl.checks.epoch import prove_epoch
+    from dtl.data.loading.processes import PREFETCH
+    from dtl.data.open import open_split
+    from dtl.data.progress import PackProgress
+    from dtl.data.remote.address import RemoteOptions
+    from dtl.data.remote.cache_space import Demand, divide
+    from dtl.data.remote.schedule import ShardUses
+    from dtl.data.sampling.balance import class_members, plan_epoch
+    from dtl.data.transforms.transforms import AugmentSettings, train_transform
 
     shards = open_split(
         options.source,

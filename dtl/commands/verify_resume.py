@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dtl.checks.resume import Result, check
 from dtl.errors import UserError
-from dtl.resume_check import Result, check
-from dtl.wording import OptionParser
+from dtl.text import OptionParser
 
 _EPILOG = """All other options are those of `dtl train`. Keep the run short (--phases.all.steps 50): it is done at least twice.
 On a CPU the weights must come out bit-identical; on a GPU only where its kernels are deterministic."""

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.atomic import sha256_of_file
-from dtl.data.cache import mirrored_splits
-from dtl.data.foreign_find import is_remote_folder
-from dtl.data.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
-from dtl.data.manifest import MANIFEST_NAME
-from dtl.data.pack_pool import run_tasks
-from dtl.data.pack_progress import PackProgress
-from dtl.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine, left_out_index_name
-from dtl.data.remote import RemoteOptions, is_remote, shown
+from dtl.data.open import mirrored_splits
+from dtl.data.progress import PackProgress
+from dtl.data.remote.address import RemoteOptions, is_remote, shown
+from dtl.data.shards.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
+from dtl.data.shards.manifest import MANIFEST_NAME
+from dtl.data.shards.quarantine import QUARANTINE_NAME, BadSample, Quarantine, left_out_index_name
 from dtl.data.verify_tasks import WHOLE, Finding
+from dtl.data.wds.find import is_remote_folder
+from dtl.data.workers import run_tasks
 from dtl.errors import DamagedSample, UserError
+from dtl.files import sha256_of_file
 
 VERIFYING = "dtl.data.verify_tasks"
 _IMAGES_PER_TASK = 1024
@@ -80,7 +80,7 @@ def split_folders(place: str | Path, *, remote: RemoteOptions | None = None) -> 
 def verify(folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False, remote: RemoteOptions | None = None) -> VerifyReport:
     """Check one split: sizes, sha256, tars, index, crc, labels, and decode every image.
 
-    With `quarantine` the damaged samples are set aside (see `dtl.data.quarantine`): a list that was there is replaced, or removed where
+    With `quarantine` the damaged samples are set aside (see `dtl.data.shards.quarantine`): a list that was there is replaced, or removed where
     nothing is damaged any more. UserError where manifest and index cannot be used at all, or where no sample would be left.
     """
     begun = time.monotonic()

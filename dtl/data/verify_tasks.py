@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.atomic import sha256_of_file
-from dtl.data.decode import DecodeError, decode
-from dtl.data.fetch import Unfetched
-from dtl.data.foreign_samples import Ignored, Rules, Sample, open_tar, read_samples, shown
-from dtl.data.foreign_tar import DamagedTar, TarFile
-from dtl.data.index import Shards
-from dtl.data.remote import RemoteOptions
-from dtl.data.remote import shown as shown_address
+from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.remote.address import RemoteOptions
+from dtl.data.remote.address import shown as shown_address
+from dtl.data.remote.fetch import Unfetched
+from dtl.data.shards.index import Shards
+from dtl.data.wds.samples import Ignored, Rules, Sample, open_tar, read_samples, shown
+from dtl.data.wds.tar import DamagedTar, TarFile
 from dtl.errors import DamagedSample, UserError
+from dtl.files import sha256_of_file
 
 WHOLE = -1
 _IMAGES_AT_ONCE = 32

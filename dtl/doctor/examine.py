@@ -76,7 +76,7 @@ class Doctor:
         return judge_cluster.judge_network(probe.interfaces(), os.environ, hostname=hostname, resolves_to=address)
 
     def _native(self) -> list[Finding]:
-        from dtl.data.decode_crop import native
+        from dtl.data.decoding.crop import native
 
         found = native()
         return [judge_machine.judge_native(found.summary, found.fault)]
@@ -113,7 +113,7 @@ class Doctor:
         return [*found, judged]
 
     def _wandb(self) -> list[Finding]:
-        from dtl.tracking_wandb import choose_mode
+        from dtl.runs.wandb import choose_mode
 
         mode, why = choose_mode("auto", os.environ)
         reachable = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtl.doctor.finding import Finding
-from dtl.wording import counted
+from dtl.text import counted
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # From near to far, as `nvidia-smi topo -m` explains them; NV# is NVLink.

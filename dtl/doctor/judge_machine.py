@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtl.data.shared_memory import bytes_needed
+from dtl.data.loading.shared_memory import bytes_needed
 from dtl.doctor.finding import Finding
-from dtl.wording import counted
+from dtl.text import counted
 
 MIB, GIB = 2**20, 2**30
 # torchvision 0.N belongs to torch 2.(N - 15), since torch 2.0 and torchvision 0.15.

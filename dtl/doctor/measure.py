@@ -74,9 +74,9 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from dtl.data.decode import probe
-    from dtl.data.loader import decode_into
-    from dtl.data.transforms import AugmentSettings, train_transform
+    from dtl.data.decoding.decode import probe
+    from dtl.data.loading.loader import decode_into
+    from dtl.data.transforms.transforms import AugmentSettings, train_transform
 
     torch.set_num_threads(1)
     size = int(given["image_size"])
@@ -134,7 +134,7 @@ def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
         if (folder / "manifest.json").is_file():
             import numpy as np
 
-            from dtl.data.index import Shards
+            from dtl.data.shards.index import Shards
 
             shards = Shards.open(folder)
             chosen = np.unique(np.linspace(0, shards.num_samples - 1, limit).astype(np.int64))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from dtl.errors import UserError
-from dtl.hub import hub_in_reach, hub_name, why_not_fetched
+from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 from dtl.models.plain_resnet import PLAIN_RESNETS
 from dtl.models.preprocessing import Preprocessing, timm_preprocessing, torchvision_preprocessing
 

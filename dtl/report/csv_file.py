@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtl.data.atomic import write_whole
 from dtl.errors import UserError
+from dtl.files import write_whole
 
 EVENTS = ("train", "val", "epoch")
 FIRST = ("run", "event", "phase", "epoch", "step")

@@ -18,27 +18,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtl.checkpoint.model_folder import ModelFacts, load_model_tensors, read_model_json
+from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
 from dtl.config import Config
-from dtl.data.index import Shards
-from dtl.data.loader import Batch, BatchDataset
-from dtl.data.mix import mix_batch
-from dtl.data.plan import MicroBatch
-from dtl.engine import build
-from dtl.engine.evaluate import evaluate
-from dtl.engine.feeds import Feeds
-from dtl.engine.losses import build_loss
-from dtl.engine.phases import Phase
-from dtl.engine.step import Normalise
-from dtl.engine.tasks import Task, task_named
+from dtl.data.loading.loader import Batch, BatchDataset
+from dtl.data.sampling.plan import MicroBatch
+from dtl.data.shards.index import Shards
+from dtl.data.transforms.mix import mix_batch
+from dtl.distributed.runtime import Runtime
+from dtl.distributed.signals import Signals
 from dtl.errors import UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import Network
 from dtl.models.build import build as build_model
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
-from dtl.runtime import Runtime
-from dtl.signals import Signals
+from dtl.training import build
+from dtl.training.dataloaders import Feeds
+from dtl.training.evaluate import evaluate
+from dtl.training.losses import build_loss
+from dtl.training.phases import Phase
+from dtl.training.step import Normalise
+from dtl.training.tasks import Task, task_named
 
 Ints = npt.NDArray[np.int64]
 Say = Callable[[str], None]
@@ -172,7 +172,7 @@ class Examples:
         return tiles[: most * phase.task.expansion]
 
     def _unaugmented(self, phase: Phase) -> bool:
-        """Its features were cached from images as evaluation sees them (dtl.engine.feature_phase), whatever the augmentation says."""
+        """Its features were cached from images as evaluation sees them (dtl.training.feature_phase), whatever the augmentation says."""
         config = phase.config
         return config.cache_features is True and config.views == 1 and not self.feeds.train_transform.is_fixed
 

@@ -18,8 +18,8 @@ import yaml
 
 from dtl.config import Config, config_from_dict
 from dtl.errors import UserError
-from dtl.run_lock import never_began, why_none_began
-from dtl.wording import counted, near_run
+from dtl.runs.folder import never_began, why_none_began
+from dtl.text import counted, near_run
 
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")

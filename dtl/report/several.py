@@ -14,7 +14,7 @@ from dtl.report.html import Cell
 from dtl.report.record import best_of, read_run
 from dtl.report.single import PAGE, duration, embed_plot, footer, prepare_folder, write_page
 from dtl.report.style import NARROW, percent
-from dtl.run_lock import never_began, why_none_began
+from dtl.runs.folder import never_began, why_none_began
 
 _MOST_COLUMNS = 8  # of a table of differences
 

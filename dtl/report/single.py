@@ -18,7 +18,7 @@ from dtl.report.grids import save_grid
 from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
-from dtl.wording import counted
+from dtl.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

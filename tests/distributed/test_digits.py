@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import history, run, status
-from test_launchers import ROOT, launch
+from launchers import ROOT, launch
 
 
 @pytest.fixture(scope="module")

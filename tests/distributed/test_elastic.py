@@ -17,7 +17,7 @@ import pytest
 from harness import history, run, status, wait_for
 from recipes import weights_hash, write_recipe
 
-from dtl.heartbeat import read_stage
+from dtl.distributed.watchdog import read_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "dtl/train.py")

@@ -10,7 +10,7 @@ import torch
 from harness import history, run, start, status, wait_for
 from recipes import write_recipe
 
-from dtl.checkpoint.model_folder import load_model_tensors
+from dtl.checkpoint.resume.model_folder import load_model_tensors
 
 PLAIN = {"augment": {"preset": "none", "erasing": 0.0}}
 STILL = {"train": "all", "steps": 1, "lr": 1e-12, "schedule": "constant"}

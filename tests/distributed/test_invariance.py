@@ -13,7 +13,7 @@ from harness import history, run, start, status, steps_done, wait_for
 from recipes import write_recipe
 from safetensors.torch import load_file
 
-from dtl.engine.step_trace import read_trace
+from dtl.runs.trace import read_trace
 
 PHASES = {"all": {"train": "all", "steps": 8, "lr": 0.05, "momentum": 0.9, "mixup": 0.2, "schedule": "one_cycle", "eval_every": 0.3}}
 

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from harness import free_port, status
+from launchers import ACCELERATE, ROOT, SCRIPT, launch, port
 from recipes import write_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = str(ROOT / "dtl/train.py")
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 PHASES = {"all": {"train": "all", "steps": 3, "lr": 0.05}}
-
-
-def launch(command: list[str], cwd: Path, *, limit: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "DTL_CACHE": str(cwd / "cache"),
-        "HF_HOME": str(cwd / "hf"),
-        "PYTHONPATH": str(ROOT / "tests"),
-        "GLOO_SOCKET_IFNAME": "lo",
-        **variables,
-    }
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=limit, check=False)
-
-
-def port() -> list[str]:
-    return ["--main_process_port", str(free_port())]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_not_even_one_image_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_what_counts_as_out_of_memory_on_a_cpu(error: BaseException, it_is: bool) -> None:
-    from dtl.engine.micro_batch import _is_out_of_memory
+    from dtl.training.micro_batch import _is_out_of_memory
 
     assert _is_out_of_memory(error) == it_is
 

@@ -12,10 +12,10 @@ import torch
 from harness import history, run, status
 from recipes import weights_hash, write_images, write_recipe
 
-from dtl.engine.model_run import find_model
+from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
-from dtl.heartbeat import Heartbeat
-from dtl.run_lock import RunFolder
+from dtl.inference.model import find_model
+from dtl.runs.folder import RunFolder
 
 SHORT = {"phases": {"head": {"train": "head", "steps": 2, "lr": 0.1}, "all": {"train": "all", "steps": 3, "lr": 0.05, "eval_every": 0.01}}}
 

@@ -9,8 +9,8 @@ import pytest
 from harness import run
 from recipes import write_images, write_recipe
 
-from dtl.data.pack import pack
-from dtl.runtime import leader_of
+from dtl.data.packing.pack import pack
+from dtl.distributed.runtime import leader_of
 
 PHASES: dict[str, Any] = {"all": {"train": "all", "steps": 2, "lr": 0.01}}
 

@@ -34,11 +34,16 @@ def test_what_is_in_the_wheel_is_enough(tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     modules = {str(path.relative_to(source)) for path in (source / "dtl").rglob("*.py")}
-    data = {"dtl/py.typed", "dtl/data/digits.npz", "dtl/data/_jpeg_crop.pyi", *(f"dtl/recipes/{name}.yaml" for name in ("digits", "features", "finetune"))}
+    data = {
+        "dtl/py.typed",
+        "dtl/data/digits.npz",
+        "dtl/data/decoding/_jpeg_crop.pyi",
+        *(f"dtl/recipes/{name}.yaml" for name in ("digits", "features", "finetune")),
+    }
     assert {name for name in names if not name.endswith((".so", ".c")) and ".dist-info/" not in name} == modules | data
     away = tmp_path / "away"
     away.mkdir()
-    code = "import dtl; from dtl.data.digits import read_digits; print(dtl.__file__, len(read_digits()[0]))"
+    code = "import dtl; from dtl.data.sources.digits import read_digits; print(dtl.__file__, len(read_digits()[0]))"
     assert call(sys.executable, "-c", code, cwd=away, PYTHONPATH=str(tmp_path / "site")).split() == [f"{tmp_path}/site/dtl/__init__.py", "1797"]
     words = ["--config", "finetune", "--data.train", "a", "--data.val", "b", "--print-config"]
     assert "layer_decay: 0.7" in call(sys.executable, "-m", "dtl", "train", *words, cwd=away, PYTHONPATH=str(tmp_path / "site"))
@@ -105,6 +110,6 @@ def test_it_builds_with_a_compiler_and_without_one(compiler: str, tmp_path: Path
     call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source, cwd=tmp_path, CC=compiler)
     (wheel,) = tmp_path.glob("dtl-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "dtl/data/decode_crop.py" in names
+    assert "dtl/data/decoding/crop.py" in names
     built = [name for name in names if name.startswith("dtl/data/_jpeg_crop.") and name.endswith(".so")]
     assert len(built) == (compiler == "cc" and Path("/usr/include/jpeglib.h").exists())

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from harness import run
 from recipes import weights_hash, write_recipe
-
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "data"))
 from tiny_images import image_folder
 
-from dtl.data.pack import pack
+from dtl.data.packing.pack import pack
 
 PHASE = {"train": "all", "lr": 0.05, "schedule": "constant", "class_weights": "sqrt", "keep": "last", "eval_every": 100}
 

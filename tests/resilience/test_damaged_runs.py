@@ -6,25 +6,22 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import damage
 import numpy as np
 import pytest
 from harness import history, run, start, status, the_line, wait_for
 from recipes import write_recipe
-
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "data"))
-import damage
 from tiny_images import huge_bmp
 
-from dtl.data.foreign import index_shards
-from dtl.data.index import Shards
-from dtl.data.pack import pack
-from dtl.data.plan import EpochPlan
+from dtl.data.packing.pack import pack
+from dtl.data.sampling.plan import EpochPlan
+from dtl.data.shards.index import Shards
 from dtl.data.verify import verify
+from dtl.data.wds.index import index_shards
 
 PHASES = {"all": {"train": "all", "epochs": 1, "lr": 0.05}}
 BAD = (9, 400, 1000)

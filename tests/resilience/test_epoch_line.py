@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 from harness import history, run, start, steps_done, wait_for
 from recipes import write_recipe
 
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "data"))
-import damage
-
-from dtl.data.pack import pack
+from dtl.data.packing.pack import pack
 
 N = 1437  # digits, training
 PHASES = {"head": {"train": "head", "epochs": 0.5, "lr": 0.1}, "all": {"train": "all", "epochs": 2.5, "lr": 0.05, "eval_every": 5}}

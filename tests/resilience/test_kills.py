@@ -16,9 +16,9 @@ import pytest
 from harness import Job, start
 from recipes import write_recipe
 
+from dtl.checks.resume import check
 from dtl.commands import verify_resume
 from dtl.errors import UserError
-from dtl.resume_check import check
 
 SHORT: dict[str, Any] = {
     "pretext": {"task": "rotate", "train": "all", "steps": 3, "lr": 0.05},

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import history, start, wait_for
+from process_tree import children
 from recipes import write_recipe
-from test_workers_end import children
 
 EPOCHS = 20
 MIB = 2**20
@@ -27,9 +27,9 @@ def open_files(pid: int) -> int:
 @pytest.mark.soak
 def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Many shards (more than may be open at once), two loader processes for the whole phase, an evaluation each epoch with its own."""
-    from dtl.data.index import Shards
-    from dtl.data.open_files import MAX_OPEN_SHARDS
-    from dtl.data.pack import pack
+    from dtl.data.packing.pack import pack
+    from dtl.data.shards.index import Shards
+    from dtl.data.shards.open_files import MAX_OPEN_SHARDS
 
     pack("digits", tmp_path / "digits", shard_bytes=16_000, processes=1, progress=False)
     assert len(Shards.open(tmp_path / "digits/train").shard_sizes) > MAX_OPEN_SHARDS

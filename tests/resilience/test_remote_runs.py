@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_server import Server
 from harness import history, run, start, wait_for
 from recipes import weights_hash, write_recipe
 
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "data"))
-from bad_server import Server
-
-from dtl.data.index import Manifest
-from dtl.data.pack import pack
+from dtl.data.packing.pack import pack
+from dtl.data.shards.index import Manifest
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,11 @@ import psutil
 import pytest
 from harness import Job, history, start, wait_for
 from model_folders import model_folder, write_image
+from process_tree import children
 from recipes import write_recipe
 
-from dtl.data.loader import BatchDataset
-from dtl.engine import prediction
-
-
-def children(pid: int) -> set[int]:
-    return {child.pid for child in psutil.Process(pid).children()}
+from dtl.data.loading.loader import BatchDataset
+from dtl.inference import predict as prediction
 
 
 def alive(pid: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import harness
 import pytest
 from docs_world import ROOT, World, num_processes, shortened
-from test_readme import PAGES, blocks, lines_of
+from pages import PAGES, blocks, lines_of
 
 from dtl.config import load_config
 
@@ -32,14 +32,14 @@ NOT_RUN = {
     **dict.fromkeys(["pytest -n 2 --dist loadfile", "pytest"], ("it is what is running", ".ci/run")),
     **dict.fromkeys(["ruff check .", "ruff format --check .", "mypy dtl"], ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml")),
     "pytest tests/resilience/test_kills.py -k ends_as_if --kills 100": ("the same with 8 kills is running anyway", "tests/resilience/test_kills.py"),
-    "DTL_MBV2=mbv2.pt pytest tests/unit/checkpoint/test_transfer.py": ("is running anyway", "tests/unit/checkpoint/test_transfer.py"),
+    "DTL_MBV2=mbv2.pt pytest tests/unit/checkpoint/transfer/test_apply.py": ("is running anyway", "tests/unit/checkpoint/transfer/test_apply.py"),
     "wandb sweep sweeps/learning_rate.yaml": ("asks wandb's server", "tests/structure/test_sweeps.py"),
     "dtl verify-resume --config digits --phases.all.steps 50 --kills 10 --processes 2": ("minutes", "tests/resilience/test_kills.py"),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 1:2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d "
     "--rdzv-endpoint HOST:29400 --rdzv-id NAME --rdzv-conf join_timeout=120 dtl/train.py --config configs/finetune.yaml "
     "--data.train photos/train --data.val photos/val": ("takes two hosts", "tests/distributed/test_elastic.py"),
     "python -m benchmarks.transfer --show": ("minutes", "tests/unit/test_benchmarks.py"),
-    "dtl doctor --json": ("looks at the machine for seconds", "tests/unit/doctor/test_doctor.py"),
+    "dtl doctor --json": ("looks at the machine for seconds", "tests/unit/doctor/test_examine.py"),
 }
 # Commands in sentences that name an option or a way of using one, rather than what to type.
 SPOKEN = {
@@ -50,7 +50,7 @@ SPOKEN = {
     "dtl verify-epoch --balance uniform",
 }
 # Python blocks that another test runs as they stand, by a part of them.
-PYTHON_RUN = {"safetensors.torch, torchvision": "tests/unit/test_api_notebook.py", "safetensors.torch, timm": "tests/unit/test_api_notebook.py"}
+PYTHON_RUN = {"safetensors.torch, torchvision": "tests/unit/test_api_runs.py", "safetensors.torch, timm": "tests/unit/test_api_runs.py"}
 LAUNCHED = "accelerate launch dtl/train.py"  # the one line that goes through the real launcher here
 
 
@@ -95,7 +95,7 @@ def test_there_are_some_and_what_is_not_run_is_there_and_covered() -> None:
         assert (ROOT / covering).is_file(), covering
     # The tests that two lines choose are there.
     assert "ends_as_if" in (ROOT / "tests/resilience/test_kills.py").read_text()
-    assert "imagenet_weights: Path" in (ROOT / "tests/unit/checkpoint/test_transfer.py").read_text()
+    assert "imagenet_weights: Path" in (ROOT / "tests/unit/checkpoint/transfer/test_apply.py").read_text()
     texts = "".join(page.read_text() for page in PAGES)
     assert all(f"`{span}`" in texts for span in SPOKEN)
 

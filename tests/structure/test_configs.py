@@ -57,7 +57,7 @@ def test_the_command_of_a_header_is_one(file: str, line: str) -> None:
 
 @pytest.mark.parametrize("file", MAPS, ids=lambda file: file.name)
 def test_a_map_is_readable(file: Path) -> None:
-    from dtl.checkpoint.mapping import read_rules
+    from dtl.checkpoint.transfer.match.by_map import read_rules
 
     assert len(read_rules(file)) > 5
 
@@ -96,6 +96,6 @@ def test_a_launch_file_is_one_that_accelerate_takes(file: Path) -> None:
 
 
 def test_the_configuration_page_is_made_from_the_models() -> None:
-    from dtl.config_help import FOOTER, HEADER, reference
+    from dtl.config.help import FOOTER, HEADER, reference
 
     assert (ROOT / "docs/configuration.md").read_text() == f"{HEADER}\n{reference().rstrip()}\n{FOOTER}"

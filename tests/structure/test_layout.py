@@ -13,23 +13,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dtl"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Each layer may import those before it; the parts of one layer do not import each other (but for what is listed as shared).
+# Each layer may import those before it; the rooms of one layer do not import each other.
 LAYERS: list[set[str]] = [
-    {"errors", "wording", "hub", "keyed", "config", "config_models", "config_help", "metrics", "launched", "signals"},
-    {"runtime", "run_lock", "heartbeat", "tracking", "data", "models", "checkpoint", "optim"},
-    {"engine", "report", "doctor"},
-    {"train", "cli", "commands", "api", "api_runs", "resume_check", "__main__"},
+    {"errors", "text", "keyed", "files"},
+    {"config"},
+    {"data", "models", "optim"},
+    {"checkpoint.transfer"},
+    {"distributed"},
+    {"runs"},
+    {"checkpoint.resume"},
+    {"training"},
+    {"checks", "doctor"},
+    {"inference", "report"},
+    {"commands"},
+    {"api", "api_runs", "cli", "__main__", "train", "checkpoint"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-SHARED = {"engine", "report"}  # a run ends with its report, which runs the network on examples
+# Arrows that still run the wrong way; each goes with the next changes.
+NOT_YET = {("training", "report"), ("checkpoint.transfer", "checkpoint.resume"), ("commands", "cli")}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 80
 
 
 def part_of(module: str) -> str:
-    """`dtl.data.plan` belongs to `data`, `dtl.tracking_wandb` to `tracking`."""
-    name = module.split(".")[1] if "." in module else "__init__"
-    return name.split("_")[0] if name.startswith("tracking_") else name
+    """`dtl.data.sampling.plan` belongs to `data`, `dtl.checkpoint.resume.store` to `checkpoint.resume`."""
+    names = module.split(".")[1:]
+    if not names:
+        return "__init__"
+    return ".".join(names[:2]) if names[0] == "checkpoint" else names[0]
 
 
 def imports_of(file: Path) -> Iterator[tuple[str, int]]:
@@ -53,7 +64,7 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_imports_go_one_way(file: Path) -> None:
     own = part_of(module_name(file))
-    if own == "__init__":
+    if own in ("__init__", "checkpoint.__init__"):
         return
     assert own in LAYER_OF, f"{file}: which layer does {own} belong to?"
     for module, line in imports_of(file):
@@ -63,9 +74,8 @@ def test_imports_go_one_way(file: Path) -> None:
         assert module != "dtl.train", f"{file}:{line}: dtl.train is a script, it would exist twice"
         same = other == own
         lower = LAYER_OF.get(other, 99) < LAYER_OF[own]
-        shared = LAYER_OF[own] in (0, 3) and LAYER_OF.get(other, 99) == LAYER_OF[own]
-        shared |= {own, other} == SHARED
-        assert same or lower or shared, f"{file}:{line}: {own} (layer {LAYER_OF[own]}) imports {other}"
+        shared = LAYER_OF[own] in (0, len(LAYERS) - 1) and LAYER_OF.get(other, 99) == LAYER_OF[own]
+        assert same or lower or shared or (own, other) in NOT_YET, f"{file}:{line}: {own} (layer {LAYER_OF[own]}) imports {other}"
 
 
 def test_no_module_shadows_another_when_the_script_is_run_as_a_file() -> None:
@@ -93,7 +103,7 @@ def test_files_and_functions_stay_readable() -> None:
 def test_importing_dtl_and_its_config_needs_no_torch() -> None:
     import subprocess
 
-    code = "import sys, dtl, dtl.config, dtl.cli, dtl.errors, dtl.run_lock; sys.exit('torch' in sys.modules)"
+    code = "import sys, dtl, dtl.config, dtl.cli, dtl.errors, dtl.runs.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

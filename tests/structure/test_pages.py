@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_readme import PAGES, blocks, help_of
+from pages import PAGES, blocks, help_of
 
 from dtl.cli import COMMANDS
 from dtl.config import load_config
-from dtl.config_help import sections
+from dtl.config.help import sections
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {name.replace("phases.NAME", "phases.all") for _, rows in sections() for name, *_ in rows}

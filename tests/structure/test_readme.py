@@ -6,30 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import yaml
+from pages import PAGES, blocks, help_of, lines_of
 
 from dtl.cli import COMMANDS
 from dtl.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
-
-
-def lines_of(block: str) -> list[str]:
-    """The commands of a bash block: backslashes join lines, `&&` parts them, remarks are left out."""
-    found = []
-    for line in block.replace("\\\n", " ").splitlines():
-        line = re.sub(" +", " ", line.split(" #")[0].strip())
-        found += [part.strip() for part in line.split("&&") if part.strip() and not part.strip().startswith("#")]
-    return found
 
 
 def command_lines() -> list[tuple[str, str]]:
@@ -73,12 +59,6 @@ def test_a_command_and_its_options_exist(page: str, line: str) -> None:
             if word.startswith("--"):
                 name = re.sub(r"^--phases\.\w+\.", "--phases.NAME.", word.split("=")[0])
                 assert name in known or name.replace("-", "_").replace("__", "--", 1) in known, f"{page}: dtl {words[1]} has no {word}"
-
-
-@lru_cache
-def help_of(command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dtl", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -13,12 +13,12 @@ import torch
 from model_folders import CLASSES, model_folder, write_image
 
 from dtl.commands.evaluate import run
-from dtl.data.decode import decode
-from dtl.data.index import Shards
-from dtl.data.pack import pack
-from dtl.engine.evaluation import class_rates, confused_pairs
-from dtl.engine.model_run import open_model
+from dtl.data.decoding.decode import decode
+from dtl.data.packing.pack import pack
+from dtl.data.shards.index import Shards
 from dtl.errors import UserError
+from dtl.inference.model import open_model
+from dtl.inference.tables import class_rates, confused_pairs
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import torch
 from model_folders import CLASSES, model_folder, write_image
 
 from dtl.commands.export import run
-from dtl.engine import export as engine
-from dtl.engine.model_run import open_model
 from dtl.errors import UserError
+from dtl.inference import export as engine
+from dtl.inference.model import open_model
 
 
 @pytest.fixture(scope="module")

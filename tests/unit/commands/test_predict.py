@@ -14,10 +14,10 @@ from model_folders import CLASSES, model_folder, write_image
 from PIL import Image
 
 from dtl.commands.predict import run
-from dtl.data.pack import pack
-from dtl.data.transforms import eval_transform
-from dtl.engine.model_run import open_model
+from dtl.data.packing.pack import pack
+from dtl.data.transforms.transforms import eval_transform
 from dtl.errors import UserError
+from dtl.inference.model import open_model
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from foreign_tars import write_tar
 from tiny_images import encoded, huge_bmp, image_folder
 
 from dtl.commands import verify as command
-from dtl.data.foreign import index_shards
-from dtl.data.index import Shards
-from dtl.data.pack import pack
+from dtl.data.packing.pack import pack
+from dtl.data.shards.index import Shards
 from dtl.data.verify import verify
+from dtl.data.wds.index import index_shards
 from dtl.errors import UserError
 
 

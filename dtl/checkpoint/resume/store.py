@@ -1,0 +1,330 @@
+"""The checkpoints of a run: atomic, verified, without pickle, written beside the training loop.
+
+    checkpoints/step-00000120/
+        model.safetensors  optimizer.safetensors ...    one file for each group of tensors
+        state.json                                      everything that is not a tensor
+        manifest.json                                   written last: size and sha256 of each file, tensors that share memory
+
+A checkpoint is written into a hidden temporary folder, synced, and renamed: a folder with a checkpoint's name is whole, and
+its hashes prove it when it is read. Only the main process may save, and only it may clean up; every process may read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from dtl.checkpoint.resume import tensors_file as durable
+from dtl.errors import UserError
+
+FORMAT = 1
+_NAME = re.compile(r"(?:step-(\d{8,})|\.step-(\d{8,})\.before)")
+_TEMPORARY = (".writing-", ".deleting-")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint on the disk. `state` is what was given to `save`, through JSON (so tuples come back as lists)."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]
+    groups: tuple[str, ...]
+    aliases: dict[str, dict[str, str]] = field(repr=False)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group, in memory of their own; names that shared memory when saved share it again."""
+        if group not in self.groups:
+            raise UserError(f"{self.path} holds no tensors of {group!r}, only of: {', '.join(self.groups) or 'nothing'}")
+        # Read, not mapped: a shard of a network disk that vanishes under a mapping kills the process (SIGBUS).
+        tensors = load_safetensors((self.path / f"{group}.safetensors").read_bytes())
+        for name, other in self.aliases.get(group, {}).items():
+            tensors[name] = tensors[other]
+        return tensors
+
+
+@dataclass
+class _Snapshot:
+    """What the writing thread needs; the tensors lie in the store's own host buffers."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    aliases: dict[str, dict[str, str]]
+    state: object
+
+
+class CheckpointStore:
+    """Saves and finds the checkpoints in one folder.
+
+    `keep`: how many of the newest stay; older ones go only after a new one is whole.
+    `asynchronous`: write in a thread beside the loop, from a snapshot in host memory (one more copy of the state, reused).
+    `max_failures`: that many saves in a row may fail (full disk, vanished folder); then `save` raises UserError.
+    `say`: takes one line for the user; called from the writing thread too.
+    `before_write`: called before anything is written and again before it counts; raises when this process may not write
+    any more, for instance because a newer start of the run has taken over.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 3,
+        asynchronous: bool = True,
+        max_failures: int = 3,
+        say: Callable[[str], None] = print,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        if keep < 1:
+            raise UserError(f"checkpoint.keep is {keep}: at least 1 checkpoint must be kept")
+        self.folder = Path(folder)
+        self.keep, self.asynchronous, self.max_failures = keep, asynchronous, max_failures
+        self.saved_step: int | None = None  # the newest step that this store has put on the disk for certain
+        self.save_seconds = 0.0  # the longest that a save has taken until it was on the disk
+        self._say, self._before_write = say, before_write
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failures, self._last_error = 0, ""
+        self._fault: BaseException | None = None
+        self._cleaned = False
+
+    # ---- writing (main process only)
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: object, *, wait: bool = False) -> float:
+        """Save a checkpoint of `step`; returns the seconds that the caller was held up.
+
+        `tensors`: for each group (model, optimizer, ema ...) names and tensors on any device. `state`: anything JSON takes.
+        Waits for a save that is still being written. With `wait`, or a store that is not asynchronous, returns when the
+        checkpoint is on the disk (`saved_step` tells whether it worked). Raises UserError after `max_failures` in a row.
+        """
+        started = time.perf_counter()
+        self._settle()
+        self._before_write()
+        snapshot = self._snapshot(step, tensors, json.loads(json.dumps(state)))
+        # One thread a save, not a daemon: when the program ends, the interpreter waits for it, and never for an idle one.
+        self._thread = threading.Thread(target=self._write_safely, args=(snapshot,), name=f"checkpoint-{step}")
+        self._thread.start()
+        if wait or not self.asynchronous:
+            self._settle()
+        return time.perf_counter() - started
+
+    def flush(self) -> None:
+        """Wait until the last save is on the disk, or has failed and said so."""
+        self._settle()
+
+    def close(self) -> None:
+        """`flush`, then give the host buffers back."""
+        try:
+            self._settle()
+        finally:
+            self._buffers.clear()
+
+    def _settle(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+        if self._failures >= self.max_failures:
+            failures, self._failures = self._failures, 0
+            raise UserError(f"{failures} checkpoints in a row could not be written to {self.folder}: {self._last_error}")
+
+    def _snapshot(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: object) -> _Snapshot:
+        wanted = {(group, name) for group, members in tensors.items() for name in members}
+        # What no longer takes part (another phase's optimizer) goes first, so that there is never more than one copy.
+        self._buffers = {place: buffer for place, buffer in self._buffers.items() if place in wanted}
+        copied: dict[str, dict[str, Tensor]] = {}
+        aliases: dict[str, dict[str, str]] = {}
+        devices: set[torch.device] = set()
+        for group, members in tensors.items():
+            if not re.fullmatch(r"[a-z0-9_]+", group):
+                raise ValueError(f"group name {group!r}: a file is named after it, so letters, digits and _ only")
+            copied[group] = {}
+            seen: dict[tuple[object, ...], str] = {}
+            for name, tensor in members.items():
+                first = seen.setdefault(_memory(tensor), name)
+                if first != name and tensor.numel():
+                    aliases.setdefault(group, {})[name] = first
+                    continue
+                buffer = _copy_into(self._buffers.pop((group, name), None), tensor.detach())
+                self._buffers[group, name] = copied[group][name] = buffer
+                devices.add(tensor.device)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the copies above were only queued
+        return _Snapshot(step, copied, aliases, state)
+
+    def _write_safely(self, snapshot: _Snapshot) -> None:
+        started = time.perf_counter()
+        try:
+            self._write(snapshot)
+        except OSError as error:
+            self._failures += 1
+            self._last_error = _reason(error)
+            kept = self._numbers()
+            self._say(
+                f"checkpoint of step {snapshot.step} could not be written to {self.folder}: {self._last_error} "
+                f"({self._failures} in a row of at most {self.max_failures}); "
+                + (f"step {kept[0]} is kept; " if kept else "there is none yet; ")
+                + "the next save tries again"
+            )
+        except BaseException as error:  # handed to the caller of the next save: a thread has nobody to raise to
+            self._fault = error
+        else:
+            self._failures = 0
+            self.saved_step = snapshot.step
+            self.save_seconds = max(self.save_seconds, time.perf_counter() - started)
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        if not self.folder.is_dir():
+            if self.saved_step is not None:
+                self._say(f"{self.folder} is gone, with the checkpoints in it: making it anew")
+            # Without parents: a run folder that has vanished (an unmounted disk) must not grow again somewhere else.
+            self.folder.mkdir()
+        if not self._cleaned:
+            self._clean()
+            self._cleaned = True
+        target = self.folder / f"step-{snapshot.step:08d}"
+        temporary = self.folder / f".writing-{target.name}-{os.getpid()}"
+        durable.remove(temporary)
+        temporary.mkdir()
+        try:
+            files = {f"{group}.safetensors": durable.write_tensors(temporary / f"{group}.safetensors", members) for group, members in snapshot.tensors.items()}
+            files["state.json"] = durable.write_json(temporary / "state.json", snapshot.state)
+            manifest = {
+                "format": FORMAT,
+                "step": snapshot.step,
+                "groups": list(snapshot.tensors),
+                "files": {name: {"size": facts.size, "sha256": facts.sha256} for name, facts in files.items()},
+                "aliases": snapshot.aliases,
+            }
+            durable.write_json(temporary / "manifest.json", manifest)
+            self._before_write()
+            durable.publish(temporary, target)
+        except BaseException:
+            durable.discard(temporary)  # at once: on a full disk the next save needs the space
+            raise
+        self._prune(snapshot.step)
+
+    def _prune(self, step: int) -> None:
+        """Delete all but the `keep` newest, and those after `step`: they are of a course that the run has left
+        (it went on from before them, because they were damaged or because it was started afresh)."""
+        numbers = self._numbers()
+        current = [number for number in numbers if number <= step]
+        for number in set(numbers) - set(current[: self.keep]):
+            for path in self._paths(number):
+                # Renamed first: a kill while it is being deleted must not leave a torn checkpoint behind.
+                doomed = self.folder / f".deleting-{path.name.strip('.')}-{os.getpid()}"
+                os.rename(path, doomed)
+                durable.remove(doomed)
+
+    def _clean(self) -> None:
+        """Delete what killed processes have left half written or half deleted."""
+        for path in self.folder.iterdir():
+            replaced = _NAME.fullmatch(path.name)
+            if path.name.startswith(_TEMPORARY) or (replaced and replaced[2] and (self.folder / f"step-{replaced[2]}").exists()):
+                durable.remove(path)
+
+    # ---- reading (any process)
+
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint with the highest step that is whole; None where there is none at all.
+
+        Damaged ones are named with what was found, and passed over. Raises UserError when there are only damaged ones.
+        """
+        found = []
+        for number in self._numbers():
+            for path in self._paths(number):
+                checkpoint, problem = _open(path, number)
+                if checkpoint is not None:
+                    return checkpoint
+                found.append(f"{path.name}: {problem}")
+                self._say(f"checkpoint {path} is damaged and passed over: {problem}")
+        if found:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): mend the disk, or start the run afresh with --run.resume never"
+            )
+        return None
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of exactly this step, verified; UserError where it is missing or damaged."""
+        problem = "there is none"
+        for path in self._paths(step):
+            checkpoint, problem = _open(path, step)
+            if checkpoint is not None:
+                return checkpoint
+        raise UserError(f"checkpoint of step {step} in {self.folder} cannot be read: {problem}")
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first (not verified)."""
+        return self._numbers()[::-1]
+
+    def _numbers(self) -> list[int]:
+        """Newest first, by number: as text, step-100000000 would come before step-99999999."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return []
+        return sorted({int(match[1] or match[2]) for match in map(_NAME.fullmatch, names) if match}, reverse=True)
+
+    def _paths(self, number: int) -> list[Path]:
+        name = f"step-{number:08d}"
+        return [path for path in (self.folder / name, self.folder / f".{name}.before") if path.exists()]
+
+
+def _open(path: Path, step: int) -> tuple[Checkpoint | None, str]:
+    """A checkpoint whose every byte was compared with its manifest, or what is wrong with it."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        if manifest["format"] > FORMAT:
+            raise UserError(f"{path} was written by a newer dtl (checkpoint format {manifest['format']}, known: {FORMAT}): update dtl")
+        if manifest["step"] != step:
+            return None, f"its manifest speaks of step {manifest['step']}"
+        for name, expected in manifest["files"].items():
+            facts = durable.hash_file(path / name)
+            if facts.size != expected["size"]:
+                return None, f"{name} has {facts.size} bytes, not {expected['size']}"
+            if facts.sha256 != expected["sha256"]:
+                return None, f"the content of {name} has changed (sha256)"
+        state = json.loads((path / "state.json").read_bytes())
+        return Checkpoint(step, path, state, tuple(manifest["groups"]), manifest["aliases"]), ""
+    except FileNotFoundError as error:
+        return None, f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return None, _reason(error)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, "manifest.json cannot be read"
+
+
+def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:
+    """Copy to host memory, into `buffer` where it fits. The memory layout is kept: a plain copy, even of channels_last."""
+    pinned = tensor.is_cuda
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype or buffer.stride() != tensor.stride():
+        buffer = torch.empty_like(tensor, device="cpu", memory_format=torch.preserve_format, pin_memory=pinned)
+    if tensor.device.type != "cpu" or buffer.stride() != tensor.stride():
+        return buffer.copy_(tensor, non_blocking=pinned)
+    # Same layout, no gaps: the plain copy. torch's would spread over all threads, and on a machine whose cores are busy (with
+    # loader workers, as ever) wait for the last of them, tensor by tensor: seen four times and more as long.
+    ctypes.memmove(buffer.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return buffer
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    place = tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
+    return (place, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

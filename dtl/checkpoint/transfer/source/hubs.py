@@ -1,0 +1,144 @@
+"""Pretrained weights by name: torchvision's, timm's, and plain web addresses. Caches are theirs and are looked into first."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from dtl.errors import UserError
+from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A file in torch hub's cache folder and what its publisher tells about it."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
+    """The file of a web address, from torch hub's cache folder or fetched into it (the hash in its name is checked).
+
+    A name without a hash says nothing of what is in it, so such files lie in a folder of their address.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(address).path).name
+    found = torch.hub.HASH_REGEX.search(path.name)
+    if found is None:
+        path = path.parent / f"dtl-{hashlib.sha256(address.encode()).hexdigest()[:12]}" / path.name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Writes beside the file and moves it into place, so that a broken download leaves nothing behind.
+            torch.hub.download_url_to_file(address, str(path), found.group(1) if found else None, progress=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"cannot fetch {address} ({error}); without a network, put the file at {path}, where it is looked for first") from error
+    return Cached(path, facts or {})
+
+
+def torchvision_file(name: str) -> Cached:
+    """`ResNet18_Weights.IMAGENET1K_V1`, `ResNet18_Weights` or `resnet18` (the default weights of the model)."""
+    from torchvision import models
+
+    weights = _torchvision_weights(models, name)
+    return download(weights.url, facts=_torchvision_facts(weights))
+
+
+def _torchvision_weights(models: Any, name: str) -> Any:
+    model, _, member = name.partition("/") if "/" in name else name.partition(".")
+    known = models.list_models()
+    try:
+        if member:
+            return models.get_weight(f"{model}.{member}") if "_Weights" in model else models.get_model_weights(model)[member]
+        if model.endswith("_Weights"):
+            return models.get_weight(f"{model}.DEFAULT")
+        return models.get_model_weights(model).DEFAULT
+    except (ValueError, KeyError, AttributeError) as error:
+        classes = [models.get_model_weights(m).__name__ for m in known] if "_Weights" in model else known
+        near = get_close_matches(model, classes, n=3, cutoff=0.4)
+        members = ""
+        if model in known:
+            members = f"; its weights are {', '.join(w.name for w in models.get_model_weights(model))}"
+        raise UserError(f"torchvision:{name}: torchvision has no such weights{members}; the nearest names are {', '.join(near)}") from error
+
+
+def _torchvision_facts(weights: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if "categories" in weights.meta:
+        facts["classes"] = list(weights.meta["categories"])
+    preset = weights.transforms()
+    if all(hasattr(preset, word) for word in ("mean", "std", "crop_size", "resize_size")):
+        facts["preprocessing"] = {
+            "mean": list(preset.mean),
+            "std": list(preset.std),
+            "image_size": preset.crop_size[0],
+            "interpolation": preset.interpolation.value,
+            "crop_ratio": round(preset.crop_size[0] / preset.resize_size[0], 4),
+        }
+    return facts
+
+
+def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of one of timm's pretrained models, in the names of timm's module, through timm's own cache."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"timm:{name}: timm is not installed; pip install timm") from error
+    if (repository := hub_name(name)) is not None:
+        return _hub_tensors(repository)
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
+        raise UserError(f"timm:{name}: timm has no such model; the nearest names are {', '.join(near)}")
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False) if name in timm.list_pretrained() or name == base else None
+    if config is None or not config.has_weights:
+        tags = list(timm.list_pretrained(f"{base}.*"))[:5]
+        raise UserError(f"timm:{name}: timm has no pretrained weights of this name; it has {', '.join(tags) or 'none for this model'}")
+    with hub_in_reach():
+        try:
+            module = timm.create_model(name, pretrained=True)
+        except Exception as error:  # the hub's client has a dozen kinds of failure
+            if not config.hf_hub_id:
+                place = f"without a network, its file must lie in {torch.hub.get_dir()}/checkpoints"
+                raise UserError(f"timm:{name}: cannot fetch {config.url or config.file} ({error}); {place}") from error
+            raise UserError(f"timm:{name}: {why_not_fetched(config.hf_hub_id, error)}") from error
+    return dict(module.state_dict()), _timm_facts(dict(vars(config)))
+
+
+def _hub_tensors(repository: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Those of anybody's repository on the Hugging Face hub that timm can read (`hf-hub:ORG/NAME[@REVISION]`)."""
+    import timm
+    from timm.models import _hub
+
+    # Repositories are anybody's: a timm that would unpickle their files is not let near them.
+    safe = inspect.signature(_hub.load_state_dict_from_hf).parameters.get("weights_only")
+    if safe is None or safe.default is not True:
+        raise UserError(f"timm:hf-hub:{repository} needs a timm that opens files with weights_only=True: pip install -U timm")
+    with hub_in_reach():
+        try:
+            module = timm.create_model(f"hf-hub:{repository}", pretrained=True)
+        except Exception as error:
+            raise UserError(f"timm:hf-hub:{repository}: {why_not_fetched(repository, error)}") from error
+    return dict(module.state_dict()), _timm_facts(dict(module.pretrained_cfg))  # type: ignore[arg-type]
+
+
+def _timm_facts(config: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "preprocessing": {
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "image_size": config["input_size"][-1],
+            "interpolation": config["interpolation"],
+            "crop_ratio": config["crop_pct"],
+        }
+    }
+    if config.get("label_names"):
+        facts["classes"] = list(config["label_names"])
+    return facts

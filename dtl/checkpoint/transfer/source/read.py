@@ -1,0 +1,310 @@
+"""Open pretrained weights, wherever they are: one flat dict of names and tensors, and what is known about it.
+
+Nothing is ever unpickled freely: torch files are opened with `weights_only=True`, and what that blocks is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtl.checkpoint.resume import tensors_file as durable
+from dtl.checkpoint.transfer.layers.names import looks_sorted
+from dtl.checkpoint.transfer.layers.units import entries_of
+from dtl.checkpoint.transfer.source import hubs
+from dtl.checkpoint.transfer.source.containers import find_state_dict, without_wrappers
+from dtl.checkpoint.transfer.source.pickles import is_legacy_torch, pickled_globals
+from dtl.errors import UserError
+from dtl.models.hub import hub_name
+from dtl.text import near_path, some
+
+# What a legacy torch file names besides its objects.
+_HARMLESS = ("torch._utils.", "torch.storage.", "torch.Storage", "torch.FloatStorage", "torch.LongStorage", "torch.nn.parameter.",
+             "collections.OrderedDict", "__builtin__.set")  # fmt: skip
+_IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """Pretrained weights as read.
+
+    `tensors`: name -> tensor on the CPU, memory-mapped where the format allows it, in the file's order.
+    `ordered`: whether that order is the one in which the network registered them (safetensors sorts by name).
+    `container`: words that led to the state dict inside the file; `passed_over`: other mappings of tensors beside it.
+    `prefix`: the beginning of names the user chose with `FILE#prefix.`.
+    `facts`: classes, preprocessing, architecture, as far as the source tells.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    origin: str
+    ordered: bool
+    sha256: str | None = None
+    container: str = ""
+    prefix: str = ""
+    passed_over: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """The file's SHA-256, else one of names, types and shapes: what ranks compare before they plan."""
+        if self.sha256 is not None:
+            return self.sha256
+        text = json.dumps([(name, str(value.dtype), list(value.shape)) for name, value in self.tensors.items()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeights, *, key: str | None = None) -> SourceWeights:
+    """Read pretrained weights from a file, a folder, a name, a web address, a dict or a module.
+
+    Takes `.pt .pth .th .bin .ckpt .safetensors`, sharded indexes (`*.index.json`), a dtl run or model folder, an Accelerate
+    or Hugging Face folder, `torchvision:NAME`, `timm:NAME`, `hf-hub:ORG/NAME` and `http(s)://` addresses. `FILE#KEY` (or `key`) chooses among
+    several state dicts in a file (`ckpt.pth#model_ema`) or, ending in a dot, a prefix of names (`moco.pth#encoder_q.`).
+    Raises UserError when the source is missing, unreadable, blocked, or could mean two things.
+    """
+    if isinstance(source, SourceWeights):
+        return source
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    if isinstance(source, Mapping):
+        return _from_mapping(source, origin="a dict", key=key)
+    named = str(source)
+    if named.startswith("torchvision:"):
+        return _from_cache(hubs.torchvision_file(named.removeprefix("torchvision:")), origin=named, key=key)
+    if named.startswith("timm:") or hub_name(named) is not None:
+        tensors, facts = hubs.timm_tensors(named.removeprefix("timm:"))
+        return SourceWeights(tensors, named, ordered=True, facts=facts)
+    if named.startswith(("http://", "https://")):
+        address, _, chosen_there = named.partition("#")
+        return _from_cache(hubs.download(address), origin=named, key=key or chosen_there or None)
+    if "://" in named and not named.startswith("file://"):
+        raise UserError(f"{named}: weights are fetched from http:// and https:// addresses; download this one and give the file")
+    named = named.removeprefix("file://")
+    path, chosen = _split_fragment(named)
+    return _from_path(path, key=key or chosen)
+
+
+def check_is_there(source: str) -> None:
+    """UserError where `source` is meant as a file or folder, and there is none; nothing is read, and nothing fetched."""
+    if not (source.startswith(("torchvision:", "timm:")) or hub_name(source) is not None or "://" in source):
+        path = _split_fragment(source)[0].expanduser()
+        if not path.exists():
+            _from_path(path, key=None)
+
+
+def _from_mapping(mapping: Mapping[str, Any], *, origin: str, key: str | None) -> SourceWeights:
+    contents = find_state_dict(mapping, key=key, origin=origin)
+    return SourceWeights(
+        contents.tensors,
+        origin,
+        ordered=not looks_sorted(entries_of(contents.tensors)),
+        container=contents.container,
+        prefix=contents.prefix,
+        passed_over=contents.passed_over,
+    )
+
+
+def _from_cache(cached: hubs.Cached, *, origin: str, key: str | None) -> SourceWeights:
+    read = _from_path(cached.path, key=key)
+    return replace(read, origin=origin, facts={**read.facts, **cached.facts})
+
+
+def _split_fragment(named: str) -> tuple[Path, str | None]:
+    if "#" in named and not Path(named).exists():
+        path, _, chosen = named.rpartition("#")
+        return Path(path), chosen
+    return Path(named), None
+
+
+def _from_path(path: Path, *, key: str | None) -> SourceWeights:
+    path = path.expanduser()
+    if path.is_dir():
+        return _from_folder(path, key=key)
+    if not path.exists():
+        raise UserError(f"no pretrained weights at {path}{near_path(path) or '; give a file, a folder, torchvision:NAME, timm:NAME or an address'}")
+    if path.name.endswith(".index.json"):
+        return _from_index(path)
+    if path.suffix == ".safetensors":
+        tensors, ordered = _read_safetensors(path)
+        read = _from_mapping(tensors, origin=str(path), key=key)
+        read = replace(read, ordered=ordered)
+    else:
+        read = _from_mapping(_read_torch(path), origin=str(path), key=key)
+    return replace(read, tensors=without_wrappers(read.tensors), sha256=_sha256(path))
+
+
+def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
+    of_run = durable.published(path / "model")
+    if (of_run / "model.json").is_file():
+        path = of_run
+    elif (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: the run has no model yet; it is written when the run is done (the same command goes on with it)")
+    facts_file = path / "model.json"
+    for name in _IN_FOLDER:
+        if (path / name).is_file():
+            read = _from_path(path / name, key=key)
+            break
+    else:
+        raise UserError(f"{path}: holds no weights; expected one of {', '.join(_IN_FOLDER)}, or model/ of a run")
+    return _with_model_facts(read, facts_file) if facts_file.is_file() else read
+
+
+def _with_model_facts(read: SourceWeights, facts_file: Path) -> SourceWeights:
+    """A dtl model folder knows its classes, its preprocessing and the order in which the network registered its tensors."""
+    try:
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{facts_file}: not readable as JSON ({error})") from error
+    order = facts.pop("order", None)
+    if isinstance(order, list) and sorted(order) == sorted(read.tensors):
+        return replace(read, tensors={name: read.tensors[name] for name in order}, ordered=True, facts=facts)
+    return replace(read, facts=facts)
+
+
+def _from_index(path: Path) -> SourceWeights:
+    """Several files and a JSON that says which tensor lies in which (Hugging Face, Accelerate)."""
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an index of weights (a JSON object with 'weight_map'): {error!r}") from error
+    parts: dict[str, Mapping[str, Any]] = {}
+    digest = hashlib.sha256()
+    for name in sorted(set(map(str, where.values()))):
+        part = path.parent / name
+        if not part.is_file():
+            raise UserError(f"{path}: names {name}, which is not beside it")
+        parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else _read_torch(part)
+        digest.update(_sha256(part).encode())
+    missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
+    if missing:
+        raise UserError(f"{path}: {where[missing[0]]} lacks {missing[0]}, which the index promises ({len(missing)} such)")
+    tensors = {tensor: parts[name][tensor] for tensor, name in where.items()}
+    read = _from_mapping(tensors, origin=str(path), key=None)
+    # JSON indexes are written sorted, or by file: neither is the order of registration.
+    return replace(read, tensors=without_wrappers(read.tensors), ordered=False, sha256=digest.hexdigest())
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """(tensors, whether in registration order). The format sorts; only our own model folders remember the order elsewhere."""
+    from safetensors import SafetensorError, safe_open
+
+    if problem := _no_weights(_beginning(path)):
+        raise UserError(f"{path}: {problem}")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, False  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable as safetensors ({_line(error)}); the file is damaged or of another format") from error
+
+
+def _read_torch(path: Path) -> Any:
+    start = _beginning(path)
+    if problem := _no_weights(start):
+        raise UserError(f"{path}: {problem}")
+    # Only zip files (torch >= 1.6) can be mapped; older ones are read whole.
+    mapped = zipfile.is_zipfile(path)
+    if not mapped and start[:1] == b"\x80" and not is_legacy_torch(path):
+        raise UserError(f"{path}: {_why_pickle(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        raise UserError(f"{path}: {_why_blocked(path, error)}") from error
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({_line(error)})") from error
+
+
+def _no_weights(start: bytes) -> str | None:
+    """What else than weights such files turn out to be."""
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights: the download went wrong"
+    if start.startswith(b"\x89HDF"):
+        return "an HDF5 file (Keras); save its weights as a dict of arrays in a .safetensors or .pth file"
+    return None
+
+
+def _why_pickle(path: Path) -> str:
+    found = pickled_globals(path)
+    names = f" ({some(found, limit=4)})" if found else ""
+    return (
+        f"a Python pickle{names}, which runs code when opened; where you trust it (detectron2's model zoo), convert it once: "
+        f"python -c \"import pickle, torch; c = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
+        "torch.save({k: torch.as_tensor(v) for k, v in c.get('model', c).items() if hasattr(v, 'shape')}, 'weights.pth')\""
+    )
+
+
+def _why_blocked(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "TorchScript" in text:
+        return (
+            "a TorchScript archive, not a state dict; where you trust it, convert it once: "
+            f"python -c \"import torch; torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
+        )
+    blocked = _unsafe_globals(path)
+    # torch.load(..., weights_only=True) runs nothing but what it is given by name, also where a user trusts the file.
+    by_hand = "save model.state_dict() with the program that wrote it"
+    if any(re.fullmatch(r"[\w.]+", name) is None for name in blocked):  # names are the file's: none may slip into a command
+        return f"holds Python objects of names that Python does not have ({some(blocked, limit=4)}); do not trust it: {by_hand}"
+    if any(name.startswith("torch.nn.modules.") for name in blocked):
+        found = f"a whole pickled module ({some(blocked, limit=4)}), which runs code when opened"
+        if not zipfile.is_zipfile(path):  # torch before 1.6 put the source code in, which only the unsafe way reads
+            return f"{found}, in torch's old format: {by_hand}"
+        return (
+            f"{found}; where you trust it, convert it once, beside its source code: "
+            'python -c "import torch, pydoc; '
+            f"torch.serialization.add_safe_globals([(pydoc.locate(n), n) for n in '{' '.join(blocked)}'.split()]); "
+            f"m = torch.load('{path}', weights_only=True); "
+            "m = m if hasattr(m, 'state_dict') else next(v for v in m.values() if hasattr(v, 'state_dict')); torch.save(m.state_dict(), 'weights.pth')\""
+        )
+    if blocked:
+        return (
+            f"holds Python objects that could run code when opened ({some(blocked, limit=4)}); "
+            "keep the weights only, with empty stand-ins for all but NumPy's: "
+            'python -c "import torch, numpy, pydoc; '
+            "D = type('D', (), dict(__init__=lambda s, *a, **k: None, __setstate__=lambda s, x: None)); "
+            "torch.serialization.add_safe_globals([(pydoc.locate(n) if n.startswith(('numpy.', '_codecs.')) else D, n) "
+            f"for n in '{' '.join(blocked)}'.split()] + [type(numpy.dtype(t)) for t in '?bhilqBHILQefd']); "
+            f"c = torch.load('{path}', weights_only=True); s = c.get('state_dict', c.get('model', c)); "
+            "torch.save({k: torch.as_tensor(v) for k, v in s.items() if hasattr(v, 'shape')}, 'weights.pth')\""
+            f"; or {by_hand}"
+        )
+    if isinstance(error, OSError):
+        return f"not readable ({_line(error)})"
+    return f"not readable as a torch file ({type(error).__name__}); it is damaged, cut short or of another format"
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """Names of what `weights_only` blocks, found without executing anything."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # formats before torch 1.6, which torch cannot look into, or damage
+        return [name for name in pickled_globals(path) if not name.startswith(_HARMLESS)]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,249 @@
+"""JPEGs decoded on the device: loader processes ship the bytes, nvJPEG (through torchcodec) makes pixels of them, and the crop follows there.
+
+For machines with a strong GPU and few CPU cores. What is no plain JPEG (PNG, CMYK ...) is decoded by the loader processes as ever. The same
+samples, draws and boxes; the pixels differ by the rounding of another decoder and of a resize in float32. Also on a CPU, for tests.
+
+nvJPEG's hardware path writes into memory that the caller's stream may still read (torchcodec#1634, vision#9606: seen on an H100 there):
+decoding has a stream of its own here, and comes first in each batch, when that stream is empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.transforms.geometry import clip_to_window
+from dtl.errors import DamagedSample, UserError
+
+if TYPE_CHECKING:
+    from dtl.data.loading.loader import Batch
+    from dtl.data.transforms.transforms import Draws, Transform
+
+_APP1, _SCAN = 0xE1, 0xDA  # of a JPEG's markers: where EXIF lies, and where its pixels begin
+_STRONGEST = 32
+AHEAD = 2
+"""Batches that are decoded, or being decoded, while the trainer has one in hand."""
+
+
+@dataclass
+class Encoded:
+    """What is left to be done of a micro-batch whose images are not all decoded."""
+
+    draws: Draws
+    heights: np.ndarray
+    """[n], and widths: of the samples, by the index."""
+    widths: np.ndarray
+    decoded: list[int] = field(default_factory=list)
+    """The rows whose pixels lie in the batch's images already, in this order."""
+    rows: list[int] = field(default_factory=list)
+    """The rows that `data` holds, one JPEG after another."""
+    sizes: list[int] = field(default_factory=list)
+    data: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def take(self, row: int, data: bytes, jpegs: list[bytes]) -> bool:
+        """Whether the device decodes this one; the bytes are then put behind `jpegs`."""
+        if data[:2] != b"\xff\xd8" or not _is_plain(data):
+            return False
+        data = without_exif(data)
+        self.rows.append(row)
+        self.sizes.append(len(data))
+        jpegs.append(data)
+        return True
+
+    def close(self, jpegs: list[bytes]) -> None:
+        self.data = torch.from_numpy(np.frombuffer(bytearray(b"".join(jpegs)), np.uint8)) if jpegs else self.data
+
+
+def _is_plain(data: bytes) -> bool:
+    try:
+        return simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK")
+    except ValueError:
+        return False
+
+
+def without_exif(data: bytes) -> bytes:
+    """A JPEG without its EXIF: torchcodec turns pictures as their orientation says, and ImageFolder, as all else here, does not."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
+        end = at + 1 if data[at + 1] == 0xFF else at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # 0xFF fills
+        if data[at + 1] == _APP1 and data[at + 4 : at + 8] == b"Exif":
+            data = data[:at] + data[end:]
+        else:
+            at = end
+    return data
+
+
+class DeviceDecoder:
+    """Finishes batches on `device`, in a thread and on a stream of its own, while the trainer computes.
+
+    UserError where torchcodec is missing, or `transform` does more than crop, resize, flip and erase.
+    """
+
+    def __init__(self, transform: Transform, device: torch.device, damaged: Callable[[int, str], DamagedSample]) -> None:
+        """`damaged(sample, reason)` names a sample that cannot be decoded."""
+        self._decode_jpeg = ready(transform, device)
+        self._transform, self._device, self._damaged = transform, device, damaged
+        self._stream: Any = _stream(device) if device.type == "cuda" else None
+
+    def finished(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, their images on the device."""
+        pending: deque[Future[tuple[Batch, Any]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="device-decode") as pool:
+            for batch in batches:
+                pending.append(pool.submit(self._finish_marked, batch))
+                if len(pending) > AHEAD:
+                    yield self._hand_over(*pending.popleft().result())
+            while pending:
+                yield self._hand_over(*pending.popleft().result())
+
+    def _finish_marked(self, batch: Batch) -> tuple[Batch, Any]:
+        """The finished batch, and the event at which its images are there: the stream may have the next one queued by the time it is taken."""
+        batch = self.finish(batch)
+        if self._stream is None:
+            return batch, None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return batch, event
+
+    def _hand_over(self, batch: Batch, event: Any) -> Batch:
+        if event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            batch.images.record_stream(current)
+        return batch
+
+    def finish(self, batch: Batch) -> Batch:
+        """Decode what is left of the batch, in place. What cannot be decoded gets weight 0 and is named."""
+        encoded, batch.encoded = batch.encoded, None
+        if encoded is None:
+            return batch
+        if self._stream is not None:
+            self._stream.synchronize()
+        size, num = self._transform.image_size, len(batch.samples)
+        with torch.inference_mode(False), torch.no_grad(), contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            # First of all, while nothing that is queued could still read memory that the decoder is given.
+            pictures = self._pictures(list(torch.split(encoded.data, encoded.sizes)))
+            images = torch.empty((num, 3, size, size), dtype=torch.uint8, device=self._device, memory_format=torch.channels_last).zero_()
+            if encoded.decoded:
+                images[torch.tensor(encoded.decoded, device=self._device)] = batch.images.to(self._device, non_blocking=True)
+            for row, picture in zip(encoded.rows, pictures, strict=True):
+                found: Tensor | str = picture
+                expected = (3, int(encoded.heights[row]), int(encoded.widths[row]))
+                if isinstance(found, Tensor) and tuple(found.shape) != expected:
+                    found = f"{found.shape[2]} x {found.shape[1]} pixels, the index says {expected[2]} x {expected[1]}"
+                if isinstance(found, str):
+                    sample = int(batch.samples[row])
+                    batch.weights[row] = 0.0
+                    batch.bad.append((sample, self._damaged(sample, found)))
+                else:
+                    place_on_device(found, encoded.draws, row, images[row], self._transform)
+            num_real = len(encoded.heights)
+            if num_real < num:
+                images[num_real:] = images[torch.arange(num - num_real, device=self._device) % num_real]
+        batch.images = images
+        return batch
+
+    def _pictures(self, pieces: list[Tensor]) -> list[Tensor | str]:
+        """uint8 [3,H,W] each, or why not."""
+        if not pieces:
+            return []
+        try:
+            return list(self._decode_jpeg(pieces, device=self._device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # one of them fails all
+            return [self._picture(piece) for piece in pieces]
+
+    def _picture(self, piece: Tensor) -> Tensor | str:
+        try:
+            (picture,) = self._decode_jpeg([piece], device=self._device)
+            return picture  # type: ignore[no-any-return]
+        except RuntimeError:
+            try:
+                return torch.from_numpy(decode(piece.numpy().tobytes()).copy()).to(self._device).permute(2, 0, 1)
+            except DecodeError as error:
+                return str(error)
+
+
+def ready(transform: Transform, device: torch.device) -> Any:
+    """torchcodec's decoder. UserError where it is missing or does not work on `device`, or cannot do what `transform` does."""
+    _check(transform)
+    try:
+        from torchcodec.decoders import decode_jpeg  # type: ignore[import-not-found, attr-defined, unused-ignore]
+    except ImportError as error:
+        raise UserError(f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'torchcodec>=0.16'") from None
+    _try(decode_jpeg, device)
+    return decode_jpeg
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    """One for all decoders of a device: PyTorch has 32 of them, and gives the same ones again after that."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _try(decode_jpeg: Any, device: torch.device) -> None:
+    """Once a device: a decoder that fails for every image would otherwise pass for images that are hard to decode, one by one on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # as before each batch: nothing that is queued may still read memory that the decoder is given
+    trial = torch.from_numpy(np.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), np.uint8))
+    try:
+        decode_jpeg([trial], device=device)
+    except RuntimeError as error:
+        raise UserError(
+            f"data.decode device: torchcodec decodes nothing on {device} ({' '.join(str(error).split())[:200]}); use --data.decode workers"
+        ) from error
+
+
+def _check(transform: Transform) -> None:
+    augment = transform.augment
+    if augment is None:
+        return
+    others = {
+        "rotation": augment.rotation, "color_jitter": any(augment.jitter), "grayscale": augment.grayscale,
+        "randaugment": augment.randaugment, "trivial": augment.trivial,
+    }  # fmt: skip
+    names = [f"data.augment.{name}" for name, value in others.items() if value]
+    if names:
+        raise UserError(f"data.decode device crops, resizes, flips and erases; {' and '.join(names)} needs data.decode workers")
+
+
+def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transform: Transform) -> None:
+    """What `Transform.apply` does to sample `i`: `picture` uint8 [3,H,W], whole, into `out` uint8 [3,S,S], both on one device."""
+    placement = draws.placement
+    top, left, height, width = placement.boxes[i].tolist()
+    crop = picture[:, top : top + height, left : left + width]
+    resized = tuple(placement.resized[i].tolist())
+    if (height, width) != resized:
+        smooth = interpolate(_coarse(crop[None].float(), resized), size=resized, mode=transform.interpolation, align_corners=False, antialias=True)
+        crop = smooth[0].round_().clamp_(0, 255).to(torch.uint8)
+    seen, target = crop.permute(1, 2, 0), out.permute(1, 2, 0)
+    flips = bool(draws.horizontal_flip[i]), bool(draws.vertical_flip[i])
+    offset = tuple(placement.offsets[i].tolist())
+    if offset != (0, 0) or seen.shape != target.shape:
+        seen, target = clip_to_window(seen, target, offset, *flips)
+    axes = [axis for axis, flip in zip((1, 0), flips, strict=True) if flip]
+    target.copy_(seen.flip(axes) if axes else seen)
+    if draws.erase is not None and draws.erase[i, 2]:
+        top, left, height, width = draws.erase[i].tolist()
+        for channel, value in zip(out, transform.erase_fill, strict=True):
+            channel[top : top + height, left : left + width].fill_(value)
+
+
+def _coarse(crop: Tensor, size: tuple[int, ...]) -> Tensor:
+    """[1,3,H,W], averaged down to not more than `_STRONGEST` times `size`: CUDA's antialiasing has room for some fifty pixels a pixel."""
+    factors = [max(1, -(-now // (_STRONGEST * wanted))) for now, wanted in zip(crop.shape[2:], size, strict=True)]
+    return crop if max(factors) == 1 else interpolate(crop, size=[-(-now // factor) for now, factor in zip(crop.shape[2:], factors)], mode="area")

@@ -1,0 +1,383 @@
+"""Batches of one rank: the plan says which samples, stateless workers read, check, decode and augment them into one uint8 tensor.
+
+Workers hold no position, no generator and no epoch: each request names its samples, so that any number of workers gives the same
+batches, and what counts as seen is what the trainer finished, not what was prefetched.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dtl.data.decoding.crop import Region, crop_jpeg
+from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.loading.buffers import BatchBuffers, pool
+from dtl.data.loading.device import DeviceDecoder, Encoded
+from dtl.data.loading.processes import PREFETCH, begun, end_processes
+from dtl.data.remote.prefetch import Prefetcher, prefetcher
+from dtl.data.remote.schedule import ShardUses
+from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
+from dtl.data.shards.index import Shards
+from dtl.errors import DamagedSample
+
+# Larger images are refused before decoding: 60,000 x 60,000 pixels would take 10 GB.
+MAX_PIXELS = 200_000_000
+
+
+class Transform(Protocol):
+    """What `dtl.data.transforms.transforms` makes: draws for a whole batch before decoding, then one image at a time into the batch."""
+
+    @property
+    def is_fixed(self) -> bool: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def draw(self, samples: np.ndarray, widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int) -> Any: ...
+
+    def region(self, draws: Any, i: int) -> Region: ...
+
+    def apply(self, image: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
+
+    def apply_crop(self, crop: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
+
+
+@dataclass
+class Batch:
+    """One micro-batch: B slots of one rank."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W], channels last in memory; of a dataset with V `views` [V * B, 3, H, W], all of the first view first."""
+    labels: Tensor
+    """int64 [B]"""
+    weights: Tensor
+    """float32 [B]: 1 for a real sample, 0 for a pad or a damaged one."""
+    samples: Tensor
+    """int64 [B] sample ids"""
+    slots: Tensor
+    """int64 [B] places in the global batch, -1 for a pad"""
+    epoch: int
+    step: int
+    """Step within the epoch, from 0."""
+    bad: list[tuple[int, DamagedSample]] = field(default_factory=list)
+    """(sample id, what is wrong with it)"""
+    seconds: tuple[float, float] = (0.0, 0.0)
+    """(wall, CPU) time that making it took."""
+    place: tuple[int, int] | None = None
+    """On the way from a loader process: the pool and the buffer where the images lie."""
+    encoded: Encoded | None = None
+    """On the way to a device that decodes: what `images` does not hold yet."""
+    num_real: int = -1
+    """Slots that are no pad; counted where the batch is made."""
+
+    def __post_init__(self) -> None:
+        if self.num_real < 0:
+            self.num_real = int(np.count_nonzero(self.slots.numpy() >= 0))
+
+    @property
+    def full(self) -> bool:
+        """Every slot has weight 1: no pad, and nothing damaged."""
+        return self.num_real == len(self.weights) and not self.bad
+
+    def pin_memory(self) -> Batch:
+        for name in ("images", *_SMALL):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As arrays, the small ones travel in the message itself: as tensors each would take a file of shared memory.
+        state = self.__dict__ | {name: getattr(self, name).numpy() for name in _SMALL}
+        return state if self.place is None else state | {"images": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in _SMALL:
+            setattr(self, name, torch.from_numpy(state[name]))
+        if self.place is not None:
+            number, buffer = self.place
+            self.images, self.place = pool(number).hand_out(buffer), None
+
+
+_SMALL = ("labels", "weights", "samples", "slots")
+
+
+@dataclass(frozen=True)
+class Request(MicroBatch):
+    """What a loader process is asked for: a micro-batch, and the buffer to put its images into, if there is one."""
+
+    buffer: int | None = None
+
+
+class BatchDataset:
+    """Map-style for torch's DataLoader: its "index" is a whole MicroBatch, its item a Batch."""
+
+    def __init__(self, shards: Shards, transform: Transform, *, image_size: int, seed: int) -> None:
+        self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
+        self._buffers: BatchBuffers | None = None
+        self.ships = False
+        """JPEGs are left as they are, for a DeviceDecoder."""
+        self.views: tuple[int, ...] = ()
+        """Epochs whose draws each sample is given, all from one reading and decoding; empty: those of the request's epoch."""
+
+    def filling(self, buffers: BatchBuffers) -> BatchDataset:
+        """The same, for loader processes that put images into `buffers`."""
+        other: BatchDataset = copy.copy(self)
+        other._buffers = buffers
+        return other
+
+    def __getitems__(self, request: MicroBatch) -> Batch:
+        shards = self.shards
+        started = time.perf_counter(), time.thread_time()
+        shards.at(request.epoch, request.step)
+        images, place = self._room(request)
+        weights = torch.from_numpy(request.weights.copy())
+        num_real = int((request.slots >= 0).sum())
+        bad: list[tuple[int, DamagedSample]] = []
+        distinct = request.samples[: max(num_real, 1)]
+        widths, heights = shards.widths[distinct].astype(np.int64), shards.heights[distinct].astype(np.int64)
+        keyed_by = distinct if request.draws is None else request.draws[: len(distinct)]
+        views = [self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=epoch) for epoch in self.views or (request.epoch,)]
+        size = len(request.samples)
+        encoded, jpegs = Encoded(views[0], heights, widths) if self.ships else None, list[bytes]()
+        for i, data in enumerate(shards.read(distinct)):
+            damage = self._refused(int(distinct[i]), data)
+            if damage is None:
+                assert isinstance(data, bytes)
+                if encoded is not None and encoded.take(i, data, jpegs):
+                    continue
+                damage = self._fill(int(distinct[i]), data, views, i, images[i::size])
+            if encoded is not None:
+                encoded.decoded.append(i)
+            if damage is not None:
+                images[i::size] = 0
+                weights[i] = 0.0
+                bad.append((int(distinct[i]), damage))
+        if encoded is not None:
+            encoded.close(jpegs)
+            images = images[encoded.decoded]
+        elif len(distinct) < size:
+            # A pad repeats a sample of its micro-batch, already decoded; its weight is 0.
+            for view in torch.split(images, size):
+                view[len(distinct) :] = view[torch.arange(size - len(distinct)) % len(distinct)]
+        labels = shards.labels[request.samples].astype(np.int64)
+        labels[(labels < 0) | (labels >= shards.num_classes)] = 0  # such a sample has weight 0, but no loss takes such a label
+        return Batch(
+            images=images,
+            labels=torch.from_numpy(labels),
+            weights=weights,
+            samples=torch.from_numpy(request.samples),
+            slots=torch.from_numpy(request.slots),
+            epoch=request.epoch,
+            step=request.step,
+            bad=bad,
+            seconds=(time.perf_counter() - started[0], time.thread_time() - started[1]),
+            place=place,
+            encoded=encoded,
+        )
+
+    def _room(self, request: MicroBatch) -> tuple[Tensor, tuple[int, int] | None]:
+        """Where the images go, and what to call it."""
+        buffer = request.buffer if isinstance(request, Request) else None
+        if self._buffers is not None and buffer is not None:
+            return self._buffers.view(buffer), (self._buffers.number, buffer)
+        shape = (max(1, len(self.views)) * len(request.samples), 3, self.image_size, self.image_size)
+        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
+
+    def _refused(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
+        """What is wrong with a sample before it is decoded."""
+        if isinstance(data, DamagedSample):
+            return data
+        shards = self.shards
+        width, height = int(shards.widths[sample]), int(shards.heights[sample])
+        if width * height > MAX_PIXELS:
+            return shards.damaged(sample, f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+        if not 0 <= int(shards.labels[sample]) < shards.num_classes:
+            return shards.damaged(sample, f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes")
+        return None
+
+    def _fill(self, sample: int, data: bytes, views: list[Any], i: int, out: Tensor) -> DamagedSample | None:
+        """Sample `i` of the request into `out` [V, 3, S, S], a row a view."""
+        shards = self.shards
+        height, width = int(shards.heights[sample]), int(shards.widths[sample])
+        try:
+            if len(views) == 1:
+                decode_into(out[0], data, self.transform, views[0], i, height=height, width=width)
+            else:
+                decode_views_into(out, data, self.transform, views, i, height=height, width=width)
+        except DecodeError as error:
+            return shards.damaged(sample, str(error))
+        return None
+
+
+def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int) -> None:
+    """Write sample `i` of `draws`, an image of [height, width] pixels, into `out`. Raises DecodeError."""
+    region = transform.region(draws, i)
+    crop = crop_jpeg(data, region, height=height, width=width)
+    if crop is not None:
+        transform.apply_crop(crop, draws, i, out)
+        return
+    transform.apply(_decoded(data, region.reduction, height=height, width=width), draws, i, out)
+
+
+def decode_views_into(out: Tensor, data: bytes, transform: Transform, views: Sequence[Any], i: int, *, height: int, width: int) -> None:
+    """The same for each of several draws, into its row of `out`: decoded whole once (once a fraction of its size, where these differ),
+    since two rectangles take longer than the image."""
+    images: dict[int, np.ndarray] = {}
+    for row, draws in zip(out, views, strict=True):
+        reduction = transform.region(draws, i).reduction
+        if reduction not in images:
+            images[reduction] = _decoded(data, reduction, height=height, width=width)
+        transform.apply(images[reduction], draws, i, row)
+
+
+def _decoded(data: bytes, reduction: int, *, height: int, width: int) -> np.ndarray:
+    image = decode(data, reduction)
+    if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
+        raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}")
+    return image
+
+
+class StepLoader:
+    """The steps of a stretch of training or evaluation, for one rank; each step a list of its micro-batches.
+
+    `plans(epoch)` gives the plan of an epoch. Use it as a context manager, or exhaust the iterator: loader processes must be gone
+    before the interpreter ends (they ignore SIGTERM, so that a signal to the whole job leaves the trainer time to save).
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Transform,
+        *,
+        plans: Callable[[int], EpochPlan],
+        layout: RankLayout,
+        rank: int,
+        image_size: int,
+        seed: int,
+        workers: int,
+        pin_memory: bool = False,
+        steps_per_epoch: int | None = None,
+        dataset: Any = None,
+        decode_on: torch.device | None = None,
+        views: tuple[int, ...] = (),
+    ) -> None:
+        """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images. `decode_on`: where JPEGs are decoded,
+        and images end; None: in the loader processes. `views`: of a BatchDataset (not with `decode_on`)."""
+        assert not (views and decode_on is not None)
+        self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
+        self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
+        self._dataset: Any = dataset or BatchDataset(shards, transform, image_size=image_size, seed=seed)
+        if views:
+            self._dataset.views = views
+        self._pin_memory = pin_memory
+        self._decoder = None
+        if decode_on is not None and isinstance(self._dataset, BatchDataset):
+            self._decoder = DeviceDecoder(self._dataset.transform, decode_on, shards.damaged)  # type: ignore[arg-type]
+            self._dataset.ships = True
+
+    def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
+        """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
+        ahead = self._follow(first_epoch, first_step, num_steps)
+        buffers: BatchBuffers | None = None
+
+        def start(options: dict[str, Any]) -> Iterator[Batch]:
+            nonlocal buffers
+            if buffers is not None:
+                buffers.close()  # of processes that did not begin
+            buffers = self._make_buffers()
+            loader: DataLoader[Batch] = DataLoader(
+                self._dataset if buffers is None else self._dataset.filling(buffers),
+                batch_sampler=_Requests(self, first_epoch, first_step, num_steps, buffers),  # type: ignore[arg-type]
+                collate_fn=_as_it_is,  # type: ignore[arg-type]
+                pin_memory=self._pin_memory,
+                **options,
+            )
+            return iter(loader)
+
+        with warnings.catch_warnings():
+            # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loaded = begun(start, min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0)
+            batches = loaded if self._decoder is None else self._decoder.finished(loaded)
+        try:
+            for plan, step in self.walk(first_epoch, first_step, num_steps):
+                if ahead is not None:
+                    ahead.at(plan.epoch, step)
+                yield [next(batches) for _ in range(self.layout.accumulation_steps)]
+        finally:
+            if self._decoder is not None:
+                batches.close()  # type: ignore[attr-defined]
+            end_processes(loaded)
+            del batches, loaded
+            if buffers is not None:
+                buffers.close()
+            if ahead is not None:
+                ahead.close()
+
+    def _make_buffers(self) -> BatchBuffers | None:
+        """Enough for all batches on their way, the step that the trainer has in hand, and the one before it."""
+        if not self.workers or sys.platform != "linux" or not isinstance(self._dataset, BatchDataset) or self._dataset.ships:
+            return None
+        num = self.workers * PREFETCH + 2 * self.layout.accumulation_steps + 1
+        rows = self.layout.micro_batch_size * max(1, len(self._dataset.views))
+        return BatchBuffers(num, micro_batch_size=rows, image_size=self._dataset.image_size)
+
+    def walk(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[EpochPlan, int]]:
+        """(plan, step within the epoch) of each step."""
+        epoch, step = first_epoch, first_step
+        plan = self.plans(epoch)
+        for _ in range(num_steps):
+            while step >= (last := min(plan.num_steps, self.steps_per_epoch or plan.num_steps)):
+                epoch, step = epoch + 1, step - last
+                plan = self.plans(epoch)
+            yield plan, step
+            step += 1
+
+    def uses(self, plan: EpochPlan) -> ShardUses:
+        """When these loaders need which shard; what is on its way to the trainer may be this far behind what is asked for."""
+        steps = -(-max(1, self.workers) * PREFETCH // self.layout.accumulation_steps) + 1
+        return ShardUses.of(plan, behind=steps * plan.largest_step)
+
+    def _follow(self, first_epoch: int, first_step: int, num_steps: int) -> Prefetcher | None:
+        """Tell the cache of remote shards what comes; one process of each node fetches ahead."""
+        cache = self._dataset.shards.cache if isinstance(self._dataset, BatchDataset) else None
+        if cache is None:
+            return None
+        plan = self.plans(first_epoch)
+        uses = self.uses(plan)
+        cache.follow(uses)
+        epochs, step = divmod(first_step + num_steps, min(plan.num_steps, self.steps_per_epoch or plan.num_steps))
+        until = uses.step_time(first_epoch + epochs, step)
+        return prefetcher(cache, uses, first=(first_epoch, first_step), until=until)
+
+
+class _Requests(Sequence[MicroBatch]):
+    """The batch sampler: lives in the main process, computes each request from the plan as the workers ask for it."""
+
+    def __init__(self, loader: StepLoader, first_epoch: int, first_step: int, num_steps: int, buffers: BatchBuffers | None) -> None:
+        self.loader, self.first_epoch, self.first_step, self.num_steps = loader, first_epoch, first_step, num_steps
+        self.buffers = buffers
+
+    def __len__(self) -> int:
+        return self.num_steps * self.loader.layout.accumulation_steps
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("requests are iterated, not indexed")
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for plan, step in self.loader.walk(self.first_epoch, self.first_step, self.num_steps):
+            for micro_batch in self.loader.layout.micro_batches(plan, step, self.loader.rank):
+                yield micro_batch if self.buffers is None else Request(**vars(micro_batch), buffer=self.buffers.take())
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

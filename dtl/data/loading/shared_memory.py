@@ -1,0 +1,68 @@
+"""Room in /dev/shm, which loader processes need for their queues, and for their batches where these do not travel in our own buffers.
+
+Too little of it ends a run with a bus error, or with a traceback out of a semaphore. Containers are given 64 MiB unless told otherwise, and
+what killed programs have left there stays, so what a run will need is computed and compared before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from dtl.errors import UserError
+from dtl.text import counted
+
+SHM = Path("/dev/shm")
+_PAGE = 4096
+_TENSORS = 4  # beside the images: labels, weights, samples, slots
+_SEMAPHORES = 6  # of a queue and of the event that ends its process
+
+
+def batch_bytes(*, micro_batch_size: int, image_bytes: int) -> int:
+    """Of one micro-batch, each of its tensors a file of whole pages."""
+    return _pages(micro_batch_size * image_bytes) + _TENSORS * _pages(8 * micro_batch_size)
+
+
+def bytes_needed(
+    *,
+    micro_batch_size: int,
+    image_size: int,
+    accumulation_steps: int,
+    workers: int,
+    prefetch: int,
+    own_buffers: bool,
+    file_bytes: int = 0,
+) -> int:
+    """The most that one rank's loader has in /dev/shm: a page for each semaphore of its queues, one queue a process and one for all.
+
+    Without `own_buffers` (`dtl.data.loading.buffers`, on Linux) also batches: what is asked of its processes, made or not, and two steps in
+    the trainer's hands; an image takes its pixels, or `file_bytes` where its file travels and is more.
+    """
+    if not workers:
+        return 0
+    batches = 0 if own_buffers else workers * prefetch + 2 * accumulation_steps
+    return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(micro_batch_size=micro_batch_size, image_bytes=max(3 * image_size**2, file_bytes))
+
+
+def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path = SHM) -> None:
+    """UserError where `ranks` processes of this node that need `needed` bytes each do not find them. Elsewhere than on Linux nothing is checked."""
+    if not needed or sys.platform != "linux" or not folder.is_dir():
+        return
+    space = os.statvfs(folder)
+    free = space.f_bavail * space.f_frsize
+    if ranks * needed > free:
+        raise UserError(
+            f"{folder} has {_shown(free)} free of {_shown(space.f_blocks * space.f_frsize)}, but {counted(ranks, 'process')} "
+            f"with {counted(workers, 'loader process')} each take up to {_shown(ranks * needed)} there: remove what other programs have left in it, "
+            f"give it more (docker run --shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), or load with fewer "
+            "(--data.workers N, 0: in the training process)"
+        )
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"

@@ -1,0 +1,325 @@
+"""Training given an image folder: pack it once into a cache, whoever comes first, and say so. Shards of others are indexed there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtl.data.packing.job import PACK_VERSION
+from dtl.data.packing.pack import PackReport, pack
+from dtl.data.remote.address import RemoteOptions, is_remote, kind_of, shown, without_query
+from dtl.data.remote.address import default_cache_dir as default_cache_dir
+from dtl.data.shards.index import Shards
+from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
+from dtl.data.shards.mirror import SPLIT_FOLDERS, find_remote_folders, mirror, mirror_place, refuse_remote_folder
+from dtl.data.sources.base import ALL, Source, open_source
+from dtl.data.wds.find import Tar, is_remote_folder, shards_for_training
+from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
+from dtl.errors import UserError
+from dtl.text import counted
+
+_MOST_LISTED = 10  # images in one line of trouble
+
+
+def ensure_packed(
+    source: str | Path,
+    *,
+    split: str,
+    cache_dir: str | Path | None = None,
+    val_fraction: float = 0.0,
+    on_error: str = "fail",
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    names: str | Path | None = None,
+    labelled: bool = True,
+    processes: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+    remote: RemoteOptions | None = None,
+) -> Path:
+    """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
+
+    Packed or indexed shards, or a folder that holds them under train/ and val/, are used as they are. Tars of others (a folder of them,
+    a brace pattern, a list), also remote ones, stay where they are, and are indexed once into the cache. Of a remote folder that dtl has
+    packed the manifest and index are copied there; `remote` says how remote things are fetched. Anything that `open_source` reads is packed
+    once into `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
+    or those that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
+
+    Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
+    nodes on a shared disk write the same bytes by atomic renames.
+    """
+    options = replace(remote or RemoteOptions(), cache_dir=None if cache_dir is None else str(cache_dir))
+    if isinstance(source, str) and is_remote_folder(source):
+        return _ensure_mirrored(source, split, cache_dir, options, say)
+    if (ready := packed_folder(source, split)) is not None:
+        if val_fraction and split == "train":
+            say(f"{source} is packed: its own splits count, and data.val_fraction does not")
+        return ready
+    if (tars := shards_for_training(source, split)) is not None:
+        if val_fraction:
+            raise UserError(f"{source}: no validation samples can be set aside from shards made by others; give --data.val SHARDS")
+        return _ensure_indexed(
+            source,
+            tars,
+            cache_dir=cache_dir,
+            on_error=on_error,
+            classes=classes,
+            names=names,
+            processes=processes,
+            progress=progress,
+            say=say,
+            options=options,
+        )
+    opened = open_source(source, classes=classes, names=names, on_error=on_error, labelled=labelled)
+    if val_fraction and opened.has_splits:
+        raise UserError(f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them")
+    wanted = _wanted_split(source, opened, split, val_fraction)
+    place = _cache_place(cache_dir)
+    home = place / _fingerprint(opened, val_fraction=val_fraction, on_error=on_error, seed=seed, fixed=classes is not None)
+    folder = home if wanted == ALL else home / wanted
+    if (folder / MANIFEST_NAME).exists():
+        return folder
+    with _locked(home.with_name(home.name + ".lock"), waiting=lambda: say(f"waiting for another process that packs {source}")):
+        if not (folder / MANIFEST_NAME).exists():
+            _pack_into(
+                home,
+                source,
+                opened,
+                say,
+                val_fraction=val_fraction,
+                on_error=on_error,
+                seed=seed,
+                processes=processes,
+                progress=progress,
+                fixed=classes,
+            )
+    return folder
+
+
+def open_split(
+    source: str | Path,
+    *,
+    remote: RemoteOptions | None = None,
+    cache_dir: str | Path | None = None,
+    found: str | Path | None = None,
+    **options: Any,
+) -> Shards:
+    """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `remote.allow_pipe`.
+
+    `found`: the folder of another process of this node that has opened the same just now, so that nothing is listed, fetched or hashed again.
+    """
+    own = is_remote(source) and kind_of(str(source)) == "pipe"
+    far = remote or RemoteOptions()
+    far = replace(far, cache_dir=None if cache_dir is None else str(cache_dir), allow_pipe=far.allow_pipe or own)
+    folder = ensure_packed(source, cache_dir=cache_dir, remote=far, **options) if found is None else Path(found)
+    shards = Shards.open(folder, remote=far, checked=found is not None)
+    if shards.cache is not None and far.leader and found is None:
+        shards.cache.clean()
+    return shards
+
+
+def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, say: Callable[[str], None]) -> Path:
+    """The copy of a remote folder's manifest and index, brought up to date."""
+    names = SPLIT_FOLDERS[split]
+    url, text = next(find_remote_folders(source, names, options=options), None) or refuse_remote_folder(source, names)
+    return _mirrored(url, text, _cache_place(cache_dir), options, say)
+
+
+def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
+    """Copies of the manifests and indexes of a remote folder, or of all splits below it. UserError where there are none."""
+    names = [name for split in ("train", "val") for name in SPLIT_FOLDERS[split]]
+    found = list(find_remote_folders(source, names, options=options)) or refuse_remote_folder(source, names)
+    return [_mirrored(url, text, _cache_place(options.cache_dir), options, lambda line: None) for url, text in found]
+
+
+def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, say: Callable[[str], None]) -> Path:
+    folder = mirror_place(place, url)
+    folder.parent.mkdir(exist_ok=True)
+    with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that reads {shown(url)}")):
+        return mirror(url, text, folder, options=options)
+
+
+def _ensure_indexed(
+    source: str | Path,
+    tars: Sequence[Tar],
+    *,
+    cache_dir: str | Path | None,
+    on_error: str,
+    classes: Sequence[str] | None,
+    names: str | Path | None,
+    processes: int | None,
+    progress: bool,
+    say: Callable[[str], None],
+    options: RemoteOptions,
+) -> Path:
+    """The index of shards made by others, in the cache; their bytes are read where they are."""
+    place = _cache_place(cache_dir)
+    folder = place / _fingerprint_of_tars(tars, on_error=on_error, classes=classes, names=names)
+    if (folder / MANIFEST_NAME).exists():
+        _sign_anew(folder, tars)
+        return folder
+    with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that indexes {source}")):
+        if (folder / MANIFEST_NAME).exists():
+            return folder
+        say(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
+        report = index_shards(
+            tars,
+            out=folder,
+            on_error=on_error,
+            classes=classes,
+            names=names,
+            processes=processes,
+            progress=progress,
+            existing="join",
+            remote=options,
+            keep=True,
+        )
+        for line in describe_index(report):
+            say(f"  {line}")
+        say(f"  indexed in {report.seconds:.1f} s; it is used again as long as the shards do not change")
+    return folder
+
+
+def _sign_anew(folder: Path, tars: Sequence[Tar]) -> None:
+    """Addresses may be the same but for a signature that has expired: the manifest takes those of now."""
+    manifest = Manifest.read(folder)
+    if any(isinstance(tar, str) and tar != shard.url for tar, shard in zip(tars, manifest.shards)):
+        shards = tuple(replace(shard, url=str(tar)) if isinstance(tar, str) else shard for tar, shard in zip(tars, manifest.shards))
+        replace(manifest, shards=shards).write(folder)
+
+
+def _fingerprint_of_tars(tars: Sequence[Tar], *, on_error: str, classes: Sequence[str] | None, names: str | Path | None) -> str:
+    digest = hashlib.sha256(json.dumps(["tars", INDEX_VERSION, on_error, classes, str(names)]).encode())
+    for tar in tars:
+        if isinstance(tar, str):
+            digest.update(json.dumps([without_query(tar)]).encode())
+            continue
+        facts = tar.stat()
+        digest.update(json.dumps([os.path.abspath(tar), facts.st_size, facts.st_mtime_ns]).encode())
+    return digest.hexdigest()[:20]
+
+
+def _cache_place(cache_dir: str | Path | None) -> Path:
+    """The cache's folder, made if need be."""
+    place = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+    return place
+
+
+def packed_folder(source: str | Path, split: str) -> Path | None:
+    """The folder of packed shards that `source` is, or holds for `split`; None where it is something else.
+
+    UserError where it holds packed shards, but none of this split.
+    """
+    place = Path(source).expanduser()
+    if (place / MANIFEST_NAME).is_file():
+        return place
+    held = [name for names in SPLIT_FOLDERS.values() for name in names if (place / name / MANIFEST_NAME).is_file()]
+    for name in SPLIT_FOLDERS[split]:
+        if name in held:
+            return place / name
+    if held:
+        raise UserError(f"{place} holds packed shards of {', '.join(sorted(set(held)))}, but none of {split}")
+    return None
+
+
+def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:
+    if opened.has_splits:
+        if split not in opened.split_names:
+            raise UserError(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
+        return split
+    return split if val_fraction else ALL
+
+
+def _fingerprint(opened: Source, *, val_fraction: float, on_error: str, seed: int, fixed: bool) -> str:
+    facts = [PACK_VERSION, opened.kind, opened.fingerprint, val_fraction, on_error, seed, fixed]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+def _pack_into(
+    home: Path,
+    source: str | Path,
+    opened: Source,
+    say: Callable[[str], None],
+    *,
+    val_fraction: float,
+    on_error: str,
+    seed: int,
+    processes: int | None,
+    progress: bool,
+    fixed: Sequence[str] | None,
+) -> None:
+    say(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
+    for note in opened.notes:
+        say(f"  {note}")
+    report = pack(
+        opened,
+        home,
+        val_fraction=val_fraction,
+        on_error=on_error,
+        seed=seed,
+        processes=processes,
+        progress=progress,
+        classes=fixed,
+        existing="join",
+    )
+    for line in describe_trouble(report):
+        say(f"  {line}")
+    say(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
+
+
+def describe_trouble(report: PackReport) -> list[str]:
+    """Lines about images that were left out, or that look damaged."""
+    kinds = (
+        (report.skipped, "image cannot be read and was left out", "images cannot be read and were left out"),
+        (report.doubtful, "image looks damaged, but decodes, and was packed", "images look damaged, but decode, and were packed"),
+    )
+    lines = []
+    for found, one, many in kinds:
+        if found:
+            more = f"; and {len(found) - _MOST_LISTED:,} more" if len(found) > _MOST_LISTED else ""
+            listed = "; ".join(f"{path}: {reason}" for path, reason in found[:_MOST_LISTED])
+            lines.append(f"{len(found):,} {one if len(found) == 1 else many}: {listed}{more}")
+    return lines
+
+
+def describe_index(report: IndexReport) -> list[str]:
+    """Lines about an index: what is in it, what was left out, what should be looked at."""
+    lines = [f"{counted(report.num_samples, 'image')} of {counted(len(report.classes), 'class')}", *report.notes]
+    if report.num_skipped:
+        left_out = "sample is not usable and was left out" if report.num_skipped == 1 else "samples are not usable and were left out"
+        listed = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:_MOST_LISTED])
+        more = f"; and {report.num_skipped - _MOST_LISTED:,} more" if report.num_skipped > _MOST_LISTED else ""
+        lines.append(f"{report.num_skipped:,} {left_out}: {listed}{more}")
+    return lines
+
+
+@contextmanager
+def _locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
+    """An exclusive lock of this node, freed by the system when its process ends. The file stays: removing it would let two in."""
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks. Packing twice is then waste, not harm.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield

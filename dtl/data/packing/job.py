@@ -1,0 +1,124 @@
+"""The working folder of one packing: all that its processes need, on disk, so that they start empty and an interrupted one goes on.
+
+    job.json           what is packed and how; another job's folder is not gone on with
+    names.bin, labels.npy, [images.npy]     the source's columns, mapped by every process
+    scan-00000.npy     what reading a chunk of images found (SCAN), .json beside it the reasons of the unreadable
+    SPLIT.order.npy    sample numbers in packed order, SPLIT.cuts.npy where each shard begins
+    SPLIT-00000.npy    index columns of a finished shard (ROWS), .json beside it its bytes and sha256
+
+Every file here and every shard appears under its name only when it is whole. Only shards are flushed to the disk, though: after a power cut
+a result of this folder may be empty, so it is checked when it is used again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtl.data.shards.manifest import MANIFEST_NAME
+from dtl.data.shards.strings import StringTable
+from dtl.data.sources.base import ALL, Source
+from dtl.data.sources.png import store_png
+from dtl.files import write_whole
+
+PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
+
+LOCK_NAME = "lock"
+
+GOOD, UNREADABLE, DOUBTFUL = 0, 1, 2
+SCAN = np.dtype([("hash", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2"), ("format", "u1"), ("state", "u1")])
+ROWS = np.dtype([("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels", "<i4"), ("widths", "<u2"), ("heights", "<u2"), ("flags", "u1")])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the packed bytes, beside the source. `verify`: decode each image fully when reading it first."""
+
+    val_fraction: float = 0.0
+    shard_bytes: int = 128 * 2**20
+    seed: int = 0
+    on_error: str = "fail"
+    max_side: int | None = None
+    short_side: int | None = None
+    quality: int = 95
+    verify: bool = True
+
+
+class Job:
+    """A working folder, opened by the main process or by a worker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        self.options = Options(**self.facts["options"])
+        self.destination = folder.parent
+        self.root = Path(self.facts["root"]) if self.facts["root"] is not None else None
+        self.names = StringTable.read(folder / "names.bin")
+        self.labels: npt.NDArray[np.int32] = np.load(folder / "labels.npy", mmap_mode="r")
+        self.images = np.load(folder / "images.npy", mmap_mode="r") if self.root is None else None
+
+    @classmethod
+    def create(cls, folder: Path, source: Source, options: Options) -> Job:
+        """Begin. `job.json` is written last, so a folder that has it is complete."""
+        for leftover in folder.iterdir():
+            if leftover.name != LOCK_NAME:
+                leftover.unlink()
+        source.names.write(folder / "names.bin")
+        np.save(folder / "labels.npy", source.labels)
+        if source.images is not None:
+            np.save(folder / "images.npy", source.images)
+        write_json(folder / "job.json", job_facts(source, options))
+        return cls(folder)
+
+    @staticmethod
+    def is_of(folder: Path, source: Source, options: Options) -> bool:
+        """Whether the folder holds a job of this source and these options, to go on with."""
+        try:
+            return bool(json.loads((folder / "job.json").read_text(encoding="utf-8")) == job_facts(source, options))
+        except (OSError, ValueError):
+            return False
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples per scan task: a function of N alone, so that an interrupted scan goes on with other processes."""
+        return min(max(self.num_samples // 64, 32), 1024)
+
+    def read(self, sample: int) -> bytes:
+        """The bytes of one image in the source. OSError where the file cannot be read."""
+        if self.images is not None:
+            return store_png(self.images[sample])
+        assert self.root is not None
+        return (self.root / self.names[sample]).read_bytes()
+
+    def split_folder(self, split: str) -> Path:
+        """Where a split's shards go: the destination itself where the source has no splits."""
+        return self.destination if split == ALL else self.destination / split
+
+    def is_finished(self, split: str) -> bool:
+        """A split is finished by its manifest: by us before an interruption, or by another node that packs the same."""
+        return (self.split_folder(split) / MANIFEST_NAME).exists()
+
+
+def job_facts(source: Source, options: Options) -> dict[str, Any]:
+    root = None if source.root is None else str(source.root.resolve())
+    return {"pack_version": PACK_VERSION, "source": source.fingerprint, "root": root, "options": asdict(options)}
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(value, ensure_ascii=True).encode()), sync=False)
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_whole(path, lambda file: file.write(buffer.getvalue()), sync=False)

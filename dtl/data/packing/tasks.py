@@ -1,0 +1,227 @@
+"""The two kinds of work of packing: reading a chunk of images, and writing one shard. Run in the processes of pack_pool, without torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+import types
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dtl.data.decoding.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
+from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, write_array, write_json
+from dtl.data.shards.index import FORMAT_FLAGS
+from dtl.data.sources.base import content_hash
+from dtl.errors import UserError
+from dtl.files import sha256_of_file, write_whole
+
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
+_BLOCK = 512
+SCANNED = "scanned.npy"
+"""The rows of all chunks, for the processes that write shards to map: each of them needs rows from anywhere."""
+
+
+def open_job(folder: Path) -> Job:
+    return Job(folder)
+
+
+def run_task(job: Job, task: dict[str, Any]) -> int:
+    """Do one task and return its number of samples. Done already: nothing but the check that it is."""
+    if task["kind"] == "scan":
+        return scan_chunk(job, task["number"])
+    return write_shard(job, task["split"], task["number"])
+
+
+def scan_chunk(job: Job, number: int) -> int:
+    """Read the images of a chunk: what they are, and which of them cannot be used, with the reason."""
+    start = number * job.chunk_samples
+    samples = range(start, min(start + job.chunk_samples, job.num_samples))
+    path = job.folder / f"scan-{number:05d}.npy"
+    if load_chunk(path, len(samples)) is not None:
+        return len(samples)
+    rows, reasons = np.zeros(len(samples), SCAN), []
+    for row, sample in enumerate(samples):
+        reason = _scan_one(rows[row : row + 1], job, sample)
+        if reason:
+            reasons.append([sample, reason])
+    write_json(path.with_suffix(".json"), reasons)
+    write_array(path, rows)
+    return len(samples)
+
+
+def load_chunk(path: Path, num_samples: int) -> tuple[Any, list[tuple[int, str]]] | None:
+    """Rows of SCAN and the reasons of a finished chunk, or None."""
+    try:
+        rows = np.load(path)
+        reasons = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError, EOFError):
+        return None
+    return (rows, reasons) if len(rows) == num_samples and rows.dtype == SCAN else None
+
+
+def _scan_one(row: Any, job: Job, sample: int) -> str:
+    try:
+        data = job.read(sample)
+    except OSError as error:
+        row["state"] = UNREADABLE
+        return error.strerror or str(error)
+    try:
+        header = probe(data)
+        width, height = header.width, header.height
+        doubtful = False
+        if job.options.verify:
+            pixels = decode_jpeg(data)
+            if pixels is None:
+                pixels = decode_with_pillow(data)
+                doubtful = header.format == "JPEG" and header.mode != "CMYK"
+            height, width = pixels.shape[:2]
+        if len(data) >= 2**32:
+            raise DecodeError(f"{len(data):,} bytes, more than a shard's index can hold")
+    except DecodeError as error:
+        row["state"] = UNREADABLE
+        return str(error)
+    row["state"] = DOUBTFUL if doubtful else GOOD
+    row["hash"], row["size"], row["crc"] = content_hash(data), len(data), zlib.crc32(data)
+    row["width"], row["height"], row["format"] = width, height, FORMAT_FLAGS[header.format]
+    return "libjpeg warns of damage, but it decodes" if doubtful else ""
+
+
+def write_shard(job: Job, split: str, number: int) -> int:
+    """Write one tar and its index rows; one that is finished is kept: its split is, or its sha256 holds."""
+    cuts = np.load(job.folder / f"{split}.cuts.npy")
+    order = np.load(job.folder / f"{split}.order.npy", mmap_mode="r")[cuts[number] : cuts[number + 1]]
+    target = job.split_folder(split) / shard_name(number)
+    rows_path = job.folder / f"{split}-{number:05d}.npy"
+    if job.is_finished(split) or _is_done(target, rows_path, len(order)):
+        return len(order)
+    rows = np.zeros(len(order), ROWS)
+    hashing = _HashingFile()
+
+    def write(file: Any) -> None:
+        hashing.file = file
+        _write_tar(hashing, job, order, first=int(cuts[number]), digits=max(6, len(str(int(cuts[-1]) - 1))), rows=rows)
+
+    write_whole(target, write)
+    write_array(rows_path, rows)
+    write_json(rows_path.with_suffix(".json"), {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()})
+    return len(order)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+def _write_tar(file: _HashingFile, job: Job, order: Any, *, first: int, digits: int, rows: Any) -> None:
+    scanned = np.load(job.folder / SCANNED, mmap_mode="r")
+    # mtime=0: the same bytes each time; and a fractional time would need a PAX header of 1.5 KB before each member.
+    with tar_writer_class()(file, mtime=0, encoder=False) as tar:
+        for row, sample in enumerate(order.tolist()):
+            data, (height, width, name) = _image(job, sample, scanned[sample])
+            extension, label = _EXTENSIONS[name], int(job.labels[sample])
+            members = {extension: data, "cls": str(label).encode()}
+            start = tar.tarstream.offset
+            tar.write({"__key__": f"{first + row:0{digits}d}", **members})
+            # TarWriter writes the members in the order of their extensions, each a header block and whole blocks of data.
+            before = 0 if extension < "cls" else 2 * _BLOCK
+            tar.tarstream.members.clear()  # the standard library keeps a kilobyte of each
+            rows[row] = (start + before + _BLOCK, len(data), zlib.crc32(data), label, width, height, FORMAT_FLAGS[name])
+
+
+def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, str]]:
+    """Bytes, height, width and format of what is stored: the original, or a smaller one where that was asked for."""
+    try:
+        data = job.read(sample)
+    except OSError as error:
+        raise UserError(f"{job.names[sample]}: {error.strerror} (it could be read a moment ago; the source changed while it was packed)") from None
+    if len(data) != scanned["size"] or zlib.crc32(data) != scanned["crc"]:
+        raise UserError(f"{job.names[sample]} changed while it was packed; run the same command again when nothing writes to the source")
+    height, width = int(scanned["height"]), int(scanned["width"])
+    name = next(name for name, flag in FORMAT_FLAGS.items() if flag == scanned["format"])
+    scale = float(shrink_factor(width, height, max_side=job.options.max_side, short_side=job.options.short_side))
+    if scale >= 1:
+        return data, (height, width, name)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    smaller, name = _shrink(data, size, name, job.options.quality)
+    return smaller, (size[1], size[0], name)
+
+
+def shrink_factor(width: npt.ArrayLike, height: npt.ArrayLike, *, max_side: int | None, short_side: int | None) -> npt.NDArray[np.float64]:
+    """1 where an image is within the limits already; of one image, or of many at once."""
+    factor = np.ones(np.shape(width))
+    if max_side is not None:
+        factor = np.minimum(factor, max_side / np.maximum(width, height))
+    if short_side is not None:
+        factor = np.minimum(factor, short_side / np.minimum(width, height))
+    return factor
+
+
+def _shrink(data: bytes, size: tuple[int, int], name: str, quality: int) -> tuple[bytes, str]:
+    """Lanczos, then JPEG; PNG stays PNG (it is lossless for a reason, or flat graphics)."""
+    pixels = decode_jpeg(data)
+    image = Image.fromarray(decode_with_pillow(data) if pixels is None else pixels)
+    if name == "JPEG" and probe(data).mode == "L":
+        image = image.convert("L")  # R = G = B: the conversion is exact
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if name == "PNG":
+        image.save(out, "PNG")
+        return out.getvalue(), "PNG"
+    image.save(out, "JPEG", quality=quality)
+    return out.getvalue(), "JPEG"
+
+
+def _is_done(target: Path, rows_path: Path, num_samples: int) -> bool:
+    try:
+        done = json.loads(rows_path.with_suffix(".json").read_text())
+        if target.stat().st_size != done["bytes"] or len(np.load(rows_path)) != num_samples:
+            return False
+        return bool(sha256_of_file(target) == done["sha256"])
+    except (OSError, ValueError, KeyError, EOFError):
+        return False
+
+
+class _HashingFile:
+    """Writes through and keeps the sha256 and the size of what went by."""
+
+    def __init__(self) -> None:
+        self.file: Any = None
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        written: int = self.file.write(data)
+        return written
+
+
+@functools.lru_cache(maxsize=1)
+def tar_writer_class() -> Any:
+    """webdataset.TarWriter, without webdataset's `__init__`: that imports torch, 3 s and 200 MB a process, for its loaders.
+
+    The writer itself needs nothing of it. So the package is entered under an empty stand-in for its `__init__`, and what that loaded is
+    taken out of `sys.modules` again, so that a later `import webdataset` is the usual one.
+    """
+    spec = importlib.util.find_spec("webdataset")
+    if "webdataset" in sys.modules or spec is None or spec.submodule_search_locations is None:
+        from webdataset import TarWriter
+
+        return TarWriter
+    stand_in = types.ModuleType("webdataset")
+    stand_in.__path__ = list(spec.submodule_search_locations)
+    sys.modules["webdataset"] = stand_in
+    try:
+        from webdataset.writer import TarWriter
+
+        return TarWriter
+    finally:
+        for name in [name for name in sys.modules if name == "webdataset" or name.startswith("webdataset.")]:
+            del sys.modules[name]

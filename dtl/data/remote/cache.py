@@ -1,0 +1,331 @@
+"""Remote shards on this node's disk: each fetched once for all its processes, checked, whole or not there at all.
+
+FOLDER/SHA256.tar             a shard, of the manifest's size and sha256
+FOLDER/SHA256.HOST.part       one on its way; it counts with its full size. After a kill the next download goes on from it.
+FOLDER/SHA256.HOST.lock       held (flock) by the process that fetches it, so it goes with that process
+FOLDER/SHA256.failed          why it could not be fetched, for the samples that come next; forgotten after some minutes
+
+Files are opened, not kept: one that is given up while another process reads it stays readable there, and is fetched again when next needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtl.data.remote.address import RemoteOptions, default_cache_dir, is_remote, kind_of, shown
+from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
+from dtl.data.remote.schedule import ShardUses, victims
+from dtl.data.shards.manifest import Manifest
+from dtl.errors import UserError
+from dtl.files import fsync_folder
+
+# How long a failure counts for the samples of the same shard.
+_FAILED_SECONDS = 300.0
+_WAIT_SECONDS = 0.05
+_NAME_LENGTH = 32
+
+
+class ShardCache:
+    """The remote ones of a manifest's shards, by their number in it. Pickles as plain values; nothing is opened or made by making one."""
+
+    def __init__(self, folder: Path, options: RemoteOptions, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]) -> None:
+        """`urls` are None for shards that are local; `sizes` in bytes."""
+        self.options, self.folder = options, folder
+        self.urls, self.digests = list(urls), list(digests)
+        self.bytes = np.array([size if url else 0 for url, size in zip(urls, sizes)], np.int64)
+        self.limit = options.limit
+        self.uses: ShardUses | None = None
+        self._asked = 0
+        self._made = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What makes the same cache in another process; `uses` aside."""
+        return {
+            "folder": str(self.folder),
+            "options": asdict(self.options),
+            "urls": self.urls,
+            "digests": self.digests,
+            "sizes": self.bytes.tolist(),
+            "limit": self.limit,
+            "asked": self._asked,
+        }
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> ShardCache:
+        options = RemoteOptions(**facts["options"])
+        cache = cls(Path(facts["folder"]), options, urls=facts["urls"], digests=facts["digests"], sizes=facts["sizes"])
+        cache.limit, cache._asked = facts["limit"], facts["asked"]
+        return cache
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.bytes.sum())
+
+    def holds(self, number: int) -> bool:
+        """Whether the shard is this cache's business."""
+        return self.urls[number] is not None
+
+    # ---- the plan
+
+    def follow(self, uses: ShardUses | None) -> None:
+        """What decides which shards are given up; without it those that were fetched first."""
+        self.uses = uses
+
+    def at(self, epoch: int, step: int) -> None:
+        """The step whose samples are asked for from now on, in this process."""
+        if self.uses is not None:
+            self._asked = self.uses.step_time(epoch, step)
+
+    @property
+    def now(self) -> int:
+        """The earliest time whose shards may still be needed."""
+        return max(0, self._asked - (self.uses.behind if self.uses else 0))
+
+    # ---- reading
+
+    def open(self, number: int) -> int:
+        """A file number for reading the shard, which is fetched first if need be. Raises Unfetched; OSError for trouble with the disk."""
+        while True:
+            path = self.path(number)
+            try:
+                found = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self.fetch(number)
+                continue
+            if os.fstat(found).st_size == self.bytes[number]:
+                return found
+            os.close(found)
+            path.unlink(missing_ok=True)  # somebody has cut it
+
+    def local(self, number: int) -> Path:
+        """The shard's file, fetched first if need be. Raises Unfetched."""
+        os.close(self.open(number))
+        return self.path(number)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self._name(number)}.tar"
+
+    def here(self) -> np.ndarray:
+        """Numbers of the shards that are there."""
+        try:
+            tars, _ = self._entries("")
+        except FileNotFoundError:
+            tars = []
+        return np.array(sorted(tars), np.int64)
+
+    # ---- fetching
+
+    def fetch(self, number: int, *, ahead: bool = False) -> bool:
+        """Have the shard on the disk. `ahead` of its use: False where nothing can be given up for it now. Raises Unfetched."""
+        self._make()
+        url, name, final = self.urls[number], self._name(number), self.path(number)
+        assert url is not None
+        with self._shard_lock(name):
+            if final.exists():
+                return True
+            self._refuse_failed(name)
+            if not self._reserve(number, ahead=ahead):
+                return False
+            part = self._part(name)
+            try:
+                with open_for_fetch(part) as file:
+                    fetch(url, file, options=self.options, size=int(self.bytes[number]), sha256=self.digests[number])
+                    os.fsync(file.fileno())
+            except Unfetched as error:
+                part.unlink(missing_ok=True)
+                self._note_failed(name, str(error))
+                raise
+            part.replace(final)
+            fsync_folder(self.folder)
+            return True
+
+    def adopt(self, number: int, file: Path) -> None:
+        """Take a whole, checked file as the shard; it must lie on the same disk."""
+        self._make()
+        file.replace(self.path(number))
+
+    def clean(self) -> None:
+        """What killed processes of this node left: locks and notes; parts only where they are of no shard of the set."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in list(os.scandir(self.folder)):
+                name, kind = entry.name.split(".")[0], entry.name.rpartition(".")[2]
+                ours = kind in ("part", "lock") and f".{_host()}." in entry.name and not (kind == "part" and name in self._numbers)
+                if kind == "failed" or (ours and not self._live(name)):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+
+    # ---- room
+
+    def _reserve(self, number: int, *, ahead: bool) -> bool:
+        """Make room and take it, by the part's existence. False where only shards that are needed sooner could go."""
+        while True:
+            with self._folder_lock():
+                tars, parts = self._entries(self._name(number))
+                room = sum(int(self.bytes[n]) for n in (*tars, *parts)) + int(self.bytes[number]) - self._limit()
+                for other in [n for n in parts if not self._live(self._name(n))]:
+                    if room > 0:
+                        self._part(self._name(other)).unlink(missing_ok=True)
+                        parts.remove(other)
+                        room -= int(self.bytes[other])
+                chosen = self._victims(tars, number, room, ahead=ahead)
+                if chosen is not None:
+                    for old in chosen:
+                        self.path(old).unlink(missing_ok=True)
+                    self._part(self._name(number)).touch()
+                    return True
+            if ahead:
+                return False
+            if not parts:
+                raise Unfetched(f"{shown(self.urls[number] or '')}: the cache {self.folder} has no room for it; give a larger --data.cache-gb")
+            time.sleep(_WAIT_SECONDS)  # until those on their way have come, and can be given up
+
+    def _victims(self, tars: list[int], number: int, room: int, *, ahead: bool) -> list[int] | None:
+        cached = np.array(tars, np.int64)
+        if self.uses is None:
+            ages = np.array([-self.path(n).stat().st_mtime_ns for n in tars], np.int64)
+            next_use = np.zeros(len(self.urls), np.int64)
+            next_use[cached] = ages - (ages.min() if len(ages) else 0) + 1
+            return victims(cached, next_use, self.bytes, after=0, room=room)
+        next_use = self.uses.next_use(self.now)
+        after = int(next_use[number]) if ahead else min(int(next_use[number]), self._asked)
+        return victims(cached, next_use, self.bytes, after=after, room=room)
+
+    def _limit(self) -> int:
+        return self.limit if self.limit is not None else self.num_bytes
+
+    def _entries(self, but: str) -> tuple[list[int], list[int]]:
+        """Shards that are there, and those on their way (to this node), without `but`."""
+        tars: list[int] = []
+        parts: list[int] = []
+        for entry in os.scandir(self.folder):
+            name, _, kind = entry.name.partition(".")
+            if name in self._numbers and name != but and kind in ("tar", f"{_host()}.part"):
+                (tars if kind == "tar" else parts).append(self._numbers[name])
+        return tars, parts
+
+    # ---- names, locks, failures
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {self._name(number): number for number, url in enumerate(self.urls) if url is not None}
+
+    def _name(self, number: int) -> str:
+        return self.digests[number][:_NAME_LENGTH]
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f"{name}.{_host()}.part"
+
+    def _make(self) -> None:
+        if not self._made:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"the cache {self.folder} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+            self._made = True
+
+    @contextlib.contextmanager
+    def _shard_lock(self, name: str) -> Iterator[None]:
+        """Alone in fetching this shard. The lock's file is removed while it is held, so whoever waited for it looks again."""
+        path = self.folder / f"{name}.{_host()}.lock"
+        while True:
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _flock(number, self.folder)
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(number).st_ino:
+                    break
+            os.close(number)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(number)
+
+    @contextlib.contextmanager
+    def _folder_lock(self) -> Iterator[None]:
+        with (self.folder / f".{_host()}.room").open("a") as file:
+            _flock(file.fileno(), self.folder)
+            yield
+
+    def _live(self, name: str) -> bool:
+        """Whether a process of this node is fetching this shard."""
+        try:
+            number = os.open(self.folder / f"{name}.{_host()}.lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(number)
+        return False
+
+    def _refuse_failed(self, name: str) -> None:
+        path = self.folder / f"{name}.failed"
+        try:
+            fresh = time.time() - path.stat().st_mtime < _FAILED_SECONDS
+            reason = json.loads(path.read_text(encoding="utf-8"))["reason"] if fresh else None
+        except (OSError, ValueError, KeyError):
+            return
+        if reason is not None:
+            raise Unfetched(reason)
+
+    def _note_failed(self, name: str, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / f"{name}.failed").write_text(json.dumps({"reason": reason}), encoding="utf-8")
+
+
+def open_cache(manifest: Manifest, folder: Path, options: RemoteOptions) -> ShardCache | None:
+    """The cache of a manifest's remote shards, the same for every index of the same shards; None where all are local.
+
+    UserError for commands that the user has not allowed.
+    """
+    if not any(is_remote(shard.url) for shard in manifest.shards):
+        return None
+    _refuse_commands(manifest, folder, options)
+    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+    place = default_cache_dir() if options.cache_dir is None else Path(options.cache_dir).expanduser()
+    return ShardCache(
+        place / "remote" / digest[:20],
+        options,
+        urls=[shard.url if is_remote(shard.url) else None for shard in manifest.shards],
+        digests=[shard.sha256 for shard in manifest.shards],
+        sizes=[shard.bytes for shard in manifest.shards],
+    )
+
+
+def _refuse_commands(manifest: Manifest, folder: Path, options: RemoteOptions) -> None:
+    """UserError where a manifest would run commands that the user's own config does not know."""
+    found = next((shard.url for shard in manifest.shards if kind_of(shard.url) == "pipe"), None)
+    if found is not None and not options.allow_pipe:
+        raise UserError(
+            f"{folder} reads its shards by commands ({found[:120]}); such are run from your own config only: "
+            "if you trust this folder, allow it with --data.allow-pipe true"
+        )
+
+
+def _flock(number: int, folder: Path) -> None:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise UserError(f"the cache {folder} is on a file system without locks; name a disk of this node with --data.cache-dir") from None
+        raise
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")

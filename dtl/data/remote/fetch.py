@@ -1,0 +1,202 @@
+"""One remote file into one local file, whole and checked, or an error in one line. Never a hang, never two versions glued together.
+
+A download that breaks off is continued from its last byte (HTTP Range with If-Range), with growing pauses. What came is checked by size
+and sha256 where they are known; an HTML page that a proxy or a portal sends with status 200 is no shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dtl.data.remote.address import RemoteOptions, kind_of, shown
+from dtl.data.remote.http import open_http
+from dtl.data.remote.pipe_fsspec import open_fsspec, open_pipe
+from dtl.data.remote.stream import FetchError, Stream, Unfetched
+
+__all__ = ["Fetched", "Unfetched", "fetch", "fetch_bytes"]
+
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 30.0
+# A try that brought this much has helped, and the count of vain tries begins anew.
+_PROGRESS_BYTES = 2**18
+# A server that sends a byte now and then is as good as silent.
+_SLOWEST_BYTES = 1024
+_OPEN: dict[str, Callable[[str, int, str | None, float], Stream]] = {"http": open_http, "pipe": open_pipe, "fsspec": open_fsspec}
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came."""
+
+    size: int
+    sha256: str
+
+
+def fetch(
+    url: str, file: BinaryIO, *, options: RemoteOptions, size: int | None = None, sha256: str | None = None, say: Callable[[str], None] | None = None
+) -> Fetched:
+    """Write the bytes of `url` into `file` (open for reading and writing), from its start; raises Unfetched.
+
+    What `file` holds already is taken for the beginning where `sha256` will tell whether it was, and replaced otherwise.
+    """
+    download = _Download(url, file, size, sha256, options)
+    failures, pause = 0, _FIRST_PAUSE
+    while True:
+        before = download.at
+        try:
+            return download.run()
+        except FetchError as error:
+            if error.restart:
+                download.restart()
+            if download.at - before >= _PROGRESS_BYTES:
+                failures, pause = 0, _FIRST_PAUSE
+            failures += 1
+            if not error.retry or failures > options.retries:
+                tries = "1 try" if failures == 1 else f"{failures} tries"
+                raise Unfetched(f"{shown(url)} cannot be fetched: {error.reason} ({tries})", missing=error.missing) from None
+            wait = min(max(pause * random.uniform(0.75, 1.25), error.after or 0.0), _LONGEST_PAUSE)
+            if failures > 1:
+                (say or _tell)(f"{shown(url)}: {error.reason}; try {failures} of {options.retries + 1}, again in {wait:.0f} s")
+            time.sleep(wait)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def fetch_bytes(url: str, *, options: RemoteOptions, most: int = 2**28) -> bytes | None:
+    """A small file as it is; None where the other side says that it is not there. Raises Unfetched."""
+    file = io.BytesIO()
+    try:
+        found = fetch(url, file, options=options)
+    except Unfetched as error:
+        if error.missing:
+            return None
+        raise
+    if found.size > most:
+        raise Unfetched(f"{shown(url)} has {found.size:,} bytes, which is no manifest")
+    return file.getvalue()
+
+
+class _Download:
+    """The state over all tries: how many bytes are there, and of which version."""
+
+    def __init__(self, url: str, file: BinaryIO, size: int | None, sha256: str | None, options: RemoteOptions) -> None:
+        self.url, self.file, self.size, self.sha256, self.options = url, file, size, sha256, options
+        self.at = 0
+        self.validator: str | None = None
+        self._digest = hashlib.sha256()
+        self._known_start = False  # the first bytes were looked at
+        self._is_loader, self._parent = multiprocessing.parent_process() is not None, os.getppid()
+        if sha256 is not None and size is not None and kind_of(url) != "pipe":
+            self._take_over(size)
+        else:
+            self.restart()
+
+    def restart(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        self.at, self.validator, self._digest, self._known_start = 0, None, hashlib.sha256(), False
+
+    def run(self) -> Fetched:
+        """One try, from where the last one ended. Raises FetchError."""
+        if not self._complete():
+            if self.at and self.validator is None and (self.sha256 is None or kind_of(self.url) == "pipe"):
+                self.restart()  # nothing would tell whether it is still the same file
+            stream = _OPEN[kind_of(self.url)](self.url, self.at, self.validator, self.options.timeout)
+            try:
+                self._take(stream)
+            finally:
+                stream.close()
+        return self._checked()
+
+    def _take_over(self, size: int) -> None:
+        """What an earlier process left of this file."""
+        self.file.seek(0)
+        while block := self.file.read(2**20):
+            self._digest.update(block)
+            self.at += len(block)
+        if self.at > size:
+            self.restart()
+        self._known_start = self.at > 0
+
+    def _take(self, stream: Stream) -> None:
+        if stream.start != self.at:
+            assert stream.start == 0, stream.start
+            self.restart()
+        if self.validator is None:
+            self.validator = stream.validator
+        slow = _Slow(self.options.timeout)
+        for block in stream.blocks:
+            if not self._known_start:
+                _refuse_page(block, stream)
+                self._known_start = True
+            if self.size is not None and self.at + len(block) > self.size:
+                raise FetchError(f"more than the {self.size:,} bytes of the manifest came: it was changed at the server", restart=True)
+            self.file.write(block)
+            self._digest.update(block)
+            self.at += len(block)
+            slow.check(len(block))
+            if self._is_loader and os.getppid() != self._parent:
+                raise SystemExit(1)  # a loader process ends with its trainer, also in the middle of a download
+        if self.size is not None and stream.total is not None and stream.total != self.size:
+            raise FetchError(f"it has {stream.total:,} bytes at the server, the manifest says {self.size:,}: it was changed", restart=True)
+        ends = stream.ends if stream.ends is not None else self.size
+        if ends is not None and self.at < ends:
+            raise FetchError(f"the connection ended {ends - self.at:,} bytes early, at {self.at:,} of {ends:,}")
+
+    def _complete(self) -> bool:
+        return self.size is not None and self.at == self.size
+
+    def _checked(self) -> Fetched:
+        if self.size is not None and self.at != self.size:
+            raise FetchError(f"{self.at:,} bytes came, the manifest says {self.size:,}", restart=True)
+        digest = self._digest.hexdigest()
+        if self.sha256 is not None and digest != self.sha256:
+            raise FetchError("its sha256 is not the one in the manifest: it was changed at the server, or on its way", restart=True)
+        self.file.flush()
+        return Fetched(self.at, digest)
+
+
+class _Slow:
+    """Breaks off where fewer than 1 KB/s came over twice the time limit."""
+
+    def __init__(self, timeout: float) -> None:
+        self._span = 2 * timeout
+        self._since, self._bytes = time.monotonic(), 0
+
+    def check(self, size: int) -> None:
+        self._bytes += size
+        now = time.monotonic()
+        if now - self._since < self._span:
+            return
+        if self._bytes < _SLOWEST_BYTES * self._span:
+            raise FetchError(f"only {self._bytes:,} bytes came in {now - self._since:.0f} s")
+        self._since, self._bytes = now, 0
+
+
+def _refuse_page(block: bytes, stream: Stream) -> None:
+    """An error page that says that all is well."""
+    text = block[:2048].lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        found = re.search(rb"<title[^>]*>(.*?)</title>", block[:4096], re.IGNORECASE | re.DOTALL)
+        title = f" ('{' '.join(found[1].decode('utf-8', 'replace').split())[:80]}')" if found else ""
+        said = f" with status {stream.status}" if stream.status else ""
+        raise FetchError(f"an HTML page{title} came{said}, not the file")
+
+
+def _tell(line: str) -> None:
+    print(f"dtl: {line}", file=sys.stderr, flush=True)
+
+
+def open_for_fetch(path: Path) -> Any:
+    """A file to fetch into, with what it holds."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")

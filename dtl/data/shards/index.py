@@ -1,0 +1,324 @@
+"""Packed shards, opened: `index.bin` says where each sample lies, so any sample is one `pread` away and damage is noticed.
+
+index.bin, little-endian: magic, version, number of shards S, number of samples N, then columns one after another:
+samples per shard i64[S], offset u64[N], size u32[N], crc32 u32[N], label i32[N], width u16[N], height u16[N], flags u8[N].
+Sample number = position in packed order: the samples of shard 0, then those of shard 1 ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtl.data.decoding.decode import FORMATS
+from dtl.data.remote.address import RemoteOptions, is_remote, shown
+from dtl.data.remote.cache import ShardCache, open_cache
+from dtl.data.remote.fetch import Unfetched
+from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
+from dtl.data.shards.open_files import OpenFiles, pread_all
+from dtl.data.shards.quarantine import Quarantine, original_number
+from dtl.data.shards.strings import StringTable
+from dtl.errors import DamagedSample, UserError
+from dtl.files import sha256_of_file, write_whole
+
+__all__ = [
+    "INDEX_NAME",
+    "KEYS_NAME",
+    "MANIFEST_NAME",
+    "PATHS_NAME",
+    "Manifest",
+    "Shard",
+    "Shards",
+    "check_class_maps",
+    "dataset_id",
+    "write_index",
+]
+
+INDEX_NAME = "index.bin"
+PATHS_NAME = "paths.bin"
+KEYS_NAME = "keys.bin"  # of shards made by others, whose headers may hold less than the whole name
+FORMAT_VERSION = 1
+
+_MAGIC = b"DTLINDEX"
+_HEADER = struct.Struct("<8sIIQQ")  # magic, version, shards, samples, zero
+_COLUMNS = (
+    ("offsets", "<u8"),
+    ("sizes", "<u4"),
+    ("crcs", "<u4"),
+    ("labels", "<i4"),
+    ("widths", "<u2"),
+    ("heights", "<u2"),
+    ("flags", "u1"),
+)
+ROW_COLUMNS = tuple(name for name, _ in _COLUMNS)
+_BLOCK = 512  # of a tar
+
+# flags: the low 4 bits are the image's format, 1 + its place in FORMATS.
+FORMAT_FLAGS = {name: number for number, name in enumerate(FORMATS, start=1)}
+
+# Neighbours in a shard are read together; two samples of our own are about 2 KB of headers apart.
+_GAP_BYTES = 64 * 1024
+_READ_BYTES = 1024 * 1024  # larger blocks are new pages each time, which cost more than another read
+
+
+def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Write index.bin whole and return its sha256. `columns` are named as in `Shards`."""
+    num_samples = int(np.sum(shard_sizes))
+    parts: list[Any] = [
+        _HEADER.pack(_MAGIC, FORMAT_VERSION, len(shard_sizes), num_samples, 0),
+        np.ascontiguousarray(shard_sizes, "<i8").data,
+    ]
+    for name, kind in _COLUMNS:
+        assert len(columns[name]) == num_samples, (name, len(columns[name]), num_samples)
+        parts.append(np.ascontiguousarray(columns[name], kind).data)
+    write_whole(path, lambda file: file.writelines(parts))
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class Shards:
+    """One packed split, opened for reading samples by number.
+
+    The columns `labels` int32, `widths`, `heights` uint16, `flags` uint8, `offsets` uint64, `sizes`, `crcs` uint32, each [N], and
+    `shard_sizes` int64 [S] are mapped from the index: all processes of a node share them. Pickles as its folder and manifest.
+    Remote shards are read through `cache`, which is None where all of them are local.
+    """
+
+    manifest: Manifest
+    folder: Path
+    shard_sizes: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.uint32]
+    crcs: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.int32]
+    widths: npt.NDArray[np.uint16]
+    heights: npt.NDArray[np.uint16]
+    flags: npt.NDArray[np.uint8]
+
+    def __init__(self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None, cache: ShardCache | None = None) -> None:
+        """Use `Shards.open`, which also checks that the index belongs to the manifest. `manifest` has the quarantine applied."""
+        self.folder, self.manifest, self.quarantine, self.cache = folder, manifest, quarantine, cache
+        self.quarantined = np.zeros(0, np.int64) if quarantine is None else quarantine.numbers
+        self._map_index()
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+        self._files = OpenFiles()
+        self._tables: dict[str, StringTable | None] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, *, whole: bool = False, remote: RemoteOptions | None = None, checked: bool = False) -> Shards:
+        """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
+
+        Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.
+        `remote` says how shards that lie elsewhere are kept. `checked`: another process of this node has just opened it, and need not
+        read the whole index again to see that it is sound.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        cache = open_cache(manifest, folder, remote or RemoteOptions())
+        quarantine = None if whole else Quarantine.read(folder, manifest)
+        if quarantine is not None:
+            manifest = quarantine.applied(manifest)
+        shards = cls(folder, manifest, quarantine, cache)
+        if not checked and sha256_of_file(shards.index_path) != manifest.index_sha256:
+            raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (another sha256); {shards.again}")
+        return shards
+
+    @property
+    def index_path(self) -> Path:
+        return self.folder / (INDEX_NAME if self.quarantine is None else self.quarantine.index)
+
+    @property
+    def again(self) -> str:
+        """What to do about an index that cannot be used."""
+        if self.quarantine is not None:
+            return "run `dtl verify SHARDS --quarantine` again"
+        return "index the shards again" if "keys_sha256" in self.manifest.made_by else "pack the data again"
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    @property
+    def dataset_id(self) -> str:
+        return self.manifest.dataset_id
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.manifest.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.classes)
+
+    def read(self, samples: npt.ArrayLike) -> list[bytes | DamagedSample]:
+        """The images' bytes, in the order asked for; what cannot be read or fails its crc32 is a DamagedSample in its slot."""
+        numbers = np.asarray(samples, np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.num_samples):
+            raise IndexError(f"samples go from 0 to {self.num_samples - 1}, asked for {numbers.min()} to {numbers.max()}")
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        offsets, sizes = self.offsets[numbers].astype(np.int64), self.sizes[numbers].astype(np.int64)
+        crcs = self.crcs[numbers]
+        found: list[bytes | _Damage] = [b""] * len(numbers)
+        order = np.lexsort((offsets, shards))
+        with self._files.lock():
+            for run in _runs(order, shards, offsets, sizes):
+                shard, start = int(shards[run[0]]), int(offsets[run[0]])
+                end = int(max(offsets[slot] + sizes[slot] for slot in run))
+                block = self._pread(shard, start, end - start)
+                for slot in run:
+                    found[slot] = _cut(block, int(offsets[slot]) - start, int(sizes[slot]), int(crcs[slot]))
+        return [one if isinstance(one, bytes) else self.damaged(int(sample), one.reason) for sample, one in zip(numbers, found)]
+
+    def key(self, sample: int) -> str:
+        """The sample's WebDataset key, from its tar header or, for shards of others, from the stored names.
+
+        Raises DamagedSample where that is not there; `damaged` does not.
+        """
+        found = self._key(sample)
+        if isinstance(found, _Damage):
+            raise self.damaged(sample, found.reason)
+        return found
+
+    def damaged(self, sample: int, reason: str) -> DamagedSample:
+        """What to report about `sample`; its key is empty where that cannot be read either."""
+        key, url = self._key(sample), self.manifest.shards[self.shard_of(sample)].url
+        shard = shown(url) if is_remote(url) else url
+        return DamagedSample(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=reason)
+
+    def path(self, sample: int) -> str | None:
+        """The image's path in the source that was packed, or None where it was not kept."""
+        table = self._table(PATHS_NAME)
+        return None if table is None else table[self.original(sample)]
+
+    def original(self, sample: int) -> int:
+        """The sample's number in index.bin: another one only where samples before it are in quarantine."""
+        return original_number(sample, self.quarantined)
+
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self._starts, sample, side="right")) - 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shards, (self.folder, self.manifest, self.quarantine, self.cache)
+
+    def _map_index(self) -> None:
+        path, again = self.index_path, self.again
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; {again}") from None
+        if len(head) < _HEADER.size or head[:8] != _MAGIC:
+            raise UserError(f"{path} is not an index of dtl; {again}")
+        _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this dtl reads version {FORMAT_VERSION}; {again}")
+        expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes where {expected} are expected; {again}")
+        if [shard.samples for shard in self.manifest.shards] != list(np.fromfile(path, "<i8", num_shards, offset=_HEADER.size)):
+            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); {again}")
+        # One mapping for all columns (each costs a file number), as plain arrays: indexing a np.memmap is several times slower.
+        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        at = _HEADER.size
+        for name, kind, length in [("shard_sizes", "<i8", num_shards), *((name, kind, num_samples) for name, kind in _COLUMNS)]:
+            size = length * np.dtype(kind).itemsize
+            setattr(self, name, data[at : at + size].view(kind))
+            at += size
+
+    def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
+        """Up to `size` bytes; fewer at the end of the file."""
+        try:
+            return pread_all(self._files.number(shard, self._open), size, start)
+        except FileNotFoundError:
+            return _Damage("the shard is missing")
+        except Unfetched as error:
+            return _Damage(str(error))
+        except OSError as error:
+            return _Damage(f"the shard cannot be read ({error.strerror})")
+
+    def _open(self, shard: int) -> int:
+        if self.cache is not None and self.cache.holds(shard):
+            return self.cache.open(shard)
+        return os.open(self.folder / self.manifest.shards[shard].url, os.O_RDONLY | os.O_CLOEXEC)
+
+    def at(self, epoch: int, step: int) -> None:
+        """Whose samples this process reads from now on, for the cache of remote shards."""
+        if self.cache is not None:
+            self.cache.at(epoch, step)
+            with self._files.lock():
+                self._files.drop_removed()
+
+    def _key(self, sample: int) -> str | _Damage:
+        if "keys_sha256" in self.manifest.made_by:
+            table = self._table(KEYS_NAME)
+            return _Damage(f"{KEYS_NAME} is missing or damaged") if table is None else table[self.original(sample)]
+        with self._files.lock():
+            header = self._pread(self.shard_of(sample), int(self.offsets[sample]) - _BLOCK, _BLOCK)
+        return header if isinstance(header, _Damage) else _key_of(header)
+
+    def _table(self, name: str) -> StringTable | None:
+        """A table of names beside the index, one for each of its samples; None where it is not there or not whole: names are for reports."""
+        if name not in self._tables:
+            try:
+                table = StringTable.read(self.folder / name)
+            except (OSError, UserError):
+                table = None
+            fits = table is not None and len(table) == self.num_samples + len(self.quarantined)
+            self._tables[name] = table if fits else None
+        return self._tables[name]
+
+
+class _Damage:
+    """A reason, where bytes were expected."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _runs(order: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> list[list[int]]:
+    """Slots in reading order, those that lie close together in one shard in one list."""
+    runs: list[list[int]] = []
+    end = start = 0
+    for slot in order.tolist():
+        near = runs and shards[slot] == shards[runs[-1][0]] and offsets[slot] - end <= _GAP_BYTES
+        if near and max(end, offsets[slot] + sizes[slot]) - start <= _READ_BYTES:
+            runs[-1].append(slot)
+            end = max(end, offsets[slot] + sizes[slot])
+        else:
+            runs.append([slot])
+            start, end = offsets[slot], offsets[slot] + sizes[slot]
+    return runs
+
+
+def _cut(block: bytes | _Damage, start: int, size: int, crc: int) -> bytes | _Damage:
+    if isinstance(block, _Damage):
+        return block
+    data = block if start == 0 and len(block) == size else block[start : start + size]
+    if len(data) < size:
+        return _Damage(f"the shard ends {size - len(data)} bytes before the image does")
+    if zlib.crc32(data) != crc:
+        return _Damage(f"the bytes are not those that were packed (crc32 {zlib.crc32(data):08x}, expected {crc:08x})")
+    return data
+
+
+def _key_of(header: bytes) -> str | _Damage:
+    """The key in a ustar header: the name up to the first dot of its last part, as webdataset cuts it."""
+    if len(header) < _BLOCK or header[257:262] != b"ustar":
+        return _Damage("there is no tar header before the image")
+    stored = header[148:156].split(b"\0")[0].strip()
+    if not stored.isdigit() or int(stored, 8) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
+        return _Damage("the tar header before the image is damaged")
+    prefix, name = (field.split(b"\0")[0].decode("utf-8", "surrogateescape") for field in (header[345:500], header[:100]))
+    folder, _, base = (f"{prefix}/{name}" if prefix else name).rpartition("/")
+    return (f"{folder}/" if folder else "") + base.split(".")[0]

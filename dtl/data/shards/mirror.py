@@ -1,0 +1,137 @@
+"""A remote folder that dtl has packed or indexed: its manifest, index and names are copied here, its shards are fetched when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from dtl.data.remote.address import RemoteOptions, is_remote, join, kind_of, shown, without_query
+from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes, open_for_fetch
+from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME
+from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
+from dtl.data.shards.quarantine import QUARANTINE_NAME
+from dtl.errors import UserError
+from dtl.files import sha256_of_file, temporary_suffix, write_whole
+
+_ORIGIN_NAME = "origin.json"
+# Of a split, the folders it may be in below the one that was named.
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
+
+
+def mirror_place(place: Path, url: str) -> Path:
+    return place / "folders" / hashlib.sha256(without_query(url).rstrip("/").encode()).hexdigest()[:20]
+
+
+def find_remote_folders(url: str, names: Iterable[str], *, options: RemoteOptions) -> Iterator[tuple[str, bytes]]:
+    """(address, manifest) of the remote folder `url`, or else of those of its folders `names` that have one. UserError for no connection."""
+    try:
+        for folder in (url, *(join(url, name) for name in names)):
+            text = fetch_bytes(join(folder, MANIFEST_NAME), options=options)
+            if text is not None:
+                yield folder, text
+                if folder == url:
+                    return
+    except Unfetched as error:
+        raise UserError(str(error)) from None
+
+
+def refuse_remote_folder(url: str, names: Sequence[str]) -> NoReturn:
+    raise UserError(
+        f"{shown(url)} holds no {MANIFEST_NAME}, and neither does {', '.join(f'{name}/' for name in names)} below it; "
+        "name its tars with braces (train-{000..010}.tar), or pack the data with `dtl pack` and copy the folder there"
+    )
+
+
+def mirror(url: str, text: bytes, folder: Path, *, options: RemoteOptions) -> Path:
+    """Bring `folder` up to date with the remote folder `url`, whose manifest is `text`; under a lock of the caller's. UserError."""
+    for leftover in folder.glob(f".*{temporary_suffix()}"):
+        leftover.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(text).hexdigest()
+    try:
+        if _origin(folder) != {"url": url, "sha256": digest}:
+            (folder / _ORIGIN_NAME).unlink(missing_ok=True)
+            manifest = _manifest(url, text)
+            _fetch_beside(url, folder, manifest, options)
+            manifest.write(folder)
+            origin = json.dumps({"url": url, "sha256": digest})
+            write_whole(folder / _ORIGIN_NAME, lambda file: file.write(origin.encode()))
+        _fetch_quarantine(url, folder, options)
+    except Unfetched as error:
+        raise UserError(str(error)) from None
+    return folder
+
+
+def _origin(folder: Path) -> Any:
+    """What the mirror is a copy of. Written last, so what has it is whole."""
+    try:
+        return json.loads((folder / _ORIGIN_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _manifest(url: str, text: bytes) -> Manifest:
+    """The remote manifest with the addresses of its shards."""
+    manifest = Manifest.parse(text, shown(join(url, MANIFEST_NAME)))
+    return replace(manifest, shards=tuple(replace(shard, url=_shard_url(url, shard.url)) for shard in manifest.shards))
+
+
+def _shard_url(url: str, name: str) -> str:
+    """A manifest that comes from elsewhere names files below it, or addresses of the same kind: no commands, nothing of this machine."""
+    if is_remote(name):
+        if kind_of(name) == "pipe" or (kind_of(name) == "fsspec" and name.partition("://")[0] != url.partition("://")[0]):
+            raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which a remote manifest must not")
+        return name
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which does not lie below it")
+    return join(url, name)
+
+
+def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: RemoteOptions) -> None:
+    if not _is(folder / INDEX_NAME, manifest.index_sha256):
+        _fetch_file(url, folder, INDEX_NAME, manifest.index_sha256, options)
+    keys = manifest.made_by.get("keys_sha256")
+    if keys is None:
+        (folder / KEYS_NAME).unlink(missing_ok=True)
+    elif not _is(folder / KEYS_NAME, keys):
+        _fetch_file(url, folder, KEYS_NAME, keys, options)
+    try:
+        _fetch_file(url, folder, PATHS_NAME, None, options)  # for reports only
+    except Unfetched as error:
+        (folder / PATHS_NAME).unlink(missing_ok=True)
+        if not error.missing:
+            raise
+
+
+def _fetch_quarantine(url: str, folder: Path, options: RemoteOptions) -> None:
+    """Looked for at each start: it is written beside the manifest without changing it."""
+    path = folder / QUARANTINE_NAME
+    text = fetch_bytes(join(url, QUARANTINE_NAME), options=options)
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    try:
+        raw = json.loads(text)
+        index, digest = str(raw["index"]), str(raw["index_sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{shown(join(url, QUARANTINE_NAME))} cannot be read; verify the shards again") from None
+    if PurePosixPath(index).name != index:
+        raise UserError(f"{shown(join(url, QUARANTINE_NAME))} names {index[:100]!r} as its index, which does not lie beside it")
+    if not _is(folder / index, digest):
+        _fetch_file(url, folder, index, digest, options)
+    write_whole(path, lambda file: file.write(text))
+
+
+def _fetch_file(url: str, folder: Path, name: str, sha256: str | None, options: RemoteOptions) -> None:
+    part = folder / f".{name}{temporary_suffix()}"
+    with open_for_fetch(part) as file:
+        fetch(join(url, name), file, options=options, sha256=sha256)
+    part.replace(folder / name)
+
+
+def _is(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_of_file(path) == sha256

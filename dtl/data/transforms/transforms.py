@@ -1,0 +1,358 @@
+"""From a decoded image to the uint8 pixels that the network sees, in two parts.
+
+`draw` decides everything for a batch from (seed, epoch, sample) and the indexed sizes, before any image is decoded; `apply` is a pure
+function of one image and its draws. So a sample's pixels are the same alone, in any batch, on any rank, in any worker, after any
+restart. B samples, H W pixels of the decoded image, S image_size. Normalisation is the device's work, nothing here is float.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dtl.data.decoding.crop import Region
+from dtl.data.transforms import pixels
+from dtl.data.transforms.geometry import (
+    Floats,
+    Geometry,
+    Interpolation,
+    Ints,
+    Pixels,
+    Placement,
+    RandomResizedCrop,
+    ShortSide,
+    Square,
+    place,
+    random_boxes,
+)
+from dtl.data.transforms.policies import NUM_BINS, RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
+from dtl.errors import UserError
+from dtl.keyed import uniform
+
+# Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION is what
+# evaluation does to an image, here and in geometry.py (resize, crop, square): model folders of another one are refused. TRANSFORM_VERSION
+# is training's; it says nothing about a model that is already there.
+TRANSFORM_VERSION = 2
+EVALUATION_VERSION = 1
+VERSIONS = {"training": TRANSFORM_VERSION, "evaluation": EVALUATION_VERSION}
+
+Preset = Literal["imagenet", "cifar", "light", "none"]
+PRESETS: tuple[Preset, ...] = ("imagenet", "cifar", "light", "none")
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+
+# torchvision erases after normalising, with zeros: that is the mean of the data set, here ImageNet's in 0 ... 255.
+IMAGENET_MEAN = (124, 116, 104)
+
+_ERASE_SCALE = (0.02, 0.33)
+_ERASE_RATIO = (0.3, 3.3)
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """A preset and the knobs on top of it.
+
+    Order: crop, flips, rotation, randaugment or trivial, colour jitter, grayscale, erasing. A broken value raises UserError.
+    """
+
+    preset: Preset = "imagenet"
+    rotation: float = 0.0
+    """Degrees: uniform in -rotation ... rotation, bilinear, black outside."""
+    color_jitter: float | tuple[float, float, float, float] = 0.0
+    """Brightness, contrast, saturation (each 0 ...: the factor is within 1 +- it) and hue (0 ... 0.5 of a turn); one number is the
+    first three."""
+    horizontal_flip: bool | None = None
+    """True flips every second time, None is the preset's."""
+    vertical_flip: float = 0.0
+    """Probability."""
+    grayscale: float = 0.0
+    """Probability."""
+    erasing: float = 0.0
+    """Probability of erasing one rectangle of 2 % to 33 % of the area (Zhong et al. 2017, arXiv 1708.04896)."""
+    randaugment: tuple[int, int] | None = None
+    """Operations per image and magnitude bin (0 ... 30); (2, 9) is the usual."""
+    trivial: bool = False
+    """TrivialAugment Wide: one operation of random strength."""
+    reduced_decode: bool = True
+    """Decode JPEGs at a half, a quarter or an eighth of their size where the preset imagenet's crop is as many times larger than the output."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"augment.preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}")
+        for name in ("vertical_flip", "grayscale", "erasing"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"augment.{name} is {value}; it is a probability, from 0 to 1")
+        if not 0 <= self.rotation <= 180:
+            raise UserError(f"augment.rotation is {self.rotation}; it is in degrees, from 0 to 180")
+        self.jitter  # noqa: B018  (refuses what it cannot read)
+        if self.randaugment is not None and self.trivial:
+            raise UserError("augment.randaugment and augment.trivial are both on; take one of them")
+        given = self.randaugment
+        if given is not None and (len(given) != 2 or given[0] < 1 or not 0 <= given[1] < NUM_BINS):
+            raise UserError(f"augment.randaugment is {given}; it is two numbers: operations (1 or more) and magnitude (0 to {NUM_BINS - 1})")
+
+    @property
+    def jitter(self) -> tuple[float, float, float, float]:
+        """Strength of brightness, contrast, saturation and hue."""
+        given = self.color_jitter
+        values = (given, given, given, 0.0) if isinstance(given, (int, float)) else tuple(given)
+        if len(values) != 4 or any(not math.isfinite(v) or v < 0 for v in values) or values[3] > 0.5:
+            raise UserError(f"augment.color_jitter is {given}; give one number, or brightness, contrast, saturation (0 or more) and hue (0 to 0.5)")
+        brightness, contrast, saturation, hue = values
+        return brightness, contrast, saturation, hue
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for B samples; None where the transform has no such step.
+
+    `sizes` [B,2] are the (height, width) the boxes are meant for; `erase` [B,4] is (top, left, height, width) in the output, height 0
+    for none; `jitter` [B,4] holds the factors of brightness, contrast, saturation and the hue shift, `jitter_order` [B,4] their order.
+    """
+
+    sizes: Ints
+    placement: Placement
+    horizontal_flip: npt.NDArray[np.bool_]
+    vertical_flip: npt.NDArray[np.bool_]
+    angles: Floats | None = None
+    operations: Ints | None = None
+    magnitudes: Floats | None = None
+    jitter: Floats | None = None
+    jitter_order: Ints | None = None
+    grayscale: npt.NDArray[np.bool_] | None = None
+    erase: Ints | None = None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Stateless and picklable; `augment` None is evaluation, where nothing is drawn at random."""
+
+    geometry: RandomResizedCrop | Square | ShortSide
+    interpolation: Interpolation = "bilinear"
+    augment: AugmentSettings | None = None
+    erase_fill: tuple[int, int, int] = IMAGENET_MEAN
+
+    @property
+    def image_size(self) -> int:
+        """S, the side of the output in pixels."""
+        return self.geometry.image_size
+
+    @property
+    def is_fixed(self) -> bool:
+        """A sample gives the same pixels each epoch: nothing is drawn at random."""
+        if self.augment is None:
+            return True
+        plain = replace(self.augment, horizontal_flip=bool(self.augment.horizontal_flip), color_jitter=self.augment.jitter, reduced_decode=True)
+        return plain == AugmentSettings(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
+
+    def describe(self) -> dict[str, Any]:
+        """All that the pixels depend on, for checkpoints and caches (JSON)."""
+        augment = None
+        if self.augment is not None:
+            augment = {**asdict(self.augment), "color_jitter": list(self.augment.jitter)}
+            augment["randaugment"] = list(self.augment.randaugment) if self.augment.randaugment else None
+        geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.geometry).items()}
+        return {
+            # An augmented image is resized as in evaluation.
+            **({} if self.augment is None else {"version": TRANSFORM_VERSION}),
+            "evaluation_version": EVALUATION_VERSION,
+            "geometry": {"name": type(self.geometry).__name__, **geometry},
+            "interpolation": self.interpolation,
+            "augment": augment,
+            "erase_fill": list(self.erase_fill),
+        }
+
+    def draw(self, samples: npt.ArrayLike, widths: npt.ArrayLike, heights: npt.ArrayLike, *, seed: int, epoch: int) -> Draws:
+        """Decide everything for B samples from their numbers and indexed sizes [B]."""
+        ids = np.asarray(samples, dtype=np.int64)
+        wide, high = np.asarray(widths, dtype=np.int64), np.asarray(heights, dtype=np.int64)
+        geometry: Geometry = self.geometry
+        placement = geometry.draw(ids, wide, high, seed=seed, epoch=epoch)
+        never = np.zeros(len(ids), bool)
+        draws = Draws(sizes=np.stack([high, wide], axis=1), placement=placement, horizontal_flip=never, vertical_flip=never)
+        return draws if self.augment is None else self._draw_augment(self.augment, draws, ids, seed, epoch)
+
+    def reduction(self, draws: Draws, i: int) -> int:
+        """1, 2, 4 or 8: sample `i` may be decoded at this fraction of its size."""
+        return draws.placement.reduction(i)
+
+    def region(self, draws: Draws, i: int) -> Region:
+        """All of sample `i` that `apply_crop` needs."""
+        return draws.placement.region(i)
+
+    def apply(self, image: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
+        """Write sample `i`, whose decoded pixels are `image` [H,W,3], whole or reduced, into `out` (uint8 [3,S,S], any strides).
+
+        ValueError if the image is not of the size the index gave: a box of another image would be cut.
+        """
+        height, width = draws.sizes[i].tolist()
+        factor = 1
+        if image.shape != (height, width, 3):
+            factor = self.reduction(draws, i)
+            if image.shape != (-(-height // factor), -(-width // factor), 3):
+                raise ValueError(f"decoded to {tuple(image.shape)}, the index says ({height}, {width}, 3); index the shards anew")
+        _, top, left, high, wide = draws.placement.region(i, reduction=factor)
+        self.apply_crop(image[top : top + high, left : left + wide], draws, i, out)
+
+    def apply_crop(self, crop: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
+        """The same from the pixels of `region` alone."""
+        placement = draws.placement
+        place(
+            crop,
+            out,
+            resized=tuple(placement.resized[i].tolist()),
+            offset=tuple(placement.offsets[i].tolist()),
+            horizontal_flip=bool(draws.horizontal_flip[i]),
+            vertical_flip=bool(draws.vertical_flip[i]),
+            interpolation=self.interpolation,
+        )
+        if self._changes_pixels(draws, i):
+            target = out.permute(1, 2, 0).numpy()
+            np.copyto(target, self._augmented(np.ascontiguousarray(target), draws, i))
+
+    def _draw_augment(self, augment: AugmentSettings, draws: Draws, ids: Ints, seed: int, epoch: int) -> Draws:
+        flips = augment.preset != "none" if augment.horizontal_flip is None else augment.horizontal_flip
+        if flips:
+            draws = replace(draws, horizontal_flip=uniform(ids, seed, epoch, "horizontal_flip") < 0.5)
+        if augment.vertical_flip:
+            draws = replace(draws, vertical_flip=uniform(ids, seed, epoch, "vertical_flip") < augment.vertical_flip)
+        if augment.rotation:
+            draws = replace(draws, angles=augment.rotation * (2 * uniform(ids, seed, epoch, "rotation") - 1))
+        if augment.randaugment is not None or augment.trivial:
+            num_ops, magnitude = augment.randaugment or (1, None)
+            operations, magnitudes = draw_operations(self._space, ids, num_ops=num_ops, magnitude=magnitude, image_size=self.image_size, seed=seed, epoch=epoch)
+            draws = replace(draws, operations=operations, magnitudes=magnitudes)
+        if any(augment.jitter):
+            jitter, order = _draw_jitter(augment.jitter, ids, seed=seed, epoch=epoch)
+            draws = replace(draws, jitter=jitter, jitter_order=order)
+        if augment.grayscale:
+            draws = replace(draws, grayscale=uniform(ids, seed, epoch, "grayscale") < augment.grayscale)
+        if augment.erasing:
+            draws = replace(draws, erase=_draw_erase(augment.erasing, self.image_size, ids, seed=seed, epoch=epoch))
+        return draws
+
+    @property
+    def _space(self) -> tuple[Any, ...]:
+        assert self.augment is not None
+        return TRIVIAL_AUGMENT_WIDE if self.augment.trivial else RAND_AUGMENT
+
+    def _changes_pixels(self, draws: Draws, i: int) -> bool:
+        return bool(
+            draws.angles is not None
+            or draws.operations is not None
+            or draws.jitter is not None
+            or (draws.grayscale is not None and draws.grayscale[i])
+            or (draws.erase is not None and draws.erase[i, 2])
+        )
+
+    def _augmented(self, image: Pixels, draws: Draws, i: int) -> Pixels:
+        if draws.angles is not None:
+            image = pixels.rotate(image, float(draws.angles[i]))
+        if draws.operations is not None and draws.magnitudes is not None:
+            for number, magnitude in zip(draws.operations[i].tolist(), draws.magnitudes[i].tolist()):
+                image = apply_operation(self._space, number, magnitude, image)
+        if draws.jitter is not None and draws.jitter_order is not None:
+            image = _jittered(image, draws.jitter[i].tolist(), draws.jitter_order[i].tolist())
+        if draws.grayscale is not None and draws.grayscale[i]:
+            image = pixels.grayscale(image)
+        if draws.erase is not None and draws.erase[i, 2]:
+            top, left, height, width = draws.erase[i].tolist()
+            image = image.copy()
+            image[top : top + height, left : left + width] = self.erase_fill
+        return image
+
+
+def train_transform(
+    *,
+    image_size: int,
+    augment: AugmentSettings,
+    interpolation: str = "bilinear",
+    crop_ratio: float = 0.875,
+    erase_fill: tuple[int, int, int] = IMAGENET_MEAN,
+) -> Transform:
+    """The preset's geometry with the knobs of `augment`; `crop_ratio` is used by the presets `light` and `none`.
+
+    imagenet: random resized crop (8 % to 100 % of the area) and flip. cifar: resized to the square, shifted by up to an eighth, flip.
+    light: short side to image_size / crop_ratio, random crop, flip. none: the central crop of evaluation.
+    """
+    geometry: RandomResizedCrop | Square | ShortSide
+    if augment.preset == "imagenet":
+        geometry = RandomResizedCrop(_checked_size(image_size), reduced=augment.reduced_decode)
+    elif augment.preset == "cifar":
+        geometry = Square(_checked_size(image_size), padding=image_size // 8)
+    else:
+        geometry = ShortSide(_checked_size(image_size), _resize_size(image_size, crop_ratio), random=augment.preset == "light")
+    return Transform(geometry, interpolation=_checked_interpolation(interpolation), augment=augment, erase_fill=erase_fill)
+
+
+def eval_transform(
+    *,
+    image_size: int,
+    crop_ratio: float = 0.875,
+    interpolation: str = "bilinear",
+    resize_size: int | None = None,
+    square: bool = False,
+) -> Transform:
+    """Resize the short side to `resize_size` (round(image_size / crop_ratio) if not given; timm rounds down), then the central crop.
+
+    `square` resizes the whole image to the square instead, which goes with the preset `cifar`.
+    """
+    size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
+    if square:
+        return Transform(Square(size), interpolation=mode)
+    if resize_size is not None and resize_size < 1:
+        raise UserError(f"resize_size is {resize_size}; it is in pixels, 1 or more")
+    return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode)
+
+
+def _resize_size(image_size: int, crop_ratio: float) -> int:
+    if not 0 < crop_ratio <= 1:
+        raise UserError(f"crop_ratio is {crop_ratio}; it is the share of the resized short side that is kept, over 0 and up to 1")
+    return round(image_size / crop_ratio)
+
+
+def _checked_size(image_size: int) -> int:
+    if image_size < 1:
+        raise UserError(f"image_size is {image_size}; it is in pixels, 1 or more")
+    return image_size
+
+
+def _checked_interpolation(name: str) -> Interpolation:
+    for known in INTERPOLATIONS:
+        if name == known:
+            return known
+    raise UserError(f"interpolation is {name!r}; it must be one of {', '.join(INTERPOLATIONS)}")
+
+
+def _draw_jitter(strengths: tuple[float, float, float, float], ids: Ints, *, seed: int, epoch: int) -> tuple[Floats, Ints]:
+    """Factors [B,4] in max(0, 1 - s) ... 1 + s, the hue's shift in -s ... s, and the order [B,4] in which the four are applied."""
+    factors, order_keys = np.empty((len(ids), 4)), np.empty((len(ids), 4))
+    for column, (name, strength) in enumerate(zip(("brightness", "contrast", "saturation", "hue"), strengths)):
+        low, high = (-strength, strength) if name == "hue" else (max(0.0, 1 - strength), 1 + strength)
+        factors[:, column] = low + (high - low) * uniform(ids, seed, epoch, "jitter", name)
+        order_keys[:, column] = uniform(ids, seed, epoch, "jitter.order", name)
+    return factors, np.argsort(order_keys, axis=1, kind="stable")
+
+
+def _jittered(image: Pixels, factors: list[float], order: list[int]) -> Pixels:
+    for step in order:
+        factor = factors[step]
+        if step == 3:
+            image = pixels.hue(image, factor) if factor else image
+        elif factor != 1:
+            image = (pixels.brightness, pixels.contrast, pixels.saturation)[step](image, factor)
+    return image
+
+
+def _draw_erase(probability: float, size: int, ids: Ints, *, seed: int, epoch: int) -> Ints:
+    """Rectangles [B,4] in the output, zeros for none; area and aspect ratio as torchvision draws them, ten tries."""
+    boxes = np.zeros((len(ids), 4), np.int64)
+    hit = np.flatnonzero(uniform(ids, seed, epoch, "erase") < probability)
+    sides = np.full(len(hit), size)
+    boxes[hit] = random_boxes(ids[hit], sides, sides, scale=_ERASE_SCALE, ratio=_ERASE_RATIO, names=(seed, epoch, "erase.box"))
+    return boxes

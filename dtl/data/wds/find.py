@@ -1,0 +1,201 @@
+"""Which files are meant: folders of tars, brace patterns, globs, lists of shards, remote addresses; and which split a tar's name says it
+belongs to. A shard is a Path, or the address of a remote one as a str.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtl.data.remote.address import base_name, is_remote, kind_of, shown
+from dtl.data.remote.pipe_fsspec import find_by_fsspec
+from dtl.data.remote.stream import FetchError
+from dtl.errors import UserError
+from dtl.text import near_path
+
+# Of a split, the names under which shards are kept, in their file names or as folders.
+SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+_TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
+_SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+_WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?=[-_. 0-9]|$)", re.IGNORECASE)
+
+
+Tar = Path | str
+
+
+def find_shards(sources: Sequence[Tar]) -> list[Tar]:
+    """The tars that `sources` name, in their order: of folders and globs sorted by name, of patterns and lists as written.
+
+    UserError for what does not exist, for what is named twice, and for a folder that holds the tars of several splits. Whether remote
+    shards exist turns out when they are fetched.
+    """
+    found: list[Tar] = []
+    for source in sources:
+        found += _shards_of(str(source))
+    missing = [path for path in found if isinstance(path, Path) and not path.is_file()]
+    if missing:
+        first = missing[0]
+        raise UserError(f"{first} does not exist{near_path(first) if len(found) == 1 else f' ({len(missing):,} of {len(found):,} shards are missing)'}")
+    seen: set[Tar] = set()
+    for path in found:
+        same = path.resolve() if isinstance(path, Path) else path
+        if same in seen:
+            raise UserError(f"{path} is named twice; each of its samples would count twice")
+        seen.add(same)
+    return found
+
+
+def is_remote_folder(source: str) -> bool:
+    """Whether an address means a folder with a manifest, and not tars."""
+    if not is_remote(source) or kind_of(source) == "pipe":
+        return False
+    return not _TAR.search(base_name(source)) and not _is_pattern(source.partition("?")[0])
+
+
+def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
+    """The tars of `split` that a training source names, or None where it is something else (a folder of images, a list ...).
+
+    A folder may hold the tars of train and val side by side, told apart by their names, or in folders train/ and val/.
+    """
+    if isinstance(source, str) and is_remote(source):
+        return find_shards([source])
+    text, place = str(source), Path(source).expanduser()
+    if place.is_dir():
+        for word in SPLIT_WORDS[split]:
+            if _only_tars(place / word):
+                return find_shards([place / word])
+        tars = _only_tars(place)
+        if not tars:
+            return None
+        groups = _by_split(tars)
+        return tars if len(groups) == 1 else groups.get(split) or _refuse_split(place, split, groups)
+    if place.exists():
+        return find_shards([text]) if _TAR.search(place.name) or _is_list(place) else None
+    return find_shards([text]) if _is_pattern(text) else None
+
+
+def _shards_of(text: str) -> Sequence[Tar]:
+    if is_remote(text):
+        return _remote_shards(text)
+    place = Path(text).expanduser()
+    if place.is_dir():
+        tars = _tars_in(place)
+        if not tars:
+            raise UserError(f"{place} holds no tar files")
+        if len(groups := _by_split(tars)) > 1:
+            split, members = next(iter(groups.items()))
+            pattern = f"{place}/{_common_start(members)}*"
+            raise UserError(
+                f"{place} holds the shards of {', '.join(name or 'no named split' for name in groups)}; index each split by itself: "
+                f"dtl index '{pattern}' --out {place}/{split or 'rest'}-index"
+            )
+        return tars
+    if place.exists():
+        return _read_list(place) if not _TAR.search(place.name) and _is_list(place) else [place]
+    if not _is_pattern(text):
+        return [place]
+    paths: list[Path] = []
+    for one in _expand_braces(text):
+        if glob.has_magic(one):
+            matched = sorted(glob.glob(str(Path(one).expanduser())))
+            if not matched:
+                raise UserError(f"no file matches {one}")
+            paths += map(Path, matched)
+        else:
+            paths.append(Path(one).expanduser())
+    return paths
+
+
+def _remote_shards(text: str) -> list[str]:
+    """Addresses of tars. http has no lists of files; fsspec's file systems do."""
+    found: list[str] = []
+    for url in _expand_braces(text):
+        if kind_of(url) == "fsspec" and glob.has_magic(url):
+            try:
+                matched = find_by_fsspec(url)
+            except FetchError as error:
+                raise UserError(f"{shown(url)}: {error.reason}") from None
+            if not matched:
+                raise UserError(f"no file matches {url}")
+            found += matched
+            continue
+        if kind_of(url) == "http" and "*" in base_name(url):
+            raise UserError(f"{shown(url)}: a web server has no list of its files; name the shards with braces: train-{{000..010}}.tar")
+        if kind_of(url) != "pipe" and not _TAR.search(base_name(url)):
+            raise UserError(
+                f"{shown(url)} is no tar; name the shards with braces (train-{{000..010}}.tar). "
+                "A remote folder that dtl has packed is trained on as it is: --data.train ADDRESS"
+            )
+        found.append(url)
+    return found
+
+
+def _expand_braces(text: str) -> list[str]:
+    """As webdataset expands them: train-{0000..0146}.tar, {a,b}.tar."""
+    import braceexpand  # what webdataset itself uses
+
+    try:
+        return list(braceexpand.braceexpand(text))
+    except ValueError:
+        raise UserError(f"{text}: its braces do not match") from None
+
+
+def _is_pattern(text: str) -> bool:
+    return bool(re.search(r"\{.*\}", text)) or glob.has_magic(text)
+
+
+def _tars_in(place: Path) -> list[Path]:
+    return sorted(entry for entry in place.iterdir() if _TAR.search(entry.name) and not entry.name.startswith(".") and entry.is_file())
+
+
+def _only_tars(place: Path) -> list[Path]:
+    """The tars of a folder that has tars and no folders: a root of image folders may keep the archive it came from."""
+    if not place.is_dir():
+        return []
+    if any(entry.is_dir() and not entry.name.startswith(".") and not entry.name.endswith("-index") for entry in place.iterdir()):
+        return []
+    return _tars_in(place)
+
+
+def _by_split(tars: Sequence[Path]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for tar in tars:
+        word = _WORD.search(tar.name)
+        groups.setdefault(_SPLIT_OF[word[1].lower()] if word else "", []).append(tar)
+    return groups
+
+
+def _refuse_split(place: Path, split: str, groups: dict[str, list[Path]]) -> list[Path]:
+    raise UserError(f"{place} holds the shards of {', '.join(name or 'no named split' for name in groups)}, but none of {split}")
+
+
+def _common_start(paths: Sequence[Path]) -> str:
+    first, last = paths[0].name, paths[-1].name
+    same = next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
+    return first[:same].rstrip("0123456789")
+
+
+def _is_list(place: Path) -> bool:
+    """Whether the first line that says anything names a tar."""
+    try:
+        with place.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise UserError(f"{place} cannot be read: {error.strerror}") from None
+    lines = [line.strip() for line in head.decode("utf-8", "replace").splitlines()]
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return "\0" not in first and bool(_TAR.search(first))
+
+
+def _read_list(place: Path) -> list[Tar]:
+    """A shard a line, relative to the list, or an address; empty lines and lines from # on are passed over."""
+    found: list[Tar] = []
+    for line in place.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text.startswith("pipe:"):
+            raise UserError(f"{place} names a command ({text[:100]}); commands are run from your own config only: give it with --data.train")
+        if text and not text.startswith("#"):
+            found += _shards_of(text if is_remote(text) else str(place.parent / Path(text).expanduser()))
+    return found

@@ -1,0 +1,148 @@
+"""The work of `dtl index`, shard by shard, in the processes of pack_pool, without torch.
+
+job.json           the shards' paths or addresses, and the rules
+00000.tar          a remote shard, while it is read; it stays where the caller wants it
+00000.npy          index columns of a shard (ROWS); its labels count the shard's own list of labels
+00000.keys         the keys, in the same order
+00000.json         bytes, sha256, labels, problems
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtl.data.packing.job import ROWS, write_array, write_json
+from dtl.data.remote.address import RemoteOptions, is_remote
+from dtl.data.remote.address import shown as shown_address
+from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
+from dtl.data.shards.index import FORMAT_FLAGS
+from dtl.data.shards.strings import StringTable
+from dtl.data.wds.samples import Ignored, Label, Rules, Sample, open_tar, read_samples, shown
+from dtl.data.wds.tar import DamagedTar, TarFile
+from dtl.errors import UserError
+
+# Of one shard; more of them are counted only.
+MAX_PROBLEMS = 50
+
+
+@dataclass
+class IndexJob:
+    """A working folder, opened by the main process or by a worker."""
+
+    folder: Path
+    paths: list[str]
+    rules: Rules
+    options: RemoteOptions
+
+
+def open_job(folder: Path) -> IndexJob:
+    facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), RemoteOptions(**facts["remote"]))
+
+
+def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
+    """Index one shard, `{"number"}`; the answer is `{"number", "bytes"}`."""
+    number = task["number"]
+    path, stem = job.paths[number], job.folder / f"{number:05d}"
+    if is_remote(path):
+        tar = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job.rules)
+    else:
+        tar = _index(stem, Path(path), None, job.rules)
+    return {"number": number, "bytes": tar.num_bytes}
+
+
+def _fetched(url: str, path: Path, options: RemoteOptions) -> Path:
+    try:
+        with open_for_fetch(path) as file:
+            fetch(url, file, options=options)
+    except Unfetched as error:
+        raise UserError(str(error)) from None
+    return path
+
+
+def _index(stem: Path, path: Path, name: str | None, rules: Rules) -> TarFile:
+    """`name`: what messages call the shard, where it is not its path."""
+    found = _Shard(name or str(path))
+    with open_tar(path, name) as file:
+        tar = TarFile(file, name)
+        try:
+            for sample in read_samples(tar, rules, found.ignored):
+                found.add(sample)
+        except DamagedTar as error:
+            raise UserError(f"{name or path}: damaged at byte {error.offset}: {error.reason}; get the shard anew") from None
+    found.refuse_double_keys()
+    StringTable.build(found.keys).write(stem.with_suffix(".keys"))
+    write_array(stem.with_suffix(".npy"), np.frombuffer(bytes(found.rows), ROWS))
+    write_json(stem.with_suffix(".json"), found.facts(tar))
+    return tar
+
+
+@dataclass
+class _Shard:
+    """What one pass over a shard has found."""
+
+    path: str
+    rows: bytearray = field(default_factory=bytearray)
+    keys: list[str] = field(default_factory=list)
+    labels: dict[Label, tuple[int, str]] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
+    problems: list[tuple[str, int, str]] = field(default_factory=list)
+    num_problems: int = 0
+    ignored: Ignored = field(default_factory=Ignored)
+    _hashes: array[int] = field(default_factory=lambda: array("Q"))
+    _usable: bytearray = field(default_factory=bytearray)
+
+    def add(self, sample: Sample) -> None:
+        self._hashes.append(int.from_bytes(hashlib.blake2b(sample.key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"))
+        self._usable.append(not sample.problem)
+        if sample.header is None or sample.label is None:
+            self.num_problems += 1
+            if len(self.problems) < MAX_PROBLEMS:
+                self.problems.append((sample.key, sample.offset, sample.problem))
+            return
+        code, _ = self.labels.setdefault(sample.label, (len(self.labels), sample.key))
+        self.rules.setdefault(sample.rule, sample.key)
+        self.keys.append(sample.key)
+        header = sample.header
+        row = (sample.offset, sample.size, sample.crc, code, header.width, header.height, FORMAT_FLAGS[header.format])
+        self.rows += np.array([row], ROWS).tobytes()
+
+    def refuse_double_keys(self) -> None:
+        """A key that comes back: its members are not next to each other, or two samples have it. Webdataset would make two of it."""
+        hashes = np.frombuffer(self._hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        if not len(again):
+            return
+        first, second = int(order[again[0]]), int(order[again[0] + 1])
+        key = shown(self._key_at(first) or self._key_at(second))
+        if self._usable[first] and self._usable[second]:
+            raise UserError(f"{self.path}: two samples have the key {key} (samples {first} and {second} of the shard); write the tar again")
+        raise UserError(
+            f"{self.path}: the members of sample {key} are not next to each other, so no WebDataset reader finds the sample whole; "
+            "write the tar again in the order of its names: tar --sort=name -cf NEW.tar -C FOLDER ."
+        )
+
+    def _key_at(self, group: int) -> str:
+        if self._usable[group]:
+            return self.keys[sum(self._usable[:group])]
+        problem = group - sum(self._usable[:group])
+        return self.problems[problem][0] if problem < len(self.problems) else ""
+
+    def facts(self, tar: TarFile) -> dict[str, Any]:
+        return {
+            "bytes": tar.num_bytes,
+            "sha256": tar.sha256,
+            "labels": [[label, key] for label, (_, key) in self.labels.items()],
+            "rules": self.rules,
+            "problems": self.problems,
+            "num_problems": self.num_problems,
+            "ignored": [self.ignored.count, self.ignored.first],
+        }

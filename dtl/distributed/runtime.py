@@ -1,0 +1,388 @@
+"""The one place that knows ranks, devices, signals and how ranks come to agree.
+
+Accelerate gives launch, device, process group and mixed precision. It does not get the loader, the schedule, the metrics or the
+checkpoint (design section 4 says why). A launched world that is not the world seen is an error, never N silent single runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from dtl.distributed.launch import Launch, read_launch
+from dtl.distributed.signals import BrokenOff, EarlyWatch, Signals, StoppedEarly
+from dtl.errors import UserError
+from dtl.text import counted
+
+T = TypeVar("T")
+ranks_met = False
+"""Whether this process has been among its peers: from then on all of them know of a user's mistake, and the main process tells it."""
+# The hang doctor ends a run that makes no progress, and says why; the collectives' own limit is the net below it.
+MARGIN = timedelta(seconds=30)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What any rank may have to tell the others in a step; after the exchange, what at least one of them said."""
+
+    stop: bool = False
+    """A signal asked this rank to save and leave."""
+    failed: bool = False
+    """This rank's data of the step is damaged."""
+    save: bool = False
+    """A checkpoint is due by the clock (the main process decides)."""
+
+    def to_list(self) -> list[int]:
+        return [int(self.stop), int(self.failed), int(self.save)]
+
+
+class Exchange:
+    """Flags on their way between the ranks; `result()` waits for the slowest of them."""
+
+    def __init__(self, flags: Flags, group: dist.ProcessGroup | None) -> None:
+        self._flags = flags
+        self._work = None
+        if group is not None:
+            self._values = torch.tensor(flags.to_list(), dtype=torch.int32)
+            self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def result(self) -> Flags:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self._flags = Flags(*(bool(value) for value in self._values.tolist()))
+        return self._flags
+
+
+class Runtime:
+    """This process among its peers. `close()` (or the context manager) leaves the process group."""
+
+    def __init__(
+        self, *, device: str = "auto", precision: str = "auto", trained_in: str | None = None, timeout_minutes: float = 30.0, compression: str = "no"
+    ) -> None:
+        """`trained_in`: the precision of the model's run, taken for `auto` where it can be.
+        `compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16"."""
+        timeout = timedelta(minutes=timeout_minutes) + MARGIN
+        launch = read_launch()
+        self.launch = launch
+        use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("run.device is cuda, but this machine shows no GPU to PyTorch; use --run.device auto or cpu")
+        if device == "cuda" and launch.use_cpu:
+            raise UserError("run.device is cuda, but the launch asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
+        _check_gpus(launch, use_cpu)
+        if use_cpu:
+            _keep_freed_memory()
+        else:
+            hurry_gpu(True)
+        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu, trained_in), compression, timeout)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.local_rank: int = self.accelerator.local_process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.precision = str(self.accelerator.mixed_precision)
+        _check_world(launch, self.world_size)
+        # Decisions travel over gloo, also beside NCCL: they must not make the host wait for the GPU.
+        self.group: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
+        global ranks_met
+        ranks_met = True
+        self.token: str = self.agree(secrets.token_hex(4))
+        """Names this start of the ranks together, for keys in the store that they met in."""
+        self._num_onces = 0
+        nodes = self.gather((socket.gethostname(), self.local_rank))
+        self._leader = leader_of(self.rank, nodes)
+        """The rank that acts for this node."""
+        self._num_leaders = len({leader_of(rank, nodes) for rank in range(self.world_size)})
+        self.signals = Signals(speaks=self.is_main)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Runtime:
+        self.signals.catch()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.signals.release()
+        # After a fault the peers may be stuck or gone: destroying the group would wait for them.
+        if kind is None or issubclass(kind, (UserError, SystemExit)):
+            self.close()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.group = None
+
+    # ---- signals
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked this rank to stop, if one did."""
+        return self.signals.heard
+
+    @contextlib.contextmanager
+    def before_first_step(self, due: Callable[[], str | None]) -> Iterator[None]:
+        """Stages with nothing to save: a signal to any rank, or the main process's `due()`, breaks off what the ranks do in `together`,
+        which then raises StoppedEarly on all of them."""
+        store = None if self.group is None else meeting_store()
+        key = f"dtl/stop/{self.token}"
+        with EarlyWatch(
+            self.signals,
+            tell=lambda: store is None or store.add(key, 1),
+            told=lambda: store is not None and store.add(key, 0) > 0,
+            due=due if self.is_main else lambda: None,
+        ):
+            yield
+            with self.together("start"):
+                pass  # what came after the last stage
+
+    # ---- agreement
+
+    def exchange(self, flags: Flags) -> Exchange:
+        """Tell the other ranks, without waiting; every rank must call it the same number of times."""
+        return Exchange(flags, self.group)
+
+    def agree(self, value: T) -> T:
+        """The main process's `value` on all ranks. All decisions that ranks must share go through here or `exchange`."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on every rank. Small things only."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's CPU tensor of one shape, in rank order, on every rank."""
+        if self.group is None:
+            return [rows]
+        gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(gathered, rows, group=self.group)
+        return gathered
+
+    def same(self, what: str, value: T) -> T:
+        """`value`, after making sure that it is equal on all ranks; a UserError that names the ranks otherwise."""
+        values = self.gather(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise UserError(f"ranks disagree on {what}: rank 0 has {values[0]!r}, rank {others[0]} has {values[others[0]]!r}")
+        return value
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A stage that any rank may fail at: when one does, all leave with its one line, instead of waiting for it for ever.
+
+        `what` the stage is about, in front of the system's own errors, which do not say what they were for.
+        """
+        error: BaseException | None = None
+        try:
+            with self.signals.breakable():
+                yield
+        except (UserError, OSError, BrokenOff) as caught:
+            error = caught
+        except Exception as caught:
+            if self.signals.early_stop is None:
+                raise
+            error = caught  # of work that was broken off
+        answers = self.gather((_describe(error, what), self.signals.early_stop))
+        if stops := [why for _, why in answers if why is not None]:
+            raise StoppedEarly(stops[0])
+        problems = {rank: problem for rank, (problem, _) in enumerate(answers) if problem is not None}
+        if problems:
+            rank, problem = next(iter(problems.items()))
+            alone = f"rank {rank}: " if rank and len(problems) < self.world_size else ""
+            raise UserError(f"{alone}{problem}") from (error if isinstance(error, OSError) else None)
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a small CPU tensor, on all ranks."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def sum_floats(self, *values: float) -> list[float]:
+        """Each value's sum over ranks, on all ranks."""
+        if self.group is None:
+            return [float(value) for value in values]
+        summed: list[float] = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        return summed
+
+    def once_a_node(self, work: Callable[[], list[str]]) -> list[str]:
+        """What `work` gives on the main process of each node, on all processes of the node; they fail as it does. Inside `together`."""
+        if self.group is None:
+            return work()
+        # Not a broadcast, whose time limit is the collectives': packing may take hours.
+        self._num_onces += 1
+        key, store = f"dtl/once/{self.token}/{self._num_onces}", meeting_store()
+        error: UserError | OSError | None = None
+        if self.rank == self._leader:
+            answer: list[Any] = ["broken off", None]
+            try:
+                answer = ["done", work()]
+            except (UserError, OSError) as caught:
+                error, answer = caught, ["wrong" if isinstance(caught, UserError) else "failed", str(caught)]
+            finally:
+                store.set(f"{key}/{self.rank}", json.dumps(answer))
+                store.add(key, 1)
+        _wait_until(lambda: store.add(key, 0) >= self._num_leaders)
+        if error is not None:
+            raise error
+        kind, value = json.loads(store.get(f"{key}/{self._leader}"))
+        if kind == "broken off":
+            raise BrokenOff
+        if kind != "done":
+            raise (UserError if kind == "wrong" else OSError)(value)
+        found: list[str] = value
+        return found
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """`work` on the main process of each node first (it may fill a cache), then on the others. Inside `together`."""
+        results: list[T] = []
+
+        def first() -> list[str]:
+            results.append(work())
+            return []
+
+        self.once_a_node(first)
+        return results[0] if results else work()
+
+    def sync_tensors(self, tensors: list[torch.Tensor]) -> None:
+        """Give all ranks the main process's values, in one message per dtype."""
+        if self.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            dist.broadcast(flat, src=0)
+            for tensor, value in zip(group, torch.split(flat, [tensor.numel() for tensor in group])):
+                tensor.detach().copy_(value.view_as(tensor))
+
+
+def resolve_precision(wanted: str, launch: Launch, use_cpu: bool, trained_in: str | None = None) -> str:
+    """`auto`: the launch file's value, else `trained_in` where the hardware computes in it, else bf16 likewise. A conflict with the launch
+    file is refused."""
+    if wanted != "auto":
+        if launch.precision not in (None, wanted):
+            raise UserError(f"precision is {wanted}, but the launch says mixed_precision {launch.precision}; make them agree, or use --precision auto")
+        if wanted == "fp16" and use_cpu:
+            raise UserError("precision fp16 needs a GPU; use bf16 or no on a CPU")
+        return wanted
+    if launch.precision is not None:
+        return launch.precision
+    has_bf16 = _cpu_has_bf16() if use_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    if trained_in == "no" or (trained_in == "fp16" and not use_cpu):
+        return trained_in
+    return "bf16" if has_bf16 else "no"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether matrix products in bf16 are native here; emulated ones are slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def leader_of(rank: int, nodes: Sequence[tuple[str, int]]) -> int:
+    """The rank that acts for the node of `rank`; `nodes` has each rank's host and its number on the node. Two launches on one host are two nodes."""
+    host = nodes[rank][0]
+    leaders = [other for other, (place, local_rank) in enumerate(nodes) if place == host and local_rank == 0]
+    before = [leader for leader in leaders if leader <= rank]
+    return before[-1] if before else leaders[0] if leaders else rank
+
+
+def meeting_store() -> TCPStore:
+    """Another connection to the store that the ranks met in: the launcher's, or that of rank 0."""
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    pause = 0.01
+    while not condition():
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.5)
+
+
+def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timedelta) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    handlers = [
+        InitProcessGroupKwargs(timeout=timeout),
+        # No static graph: benchmarks.scaling shows no gain, and it would forbid networks that skip layers at random.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(compression)),
+    ]
+    return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+
+
+def hurry_gpu(wanted: bool) -> None:
+    """TF32 for the matrix products that are left in float32, and cuDNN's quickest kernels, found by trying them: batches have one size."""
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.benchmark = wanted
+    torch.backends.cudnn.allow_tf32 = wanted  # convolutions have a switch of their own, which is on by default
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to use freed memory again instead of giving it back and asking anew for each large activation, whose pages the kernel
+    must zero: that took half the time of MobileNetV2's forward pass over 32 images of 224 pixels. The peak stays the same."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _check_gpus(launch: Launch, use_cpu: bool) -> None:
+    if not use_cpu and launch.local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{counted(launch.local_world_size, 'process')} launched on a machine with {counted(torch.cuda.device_count(), 'GPU')}; "
+            "launch one a GPU, or use --run.device cpu"
+        )
+
+
+def _check_world(launch: Launch, world_size: int) -> None:
+    for number, source in ((launch.world_size, "WORLD_SIZE is"), (launch.asked_for, "the launch asked for")):
+        if number is not None and number != world_size:
+            raise UserError(
+                f"{source} {counted(number, 'process')}, but this one sees a world of {world_size}: they would be separate runs. "
+                "On CPUs use `accelerate launch --config_file launch/cpu_2.yaml --num_processes N`, or torchrun --nproc-per-node N"
+            )
+
+
+def _describe(error: BaseException | None, what: str) -> str | None:
+    if error is None:
+        return None
+    line = " ".join(str(error).split())
+    return line if isinstance(error, UserError) else f"{what}: {line}"

@@ -1,0 +1,174 @@
+"""Everything that is measured of a finished model in one pass, the same numbers at any world size.
+
+The images are cut into batches that do not depend on the number of ranks, and whole batches fall to ranks, so that every logit is
+computed in the same company anywhere. Counts are integers; the few sums of fractions are integers too, in units of 2^-32, or are added
+in the order of the batches. B samples, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtl.data.loading.loader import Batch, StepLoader
+from dtl.data.sampling.plan import EpochPlan, RankLayout
+from dtl.data.shards.index import Shards
+from dtl.data.transforms.transforms import Transform
+from dtl.distributed.runtime import Runtime
+from dtl.errors import UserError
+from dtl.inference.model import PlacedModel
+from dtl.training.evaluate import reduce_sums
+from dtl.training.losses import Loss
+from dtl.training.metrics import Sums, first_greatest
+from dtl.training.tasks import Task
+
+NUM_BINS = 15
+NUM_HARDEST = 20
+_UNIT = 2.0**32
+_WHAT = ("sample", "label", "predicted")
+
+
+@dataclass(frozen=True)
+class Hard:
+    """One of the samples with the greatest loss."""
+
+    sample: int
+    label: int
+    predicted: int
+    loss: float
+    confidence: float
+    """Probability of the predicted class."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What all ranks together have seen; equal on all of them."""
+
+    result: dict[str, float | int]
+    """top1, top5, loss, num_samples"""
+    confusion: list[list[int]]
+    """[K][K] by (label, predicted)"""
+    bin_samples: list[int]
+    bin_correct: list[int]
+    bin_confidence: list[int]
+    """Sums of the predicted class's probability, in units of 2^-32; bin b holds probabilities in (b / 15, (b + 1) / 15]."""
+    hardest: list[Hard]
+    """Greatest loss first; equal losses by sample number."""
+    damaged: list[tuple[int, str]]
+    """(sample, why it counts nowhere)"""
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): mean distance of confidence and accuracy, by bins."""
+        total = sum(self.bin_samples)
+        gaps = (abs(correct - confidence / _UNIT) for correct, confidence in zip(self.bin_correct, self.bin_confidence))
+        return math.fsum(gaps) / total if total else math.nan
+
+
+class RankBatches:
+    """The batches of one rank: whole ones, cut alike at any world size, in the order of the shards."""
+
+    def __init__(self, shards: Shards, transform: Transform, *, batch_size: int, workers: int, runtime: Runtime) -> None:
+        self._plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=batch_size, shuffle=False)
+        self.num_batches = self._plan.num_steps
+        self.first = self.num_batches * runtime.rank // runtime.world_size
+        self.last = self.num_batches * (runtime.rank + 1) // runtime.world_size
+        self._loader = StepLoader(
+            shards,
+            transform,
+            plans=lambda epoch: self._plan,
+            layout=RankLayout.for_plan(self._plan, num_ranks=1, micro_batch_size=None),
+            rank=0,
+            image_size=transform.image_size,
+            seed=0,
+            workers=workers,
+            pin_memory=runtime.device.type == "cuda",
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.first == self.last:
+            return
+        with closing(self._loader.steps(0, self.first, self.last - self.first)) as steps:  # type: ignore[type-var]
+            for (batch,) in steps:
+                yield batch
+
+
+def assess(model: PlacedModel, batches: RankBatches, runtime: Runtime, *, task: Task, num_outputs: int, skip_damaged: bool = False) -> Assessment:
+    """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped."""
+    seen = _Seen(num_outputs, batches.num_batches, runtime.device)
+    with runtime.together("evaluation"), torch.inference_mode():
+        for number, batch in enumerate(batches, start=batches.first):
+            if batch.bad and not skip_damaged:
+                raise UserError(f"{batch.bad[0][1]}; leave such samples out with --on-error skip")
+            seen.damaged += [(sample, str(damage)) for sample, damage in batch.bad]
+            labels, weights, samples = (part.to(runtime.device, non_blocking=True) for part in (batch.labels, batch.weights, batch.samples))
+            samples = samples.repeat(task.expansion)
+            images, labels, weights = task.prepare(model.normalise(batch.images), labels, weights)
+            seen.add(number, model.logits(images), labels, weights, samples)
+    return seen.all_ranks(runtime)
+
+
+class _Seen:
+    """One rank's part; nothing in `add` waits for the device."""
+
+    def __init__(self, num_outputs: int, num_batches: int, device: torch.device) -> None:
+        self._loss = Loss()
+        self._sums = Sums(num_outputs, device, confusion=True)
+        self._losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
+        self._bins = torch.zeros(3, NUM_BINS, dtype=torch.int64, device=device)
+        self._hard_numbers = torch.zeros(0, len(_WHAT), dtype=torch.int64, device=device)
+        self._hard_values = torch.zeros(0, 2, device=device)
+        self.damaged: list[tuple[int, str]] = []
+
+    def add(self, number: int, logits: Tensor, labels: Tensor, weights: Tensor, samples: Tensor) -> None:
+        """Batch `number`: logits [B,K], labels, weights and sample numbers [B]."""
+        losses, _ = self._loss(logits, labels)
+        self._sums.update(logits, labels, weights, losses)
+        real = weights > 0
+        self._losses[number] = torch.where(real, losses, 0).double().sum()
+        predicted = first_greatest(logits)
+        confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
+        correct = real & (predicted == labels) & ~logits.isnan().any(dim=1)
+        place = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)
+        # Scaling by a power of two is exact, so these integers lose nothing and add up alike in any order.
+        counted = (real.long(), correct.long(), torch.where(real, confidence * _UNIT, 0).long())
+        for row, values in zip(self._bins, counted):
+            row.index_add_(0, place, values)
+        hard = losses.nan_to_num(nan=math.inf).masked_fill(~real, -math.inf)
+        by_sample = samples.sort(stable=True).indices  # a task may have several rows a sample
+        numbers = torch.stack([samples, labels, predicted], dim=1)[by_sample]
+        self._keep_hardest(numbers, torch.stack([hard, confidence], dim=1)[by_sample])
+
+    def _keep_hardest(self, numbers: Tensor, values: Tensor) -> None:
+        numbers, values = torch.cat([self._hard_numbers, numbers]), torch.cat([self._hard_values, values])
+        # Stable, and samples come in order: of equal losses the first sample stays in front.
+        order = values[:, 0].sort(descending=True, stable=True).indices[:NUM_HARDEST]
+        self._hard_numbers, self._hard_values = numbers[order], values[order]
+
+    def all_ranks(self, runtime: Runtime) -> Assessment:
+        sums = reduce_sums(self._sums, runtime)
+        losses, bins = runtime.sum(self._losses.cpu()).tolist(), runtime.sum(self._bins.cpu()).tolist()
+        result = sums.result()
+        if result["num_samples"]:
+            result["loss"] = math.fsum(losses) / result["num_samples"]
+        mine = list(zip(self._hard_numbers.tolist(), self._hard_values.tolist()))
+        found = [one for part in runtime.gather(mine) for one in part if one[1][0] > -math.inf]
+        hardest = sorted((_hard(numbers, values) for numbers, values in found), key=lambda one: (-one.loss, one.sample, one.label))
+        return Assessment(
+            result=result,
+            confusion=sums.details()["confusion"],
+            bin_samples=bins[0],
+            bin_correct=bins[1],
+            bin_confidence=bins[2],
+            hardest=hardest[:NUM_HARDEST],
+            damaged=sorted({one for part in runtime.gather(self.damaged) for one in part}),
+        )
+
+
+def _hard(numbers: list[int], values: list[float]) -> Hard:
+    return Hard(**dict(zip(_WHAT, numbers)), loss=values[0], confidence=values[1])

@@ -1,0 +1,229 @@
+"""Images as people name them for a prediction: files, folders, lists, packed shards, one after another in a fixed order."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dtl.data.decoding.decode import DecodeError, probe
+from dtl.data.shards.index import MANIFEST_NAME, Shards
+from dtl.data.shards.strings import StringTable
+from dtl.data.sources.folder import EXTENSIONS
+from dtl.errors import DamagedSample, UserError
+
+_PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
+_LOOK_BYTES = 65_536
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files by path."""
+
+    paths: StringTable
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, number: int) -> str:
+        return self.paths[number]
+
+    def read(self, number: int) -> bytes:
+        """OSError where it cannot be read."""
+        with open(self.paths[number], "rb") as file:
+            return file.read()
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Samples of packed shards, by the path that they were packed from."""
+
+    shards: Shards
+    order: np.ndarray
+    """int64 [n] sample numbers in the order of their paths"""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def name(self, number: int) -> str:
+        return _sample_name(self.shards, int(self.order[number]))
+
+    def read(self, number: int) -> bytes:
+        """DamagedSample where it cannot be read."""
+        (found,) = self.shards.read(self.order[number : number + 1])
+        if isinstance(found, DamagedSample):
+            raise found
+        return found
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """All images that were named, numbered from 0; cheap to pickle, no object an image."""
+
+    groups: tuple[Files | PackedImages, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def name(self, number: int) -> str:
+        group, within = self._at(number)
+        return group.name(within)
+
+    def read(self, number: int) -> bytes:
+        """The file's bytes; OSError or DamagedSample where they cannot be had."""
+        group, within = self._at(number)
+        return group.read(within)
+
+    def _at(self, number: int) -> tuple[Files | PackedImages, int]:
+        for group in self.groups:
+            if number < len(group):
+                return group, number
+            number -= len(group)
+        raise IndexError(number)
+
+
+def find_images(places: Sequence[str]) -> ImageInputs:
+    """The images of all `places` in the order given: a folder's sorted by path, a list's as its lines come, - for a list on stdin.
+
+    UserError for a place that does not exist or holds no image. A file that a list names is not looked at here.
+    """
+    groups: list[Files | PackedImages] = []
+    loose: list[str] = []
+    for place in places:
+        if place == "-":
+            group: Files | PackedImages | None = _listed("standard input", sys.stdin.read().splitlines(), Path())
+        else:
+            group = _group(Path(place).expanduser())
+        if group is None:
+            loose.append(place)
+            continue
+        if loose:
+            groups.append(Files(StringTable.build(loose)))
+            loose = []
+        groups.append(group)
+    if loose:
+        groups.append(Files(StringTable.build(loose)))
+    inputs = ImageInputs(tuple(groups))
+    if len(inputs) == 0:
+        raise UserError(f"no images in {', '.join(places)}")
+    return inputs
+
+
+def _group(path: Path) -> Files | PackedImages | None:
+    """None for a single image file."""
+    if path.is_dir():
+        return _packed(path) if (path / MANIFEST_NAME).is_file() else _folder(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give images, folders of images, list files or packed shards")
+    if path.suffix.lower() == ".tar":
+        raise UserError(f"{path} is a tar; give the folder with its {MANIFEST_NAME} (dtl index makes one for tars of others)")
+    if path.suffix.lower() in EXTENSIONS:
+        return None
+    return _list_file(path)
+
+
+def _folder(folder: Path) -> Files | PackedImages:
+    held = [name for name in ("train", "val", "test") if (folder / name / MANIFEST_NAME).is_file()]
+    if held:
+        raise UserError(f"{folder} holds packed shards of {', '.join(held)}; name one of them: {folder / held[-1]}")
+    paths = StringTable.build(sorted(_walk(folder)))
+    if len(paths) == 0:
+        raise UserError(f"{folder} holds no images; read are {', '.join(sorted(EXTENSIONS))}")
+    return Files(paths)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Image files at any depth; hidden ones and links back to a folder above are passed by."""
+    seen: set[tuple[int, int]] = set()
+
+    def troubled(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=troubled):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                yield os.path.join(place, name)
+
+
+def _packed(folder: Path) -> PackedImages:
+    shards = Shards.open(folder)
+    names = [_sample_name(shards, sample) for sample in range(shards.num_samples)]
+    return PackedImages(shards, np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
+
+
+def _sample_name(shards: Shards, sample: int) -> str:
+    try:
+        return shards.path(sample) or shards.key(sample)
+    except DamagedSample as damage:
+        return f"{damage.shard}@{damage.offset}"
+
+
+def _list_file(path: Path) -> Files | None:
+    """None where the file is an image after all, whatever its name ends in."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_LOOK_BYTES)
+        probe(start)
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except DecodeError as error:
+        reason = str(error)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is neither an image nor a list of images: {reason}") from None
+    return _listed(str(path), lines, path.parent)
+
+
+def _listed(source: str, lines: Sequence[str], folder: Path) -> Files:
+    """The images that a list names. UserError for a text that is none: where no line looks like an image, nor is a file."""
+    paths = StringTable.build(_paths(lines, folder))
+    if len(paths) == 0:
+        raise UserError(f"{source} lists no images; each line is a path, or CSV with a column path")
+    if not any(_looks_like_image(paths[number]) or os.path.isfile(paths[number]) for number in range(len(paths))):
+        first = next(line.strip() for line in lines if line.strip())
+        shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]} ..."
+        raise UserError(f"{source} is no image, and no list of images: none of its lines is the path of one (the first is '{shown}')")
+    return Files(paths)
+
+
+def _paths(lines: Sequence[str], folder: Path) -> Iterator[str]:
+    """Paths of a list's lines, relative ones under `folder`: the path alone, `path label`, or CSV with a header."""
+    names = _csv_column(lines) or (_without_label(line.strip()) for line in lines if line.strip())
+    for name in names:
+        yield name if os.path.isabs(name) else os.path.join(folder, name) if folder != Path() else name
+
+
+def _csv_column(lines: Sequence[str]) -> Iterable[str] | None:
+    if not lines or "," not in lines[0]:
+        return None
+    header = [cell.strip().lower() for cell in next(csv.reader(lines[:1]))]
+    column = next((header.index(name) for name in _PATH_COLUMNS if name in header), None)
+    if column is None:
+        return None
+    return [row[column].strip() for row in csv.reader(lines[1:]) if len(row) > column and row[column].strip()]
+
+
+def _without_label(line: str) -> str:
+    """A training list has a label behind each path; a path may have spaces."""
+    first, _, _ = line.rpartition(" ") if " " in line else line.rpartition("\t")
+    if not _looks_like_image(line) and _looks_like_image(first):
+        line = first
+    return line.strip("\"'")
+
+
+def _looks_like_image(text: str) -> bool:
+    return os.path.splitext(text.strip().strip("\"'"))[1].lower() in EXTENSIONS

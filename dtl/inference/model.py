@@ -1,0 +1,206 @@
+"""A model folder as a network that runs: built from its architecture, strictly filled, with the preprocessing it was evaluated with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dtl.checkpoint.resume import tensors_file as durable
+from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
+from dtl.config import Config, config_from_dict
+from dtl.data.transforms.geometry import ShortSide, Square
+from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
+from dtl.distributed.runtime import Runtime
+from dtl.errors import UserError
+from dtl.models.build import Network, Preprocessing, build, forward_logits
+from dtl.runs.folder import never_began, read_status, why_none_began
+from dtl.text import near_run
+from dtl.training.step import Normalise
+from dtl.training.tasks import TASKS, Task, task_named
+
+
+@dataclass
+class StoredModel:
+    """A model folder, opened: the network in eval mode with the folder's weights, on the CPU until it is placed."""
+
+    folder: Path
+    facts: ModelFacts
+    network: Network
+    transform: Transform
+    """From a decoded image to the uint8 pixels that the network was evaluated on."""
+    task: Task
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.facts.classes
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """The display name of each class; its own name where it has none."""
+        return tuple(self.facts.display_names.get(name, name) for name in self.classes)
+
+
+@dataclass
+class PlacedModel:
+    """A stored model on a device: uint8 images [B, 3, S, S] to logits [B, K]."""
+
+    module: nn.Module
+    normalise: Normalise
+    runtime: Runtime
+
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 [B, K] of normalised images, on the device."""
+        with self.runtime.accelerator.autocast():
+            logits, _ = forward_logits(self.module, images)
+        return logits.float()
+
+
+def find_model(place: str | Path) -> tuple[Path, Path | None]:
+    """(model folder, run folder) of a run or a model folder; the latter has no run. UserError where it is neither."""
+    path = Path(place).expanduser()
+    if _is_model(path):
+        return path, None
+    if _is_model(path / "model"):
+        return path / "model", path
+    if not path.exists():
+        raise UserError(f"{path} does not exist{near_run(path) or '; give a run (runs/NAME) or a model folder'}")
+    if never_began(path):
+        raise UserError(f"{path} holds no model: {why_none_began(path)}")
+    if (path / "config.yaml").is_file():
+        status = read_status(path) or {}
+        raise UserError(
+            f"{path} has no model yet: the run is {status.get('state', 'unknown')} (step {status.get('step', 0)}), and the model is written when it is done"
+        )
+    raise UserError(f"{path} is neither a run nor a model folder: it holds no model.json and no model/ folder")
+
+
+def open_model(folder: Path) -> StoredModel:
+    """The network of a model folder. Each tensor of the file must have its place in the network and the other way round."""
+    facts = read_model_json(folder)
+    architecture = facts.architecture
+    network = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
+    tensors = load_model_tensors(folder)
+    _check_tensors(folder, network, tensors)
+    network.module.load_state_dict(tensors, strict=True)
+    network.module.eval().requires_grad_(False)
+    network.preprocessing = _preprocessing(folder, facts.preprocessing)
+    return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))
+
+
+def trained_in(folder: Path) -> str | None:
+    """The precision that a model folder's run computed in; None where it does not say (of an older dtl, or damaged, which `open_model` tells)."""
+    try:
+        made_by = read_model_json(folder).made_by
+    except UserError:
+        return None
+    known = [made_by.get("precision"), (made_by.get("settings") or {}).get("precision")]  # an older dtl kept the setting only
+    return next((value for value in known if value in ("no", "bf16", "fp16")), None)
+
+
+def precision_line(folder: Path, before: str | None, runtime: Runtime) -> list[str]:
+    """A line where this machine, or its launch, computes otherwise than the model's run did."""
+    if before in (None, runtime.precision) or not runtime.is_main:
+        return []
+    return [f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ"]
+
+
+def place(model: StoredModel, runtime: Runtime) -> PlacedModel:
+    """Onto this rank's device; channels last where there are convolutions, as training does by itself."""
+    module = model.network.module.to(runtime.device)
+    channels_last = any(isinstance(part, nn.Conv2d) for part in module.modules())
+    if channels_last:
+        module.to(memory_format=torch.channels_last)
+    normalise = Normalise(model.network.preprocessing, runtime.device, channels_last=channels_last)
+    return PlacedModel(module=module, normalise=normalise, runtime=runtime)
+
+
+def stored_config(run: Path) -> Config:
+    """The config that a run was started with."""
+    path = run / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no config of dtl")
+    return config_from_dict(values, str(path))
+
+
+def _is_model(folder: Path) -> bool:
+    return (durable.published(folder) / "model.json").is_file()
+
+
+def _check_tensors(folder: Path, network: Network, tensors: dict[str, Tensor]) -> None:
+    wanted = network.module.state_dict()
+    for name in [*wanted, *tensors]:
+        if name not in tensors:
+            raise UserError(f"{folder}: the network {network.name} has a tensor {name} that model.safetensors lacks")
+        if name not in wanted:
+            raise UserError(f"{folder}: model.safetensors has a tensor {name} that the network {network.name} lacks")
+        if wanted[name].shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} in model.safetensors and {tuple(wanted[name].shape)}"
+            raise UserError(f"{folder}: the tensor {name} is {shapes} in the network {network.name}")
+
+
+def _preprocessing(folder: Path, values: dict[str, Any]) -> Preprocessing:
+    try:
+        mean, std = (tuple(float(number) for number in values[name]) for name in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean {mean} and std {std}")
+        return Preprocessing(
+            mean=mean,
+            std=std,
+            image_size=int(values["image_size"]),
+            interpolation=str(values["interpolation"]),
+            crop_ratio=float(values["crop_ratio"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'model.json'} is damaged: preprocessing: {error}") from error
+
+
+def _transform(folder: Path, facts: ModelFacts) -> Transform:
+    """The transform of evaluation, as it is described; else from size and crop, with the run's config beside it where there is one."""
+    values = facts.preprocessing
+    described = values.get("transform")
+    if described is not None:
+        return _described_transform(folder, described)
+    config = stored_config(folder.parent) if (folder.parent / "config.yaml").is_file() else None
+    return eval_transform(
+        image_size=int(values["image_size"]),
+        crop_ratio=float(values["crop_ratio"]),
+        interpolation=str(values["interpolation"]),
+        square=config is not None and config.data.augment.preset == "cifar" and config.data.crop_ratio == "auto",
+    )
+
+
+def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
+    """The inverse of `Transform.describe()`."""
+    path = folder / "model.json"
+    try:
+        geometry = dict(described["geometry"])
+        kind = {"ShortSide": ShortSide, "Square": Square}[geometry.pop("name")]
+        # An older dtl wrote one number for training and evaluation, `version`: 1 and 2, between which evaluation was the same.
+        version = int(described.get("evaluation_version", 1))
+        plain = eval_transform(image_size=int(geometry["image_size"]), interpolation=str(described["interpolation"]))
+        transform = replace(plain, geometry=kind(**geometry))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: preprocessing.transform: {type(error).__name__} {error}") from error
+    if version != EVALUATION_VERSION:
+        raise UserError(
+            f"{path}: its images were prepared by version {version} of evaluation's transforms, this dtl has version {EVALUATION_VERSION}; "
+            "use the dtl that trained it, or train it again"
+        )
+    return transform
+
+
+def _task(facts: ModelFacts) -> Task:
+    """The outputs of a task of its own (the four rotations) are a pretext network's; everything else tells the data set's classes apart."""
+    own = [task for task in TASKS.values() if task.name != "classify" and task.class_names(()) == facts.classes]
+    return own[0] if own else task_named("classify")

@@ -1,0 +1,127 @@
+"""Probabilities for images, batch by batch, in the order of the images whatever the number of ranks and workers.
+
+Batches are cut alike at any world size and dealt to the ranks in turn, so that memory stays small and results come out while the rest
+is still being computed. B images, K classes, T best classes asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.loading.processes import begun, end_processes
+from dtl.data.transforms.transforms import Transform
+from dtl.distributed.runtime import Runtime
+from dtl.errors import DamagedSample
+from dtl.inference.images import ImageInputs
+from dtl.inference.model import PlacedModel
+
+_ROUNDS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: its T best classes, or why it could not be read."""
+
+    path: str
+    classes: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    problem: str | None = None
+
+
+@dataclass
+class _Images:
+    """One batch; an image that cannot be read has a problem instead of a row."""
+
+    names: list[str]
+    problems: list[str | None]
+    images: Tensor
+    """uint8 [readable, 3, S, S]"""
+
+    def pin_memory(self) -> _Images:
+        self.images = self.images.pin_memory()
+        return self
+
+
+class _Batches(Dataset[_Images]):
+    """Item n: batch n of `batch_size` images."""
+
+    def __init__(self, inputs: ImageInputs, transform: Transform, batch_size: int) -> None:
+        self.inputs, self.transform, self.batch_size = inputs, transform, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+    def __getitem__(self, number: int) -> _Images:
+        numbers = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.inputs)))
+        size = self.transform.image_size
+        images = torch.empty((len(numbers), 3, size, size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        problems: list[str | None] = []
+        row = 0
+        for image in numbers:
+            problems.append(self._fill(image, images[row]))
+            row += problems[-1] is None
+        return _Images([self.inputs.name(image) for image in numbers], problems, images[:row])
+
+    def _fill(self, number: int, out: Tensor) -> str | None:
+        try:
+            pixels = decode(self.inputs.read(number))
+        except OSError as error:
+            return error.strerror or str(error)
+        except DamagedSample as damage:
+            return damage.reason
+        except DecodeError as error:
+            return str(error)
+        height, width = pixels.shape[:2]
+        draws = self.transform.draw([number], [width], [height], seed=0, epoch=0)
+        self.transform.apply(pixels, draws, 0, out)
+        return None
+
+
+def predict(
+    model: PlacedModel, transform: Transform, inputs: ImageInputs, runtime: Runtime, *, top: int, batch_size: int, workers: int
+) -> Generator[list[Prediction], None, None]:
+    """All predictions in the order of `inputs`, on the main process; the other ranks get empty lists. All ranks must exhaust it."""
+    batches = _Batches(inputs, transform, batch_size)
+    numbers = range(runtime.rank, len(batches), runtime.world_size)
+    pinned = runtime.device.type == "cuda"
+    mine = begun(lambda options: iter(DataLoader(batches, sampler=numbers, batch_size=None, pin_memory=pinned, **options)), min(workers, len(numbers)))
+    rounds = -(-len(batches) // runtime.world_size)
+    try:
+        for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):
+            last = min(rounds, first + _ROUNDS_AT_ONCE) if runtime.world_size > 1 else first + 1
+            done = [_predicted(model, next(mine), top) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
+            of_ranks = runtime.gather(done)
+            if runtime.is_main:
+                yield [one for turn in range(last - first) for of_rank in of_ranks for one in of_rank[turn]]
+            else:
+                yield []
+    finally:
+        end_processes(mine)
+
+
+def _number(turn: int, runtime: Runtime) -> int:
+    return turn * runtime.world_size + runtime.rank
+
+
+def _predicted(model: PlacedModel, batch: _Images, top: int) -> list[Prediction]:
+    rows: Iterator[tuple[list[int], list[float]]] = iter(())
+    if len(batch.images):
+        with torch.inference_mode():
+            probabilities = model.logits(model.normalise(batch.images)).softmax(dim=1)
+            # Stable: of equal probabilities the first class wins, as in evaluation.
+            values, classes = probabilities.sort(dim=1, descending=True, stable=True)
+            rows = iter(list(zip(classes[:, :top].tolist(), values[:, :top].tolist())))
+    found = []
+    for name, problem in zip(batch.names, batch.problems):
+        if problem is not None:
+            found.append(Prediction(name, problem=problem))
+        else:
+            best, values_of = next(rows)
+            found.append(Prediction(name, tuple(best), tuple(values_of)))
+    return found

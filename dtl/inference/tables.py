@@ -1,0 +1,156 @@
+"""From the sums of an evaluation to what people and scripts read: rates, pairs, files, a table. K classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtl.data.shards.index import Shards
+from dtl.errors import DamagedSample
+from dtl.inference.assess import NUM_BINS, Assessment, Hard
+from dtl.text import counted
+
+NUM_PAIRS = 20
+_TABLE_CLASSES = 30
+_TABLE_PAIRS = 10
+_TABLE_HARDEST = 5
+_MEAN = "mean over classes"
+
+
+def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """The evaluation as JSON values: None where a rate has nothing to be a share of. `names` are the display names."""
+    counts = np.array(seen.confusion, np.int64)
+    rates = class_rates(counts)
+    return {
+        **{key: _number(value) for key, value in seen.result.items()},
+        "macro": {key: _mean([row[key] for row in rates if row["support"]]) for key in ("precision", "recall", "f1")},
+        "calibration_error": _number(seen.calibration_error),
+        "calibration": {
+            "bins": NUM_BINS,
+            "num_samples": seen.bin_samples,
+            "accuracy": [correct / num if num else None for correct, num in zip(seen.bin_correct, seen.bin_samples)],
+            "confidence": [total / 2**32 / num if num else None for total, num in zip(seen.bin_confidence, seen.bin_samples)],
+        },
+        "classes": list(classes),
+        "per_class": [{"label": label, "name": name, **row} for label, name, row in zip(classes, names, rates)],
+        "confusion": seen.confusion,
+        "confused_pairs": confused_pairs(counts, classes),
+        "hardest": [_hardest(one, shards, classes) for one in seen.hardest],
+        "damaged": [{"path": _path(shards, sample), "sample": sample, "reason": reason} for sample, reason in seen.damaged],
+    }
+
+
+def class_rates(counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and support of each class from counts [K,K] by (label, predicted).
+
+    A class that is never predicted has precision 0, as scikit-learn has it; one without images has no recall.
+    """
+    rows = []
+    for hits, support, predicted in zip(counts.diagonal().tolist(), counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist()):
+        rows.append(
+            {
+                "precision": hits / predicted if predicted else (0.0 if support else None),
+                "recall": hits / support if support else None,
+                "f1": 2 * hits / (support + predicted) if support + predicted else None,
+                "support": support,
+            }
+        )
+    return rows
+
+
+def confused_pairs(counts: npt.NDArray[np.int64], classes: Sequence[str], limit: int = NUM_PAIRS) -> list[dict[str, Any]]:
+    """The wrong answers that were given most often; equal counts in the order of the classes."""
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    flat = wrong.ravel()
+    support = counts.sum(axis=1)
+    worst = np.argsort(-flat, kind="stable")[:limit]
+    pairs = []
+    for place in worst[flat[worst] > 0].tolist():
+        label, predicted = divmod(place, len(classes))
+        share = int(flat[place]) / int(support[label])
+        pairs.append({"label": classes[label], "predicted": classes[predicted], "count": int(flat[place]), "share_of_label": share})
+    return pairs
+
+
+def table(values: dict[str, Any]) -> str:
+    """The report for a terminal. Long lists of classes are cut to those that are recognised worst."""
+    width = min(32, max([len(_MEAN), *(len(row["name"]) for row in values["per_class"])]))
+    lines = [
+        f"{counted(values['num_samples'], 'image')}: top1 {_percent(values['top1'])}, top5 {_percent(values['top5'])}, "
+        f"loss {_plain(values['loss'])}, calibration error {_percent(values['calibration_error'])}",
+        "",
+        f"{'class':{width}}  precision    recall        F1   images",
+        *(_row(row["name"], row, width) for row in _worst_classes(values["per_class"])),
+    ]
+    if len(values["per_class"]) > _TABLE_CLASSES:
+        lines.append(f"... the {_TABLE_CLASSES} of {len(values['per_class'])} classes with the lowest F1; all are in the JSON file (--json)")
+    lines.append(_row(_MEAN, values["macro"], width))
+    shown = {row["label"]: row["name"] for row in values["per_class"]}
+    if values["confused_pairs"]:
+        lines += ["", "most often taken for another class"]
+        for pair in values["confused_pairs"][:_TABLE_PAIRS]:
+            share = f"{pair['count']:,} images, {_percent(pair['share_of_label'])} of its class"
+            lines.append(f"  {shown[pair['label']]} -> {shown[pair['predicted']]}: {share}")
+    if values["hardest"]:
+        lines += ["", "hardest images"]
+        for hard in values["hardest"][:_TABLE_HARDEST]:
+            sure = _percent(hard["confidence"])
+            right = f"recognised ({sure})" if hard["label"] == hard["predicted"] else f"taken for {shown[hard['predicted']]} ({sure})"
+            lines.append(f"  loss {_plain(hard['loss'])}  {shown[hard['label']]}, {right}  {hard['path']}")
+    return "\n".join(lines)
+
+
+def _worst_classes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if len(rows) <= _TABLE_CLASSES:
+        return rows
+    return sorted(rows, key=lambda row: math.inf if row["f1"] is None else row["f1"])[:_TABLE_CLASSES]
+
+
+def _row(name: str, row: dict[str, Any], width: int) -> str:
+    short = name if len(name) <= width else name[: width - 1] + "…"
+    support = f"  {row['support']:>7,}" if "support" in row else ""
+    return f"{short:{width}}  {_percent(row['precision']):>9}  {_percent(row['recall']):>8}  {_percent(row['f1']):>8}{support}"
+
+
+def _hardest(one: Hard, shards: Shards, classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "path": _path(shards, one.sample),
+        "sample": one.sample,
+        "label": classes[one.label],
+        "predicted": classes[one.predicted],
+        "confidence": one.confidence,
+        "loss": _number(one.loss),
+    }
+
+
+def _path(shards: Shards, sample: int) -> str:
+    """The original file where the shards know it, else the sample's key in its shard."""
+    path = shards.path(sample)
+    if path is not None:
+        return path
+    try:
+        return shards.key(sample)
+    except DamagedSample as damage:
+        return f"{damage.shard}, byte {damage.offset}"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _number(value: float | int) -> float | int | None:
+    return value if math.isfinite(value) else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _plain(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -1,0 +1,219 @@
+"""Entering and leaving a phase: head, frozen parts, parameter groups, optimizer, moving average, and a new wrap for DDP.
+
+DDP's reducer knows only the parameters that required a gradient when it was built (lightning#20340), so each phase wraps anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dtl.distributed.runtime import Runtime
+from dtl.errors import UserError
+from dtl.keyed import key
+from dtl.models.build import Network, forward_logits, replace_head
+from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
+from dtl.models.groups import layer_groups
+from dtl.optim.groups import build_groups, build_optimizer
+from dtl.optim.schedule import Schedule, lr_at
+from dtl.text import counted
+from dtl.training.ema import ExponentialMovingAverage
+from dtl.training.losses import Loss, build_loss, class_weights
+from dtl.training.phases import Phase
+
+SYNC_BN_BELOW = 16
+
+
+class Trained(nn.Module):
+    """What Accelerate wraps: the network under autocast, giving logits [B, K] and those of auxiliary heads.
+
+    A new one each phase, so that nothing that wrapping leaves behind ever touches the network itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return forward_logits(self.module, images)
+
+
+@dataclass
+class ActivePhase:
+    """Everything that lives as long as one phase."""
+
+    phase: Phase
+    network: Network
+    wrapped: nn.Module
+    """The network as the loop calls it: under autocast, and DDP with several ranks."""
+    optimizer: torch.optim.Optimizer
+    """Accelerate's wrapper, which knows the gradient scaler."""
+    schedule: Schedule
+    loss: Loss
+    eval_loss: Loss
+    class_weights: Tensor | None
+    """float32 [K] on the CPU, for the step's denominator."""
+    ema: ExponentialMovingAverage | None
+    frozen_names: tuple[str, ...]
+    frozen_checksum: str
+    parameters: list[nn.Parameter]
+    cut: str | None = None
+    """Name of the module that is trained on cached features, instead of the whole network on images."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What gives logits for the batches that the phase is fed."""
+        return self.module if self.cut is None else self.module.get_submodule(self.cut)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.network.module
+
+    def set_lr(self, phase_step: int) -> float:
+        """Learning rate of the step number `phase_step` (from 0) into all groups; returns the phase's own, without group scales."""
+        lr = lr_at(phase_step, schedule=self.schedule, num_steps=self.phase.num_steps, base_lr=self.phase.config.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        return lr
+
+
+def set_head(network: Network, phase: Phase, *, init: str, seed: int) -> bool:
+    """A fresh head where the phase's task has another number of outputs; the same values on every rank."""
+    if network.num_outputs == phase.num_outputs:
+        return False
+    torch.manual_seed(int(key(seed, "head", phase.index)) >> 1)
+    replace_head(network, phase.num_outputs, init=init)  # type: ignore[arg-type]
+    return True
+
+
+def enter(
+    network: Network,
+    phase: Phase,
+    runtime: Runtime,
+    *,
+    class_counts: list[int],
+    classes: list[str],
+    freeze_norm: bool,
+    micro_batch_size: int,
+    image_size: int,
+    sync_bn: str | bool = "auto",
+    compile_network: bool = False,
+    choose_cut: Callable[[frozenset[str]], str | None] = lambda trainable: None,
+    say: Callable[[str], None],
+) -> ActivePhase:
+    """Freeze, build the optimizer, wrap. The head must already be the phase's (`set_head`).
+
+    `choose_cut(names of what is trained)`: the module to train on cached features, or None.
+    """
+    config = phase.config
+    trainable = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
+    unused = unused_parameters(network, trainable, image_size=image_size)
+    if unused:
+        say(f"phase {phase.name}: {counted(len(unused), 'parameter')} without a gradient, left out; the first is {min(unused)}")
+        trainable = trainable - unused
+    if not trainable:
+        raise UserError(f"phases.{phase.name}.train: nothing is left to train")
+    # Before freezing, which marks the modules themselves: a converted norm is a new one.
+    _sync_norms(network.module, trainable, runtime, sync_bn, micro_batch_size, freeze_norm=freeze_norm, say=say)
+    freeze(network.module, trainable, freeze_norm=freeze_norm)
+    set_train_mode(network.module)
+
+    groups = build_groups(
+        network.module,
+        trainable,
+        layer_groups=layer_groups(network),
+        head_lr_scale=config.head_lr_scale,
+        layer_decay=config.layer_decay,
+        weight_decay=config.weight_decay,
+        decay_norms_and_biases=config.decay_norms_and_biases,
+    )
+    optimizer = build_optimizer(groups, name=config.optimizer, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, betas=config.betas)
+    weights = None
+    if config.class_weights != "none" and config.task == "classify":
+        weights = class_weights(config.class_weights, class_counts, classes)
+    frozen = frozen_names(network.module, freeze_norm=freeze_norm)
+    parameters = [parameter for parameter in network.module.parameters() if parameter.requires_grad]
+    cut = choose_cut(trainable)
+    trained: nn.Module = Trained(network.module if cut is None else network.module.get_submodule(cut))
+    if compile_network:
+        trained.compile()
+    with warnings.catch_warnings():
+        # torch 2.14 has another name for it, which older ones do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        wrapped = runtime.accelerator.prepare_model(trained)
+    return ActivePhase(
+        phase=phase,
+        network=network,
+        wrapped=wrapped,
+        optimizer=runtime.accelerator.prepare_optimizer(optimizer),
+        schedule=_schedule(phase),
+        loss=build_loss(
+            config.loss,
+            smoothing=config.label_smoothing,
+            gamma=config.focal_gamma,
+            alpha=config.focal_alpha,
+            class_weights=weights,
+        ).to(runtime.device),
+        eval_loss=build_loss("cross_entropy"),
+        class_weights=weights,
+        ema=ExponentialMovingAverage(network.module, decay=config.ema) if config.ema else None,
+        frozen_names=frozen,
+        frozen_checksum=checksum(network.module, frozen),
+        parameters=parameters,
+        cut=cut,
+    )
+
+
+def leave(active: ActivePhase, runtime: Runtime) -> None:
+    """Prove that what was frozen did not move, and let go of what the phase held."""
+    now = checksum(active.module, active.frozen_names)
+    if now != active.frozen_checksum:
+        raise RuntimeError(f"phase {active.phase.name}: frozen weights or statistics changed ({active.frozen_checksum[:12]} -> {now[:12]})")
+    runtime.accelerator.free_memory()
+
+
+def _schedule(phase: Phase) -> Schedule:
+    config, per_epoch = phase.config, phase.steps_per_epoch
+    every_steps = 0
+    milestones: tuple[int, ...] = ()
+    if config.schedule == "step":
+        if isinstance(config.step_epochs, tuple):
+            milestones = tuple(max(1, round(epoch * per_epoch)) for epoch in config.step_epochs)
+        else:
+            every_steps = max(1, round(config.step_epochs * per_epoch))
+    return Schedule(
+        kind=config.schedule,
+        warmup_steps=round(config.warmup * per_epoch),
+        every_steps=every_steps,
+        milestones=milestones,
+        gamma=config.gamma,
+        final_fraction=config.final_lr,
+    )
+
+
+def _sync_norms(
+    module: nn.Module,
+    trainable: frozenset[str],
+    runtime: Runtime,
+    wanted: str | bool,
+    micro_batch_size: int,
+    *,
+    freeze_norm: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Let the norms that gather statistics in this phase do so over all ranks; frozen ones evaluate, which is the same either way."""
+    norms = {name: m for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    gathering = [n for n, m in norms.items() if not freeze_norm or any(f"{n}.{part}" in trainable for part, _ in m.named_parameters())]
+    if not gathering or runtime.world_size == 1 or wanted is False:
+        return
+    if runtime.device.type != "cuda":
+        if wanted is True:
+            raise UserError("model.sync_bn is true, but PyTorch has synchronised batch norm on GPUs only; use auto or false")
+        return
+    if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        say(f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)")

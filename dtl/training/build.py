@@ -1,0 +1,320 @@
+"""From the config to the parts of a run. Only this file and the commands see the config; the parts take plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtl.checkpoint.resume.state import TrainState
+from dtl.checkpoint.resume.store import CheckpointStore
+from dtl.checkpoint.transfer.apply import apply_plan, plan_weights
+from dtl.checkpoint.transfer.layers.units import entries_of, units_of
+from dtl.checkpoint.transfer.match.heads import num_source_classes
+from dtl.checkpoint.transfer.plan import TransferPlan
+from dtl.checkpoint.transfer.report import TransferReport
+from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
+from dtl.config import Config
+from dtl.data.loading import device as device_decode
+from dtl.data.loading.shared_memory import check_shared_memory
+from dtl.data.open import default_cache_dir, open_split
+from dtl.data.remote.address import RemoteOptions
+from dtl.data.remote.cache_space import divide
+from dtl.data.sampling.balance import class_members
+from dtl.data.shards.index import Shards
+from dtl.data.shards.manifest import check_class_maps
+from dtl.data.transforms.transforms import AugmentSettings, eval_transform, train_transform
+from dtl.distributed.deadline import Deadline
+from dtl.distributed.runtime import Runtime
+from dtl.distributed.watchdog import Heartbeat
+from dtl.errors import UserError
+from dtl.keyed import key
+from dtl.models.activation import enable_activation_checkpointing
+from dtl.models.build import Network, build
+from dtl.models.hub import hub_name
+from dtl.runs.bad_samples import BadSamples
+from dtl.runs.folder import RunFolder
+from dtl.runs.tracker import Console, Tracker
+from dtl.training.dataloaders import Feeds
+from dtl.training.loop import Trainer
+from dtl.training.phases import Phase, plan_phases
+from dtl.training.settings import Settings
+
+Say = Callable[[str], None]
+DEBUG_TRAIN_STEPS = 4
+DEBUG_VAL_STEPS = 2
+
+
+# ---- data
+
+
+def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Shards]:
+    """Training and validation shards; an image folder is packed into the cache first, by one process of each node."""
+    data = config.data
+    assert data.train is not None
+    quiet: Say = say if runtime.is_main else (lambda line: None)
+    common: dict[str, Any] = {
+        "cache_dir": data.cache_dir,
+        "on_error": data.on_error,
+        "names": data.names,
+        "labelled": any(phase.task != "rotate" for phase in config.phases.values()),
+        "progress": runtime.is_main,
+        "say": quiet,
+        "remote": remote_options(config, leader=runtime.local_rank == 0),
+    }
+
+    def opened(found: Sequence[str | None] = (None, None)) -> tuple[Shards, Shards]:
+        train = open_split(str(data.train), split="train", val_fraction=data.val_fraction, found=found[0], **common)
+        if data.val is None:
+            return train, open_split(str(data.train), split="val", val_fraction=data.val_fraction, found=found[1], **common)
+        return train, open_split(data.val, split="val", classes=train.classes, found=found[1], **common)
+
+    with runtime.together("data"):
+        # Listing a source, packing it and checking its index are work on all of the data: one process of each node does it.
+        train, val = opened(runtime.once_a_node(lambda: [str(shards.folder) for shards in opened()]))
+        if common["labelled"] and train.num_classes < 2:
+            raise UserError(
+                f"{data.train} has one class only, {train.classes[0]!r}; a classifier needs two or more (without labels, only the task rotate can learn)"
+            )
+        check_class_maps(train.manifest, val.manifest)
+        if val.folder == train.folder:
+            raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")
+    runtime.same("the training data", train.dataset_id)
+    runtime.same("the validation data", val.dataset_id)
+    return train, val
+
+
+def remote_options(config: Config, *, leader: bool) -> RemoteOptions:
+    """`leader`: this process acts for its node."""
+    data = config.data
+    return RemoteOptions(data.cache_dir, data.cache_gb, data.retries, data.timeout, data.allow_pipe, leader)
+
+
+def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
+    data = config.data
+    ranks_here = runtime.gather(gethostname()).count(gethostname())
+    with runtime.together("batches"):
+        if data.global_batch_size < runtime.world_size:
+            raise UserError(f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs a sample a step")
+        facts = network.preprocessing
+        crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
+        augment = AugmentSettings(**data.augment.model_dump())
+        train_view = train_transform(
+            image_size=data.image_size,
+            augment=augment,
+            interpolation=facts.interpolation,
+            crop_ratio=crop_ratio,
+            erase_fill=_mean_colour(facts.mean),
+        )
+        val_view = eval_transform(
+            image_size=data.image_size,
+            crop_ratio=crop_ratio,
+            interpolation=facts.interpolation,
+            square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
+        )
+        if data.decode == "device":
+            device_decode.ready(train_view, runtime.device)
+    with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here
+        feeds = Feeds(
+            train=train,
+            val=val,
+            train_transform=train_view,
+            val_transform=val_view,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            image_size=data.image_size,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=None if data.micro_batch_size == "auto" else data.micro_batch_size,
+            workers=0 if config.run.debug else data.workers,
+            seed=config.run.seed,
+            window=data.window,
+            drop_last=data.last == "drop",
+            balance=data.balance,
+            members=runtime.main_first(lambda: class_members(train, data.balance, cache_dir=data.cache_dir)),
+            pin_memory=runtime.device.type == "cuda",
+            decode_on=runtime.device if data.decode == "device" else None,
+            max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
+            max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
+        )
+        feeds.plan(0)
+        check_shared_memory(feeds.shared_bytes, ranks=ranks_here, workers=feeds.workers)
+        if demands := feeds.cache_demands(planned(config, feeds)):
+            divide(demands, demands[0].cache.options.limit)
+    return feeds
+
+
+def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """What random erasing fills with: zero after normalisation."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
+
+
+# ---- model
+
+
+def build_network(config: Config, num_classes: int) -> Network:
+    """The network with its initial values, the same on every rank; no weights transferred yet."""
+    torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
+    return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options))
+
+
+def place_network(config: Config, network: Network, runtime: Runtime) -> bool:
+    """Onto the device, channels last where asked; returns whether images should be channels last."""
+    wanted = config.model.channels_last
+    channels_last = any(isinstance(part, nn.Conv2d) for part in network.module.modules()) if wanted == "auto" else bool(wanted)
+    network.module.to(runtime.device)
+    if channels_last:
+        network.module.to(memory_format=torch.channels_last)
+    if config.model.checkpoint_activations:
+        enable_activation_checkpointing(network)
+    return channels_last
+
+
+def transfer_weights(config: Config, network: Network, runtime: Runtime, train: Shards, say: Say) -> TransferReport | None:
+    """Load the pretrained weights that the config names; the same on every rank, or not at all."""
+    if config.transfer is None:
+        return None
+    options = config.transfer
+    with runtime.together("transfer"):
+        weights = runtime.main_first(lambda: read_weights(_source(options.source, network.name, named=config.model.name)))
+    runtime.same("the pretrained weights' file", weights.fingerprint)
+    with runtime.together("transfer"):
+        # Planned once: what one process decided holds for all.
+        plan = _plan_transfer(config, network, train, weights) if runtime.is_main else None
+    plan = runtime.agree(plan)
+    assert plan is not None
+    runtime.same("the plan of the transfer", plan.digest)
+    with runtime.together("transfer"):
+        preprocessing = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
+        report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
+    runtime.same("the transferred weights", report.checksum)
+    if runtime.is_main:
+        say(str(report))
+    return report
+
+
+def _plan_transfer(config: Config, network: Network, train: Shards, weights: SourceWeights) -> TransferPlan:
+    options = config.transfer
+    assert options is not None
+    source_model = None
+    if options.source_arch:
+        outputs = num_source_classes(units_of(entries_of(weights.tensors)), network.num_outputs)
+        source_model = build(options.source_arch, num_classes=outputs, meta=True).module
+    return plan_weights(
+        weights,
+        network.module,
+        by=options.by,
+        mapping=options.map,
+        assume_order=options.assume_order,
+        on_ambiguous=options.on_ambiguous,
+        min_coverage=options.min_coverage,
+        ignore=options.ignore,
+        keep_head=None if options.keep_head == "auto" else options.keep_head,
+        head_rows=options.head_rows,
+        source_classes=options.source_classes,
+        heads=network.heads,
+        target_classes=list(train.classes),
+        fill=options.fill.model_dump(),
+        fold_norms=options.fold_norms,
+        image_size=config.data.image_size,
+        source_model=source_model,
+    )
+
+
+def _source(source: str, model: str, *, named: str) -> str:
+    """`pretrained` as the name of the network's own weights; `named` as the recipe has it."""
+    if source != "pretrained":
+        return source
+    if (repository := hub_name(named)) is not None:
+        return f"timm:hf-hub:{repository}"
+    zoo, _, name = model.partition("/")
+    if zoo not in ("torchvision", "timm") or not name:
+        raise UserError(f"transfer.source is pretrained, but {model} has no published weights; give a file with --transfer.source")
+    return f"{zoo}:{name}"
+
+
+# ---- the run
+
+
+def take_folder(folder: RunFolder, runtime: Runtime) -> None:
+    """Take the run folder (main process)."""
+    with runtime.together("run folder"):
+        if runtime.is_main:
+            folder.acquire()
+    folder.incarnation = runtime.agree(folder.incarnation)
+
+
+def open_tracker(config: Config, name: str, folder: RunFolder, runtime: Runtime, state: TrainState, console: Console) -> Tracker:
+    with runtime.together("tracking"):
+        tracker = Tracker(
+            folder.path,
+            is_main=runtime.is_main,
+            wandb="off" if config.run.debug else config.tracking.wandb,
+            tensorboard=config.tracking.tensorboard and not config.run.debug,
+            config=config.to_dict(),
+            name=name,
+            wandb_id=state.wandb_id,
+            console=console,
+            resume_step=state.step,
+            history_offset=state.history_offset,
+            new_run=config.run.resume == "never",
+            before_write=folder.check_incarnation,
+        )
+    return tracker
+
+
+def build_trainer(
+    config: Config,
+    runtime: Runtime,
+    *,
+    folder: RunFolder,
+    network: Network,
+    phases: list[Phase],
+    feeds: Feeds,
+    state: TrainState,
+    store: CheckpointStore,
+    tracker: Tracker,
+    channels_last: bool,
+    heart: Heartbeat,
+    deadline: Deadline,
+) -> Trainer:
+    bad_samples = BadSamples(
+        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad, known=state.bad_samples
+    )
+    settings = Settings(
+        seed=config.run.seed,
+        init=config.model.init,
+        freeze_norm=config.model.freeze_norm,
+        sync_bn=config.model.sync_bn,
+        compile=config.model.compile,
+        channels_last=channels_last,
+        log_every=config.tracking.log_every,
+        every_steps=config.checkpoint.every_steps,
+        every_minutes=config.checkpoint.every_minutes,
+        monitor=config.checkpoint.monitor,
+        image_size=config.data.image_size,
+        fit_memory=config.data.micro_batch_size == "auto",
+        cache_dir=None if config.run.debug else Path(config.data.cache_dir or default_cache_dir()).expanduser(),
+    )
+    return Trainer(
+        runtime=runtime,
+        network=network,
+        phases=phases,
+        feeds=feeds,
+        state=state,
+        store=store,
+        tracker=tracker,
+        bad_samples=bad_samples,
+        settings=settings,
+        config=config.to_dict(),
+        heart=heart,
+        deadline=deadline,
+    )
+
+
+def planned(config: Config, feeds: Feeds) -> list[Phase]:
+    return plan_phases(config.phases, steps_per_epoch=feeds.steps_per_epoch, num_classes=feeds.train.num_classes)

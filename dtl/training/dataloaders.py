@@ -1,0 +1,192 @@
+"""The data of one rank: which plan, which layout and which loader each phase and each evaluation gets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dtl.data.loading.loader import Batch, StepLoader, Transform
+from dtl.data.loading.processes import PREFETCH
+from dtl.data.loading.shared_memory import bytes_needed
+from dtl.data.remote.cache_space import Demand
+from dtl.data.sampling.balance import AnyBalance, plan_epoch
+from dtl.data.sampling.class_members import ClassMembers
+from dtl.data.sampling.plan import EpochPlan, RankLayout
+from dtl.data.shards.index import Shards
+from dtl.text import counted
+from dtl.training.feature_data import FeatureDataset
+from dtl.training.phases import Phase
+
+
+@dataclass
+class Feeds:
+    """Training and validation data of this rank. The shards are opened, the class maps checked."""
+
+    train: Shards
+    val: Shards
+    train_transform: Transform
+    val_transform: Transform
+    rank: int
+    world_size: int
+    image_size: int
+    global_batch_size: int
+    micro_batch_size: int | None
+    workers: int
+    seed: int
+    window: int
+    drop_last: bool = False
+    balance: AnyBalance = "none"
+    members: ClassMembers | None = None
+    """Which samples each class has; needed with `balance`."""
+    pin_memory: bool = False
+    decode_on: torch.device | None = None
+    """Where JPEGs are decoded; None: in the loader processes."""
+    max_train_steps: int | None = None
+    max_val_steps: int | None = None
+    cached: dict[str, FeatureDataset] = field(default_factory=dict, repr=False)
+    """Features instead of images, by split, while a phase trains on them."""
+    _plans: dict[int, EpochPlan] = field(default_factory=dict, repr=False)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.train.classes)
+
+    @cached_property
+    def short_side(self) -> float:
+        """Median of the training images' shorter side, in pixels, of some thousand of them."""
+        some = slice(None, None, max(1, self.train.num_samples // 4096))
+        return float(np.median(np.minimum(self.train.widths[some], self.train.heights[some])))
+
+    @property
+    def class_counts(self) -> list[int]:
+        return list(self.train.manifest.class_counts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = self.plan(0).num_steps
+        return steps if self.max_train_steps is None else min(steps, self.max_train_steps)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of a training epoch; the last two are kept, since a loader may work ahead over an epoch's end."""
+        if epoch not in self._plans:
+            while len(self._plans) >= 2:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = plan_epoch(
+                self.train.shard_sizes,
+                balance=self.balance,
+                members=self.members,
+                seed=self.seed,
+                epoch=epoch,
+                global_batch_size=self.global_batch_size,
+                window=self.window,
+                drop_last=self.drop_last,
+            )
+        return self._plans[epoch]
+
+    @property
+    def shared_bytes(self) -> int:
+        """What this rank's loader processes take of /dev/shm at most: validation's come while those of training wait, prefetched."""
+        sizes = 0
+        for shards, plan in ((self.train, self.plan(0)), (self.val, self._val_plan())):
+            layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=True)
+            sizes += bytes_needed(
+                micro_batch_size=layout.micro_batch_size,
+                image_size=self.image_size,
+                accumulation_steps=layout.accumulation_steps,
+                workers=self.workers,
+                prefetch=PREFETCH,
+                own_buffers=sys.platform == "linux" and self.decode_on is None,
+                file_bytes=0 if self.decode_on is None else _file_bytes(shards),
+            )
+        return sizes
+
+    def layout(self, phase: Phase) -> RankLayout:
+        pairs = bool(phase.config.mixup or phase.config.cutmix)
+        return RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=pairs)
+
+    def train_steps(self, phase: Phase, phase_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step, from the phase's step `phase_step` to its end."""
+        loader = self._loader("train", self.plan, self.layout(phase), limit=self.max_train_steps)
+        epoch, step = phase.epoch_of(phase_step)
+        return loader.steps(epoch, step, phase.num_steps - phase_step)
+
+    def val_steps(self) -> Iterator[list[Batch]]:
+        loader, _, num_steps = self._val_loader()
+        return loader.steps(0, 0, num_steps)
+
+    def _val_loader(self) -> tuple[StepLoader, EpochPlan, int]:
+        plan = self._val_plan()
+        layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
+        loader = self._loader("val", lambda epoch: plan, layout, limit=None)
+        num_steps = plan.num_steps if self.max_val_steps is None else min(plan.num_steps, self.max_val_steps)
+        return loader, plan, num_steps
+
+    def cache_demands(self, phases: Sequence[Phase]) -> list[Demand]:
+        """What the cache must hold of remote shards, for `dtl.data.remote.cache_space`; nothing for local ones."""
+        found = []
+        if self.train.cache is not None:
+            loaders = [self._loader("train", self.plan, self.layout(phase), limit=self.max_train_steps) for phase in phases]
+            uses = max((loader.uses(self.plan(0)) for loader in loaders), key=lambda uses: uses.behind)
+            epochs = sum(-(-phase.num_steps // phase.steps_per_epoch) for phase in phases)
+            found.append(Demand("data.train", self.train.cache, uses, epochs))
+        if self.val.cache is not None:
+            loader, plan, _ = self._val_loader()
+            found.append(Demand("data.val", self.val.cache, loader.uses(plan)))
+        return found
+
+    def _val_plan(self) -> EpochPlan:
+        return EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
+
+    def step_samples(self, phase: Phase, phase_step: int) -> np.ndarray:
+        """Sample ids of the whole global batch, [n] in slot order."""
+        epoch, step = phase.epoch_of(phase_step)
+        return self.plan(epoch).step_samples(step)
+
+    def step_labels(self, phase: Phase, phase_step: int) -> np.ndarray:
+        labels = np.array(self.train.labels[self.step_samples(phase, phase_step)])
+        labels[(labels < 0) | (labels >= self.train.num_classes)] = 0  # as the loader gives them, at weight 0
+        return labels
+
+    def step_size(self, phase: Phase, phase_step: int) -> int:
+        epoch, step = phase.epoch_of(phase_step)
+        first, last = self.plan(epoch).step_bounds(step)
+        return last - first
+
+    def sample_names(self, phase: Phase, phase_step: int, *, limit: int) -> list[str]:
+        """Original paths (or keys) of the first samples of a global batch, for messages."""
+        samples = self.step_samples(phase, phase_step)[:limit]
+        return [self.train.path(int(sample)) or self.train.damaged(int(sample), "").key for sample in samples]
+
+    def batch_name(self, phase: Phase, phase_step: int) -> str:
+        """This rank's share of a global batch, for messages: how many samples, and the first one's key and shard (read from the disk)."""
+        samples = self.step_samples(phase, phase_step)
+        mine = samples[len(samples) * self.rank // self.world_size :][: max(1, len(samples) // self.world_size)]
+        damaged = self.train.damaged(int(mine[0]), "")
+        return f"{counted(len(mine), 'sample')} from {damaged.key} of {damaged.shard} on"
+
+    def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
+        cached = self.cached.get(split)
+        return StepLoader(
+            self.train if split == "train" else self.val,
+            self.train_transform if split == "train" else self.val_transform,
+            plans=plans,
+            layout=layout,
+            rank=self.rank,
+            image_size=self.image_size,
+            seed=self.seed,
+            workers=0 if cached is not None else self.workers,
+            pin_memory=self.pin_memory,
+            decode_on=self.decode_on,
+            steps_per_epoch=limit,
+            dataset=cached,
+        )
+
+
+def _file_bytes(shards: Shards) -> int:
+    """Half more than the mean of some thousand: a batch may have larger ones."""
+    return int(1.5 * np.mean(shards.sizes[:: max(1, shards.num_samples // 4096)]))

@@ -1,0 +1,289 @@
+"""A frozen backbone gives the same features each epoch: compute them once, on all ranks, and train the head on them.
+
+"Feature extraction" in the tutorials runs the whole network for each image and epoch, to train its last layer. N samples, V views of
+each, R ranks, m slots of a rank. Features are float32 [V, N, ...] in a memory-mapped file of each node, under a name made of all that
+they depend on: frozen weights, data, transform, precision, and the seed where views are drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from dtl.config import PhaseConfig
+from dtl.data.loading.loader import Batch, StepLoader, Transform
+from dtl.data.sampling.plan import EpochPlan, RankLayout
+from dtl.data.shards.index import Shards
+from dtl.distributed.runtime import Runtime
+from dtl.errors import DamagedSample, UserError
+from dtl.files import fsync_folder, temporary_suffix
+from dtl.models.network import Network
+from dtl.text import counted
+from dtl.training.feature_data import FACTS_NAME
+from dtl.training.step import Normalise
+
+FEATURES_VERSION = 1
+_PROBE_IMAGES = 2
+
+
+# ---- where the network is cut
+
+
+def find_cut(network: Network, trainable: Collection[str], *, image_size: int) -> tuple[str | None, str]:
+    """(name of the module to train on cached features, "") or (None, why not).
+
+    It is the head, with what stands before it in a container of its own (the dropout in `classifier` of MobileNetV2). All before it must
+    give the same values each time, and nothing may come after it: both are tried on a random batch, with the modules as they train.
+    """
+    module, head = network.module, network.heads[0]
+    own = {f"{head}.{name}" for name, _ in module.get_submodule(head).named_parameters()}
+    if set(trainable) != own:
+        return None, "more than the head is trained"
+    cut = head
+    while "." in cut and {name for name, _ in module.named_parameters() if name.startswith(cut.rpartition(".")[0] + ".")} == own:
+        cut = cut.rpartition(".")[0]
+    if any(getattr(part, "running_mean", None) is not None and part.training for part in module.modules()):
+        return None, "norms of the backbone adapt to the images (model.freeze_norm is false)"
+    return _tried(module, cut, image_size)
+
+
+def _tried(module: nn.Module, cut: str, image_size: int) -> tuple[str | None, str]:
+    tail = module.get_submodule(cut)
+    device = next(module.parameters()).device
+    modes = {part: part.training for part in tail.modules()}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
+        images = torch.randn(_PROBE_IMAGES, 3, image_size, image_size, device=device)
+        tail.eval()  # its dropout stays with the head
+        try:
+            first, second = Backbone(module, cut), Backbone(module, cut)
+            features, again = first(images), second(images)
+            expected = tail(features)
+        except _NotCuttable as problem:
+            return None, str(problem)
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+    if not torch.equal(features, again):
+        return None, "the frozen part draws at random"
+    if not isinstance(first.output, Tensor) or first.output.shape != expected.shape or not torch.equal(first.output, expected):
+        return None, f"its output is not that of {cut} alone"
+    return cut, ""
+
+
+class _NotCuttable(Exception):
+    """The network cannot be cut before its head."""
+
+
+class Backbone:
+    """The network up to what `cut` is given: images [B,3,S,S] -> features [B, ...]."""
+
+    def __init__(self, module: nn.Module, cut: str) -> None:
+        self.module, self.cut = module, cut
+        self.output: Any = None
+        self._inputs: list[tuple[Any, ...]] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self._inputs.clear()
+        # With keyword arguments a tail would be called otherwise than we call it: such a network is not cut.
+        hook = self.module.get_submodule(self.cut).register_forward_pre_hook(self._take, with_kwargs=True)
+        try:
+            self.output = self.module(images)
+        finally:
+            hook.remove()
+        if len(self._inputs) != 1 or len(self._inputs[0]) != 1 or not isinstance(self._inputs[0][0], Tensor):
+            raise _NotCuttable(f"{self.cut} is not called once with one tensor")
+        features: Tensor = self._inputs[0][0]
+        if features.shape[0] != images.shape[0]:
+            raise _NotCuttable(f"{self.cut} is not given one row an image")
+        return features
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs.append(args if not kwargs else (*args, *kwargs.values(), None))
+
+
+def decide(name: str, config: PhaseConfig, *, why_not: str, fixed: bool, num_epochs: float) -> tuple[int, str]:
+    """(number of cached views, or 0 for none; what to tell). `fixed`: the training images are the same each epoch.
+
+    UserError where caching is demanded and cannot be.
+    """
+    demanded, head_only = config.cache_features is True, why_not != "more than the head is trained"
+    if config.cache_features is False:
+        return 0, ""
+    if not why_not and (config.mixup or config.cutmix):
+        why_not = "mixup and cutmix mix images"
+    if not why_not and config.task != "classify":
+        why_not = f"the task {config.task} makes its own images"
+    if why_not:
+        if demanded:
+            raise UserError(f"phases.{name}.cache_features is true, but {why_not}")
+        return 0, f"features are computed each epoch: {why_not}" if head_only else ""
+    views = 1 if fixed else config.views
+    if not demanded and num_epochs <= views:
+        return 0, ""
+    if not demanded and not fixed and views == 1:
+        return 0, (
+            f"features are computed each epoch, since images are augmented at random; phases.{name}.views 4 caches four views of each, "
+            f"phases.{name}.cache_features true one without augmentation"
+        )
+    return views, ""
+
+
+# ---- the cached features
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is to be computed of one split."""
+
+    split: str
+    shards: Shards
+    transform: Transform
+    epochs: tuple[int, ...]
+    """The epoch that each view's augmentation is drawn for."""
+
+
+@dataclass
+class FeatureCache:
+    """Computes the features of a phase once, or finds them."""
+
+    place: Path
+    runtime: Runtime
+    normalise: Normalise
+    seed: int
+    image_size: int
+    workers: int
+    batch_size: int
+    """Images that a rank passes forward at once."""
+    before_step: Callable[[list[Batch]], bool]
+    """Makes all ranks agree, takes damaged samples, and says whether to stop."""
+    say: Callable[[str], None]
+
+    def folder(self, module: nn.Module, cut: str, parts: list[Part], *, frozen: str) -> Path | None:
+        """Where the features lie, computed if they are not there. `frozen`: a checksum of the frozen weights. None: stop (on all ranks)."""
+        facts = {
+            "version": FEATURES_VERSION,
+            "cut": cut,
+            "frozen": frozen,
+            "precision": self.runtime.precision,
+            "seed": None if all(part.transform.is_fixed for part in parts) else self.seed,  # seeds of a study share what is not drawn
+            "parts": [[p.split, p.shards.dataset_id, p.shards.num_samples, p.transform.describe(), p.epochs] for p in parts],
+            "mean_std": self.normalise.facts,
+        }
+        folder = self.place / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+        if all(self.runtime.gather((folder / FACTS_NAME).is_file())):
+            self.say(f"features are taken from {folder}")
+            return folder
+        started = time.monotonic()
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{temporary_suffix()}")
+        writes = self.runtime.local_rank == 0
+        try:
+            with self.runtime.together("features"):
+                if writes:
+                    temporary.mkdir(parents=True)
+            damaged = {}
+            for part in parts:
+                found = self._compute(module, cut, part, temporary if writes else None)
+                if found is None:
+                    return None
+                damaged[part.split] = found
+            with self.runtime.together("features"):
+                if writes:
+                    (temporary / FACTS_NAME).write_text(json.dumps({**facts, "damaged": damaged}), encoding="utf-8")
+                    fsync_folder(temporary)
+                    _take_place(temporary, folder)
+            self.runtime.barrier()
+        finally:
+            if writes:
+                shutil.rmtree(temporary, ignore_errors=True)
+        num = sum(part.shards.num_samples * len(part.epochs) for part in parts)
+        self.say(f"features of {counted(num, 'image')} computed once in {time.monotonic() - started:.1f} s, kept in {folder}")
+        return folder
+
+    def _compute(self, module: nn.Module, cut: str, part: Part, folder: Path | None) -> list[Any] | None:
+        """Write the part's features into `folder` (one process of each node); returns its damaged samples, [view, sample, facts]."""
+        runtime, num_views = self.runtime, len(part.epochs)
+        backbone, values, damaged = Backbone(module, cut), None, []
+        # An image is read and decoded once, and all its views are passed forward together.
+        size, epoch = -(-self.batch_size // num_views), part.epochs[0]
+        plan = EpochPlan(part.shards.shard_sizes, seed=self.seed, epoch=epoch, global_batch_size=size * runtime.world_size, shuffle=False)
+        layout = RankLayout.for_plan(plan, num_ranks=runtime.world_size, micro_batch_size=size)
+        loader = StepLoader(
+            part.shards,
+            part.transform,
+            plans=lambda _: plan,
+            layout=layout,
+            rank=runtime.rank,
+            image_size=self.image_size,
+            seed=self.seed,
+            workers=self.workers,
+            pin_memory=runtime.device.type == "cuda",
+            views=part.epochs,
+        )
+        stream = loader.steps(epoch, 0, plan.num_steps)
+        try:
+            for step, batches in enumerate(stream):
+                if self.before_step(batches):
+                    return None
+                rows = torch.cat([self._features(backbone, batch, num_views) for batch in batches], dim=1)
+                if step == 0:
+                    with runtime.together("features"):
+                        if folder is not None:
+                            values = self._file(folder / f"{part.split}.npy", (num_views, part.shards.num_samples, *rows.shape[2:]))
+                first, end = plan.step_bounds(step)
+                for rank, theirs in enumerate(runtime.gather_rows(rows)):
+                    if values is not None:
+                        low, high = layout.slots(end - first, rank)
+                        values[:, first + low : first + high] = theirs[:, : high - low].numpy()
+                if any(batch.bad for batch in batches) or runtime.world_size > 1:
+                    mine = [[sample, _facts(damage)] for batch in batches for sample, damage in batch.bad]
+                    damaged += [[view, *entry] for entries in runtime.gather(mine) for entry in entries for view in range(num_views)]
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+        if values is not None:
+            values.flush()
+        return damaged
+
+    def _features(self, backbone: Backbone, batch: Batch, num_views: int) -> Tensor:
+        """float32 [V, B, ...], real slots first, pads behind, in slot order."""
+        with torch.inference_mode(), self.runtime.accelerator.autocast():
+            rows = backbone(self.normalise(batch.images)).float().cpu().contiguous()
+        return rows.view(num_views, -1, *rows.shape[1:])
+
+    def _file(self, path: Path, shape: tuple[int, ...]) -> Any:
+        size, free = 4 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
+        if size > free:
+            raise UserError(
+                f"the features of {shape[1]:,} images in {counted(shape[0], 'view')} take {size / 2**30:.1f} GiB, and {path.parent.parent} has "
+                f"{free / 2**30:.1f} GiB free; use fewer views, another data.cache_dir, or cache_features false"
+            )
+        values = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)  # writing into a map on a full disk would be a SIGBUS
+        return values
+
+
+def _facts(damage: DamagedSample) -> dict[str, Any]:
+    return {"shard": damage.shard, "key": damage.key, "offset": damage.offset, "reason": damage.reason}
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    """Give the finished folder its name, unless another node was first."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / FACTS_NAME).is_file():
+            raise
+    fsync_folder(folder.parent)

@@ -1,0 +1,394 @@
+"""The training loop: phases in order, steps in order, and after each step what is due, always in the order log, evaluate, save.
+
+A run may be killed at any instant: everything that decides what comes next is in `TrainState`, counted when a step is finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dtl.checkpoint.resume.state import TrainState
+from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
+from dtl.data.loading.loader import Batch
+from dtl.distributed.deadline import Deadline
+from dtl.distributed.runtime import Exchange, Flags, Runtime
+from dtl.distributed.watchdog import Heartbeat
+from dtl.errors import UserError
+from dtl.models.build import Network
+from dtl.runs.bad_samples import BadSamples
+from dtl.runs.trace import StepTrace
+from dtl.runs.tracker import Tracker
+from dtl.training import micro_batch, saving
+from dtl.training.active import ActivePhase, enter, leave, set_head
+from dtl.training.dataloaders import Feeds
+from dtl.training.early_stopping import diverged, judge, note_result
+from dtl.training.epoch_count import EpochCount
+from dtl.training.evaluate import evaluate
+from dtl.training.feature_phase import PhaseFeatures
+from dtl.training.phases import Phase
+from dtl.training.settings import Settings
+from dtl.training.start import phase_lines
+from dtl.training.step import Normalise, Stepper, Window, step_weight
+from dtl.training.throughput import EpochSpeed
+
+# Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
+SECONDS_BETWEEN_SAVES = 15.0
+
+
+class Stopped(Exception):
+    """The run was asked to stop, by what the message says, and its state is safely on the disk."""
+
+
+@dataclass
+class Trainer:
+    """All that one run needs; `run()` takes it to its end."""
+
+    runtime: Runtime
+    network: Network
+    phases: list[Phase]
+    feeds: Feeds
+    state: TrainState
+    store: CheckpointStore
+    tracker: Tracker
+    bad_samples: BadSamples
+    settings: Settings
+    config: dict[str, Any]
+    """As plain values, stored with each checkpoint."""
+    heart: Heartbeat
+    """Told of every stage, for whoever waits for this rank."""
+    deadline: Deadline
+    stall_seconds: float = 0.0
+    """How long the loop stood still for saving, in this start."""
+
+    def __post_init__(self) -> None:
+        self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
+        self._features = PhaseFeatures(self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.say)
+        self._best: dict[str, Tensor] = {}
+        self._counted, self._speed = EpochCount(), EpochSpeed()
+        self._trace = StepTrace(self.runtime.rank)
+        self._told_stall, self._saved_step = 0.0, -1
+        self._window = Window()
+        self._last_save = self._clock = self._step_started = time.monotonic()
+
+    # ---- the run
+
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        """All phases from where `state` stands; `checkpoint` is what it was read from. Raises Stopped after a signal."""
+        for phase in self.phases[self.state.phase_index :]:
+            if phase.index > self.state.phase_index or not self.state.phase:
+                self._begin(phase)
+            self.heart.enter("phase", self.state.step)
+            set_head(self.network, phase, init=self.settings.init, seed=self.settings.seed)
+            if checkpoint is not None:
+                saving.restore_model(self.network.module, checkpoint)
+            active = self._enter(phase)
+            if checkpoint is not None:
+                self._restore(active, checkpoint)
+                checkpoint = None
+            self._train(active)
+            self._finish(active)
+            del active  # its optimizer, gradients and average make room for the next phase's
+
+    def _begin(self, phase: Phase) -> None:
+        self.state.phase, self.state.phase_index, self.state.phase_step = phase.name, phase.index, 0
+        self.state.step = phase.first_step if phase.index == 0 else self.state.step
+        self.state.evaluations_without_gain = 0
+        self.state.extra = {**self.state.extra, "pending_eval": False, "ended": False, "images": 0, "train_seconds": 0.0}
+        self._best = {}
+        self._counted = EpochCount()
+        self._window = Window()
+
+    def _enter(self, phase: Phase) -> ActivePhase:
+        active = self._enter_once(phase)
+        if self.settings.fit_memory and micro_batch.fit(active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.say):
+            # Smaller micro-batches may be a reason to synchronise norms.
+            leave(active, self.runtime)
+            del active
+            return self._enter_once(phase)
+        return active
+
+    def _enter_once(self, phase: Phase) -> ActivePhase:
+        if self.settings.fit_memory:
+            micro_batch.recall(self.feeds, self.state, phase)
+        active = enter(
+            self.network,
+            phase,
+            self.runtime,
+            class_counts=self.feeds.class_counts,
+            classes=self.feeds.classes,
+            freeze_norm=self.settings.freeze_norm,
+            micro_batch_size=self.feeds.layout(phase).micro_batch_size,
+            image_size=self.settings.image_size,
+            sync_bn=self.settings.sync_bn,
+            compile_network=self.settings.compile,
+            choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
+            say=self.tracker.say,
+        )
+        for line in phase_lines(active, self.runtime):
+            self.tracker.say(line)
+        done = self.state.step - self.state.phase_step
+        self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)
+        return active
+
+    def _restore(self, active: ActivePhase, checkpoint: Checkpoint) -> None:
+        saving.restore_phase(active, checkpoint, self.runtime)
+        if self.runtime.is_main and "best" in checkpoint.groups:
+            self._best = checkpoint.tensors("best")
+        loss_sum, weight_sum = self.state.extra.get("window", (0.0, 0.0))
+        self._window = Window(loss_sum if self.runtime.is_main else 0.0, weight_sum)
+        self._counted = EpochCount.restored(self.state, self.runtime)
+
+    # ---- one phase
+
+    def _train(self, active: ActivePhase) -> None:
+        phase, state = active.phase, self.state
+        stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.settings.seed, heart=self.heart)
+        self._clock = time.monotonic()
+        if not self._features.fill(active, self._before_feature_step):
+            self._stop(active)
+        if state.extra.get("pending_eval"):
+            self._evaluate(active)
+        if state.phase_step >= phase.num_steps or state.extra.get("ended"):
+            return
+        with closing(self.feeds.train_steps(phase, state.phase_step)) as stream:  # type: ignore[type-var]
+            while state.phase_step < phase.num_steps and not state.extra.get("ended"):
+                batches = self._next(phase, stream)
+                told = self._tell(batches, save=self._save_due_by_clock())
+                phase_step = state.phase_step
+                num_images = self.feeds.step_size(phase, phase_step)
+                weight = step_weight(active, self.feeds, phase_step, num_images)
+                try:
+                    lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
+                except micro_batch.PERHAPS_FULL as error:
+                    micro_batch.explain(error, self.feeds, phase)
+                    raise
+                said = self._hear(told, "train", batches)
+                self._trace.record(state.step + 1, batches)
+                self._counted.take(batches)
+                self._speed.take(batches)
+                self._count(phase, num_images)
+                self._after_step(active, lr, save_by_clock=said.save)
+                if said.stop or (self.runtime.world_size == 1 and self._stop_due()):
+                    self._stop(active)
+
+    def _next(self, phase: Phase, stream: Any) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        self._step_started = time.monotonic()
+        phase_step = self.state.phase_step
+        self.heart.what = lambda: self.feeds.batch_name(phase, phase_step)
+        self.heart.enter("load", self.state.step + 1)
+        batches: list[Batch] = next(stream)
+        waited = time.monotonic() - self._step_started
+        self._window.data_seconds += waited
+        self._speed.waited += waited
+        return batches
+
+    def _stop_due(self) -> bool:
+        return self.runtime.stop_signal is not None or (self.runtime.is_main and self.deadline.due() is not None)
+
+    def _tell(self, batches: list[Batch], *, save: bool = False) -> Exchange:
+        """Tell the other ranks what they must know of this step. It travels while the step is computed, and `_hear` waits for theirs:
+        nothing of a step counts before that, and a rank that is asked to stop may well finish the step first."""
+        return self.runtime.exchange(Flags(stop=self._stop_due(), failed=any(batch.bad for batch in batches), save=save))
+
+    def _hear(self, told: Exchange, split: str, batches: list[Batch]) -> Flags:
+        """What the ranks said. Damaged samples, which had weight 0 in the step, are written down, or end the run."""
+        self.heart.enter("collective")
+        said = told.result()
+        if said.failed:
+            self.bad_samples.take(split, batches)
+        return said
+
+    def _count(self, phase: Phase, num_images: int) -> None:
+        state = self.state
+        state.step += 1
+        state.phase_step += 1
+        state.epoch, state.epoch_step = phase.epoch_of(state.phase_step)
+        self._window.num_images += num_images
+        state.extra["images"] += num_images
+        self._took(time.monotonic() - self._step_started)
+
+    def _took(self, seconds: float) -> None:
+        self.deadline.saw_step(seconds)
+        self._window.seconds += seconds
+        self._speed.seconds += seconds
+        self.state.extra["train_seconds"] += seconds
+
+    def _after_step(self, active: ActivePhase, lr: float, *, save_by_clock: bool) -> None:
+        phase, state, settings = active.phase, self.state, self.settings
+        last = state.phase_step == phase.num_steps
+        if state.step % settings.log_every == 0 or last:
+            self._log(active, lr)
+        if last or state.epoch_step == 0:
+            self._tell_epoch(phase)
+        evaluated = phase.eval_due(state.phase_step)
+        if evaluated:
+            state.extra["pending_eval"] = True
+            self._evaluate(active)
+            last = last or bool(state.extra.get("ended"))
+        waited = self.runtime.agree(time.monotonic() - self._last_save >= SECONDS_BETWEEN_SAVES) if evaluated else False
+        every = settings.every_steps is not None and state.step % settings.every_steps == 0
+        if last or waited or every or save_by_clock:
+            self._save(active)
+
+    def _tell_epoch(self, phase: Phase) -> None:
+        self._counted.tell(phase, self.state, speed=self._speed, feeds=self.feeds, runtime=self.runtime, tracker=self.tracker)
+        self._speed = EpochSpeed()
+
+    def _log(self, active: ActivePhase, lr: float) -> None:
+        loss = self._mean_loss(active)
+        window, phase = self._window, active.phase
+        seconds = max(window.seconds, 1e-9)
+        self.tracker.train(
+            phase=phase.name,
+            epoch=phase.epoch_of(self.state.phase_step - 1)[0],
+            step=self.state.step,
+            loss=loss,
+            lr=lr,
+            images_per_second=window.num_images / seconds,
+            data_wait=min(1.0, window.data_seconds / seconds),
+            checkpoint_stall_seconds=round(self.stall_seconds - self._told_stall, 4),
+        )
+        self._told_stall = self.stall_seconds
+        self.state.extra["train_loss"] = loss
+        self._spend(phase)
+        self._window = Window()
+
+    def _mean_loss(self, active: ActivePhase) -> float:
+        """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
+        window, asked = self._window, time.monotonic()
+        mine = window.sum()
+        self._took(time.monotonic() - asked)  # the steps themselves, where the host had run ahead of a GPU
+        total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
+        loss = total / max(window.weight_sum, 1e-12)
+        if num_bad or loss != loss:
+            raise diverged(active, self.feeds, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
+        return loss
+
+    def _spend(self, phase: Phase) -> None:
+        now = time.monotonic()
+        self.state.seconds[phase.name] = self.state.seconds.get(phase.name, 0.0) + now - self._clock
+        self._clock = now
+
+    # ---- evaluation
+
+    def _evaluate(self, active: ActivePhase) -> None:
+        """Validation metrics of the weights that the phase would hand on (the moving average where there is one)."""
+        self.heart.enter("evaluate", self.state.step)
+        if self._window.weight_sum:
+            self._mean_loss(active)
+        phase, state = active.phase, self.state
+        saving.sync_buffers(active, self.runtime)
+        with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
+            sums = evaluate(
+                active.evaluated,
+                self.feeds.val_steps(),
+                self.runtime,
+                task=phase.task,
+                num_outputs=phase.num_outputs,
+                loss=active.eval_loss,
+                normalise=self._normalise,
+                agree=self._agree_on_val_step,
+            )
+            if sums is not None:
+                self._judge(active, sums.result())
+        if sums is None:
+            self._stop(active)
+        state.extra["pending_eval"] = False
+        self._spend(phase)
+
+    def _agree_on_val_step(self, batches: list[Batch]) -> Callable[[], bool]:
+        told = self._tell(batches)
+
+        def stop() -> bool:
+            said = self._hear(told, "val", batches)
+            self.heart.enter("evaluate")
+            return said.stop
+
+        return stop
+
+    def _before_feature_step(self, batches: list[Batch]) -> bool:
+        self.heart.enter("features", self.state.step)
+        return self._hear(self._tell(batches), "train", batches).stop
+
+    def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
+        """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
+        phase, state, monitor = active.phase, self.state, self.settings.monitor
+        epoch = phase.epoch_of(max(0, state.phase_step - 1))[0]
+        self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
+        verdict = judge(metrics, phase, state, monitor=monitor)
+        if verdict.gain and self.runtime.is_main and phase.config.keep == "best":
+            self._best = saving.copy_to_host(active.module, self._best)
+        if self.runtime.agree(verdict.end is not None) and state.phase_step < phase.num_steps:
+            state.extra["ended"] = True
+            self.tracker.note("early stop", step=state.step, phase=phase.name, why=verdict.end)
+            self.tracker.say(f"phase {phase.name} ends early at step {state.step}: {verdict.end}")
+
+    # ---- saving, stopping, finishing
+
+    def _save_due_by_clock(self) -> bool:
+        minutes = self.settings.every_minutes
+        return self.runtime.is_main and minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def _save(self, active: ActivePhase, *, wait: bool = False) -> None:
+        self.heart.enter("save", self.state.step)
+        if self._window.weight_sum:
+            self._mean_loss(active)  # a diverged run must not replace a good checkpoint
+        self._spend(active.phase)
+        saving.sync_buffers(active, self.runtime)
+        (total,) = self.runtime.sum_floats(self._window.sum())
+        self.state.extra["window"] = (total, self._window.weight_sum)
+        self._counted.store(self.state, self.runtime)
+        self.tracker.sync()
+        self.state.history_offset = self.tracker.history_offset
+        self.state.wandb_id = self.tracker.wandb_id
+        self.state.bad_samples = self.bad_samples.entries
+        with self.runtime.together("checkpoint"):
+            self.stall_seconds += saving.save(self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait)
+        self.deadline.saw_save(self.store.save_seconds)
+        self._last_save = time.monotonic()
+        self._saved_step = self.state.step
+
+    def _stop(self, active: ActivePhase) -> None:
+        """Save, wait until it is on the disk, and leave together."""
+        why = self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or "a signal")
+        if self._saved_step == self.state.step:  # it is being written already, or has just been
+            self.heart.enter("save")
+            with self.runtime.together("checkpoint"):
+                self.store.flush()
+        if not self.runtime.agree(self.store.saved_step == self.state.step):
+            self._save(active, wait=True)
+        if not self.runtime.agree(self.store.saved_step == self.state.step):
+            raise UserError(
+                f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest whole one is step {self.store.saved_step}"
+            )
+        raise Stopped(why)
+
+    def _finish(self, active: ActivePhase) -> None:
+        """Hand the phase's weights on: those of its best evaluation, of its moving average, or the last."""
+        phase, state = active.phase, self.state
+        self.heart.enter("phase", state.step)
+        saving.sync_buffers(active, self.runtime)
+        if state.extra.get("ended") and state.epoch_step:
+            self._tell_epoch(phase)
+        module = active.module
+        if phase.config.keep == "best":
+            if self.runtime.is_main and self._best:
+                module.load_state_dict(self._best)
+            self.runtime.sync_tensors([*module.parameters(), *module.buffers()])
+        elif active.ema is not None:
+            active.ema.copy_to(module)
+        leave(active, self.runtime)
+        self.feeds.cached = {}
+        self.tracker.end_phase()
+        note_result(phase, state)
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """One row a finished phase, for the closing table and status.json."""
+        return list(self.state.extra.get("results", []))

@@ -1,0 +1,160 @@
+"""`data.micro_batch_size: auto`: the largest micro-batch that fits into memory, agreed upon by all ranks before a phase's first step.
+
+A rank that runs out of memory in the middle of a step leaves the others in an all-reduce. So each phase begins with a trial: forward
+and backward of one made-up micro-batch on each rank by itself, no collective inside, no update after it. All ranks tell whether it
+fitted; where it did not on any of them, all halve and try again. The global batch and its order are the plan's, whatever the
+micro-batch is. What fitted is kept in the checkpoint's state. Composer has the idea of halving until it fits; its trial is the step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtl.checkpoint.resume.state import TrainState
+from dtl.data.loading.loader import Batch
+from dtl.distributed.runtime import Runtime
+from dtl.distributed.watchdog import Heartbeat
+from dtl.errors import UserError
+from dtl.models.freeze import norms_alone
+from dtl.text import counted
+from dtl.training.active import ActivePhase
+from dtl.training.dataloaders import Feeds
+from dtl.training.phases import Phase
+from dtl.training.snapshot import modes_kept, rng_kept
+from dtl.training.step import Normalise, Stepper
+
+# What torch raises where memory ends; the words of a RuntimeError tell.
+PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)
+_KEY = "micro_batch_sizes"
+_CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
+# Where a device is nearly full, CUDA's libraries have words of their own.
+_GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
+
+
+def recall(feeds: Feeds, state: TrainState, phase: Phase) -> None:
+    """Begin `phase` with what fitted in an earlier start, or with a rank's whole share."""
+    feeds.micro_batch_size = state.extra.get(_KEY, {}).get(phase.name)
+
+
+def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, say: Callable[[str], None]) -> bool:
+    """Halve `feeds.micro_batch_size` until a micro-batch of the phase fits on every rank; True where it had to.
+
+    All ranks call it together. Weights, statistics, gradients and generators are afterwards as before. UserError where not even
+    the smallest micro-batch fits.
+    """
+    phase, halved = active.phase, False
+    while True:
+        layout = feeds.layout(phase)
+        size = layout.micro_batch_size
+        problems = runtime.gather(_trial(active, size, feeds.image_size, runtime, normalise))
+        if not any(problems):
+            break
+        rank = next(i for i, problem in enumerate(problems) if problem)
+        if size <= layout.unit:
+            raise UserError(
+                f"phase {phase.name}: not even {counted(size, 'image')} at once would fit into memory (rank {rank}: {problems[rank]}); a smaller "
+                "data.image_size or model, model.checkpoint_activations: true, or precision bf16 need less"
+            )
+        feeds.micro_batch_size = max(layout.unit, -(-size // 2))
+        halved = True
+        say(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {feeds.micro_batch_size}")
+    if halved:
+        times = f"{layout.accumulation_steps} a step on each of {counted(runtime.world_size, 'process')}"
+        say(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {feeds.global_batch_size}")
+        if state is not None:
+            state.extra[_KEY] = {**state.extra.get(_KEY, {}), phase.name: size}
+    return halved
+
+
+def explain(error: Exception, feeds: Feeds, phase: Phase) -> None:
+    """Raise what says what to do, where a step ran out of memory after all (others took it meanwhile)."""
+    if _is_out_of_memory(error):
+        size = feeds.layout(phase).micro_batch_size
+        raise RuntimeError(
+            f"out of memory in a micro-batch of {size}, which fitted before: somebody else may use this device; "
+            f"--data.micro-batch-size {max(1, size // 2)} goes on from the newest checkpoint with the same global batches"
+        ) from error
+
+
+def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise) -> str:
+    """Why a micro-batch of `size` does not fit here; empty where it does."""
+    buffers = list(active.module.buffers())
+    kept = [buffer.detach().clone() for buffer in buffers]
+    problem = ""
+    with rng_kept(runtime.device), modes_kept(active.module), norms_alone():
+        try:
+            _compute(active, size, image_size, runtime, normalise)
+        except PERHAPS_FULL as error:
+            if not _is_out_of_memory(error):
+                raise
+            problem = str(error).splitlines()[0].split(". ")[0][:120] or "out of memory"
+        finally:
+            for parameter in active.parameters:
+                parameter.grad = None
+            with torch.no_grad():
+                for buffer, value in zip(buffers, kept):
+                    buffer.copy_(value)
+    if problem:
+        gc.collect()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif hasattr(ctypes.CDLL(None), "malloc_trim"):
+            # Freed memory is kept on CPUs (see dtl.distributed.runtime): the next trial would find the limit taken by what this one left.
+            ctypes.CDLL(None).malloc_trim(0)
+    return problem
+
+
+def _compute(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise) -> None:
+    batch = Batch(
+        images=torch.zeros((size, 3, image_size, image_size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
+        labels=torch.zeros(size, dtype=torch.int64),
+        weights=torch.ones(size),
+        samples=torch.arange(size),
+        slots=torch.arange(size),
+        epoch=0,
+        step=0,
+    )
+    if active.cut is not None:
+        # Trained on features, which the whole network gives once, without gradients.
+        with torch.no_grad(), runtime.accelerator.autocast():
+            active.module(normalise(batch.images))
+        return
+    # Accelerate's autocast is on the network that DDP wraps: without DDP there is no collective that a lone rank could leave others in.
+    wrapped = active.wrapped
+    inner = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
+    stepper = Stepper(replace(active, wrapped=inner), runtime, normalise=normalise, seed=0, heart=Heartbeat())
+    with _eager(inner):
+        loss = stepper.loss_sum(batch)
+        runtime.accelerator.backward(loss / size)
+    _moments(active)
+
+
+def _moments(active: ActivePhase) -> list[Tensor]:
+    """Memory that the optimizer takes at its first step, beside weights and gradients."""
+    optimizer: torch.optim.Optimizer = getattr(active.optimizer, "optimizer", active.optimizer)
+    if optimizer.state:
+        return []
+    number = _MOMENTS[active.phase.config.optimizer]
+    return [torch.empty_like(parameter) for parameter in active.parameters for _ in range(number)]
+
+
+def _eager(module: nn.Module) -> AbstractContextManager[Any]:
+    """A compiled network runs as written: a graph that is compiled here would be taken for the training's, without the gathering of
+    statistics over ranks and without the parts between which DDP sends gradients. Eager needs no less memory."""
+    # The import behind `set_stance` takes seconds of its own.
+    return torch.compiler.set_stance("force_eager") if getattr(module, "_compiled_call_impl", None) is not None else nullcontext()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch's own error on GPUs, or its libraries'. On CPUs, where a limit is set (ulimit -v), its allocator, oneDNN and C++ each have words
+    of their own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in (*_CPU_WORDS, *_GPU_WORDS))

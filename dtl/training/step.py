@@ -1,0 +1,212 @@
+"""One optimizer step from a rank's micro-batches, and the sums that its log line needs.
+
+Letters: B slots of a micro-batch, C H W channels and pixels, K outputs, R ranks. Nothing here makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtl.data.loading.loader import Batch
+from dtl.data.transforms.mix import mix_batch
+from dtl.distributed.runtime import Runtime
+from dtl.distributed.watchdog import Heartbeat
+from dtl.keyed import int_key
+from dtl.models.build import Preprocessing
+from dtl.training.active import ActivePhase
+from dtl.training.dataloaders import Feeds
+
+# Weight of each auxiliary head's loss: Inception (Szegedy et al. 2016) has one at 0.4, GoogLeNet (2015) two at 0.3.
+AUXILIARY_WEIGHT = {1: 0.4, 2: 0.3}
+
+
+class Normalise:
+    """uint8 [B, 3, H, W] to float32 on the device, with the mean and standard deviation that the weights were trained with."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, channels_last: bool) -> None:
+        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
+        self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._device = device
+        # Copies on a stream of their own overlap with the computation of the step before.
+        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @property
+    def facts(self) -> list[float]:
+        """Mean and scale, for what is kept under their name."""
+        return [*self._mean.flatten().tolist(), *self._scale.flatten().tolist()]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Cached features (float32, engine.features) are only moved."""
+        images = self._moved(images)
+        if images.dtype != torch.uint8:
+            return images
+        if images.is_contiguous(memory_format=torch.channels_last):
+            # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU several times as long.
+            mean, scale = self._as_rows(images.shape[3])
+            rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32).sub_(mean).mul_(scale)
+            made = rows.view(len(rows), images.shape[2], -1, 3).permute(0, 3, 1, 2)
+        else:
+            made = images.to(torch.float32).sub_(self._mean).mul_(self._scale)
+        return made.contiguous(memory_format=self._format)
+
+    def _as_rows(self, width: int) -> tuple[Tensor, Tensor]:
+        """Mean and scale for a row of `width` pixels, each [3 * width]."""
+        if width not in self._rows:
+            self._rows[width] = self._mean.flatten().repeat(width), self._scale.flatten().repeat(width)
+        return self._rows[width]
+
+    def _moved(self, images: Tensor) -> Tensor:
+        if self._copies is None or images.device == self._device:
+            return images.to(self._device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            moved = images.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        moved.record_stream(current)  # the memory belongs to the other stream, which must not use it again before this one is done
+        return moved
+
+
+@dataclass
+class Window:
+    """Sums since the last log line. Weighted by the step's normaliser: `loss` is a mean over samples."""
+
+    total: float = 0.0
+    """This rank's share of the loss, without what `add` has got since it was last asked for."""
+    weight_sum: float = 0.0
+    """of all ranks"""
+    bad_step: int = -1
+    """The first step whose loss was not finite."""
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    num_images: int = 0
+
+    def __post_init__(self) -> None:
+        self._added: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """The loss of a micro-batch of step number `step` (from 1). Kept as it is: summing it now would be five small kernels a step."""
+        self._added.append((step, loss))
+        if len(self._added) >= 4096:
+            self.sum()
+
+    def sum(self) -> float:
+        """This rank's share of the loss. The host waits for the device here."""
+        if self._added:
+            losses = torch.stack([loss for _, loss in self._added]).to("cpu", torch.float64).tolist()
+            for (step, _), loss in zip(self._added, losses, strict=True):
+                self.total += loss
+                if self.bad_step < 0 and not math.isfinite(self.total):
+                    self.bad_step = step
+            self._added.clear()
+        return self.total
+
+
+class Stepper:
+    """Takes the optimizer steps of one phase."""
+
+    def __init__(self, active: ActivePhase, runtime: Runtime, *, normalise: Normalise, seed: int, heart: Heartbeat) -> None:
+        self.active, self.runtime, self.normalise, self.seed, self.heart = active, runtime, normalise, seed, heart
+        self._on_host = runtime.device.type == "cpu"
+        config = active.phase.config
+        self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
+        self._draws = int_key(seed, "step", runtime.rank)
+        self._scaler = runtime.accelerator.scaler
+        self._factor: tuple[float, Tensor] | None = None
+        # Accelerate's wrapper is for the scaler; without one it only looks for packages that are not there, a millisecond at each step.
+        self._optimizer = active.optimizer if self._scaler is not None else getattr(active.optimizer, "optimizer", active.optimizer)
+
+    def step(self, batches: list[Batch], *, step: int, phase_step: int, normaliser: float, window: Window) -> float:
+        """Forward, backward and update for step number `step` of the run (from 0); returns the learning rate.
+
+        `normaliser`: the sum of the weights of all samples of the global batch, over all ranks and all micro-batches. DDP averages
+        gradients over R, so each local loss is sum(w * l) * R / normaliser: the gradient of the global batch at any R.
+        """
+        active, accelerator = self.active, self.runtime.accelerator
+        lr = active.set_lr(phase_step)
+        for micro_step, batch in enumerate(batches):
+            last = micro_step == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(active.wrapped):
+                # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
+                _seed_draws(int_key(self._draws + step, micro_step) >> 1, self.runtime.device)
+                self.heart.enter("forward")
+                loss_sum = self.loss_sum(batch)
+                self.heart.enter("backward")
+                factor = self.runtime.world_size / normaliser
+                if self._scaler is None:
+                    torch.autograd.backward(loss_sum, self._as_tensor(factor))  # the product's gradient, without the product
+                else:
+                    self._scaler.scale(loss_sum * factor).backward()
+            window.add(step + 1, loss_sum.detach())
+        if active.phase.config.clip_norm is not None:
+            accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
+        self._optimizer.step()
+        for parameter in active.parameters:
+            parameter.grad = None  # as `zero_grad` does, which opens a range for the profiler each time
+        if active.ema is not None:
+            active.ema.update()
+        window.weight_sum += normaliser
+        return lr
+
+    def _as_tensor(self, factor: float) -> Tensor:
+        """On the device, filled there: a copy would make the host wait for all that is queued. Steps of one epoch have one of two."""
+        if self._factor is None or self._factor[0] != factor:
+            self._factor = factor, torch.full((), factor, dtype=torch.float32, device=self.runtime.device)
+        return self._factor[1]
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""
+        active, device = self.active, self.runtime.device
+        images = self.normalise(batch.images)
+        labels, weights = batch.labels, batch.weights
+        if not self._on_host:
+            labels, weights = labels.to(device, non_blocking=True), weights.to(device, non_blocking=True)
+        images, labels, weights = active.phase.task.prepare(images, labels, weights)
+        targets: Tensor = labels
+        if self._mixing is not None:
+            targets = torch.nn.functional.one_hot(labels, active.phase.num_outputs).to(torch.float32)
+            images, targets = mix_batch(images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing)
+        logits, auxiliary = active.wrapped(images)
+        total = _weighted_sum(active, logits, targets, None if batch.full else weights)
+        for other in auxiliary:
+            total = total + AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * _weighted_sum(active, other, targets, None if batch.full else weights)
+        return total
+
+
+def _seed_draws(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the CPU and this rank's device. It seeds every kind of device that torch knows as well, and keeps a stack
+    trace for each that is not there: a fifth of the time of a step on cached features."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _weighted_sum(active: ActivePhase, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """`weights`: of the slots, 1 or 0; None where all are 1 (the same sum, two operations less and none of theirs in the backward pass)."""
+    if weights is None:
+        return active.loss.total(logits, targets)
+    losses = active.loss.losses(logits, targets)
+    # Masked, not multiplied: a padded slot's loss may be infinite, and 0 * inf is not 0.
+    return torch.where(weights > 0, losses * weights, 0.0).sum()
+
+
+def step_weight(active: ActivePhase, feeds: Feeds, phase_step: int, num_images: int) -> float:
+    """`normaliser` of a step of `num_images`; its labels are looked up only where classes have weights."""
+    if active.class_weights is None:
+        return float(num_images * active.phase.task.expansion)
+    return normaliser(active, feeds.step_labels(active.phase, phase_step))
+
+
+def normaliser(active: ActivePhase, labels: np.ndarray) -> float:
+    """The sum of the weights of a global batch with these `labels` [n]; each rank knows them all from the plan and the index."""
+    if active.class_weights is None:
+        return float(len(labels) * active.phase.task.expansion)
+    return float(active.class_weights.double()[torch.from_numpy(labels.astype(np.int64))].sum())

@@ -1,0 +1,128 @@
+"""What limits an epoch: how fast it went, how long it waited for data, and, when loading is the limit, what to change.
+
+Nothing is guessed: each batch says what it took to make, in its process's wall and CPU time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+
+from dtl.data.loading.loader import Batch
+from dtl.distributed.runtime import Runtime
+from dtl.text import counted
+
+GIB = 2**30
+# Less waiting than this is no limit; a shorter epoch measures the start of its loader processes.
+LEAST_WAIT, LEAST_SECONDS, LEAST_BUSY = 0.2, 2.0, 0.6
+
+
+@dataclass
+class EpochSpeed:
+    """Sums over this rank's steps of an epoch, in this start of the run."""
+
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds of it that the training stood still for its next batch."""
+    images: int = 0
+    """Of this rank, pads left out."""
+    loading: float = 0.0
+    """Wall seconds of all loader processes."""
+    computing: float = 0.0
+    """CPU seconds among them."""
+
+    def take(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            self.images += batch.num_real
+            self.loading += batch.seconds[0]
+            self.computing += batch.seconds[1]
+
+    @property
+    def wait(self) -> float:
+        """Share of the time that waited for data, 0..1."""
+        return min(1.0, self.waited / self.seconds) if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class EpochFacts:
+    """What an epoch's line tells; the wait is that of the rank that waited longest, since all others wait for it."""
+
+    images_per_second: float
+    data_wait: float
+    memory_gib: float
+    """GPU memory of the fullest rank; on CPUs the largest process."""
+    advice: str = ""
+    """What to change, when loading is the limit."""
+
+
+def gather(speed: EpochSpeed, runtime: Runtime, *, workers: int, image_size: int, short_side: float) -> EpochFacts:
+    """All ranks together. `short_side`: median of the images' shorter side, as they are stored."""
+    everyone = runtime.gather((*astuple(speed), _memory(runtime.device)))
+    speeds = [EpochSpeed(*values[:-1]) for values in everyone]
+    slowest = max(speeds, key=lambda one: one.wait)
+    seconds = max(max(one.seconds for one in speeds), 1e-9)
+    advice = advise(
+        slowest,
+        workers=workers,
+        cores=max(1, num_cores() // max(1, runtime.launch.local_world_size)),
+        on_cpu=runtime.device.type == "cpu",
+        image_size=image_size,
+        short_side=short_side,
+    )
+    return EpochFacts(sum(one.images for one in speeds) / seconds, slowest.wait, max(values[-1] for values in everyone), advice)
+
+
+def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_size: int, short_side: float) -> str:
+    """One line, when the loader is what limits; empty otherwise. `cores`: of this rank's share of the machine."""
+    if speed.wait < LEAST_WAIT or speed.seconds < LEAST_SECONDS or not speed.images:
+        return ""
+    busy = min(1.0, speed.loading / (speed.seconds * workers)) if workers else 1.0
+    if busy < LEAST_BUSY:
+        return ""
+    each = speed.loading / speed.images
+    measured = f"the loader is the limit ({speed.wait:.0%} of the time is waiting for it): an image takes {1000 * each:.1f} ms"
+    measured += f", {counted(workers, 'loader process')} {busy:.0%} busy" if workers else " in the training process itself"
+    if speed.computing < LEAST_BUSY * speed.loading:
+        stalled = 1 - speed.computing / speed.loading
+        more = max(1, 2 * workers)
+        return f"{measured} and wait for the disk (or for a core) {stalled:.0%} of that; put the data on a local disk, or try --data.workers {more}"
+    # As many as would keep up with a training that never waits.
+    wanted = max(workers + 1, math.ceil(each * speed.images / max(speed.seconds - speed.waited, 1e-9)))
+    most = max(1, cores - 1) if on_cpu else cores
+    if workers < most:
+        short = f", of {wanted} that would keep up" if wanted > most else ""
+        return f"{measured}; --data.workers {min(wanted, most)} (this process has {counted(cores, 'core')}{short})"
+    target = round(image_size * 256 / 224)
+    if short_side > 1.25 * target:
+        return (
+            f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed; the images are {short_side:.0f} pixels at the short side, "
+            f"{target} would do: dtl pack SRC DST --short-side {target}"
+        )
+    return f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed: more cores a process, or fewer augmentations"
+
+
+def num_cores() -> int:
+    """Cores that this process may use (SLURM and taskset give fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    return peak_bytes() / GIB
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had. Not Linux's ru_maxrss, which begins with the peak of whoever started it."""
+    if sys.platform == "linux":
+        _, _, found = Path("/proc/self/status").read_text().partition("VmHWM:")
+        if found:  # gVisor's kernel leaves it out
+            return 1024 * int(found.split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

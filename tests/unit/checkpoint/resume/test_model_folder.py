@@ -1,0 +1,140 @@
+"""Model folders: whole, self-explaining, readable by others, and clear about what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import dtl
+from dtl.checkpoint.resume import tensors_file as durable
+from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json, save_model_folder
+from dtl.errors import UserError
+
+FACTS: dict[str, Any] = {
+    "architecture": {"name": "torchvision/resnet18", "num_classes": 2, "options": {"stem": 3}},
+    "classes": ["ants", "bees"],
+    "display_names": {"ants": "Ameisen"},
+    "preprocessing": {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.1, 0.1), "image_size": 224, "interpolation": "bicubic", "crop_ratio": 0.875},
+    "metrics": {"top1": 0.9375},
+    "made_by": {"run": "digits", "step": 120},
+}
+
+
+def network() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    net[2].weight = net[0].weight  # tied, as some networks are
+    return net
+
+
+def save(folder: Path, net: nn.Module | None = None, **changes: Any) -> None:
+    save_model_folder(folder, (net or network()).state_dict(), **(FACTS | changes))
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    net, folder = network(), tmp_path / "runs" / "model"
+    save(folder, net)
+    assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
+    assert os.listdir(tmp_path / "runs") == ["model"]
+    facts = read_model_json(folder)
+    assert facts.architecture == FACTS["architecture"]
+    assert facts.classes == ("ants", "bees")
+    assert facts.display_names == {"ants": "Ameisen"}
+    assert facts.preprocessing == FACTS["preprocessing"] | {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.1, 0.1]}
+    assert facts.metrics == {"top1": 0.9375}
+    assert facts.made_by == {"run": "digits", "step": 120, "dtl": dtl.__version__, "torch": torch.__version__}
+    state = net.state_dict()
+    tensors = load_model_tensors(folder)
+    assert list(tensors) == list(facts.order) == list(state)
+    assert all(torch.equal(tensors[name], state[name]) and tensors[name].dtype == state[name].dtype for name in state)
+
+
+def test_others_can_read_it_without_dtl(tmp_path: Path) -> None:
+    net, other = network(), network()
+    save(tmp_path / "model", net)
+    other.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"))
+    assert torch.equal(other[0].weight, net[0].weight)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["format"] == 1
+
+
+def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "model", metrics={"top1": 0.5})
+
+    def full(path: Path, value: object) -> durable.FileFacts:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_json", full)
+        with pytest.raises(UserError, match=r"could not be written to .*/model: No space left on device"):
+            save(tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert read_model_json(tmp_path / "model").metrics == {"top1": 0.5}
+    (tmp_path / ".writing-model-1").mkdir()  # of a killed process
+    save(tmp_path / "model", metrics={"top1": 0.75})
+    assert os.listdir(tmp_path) == ["model"]
+    assert read_model_json(tmp_path / "model").metrics == {"top1": 0.75}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"could not be written to .*/file/model: (File exists|Not a directory)"):
+        save(tmp_path / "file" / "model")
+
+
+def test_killed_between_the_renames_the_old_one_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "model", metrics={"top1": 0.5})
+    os.rename(tmp_path / "model", tmp_path / ".model.before")
+    assert read_model_json(tmp_path / "model").metrics == {"top1": 0.5}
+    assert len(load_model_tensors(tmp_path / "model")) == 11
+    save(tmp_path / "model", metrics={"top1": 0.75})
+    assert read_model_json(tmp_path / "model").metrics == {"top1": 0.75}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def change(folder: Path, **changes: object) -> None:
+    value = json.loads((folder / "model.json").read_text()) | changes
+    (folder / "model.json").write_text(json.dumps({key: item for key, item in value.items() if item != "drop"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 7}, r"model.json has format 7, this dtl knows up to 1: update dtl"),
+        ({"format": "drop"}, "it has no format number"),
+        ({"classes": "drop"}, r"model.json is damaged: 'classes' is missing"),
+        ({"preprocessing": {"mean": [1, 2, 3]}}, "'std' is missing"),
+        ({"classes": ["ants"]}, "torchvision/resnet18 with 2 outputs, but 1 classes"),
+        ({"metrics": 3}, r"model.json is damaged"),
+        ({"order": ["0.weight"]}, r"model.json do not belong together: .* is in one of them only"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    save(tmp_path / "model")
+    change(tmp_path / "model", **changes)
+    with pytest.raises(UserError, match=message):
+        load_model_tensors(tmp_path / "model")
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing is no model folder: .*nothing/model.json cannot be read \(No such file or directory\)"):
+        read_model_json(tmp_path / "nothing")
+    save(tmp_path / "model")
+    os.truncate(tmp_path / "model" / "model.safetensors", 100)
+    with pytest.raises(UserError, match=r"the weights .*model.safetensors are damaged"):
+        load_model_tensors(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the weights .*model.safetensors cannot be read: No such file"):
+        load_model_tensors(tmp_path / "model")
+    (tmp_path / "model" / "model.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: it is not JSON"):
+        read_model_json(tmp_path / "model")
+
+
+def test_mistakes_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="2 classes with 1 class names"):
+        save(Path("unused"), classes=["ants"])
+    with pytest.raises(ValueError, match="preprocessing lacks std"):
+        save(Path("unused"), preprocessing={"mean": 1, "image_size": 2, "interpolation": 3, "crop_ratio": 4})

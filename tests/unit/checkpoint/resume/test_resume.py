@@ -1,0 +1,65 @@
+"""What may change between two starts of one run: nothing that changes its result, and what changes its rounding is told."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dtl.checkpoint.resume.resume import FREE_SETTINGS, check_transforms, note_changes
+from dtl.checkpoint.resume.state import TrainState
+from dtl.config import Config
+from dtl.config.help import sections
+from dtl.data.transforms.transforms import VERSIONS
+from dtl.distributed.runtime import Runtime
+from dtl.errors import UserError
+
+KEYS = [name for _, rows in sections() for name, *_ in rows]
+
+
+def told(*, device: str | None = "cpu", micro_batch_size: object = "auto", now: object = "auto") -> list[str]:
+    """What is said of a run that was on `device` (None: by a dtl that did not write it) when it goes on here, on the CPU."""
+    stored: dict[str, Any] = {"config": {"data": {"micro_batch_size": micro_batch_size}}}
+    checkpoint: Any = SimpleNamespace(state=stored if device is None else {**stored, "device": device})
+    lines: list[str] = []
+    with Runtime(device="cpu") as runtime:
+        state = TrainState(step=3, num_threads=torch.get_num_threads())
+        note_changes(Config.model_validate({"data": {"micro_batch_size": now}}), checkpoint, state, runtime, lines.append)
+    return lines
+
+
+def test_what_stays_as_it_was_is_not_told() -> None:
+    assert told() == []
+    assert told(device=None) == []
+    assert told(micro_batch_size=16, now=16) == []
+
+
+def test_another_device_is_told_in_one_line() -> None:
+    (line,) = told(device="cuda")
+    assert line == "this run was on cuda and goes on with cpu: the rounding of sums may differ"
+
+
+def test_another_micro_batch_size_is_told_in_one_line() -> None:
+    (line,) = told(micro_batch_size="auto", now=16)
+    assert line.startswith("this run had data.micro_batch_size auto and goes on with 16: the same global batches; batch norm statistics, dropout")
+
+
+def test_every_free_setting_exists_and_of_the_checkpoints_only_the_monitor_is_not_free() -> None:
+    for pattern in FREE_SETTINGS:
+        assert fnmatch.filter(KEYS, pattern), pattern
+    held = [key for key in KEYS if not any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE_SETTINGS)]
+    assert [key for key in held if key.startswith("checkpoint.")] == ["checkpoint.monitor"]
+    assert {key for key in KEYS if key.startswith(("phases.", "model.", "transfer.", "data.augment."))} <= set(held)
+    assert {"run.seed", "run.gradient_compression", "data.image_size", "data.global_batch_size", "data.window", "data.balance", "data.last"} <= set(held)
+
+
+@pytest.mark.parametrize("split", ["training", "evaluation"])
+def test_other_transforms_than_the_runs_are_refused(split: str) -> None:
+    check_transforms({"transforms": dict(VERSIONS)}, Path("runs/a"))
+    check_transforms({}, Path("runs/a"))  # an older dtl did not write them
+    with pytest.raises(UserError, match=f"runs/a was started with version 99 of the {split} transforms.*--run.resume never"):
+        check_transforms({"transforms": {**VERSIONS, split: 99}}, Path("runs/a"))

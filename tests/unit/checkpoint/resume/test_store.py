@@ -1,0 +1,418 @@
+"""The store's promises: what is there is whole, what is damaged is named, and no failure loses the checkpoint before."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtl.checkpoint.resume import tensors_file as durable
+from dtl.checkpoint.resume.store import CheckpointStore
+from dtl.errors import UserError
+
+
+class Said(list[str]):
+    """Stands in for the console: keeps the lines."""
+
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+    def text(self) -> str:
+        return "\n".join(self)
+
+
+@pytest.fixture
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def make(tmp_path: Path, said: Said) -> Callable[..., CheckpointStore]:
+    (tmp_path / "run").mkdir()
+
+    def build(**options: object) -> CheckpointStore:
+        return CheckpointStore(tmp_path / "run" / "checkpoints", say=said, **options)  # type: ignore[arg-type]
+
+    return build
+
+
+def tensors(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
+    return {"model": {"weight": torch.full((100, 10), float(value))}, "optimizer": {"exp_avg/weight": torch.full((100, 10), -float(value))}}
+
+
+def every_kind() -> dict[str, Tensor]:
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    kinds = {f"{kind}"[6:]: (torch.arange(-3, 9) % 7).to(kind).reshape(3, 4) for kind in types}
+    return kinds | {
+        "bool": torch.tensor([True, False, True]),
+        "number": torch.tensor(7),
+        "nothing": torch.empty(0, 4),
+        "no_elements_bf16": torch.empty(0, dtype=torch.bfloat16),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "channels_last": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(3, 5).t(),
+        "expanded": torch.randn(3, 1).expand(3, 4),
+        "slice": torch.randn(10, 10)[2:5, 1:7:2],
+    }
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and _bytes(left) == _bytes(right)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_every_kind_of_tensor_and_state_comes_back_exactly(make: Callable[..., CheckpointStore], asynchronous: bool) -> None:
+    store = make(asynchronous=asynchronous)
+    given = every_kind()
+    state = {"step": 3, "loss": 0.1 + 0.2, "best": {"all": [1, None, "ä"]}, "worst": float("inf")}
+    stalled = store.save(3, {"model": given, "scaler": {}}, state)
+    store.close()
+    found = store.newest()
+    assert found is not None
+    assert (found.step, found.state, found.groups) == (3, state, ("model", "scaler"))
+    back = found.tensors("model")
+    assert back.keys() == given.keys()
+    assert [name for name in given if not same(given[name], back[name])] == []
+    assert found.tensors("scaler") == {}
+    assert 0 <= stalled < 60
+    assert store.saved_step == 3
+    with pytest.raises(UserError, match="no tensors of 'ema', only of: model, scaler"):
+        found.tensors("ema")
+
+
+def test_the_reference_reader_of_safetensors_agrees(make: Callable[..., CheckpointStore]) -> None:
+    from safetensors.torch import load_file
+
+    store, given = make(), every_kind()
+    store.save(1, {"model": given}, {}, wait=True)
+    back = load_file(store.folder / "step-00000001" / "model.safetensors")
+    assert [name for name in given if not same(given[name], back[name])] == []
+
+
+def test_tied_tensors_are_saved_once_and_tied_again(make: Callable[..., CheckpointStore]) -> None:
+    weight = torch.randn(1000, 10)
+    store = make()
+    store.save(1, {"model": {"a": weight, "b": weight, "row": weight[:1], "other": weight.clone()}}, {}, wait=True)
+    found = store.newest()
+    assert found is not None
+    back = found.tensors("model")
+    assert back["a"].data_ptr() == back["b"].data_ptr() != back["other"].data_ptr()
+    assert torch.equal(back["b"], weight)
+    assert torch.equal(back["row"], weight[:1])
+    assert (found.path / "model.safetensors").stat().st_size < 2.2 * weight.nbytes
+
+
+def test_what_changes_after_save_returned_is_not_in_the_checkpoint(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, write = threading.Event(), durable.write_tensors
+    monkeypatch.setattr(durable, "write_tensors", lambda *given: (gate.wait(10), write(*given))[1])
+    store, given = make(), tensors(1.0)
+    state = {"list": [1]}
+    store.save(1, given, state)
+    given["model"]["weight"].fill_(5.0)
+    state["list"].append(2)
+    assert store.newest() is None, "a checkpoint that is still being written does not count"
+    gate.set()
+    store.flush()
+    found = store.newest()
+    assert found is not None
+    assert found.state == {"list": [1]}
+    assert torch.equal(found.tensors("model")["weight"], torch.full((100, 10), 1.0))
+
+
+def test_a_save_waits_for_the_one_before_and_reuses_its_memory(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    active, most, pointers, write = [0], [0], [], durable.write_tensors
+    gate = threading.Event()
+
+    def held(path: Path, members: dict[str, Tensor]) -> durable.FileFacts:
+        active[0] += 1
+        most[0] = max(most[0], active[0])
+        pointers.append({name: tensor.data_ptr() for name, tensor in members.items()})
+        assert gate.wait(60)
+        active[0] -= 1
+        return write(path, members)
+
+    monkeypatch.setattr(durable, "write_tensors", held)
+    store = make(keep=10)
+    store.save(1, tensors(1), {})  # returns while its writing is held
+    second = threading.Thread(target=store.save, args=(2, tensors(2), {}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive(), "it waits"
+    assert store.steps() == []
+    gate.set()
+    second.join(60)
+    store.flush()
+    assert store.steps() == [1, 2]
+    assert most == [1]
+    assert pointers[:2] == pointers[2:]
+    assert [torch.mean(store.at(step).tensors("model")["weight"]).item() for step in (1, 2)] == [1.0, 2.0]
+
+
+def test_only_the_newest_are_kept_by_number(make: Callable[..., CheckpointStore]) -> None:
+    store = make(keep=2)
+    for step in (9, 10, 99_999_999, 100_000_000):
+        store.save(step, tensors(), {})
+    store.close()
+    assert store.steps() == [99_999_999, 100_000_000]
+    assert sorted(os.listdir(store.folder)) == ["step-100000000", "step-99999999"]
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 100_000_000
+    with pytest.raises(UserError, match=r"keep is 0: at least 1"):
+        make(keep=0)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_saving_a_step_again_replaces_it(make: Callable[..., CheckpointStore], keep: int) -> None:
+    store = make(keep=keep)
+    store.save(4, tensors(1), {"turn": 1})
+    store.save(4, tensors(2), {"turn": 2}, wait=True)
+    assert os.listdir(store.folder) == ["step-00000004"]
+    found = store.newest()
+    assert found is not None
+    assert (found.state, found.tensors("model")["weight"][0, 0]) == ({"turn": 2}, 2)
+
+
+def damage_truncate(folder: Path) -> None:
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+
+
+def damage_flip(folder: Path) -> None:
+    with open(folder / "optimizer.safetensors", "r+b") as file:
+        file.seek(-50, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-50, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (damage_truncate, r"model.safetensors has 100 bytes, not 4\d\d\d"),
+    "flipped bit": (damage_flip, r"the content of optimizer.safetensors has changed"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json cannot be read"),
+    "strange manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+    "no state": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    "other step": (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "step": 7}'), "speaks of step 7"),
+    "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "manifest.json is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_newest_falls_back_and_says_what_was_damaged(make: Callable[..., CheckpointStore], said: Said, kind: str) -> None:
+    damage, message = DAMAGES[kind]
+    store = make()
+    for step in (10, 20):
+        store.save(step, tensors(step), {"step": step}, wait=True)
+    damage(store.folder / "step-00000020")
+    found = store.newest()
+    assert found is not None
+    assert found.step == 10
+    assert len(said) == 1
+    assert re.search(f"step-00000020 is damaged and passed over: .*{message}", said[0])
+    with pytest.raises(UserError, match=message):
+        store.at(20)
+
+    # Going on from 10 leaves the damaged 20 behind as soon as there is something newer than 10.
+    store.save(15, tensors(15), {}, wait=True)
+    assert store.steps() == [10, 15]
+
+
+def test_all_damaged_is_refused_and_none_is_none(make: Callable[..., CheckpointStore]) -> None:
+    store = make()
+    assert store.newest() is None
+    store.save(1, tensors(), {}, wait=True)
+    damage_truncate(store.folder / "step-00000001")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(step-00000001: .*--run.resume never"):
+        store.newest()
+    with pytest.raises(UserError, match=r"step 8 .* there is none"):
+        store.at(8)
+
+
+def test_a_newer_format_is_refused_clearly(make: Callable[..., CheckpointStore]) -> None:
+    store = make()
+    store.save(1, tensors(), {}, wait=True)
+    path = store.folder / "step-00000001" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match=r"newer dtl \(checkpoint format 99, known: 1\): update dtl"):
+        store.newest()
+
+
+@contextmanager
+def full_disk(after_bytes: int) -> Iterator[None]:
+    """No file may grow beyond this: the write fails in the middle of a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_told_and_tried_again(make: Callable[..., CheckpointStore], said: Said) -> None:
+    store = make(max_failures=3)
+    store.save(1, tensors(1), {}, wait=True)
+    with full_disk(2000):
+        store.save(2, tensors(2), {})
+        store.save(3, tensors(3), {}, wait=True)
+    assert len(said) == 2
+    assert "checkpoint of step 2 could not be written" in said[0]
+    assert "File too large (1 in a row of at most 3); step 1 is kept; the next save tries again" in said[0]
+    assert "2 in a row" in said[1]
+    assert os.listdir(store.folder) == ["step-00000001"], "nothing half written is left on a full disk"
+    assert store.saved_step == 1
+    store.save(4, tensors(4), {}, wait=True)
+    assert store.saved_step == 4
+    with full_disk(2000):  # the count starts anew after a success
+        store.save(5, tensors(5), {})
+        store.save(6, tensors(6), {})
+        store.save(7, tensors(7), {})
+        with pytest.raises(UserError, match=r"3 checkpoints in a row could not be written to .*: File too large"):
+            store.flush()
+    assert store.steps() == [1, 4]
+    newest = store.newest()
+    assert newest is not None
+    assert newest.tensors("model")["weight"][0, 0] == 4
+
+
+def test_a_removed_folder_is_told_and_made_anew(make: Callable[..., CheckpointStore], said: Said, tmp_path: Path) -> None:
+    store = make()
+    store.save(1, tensors(), {}, wait=True)
+    durable.remove(store.folder)
+    store.save(2, tensors(), {}, wait=True)
+    assert "is gone, with the checkpoints in it" in said.text()
+    assert store.steps() == [2]
+    durable.remove(tmp_path / "run")
+    store.save(3, tensors(), {}, wait=True)
+    assert "checkpoint of step 3 could not be written" in said[-1]
+    assert "No such file or directory" in said[-1]
+    assert not (tmp_path / "run").exists(), "a run folder that vanished must not grow again"
+
+
+def test_a_process_of_an_older_start_writes_nothing(make: Callable[..., CheckpointStore]) -> None:
+    calls = []
+
+    def ghost() -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise UserError("start 2 has taken over")
+
+    store = make(before_write=ghost)
+    store.save(1, tensors(), {}, wait=True)
+    store.save(2, tensors(), {})  # allowed at first, taken over while it writes
+    with pytest.raises(UserError, match="start 2 has taken over"):
+        store.flush()
+    assert os.listdir(store.folder) == ["step-00000001"]
+
+
+def test_a_fault_in_the_thread_reaches_the_caller(make: Callable[..., CheckpointStore]) -> None:
+    store = make()
+    store.save(1, {"model": {"odd": torch.zeros(2, dtype=torch.complex64)}}, {})
+    with pytest.raises(TypeError, match=r"tensor odd has type torch.complex64"):
+        store.close()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        store.save(2, tensors(), {"bad": object()})
+    with pytest.raises(ValueError, match="group name"):
+        store.save(2, {"../x": {}}, {})
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from dtl.checkpoint.resume.store import CheckpointStore
+
+def run(folder, pipe):
+    store = CheckpointStore(folder, keep=2)
+    found = store.newest()
+    step = 0 if found is None else found.step
+    if found is not None:
+        values = {float(t.unique()) for g in found.groups for t in found.tensors(g).values()}
+        assert values == {float(step)} and found.state == {"step": step}, (step, values, found.state)
+    os.write(pipe, f"{step}\\n".encode())
+    while True:
+        step += 1
+        value = {"a": torch.full((100_000,), float(step)), "b": torch.full((3,), float(step))}
+        store.save(step, {"model": value, "optimizer": value}, {"step": step})
+
+torch.set_num_threads(1)
+random.seed(0)
+kills, hits = 0, 0
+while kills < 30 or (hits < 5 and kills < 300):
+    kills += 1
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(sys.argv[1], writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    line = os.read(reading, 100).decode()
+    assert line, "the child failed"
+    time.sleep(random.random() * 0.03)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    folder = sys.argv[1]
+    left = os.path.isdir(folder) and any(not name.startswith("step-") for name in os.listdir(folder))
+    hits += left
+    print(line.strip(), int(left))
+"""
+
+
+def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = subprocess.run([sys.executable, tmp_path / "killed.py", tmp_path / "checkpoints"], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    starts, leftovers = zip(*[map(int, line.split()) for line in done.stdout.splitlines()], strict=True)
+    assert starts == tuple(sorted(starts))
+    assert starts[-1] > 0
+    assert sum(leftovers) >= 5, "some of the kills fell into a save"
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    store.save(10**6, tensors(), {}, wait=True)
+    assert [name for name in os.listdir(store.folder) if not name.startswith("step-")] == [], "leftovers go at the next save"
+
+
+@pytest.mark.parametrize("killed_after", ["set aside", "replaced"])
+def test_killed_while_a_step_is_replaced(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch, killed_after: str) -> None:
+    """Between the two renames the old folder is found where it was set aside; after them the new one counts."""
+    make().save(4, tensors(1), {"turn": 1}, wait=True)
+    renames, rename = [], os.rename
+
+    def until_killed(source: Path, target: Path) -> None:
+        if len(renames) == 1 and killed_after == "set aside":
+            raise KeyboardInterrupt
+        renames.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", until_killed)
+    if killed_after == "replaced":
+        monkeypatch.setattr(durable, "sync_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt) if len(renames) == 2 else None)
+    store = make()
+    store.save(4, tensors(2), {"turn": 2})
+    with pytest.raises(KeyboardInterrupt):
+        store.flush()
+    monkeypatch.undo()
+    found = make().newest()
+    assert found is not None
+    assert found.state == {"turn": 1 if killed_after == "set aside" else 2}
+    store = make(keep=1)
+    store.save(5, tensors(5), {}, wait=True)
+    assert os.listdir(store.folder) == ["step-00000005"]

@@ -1,0 +1,383 @@
+"""Reading pretrained weights: every layout people have, and one clear line for what cannot be read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import random
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dtl.checkpoint import load_pretrained
+from dtl.checkpoint.transfer.source.read import read_weights
+from dtl.errors import TransferRefused, UserError
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def names(folder: Path, content: object, **options: object) -> list[str]:
+    torch.save(content, folder / "w.pth")
+    return list(read_weights(folder / "w.pth", **options).tensors)  # type: ignore[arg-type]
+
+
+def test_a_flat_file_keeps_order_and_is_memory_mapped(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    read = read_weights(tmp_path / "w.pt")
+    assert list(read.tensors) == list(state)
+    assert read.ordered
+    assert read.sha256 is not None
+    assert len(read.sha256) == 64
+    assert all(torch.equal(read.tensors[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []}},
+        lambda s: {"model_state_dict": s, "loss": torch.tensor(1.0)},
+        lambda s: {"classy_state_dict": {"base_model": {"model": {"trunk": s, "heads": {}}}}},
+        lambda s: {"state_dict": s, "pytorch-lightning_version": "2", "hyper_parameters": {"lr": 0.1}, "callbacks": {}},
+    ],
+)
+def test_containers_are_undone(tmp_path: Path, wrap: object) -> None:
+    state = small().state_dict()
+    assert names(tmp_path, wrap(state)) == list(state)  # type: ignore[operator]
+
+
+def test_wrappers_are_undone(tmp_path: Path) -> None:
+    state = small().state_dict()
+    assert names(tmp_path, {"state_dict": {f"module._orig_mod.{n}": v for n, v in state.items()}}) == list(state)
+
+
+def test_two_networks_in_one_file_need_a_choice(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": {n: v + 1 for n, v in state.items()}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"'state_dict' .* and 'state_dict_ema' .*#state_dict"):
+        read_weights(tmp_path / "w.pth")
+    read = read_weights(f"{tmp_path / 'w.pth'}#state_dict_ema")
+    assert read.container == "state_dict_ema"
+    assert read.passed_over == ("state_dict",)
+    with pytest.raises(UserError, match="no state dict under 'teacher'; found: 'state_dict', 'state_dict_ema'"):
+        read_weights(f"{tmp_path / 'w.pth'}#teacher")
+
+
+def test_a_key_that_ends_in_a_dot_is_a_prefix_of_names(tmp_path: Path) -> None:
+    state = {f"{side}.{n}": v for side in ("encoder_q", "encoder_k") for n, v in small().state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    assert read_weights(f"{tmp_path / 'w.pth'}#encoder_q.").prefix == "encoder_q."
+
+
+class Custom(nn.Linear):
+    """A class that weights_only does not know."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"w": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, "argparse.Namespace.*weights_only=True"),
+        ({"w": torch.zeros(2), "rng": random.Random(0)}, "random.Random"),
+        (small(), "a whole pickled module.*convert it once.*state_dict"),
+        ([1, 2], "holds a list, not a state dict"),
+        ({"epoch": 3}, "holds no tensors .*'epoch'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    torch.save(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"not readable as .*"):
+        read_weights(path)
+
+
+def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pretrained weights at"):
+        read_weights(tmp_path / "none.pth")
+    with pytest.raises(UserError, match=r"holds no weights; expected one of model.safetensors"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    archive = tmp_path / "w.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), archive)
+    with pytest.raises(UserError, match=r"TorchScript archive.*torch.jit.load"):
+        read_weights(archive)
+
+
+def test_safetensors_keeps_no_order_but_a_model_folder_does(tmp_path: Path) -> None:
+    state = small().state_dict()
+    run = tmp_path / "runs" / "a" / "model"
+    run.mkdir(parents=True)
+    save_file(dict(state), run / "model.safetensors")
+    assert not read_weights(run / "model.safetensors").ordered
+    facts = {"format": 1, "classes": ["ants", "bees"], "order": list(state)}
+    (run / "model.json").write_text(json.dumps(facts))
+    for folder in (run, tmp_path / "runs" / "a"):
+        read = read_weights(folder)
+        assert read.ordered
+        assert list(read.tensors) == list(state)
+        assert read.facts["classes"] == ["ants", "bees"]
+
+
+def test_sharded_index(tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in small().state_dict().items()}
+    halves = [dict(list(state.items())[:3]), dict(list(state.items())[3:])]
+    where = {}
+    for number, half in enumerate(halves):
+        save_file(half, tmp_path / f"part{number}.safetensors")
+        where.update(dict.fromkeys(half, f"part{number}.safetensors"))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    read = read_weights(tmp_path)
+    assert set(read.tensors) == set(state)
+    assert not read.ordered
+    (tmp_path / "part1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names part1.safetensors, which is not beside it"):
+        read_weights(tmp_path)
+
+
+def test_sharded_index_of_torch_files(tmp_path: Path) -> None:
+    state = small().state_dict()
+    where = {}
+    for number, half in enumerate((dict(list(state.items())[:3]), dict(list(state.items())[3:]))):
+        torch.save(half, tmp_path / f"pytorch_model-{number}.bin")
+        where.update(dict.fromkeys(half, f"pytorch_model-{number}.bin"))
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for source in (tmp_path, index):
+        read = read_weights(source)
+        assert all(torch.equal(read.tensors[name], value) for name, value in state.items())
+    torch.save({"0.weight": state["0.weight"], "args": argparse.Namespace()}, tmp_path / "pytorch_model-0.bin")
+    with pytest.raises(UserError, match=r"pytorch_model-0.bin: holds Python objects.*argparse.Namespace"):
+        read_weights(tmp_path)
+
+
+def test_dicts_modules_and_arrays() -> None:
+    module = small()
+    assert list(read_weights(module).tensors) == list(module.state_dict())
+    arrays = OrderedDict((name, value.numpy()) for name, value in module.state_dict().items())
+    assert torch.equal(read_weights(arrays).tensors["3.bias"], module[3].bias)
+
+
+def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    with pytest.raises(UserError, match=r"cannot fetch https://.*resnet18-.*\.pth .*put the file at .*resnet18-.*\.pth"):
+        read_weights("torchvision:resnet18")
+    with pytest.raises(UserError, match=r"no such weights.*resnet18"):
+        read_weights("torchvision:resnet81")
+    with pytest.raises(UserError, match="no such weights"):
+        read_weights("torchvision:ResNet18_Weights.IMAGENET9")
+    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert not cached.exists()
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(models.resnet18().state_dict(), cached)
+    read = read_weights("torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    assert len(read.tensors) == 122
+    assert len(read.facts["classes"]) == 1000
+    assert read.facts["preprocessing"]["image_size"] == 224
+    assert read.origin == "torchvision:ResNet18_Weights.IMAGENET1K_V1"
+
+
+def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    monkeypatch.setattr(timm, "create_model", _no_network)
+    with pytest.raises(UserError, match=r"timm has no such model; the nearest names are .*resnet18"):
+        read_weights("timm:resnet188")
+    with pytest.raises(UserError, match=r"cannot fetch timm/resnet18.*where there is a network"):
+        read_weights("timm:resnet18")
+
+
+def _no_network(*_args: object, **_kwargs: object) -> None:
+    raise OSError("no network")
+
+
+# --- layouts of others ---
+
+
+def test_every_extension_is_read(tmp_path: Path) -> None:
+    state = small().state_dict()
+    for suffix in (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".pkl"):
+        torch.save(state, tmp_path / f"w{suffix}")
+        assert list(read_weights(tmp_path / f"w{suffix}").tensors) == list(state)
+    save_file(dict(state), tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors").tensors) == set(state)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert list(read_weights(tmp_path / "old.pth").tensors) == list(state)
+    assert list(read_weights(f"file://{tmp_path}/old.pth").tensors) == list(state)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        (lambda s: {"state_dict": s, "pytorch-lightning_version": "2.4", "optimizer_states": []}, "model."),
+        (lambda s: {"model": s, "iteration": 9, "__author__": "Detectron2"}, "backbone.bottom_up."),
+        (lambda s: {"teacher": s, "epoch": 3}, "backbone."),
+        (lambda s: {"model_ema": s}, "module."),
+        (lambda s: {"student": s}, "module.backbone."),
+        (lambda s: s, "base_model.model._orig_mod."),
+    ],
+)
+def test_trainers_prefixes_and_containers_lead_to_the_network(tmp_path: Path, wrap: Callable[[object], object], prefix: str) -> None:
+    source, target = small(), small()
+    torch.save(wrap({prefix + name: value for name, value in source.state_dict().items()}), tmp_path / "w.pth")
+    report = load_pretrained(target, tmp_path / "w.pth")
+    assert report.coverage == 1.0
+    assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+def test_moco_and_dino_need_a_choice_and_take_it(tmp_path: Path) -> None:
+    query, key, target = small(), small(), small()
+    both = {f"module.encoder_{side}.{n}": v for side, net in (("q", query), ("k", key)) for n, v in net.state_dict().items()}
+    torch.save({"state_dict": {**both, "module.queue": torch.zeros(8, 16)}}, tmp_path / "moco.pth")
+    with pytest.raises(TransferRefused, match=r"several networks.*'encoder_[kq]\.', 'encoder_[kq]\.'"):
+        load_pretrained(target, tmp_path / "moco.pth")
+    load_pretrained(target, f"{tmp_path}/moco.pth#encoder_q.")
+    assert torch.equal(target[0].weight, query[0].weight)
+    student, teacher = ({f"backbone.{n}": v for n, v in net.state_dict().items()} for net in (query, key))
+    torch.save({"student": student, "teacher": teacher}, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match=r"'student' .* and 'teacher' .*#student"):
+        load_pretrained(target, tmp_path / "dino.pth")
+    load_pretrained(target, f"{tmp_path}/dino.pth#teacher")
+    assert torch.equal(target[0].weight, key[0].weight)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_that_accelerate_saved(tmp_path: Path, name: str) -> None:
+    state = small().state_dict()
+    save_file(dict(state), tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    torch.save({"state": {}}, tmp_path / "optimizer.bin")
+    assert set(read_weights(tmp_path).tensors) == set(state)
+
+
+def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path: Path) -> None:
+    state = small().state_dict()
+    zoo = tmp_path / "R-50.pkl"
+    zoo.write_bytes(pickle.dumps({"model": {n: v.numpy() for n, v in state.items()}, "__author__": "Detectron2"}, protocol=2))
+    with pytest.raises(UserError, match=r"a Python pickle \(.*numpy.*\).*where you trust it") as refused:
+        read_weights(zoo)
+    line = str(refused.value).split('python -c "')[1].rstrip('"')
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    assert list(read_weights(tmp_path / "weights.pth").tensors) == list(state)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_file_is_ever_executed(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": small().state_dict(), "evil": Evil()}, "w.pth", _use_new_zipfile_serialization=zipped)
+    Path("raw.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("w.pth", "raw.pth"):
+        with pytest.raises(UserError, match=r"pathlib.*Path"):
+            read_weights(name)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_the_line_that_converts_a_whole_module_works(tmp_path: Path, container: bool) -> None:
+    module = small()
+    torch.save({"epoch": 1, "model": module} if container else module, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match="a whole pickled module") as refused:
+        read_weights(tmp_path / "whole.pth")
+    line = str(refused.value).split('python -c "')[1].rstrip('"')
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    assert list(read_weights(tmp_path / "weights.pth").tensors) == list(module.state_dict())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_line_that_keeps_the_weights_only_works(tmp_path: Path, zipped: bool) -> None:
+    state = small().state_dict()
+    beside = {"args": argparse.Namespace(lr=1), "rng": random.Random(0), "best": numpy.float64(0.5), "place": Path("x")}
+    torch.save({"state_dict": state, **beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="could run code when opened") as refused:
+        read_weights(tmp_path / "w.pth")
+    line = str(refused.value).split('python -c "')[1].split('"')[0]
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    found = read_weights(tmp_path / "weights.pth").tensors
+    assert list(found) == list(state)
+    assert all(torch.equal(torch.as_tensor(found[name]), state[name]) for name in state)
+
+
+def test_the_line_that_keeps_the_weights_only_runs_nothing_of_the_file(tmp_path: Path) -> None:
+    torch.save({"state_dict": small().state_dict(), "evil": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="could run code when opened") as refused:
+        read_weights(tmp_path / "w.pth")
+    line = str(refused.value).split('python -c "')[1].split('"')[0]
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=False, capture_output=True)  # it may well refuse such a file
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_whole_module_in_the_old_format_has_no_safe_line(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"a whole pickled module .* in torch's old format: save model.state_dict\(\)") as refused:
+        read_weights(tmp_path / "whole.pth")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page, not weights"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"hello", "not readable as a torch file"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    site = tmp_path / "site"
+    for number, folder in enumerate(("a", "b")):
+        (site / folder).mkdir(parents=True)
+        torch.save({f"net.{name}": torch.full_like(value, number) for name, value in small().state_dict().items()}, site / folder / "w.pth")
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        # The same file name at two addresses is two files, and each is fetched once.
+        for number, folder in enumerate(("a", "b")):
+            read = read_weights(f"{address}/{folder}/w.pth#net.")
+            assert read.prefix == "net."
+            assert float(read.tensors["net.0.bias"][0]) == number
+        with pytest.raises(UserError, match=r"cannot fetch .*missing.pth .*404.*put the file at"):
+            read_weights(f"{address}/missing.pth")
+        server.shutdown()
+    assert float(read_weights(f"{address}/b/w.pth").tensors["net.0.bias"][0]) == 1
+    with pytest.raises(UserError, match="fetched from http:// and https:// addresses"):
+        read_weights("s3://bucket/w.pth")

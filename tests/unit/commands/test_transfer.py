@@ -1,0 +1,172 @@
+"""`dtl transfer`: the dry run that people look at before they believe a transfer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtl.cli import main
+from dtl.models.plain_resnet import resnet_tiny
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.save(resnet_tiny(num_classes=10).state_dict(), tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from dtl.commands.transfer import parser; parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_a_dry_run_prints_the_table_and_writes_report_and_map(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights)]
+    assert main([*arguments, "--report", str(tmp_path / "r.json"), "--save-map", str(tmp_path / "m.yaml")]) == 0
+    assert "coverage 100.0%" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["checksum"] is None
+    assert report["refusals"] == []
+    assert main([*arguments, "--map", str(tmp_path / "m.yaml"), "--report", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    pairs = [{o["target"]: o["source"] for o in r["outcomes"] if o["source"] and o["target"]} for r in (report, again)]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", "--model", "dtl/resnet18_plain", "--source", str(weights)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dtl: transfer refused: ")
+    assert len(captured.err.splitlines()) == 1
+    assert "fresh" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--verify"], "--verify needs --source-arch"),
+        (["--by", "map"], "by: map needs a map"),
+        (["--min-coverage", "7"], "min_coverage: 7.0 is not between 0 and 1"),
+        (["--head-rows", "a=b"], "--head-rows needs --keep-head rows"),
+        (["--keep-head", "rows", "--head-rows", "a=b", "--head-rows", "c"], "--head-rows c: expected NEW=OLD"),
+        (["--keep-head", "rows"], "the class names of both sides must be known to choose rows"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", "a,b,c"], "the source has no head of 3 outputs"),
+        (["--classes", "a,b"], "--num-classes 4 beside 2 names in --classes"),
+        (["--keep-head", "rows", "--classes", "a,b,c,x", "--source-classes", ",".join("abcdefghij")], "the source has no class 'x'"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "calls several of its classes 'a'"),
+        (["--classes", "nowhere.txt"], "--classes: nowhere.txt is not readable as class names"),
+        (["--ignore", "decoder.*"], "ignore: decoder.* fits no tensor of the source"),
+    ],
+)
+def test_wrong_options(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), "--source-arch", "dtl/resnet_tiny"]
+    assert main(["transfer", *arguments, "--verify", "--image-size", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "verify: 9 of 9 paired layers compute the same" in out
+
+
+def test_a_dry_run_takes_no_memory_for_the_network_and_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-50: under 3 s (0.4 s of CPU here), every tensor of the network on the meta device."""
+    from torchvision import models
+
+    from dtl.models import build as builder
+
+    torch.save(models.resnet50().state_dict(), tmp_path / "r50.pth")
+    built = []
+    original = builder.build
+
+    def watched(*args: object, **options: object) -> builder.Network:
+        built.append(original(*args, **options))  # type: ignore[arg-type]
+        return built[-1]
+
+    monkeypatch.setattr(builder, "build", watched)
+    started = time.process_time()
+    assert main(["transfer", "--model", "torchvision/resnet50", "--num-classes", "10", "--source", str(tmp_path / "r50.pth")]) == 0
+    assert time.process_time() - started < 3
+    assert len(built) == 1
+    assert all(value.is_meta for value in built[0].module.state_dict().values())
+
+
+def test_rows_of_the_head_by_class_names(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Class names from a file, from packed data's manifest and from the command line; the same plan from its map, without any names."""
+    names = [f"class{n}" for n in range(10)]
+    (tmp_path / "old.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "manifest.json").write_text(json.dumps({"classes": ["class7", "both"]}))
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--source", str(weights)]
+    rows = ["--classes", str(tmp_path / "packed"), "--keep-head", "rows", "--source-classes", str(tmp_path / "old.txt"), "--head-rows", "both=class2,class3"]
+    assert main([*arguments, *rows, "--report", str(tmp_path / "r.json"), "--save-map", str(tmp_path / "m.yaml")]) == 0
+    assert "adapted, rows of the same classes" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {o["target"]: o["transform"] for o in report["outcomes"] if o["transform"]} == {"6.weight": "rows", "6.bias": "rows"}
+    assert '"rows": [7, [2, 3]]' in (tmp_path / "m.yaml").read_text()
+    assert main([*arguments, "--num-classes", "2", "--map", str(tmp_path / "m.yaml"), "--report", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["plan"] == report["plan"]
+
+
+def test_a_source_that_holds_more_than_the_network_is_refused_with_the_option_that_accepts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = resnet_tiny(num_classes=10).state_dict()
+    decoder = {f"decoder.{n}.weight": torch.zeros(5, 5, 3, 3) for n in range(20)}
+    torch.save({**state, **decoder}, tmp_path / "both.pth")
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path / "both.pth")]
+    assert main(arguments) == 2
+    assert "If that is meant: ignore: ['decoder.*']" in capsys.readouterr().err
+    assert main([*arguments, "--ignore", "decoder.*"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.txt", "ants\nbees\n"),
+        ("c.json", '["ants", "bees"]'),
+        ("c.json", '{"id2label": {"1": "bees", "0": "ants"}}'),
+        ("c.yaml", "classes: [ants, bees]\n"),
+        ("run/model/model.json", '{"classes": ["ants", "bees"]}'),
+        ("photos/bees/x.jpg", ""),
+    ],
+)
+def test_where_class_names_are_read_from(tmp_path: Path, name: str, content: str) -> None:
+    from dtl.checkpoint.transfer.source.class_names import read_class_names
+
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    (tmp_path / "photos" / "ants").mkdir(parents=True, exist_ok=True)
+    top = tmp_path / name.split("/")[0]
+    assert read_class_names(top, "classes") == ["ants", "bees"]
+
+
+def test_the_dry_run_looks_at_the_values_too(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it lets pass is loaded: untrained, not finite and half-precision weights are told as they are when loading."""
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4"]
+    assert main([*arguments, "--source", str(weights)]) == 0
+    assert capsys.readouterr().out.startswith("warning: the source looks untrained: all of its running means are zero\n")
+    state = torch.load(weights, weights_only=True)
+    name = next(name for name, value in state.items() if value.dim() == 4)
+    torch.save({n: v.half() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "half.pth")
+    assert main([*arguments, "--source", str(tmp_path / "half.pth")]) == 0
+    assert "tensors cast float16 -> float32" in capsys.readouterr().out
+    torch.save({**state, name: torch.full_like(state[name], float("inf"))}, tmp_path / "inf.pth")
+    assert main([*arguments, "--source", str(tmp_path / "inf.pth")]) == 2
+    assert f"refused: {name}: {name} holds values that are not finite" in capsys.readouterr().err
+
+
+def test_the_dry_run_compares_mean_and_std_with_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    state = resnet_tiny(num_classes=4).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    facts = {"format": 1, "order": list(state), "preprocessing": {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}}
+    (tmp_path / "model.json").write_text(json.dumps(facts))
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path)]) == 0
+    assert "warning: the source was trained with mean [0.5, 0.5, 0.5], here it is [0.485, 0.456, 0.406]" in capsys.readouterr().out

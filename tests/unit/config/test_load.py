@@ -1,0 +1,133 @@
+"""The config: files, overrides, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dtl.config import Config, builtin_recipes, config_from_dict, load_config
+from dtl.config.help import help_text, reference, sections
+from dtl.errors import UserError
+
+
+def test_without_arguments_it_is_the_digits_recipe() -> None:
+    config, name = load_config([])
+    assert name == "digits"
+    assert config.data.train == "digits"
+    assert list(config.phases) == ["pretext", "head", "all"]
+
+
+def test_a_file_gives_the_run_its_name_and_options_go_on_top(tmp_path: Path) -> None:
+    file = tmp_path / "flowers.yaml"
+    file.write_text("data: {train: a, val: b}\nphases: {head: {train: head, epochs: 2}}\n")
+    config, name = load_config(["--config", str(file), "--phases.head.lr", "0.5", "--data.micro-batch-size=8", "--model.freeze_norm", "false", "--run.debug"])
+    assert name == "flowers"
+    assert config.phases["head"].lr == 0.5
+    assert config.phases["head"].epochs == 2
+    assert config.data.micro_batch_size == 8
+    assert config.model.freeze_norm is False
+    assert config.run.debug is True
+    assert load_config(["--config", str(file), "--run.name", "x"])[1] == "x"
+
+
+def test_values_are_yaml(tmp_path: Path) -> None:
+    config, _ = load_config(
+        ["--phases.all.train", "[layer4.*, fc.*]", "--data.augment.color_jitter", "[0.1, 0.2, 0.3, 0.05]", "--transfer.source", "torchvision:resnet18"]
+    )
+    assert config.phases["all"].train == ("layer4.*", "fc.*")
+    assert config.data.augment.color_jitter == (0.1, 0.2, 0.3, 0.05)
+    assert config.transfer is not None
+    assert config.transfer.source == "torchvision:resnet18"
+
+
+def test_a_bare_no_and_off_mean_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("data: {train: a, val: b}\nphases: {all: {}}\nprecision: no\ntracking: {wandb: off}\n")
+    config, _ = load_config(["--config", str(file)])
+    assert (config.precision, config.tracking.wandb) == ("no", "off")
+    config, _ = load_config(["--precision", "no", "--tracking.wandb", "off"])
+    assert (config.precision, config.tracking.wandb) == ("no", "off")
+
+
+def test_the_stored_config_reads_back_as_the_same() -> None:
+    config, _ = load_config(["--checkpoint.async", "false", "--data.augment.randaugment", "[2, 9]"])
+    assert config.checkpoint.asynchronous is False
+    assert config_from_dict(yaml.safe_load(config.to_yaml()), "stored") == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.wrkers", "3"], "unknown config key data.wrkers; did you mean data.workers?"),
+        (["--dta.workers", "3"], "unknown config key dta; did you mean data?"),
+        (["--phases.all.lrr", "1"], "unknown config key phases.all.lrr; did you mean phases.all.lr?"),
+        (["--phases.hed.lr", "1"], "the built-in recipe digits has no phase hed; did you mean head?"),
+        (["--data.workers", "x"], "data.workers: Input should be a valid integer.* \\(got 'x'\\)"),
+        (["--data.workers", "-1"], "data.workers: Input should be greater than or equal to 0"),
+        (["--precision", "b16"], "precision: Input should be 'auto', 'no', 'bf16' or 'fp16' \\(got 'b16'\\)"),
+        (["--transfer.by", "name"], "transfer.source is missing"),
+        (["--transfer.source", "x", "--transfer.by", "map"], "transfer: `by: map` and `map: FILE` go together"),
+        (["--phases.all.steps", "5", "--phases.all.epochs", "2"], "phases.all: give `epochs` or `steps`, not both"),
+        (["--phases.all.step-epochs", "[3, 2]"], "phases.all: step_epochs must rise, not \\[3.0, 2.0\\]"),
+        (["--run.name.x", "5"], "run.name is a single value, it has no key 'x'"),
+        (["--run", "5"], "run is a section, not a single value"),
+        (["--data.micro_batch_size", "128"], "micro_batch_size 128 is larger than data.global_batch_size 64"),
+        (["--data.val", "x", "--data.val_fraction", "0.1"], "both given"),
+        (["--data.train", "photos"], "would use the digits recipe; give --config finetune"),
+        (["--phases.all.task", "rotate"], "phase all \\(rotate\\) comes last"),
+        (["data.workers", "3"], "unexpected argument 'data.workers'"),
+        (["--config", "nope.yaml"], "nope.yaml: no such config file"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [None, "epochs: 2", "steps: 7"])
+def test_a_duration_on_the_command_line_replaces_the_other_kind(tmp_path: Path, file: str | None) -> None:
+    recipe = [] if file is None else ["--config", str(tmp_path / "own.yaml")]
+    (tmp_path / "own.yaml").write_text(f"data: {{train: a, val: b}}\nphases: {{all: {{train: all, {file}}}}}\n")
+    phase = load_config([*recipe, "--phases.all.steps", "5"])[0].phases["all"]
+    assert (phase.steps, phase.epochs) == (5, None)
+    phase = load_config([*recipe, "--phases.all.epochs", "3"])[0].phases["all"]
+    assert (phase.steps, phase.epochs) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: [1, 2]\nphases: {a: {}}", "data is a section, not a single value"),
+        ("data: {train: x\n", "not valid YAML"),
+        ("- a\n- b\n", "a config is a mapping of sections, got list"),
+        ("data: {train: x}\n", "no phases"),
+        ("phases: {all: {}}\n", "no training data"),
+        ("data: {train: x}\nphases: {'a b': {}}\n", "'a b' cannot name a phase"),
+        ("data: {train: x}\nphases: {all: 3}\n", "phases.all is a section, not a single value"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(["--config", str(file)])
+    assert str(file) in str(caught.value)
+
+
+def test_help_and_reference_name_and_describe_every_key() -> None:
+    keys = [row[0] for _, rows in sections() for row in rows]
+    assert len(keys) > 70
+    assert not [row[0] for _, rows in sections() for row in rows if not row[3]], "keys without a description"
+    for key in keys:
+        assert f"--{key} " in help_text()
+        assert f"`{key}`" in reference()
+
+
+def test_every_builtin_recipe_is_valid() -> None:
+    assert "digits" in builtin_recipes()
+    for name, text in builtin_recipes().items():
+        Config.model_validate(yaml.safe_load(text))
+        assert load_config(["--config", name, "--data.train", "digits"])[1] == name

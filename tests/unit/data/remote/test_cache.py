@@ -1,0 +1,291 @@
+"""The cache of remote shards: one download under many processes, a limit that is kept, kills at any instant, failures told once."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bad_server import Server
+from harness import wait_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dtl.data.remote import cache as shard_cache
+from dtl.data.remote import cache_space as cache_room
+from dtl.data.remote import fetch as fetch_module
+from dtl.data.remote.address import RemoteOptions
+from dtl.data.remote.cache import ShardCache, open_cache
+from dtl.data.remote.cache_space import Demand, divide
+from dtl.data.remote.fetch import Unfetched
+from dtl.data.remote.prefetch import Prefetcher
+from dtl.data.remote.schedule import ShardUses
+from dtl.data.sampling.plan import EpochPlan
+from dtl.data.shards.manifest import Manifest, Shard
+from dtl.errors import UserError
+
+NUM, SIZE, SAMPLES = 8, 20_000, 10
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
+
+
+def make(folder: Path, address: str) -> Manifest:
+    folder.mkdir(exist_ok=True)
+    shards = []
+    for number in range(NUM):
+        data = np.random.default_rng(number).bytes(SIZE)
+        (folder / f"s-{number}.tar").write_bytes(data)
+        shards.append(Shard(f"{address}/s-{number}.tar", SAMPLES, SIZE, hashlib.sha256(data).hexdigest()))
+    return Manifest(1, ("a",), {}, tuple(shards), (NUM * SAMPLES,), "id", "x", {})
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server(tmp_path / "www") as running:
+        make(tmp_path / "www", running.url)
+        yield running
+
+
+def cache_of(server: Server, tmp_path: Path, **options: Any) -> ShardCache:
+    made = open_cache(make(tmp_path / "www", server.url), tmp_path, RemoteOptions(cache_dir=str(tmp_path / "cache"), **{"retries": 1, **options}))
+    assert made is not None
+    return made
+
+
+def content(cache: ShardCache, number: int) -> bytes:
+    found = cache.open(number)
+    try:
+        return os.pread(found, 2 * SIZE, 0)
+    finally:
+        os.close(found)
+
+
+def uses_of(*, window: int = SAMPLES, behind: int = 0, shuffle: bool = True) -> ShardUses:
+    plan = EpochPlan(np.full(NUM, SAMPLES), seed=1, epoch=0, global_batch_size=SAMPLES, window=window, shuffle=shuffle)
+    return ShardUses.of(plan, behind=behind)
+
+
+def test_fetched_once_and_read_as_it_is(server: Server, tmp_path: Path) -> None:
+    for cache in (cache_of(server, tmp_path), pickle.loads(pickle.dumps(cache_of(server, tmp_path)))):
+        for number in range(NUM):
+            assert content(cache, number) == (tmp_path / f"www/s-{number}.tar").read_bytes()
+    assert len(server.requests) == NUM
+    assert sorted(cache.here().tolist()) == list(range(NUM))
+    assert sorted(path.suffix for path in cache.folder.iterdir() if path.suffix != ".room") == [".tar"] * NUM
+
+
+def _read_all(cache: ShardCache, answers: Any) -> None:
+    answers.put([hashlib.sha256(content(cache, number)).hexdigest() == cache.digests[number] for number in range(NUM)])
+
+
+def test_many_processes_fetch_each_shard_once(server: Server, tmp_path: Path) -> None:
+    server.seconds_per_block = 0.002
+    context = multiprocessing.get_context("fork")
+    cache, answers = cache_of(server, tmp_path), context.Queue()
+    processes = [context.Process(target=_read_all, args=(cache, answers)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        assert all(answers.get(timeout=60))
+    for process in processes:
+        process.join()
+    assert set(server.downloads().values()) == {1}
+    assert len(server.requests) == NUM
+
+
+def test_a_kill_leaves_nothing_that_is_in_the_way(server: Server, tmp_path: Path) -> None:
+    server.seconds_per_block = 0.05
+    cache = cache_of(server, tmp_path)
+    process = multiprocessing.get_context("fork").Process(target=cache.fetch, args=(3,))
+    process.start()
+    wait_for(lambda: any(path.stat().st_size for path in cache.folder.glob("*.part")), what="the first bytes")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert [path.suffix for path in cache.folder.glob("[0-9a-f]*")].count(".tar") == 0, "a part never has the name of the whole"
+    cache.clean()
+    assert {path.suffix for path in cache.folder.glob("[0-9a-f]*")} == {".part"}
+    server.seconds_per_block = 0.0
+    assert content(cache, 3) == (tmp_path / "www/s-3.tar").read_bytes()
+    assert server.requests[-1][1] > 0, "it went on from the part"
+
+
+def test_a_cut_file_in_the_cache_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    cache = cache_of(server, tmp_path)
+    content(cache, 0)
+    os.truncate(cache.path(0), 100)
+    assert content(cache, 0) == (tmp_path / "www/s-0.tar").read_bytes()
+
+
+def test_a_failure_is_told_for_a_while_without_asking_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.always["s-1.tar"] = "500"
+    cache = cache_of(server, tmp_path)
+    for _ in range(3):
+        with pytest.raises(Unfetched, match=r"s-1.tar cannot be fetched: HTTP 500 Internal Server Error \(2 tries\)"):
+            cache.open(1)
+    assert len(server.requests) == 2
+    server.always.clear()
+    monkeypatch.setattr(shard_cache, "_FAILED_SECONDS", 0.0)
+    content(cache, 1)
+    cache.clean()
+    assert not list(cache.folder.glob("*.failed"))
+
+
+# --- the limit
+
+
+def used(cache: ShardCache) -> int:
+    return sum(path.stat().st_size for path in cache.folder.glob("[0-9a-f]*"))
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, NUM), st.sampled_from([5, 10, 15, 30]), st.booleans())
+def test_the_limit_is_kept_and_the_fewest_are_fetched(tmp_path_factory: pytest.TempPathFactory, room: int, window: int, shuffle: bool) -> None:
+    """Walk two epochs as one loader would; files are real, the downloads come from the disk."""
+    tmp_path = tmp_path_factory.mktemp("walk")
+    uses = uses_of(window=window, shuffle=shuffle)
+    least = max(uses.most_at_once(np.full(NUM, SIZE), epoch)[1] for epoch in range(2))
+    room = max(room, least)
+    manifest = make(tmp_path / "www", f"file://{tmp_path}/www")
+    cache = open_cache(manifest, tmp_path, RemoteOptions(cache_dir=str(tmp_path / "cache"), cache_gb=room * SIZE / 1e9))
+    assert cache is not None
+    cache.follow(uses)
+    fetched = 0
+    held: set[int] = set()
+    for epoch in range(2):
+        plan = EpochPlan(np.full(NUM, SAMPLES), seed=1, epoch=epoch, global_batch_size=5, window=window, shuffle=shuffle)
+        uses_by_step = replace(uses, num_steps=plan.num_steps)
+        cache.follow(uses_by_step)
+        for step in range(plan.num_steps):
+            cache.at(epoch, step)
+            for shard in sorted(set((plan.step_samples(step) // SAMPLES).tolist())):
+                fetched += shard not in cache.here()
+                os.close(cache.open(shard))
+                held.add(shard)
+                assert used(cache) <= room * SIZE
+    assert held == set(range(NUM))
+    assert fetched <= NUM + (NUM - room) + least, "at most what does not fit is fetched twice"
+    assert fetched == NUM or room < NUM
+
+
+def test_what_is_open_stays_readable(server: Server, tmp_path: Path) -> None:
+    cache = cache_of(server, tmp_path, cache_gb=2 * SIZE / 1e9)
+    numbers = {number: cache.open(number) for number in range(NUM)}
+    assert used(cache) <= 2 * SIZE
+    for number, found in numbers.items():
+        assert os.pread(found, SIZE, 0) == (tmp_path / f"www/s-{number}.tar").read_bytes()
+        os.close(found)
+    assert len(cache.here()) == 2
+
+
+def test_fetching_ahead_never_takes_what_is_needed_sooner(server: Server, tmp_path: Path) -> None:
+    cache = cache_of(server, tmp_path, cache_gb=3 * SIZE / 1e9)
+    uses = uses_of()
+    cache.follow(uses)
+    order = uses.order(0, uses.time(1, 0)).tolist()
+    assert [cache.fetch(number, ahead=True) for number in order] == [True] * 3 + [False] * (NUM - 3)
+    assert sorted(cache.here().tolist()) == sorted(order[:3])
+    cache.at(0, 1)
+    assert cache.fetch(order[3], ahead=True), "the first one is done with"
+    assert sorted(cache.here().tolist()) == sorted(order[1:4])
+    content(cache, order[7])  # somebody looks at another one, for a report
+    assert used(cache) <= 3 * SIZE
+    assert order[1] in cache.here()
+
+
+def test_stale_parts_give_way(server: Server, tmp_path: Path) -> None:
+    cache = cache_of(server, tmp_path, cache_gb=SIZE / 1e9)
+    cache.follow(uses_of())
+    content(cache, 0)
+    cache.path(0).unlink()
+    cache._part(cache._name(5)).write_bytes(b"left by a killed process")
+    content(cache, 0)
+    assert not list(cache.folder.glob("*.part"))
+
+
+# --- told before the first step
+
+
+def test_shares_of_a_limit(server: Server, tmp_path: Path) -> None:
+    train, val = cache_of(server, tmp_path), cache_of(server, tmp_path)
+    train_uses, val_uses = uses_of(window=20), uses_of(shuffle=False)
+    assert train_uses.most_at_once(train.bytes, 0) == (2 * SIZE, 2)
+    assert val_uses.most_at_once(val.bytes, 0) == (SIZE, 1)
+    demands = [Demand("data.train", train, train_uses, 3), Demand("data.val", val, val_uses)]
+    divide(demands, None)
+    assert (train.limit, val.limit) == (None, None)
+    divide(demands, 100 * SIZE)
+    assert (train.limit, val.limit) == (NUM * SIZE, NUM * SIZE)
+    needed = [demand.least()[0] for demand in demands]
+    divide(demands, sum(needed))
+    assert [train.limit, val.limit] == needed
+    divide(demands, sum(needed) + 2 * SIZE)
+    assert sum((train.limit or 0, val.limit or 0)) == sum(needed) + 2 * SIZE
+    with pytest.raises(UserError) as caught:
+        divide(demands, sum(needed) - 1)
+    assert f"{needed[0] // SIZE} of 8 shards, {needed[0] / 1e6:.1f} MB, of a window of 20 shuffled samples" in str(caught.value)
+    assert f"give --data.cache-gb {sum(needed) / 1e9:.5f} or more, or a smaller --data.window" in str(caught.value)
+
+
+def test_a_full_disk_is_told_with_the_numbers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 3 * SIZE
+
+    monkeypatch.setattr(cache_room.shutil, "disk_usage", lambda place: Usage)
+    cache = cache_of(server, tmp_path)
+    with pytest.raises(UserError, match=r"data.train: its shards need 0.2 MB more in the cache .*, where 0.1 MB are free; name another disk") as caught:
+        divide([Demand("data.train", cache, uses_of())], None)
+    assert "--data.cache-gb (0.00002 or more)" in str(caught.value)
+    for number in range(5):
+        content(cache, number)
+    divide([Demand("data.train", cache, uses_of())], None)
+
+
+def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(shard_cache.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"is on a file system without locks; name a disk of this node with --data.cache-dir"):
+        content(cache_of(server, tmp_path), 0)
+
+
+# --- the helper
+
+
+def test_the_helper_fetches_in_the_order_of_the_plan_and_ends_with_its_input(server: Server, tmp_path: Path) -> None:
+    cache = cache_of(server, tmp_path, cache_gb=6 * SIZE / 1e9)
+    uses = uses_of()
+    order = uses.order(0, uses.time(1, 0)).tolist()
+    helper = Prefetcher(cache, uses, until=uses.time(1, 0))
+    try:
+        _until(lambda: len(cache.here()) == 6)
+        time.sleep(0.2)
+        assert sorted(cache.here().tolist()) == sorted(order[:6]), "what does not fit waits"
+        helper.at(0, 2)
+        _until(lambda: sorted(cache.here().tolist()) == sorted(order[2:]))
+        assert used(cache) <= 6 * SIZE
+    finally:
+        helper.close()
+    assert helper._process.returncode is not None
+    helper.at(0, 3)  # nobody listens any more, which is no error
+    gc.collect()
+
+
+def _until(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,227 @@
+"""`dtl index`, `dtl verify`, `dtl verify-epoch` and Python on remote shards, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_server import Server
+from damage import flip_bit
+from foreign_tars import numbered
+from tiny_images import image_folder
+
+import dtl
+from dtl.commands import index, verify, verify_epoch
+from dtl.data.open import ensure_packed, open_split
+from dtl.data.packing.pack import pack
+from dtl.data.remote import fetch as fetch_module
+from dtl.data.remote.address import RemoteOptions
+from dtl.data.shards.index import Manifest, Shards
+from dtl.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made")
+    folder = place / "www"
+    pack(image_folder(place / "photos", {"cat": 30, "dog": 30}), folder, val_fraction=0.2, shard_bytes=20_000, processes=1, progress=False)
+    for number in range(4):
+        numbered(folder / f"theirs/t-{number:02d}.tar", 10 * number, 10)
+    return folder
+
+
+@pytest.fixture
+def www(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "www"))
+
+
+@pytest.fixture
+def server(www: Path) -> Iterator[Server]:
+    with Server(www) as running:
+        yield running
+
+
+# --- folders that dtl has packed
+
+
+def test_a_remote_folder_reads_as_the_local_one(server: Server, www: Path) -> None:
+    for address in (f"{server.url}/train", f"{server.url}/train/", server.url, f"{server.url}/?signature=1"):
+        far, near = open_split(address, split="train"), Shards.open(www / "train")
+        assert far.dataset_id == near.dataset_id
+        assert far.read(np.arange(far.num_samples)) == near.read(np.arange(near.num_samples))
+        assert [far.key(n) for n in range(5)] == [near.key(n) for n in range(5)]
+        assert [far.path(n) for n in range(5)] == [near.path(n) for n in range(5)]
+    assert set(server.downloads().values()) == {1}, "four addresses, the same shards"
+    assert open_split(server.url, split="val").dataset_id == Shards.open(www / "val").dataset_id
+
+
+def test_a_changed_folder_is_noticed_at_the_next_start(server: Server, www: Path, tmp_path: Path) -> None:
+    before = open_split(server.url, split="train")
+    shutil.rmtree(www / "train")
+    pack(image_folder(tmp_path / "other", {"cat": 20, "dog": 3}, seed=1), www / "train", processes=1, progress=False)
+    after = open_split(server.url, split="train")
+    assert after.dataset_id == Shards.open(www / "train").dataset_id != before.dataset_id
+    assert all(isinstance(one, bytes) for one in after.read(np.arange(after.num_samples)))
+
+
+def test_quarantine_is_taken_along(server: Server, www: Path) -> None:
+    whole = open_split(server.url, split="train").num_samples
+    flip_bit(www / "train", 3)
+    assert verify.run([str(www / "train"), "--quarantine", "--quiet", "--processes", "1"]) == 0
+    far = open_split(server.url, split="train")
+    assert far.num_samples == whole - 1
+    assert far.dataset_id == Shards.open(www / "train").dataset_id
+    assert [far.path(n) for n in range(5)] == [Shards.open(www / "train").path(n) for n in range(5)]
+    (www / "train/quarantine.json").unlink()
+    assert open_split(server.url, split="train").num_samples == whole
+
+
+REFUSED = [
+    ("{url}/nothing", r"/nothing holds no manifest.json, and neither does train/ below it; name its tars with braces"),
+    ("{url}/theirs/t-*.tar", r"a web server has no list of its files; name the shards with braces"),
+    ("{url}/theirs/t-{{00..09}}.tar", r"/theirs/t-04.tar cannot be fetched: HTTP 404 Not Found \(it is not there\) \(1 try\)"),
+    ("http://127.0.0.1:9/x", r"http://127.0.0.1:9/x/manifest.json cannot be fetched: Connection refused \(1 try\)"),
+    ("nope://x/y", r"nope:// is no address that can be read"),
+]
+
+
+@pytest.mark.parametrize(("source", "said"), REFUSED, ids=[source for source, _ in REFUSED])
+def test_what_is_refused(server: Server, source: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        open_split(source.format(url=server.url), split="train", progress=False, processes=1, remote=RemoteOptions(retries=0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.tar", "pipe:touch /tmp/x", "file:///etc/passwd"])
+def test_a_remote_manifest_names_nothing_of_this_machine(server: Server, www: Path, name: str) -> None:
+    manifest = json.loads((www / "train/manifest.json").read_text())
+    manifest["shards"][0]["url"] = name
+    (www / "train/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json names '.*' as a shard, which"):
+        open_split(server.url, split="train")
+
+
+def test_a_damaged_manifest_and_index(server: Server, www: Path) -> None:
+    index_bytes = (www / "train/index.bin").read_bytes()
+    (www / "train/index.bin").write_bytes(index_bytes[:-1] + b"x")
+    with pytest.raises(UserError, match=r"train/index.bin cannot be fetched: its sha256 is not the one in the manifest"):
+        open_split(server.url, split="train")
+    (www / "train/index.bin").write_bytes(index_bytes)
+    (www / "train/manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"train/manifest.json cannot be read"):
+        open_split(server.url, split="train")
+
+
+# --- tars of others
+
+
+def test_index_of_remote_tars(server: Server, www: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = f"{server.url}/theirs/t-{{00..03}}.tar"
+    with pytest.raises(UserError, match=r"t-00.tar is remote, so the index cannot go beside it; say where it goes: --out FOLDER"):
+        index.run([pattern])
+    server.plan["theirs/t-01.tar"] = ["503", "drop 3000"]
+    assert index.run([pattern, "--out", str(tmp_path / "index"), "--processes", "1"]) == 0
+    assert "40 images of 3 classes in 4 shards" in capsys.readouterr().out
+    far = Shards.open(tmp_path / "index")
+    assert [shard.url for shard in far.manifest.shards] == [f"{server.url}/theirs/t-{n:02d}.tar" for n in range(4)]
+    near = Shards.open(ensure_packed(www / "theirs", split="train", progress=False, processes=1))
+    assert far.dataset_id == near.dataset_id
+    assert far.read(np.arange(40)) == near.read(np.arange(40))
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["index.bin", "keys.bin", "manifest.json"]
+    assert verify.run([str(tmp_path / "index"), "--processes", "1"]) == 0
+    assert "40 samples in 4 shards" in capsys.readouterr().out
+
+
+def test_a_page_instead_of_a_tar(server: Server, tmp_path: Path) -> None:
+    server.always["theirs/t-02.tar"] = "html"
+    with pytest.raises(UserError, match=r"t-02.tar cannot be fetched: an HTML page \('Please log in'\) came with status 200, not the file \(2 tries\)"):
+        index.run([f"{server.url}/theirs/t-{{00..03}}.tar", "--out", str(tmp_path / "index"), "--retries", "1", "--processes", "1", "--quiet"])
+    assert not (tmp_path / "index/manifest.json").exists()
+
+
+def test_a_command_whose_pipe_fails(www: Path, tmp_path: Path) -> None:
+    """Cut by a failing command: webdataset would take the samples before the cut, and say nothing."""
+    command = f"pipe:head -c 9000 {www}/theirs/t-{{00..03}}.tar; exit 7"
+    with pytest.raises(UserError, match=r"t-00.tar; exit 7 cannot be fetched: the command ended with status 7"):
+        index.run([command, "--out", str(tmp_path / "index"), "--retries", "0", "--processes", "1", "--quiet"])
+
+
+def test_commands_need_consent_unless_they_are_the_source(www: Path, tmp_path: Path) -> None:
+    command = f"pipe:cat {www}/theirs/t-{{00..03}}.tar"
+    assert index.run([command, "--out", str(tmp_path / "index"), "--processes", "1", "--quiet"]) == 0
+    with pytest.raises(UserError, match=r"reads its shards by commands .* allow it with --data.allow-pipe true"):
+        Shards.open(tmp_path / "index")
+    assert Shards.open(tmp_path / "index", remote=RemoteOptions(allow_pipe=True)).num_samples == 40
+    assert open_split(command, split="train", progress=False, processes=1).num_samples == 40
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"a.tar\n{command}\n")
+    numbered(tmp_path / "a.tar", 900, 3)
+    with pytest.raises(UserError, match=r"list.txt names a command .* commands are run from your own config only"):
+        open_split(listed, split="train", progress=False, processes=1)
+
+
+def test_a_pattern_in_a_file_system_of_fsspec(www: Path) -> None:
+    far = open_split(f"file://{www}/theirs/*.tar", split="train", progress=False, processes=1)
+    assert [shard.url for shard in far.manifest.shards] == [f"file://{www}/theirs/t-{n:02d}.tar" for n in range(4)]
+    assert all(isinstance(one, bytes) for one in far.read(np.arange(40)))
+    with pytest.raises(UserError, match="no file matches"):
+        open_split(f"file://{www}/theirs/x-*.tar", split="train", progress=False, processes=1)
+
+
+def test_a_list_of_addresses(server: Server, tmp_path: Path) -> None:
+    listed = tmp_path / "shards.txt"
+    listed.write_text(f"# theirs\n{server.url}/theirs/t-{{00..01}}.tar\n\n{server.url}/theirs/t-03.tar\n")
+    assert open_split(listed, split="train", progress=False, processes=1).num_samples == 30
+
+
+def test_a_shard_that_was_changed_at_the_server(server: Server, www: Path) -> None:
+    shards = open_split(f"{server.url}/train", split="train")
+    file = www / "train/shard-00001.tar"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    first = int(shards.shard_sizes[0])
+    good, bad = shards.read([0, first])
+    assert isinstance(good, bytes)
+    assert str(bad).startswith(f"{server.url}/train/shard-00001.tar: a sample at byte ")
+    assert "its sha256 is not the one in the manifest: it was changed at the server, or on its way (6 tries)" in str(bad)
+    asked = len(server.requests)
+    assert len(shards.read(np.arange(first, first + 3))) == 3
+    assert len(server.requests) == asked, "the other samples of the shard are not worth six more tries each"
+
+
+# --- proofs
+
+
+def test_verify_and_verify_epoch(server: Server, www: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.run([server.url, "--processes", "1", "--quiet"]) == 0
+    with pytest.raises(UserError, match="a quarantine list lies beside the manifest, which is remote"):
+        verify.run([server.url, "--quarantine"])
+    with pytest.raises(UserError, match="to verify tars of others, write their index first: dtl index"):
+        verify.run([f"{server.url}/theirs/t-{{00..03}}.tar"])
+    hashes = set()
+    for source in (f"{server.url}/train", str(www / "train")):
+        common = ["--global-batch-size", "8", "--image-size", "16", "--json", "--quiet"]
+        assert verify_epoch.run([source, "--world", "2", "--workers", "0", *common]) == 0
+        hashes.add(json.loads(capsys.readouterr().out)["order_hash"])
+    assert len(hashes) == 1
+    server.always["train/shard-00001.tar"] = "404"
+    shutil.rmtree(Path(open_split(server.url, split="train").cache.folder))  # type: ignore[union-attr]
+    assert verify.run([f"{server.url}/train", "--processes", "1"]) == 2
+    assert "shard-00001.tar cannot be fetched: HTTP 404" in capsys.readouterr().err
+
+
+def test_in_a_notebook(server: Server) -> None:
+    loader = dtl.build_loader(server.url, image_size=16, batch_size=16, workers=0)
+    assert sum(float(weights.sum()) for _, _, weights in loader) == loader.shards.num_samples
+
+
+def test_the_manifest_stays_as_it_was(www: Path) -> None:
+    assert Manifest.parse((www / "train/manifest.json").read_bytes(), "x") == Manifest.read(www / "train")

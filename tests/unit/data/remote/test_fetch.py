@@ -1,0 +1,336 @@
+"""One remote file, whole or an error in one line, from servers, commands and file systems that misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_server import Server
+from harness import wait_for
+
+from dtl.data.remote import fetch as fetch_module
+from dtl.data.remote.address import RemoteOptions, base_name, is_remote, join, shown, without_query
+from dtl.data.remote.fetch import Fetched, Unfetched, fetch, fetch_bytes
+
+DATA = np.random.default_rng(0).bytes(300_000)
+SHA = hashlib.sha256(DATA).hexdigest()
+OPTIONS = RemoteOptions(retries=3, timeout=2.0)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www/a.tar").write_bytes(DATA)
+    with Server(tmp_path / "www") as running:
+        yield running
+
+
+def got(server: Server, *, known: bool = True, options: RemoteOptions = OPTIONS, file: io.BytesIO | None = None) -> bytes:
+    file = io.BytesIO() if file is None else file
+    facts = {"size": len(DATA), "sha256": SHA} if known else {}
+    found = fetch(f"{server.url}/a.tar", file, options=options, **facts)
+    assert found == Fetched(len(file.getvalue()), hashlib.sha256(file.getvalue()).hexdigest())
+    return file.getvalue()
+
+
+def refused(server: Server, **options: object) -> str:
+    with pytest.raises(Unfetched) as caught:
+        got(server, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{server.url}/a.tar cannot be fetched: ")
+    return str(caught.value)
+
+
+# --- servers that recover
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "troubles", [[], ["500"], ["503 after 0", "429"], ["drop 100000"], ["drop 0"], ["short"], ["html"], ["drop 50000", "500", "drop 50000"], ["hang"]]
+)
+def test_a_download_survives(server: Server, troubles: list[str], known: bool) -> None:
+    server.plan["a.tar"] = list(troubles)
+    options = OPTIONS if "hang" not in troubles else RemoteOptions(retries=3, timeout=0.5)
+    assert got(server, known=known, options=options) == DATA
+    assert len(server.requests) <= len(troubles) + 1
+
+
+def test_a_cut_download_goes_on_from_its_last_byte(server: Server) -> None:
+    server.plan["a.tar"] = ["drop 100000", "drop 100000"]
+    assert got(server) == DATA
+    assert [(start, status) for _, start, status in server.requests] == [(0, 200), (100_000, 206), (200_000, 206)]
+
+
+def test_any_number_of_cuts_is_survived_as_long_as_bytes_come(server: Server) -> None:
+    big = np.random.default_rng(1).bytes(3_000_000)
+    (server.folder / "a.tar").write_bytes(big)
+    server.plan["a.tar"] = ["drop 300000"] * 9
+    file = io.BytesIO()
+    fetch(f"{server.url}/a.tar", file, options=RemoteOptions(retries=1, timeout=2.0))
+    assert file.getvalue() == big
+    assert len(server.requests) == 10
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("validators", [True, False])
+def test_two_versions_are_never_glued(server: Server, known: bool, validators: bool) -> None:
+    """The file changes at the server between two ranges; of equal length, so that only content tells."""
+    other = bytes(255 - byte for byte in DATA)
+    (server.folder / "a.tar").write_bytes(other)
+    server.validators = validators
+    server.plan["a.tar"] = ["drop 100000"]
+    cut = threading.Event()
+
+    def change() -> None:
+        wait_for(lambda: server.requests, what="the first request")
+        (server.folder / "a.tar").write_bytes(DATA)
+        cut.set()
+
+    threading.Thread(target=change).start()
+    server.seconds_per_block = 0.004  # the first answer takes 0.1 s
+    assert got(server, known=known) == DATA
+    assert cut.is_set()
+
+
+def test_a_server_without_ranges_sends_all_again(server: Server) -> None:
+    server.plan["a.tar"] = ["drop 100000", "no range"]
+    assert got(server) == DATA
+    assert [(start, status) for _, start, status in server.requests] == [(0, 200), (100_000, 200)]
+
+
+def test_what_a_killed_process_left_is_gone_on_from(server: Server) -> None:
+    assert got(server, file=io.BytesIO(DATA[:123_456])) == DATA
+    assert [start for _, start, _ in server.requests] == [123_456]
+
+
+@pytest.mark.parametrize("left", [b"x" * 1000, DATA + b"more", b"x" * len(DATA)])
+def test_what_was_left_by_something_else_is_replaced(server: Server, left: bytes) -> None:
+    assert got(server, file=io.BytesIO(left)) == DATA
+
+
+def test_what_is_whole_already_is_not_asked_for(server: Server) -> None:
+    assert got(server, file=io.BytesIO(DATA)) == DATA
+    assert server.requests == []
+
+
+def test_without_a_checksum_nothing_is_taken_over(server: Server) -> None:
+    assert got(server, known=False, file=io.BytesIO(DATA[:1000])) == DATA
+    assert [start for _, start, _ in server.requests] == [0]
+
+
+# --- servers that do not
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said", "tries"),
+    [
+        ("500", "HTTP 500 Internal Server Error", 4),
+        ("404", "HTTP 404 Not Found (it is not there)", 1),
+        ("403", "HTTP 403 Forbidden (access is refused, or a signed address has expired)", 1),
+        ("html", "an HTML page ('Please log in') came with status 200, not the file", 4),
+        ("short", "the connection ended 1,000 bytes early, at 300,000 of 301,000", 4),
+        ("drop 0", "the connection ended 300,000 bytes early, at 0 of 300,000", 4),
+    ],
+)
+def test_what_stays_wrong_is_said_in_one_line(server: Server, trouble: str, said: str, tries: int) -> None:
+    server.always["a.tar"] = trouble
+    known = trouble != "short"
+    count = "1 try" if tries == 1 else f"{tries} tries"
+    assert refused(server, known=known).endswith(f"{said} ({count})")
+    assert len(server.requests) == tries
+
+
+def test_another_file_than_the_manifests(server: Server) -> None:
+    (server.folder / "a.tar").write_bytes(DATA[:-1])
+    assert "it has 299,999 bytes at the server, the manifest says 300,000: it was changed" in refused(server)
+    (server.folder / "a.tar").write_bytes(DATA + b"x")
+    assert "more than the 300,000 bytes of the manifest came" in refused(server)
+    (server.folder / "a.tar").write_bytes(b"x" * len(DATA))
+    assert "its sha256 is not the one in the manifest" in refused(server)
+
+
+def test_a_silent_server_is_given_up(server: Server) -> None:
+    server.always["a.tar"] = "hang"
+    begun = time.monotonic()
+    assert "the server does not answer in time (2 tries)" in refused(server, options=RemoteOptions(retries=1, timeout=0.3))
+    assert time.monotonic() - begun < 3
+
+
+def test_nobody_listens_and_nobody_is_known() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for url, said in (
+        (f"http://127.0.0.1:{port}/a.tar", "Connection refused (2 tries)"),
+        ("http://no-such-host.invalid/a.tar", "the host is not known"),
+        ("http://[::1/a.tar", "Invalid IPv6 URL (1 try)"),
+        ("nothing://x/a.tar", "nothing:// is no address that can be read"),
+    ):
+        with pytest.raises(Unfetched, match=said.replace("(", r"\(").replace(")", r"\)")):
+            fetch(url, io.BytesIO(), options=RemoteOptions(retries=1, timeout=1.0))
+
+
+def test_passwords_and_signatures_stay_out_of_messages(server: Server) -> None:
+    url = server.url.replace("http://", "http://me:secret@") + "/b.tar?signature=abc"
+    with pytest.raises(Unfetched) as caught:
+        fetch(url, io.BytesIO(), options=OPTIONS)
+    assert str(caught.value).startswith(f"{server.url}/b.tar?... cannot be fetched: HTTP 404")
+
+
+def test_what_is_missing_is_none(server: Server) -> None:
+    assert fetch_bytes(f"{server.url}/none", options=OPTIONS) is None
+    assert fetch_bytes(f"{server.url}/a.tar", options=OPTIONS) == DATA
+
+
+def test_a_redirect_is_followed(server: Server) -> None:
+    server.plan["b.tar"] = ["302 a.tar"]
+    assert fetch_bytes(f"{server.url}/b.tar", options=OPTIONS) == DATA
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("file://{tmp}/secret", "Redirection to url '{address}' is not allowed"),
+        ("file://localhost{tmp}/secret", "Redirection to url '{address}' is not allowed"),
+        ("data:,secret", "Redirection to url '{address}' is not allowed"),
+        ("ftp://127.0.0.1/secret", "unknown url type: ftp"),
+    ],
+)
+def test_a_redirect_never_leads_to_a_local_file(server: Server, tmp_path: Path, address: str, said: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    address, file = address.format(tmp=tmp_path), io.BytesIO()
+    server.always["a.tar"] = f"302 {address}"
+    with pytest.raises(Unfetched) as caught:
+        fetch(f"{server.url}/a.tar", file, options=OPTIONS)
+    assert str(caught.value).endswith(f"{said.format(address=address)} (1 try)")
+    assert file.getvalue() == b""
+    assert {name for name, _, _ in server.requests} == {"a.tar"}
+
+
+def test_proxies_of_the_environment_are_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url)
+    (server.folder / "http:").mkdir()
+    with pytest.raises(Unfetched, match="HTTP 404"):
+        fetch("http://elsewhere.invalid/a.tar", io.BytesIO(), options=OPTIONS)
+    assert [name for name, _, _ in server.requests] == ["http://elsewhere.invalid/a.tar"]
+
+
+# --- commands
+
+
+def piped(command: str, **facts: object) -> bytes:
+    file = io.BytesIO()
+    fetch(f"pipe:{command}", file, options=RemoteOptions(retries=1, timeout=1.0), **facts)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def test_the_output_of_a_command(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(DATA)
+    assert piped(f"cat {tmp_path}/a.tar") == DATA
+    assert piped(f"cat < {tmp_path}/a.tar | cat", size=len(DATA), sha256=SHA) == DATA
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("cat {tmp}/a.tar; exit 3", "the command ended with status 3 (2 tries)"),
+        ("cat {tmp}/a.tar; echo 'no such bucket' >&2; false", "the command ended with status 1: no such bucket (2 tries)"),
+        ("cat {tmp}/nothing | cat", "the command ended with status 1: cat: {tmp}/nothing: No such file or directory (2 tries)"),
+        ("no-such-program", "command not found (1 try)"),
+        ("kill -9 $$", "the command was ended by signal 9 (2 tries)"),
+        ("sleep 20", "the command gave no byte for 1 s (2 tries)"),
+    ],
+)
+def test_a_failing_command_is_an_error(tmp_path: Path, command: str, said: str) -> None:
+    """Webdataset takes its output for whole."""
+    (tmp_path / "a.tar").write_bytes(DATA)
+    with pytest.raises(Unfetched) as caught:
+        piped(command.format(tmp=tmp_path))
+    assert str(caught.value).endswith(said.format(tmp=tmp_path))
+
+
+def test_nothing_is_left_running(tmp_path: Path) -> None:
+    with pytest.raises(Unfetched):
+        piped(f"(sleep 30; echo) & echo $! > {tmp_path}/pid; wait")
+    assert not _runs(int((tmp_path / "pid").read_text()))
+
+
+# --- fsspec
+
+
+def test_what_fsspec_reads(tmp_path: Path) -> None:
+    import fsspec
+
+    with fsspec.open("memory://bucket/a.tar", "wb") as file:
+        file.write(DATA)
+    for url in ("memory://bucket/a.tar", f"file://{tmp_path}/a.tar"):
+        (tmp_path / "a.tar").write_bytes(DATA)
+        for begin in (b"", DATA[:1000]):
+            buffer = io.BytesIO(begin)
+            assert fetch(url, buffer, options=OPTIONS, size=len(DATA), sha256=SHA) == Fetched(len(DATA), SHA)
+            assert buffer.getvalue() == DATA
+    with pytest.raises(Unfetched, match=r"file://.*/b.tar cannot be fetched: it is not there \(1 try\)"):
+        fetch(f"file://{tmp_path}/b.tar", io.BytesIO(), options=OPTIONS)
+
+
+def test_a_file_system_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.registry import _registry
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # wherever it is installed
+    monkeypatch.delitem(_registry, "gs", raising=False)  # ... and was used
+    with pytest.raises(Unfetched, match=r"reading gs:// needs another package \(Please install gcsfs"):
+        fetch("gs://bucket/a.tar", io.BytesIO(), options=OPTIONS)
+
+
+# --- names
+
+
+def test_names() -> None:
+    assert all(is_remote(name) for name in ("http://x/y", "s3://x/y", "pipe:cat x", "S3://x"))
+    assert not any(is_remote(name) for name in ("/a/b", "C:/x", Path("http://x")))
+    assert join("http://x/y/?sig=1", "m.json") == "http://x/y/m.json?sig=1"
+    assert join("s3://b/y/", "m.json") == "s3://b/y/m.json"
+    assert base_name("https://x/y/t-01.tar?sig=a/b") == "t-01.tar"
+    assert base_name("pipe:aws s3 cp s3://b/t-01.tar -") == "t-01.tar"
+    assert without_query("https://u:p@x:8/y?z#w") == "https://x:8/y"
+    assert shown("https://u:p@x/y?z") == "https://x/y?..."
+
+
+def test_a_killed_process_leaves_no_command_behind(tmp_path: Path) -> None:
+    code = (
+        "import io; from dtl.data.remote.fetch import fetch; from dtl.data.remote.address import RemoteOptions;"
+        f"fetch('pipe:echo $$ > {tmp_path}/pid; while true; do printf 0123456789; sleep 0.05; done', io.BytesIO(), options=RemoteOptions())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip(), what="the command")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    number = int((tmp_path / "pid").read_text())
+    assert not _runs(number), "its next write should have ended it"
+
+
+def _runs(number: int) -> bool:
+    """Whether it still does after a while."""
+    stat = Path(f"/proc/{number}/stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.02)
+    return True

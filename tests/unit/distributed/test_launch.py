@@ -1,0 +1,95 @@
+"""What the launcher was asked for, from its command line and its config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtl.distributed.launch import Launch, read_launch
+from dtl.errors import UserError
+
+ACCELERATE = ["python", "/venv/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("command", "asked_for"),
+    [
+        ([*ACCELERATE, "--cpu", "--num_processes", "2", "dtl/train.py", "--data.workers", "0"], 2),
+        ([*ACCELERATE, "--num_processes=3", "--multi_gpu", "-m", "dtl", "train"], 3),
+        ([*ACCELERATE, "dtl/train.py", "--num_processes", "7"], None),
+        (["/venv/bin/accelerate-launch", "--quiet", "--num-processes", "4", "x.py"], 4),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes", "5", "x.py"], 5),
+        (["bash", "run.sh", "--num_processes", "2"], None),
+        ([], None),
+    ],
+)
+def test_the_number_of_processes_on_the_command_line(command: list[str], asked_for: int | None) -> None:
+    assert read_launch({"HF_HOME": "/nowhere"}, command).asked_for == asked_for
+
+
+def test_a_config_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "launch.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nmixed_precision: bf16\n")
+    launch = read_launch({}, [*ACCELERATE, "--config_file", str(file), "x.py"])
+    assert (launch.asked_for, launch.use_cpu, launch.precision) == (2, True, "bf16")
+    launch = read_launch({}, [*ACCELERATE, "--config_file", str(file), "--num_processes", "3", "--mixed_precision", "no", "x.py"])
+    assert (launch.asked_for, launch.use_cpu, launch.precision) == (3, True, "no")
+
+
+def test_a_bare_no_in_yaml_is_a_precision_too(tmp_path: Path) -> None:
+    file = tmp_path / "launch.yaml"
+    file.write_text("mixed_precision: no\n")
+    assert read_launch({}, [*ACCELERATE, "--config_file", str(file), "x.py"]).precision == "no"
+
+
+def test_the_precision_that_accelerate_exports_by_itself_is_nobodys_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/nowhere")
+    monkeypatch.delenv("ACCELERATE_CONFIG_FILE", raising=False)
+    assert read_launch({"ACCELERATE_MIXED_PRECISION": "no"}, [*ACCELERATE, "x.py"]).precision is None
+    assert read_launch({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["bash"]).precision == "bf16"
+
+
+def test_the_environment_of_a_distributed_launcher() -> None:
+    launch = read_launch({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, [])
+    assert launch == Launch(world_size=4, local_world_size=2, asked_for=None, use_cpu=True, precision=None)
+
+
+class TestPrecision:
+    def test_auto_takes_the_launch(self) -> None:
+        from dtl.distributed.runtime import resolve_precision
+
+        assert resolve_precision("auto", launch("no"), use_cpu=True) == "no"
+        assert resolve_precision("auto", launch(None), use_cpu=True) in ("no", "bf16")
+        assert resolve_precision("bf16", launch(None), use_cpu=True) == "bf16"
+
+    @pytest.mark.parametrize(
+        ("wanted", "given", "trained_in", "has_bf16", "taken"),
+        [
+            ("auto", None, "no", True, "no"),
+            ("auto", None, "bf16", True, "bf16"),
+            ("auto", None, "bf16", False, "no"),  # this machine does not have it
+            ("auto", None, "fp16", True, "bf16"),  # nor has any CPU
+            ("auto", "no", "bf16", True, "no"),  # the launch was asked for
+            ("bf16", None, "no", False, "bf16"),  # so was this
+            ("auto", None, None, True, "bf16"),
+        ],
+    )
+    def test_a_model_computes_as_it_was_trained_where_it_can(
+        self, monkeypatch: pytest.MonkeyPatch, wanted: str, given: str | None, trained_in: str | None, has_bf16: bool, taken: str
+    ) -> None:
+        from dtl.distributed import runtime
+
+        monkeypatch.setattr(runtime, "_cpu_has_bf16", lambda: has_bf16)
+        assert runtime.resolve_precision(wanted, launch(given), True, trained_in) == taken
+
+    @pytest.mark.parametrize(("wanted", "given", "message"), [("bf16", "no", "the launch says"), ("fp16", None, "needs a GPU")])
+    def test_contradictions_are_refused(self, wanted: str, given: str | None, message: str) -> None:
+        from dtl.distributed.runtime import resolve_precision
+
+        with pytest.raises(UserError, match=message):
+            resolve_precision(wanted, launch(given), use_cpu=True)
+
+
+def launch(precision: str | None) -> Launch:
+    return Launch(world_size=None, local_world_size=1, asked_for=None, use_cpu=True, precision=precision)

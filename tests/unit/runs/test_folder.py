@@ -1,0 +1,270 @@
+"""A run folder belongs to one run: seconds are refused, the dead are recognised, ghosts write nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import wait_for
+
+from dtl.errors import UserError
+from dtl.runs.folder import RunFolder, Superseded, check_incarnation, newest_incarnation, read_status
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "digits"
+
+
+def start(folder: Path, *, stale_seconds: float = 60.0) -> RunFolder:
+    """Quick beats, and long patience: what hangs on a beat that did not come in time holds on a core that stalls, too."""
+    run = RunFolder(folder, stale_seconds=stale_seconds, beat_seconds=0.05, say=lambda line: None)
+    run.acquire()
+    return run
+
+
+HOLD = "import sys, time; from dtl.runs.folder import RunFolder; r = RunFolder(sys.argv[1]); print(r.acquire(), flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def other(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the folder."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        yield process
+        process.kill()
+
+
+def rewrite_owner(folder: Path, **facts: object) -> None:
+    path = folder / "lock" / f"{newest_incarnation(folder):08d}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def test_the_number_grows_with_each_start(folder: Path) -> None:
+    for number in (1, 2, 3):
+        with RunFolder(folder) as run:
+            assert (run.incarnation, newest_incarnation(folder)) == (number, number)
+            run.check_incarnation()
+    assert os.listdir(folder / "lock") == ["00000003.json"]
+
+
+def test_status_is_written_whole(folder: Path) -> None:
+    assert read_status(folder) is None
+    with RunFolder(folder) as run:
+        run.write_status("running", step=3)
+        run.write_status("stopped", why="SIGTERM", step=7, images=12)
+        status = read_status(folder)
+        assert status is not None
+        assert {key: status[key] for key in ("state", "why", "step", "images", "incarnation", "pid")} == {
+            "state": "stopped",
+            "why": "SIGTERM",
+            "step": 7,
+            "images": 12,
+            "incarnation": 1,
+            "pid": os.getpid(),
+        }
+        with pytest.raises(ValueError, match="'asleep' is none of"):
+            run.write_status("asleep")
+    assert sorted(os.listdir(folder)) == ["lock", "status.json"]
+    (folder / "status.json").write_text("{tor")
+    assert read_status(folder) is None
+
+
+def test_a_second_run_is_refused_with_host_and_pid(folder: Path, other: subprocess.Popen[str]) -> None:
+    with pytest.raises(UserError, match=rf"another run works in .*digits \(host {re.escape(socket.gethostname())}, pid {other.pid}, since 2.*--run.name"):
+        start(folder)
+    assert newest_incarnation(folder) == 1
+
+
+def test_also_within_one_process(folder: Path) -> None:
+    first = start(folder)
+    with pytest.raises(UserError, match=f"pid {os.getpid()}"):
+        start(folder)
+    first.release()
+    start(folder).release()
+
+
+def test_another_rank_releases_nothing(folder: Path) -> None:
+    run, other_rank = start(folder), RunFolder(folder)
+    other_rank.incarnation = run.incarnation  # told by the main process, to check it
+    other_rank.check_incarnation()
+    other_rank.release()
+    with pytest.raises(UserError, match="another run works"):
+        start(folder)
+    run.release()
+    start(folder).release()
+
+
+def test_a_killed_run_leaves_the_folder_free_at_once(folder: Path, other: subprocess.Popen[str]) -> None:
+    other.kill()
+    wait_for(lambda: Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", what="its end")
+    began = time.monotonic()
+    run = start(folder)  # the dead process has not even been waited for: it is still listed, as a zombie
+    assert run.incarnation == 2
+    assert time.monotonic() - began < 30, "half of what watching a heartbeat takes"
+    run.release()
+
+
+def test_a_pid_given_to_another_process_is_not_its_owner(folder: Path, other: subprocess.Popen[str]) -> None:
+    rewrite_owner(folder, process_start="1")
+    start(folder).release()
+
+
+@pytest.mark.parametrize("machine", ["another-boot another-host pid:[1]", None])
+def test_elsewhere_a_moving_heartbeat_refuses(folder: Path, machine: str | None) -> None:
+    owner = start(folder)
+    rewrite_owner(folder, machine=machine, host="n7", pid=12)
+    with pytest.raises(UserError, match=r"\(host n7, pid 12, since"):
+        start(folder)
+    owner.release()
+
+
+def test_elsewhere_a_silent_heartbeat_is_watched_then_taken_over(folder: Path) -> None:
+    owner = start(folder)
+    owner._stop.set()  # as if the machine had lost its power
+    rewrite_owner(folder, machine="another", host="n7", pid=12)
+    lines: list[str] = []
+    began = time.monotonic()
+    run = RunFolder(folder, stale_seconds=0.4, say=lines.append)
+    assert run.acquire() == 2
+    assert 0.4 <= time.monotonic() - began < 5
+    assert "was in use by host n7, pid 12: watching up to 0 s whether it still lives" in lines[0]
+    run.release()
+    owner.release()
+
+
+def test_elsewhere_long_silent_is_taken_over_without_waiting(folder: Path) -> None:
+    owner = start(folder)
+    owner._stop.set()
+    assert owner._heart is not None
+    owner._heart.join()
+    rewrite_owner(folder, machine="another")
+    os.utime(folder / "lock" / "00000001.beat", (time.time() - 500, time.time() - 500))
+    began = time.monotonic()
+    run = start(folder)
+    assert run.incarnation == 2
+    assert time.monotonic() - began < 30, "half of what watching takes"
+    run.release()
+
+
+def test_an_owner_file_cut_short_is_judged_by_its_heartbeat(folder: Path) -> None:
+    (folder / "lock").mkdir(parents=True)
+    (folder / "lock" / "00000004.json").write_text("")
+    run = start(folder, stale_seconds=0.4)
+    assert run.incarnation == 5
+    run.release()
+
+
+def test_a_requeued_job_takes_over_at_once_and_the_ghost_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    ghost = start(folder)
+    ghost.write_status("running", step=5)
+    rewrite_owner(folder, machine="another", host="n2")
+    with pytest.raises(UserError, match="host n2"):
+        start(folder)  # the same start of the same job: two programs of one script
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = start(folder)
+    assert run.incarnation == 2
+    run.write_status("running", step=6)
+    time.sleep(0.2)  # a few heartbeats of the ghost
+    with pytest.raises(Superseded, match=r"of start 1 of the run in .*digits, and start 2 has taken over \(host .*, pid \d+\)"):
+        ghost.check_incarnation()
+    with pytest.raises(Superseded):
+        ghost.write_status("failed", why="lost the others")
+    ghost.release()
+    status = read_status(folder)
+    assert status is not None
+    assert (status["state"], status["step"]) == ("running", 6)
+    assert sorted(os.listdir(folder / "lock")) == ["00000002.beat", "00000002.json"]
+    run.check_incarnation()
+    check_incarnation(folder, 2)
+    run.release()
+
+
+def test_an_elastic_restart_takes_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    ghost = start(folder)
+    with pytest.raises(UserError, match="another run works"):
+        start(folder)  # on one machine the agent ends the old process first: two at once are a mistaken launch
+    rewrite_owner(folder, machine="another")
+    run = start(folder)
+    assert run.incarnation == 2
+    run.release()
+    ghost.release()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what static launches are all called
+    first = start(folder)
+    with pytest.raises(UserError, match="another run works"):
+        start(folder)
+    first.release()
+
+
+def test_of_many_at_once_one_wins(folder: Path) -> None:
+    won: list[RunFolder] = []
+    refused: list[str] = []
+    gate = threading.Barrier(8)
+
+    def attempt() -> None:
+        gate.wait()
+        try:
+            won.append(start(folder))
+        except UserError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 7)
+    won[0].release()
+
+
+def test_a_vanished_folder_is_no_newer_start(folder: Path) -> None:
+    import shutil
+
+    run = start(folder)
+    shutil.rmtree(folder)
+    run.check_incarnation()
+    with pytest.raises(FileNotFoundError):
+        run.write_status("running")
+    run.release()
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the run folder .*file/run cannot be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").acquire()
+
+
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)  # nobody: root may write anywhere
+    try:
+        with pytest.raises(UserError, match="cannot be written: Permission denied"):
+            RunFolder(tmp_path / "run").acquire()
+    finally:
+        os.seteuid(me)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, dtl.runs.folder; assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,127 @@
+"""dtl.training.ema: the recurrence, what it leaves alone, resuming, and swapping that always ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtl.errors import UserError
+from dtl.training.ema import ExponentialMovingAverage
+
+
+def _module() -> nn.Sequential:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4 * 4, 3), nn.BatchNorm1d(3))
+    module.register_buffer("offset", torch.tensor([1.0, float("-inf")]))
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    module[0].requires_grad_(False)
+    return module
+
+
+def _step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer.zero_grad()
+    module(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
+    optimizer.step()
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_the_recurrence_is_the_formula(warm_up: bool) -> None:
+    module = _module()
+    optimizer = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), lr=0.5)
+    ema = ExponentialMovingAverage(module, decay=0.9, warm_up=warm_up)
+    expected = {name: tensor.double() for name, tensor in _state(module).items()}
+    for step in range(12):
+        _step(module, optimizer, step)
+        ema.update()
+        decay = min(0.9, (1 + step) / (10 + step)) if warm_up else 0.9
+        now = module.state_dict()
+        for name in expected:
+            expected[name] = decay * expected[name] + (1 - decay) * now[name].double()
+    assert ema.num_updates == 12
+    kept = ema.state_tensors()
+    assert set(kept) == {name for name in module.state_dict() if not name.startswith("0.")}
+    for name, tensor in kept.items():
+        if tensor.is_floating_point() and name != "offset":
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(tensor, module.state_dict()[name]), "other buffers are copied"
+
+
+def test_frozen_parameters_and_still_statistics_stay_bit_identical() -> None:
+    module = _module()
+    module[1].eval()
+    before = _state(module)
+    optimizer = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), lr=0.5)
+    ema = ExponentialMovingAverage(module, decay=0.99)
+    for step in range(20):
+        _step(module, optimizer, step)
+        ema.update()
+    ema.copy_to(module)
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var", "offset"):
+        assert torch.equal(module.state_dict()[name], before[name]), name
+    assert not torch.equal(module.state_dict()["3.weight"], before["3.weight"])
+
+
+def test_swapped_gives_the_average_and_always_gives_back() -> None:
+    module = _module()
+    optimizer = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), lr=0.5)
+    ema = ExponentialMovingAverage(module, decay=0.5)
+    _step(module, optimizer, 0)
+    ema.update()
+    _step(module, optimizer, 1)
+    own, average = _state(module), {name: tensor.clone() for name, tensor in ema.state_tensors().items()}
+    pointers = [p.data_ptr() for p in module.parameters()]
+    with ema.swapped(module):
+        for name, tensor in average.items():
+            assert torch.equal(module.state_dict()[name], tensor)
+    with pytest.raises(KeyboardInterrupt), ema.swapped(module):
+        raise KeyboardInterrupt
+    for name, tensor in own.items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    for name, tensor in ema.state_tensors().items():
+        assert torch.equal(tensor, average[name])
+    assert pointers == [p.data_ptr() for p in module.parameters()], "optimizers and compiled graphs hold these"
+
+
+def test_resumed_equals_uninterrupted() -> None:
+    def run(stop: int | None) -> dict[str, Tensor]:
+        module = _module()
+        optimizer = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), lr=0.5)
+        ema = ExponentialMovingAverage(module, decay=0.999)
+        for step in range(8):
+            if step == stop:
+                saved, count = {name: tensor.clone() for name, tensor in ema.state_tensors().items()}, ema.num_updates
+                ema = ExponentialMovingAverage(module, decay=0.999)
+                ema.load(saved, num_updates=count)
+            _step(module, optimizer, step)
+            ema.update()
+        return ema.state_tensors()
+
+    whole, resumed = run(None), run(4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_buffers_are_the_live_ones_for_a_broadcast() -> None:
+    ema = ExponentialMovingAverage(_module(), decay=0.9)
+    for tensor in ema.buffers():
+        tensor.fill_(3)
+    kept = ema.state_tensors()
+    assert all((kept[name] == 3).all() for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked", "offset"))
+    assert len(ema.buffers()) == 7
+
+
+def test_an_average_of_other_weights_is_refused() -> None:
+    ema = ExponentialMovingAverage(_module(), decay=0.9)
+    tensors = ema.state_tensors()
+    with pytest.raises(UserError, match=r"1 names or shapes differ, the first is 3\.bias"):
+        ema.load({name: tensor for name, tensor in tensors.items() if name != "3.bias"}, num_updates=1)
+    with pytest.raises(UserError, match=r"1 names or shapes differ, the first is 3\.weight"):
+        ema.load({**tensors, "3.weight": torch.zeros(3, 5)}, num_updates=1)
+    with pytest.raises(UserError, match=r"ema is 1\.0; it is a decay"):
+        ExponentialMovingAverage(_module(), decay=1.0)
