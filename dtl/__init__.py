@@ -15,7 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dtl.version import __version__
+
 _HOMES = {
     "dtl.errors": ("TransferRefused", "UserError"),
     "dtl.api": ("TransferReport", "build_loader", "load_pretrained", "pack"),

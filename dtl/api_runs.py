@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,7 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
     from dtl.commands.train import train
     from dtl.runs.folder import read_status
 
-    with _on_its_own():
-        train(config, name)
+    train(config, name)
     folder = Path(config.run.dir) / name
     status = read_status(folder) or {}
     return Run(folder, str(status.get("state", "unknown")), tuple(status.get("phases", ())))
@@ -73,8 +71,7 @@ def evaluate(model: str | Path | Run, data: str | Path | None = None, *, batch_s
 
     given = [] if data is None else ["--data.val", str(data)]
     options = parser().parse_args([_place(model), *given, "--batch-size", str(batch_size), "--workers", str(workers), "--device", device])
-    with _on_its_own():
-        values = measure(options)
+    values = measure(options)
     assert values is not None
     return values
 
@@ -91,23 +88,20 @@ def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size:
 
     if top < 1:
         raise UserError(f"top is {top}; at least one class is asked for")
-    with _on_its_own():
-        stored = open_model(find_model(_place(model))[0])
-        inputs = find_images([str(path) for path in ([images] if isinstance(images, str | Path) else images)])
-        runtime = Runtime(device=device, trained_in=trained_in(stored.folder))
-        parts = predictions(
-            place(stored, runtime), stored.transform, inputs, runtime, top=min(top, len(stored.classes)), batch_size=batch_size, workers=workers
-        )
-        found: list[dict[str, Any]] = []
-        for one in (one for part in parts for one in part):
-            if one.problem is not None:
-                found.append({"path": one.path, "problem": one.problem})
-                continue
-            named: list[dict[str, Any]] = [
-                {"label": stored.classes[number], "name": stored.shown_names[number], "probability": probability}
-                for number, probability in zip(one.classes, one.probabilities)
-            ]
-            found.append({"path": one.path, **named[0], **({"predictions": named} if top > 1 else {})})
+    stored = open_model(find_model(_place(model))[0])
+    inputs = find_images([str(path) for path in ([images] if isinstance(images, str | Path) else images)])
+    runtime = Runtime(device=device, trained_in=trained_in(stored.folder))
+    parts = predictions(place(stored, runtime), stored.transform, inputs, runtime, top=min(top, len(stored.classes)), batch_size=batch_size, workers=workers)
+    found: list[dict[str, Any]] = []
+    for one in (one for part in parts for one in part):
+        if one.problem is not None:
+            found.append({"path": one.path, "problem": one.problem})
+            continue
+        named: list[dict[str, Any]] = [
+            {"label": stored.classes[number], "name": stored.shown_names[number], "probability": probability}
+            for number, probability in zip(one.classes, one.probabilities)
+        ]
+        found.append({"path": one.path, **named[0], **({"predictions": named} if top > 1 else {})})
     return found
 
 
@@ -165,15 +159,3 @@ def _plain(value: Any) -> Any:
 
 def _place(model: str | Path | Run) -> str:
     return str(model.folder if isinstance(model, Run) else model)
-
-
-@contextmanager
-def _on_its_own() -> Iterator[None]:
-    """Accelerate keeps the first call's device and precision for the whole process: each call here chooses its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()

@@ -1,20 +1,38 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are whole on the disk or not there at all; the locks and hashes that go with them. No torch in here."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
+
+_CHUNK_BYTES = 8 << 20
+# What file systems without locks answer to flock: NFS without a lock service, FUSE, exotic kernels.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a manifest records of a file: its size in bytes and the sha256 of its content."""
+
+    size: int
+    sha256: str
 
 
 def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -> None:
-    """`write(file)` under a temporary name, then renamed; with `sync` on the disk before it has its name, so also after a power cut.
+    """`write(file)` under a temporary name, then rename; with `sync` the content reaches the disk before the name does, so a power cut leaves the old file.
 
-    What had the name before stays whole for those who have it open or mapped.
+    Whoever has the old file open or mapped keeps it whole. Raises OSError; the temporary file is then gone.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{temporary_suffix()}")
     try:
@@ -29,23 +47,97 @@ def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -
         raise
 
 
+def write_json_whole(path: Path, value: object) -> None:
+    """`write_whole` of a JSON value, indented for people."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def temporary_suffix() -> str:
-    """Names the node, so that its leftovers can be told from what another node is writing."""
+    """The end of temporary names. It names the node, so that its leftovers can be told from what another node is writing."""
     return f".{socket.gethostname()}.tmp"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Put the folder's names on the disk."""
-    number = os.open(folder, os.O_RDONLY)
+    """Make a folder's entries (new files, renames) survive a power cut, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot sync a folder, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
-        os.close(number)
+        os.close(descriptor)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a wholly written folder its name, in place of a folder that may have it now.
+
+    A folder cannot be replaced in one step: the present one is set aside, and `published` finds it there
+    should the process be killed between the two renames.
+    """
+    fsync_folder(temporary)
+    aside = _aside(target)
+    if target.exists():
+        remove(aside)
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    fsync_folder(target.parent)
+    remove(aside)
+
+
+def published(target: Path) -> Path:
+    """Where the folder named `target` lies: there, or set aside by a `publish` that was killed."""
+    aside = _aside(target)
+    return aside if not target.exists() and aside.exists() else target
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with its content; one that is not there is fine."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def discard(folder: Path) -> None:
+    """`remove` after a failure, as far as the disk lets us: the failure itself is what must be reported."""
+    with suppress(OSError):
+        shutil.rmtree(folder)
+
+
+def hash_file(path: Path) -> FileFacts:
+    """Size and sha256 of a file as it lies on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileFacts(size, digest.hexdigest())
 
 
 def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_file(path).sha256
+
+
+def flock(file: IO[Any] | int, *, wait: bool = True) -> Literal["held", "busy", "none"]:
+    """Take the exclusive lock of an open file; the system frees it when the file is closed or its process ends.
+
+    "held": this process has it. "busy": another has it (only with `wait=False`). "none": this file system has no locks, and the caller
+    decides what that means. Never remove a lock file: two processes could then hold "the" lock.
+
+    Our own in place of the filelock package: that one raises on ENOLCK and ENOTSUP, falls back to soft locks (which a killed process
+    leaves behind) on ENOSYS, and cannot lock a file that is open already; handling these took more lines than this.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "busy"
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return "none"
+        raise
+    return "held"
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.before")

@@ -61,21 +61,21 @@ def _sleep_when_told() -> None:
 
 
 def _slow_disk(seconds: float) -> None:
-    from dtl.checkpoint.resume import tensors_file as durable
+    from dtl.checkpoint.resume import tensors_file
 
-    write = durable._write
+    write = tensors_file._write
 
     def slow(path, pieces):  # type: ignore[no-untyped-def]
         time.sleep(seconds)
         return write(path, pieces)
 
-    durable._write = slow
+    tensors_file._write = slow
 
 
 def _full_disk(while_there: Path) -> None:
-    from dtl.checkpoint.resume import tensors_file as durable
+    from dtl.checkpoint.resume import tensors_file
 
-    write = durable._write
+    write = tensors_file._write
 
     def full(path, pieces):  # type: ignore[no-untyped-def]
         if while_there.exists():
@@ -83,7 +83,7 @@ def _full_disk(while_there: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(path, pieces)
 
-    durable._write = full
+    tensors_file._write = full
 
 
 def other_torch() -> None:

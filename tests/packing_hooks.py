@@ -41,7 +41,13 @@ def slow_alone() -> None:
 def slow_children() -> None:
     """The same in two processes of packing."""
     pack._default_processes = lambda source: 2
-    pack_pool._START = f"import packing_hooks; packing_hooks.slow_alone(); {pack_pool._START}"
+    real = pack_pool.fresh_python
+
+    def slowed(*arguments: str) -> list[str]:
+        *start, code = real(*arguments)
+        return [*start, f"import packing_hooks; packing_hooks.slow_alone(); {code}"]
+
+    pack_pool.fresh_python = slowed
 
 
 def count_work() -> None:

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from dtl.cli import COMMANDS
+from dtl.commands import COMMANDS
 
 _DESCRIPTION = """\
 Print a script that completes commands, options and files of `dtl`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from dtl.data.wds.find import is_remote_folder
 from dtl.data.workers import run_tasks
 from dtl.errors import DamagedSample, UserError
 from dtl.files import sha256_of_file
+from dtl.machine import num_cores
 
 VERIFYING = "dtl.data.verify_tasks"
 _IMAGES_PER_TASK = 1024
@@ -124,7 +124,7 @@ def _tasks(shards: Shards) -> Iterator[dict[str, Any]]:
 
 
 def _processes(shards: Shards, wanted: int | None) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     return wanted or max(1, min(cores, shards.num_samples // _IMAGES_PER_PROCESS, 64))
 
 

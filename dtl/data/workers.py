@@ -25,12 +25,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from dtl.errors import UserError
+from dtl.machine import end_process, fresh_python
 
 # Where a whole group is asked to end (Slurm does), a child has ended before its parent knows why: that is not to be told as a fault.
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SECONDS_TO_KNOW = 2.0
-
-_START = "import sys; sys.path.append({root!r}); from dtl.data.workers import serve; serve({work!r}, {folder!r})"
 
 
 def run_tasks(work: str, folder: Path, tasks: Iterable[dict[str, Any]], *, processes: int, done: Callable[[Any], None]) -> None:
@@ -84,8 +83,7 @@ class _Child:
     """One worker process, asked one task at a time."""
 
     def __init__(self, work: str, folder: Path) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        command = [sys.executable, "-c", _START.format(root=root, work=work, folder=str(folder))]
+        command = fresh_python("dtl.data.workers", "serve", work, str(folder))
         # A session of its own: Ctrl-C reaches the parent, which closes the children in good order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
         self._closed = False
@@ -121,18 +119,6 @@ class _Child:
             assert stream is not None
             with suppress(OSError):  # a task that the child did not live to read
                 stream.close()
-
-
-def end_process(process: subprocess.Popen[Any], *, patience: float = 5.0) -> None:
-    """Ask a child to end, and make it after `patience` seconds."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(patience)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def serve(work: str, folder: str) -> None:

@@ -11,10 +11,10 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dtl import __version__
 from dtl.config import Config
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.version import __version__
 
 # What nodes may have of their own: where their disks are, and how many processes read from them.
 MAY_DIFFER = ("data.train", "data.val", "data.cache_dir", "data.workers")

@@ -131,6 +131,7 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
         self.group = None
+        _forget_accelerate()
 
     # ---- signals
 
@@ -338,12 +339,21 @@ def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timed
     from accelerate import Accelerator
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    _forget_accelerate()
     handlers = [
         InitProcessGroupKwargs(timeout=timeout),
         # No static graph: benchmarks.scaling shows no gain, and it would forbid networks that skip layers at random.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(compression)),
     ]
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+
+
+def _forget_accelerate() -> None:
+    """Accelerate keeps the first run's device and precision for the whole process; each run (and each call of the API) chooses its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+    GradientState._reset_state()
 
 
 def hurry_gpu(wanted: bool) -> None:

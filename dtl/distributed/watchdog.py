@@ -26,6 +26,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtl.machine import pid_space, process_state
+
 INTERVAL = 2.0
 PATIENT = ("start", "data", "model")
 """Stages that may take hours on one rank (packing, a download): only a rank that falls silent ends the run in them."""
@@ -135,7 +137,7 @@ class Notes:
         self._known = {other: Note(other) for other in range(world_size)}
         self._changed = dict.fromkeys(range(world_size), time.monotonic())
         self._count = 0
-        self._machine = _machine()
+        self._machine = pid_space()
 
     def write(self, heart: Heartbeat, *, ended: str | None = None, what: str = "") -> None:
         """Raises RuntimeError when the store cannot be reached, as `read` does."""
@@ -350,16 +352,5 @@ class _Lazily:
 
 def _fate(pid: int) -> str:
     """What has become of a process of this machine; empty while it runs."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "has ended"
-    return {"Z": "has ended", "X": "has ended", "T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger"}.get(state, "")
-
-
-def _machine() -> str | None:
-    """Names what pids are valid in; None where that cannot be told."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
+    state = process_state(pid)
+    return "has ended" if state is None else {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger"}.get(state, "")

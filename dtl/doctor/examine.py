@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from dtl import machine
 from dtl.doctor import judge_cluster, judge_gpus, judge_machine, probe
 from dtl.doctor.finding import Finding
 from dtl.doctor.judge_machine import Need
@@ -102,7 +103,7 @@ class Doctor:
             found.append(Finding("model", "warn", f"{self.model} could not be tried: {error}", "a smaller --data.micro-batch-size, or another --model"))
         judged = judge_machine.judge_decode(
             float(decoding["ms_per_image"]),
-            probe.cores(),
+            machine.core_share(),
             trained.get("images_s"),
             model=self.model,
             device="GPU" if device == "cuda" else "cpu",

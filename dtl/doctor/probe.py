@@ -115,16 +115,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def cores() -> float:
-    """Cores that this process may use: its affinity (SLURM, taskset), and the quota of its container."""
-    number = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            number = min(number, int(quota) / int(period))
-    return number
-
-
 def disk_of(folder: Path) -> dict[str, Any]:
     """free, total, filesystem, write_mib_s, problem: of the folder, or of the place where it would be made."""
     place = folder.absolute()

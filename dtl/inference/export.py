@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtl import __version__
 from dtl.data.decoding.decode import DecodeError, decode
 from dtl.data.sources.digits import read_digits
 from dtl.errors import DamagedSample, UserError
 from dtl.inference.images import ImageInputs
 from dtl.inference.model import StoredModel
 from dtl.models.build import build, forward_logits
+from dtl.version import __version__
 
 FORMATS = ("onnx", "torch-export", "safetensors")
 NUM_CHECKED = 8

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dtl.checkpoint.resume import tensors_file as durable
+from dtl import files
 from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
 from dtl.config import Config, config_from_dict
 from dtl.data.transforms.geometry import ShortSide, Square
@@ -134,7 +134,7 @@ def stored_config(run: Path) -> Config:
 
 
 def _is_model(folder: Path) -> bool:
-    return (durable.published(folder) / "model.json").is_file()
+    return (files.published(folder) / "model.json").is_file()
 
 
 def _check_tensors(folder: Path, network: Network, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtl import __version__
 from dtl.errors import UserError
 from dtl.report import html, style
 from dtl.report.confusion import ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
@@ -19,6 +18,7 @@ from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
 from dtl.text import counted
+from dtl.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -32,6 +32,8 @@ from types import TracebackType
 from typing import Any
 
 from dtl.errors import UserError
+from dtl.files import write_json_whole
+from dtl.machine import pid_space, process_start
 
 STATES = ("running", "done", "stopped", "failed")
 _LONG_DEAD_SECONDS = 120.0
@@ -92,7 +94,7 @@ class RunFolder:
         self.check_incarnation()
         facts = {"state": state, "why": why, "step": step, "incarnation": self.incarnation}
         here = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "launcher": _launcher()}
-        _replace_json(self.path / "status.json", facts | here | self.facts | more)
+        write_json_whole(self.path / "status.json", facts | here | self.facts | more)
 
     def was_stopped_under_this_agent(self) -> bool:
         """The run was stopped, and it is the same elastic agent that starts it once more, because it takes status 75 for a fault."""
@@ -120,7 +122,7 @@ class RunFolder:
         self._heart = None
         if newest_incarnation(self.path) == self.incarnation:
             with suppress(OSError):
-                _replace_json(self._file("json"), self._owner | {"released": True})
+                write_json_whole(self._file("json"), self._owner | {"released": True})
                 self._file("beat").unlink(missing_ok=True)
 
     def __enter__(self) -> RunFolder:
@@ -253,8 +255,8 @@ def _describe_self() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "machine": _machine(),
-        "process_start": _process_start(os.getpid()),
+        "machine": pid_space(),
+        "process_start": process_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "slurm": _slurm_job(),
         "elastic": _elastic_job(),
@@ -267,7 +269,7 @@ def _launcher() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getppid(),
-        "process_start": _process_start(os.getppid()),
+        "process_start": process_start(os.getppid()),
         "restarts": int(restarts) if restarts.isdigit() else 0,
     }
 
@@ -292,45 +294,12 @@ def _elastic_job() -> str | None:
     return None if job == "none" else job
 
 
-def _machine() -> str | None:
-    """Names what pids are valid in: this boot of this kernel, this host name, this pid namespace. None: cannot be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _process_start(pid: int) -> str | None:
-    """When a living process was started, in ticks since boot; None when there is no such process (or only its corpse)."""
-    try:
-        # The name in parentheses may hold anything, so count from its end: state is field 3, starttime field 22 (proc(5)).
-        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if values[0] in "ZX" else values[19]
-
-
 def _lives_here(owner: dict[str, Any]) -> bool | None:
     """Whether the owner's process lives on this machine; None when it ran elsewhere, or that cannot be told."""
-    machine = _machine()
+    machine = pid_space()
     if machine is None or owner.get("machine") != machine:
         return None
-    return bool(_process_start(int(owner["pid"])) == owner["process_start"])
-
-
-def _replace_json(path: Path, value: object) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    return bool(process_start(int(owner["pid"])) == owner["process_start"])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dtl import __version__
 from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.transfer.report import TransferReport
@@ -25,6 +24,7 @@ from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
 from dtl.training.redact import without_secrets
 from dtl.training.start import remarks
+from dtl.version import __version__
 
 # From this many starts at one step on, status.json says that there is no progress.
 STARTS_WITHOUT_PROGRESS = 3

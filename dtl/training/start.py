@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from dtl.checkpoint.transfer.source.read import check_is_there
 from dtl.config import Config
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.machine import num_physical_cores
 from dtl.models.build import Network
 from dtl.models.catalog import find
 from dtl.models.freeze import select
@@ -102,23 +102,10 @@ def few_threads(runtime: Runtime) -> list[str]:
     if runtime.device.type != "cpu":
         return []
     threads, processes = torch.get_num_threads(), max(1, runtime.launch.local_world_size)
-    share = _real_cores() // processes
+    share = num_physical_cores() // processes
     if threads >= share or "OMP_NUM_THREADS" not in os.environ:
         return []
     return [
         f"computing with {counted(threads, 'thread')} a process, and there are {share} cores for each: "
         f"accelerate launch --num_cpu_threads_per_process {share} ..., or OMP_NUM_THREADS={share} before the command"
     ]
-
-
-def _real_cores() -> int:
-    """Cores that this process may use, two hyperthreads counted as one."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = set()
-    for number in os.sched_getaffinity(0):
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(number))
-    return len(cores)

@@ -6,17 +6,14 @@ Nothing is guessed: each batch says what it took to make, in its process's wall 
 from __future__ import annotations
 
 import math
-import os
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import torch
 
 from dtl.data.loading.loader import Batch
 from dtl.distributed.runtime import Runtime
+from dtl.machine import num_cores, peak_bytes
 from dtl.text import counted
 
 GIB = 2**30
@@ -108,21 +105,7 @@ def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_s
     return f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed: more cores a process, or fewer augmentations"
 
 
-def num_cores() -> int:
-    """Cores that this process may use (SLURM and taskset give fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     return peak_bytes() / GIB
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had. Not Linux's ru_maxrss, which begins with the peak of whoever started it."""
-    if sys.platform == "linux":
-        _, _, found = Path("/proc/self/status").read_text().partition("VmHWM:")
-        if found:  # gVisor's kernel leaves it out
-            return 1024 * int(found.split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pages import PAGES, blocks, help_of
 
-from dtl.cli import COMMANDS
+from dtl.commands import COMMANDS
 from dtl.config import load_config
 from dtl.config.help import sections
 

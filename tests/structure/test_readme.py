@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pages import PAGES, blocks, help_of, lines_of
 
-from dtl.cli import COMMANDS
+from dtl.commands import COMMANDS
 from dtl.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

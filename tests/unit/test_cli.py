@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 
 from dtl import __version__
-from dtl.cli import COMMANDS, main
+from dtl.cli import main
+from dtl.commands import COMMANDS
 
 
 def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

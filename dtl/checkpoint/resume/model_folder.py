@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-import dtl
-from dtl.checkpoint.resume import tensors_file as durable
+from dtl import files
+from dtl.checkpoint.resume import tensors_file
 from dtl.errors import UserError
+from dtl.version import __version__
 
 FORMAT = 1
 _PREPROCESSING = ("mean", "std", "image_size", "interpolation", "crop_ratio")
@@ -72,26 +73,26 @@ def save_model_folder(
         "display_names": dict(display_names),
         "preprocessing": dict(preprocessing),
         "metrics": dict(metrics),
-        "made_by": {**made_by, "dtl": dtl.__version__, "torch": torch.__version__},
+        "made_by": {**made_by, "dtl": __version__, "torch": torch.__version__},
         "order": list(state_dict),
     }
     temporary = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in target.parent.glob(f".writing-{target.name}-*"):
-            durable.remove(leftover)
+            files.remove(leftover)
         temporary.mkdir()
-        durable.write_tensors(temporary / "model.safetensors", {name: tensor.detach().cpu() for name, tensor in state_dict.items()})
-        durable.write_json(temporary / "model.json", facts)
-        durable.publish(temporary, target)
+        tensors_file.write_tensors(temporary / "model.safetensors", {name: tensor.detach().cpu() for name, tensor in state_dict.items()})
+        tensors_file.write_json(temporary / "model.json", facts)
+        files.publish(temporary, target)
     except OSError as error:
-        durable.discard(temporary)
+        files.discard(temporary)
         raise UserError(f"the model could not be written to {target}: {error.strerror or error}") from error
 
 
 def read_model_json(folder: str | Path) -> ModelFacts:
     """The facts of a model folder. Raises UserError where it is not one, or was written by a newer dtl."""
-    path = durable.published(Path(folder)) / "model.json"
+    path = files.published(Path(folder)) / "model.json"
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -125,7 +126,7 @@ def read_model_json(folder: str | Path) -> ModelFacts:
 def load_model_tensors(folder: str | Path) -> dict[str, Tensor]:
     """The state dict of a model folder, in the module's order, in host memory. Raises UserError where it is missing or damaged."""
     order = read_model_json(folder).order
-    path = durable.published(Path(folder)) / "model.safetensors"
+    path = files.published(Path(folder)) / "model.safetensors"
     try:
         tensors = load_safetensors(path.read_bytes())
     except OSError as error:

@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from dtl.checkpoint.resume import tensors_file as durable
+from dtl import files
+from dtl.checkpoint.resume import tensors_file
 from dtl.errors import UserError
 
 FORMAT = 1
@@ -198,23 +199,25 @@ class CheckpointStore:
             self._cleaned = True
         target = self.folder / f"step-{snapshot.step:08d}"
         temporary = self.folder / f".writing-{target.name}-{os.getpid()}"
-        durable.remove(temporary)
+        files.remove(temporary)
         temporary.mkdir()
         try:
-            files = {f"{group}.safetensors": durable.write_tensors(temporary / f"{group}.safetensors", members) for group, members in snapshot.tensors.items()}
-            files["state.json"] = durable.write_json(temporary / "state.json", snapshot.state)
+            facts = {
+                f"{group}.safetensors": tensors_file.write_tensors(temporary / f"{group}.safetensors", members) for group, members in snapshot.tensors.items()
+            }
+            facts["state.json"] = tensors_file.write_json(temporary / "state.json", snapshot.state)
             manifest = {
                 "format": FORMAT,
                 "step": snapshot.step,
                 "groups": list(snapshot.tensors),
-                "files": {name: {"size": facts.size, "sha256": facts.sha256} for name, facts in files.items()},
+                "files": {name: vars(found) for name, found in facts.items()},
                 "aliases": snapshot.aliases,
             }
-            durable.write_json(temporary / "manifest.json", manifest)
+            tensors_file.write_json(temporary / "manifest.json", manifest)
             self._before_write()
-            durable.publish(temporary, target)
+            files.publish(temporary, target)
         except BaseException:
-            durable.discard(temporary)  # at once: on a full disk the next save needs the space
+            files.discard(temporary)  # at once: on a full disk the next save needs the space
             raise
         self._prune(snapshot.step)
 
@@ -228,14 +231,14 @@ class CheckpointStore:
                 # Renamed first: a kill while it is being deleted must not leave a torn checkpoint behind.
                 doomed = self.folder / f".deleting-{path.name.strip('.')}-{os.getpid()}"
                 os.rename(path, doomed)
-                durable.remove(doomed)
+                files.remove(doomed)
 
     def _clean(self) -> None:
         """Delete what killed processes have left half written or half deleted."""
         for path in self.folder.iterdir():
             replaced = _NAME.fullmatch(path.name)
             if path.name.startswith(_TEMPORARY) or (replaced and replaced[2] and (self.folder / f"step-{replaced[2]}").exists()):
-                durable.remove(path)
+                files.remove(path)
 
     # ---- reading (any process)
 
@@ -293,7 +296,7 @@ def _open(path: Path, step: int) -> tuple[Checkpoint | None, str]:
         if manifest["step"] != step:
             return None, f"its manifest speaks of step {manifest['step']}"
         for name, expected in manifest["files"].items():
-            facts = durable.hash_file(path / name)
+            facts = files.hash_file(path / name)
             if facts.size != expected["size"]:
                 return None, f"{name} has {facts.size} bytes, not {expected['size']}"
             if facts.sha256 != expected["sha256"]:

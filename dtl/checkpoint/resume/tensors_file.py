@@ -1,21 +1,19 @@
-"""Files and folders that are either whole on the disk or not there: what checkpoints and model folders are written with."""
+"""Tensors and JSON written, hashed and synced in one pass: the files of checkpoints and model folders."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dtl.files import FileFacts
 
 _CHUNK_BYTES = 8 << 20
 _NAMES_OF_TYPES = {
@@ -31,14 +29,6 @@ _NAMES_OF_TYPES = {
     torch.bool: "BOOL",
 }
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What a manifest knows of a file: its size in bytes and the sha256 of its content."""
-
-    size: int
-    sha256: str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
@@ -67,67 +57,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
 def write_json(path: Path, value: object) -> FileFacts:
     """Write a JSON file, synced to the disk. Floats come back exactly (Python's own NaN and Infinity included)."""
     return _write(path, [(json.dumps(value, indent=1) + "\n").encode()])
-
-
-def hash_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file as it lies on the disk."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileFacts(size, digest.hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries (new files, renames) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and user-space file systems cannot sync a folder, and need not.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Give a wholly written folder its name, in place of a folder that may have it now.
-
-    A folder cannot be replaced in one step: the present one is set aside, and `published` finds it there
-    should the process be killed between the two renames.
-    """
-    sync_folder(temporary)
-    aside = _aside(target)
-    if target.exists():
-        remove(aside)
-        os.rename(target, aside)
-    os.rename(temporary, target)
-    sync_folder(target.parent)
-    remove(aside)
-
-
-def published(target: Path) -> Path:
-    """Where the folder named `target` lies: there, or set aside by a `publish` that was killed."""
-    aside = _aside(target)
-    return aside if not target.exists() and aside.exists() else target
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder with its content; one that is not there is fine."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
-def discard(folder: Path) -> None:
-    """`remove` after a failure: as far as the disk lets us, for the failure itself is what must be told."""
-    with suppress(OSError):
-        shutil.rmtree(folder)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.before")
 
 
 class _LazyBytes:

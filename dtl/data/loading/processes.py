@@ -6,13 +6,14 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+
+from dtl.machine import end_with_parent
 
 PREFETCH = 2
 """Batches that each process makes ahead."""
@@ -87,7 +88,8 @@ def end_processes(batches: Iterator[Any]) -> None:
 
 def _init_worker(parent: int, pipe: tuple[int, int] | None, worker: int) -> None:
     """Signals to the job are the trainer's to answer: a loader process that dies of one would break the step that is to be saved."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # torch's loader processes look for their parent while they wait for work, not while nobody takes what they have.
+    end_with_parent(parent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -95,10 +97,3 @@ def _init_worker(parent: int, pipe: tuple[int, int] | None, worker: int) -> None
         os.write(pipe[1], b".")
         for end in pipe:
             os.close(end)
-
-
-def _end_with(parent: int) -> None:
-    """torch's loader processes look for their parent while they wait for work, not while nobody takes what they have."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

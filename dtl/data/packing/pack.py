@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtl import __version__, keyed
+from dtl import keyed
 from dtl.data.packing.destination import Existing, clear_errors, prepare_destination, remove_ours, working_alone
 from dtl.data.packing.job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, Options
 from dtl.data.packing.tasks import SCANNED, load_chunk, shard_name, shrink_factor
@@ -31,6 +30,8 @@ from dtl.data.sources.content_split import split_by_content
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
 from dtl.files import write_whole
+from dtl.machine import num_cores
+from dtl.version import __version__
 
 # Below this, starting processes costs more than it saves.
 _BYTES_PER_PROCESS = 8 * 2**20
@@ -283,7 +284,7 @@ def _check_options(options: Options, processes: int | None) -> None:
 
 
 def _default_processes(source: Source) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     return max(
         1,
         min(cores, source.num_bytes // _BYTES_PER_PROCESS, 64) if source.images is None else min(cores, source.num_samples // _SAMPLES_PER_PROCESS),

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from email.message import Message
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from dtl import __version__
 from dtl.data.remote.stream import BLOCK_BYTES, FetchError, Stream
+from dtl.version import __version__
 
 _CONNECT_SECONDS = 20.0
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524)

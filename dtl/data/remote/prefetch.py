@@ -13,19 +13,16 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 from typing import IO
 
 from dtl.data.remote.cache import ShardCache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.remote.schedule import ShardUses
-from dtl.data.workers import end_process
 from dtl.errors import UserError
+from dtl.machine import end_process, end_with_parent, fresh_python
 
 # Downloads at a time: one connection rarely fills a line.
 PARALLEL = 4
-_START = "import sys; sys.path.append({root!r}); from dtl.data.remote.prefetch import serve; serve()"
 
 
 def prefetcher(cache: ShardCache, uses: ShardUses, *, first: tuple[int, int], until: int) -> Prefetcher | None:
@@ -47,7 +44,7 @@ class Prefetcher:
 
     def __init__(self, cache: ShardCache, uses: ShardUses, *, until: int) -> None:
         """`until`: the time (of `uses`) at which nothing more is needed."""
-        command = [sys.executable, "-c", _START.format(root=str(Path(__file__).resolve().parents[3]))]
+        command = fresh_python("dtl.data.remote.prefetch", "serve")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._send(json.dumps({"cache": cache.to_json(), "uses": uses.to_json(), "until": until}).encode() + b"\n")
 
@@ -80,7 +77,8 @@ def serve() -> None:
     cache.follow(uses)
     ahead = _Ahead(cache, uses, until)
     threading.Thread(target=_listen, args=(source, ahead), daemon=True).start()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # The input stays open as long as loader processes of a killed trainer do.
+    end_with_parent(os.getppid(), status=0, seconds=0.2)
     workers = [threading.Thread(target=ahead.work, daemon=True) for _ in range(PARALLEL)]
     for worker in workers:
         worker.start()
@@ -88,13 +86,6 @@ def serve() -> None:
         worker.join()
     # All done, or nothing more can be done; the training may still have lines to send.
     threading.Event().wait()
-
-
-def _end_with(parent: int) -> None:
-    """The input stays open as long as loader processes of a killed trainer do."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(0)
 
 
 def _listen(source: IO[bytes], ahead: _Ahead) -> None:

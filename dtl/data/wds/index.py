@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtl import __version__
 from dtl.data.packing.destination import clear_errors, working_alone
 from dtl.data.packing.job import ROWS, write_json
 from dtl.data.progress import PackProgress
@@ -32,6 +31,8 @@ from dtl.data.wds.samples import Label, Rules, shown
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
 from dtl.files import sha256_of_file
+from dtl.machine import num_cores
+from dtl.version import __version__
 
 INDEX_VERSION = 1  # of what is found in a shard: part of the cache's name
 SOURCE = "WebDataset shards"  # made_by.source, which tells these from what dtl packed
@@ -141,7 +142,7 @@ def _extension(name: str | None) -> str | None:
 
 def _read_all(work: Path, shards: Sequence[Tar], processes: int | None, progress: bool, limit: int | None) -> None:
     """Of remote shards no more than `limit` bytes stay (None: all of them)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     num_bytes = sum(path.stat().st_size for path in shards if isinstance(path, Path))
     # A process starts in about 0.3 s: time to index some 50 MB. Fetching is waiting, so it takes several at once anyhow.
     local = min(cores, num_bytes // (50 * 2**20), 64)

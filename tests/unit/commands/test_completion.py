@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dtl.cli import COMMANDS, main
+from dtl.cli import main
+from dtl.commands import COMMANDS
 from dtl.commands.completion import options_of
 
 

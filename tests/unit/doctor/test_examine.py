@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dtl import machine
 from dtl.cli import main
 from dtl.doctor import examine, probe
 from dtl.doctor.finding import Finding
@@ -99,4 +100,4 @@ def test_the_recipe_says_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_cores_are_those_that_this_process_may_use() -> None:
-    assert 0 < probe.cores() <= len(os.sched_getaffinity(0))
+    assert 0 < machine.core_share() <= len(os.sched_getaffinity(0))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dtl.data.loading.loader import Batch
-from dtl.training.throughput import EpochSpeed, advise, peak_bytes
+from dtl.machine import peak_bytes
+from dtl.training.throughput import EpochSpeed, advise
 
 # Two loader processes, busy all the time at 10 ms an image, give 200 images/s; the training alone would take 800.
 STARVED = EpochSpeed(seconds=100.0, waited=75.0, images=20_000, loading=200.0, computing=190.0)
@@ -68,7 +69,7 @@ def test_memory_is_that_of_the_process_alone() -> None:
     held = torch.ones(400 * 2**20, dtype=torch.uint8)
     assert peak_bytes() >= before
     assert peak_bytes() > len(held)
-    code = "from dtl.training.throughput import peak_bytes; before = peak_bytes(); held = bytearray(b'x') * 300 * 2**20; print(before, peak_bytes())"
+    code = "from dtl.machine import peak_bytes; before = peak_bytes(); held = bytearray(b'x') * 300 * 2**20; print(before, peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     small, large = map(int, done.stdout.split())
     assert small < peak_bytes() - 2**27

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtl.checkpoint.resume import tensors_file as durable
+from dtl import files
 from dtl.checkpoint.transfer.layers.names import looks_sorted
 from dtl.checkpoint.transfer.layers.units import entries_of
 from dtl.checkpoint.transfer.source import hubs
@@ -138,11 +138,11 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
         read = replace(read, ordered=ordered)
     else:
         read = _from_mapping(_read_torch(path), origin=str(path), key=key)
-    return replace(read, tensors=without_wrappers(read.tensors), sha256=_sha256(path))
+    return replace(read, tensors=without_wrappers(read.tensors), sha256=files.sha256_of_file(path))
 
 
 def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
-    of_run = durable.published(path / "model")
+    of_run = files.published(path / "model")
     if (of_run / "model.json").is_file():
         path = of_run
     elif (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
@@ -182,7 +182,7 @@ def _from_index(path: Path) -> SourceWeights:
         if not part.is_file():
             raise UserError(f"{path}: names {name}, which is not beside it")
         parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else _read_torch(part)
-        digest.update(_sha256(part).encode())
+        digest.update(files.sha256_of_file(part).encode())
     missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
     if missing:
         raise UserError(f"{path}: {where[missing[0]]} lacks {missing[0]}, which the index promises ({len(missing)} such)")
@@ -300,11 +300,3 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

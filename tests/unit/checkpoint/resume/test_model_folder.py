@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dtl
-from dtl.checkpoint.resume import tensors_file as durable
+from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json, save_model_folder
 from dtl.errors import UserError
 
@@ -66,11 +66,11 @@ def test_others_can_read_it_without_dtl(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model", metrics={"top1": 0.5})
 
-    def full(path: Path, value: object) -> durable.FileFacts:
+    def full(path: Path, value: object) -> tensors_file.FileFacts:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "write_json", full)
+        patch.setattr(tensors_file, "write_json", full)
         with pytest.raises(UserError, match=r"could not be written to .*/model: No space left on device"):
             save(tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtl.checkpoint.resume import tensors_file as durable
+from dtl import files
+from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.errors import UserError
 
@@ -119,8 +120,8 @@ def test_tied_tensors_are_saved_once_and_tied_again(make: Callable[..., Checkpoi
 
 
 def test_what_changes_after_save_returned_is_not_in_the_checkpoint(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, write = threading.Event(), durable.write_tensors
-    monkeypatch.setattr(durable, "write_tensors", lambda *given: (gate.wait(10), write(*given))[1])
+    gate, write = threading.Event(), tensors_file.write_tensors
+    monkeypatch.setattr(tensors_file, "write_tensors", lambda *given: (gate.wait(10), write(*given))[1])
     store, given = make(), tensors(1.0)
     state = {"list": [1]}
     store.save(1, given, state)
@@ -136,10 +137,10 @@ def test_what_changes_after_save_returned_is_not_in_the_checkpoint(make: Callabl
 
 
 def test_a_save_waits_for_the_one_before_and_reuses_its_memory(make: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    active, most, pointers, write = [0], [0], [], durable.write_tensors
+    active, most, pointers, write = [0], [0], [], tensors_file.write_tensors
     gate = threading.Event()
 
-    def held(path: Path, members: dict[str, Tensor]) -> durable.FileFacts:
+    def held(path: Path, members: dict[str, Tensor]) -> tensors_file.FileFacts:
         active[0] += 1
         most[0] = max(most[0], active[0])
         pointers.append({name: tensor.data_ptr() for name, tensor in members.items()})
@@ -147,7 +148,7 @@ def test_a_save_waits_for_the_one_before_and_reuses_its_memory(make: Callable[..
         active[0] -= 1
         return write(path, members)
 
-    monkeypatch.setattr(durable, "write_tensors", held)
+    monkeypatch.setattr(tensors_file, "write_tensors", held)
     store = make(keep=10)
     store.save(1, tensors(1), {})  # returns while its writing is held
     second = threading.Thread(target=store.save, args=(2, tensors(2), {}))
@@ -296,11 +297,11 @@ def test_a_full_disk_is_told_and_tried_again(make: Callable[..., CheckpointStore
 def test_a_removed_folder_is_told_and_made_anew(make: Callable[..., CheckpointStore], said: Said, tmp_path: Path) -> None:
     store = make()
     store.save(1, tensors(), {}, wait=True)
-    durable.remove(store.folder)
+    files.remove(store.folder)
     store.save(2, tensors(), {}, wait=True)
     assert "is gone, with the checkpoints in it" in said.text()
     assert store.steps() == [2]
-    durable.remove(tmp_path / "run")
+    files.remove(tmp_path / "run")
     store.save(3, tensors(), {}, wait=True)
     assert "checkpoint of step 3 could not be written" in said[-1]
     assert "No such file or directory" in said[-1]
@@ -404,7 +405,7 @@ def test_killed_while_a_step_is_replaced(make: Callable[..., CheckpointStore], m
 
     monkeypatch.setattr(os, "rename", until_killed)
     if killed_after == "replaced":
-        monkeypatch.setattr(durable, "sync_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt) if len(renames) == 2 else None)
+        monkeypatch.setattr(files, "fsync_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt) if len(renames) == 2 else None)
     store = make()
     store.save(4, tensors(2), {"turn": 2})
     with pytest.raises(KeyboardInterrupt):

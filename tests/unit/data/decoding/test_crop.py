@@ -179,7 +179,7 @@ def test_senseless_arguments_are_refused_before_anything_is_read(wrong: dict[str
 
 def fuzz(num: int, seed: int) -> int:
     """How many mutated images a rectangle came out of; a crash, or other pixels, fail."""
-    script = Path(__file__).with_name("fuzz_decode_crop.py")
+    script = Path(__file__).resolve().parents[3] / "fuzz_decode_crop.py"
     root = Path(__file__).resolve().parents[4]
     command = [sys.executable, str(script), str(num), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env={"PYTHONPATH": str(root), "PATH": ""})
@@ -257,12 +257,12 @@ def test_batches_and_reports_are_the_same_with_and_without_it(shards: Path, trai
 
 def test_without_it_the_summary_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, region = encoded(height=40, width=60), Region(1, 0, 0, 4, 8)
-    import dtl.data
+    import dtl.data.decoding
 
     # Its place on the disk is what is missing, as after an installation without a compiler.
-    monkeypatch.setattr(dtl.data, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(dtl.data.decoding, "__path__", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "dtl.data.decoding._jpeg_crop", raising=False)
-    monkeypatch.delattr(dtl.data, "_jpeg_crop", raising=False)
+    monkeypatch.delattr(dtl.data.decoding, "_jpeg_crop", raising=False)
     assert (native().on, native().fault) == (False, False)
     assert "was not built" in native().summary
     assert crop_jpeg(data, region, height=40, width=60) is None
@@ -284,10 +284,10 @@ class Differs:
 
 
 def test_a_library_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dtl.data
+    import dtl.data.decoding
 
     monkeypatch.setitem(sys.modules, "dtl.data.decoding._jpeg_crop", Differs)  # type: ignore[arg-type]
-    monkeypatch.setattr(dtl.data, "_jpeg_crop", Differs, raising=False)
+    monkeypatch.setattr(dtl.data.decoding, "_jpeg_crop", Differs, raising=False)
     assert (native().on, native().fault) == (False, True)
     assert "other pixels" in native().summary
     assert crop_jpeg(encoded(height=40, width=60), Region(1, 0, 0, 4, 8), height=40, width=60) is None
@@ -328,10 +328,10 @@ class NoLibrary:
 
 
 def test_an_extra_that_cannot_be_loaded_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dtl.data
+    import dtl.data.decoding
 
     monkeypatch.delitem(sys.modules, "dtl.data.decoding._jpeg_crop", raising=False)
-    monkeypatch.delattr(dtl.data, "_jpeg_crop", raising=False)
+    monkeypatch.delattr(dtl.data.decoding, "_jpeg_crop", raising=False)
     monkeypatch.setattr(sys, "meta_path", [NoLibrary(), *sys.meta_path])
     assert (native().on, native().fault) == (False, True)
     assert "libjpeg.so.62" in native().summary

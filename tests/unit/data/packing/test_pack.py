@@ -307,7 +307,7 @@ def _alive(process: int) -> bool:
 def test_a_child_that_dies_is_a_clear_fault(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dtl.data import workers as pack_pool
 
-    monkeypatch.setattr(pack_pool, "_START", "import os; os._exit(9)  # {root} {folder}")
+    monkeypatch.setattr(pack_pool, "fresh_python", lambda *_: [sys.executable, "-c", "import os; os._exit(9)"])
     with pytest.raises(RuntimeError, match="a packing process ended with status 9"):
         pack(source, tmp_path / "d", processes=2)
 

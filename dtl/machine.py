@@ -1,0 +1,117 @@
+"""This machine and its processes: cores, boot, memory, children that end with their parent. No torch in here."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_ROOT = str(Path(__file__).resolve().parents[1])
+
+
+def core_share() -> float:
+    """Cores that this process may use: its affinity (Slurm, taskset) and the quota of its container (cgroup v2), which may be a fraction."""
+    number = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            number = min(number, int(quota) / int(period))
+    return number
+
+
+def num_cores() -> int:
+    """`core_share` as a number of processes worth starting: at least 1."""
+    return max(1, math.ceil(core_share()))
+
+
+def num_physical_cores() -> int:
+    """Like `num_cores`, with the two hyperthreads of a core counted as one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return num_cores()
+    cores = set()
+    for number in os.sched_getaffinity(0):
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(number))
+    return min(len(cores), num_cores())
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had. Not Linux's ru_maxrss, which begins with the peak of whoever started it."""
+    if sys.platform == "linux":
+        _, _, found = Path("/proc/self/status").read_text().partition("VmHWM:")
+        if found:  # gVisor's kernel leaves it out
+            return 1024 * int(found.split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- which process is which
+
+
+def pid_space() -> str | None:
+    """Names what pids are valid in: this boot of this kernel, this host name, this pid namespace. None where that cannot be known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def process_state(pid: int) -> str | None:
+    """The state letter of a process of this machine (R, S, D, T, t ...; proc(5)); None when there is no such process, or only its zombie."""
+    values = _stat(pid)
+    return None if values is None or values[0] in "ZX" else values[0]
+
+
+def process_start(pid: int) -> str | None:
+    """When a living process was started, in ticks since boot; None when there is no such process (or only its zombie)."""
+    values = _stat(pid)
+    return None if values is None or values[0] in "ZX" else values[19]
+
+
+def _stat(pid: int) -> list[str] | None:
+    try:
+        # The name in parentheses may hold anything, so count from its end: state is field 3, starttime field 22 (proc(5)).
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+# ---- children
+
+
+def end_with_parent(parent: int, *, status: int = 1, seconds: float = 1.0) -> None:
+    """End this process, from a thread that looks every `seconds`, once its parent is no longer `parent`."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(status)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def fresh_python(module: str, function: str, *arguments: str) -> list[str]:
+    """The command of a new Python process that calls `module.function(*arguments)` and imports nothing of its parent's."""
+    return [sys.executable, "-c", f"import sys; sys.path.append({_ROOT!r}); from {module} import {function}; {function}(*{arguments!r})"]
+
+
+def end_process(process: subprocess.Popen[Any], *, patience: float = 5.0) -> None:
+    """Ask a child to end, and kill it after `patience` seconds."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
