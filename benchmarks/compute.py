@@ -65,8 +65,8 @@ def optimizer_step(options: Any, device: torch.device, **how: bool) -> Callable[
 
 
 def normalising(options: Any, device: torch.device) -> dict[str, Callable[[], tuple[float, float]]]:
+    from dtl.models.normalise import Normalise
     from dtl.models.preprocessing import Preprocessing
-    from dtl.training.step import Normalise
 
     preprocessing = Preprocessing()
     ours = Normalise(preprocessing, device, channels_last=True)

@@ -112,11 +112,11 @@ class _Signals:
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, signals: _Signals) -> LrCurve:
+    from dtl.models.normalise import Normalise
     from dtl.training import build
     from dtl.training.active import enter, set_head
     from dtl.training.lr_range import find_lr
     from dtl.training.micro_batch import fit
-    from dtl.training.step import Normalise
 
     say = to_stderr if runtime.is_main else to_nobody
     train, val = build.open_shards(config, runtime, say)
@@ -165,12 +165,10 @@ def _load(network: Network, start: str) -> None:
     """The weights of a finished run as the start, strictly."""
     from dtl.checkpoint.resume.model_folder import load_model_tensors
     from dtl.inference.model import find_model
+    from dtl.models.strict_load import strict_load
 
     folder, _ = find_model(start)
-    tensors, own = load_model_tensors(folder), network.module.state_dict()
-    if wrong := sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]:
-        raise UserError(f"--start {start}: its weights are not this network's: {len(wrong)} names or shapes differ, the first is {wrong[0]}")
-    network.module.load_state_dict(tensors)
+    strict_load(network.module, load_model_tensors(folder), f"--start {start}")
 
 
 def _tell(curve: LrCurve, out: Path, name: str) -> None:

@@ -25,6 +25,7 @@ from dtl.errors import DamagedSample, UserError
 from dtl.inference.images import ImageInputs
 from dtl.inference.model import StoredModel
 from dtl.models.build import build, forward_logits
+from dtl.models.strict_load import strict_load
 from dtl.version import __version__
 
 FORMATS = ("onnx", "torch-export", "safetensors")
@@ -210,7 +211,7 @@ def _to_safetensors(model: StoredModel, path: Path, facts: dict[str, Any]) -> tu
     path.write_bytes(save(tensors, metadata={"format": "pt", _METADATA: json.dumps(facts)}))
     architecture = model.facts.architecture
     fresh = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
-    fresh.module.load_state_dict(load_file(str(path)), strict=True)
+    strict_load(fresh.module, load_file(str(path)), str(path))
     return _torch_run(_Logits(fresh.module.eval())), "the state dict under the network's own names"
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor, nn
 
@@ -18,9 +17,11 @@ from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_t
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build, forward_logits
+from dtl.models.network import to_device
+from dtl.models.normalise import Normalise
+from dtl.models.strict_load import strict_load
 from dtl.runs.folder import never_began, read_status, why_none_began
 from dtl.text import near_run
-from dtl.training.step import Normalise
 from dtl.training.tasks import TASKS, Task, task_named
 
 
@@ -85,8 +86,7 @@ def open_model(folder: Path) -> StoredModel:
     architecture = facts.architecture
     network = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
     tensors = load_model_tensors(folder)
-    _check_tensors(folder, network, tensors)
-    network.module.load_state_dict(tensors, strict=True)
+    strict_load(network.module, tensors, f"{folder}/model.safetensors")
     network.module.eval().requires_grad_(False)
     network.preprocessing = _preprocessing(folder, facts.preprocessing)
     return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))
@@ -111,10 +111,8 @@ def precision_line(folder: Path, before: str | None, runtime: Runtime) -> list[s
 
 def place(model: StoredModel, runtime: Runtime) -> PlacedModel:
     """Onto this rank's device; channels last where there are convolutions, as training does by itself."""
-    module = model.network.module.to(runtime.device)
-    channels_last = any(isinstance(part, nn.Conv2d) for part in module.modules())
-    if channels_last:
-        module.to(memory_format=torch.channels_last)
+    module = model.network.module
+    channels_last = to_device(module, runtime.device)
     normalise = Normalise(model.network.preprocessing, runtime.device, channels_last=channels_last)
     return PlacedModel(module=module, normalise=normalise, runtime=runtime)
 
@@ -135,18 +133,6 @@ def stored_config(run: Path) -> Config:
 
 def _is_model(folder: Path) -> bool:
     return (files.published(folder) / "model.json").is_file()
-
-
-def _check_tensors(folder: Path, network: Network, tensors: dict[str, Tensor]) -> None:
-    wanted = network.module.state_dict()
-    for name in [*wanted, *tensors]:
-        if name not in tensors:
-            raise UserError(f"{folder}: the network {network.name} has a tensor {name} that model.safetensors lacks")
-        if name not in wanted:
-            raise UserError(f"{folder}: model.safetensors has a tensor {name} that the network {network.name} lacks")
-        if wanted[name].shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)} in model.safetensors and {tuple(wanted[name].shape)}"
-            raise UserError(f"{folder}: the tensor {name} is {shapes} in the network {network.name}")
 
 
 def _preprocessing(folder: Path, values: dict[str, Any]) -> Preprocessing:

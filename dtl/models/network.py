@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,19 @@ def forward_logits(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tenso
         return output["logits"], []
     logits, *rest = output
     return logits, [auxiliary for auxiliary in rest if auxiliary is not None]
+
+
+def to_device(module: nn.Module, device: torch.device, *, channels_last: Literal["auto"] | bool = "auto") -> bool:
+    """Move the network to `device`, in the channels last memory format where it has convolutions ("auto") or as asked.
+
+    Returns whether it is channels last: its images should then be too.
+    """
+    if channels_last == "auto":
+        channels_last = any(isinstance(part, nn.Conv2d) for part in module.modules())
+    module.to(device)
+    if channels_last:
+        module.to(memory_format=torch.channels_last)
+    return channels_last
 
 
 def num_outputs(layer: nn.Module) -> int:

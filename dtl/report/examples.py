@@ -30,6 +30,9 @@ from dtl.errors import UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import Network
 from dtl.models.build import build as build_model
+from dtl.models.network import to_device
+from dtl.models.normalise import Normalise
+from dtl.models.strict_load import strict_load
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.training import build
@@ -37,7 +40,6 @@ from dtl.training.dataloaders import Feeds
 from dtl.training.evaluate import evaluate
 from dtl.training.losses import build_loss
 from dtl.training.phases import Phase
-from dtl.training.step import Normalise
 from dtl.training.tasks import Task, task_named
 
 Ints = npt.NDArray[np.int64]
@@ -182,11 +184,11 @@ class Examples:
         """Ask the model folder about at most `max_images` validation images, drawn by key, for about `seconds`."""
         facts = read_model_json(model)
         task = self._task_of(facts)
-        network = _load_network(model, facts, self.runtime)
+        network = _load_network(model, facts)
         samples = draw_samples(self.feeds.val.num_samples, max_images, self.seed)
         rows = _Rows(self, task, samples, seconds)
         hook = network.module.register_forward_hook(rows.take)
-        channels_last = any(isinstance(part, torch.nn.Conv2d) for part in network.module.modules())
+        channels_last = to_device(network.module, self.runtime.device)
         try:
             sums = evaluate(
                 network.module,
@@ -312,14 +314,10 @@ def draw_samples(num_samples: int, most: int, seed: int) -> Ints:
     return drawn[np.sort(first)][:most]
 
 
-def _load_network(model: Path, facts: ModelFacts, runtime: Runtime) -> Network:
+def _load_network(model: Path, facts: ModelFacts) -> Network:
     architecture = facts.architecture
     network = build_model(architecture["name"], num_classes=architecture["num_classes"], options=architecture["options"])
-    try:
-        network.module.load_state_dict(load_model_tensors(model))
-    except RuntimeError as error:
-        raise UserError(f"{model} does not fit {architecture['name']}: {str(error).splitlines()[0]}") from None
-    network.module.to(runtime.device)
+    strict_load(network.module, load_model_tensors(model), str(model))
     return network
 
 

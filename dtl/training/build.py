@@ -8,7 +8,6 @@ from socket import gethostname
 from typing import Any
 
 import torch
-from torch import nn
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import CheckpointStore
@@ -36,6 +35,7 @@ from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build
 from dtl.models.hub import hub_name
+from dtl.models.network import to_device
 from dtl.runs.bad_samples import BadSamples
 from dtl.runs.folder import RunFolder
 from dtl.runs.tracker import Console, Tracker
@@ -164,11 +164,7 @@ def build_network(config: Config, num_classes: int) -> Network:
 
 def place_network(config: Config, network: Network, runtime: Runtime) -> bool:
     """Onto the device, channels last where asked; returns whether images should be channels last."""
-    wanted = config.model.channels_last
-    channels_last = any(isinstance(part, nn.Conv2d) for part in network.module.modules()) if wanted == "auto" else bool(wanted)
-    network.module.to(runtime.device)
-    if channels_last:
-        network.module.to(memory_format=torch.channels_last)
+    channels_last = to_device(network.module, runtime.device, channels_last=config.model.channels_last)
     if config.model.checkpoint_activations:
         enable_activation_checkpointing(network)
     return channels_last

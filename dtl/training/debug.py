@@ -14,8 +14,8 @@ from dtl.distributed.runtime import hurry_gpu
 from dtl.errors import UserError
 from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
+from dtl.models.normalise import Normalise
 from dtl.training.loop import Trainer
-from dtl.training.step import Normalise
 
 OVERFIT_STEPS = 200
 OVERFIT_IMAGES = 16

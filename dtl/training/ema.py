@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dtl.errors import UserError
+from dtl.models.strict_load import check_tensors
 
 
 class ExponentialMovingAverage:
@@ -56,9 +57,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], *, num_updates: int) -> None:
         """Go on from `state_tensors()` of an average of the same parameters."""
-        wrong = sorted(self._kept.keys() ^ tensors.keys()) or [n for n in self._kept if self._kept[n].shape != tensors[n].shape]
-        if wrong:
-            raise UserError(f"the saved moving average is of other weights: {len(wrong)} names or shapes differ, the first is {wrong[0]}")
+        check_tensors(self._kept, tensors, "the saved moving average is of other weights")
         for name, kept in self._kept.items():
             kept.copy_(tensors[name])
         self.num_updates = num_updates

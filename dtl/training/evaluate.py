@@ -13,9 +13,9 @@ from torch import nn
 
 from dtl.data.loading.loader import Batch
 from dtl.distributed.runtime import Runtime
+from dtl.models.normalise import Normalise
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums
-from dtl.training.step import Normalise
 from dtl.training.tasks import Task
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from dtl.data.loading.loader import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.network import Network
+from dtl.models.normalise import Normalise
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import Feeds
 from dtl.training.feature_data import FeatureDataset
 from dtl.training.features import FeatureCache, Part, decide, find_cut
 from dtl.training.phases import Phase
-from dtl.training.step import Normalise
 
 # Features need no gradients: a rank can take more at once than a training step's share, and small shares would waste the machine.
 _LEAST_BATCH = 32

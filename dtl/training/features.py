@@ -31,9 +31,9 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample, UserError
 from dtl.files import fsync_folder, temporary_suffix
 from dtl.models.network import Network
+from dtl.models.normalise import Normalise
 from dtl.text import counted
 from dtl.training.feature_data import FACTS_NAME
-from dtl.training.step import Normalise
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2

@@ -21,6 +21,7 @@ from dtl.distributed.runtime import Exchange, Flags, Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.build import Network
+from dtl.models.normalise import Normalise
 from dtl.runs.bad_samples import BadSamples
 from dtl.runs.trace import StepTrace
 from dtl.runs.tracker import Tracker
@@ -34,7 +35,7 @@ from dtl.training.feature_phase import PhaseFeatures
 from dtl.training.phases import Phase
 from dtl.training.settings import Settings
 from dtl.training.start import phase_lines
-from dtl.training.step import Normalise, Stepper, Window, step_weight
+from dtl.training.step import Stepper, Window, step_weight
 from dtl.training.throughput import EpochSpeed
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.

@@ -11,11 +11,12 @@ from dtl.data.loading.loader import Batch
 from dtl.distributed.runtime import Flags, Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
+from dtl.models.normalise import Normalise
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import Feeds
 from dtl.training.lr_curve import LrCurve, rising_lrs
 from dtl.training.snapshot import undone
-from dtl.training.step import Normalise, Stepper, Window, normaliser
+from dtl.training.step import Stepper, Window, normaliser
 
 SECONDS_SILENT = 10.0
 STEPS_SILENT = 10

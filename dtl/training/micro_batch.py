@@ -24,12 +24,13 @@ from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.freeze import norms_alone
+from dtl.models.normalise import Normalise
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import Feeds
 from dtl.training.phases import Phase
 from dtl.training.snapshot import modes_kept, rng_kept
-from dtl.training.step import Normalise, Stepper
+from dtl.training.step import Stepper
 
 # What torch raises where memory ends; the words of a RuntimeError tell.
 PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)

@@ -12,7 +12,7 @@ from dtl.checkpoint.resume.state import TrainState, load_optimizer, optimizer_te
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.runtime import Runtime
-from dtl.errors import UserError
+from dtl.models.strict_load import strict_load
 from dtl.training.active import ActivePhase
 
 
@@ -59,11 +59,7 @@ def save(
 
 def restore_model(active_module: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """The checkpoint's weights into the network, strictly."""
-    tensors = checkpoint.tensors("model")
-    expected = active_module.state_dict()
-    if wrong := sorted(expected.keys() ^ tensors.keys()) or [n for n in expected if expected[n].shape != tensors[n].shape]:
-        raise UserError(f"{checkpoint.path}: its weights are not this network's: {len(wrong)} names or shapes differ, the first is {wrong[0]}")
-    active_module.load_state_dict(tensors)
+    strict_load(active_module, checkpoint.tensors("model"), str(checkpoint.path))
 
 
 def restore_phase(active: ActivePhase, checkpoint: Checkpoint, runtime: Runtime) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,60 +18,12 @@ from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.keyed import int_key
-from dtl.models.build import Preprocessing
+from dtl.models.normalise import Normalise
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import Feeds
 
 # Weight of each auxiliary head's loss: Inception (Szegedy et al. 2016) has one at 0.4, GoogLeNet (2015) two at 0.3.
 AUXILIARY_WEIGHT = {1: 0.4, 2: 0.3}
-
-
-class Normalise:
-    """uint8 [B, 3, H, W] to float32 on the device, with the mean and standard deviation that the weights were trained with."""
-
-    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, channels_last: bool) -> None:
-        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
-        self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
-        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
-        self._device = device
-        # Copies on a stream of their own overlap with the computation of the step before.
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-
-    @property
-    def facts(self) -> list[float]:
-        """Mean and scale, for what is kept under their name."""
-        return [*self._mean.flatten().tolist(), *self._scale.flatten().tolist()]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Cached features (float32, engine.features) are only moved."""
-        images = self._moved(images)
-        if images.dtype != torch.uint8:
-            return images
-        if images.is_contiguous(memory_format=torch.channels_last):
-            # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU several times as long.
-            mean, scale = self._as_rows(images.shape[3])
-            rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32).sub_(mean).mul_(scale)
-            made = rows.view(len(rows), images.shape[2], -1, 3).permute(0, 3, 1, 2)
-        else:
-            made = images.to(torch.float32).sub_(self._mean).mul_(self._scale)
-        return made.contiguous(memory_format=self._format)
-
-    def _as_rows(self, width: int) -> tuple[Tensor, Tensor]:
-        """Mean and scale for a row of `width` pixels, each [3 * width]."""
-        if width not in self._rows:
-            self._rows[width] = self._mean.flatten().repeat(width), self._scale.flatten().repeat(width)
-        return self._rows[width]
-
-    def _moved(self, images: Tensor) -> Tensor:
-        if self._copies is None or images.device == self._device:
-            return images.to(self._device, non_blocking=True)
-        with torch.cuda.stream(self._copies):
-            moved = images.to(self._device, non_blocking=True)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._copies)
-        moved.record_stream(current)  # the memory belongs to the other stream, which must not use it again before this one is done
-        return moved
 
 
 @dataclass

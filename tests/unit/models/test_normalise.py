@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from dtl.models.build import Preprocessing
-from dtl.training.step import Normalise
+from dtl.models.normalise import Normalise
+from dtl.models.preprocessing import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHAPES = [(1, 1, 1), (1, 5, 3), (4, 1, 7), (4, 7, 1), (3, 32, 32), (2, 17, 23)]

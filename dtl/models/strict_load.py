@@ -1,0 +1,38 @@
+"""A state dict into a module, strictly: the same names and the same shapes, or a UserError in one line that names what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dtl.errors import UserError
+
+_SHOWN = 3  # names of each kind in the message
+
+
+def strict_load(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """`module.load_state_dict(tensors)`. UserError with `origin` (the file, the checkpoint) in it where names or shapes differ."""
+    check_tensors(module.state_dict(), tensors, f"{origin} does not hold this network's weights")
+    module.load_state_dict(dict(tensors))
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """UserError that begins with `what` where `found` has other names or shapes than `expected`; types are not compared."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    wrong_shape = [
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    parts = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("wrong shape", wrong_shape)]
+    if any(parts):
+        raise UserError(f"{what}: {'; '.join(part for part in parts if part)}")
+
+
+def _listed(kind: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{kind}: {', '.join(items[:_SHOWN])}{more}"

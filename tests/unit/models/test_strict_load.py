@@ -1,0 +1,41 @@
+"""A state dict is loaded whole or not at all, and the refusal names what differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dtl.errors import UserError
+from dtl.models.strict_load import strict_load
+
+
+def _module() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+def test_the_tensors_become_the_modules() -> None:
+    module, source = _module(), _module()
+    strict_load(module, source.state_dict(), "a file")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.bias": None}, "missing: 0.bias"),
+        ({"fc.weight": torch.zeros(1)}, "unexpected: fc.weight"),
+        ({"0.weight": torch.zeros(2, 4)}, "wrong shape: 0.weight has shape (2, 4) instead of (2, 3)"),
+        ({"0.bias": None, "2.bias": torch.zeros(2), "1.weight": torch.zeros(())}, "missing: 0.bias; unexpected: 2.bias; wrong shape: 1.weight has shape () instead of (2,)"),
+        ({name: None for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean")}, "missing: 0.weight, 0.bias, 1.weight and 2 more"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_named_in_one_line_and_nothing_is_loaded(change: dict[str, torch.Tensor | None], message: str) -> None:
+    module = _module()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor for name, tensor in {**_module().state_dict(), **change}.items() if tensor is not None}
+    with pytest.raises(UserError) as refusal:
+        strict_load(module, tensors, "runs/first/model/model.safetensors")
+    assert str(refusal.value) == f"runs/first/model/model.safetensors does not hold this network's weights: {message}"
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
