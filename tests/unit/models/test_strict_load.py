@@ -27,10 +27,13 @@ def test_the_tensors_become_the_modules() -> None:
         ({"0.bias": None}, "missing: 0.bias"),
         ({"fc.weight": torch.zeros(1)}, "unexpected: fc.weight"),
         ({"0.weight": torch.zeros(2, 4)}, "wrong shape: 0.weight has shape (2, 4) instead of (2, 3)"),
-        ({"0.bias": None, "2.bias": torch.zeros(2), "1.weight": torch.zeros(())}, "missing: 0.bias; unexpected: 2.bias; wrong shape: 1.weight has shape () instead of (2,)"),
-        ({name: None for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean")}, "missing: 0.weight, 0.bias, 1.weight and 2 more"),
+        (
+            {"0.bias": None, "a": torch.zeros(2), "1.weight": torch.zeros(())},
+            "missing: 0.bias; unexpected: a; wrong shape: 1.weight has shape () instead of (2,)",
+        ),
+        (dict.fromkeys(("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean")), "missing: 0.weight, 0.bias, 1.weight and 2 more"),
     ],
-)  # fmt: skip
+)
 def test_what_differs_is_named_in_one_line_and_nothing_is_loaded(change: dict[str, torch.Tensor | None], message: str) -> None:
     module = _module()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
