@@ -36,7 +36,7 @@ def test_what_is_in_the_wheel_is_enough(tmp_path: Path) -> None:
     modules = {str(path.relative_to(source)) for path in (source / "dtl").rglob("*.py")}
     data = {
         "dtl/py.typed",
-        "dtl/data/digits.npz",
+        "dtl/data/sources/digits.npz",
         "dtl/data/decoding/_jpeg_crop.pyi",
         *(f"dtl/recipes/{name}.yaml" for name in ("digits", "features", "finetune")),
     }
@@ -74,7 +74,7 @@ def test_the_wheel_runs_the_example_outside_the_repository(tmp_path: Path) -> No
     call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source, cwd=tmp_path)
     (wheel,) = tmp_path.glob("dtl-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"dtl/py.typed", "dtl/recipes/digits.yaml", "dtl/data/digits.npz", "dtl/train.py"} <= set(names)
+    assert {"dtl/py.typed", "dtl/recipes/digits.yaml", "dtl/data/sources/digits.npz", "dtl/train.py"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
     # A fresh environment with this one's packages, but not with this checkout.
