@@ -10,6 +10,7 @@ load: `dtl.load_pretrained` of a file with renamed layers into a ResNet-18 with 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -32,9 +33,9 @@ class Recorder:
         self.files: set[str] = set()
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        if self.on and event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_flags & 0x2:  # CO_NEWLOCALS: a function
-            if frame.f_code.co_name != "<module>":
-                self.files.add(os.path.relpath(frame.f_code.co_filename, ROOT))
+        code = frame.f_code
+        if self.on and event == "call" and code.co_filename.startswith(PACKAGE) and code.co_flags & inspect.CO_NEWLOCALS:
+            self.files.add(os.path.relpath(code.co_filename, ROOT))
 
 
 def recorded(work: Callable[[Recorder], Any]) -> list[str]:
@@ -53,7 +54,22 @@ def train(*arguments: str) -> None:
     from dtl.commands.train import run
 
     phases = ["--phases.all.train", "all", "--phases.all.steps", "12", "--phases.all.eval-every", "12", "--model.name", "dtl/resnet_tiny"]
-    run(["--data.workers", "0", "--tracking.log-every", "50", "--tracking.wandb", "off", "--tracking.report", "false", "--run.device", "cpu", *phases, *arguments])
+    run(
+        [
+            "--data.workers",
+            "0",
+            "--tracking.log-every",
+            "50",
+            "--tracking.wandb",
+            "off",
+            "--tracking.report",
+            "false",
+            "--run.device",
+            "cpu",
+            *phases,
+            *arguments,
+        ]
+    )
 
 
 def one_step(recorder: Recorder) -> None:
