@@ -1,0 +1,90 @@
+"""dtl.machine: cores and their quota, which process is which, children that end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dtl import machine
+
+
+@pytest.mark.parametrize(
+    ("quota", "share", "cores"), [("max 100000", None, None), ("50000 100000", 0.5, 1), ("150000 100000", 1.5, 2), ("garbage", None, None)]
+)
+def test_a_container_s_quota_counts(monkeypatch: pytest.MonkeyPatch, quota: str, share: float | None, cores: int | None) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: quota)
+    assert machine.core_share() == (share or 8.0)
+    assert machine.num_cores() == (cores or 8)
+
+
+def test_physical_cores_are_no_more_than_cores() -> None:
+    assert 1 <= machine.num_physical_cores() <= machine.num_cores()
+
+
+def test_a_process_is_known_by_its_start_and_state() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        start = machine.process_start(child.pid)
+        assert start is not None
+        assert machine.process_start(child.pid) == start
+        assert machine.process_state(child.pid) is not None
+        child.send_signal(signal.SIGSTOP)
+        until = time.monotonic() + 10
+        while machine.process_state(child.pid) != "T" and time.monotonic() < until:
+            time.sleep(0.01)
+        assert machine.process_state(child.pid) == "T"
+    finally:
+        child.kill()
+    until = time.monotonic() + 10
+    while machine.process_state(child.pid) is not None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert machine.process_state(child.pid) is None, "a zombie has ended"
+    assert machine.process_start(child.pid) is None
+    child.wait()
+    assert machine.process_start(child.pid) is None
+
+
+def test_pids_are_valid_in_this_boot_and_namespace() -> None:
+    assert machine.pid_space() == machine.pid_space()
+    code = "from dtl.machine import pid_space; print(pid_space())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(machine.pid_space())
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """The parent is killed; the child, which would sleep for an hour, ends by itself."""
+    child = "import os, time; from dtl.machine import end_with_parent; end_with_parent(os.getppid(), seconds=0.05); time.sleep(3600)"
+    parent = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); time.sleep(3600)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    assert machine.process_state(pid) is not None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    until = time.monotonic() + 20
+    while machine.process_state(pid) is not None and time.monotonic() < until:
+        time.sleep(0.05)
+    assert machine.process_state(pid) is None
+
+
+def test_a_fresh_python_takes_any_words(tmp_path: Path) -> None:
+    command = machine.fresh_python("builtins", "print", "it's", 'a "word"', "{root}")
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout == 'it\'s a "word" {root}\n'
+
+
+def test_a_child_that_ignores_sigterm_is_killed() -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(3600)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.readline()
+    machine.end_process(child, patience=0.2)
+    assert child.returncode == -signal.SIGKILL
+    child.stdout.close()
+    machine.end_process(child)
