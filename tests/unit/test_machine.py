@@ -42,6 +42,8 @@ def test_a_process_is_known_by_its_start_and_state() -> None:
         assert machine.process_state(child.pid) == "T"
     finally:
         child.kill()
+        assert child.stdin is not None
+        child.stdin.close()
     until = time.monotonic() + 10
     while machine.process_state(child.pid) is not None and time.monotonic() < until:
         time.sleep(0.01)
@@ -59,8 +61,9 @@ def test_pids_are_valid_in_this_boot_and_namespace() -> None:
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """The parent is killed; the child, which would sleep for an hour, ends by itself."""
-    child = "import os, time; from dtl.machine import end_with_parent; end_with_parent(os.getppid(), seconds=0.05); time.sleep(3600)"
-    parent = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); time.sleep(3600)"
+    watch = "from dtl.machine import end_with_parent; end_with_parent(os.getppid(), seconds=0.05)"
+    child = f"import os, time; {watch}; print(os.getpid(), flush=True); time.sleep(3600)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(3600)"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
