@@ -155,10 +155,9 @@ def score(pair: Pair, method: Callable[[Pair], Found]) -> Score:
 
 def _head_names(target: nn.Module) -> set[str]:
     """A head of another task may be loaded by others by chance of equal shape; that is not counted."""
-    from dtl.checkpoint.transfer.layers.units import entries_of, units_of
-    from dtl.checkpoint.transfer.match.heads import detect_heads
+    from dtl.checkpoint.transfer.layers.layer import detect_heads, layers_of, specs_of
 
-    return {name for unit in detect_heads(units_of(entries_of(target.state_dict()))) for name in unit.names}
+    return {name for unit in detect_heads(layers_of(specs_of(target.state_dict()))) for name in unit.names}
 
 
 def available() -> list[str]:

@@ -233,7 +233,7 @@ def confirmed_truth(ours: str, theirs: str, a: nn.Module, b: nn.Module) -> dict[
     import timm
     from torchvision import models
 
-    from dtl.checkpoint.transfer.layers.trace import trace_dataflow
+    from dtl.checkpoint.transfer.layers.dataflow import trace_dataflow
     from dtl.checkpoint.transfer.plan import plan_transfer
     from dtl.checkpoint.transfer.verify import randomise
 

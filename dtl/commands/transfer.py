@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
         report = _verify(options, report, weights)
     print(report)
     if options.save_map:
-        from dtl.checkpoint.transfer.match.by_map import save_map
+        from dtl.checkpoint.transfer.report import save_map
 
         save_map(report.plan, options.save_map)
         print(f"map written to {options.save_map}")
@@ -141,11 +141,10 @@ def _head_rows(given: list[str] | None) -> dict[str, Any] | str | None:
 
 def _source_outputs(options: argparse.Namespace, weights: SourceWeights) -> int:
     """As many outputs as the source's head has, so that its network can be built."""
-    from dtl.checkpoint.transfer.layers.units import entries_of, units_of
-    from dtl.checkpoint.transfer.match.heads import num_source_classes
+    from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 
     told = _number(options.source_classes)
-    return told or num_source_classes(units_of(entries_of(weights.tensors)), _outputs(options))
+    return told or num_source_classes(layers_of(specs_of(weights.tensors)), _outputs(options))
 
 
 def _verify(options: argparse.Namespace, report: TransferReport, weights: SourceWeights) -> TransferReport:

@@ -12,8 +12,7 @@ import torch
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.checkpoint.transfer.apply import apply_plan, plan_weights
-from dtl.checkpoint.transfer.layers.units import entries_of, units_of
-from dtl.checkpoint.transfer.match.heads import num_source_classes
+from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan
 from dtl.checkpoint.transfer.report import TransferReport
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
@@ -198,7 +197,7 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
     assert options is not None
     source_model = None
     if options.source_arch:
-        outputs = num_source_classes(units_of(entries_of(weights.tensors)), network.num_outputs)
+        outputs = num_source_classes(layers_of(specs_of(weights.tensors)), network.num_outputs)
         source_model = build(options.source_arch, num_classes=outputs, meta=True).module
     return plan_weights(
         weights,

@@ -168,10 +168,10 @@ def _each_value(plan: TransferPlan, weights: SourceWeights, targets: dict[str, t
         if name is None or outcome.outcome not in ("loaded", "adapted", "filled"):
             continue
         target = targets[name]
-        if outcome.source is None:
+        if not outcome.sources:
             yield name, torch.zeros_like(target)
             continue
-        keys = outcome.source if isinstance(outcome.source, tuple) else (outcome.source,)
+        keys = outcome.sources
         tensors = [weights.tensors[key] for key in keys]
         problem = next((why for tensor in tensors if (why := _unusable(tensor, target))), None)
         if problem is not None:
@@ -247,7 +247,7 @@ def _other_preprocessing(source: Any, target: Mapping[str, Any] | None) -> tuple
 
 def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:
     """A network that never saw data has running means of zero."""
-    means = [weights.tensors[s] for t, s in plan.pairs.items() if t.endswith("running_mean") and isinstance(s, str)]
+    means = [weights.tensors[o.sources[0]] for o in plan.outcomes if o.target and o.target.endswith("running_mean") and len(o.sources) == 1]
     if means and not any(bool(mean.any()) for mean in means):
         return ("the source looks untrained: all of its running means are zero",)
     return ()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from dtl.checkpoint.transfer.coverage import source_coverage, source_units_that_count, why_too_little_is_used
-from dtl.checkpoint.transfer.folding import fold_orphans
-from dtl.checkpoint.transfer.layers.links import links_by_dataflow, links_by_neighbours
-from dtl.checkpoint.transfer.layers.target import Target
-from dtl.checkpoint.transfer.layers.units import NORMS, WEIGHTED, Entry, Key, Shape, Unit, num_elements, units_of
-from dtl.checkpoint.transfer.match.heads import detect_heads, head_obstacle, rows_of_head
-from dtl.checkpoint.transfer.match.matching import Matching
+from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
+from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Key, Layer, Shape, TensorSpec, detect_heads, layers_of, num_elements
+from dtl.checkpoint.transfer.match.matching import Match, Matching
+from dtl.errors import UserError
 from dtl.text import counted
 
 
@@ -30,7 +28,8 @@ class Outcome:
     """
 
     target: str | None
-    source: Key | None
+    sources: Key
+    """The source tensors that it is made of: nearly always one, none for what is not loaded."""
     outcome: str
     reason: str
     evidence: str = ""
@@ -41,6 +40,11 @@ class Outcome:
     source_shape: Shape | None = None
     parameters: int = 0
     head: bool = False
+
+    @property
+    def source(self) -> str | tuple[str, ...] | None:
+        """The name of the source tensor; a tuple of names where several are joined."""
+        return self.sources if len(self.sources) > 1 else self.sources[0] if self.sources else None
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,13 @@ class Settled:
 
 def settle(
     matching: Matching,
-    source: list[Entry],
+    source: list[TensorSpec],
     target: Target,
-    heads: Sequence[Unit],
+    heads: Sequence[Layer],
     policy: Policy,
     *,
     inside: Collection[str] | None = None,
-    ignored: Sequence[Entry] = (),
+    ignored: Sequence[TensorSpec] = (),
 ) -> Settled:
     """`inside`: the source's tensors that belong to the network asked for (None: all). `ignored`: those set aside before."""
     return _Settlement(matching, source, target, heads, policy, inside, ignored).run()
@@ -82,51 +86,51 @@ class _Settlement:
     def __init__(
         self,
         matching: Matching,
-        source: list[Entry],
+        source: list[TensorSpec],
         target: Target,
-        heads: Sequence[Unit],
+        heads: Sequence[Layer],
         policy: Policy,
         inside: Collection[str] | None,
-        ignored: Sequence[Entry],
+        ignored: Sequence[TensorSpec],
     ) -> None:
         self.matching, self.source, self.target, self.policy = matching, source, target, policy
         self.inside, self.ignored = inside, ignored
-        self.heads = {unit.index for unit in heads}
-        self.head_names = {name for unit in heads for name in unit.names}
+        self.heads = {layer.index for layer in heads}
+        self.head_names = {name for layer in heads for name in layer.names}
         self.matches = dict(matching.matches)
-        self.source_shapes = {entry.name: entry.shape for entry in source}
-        self.source_units = units_of(source)
+        self.source_shapes = {spec.name: spec.shape for spec in source}
+        self.source_layers = layers_of(source)
         self.reasons: dict[str, str] = {}
         clashed = {clash.target: clash for clash in matching.clashes}
-        for unit in target.units:
-            for clash in (clashed[name] for name in unit.names if name in clashed):
-                self.reasons.update(dict.fromkeys(unit.names, f"same name, other shape: {clash}"))
+        for layer in target.layers:
+            for clash in (clashed[name] for name in layer.names if name in clashed):
+                self.reasons.update(dict.fromkeys(layer.names, f"same name, other shape: {clash}"))
         self.head_rows = matching.head_rows
         self.filled: dict[str, str] = {}
         self.doubts: list[str] = []
         self.hard = list(matching.refusals)
 
     def run(self) -> Settled:
-        for unit in self.target.units:
-            if unit.index in self.heads:
-                self._head(unit)
-            elif unit.kind in WEIGHTED:
-                self._weighted(unit)
-            elif unit.kind == "bn":
-                self._batch_norm(unit)
+        for layer in self.target.layers:
+            if layer.index in self.heads:
+                self._head(layer)
+            elif layer.kind in WEIGHTED:
+                self._weighted(layer)
+            elif layer.kind == "bn":
+                self._batch_norm(layer)
         if self.policy.fold_norms:
             self._fold()
         self._ties()
         self._norms_of_fresh_layers()
         self._lonely_norms()
         coverage, used = self._coverage(), self._used()
-        heads = [unit for unit in self.target.units if unit.index in self.heads]
-        counted = source_units_that_count(self.source_units, used, self.inside, heads)
+        heads = [layer for layer in self.target.layers if layer.index in self.heads]
+        counted = source_layers_that_count(self.source_layers, used, self.inside, heads)
         used_share = source_coverage(counted, used)
         self._judge(coverage, why_too_little_is_used(counted, used, self.policy.min_coverage))
         if self.hard:
             self.matches, self.filled = {}, {}
-        outcomes = [self._outcome(entry) for entry in self.target.entries] + self._unused()
+        outcomes = [self._outcome(spec) for spec in self.target.specs] + self._unused()
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
             self.hard.append("nothing would be loaded")
         doubts = self.doubts if self.policy.on_ambiguous == "error" else []
@@ -134,38 +138,37 @@ class _Settlement:
 
     # --- single layers ---
 
-    def _drop(self, unit: Unit, reason: str) -> None:
-        for name in unit.names:
+    def _drop(self, layer: Layer, reason: str) -> None:
+        for name in layer.names:
             self.matches.pop(name, None)
             self.reasons[name] = reason
 
-    def _head(self, unit: Unit) -> None:
+    def _head(self, layer: Layer) -> None:
         classes = self.policy.source_classes, self.policy.target_classes
-        why = head_obstacle(unit, self.matches, self.source_units, classes, self.policy.keep_head)
+        why = head_obstacle(layer, self.matches, self.source_layers, classes, self.policy.keep_head)
         if self.policy.keep_head == "rows" and (why or self.policy.head_rows):
-            chosen = rows_of_head(unit, self.source_units, classes, self.policy.head_rows)
+            chosen = rows_of_head(layer, self.source_layers, classes, self.policy.head_rows)
             why = chosen if isinstance(chosen, str) else ""
             if not isinstance(chosen, str):
                 self.matches.update(chosen[0])
                 self.head_rows = chosen[1]
         if not why:
             return
-        self._drop(unit, f"head: {why}")
-        for name in unit.names:
+        self._drop(layer, f"head: {why}")
+        for name in layer.names:
             self.matching.flags.pop(name, None)
         if self.policy.keep_head in (True, "rows"):
-            self.hard.append(f"keep_head was asked for, but {unit.path} cannot be kept: {why}")
+            self.hard.append(f"keep_head was asked for, but {layer.path} cannot be kept: {why}")
 
-    def _weighted(self, unit: Unit) -> None:
-        weight = unit.roles.get("weight")
+    def _weighted(self, layer: Layer) -> None:
+        weight = layer.roles.get("weight")
         if weight is None:
             return
-        names = _names(weight[0])
-        have = all(name in self.matches for name in names)
-        for role, (key, _) in unit.roles.items():
+        have = all(name in self.matches for name in weight[0])
+        for role, (key, _) in layer.roles.items():
             if role != "bias":
                 continue
-            for name in _names(key):
+            for name in key:
                 if not have and name in self.matches:
                     del self.matches[name]
                     self.reasons[name] = "the layer's weight has no source"
@@ -178,23 +181,23 @@ class _Settlement:
         else:
             self.reasons[name] = "the source's layer has no bias (fill conv_bias: zero makes it the same function)"
 
-    def _batch_norm(self, unit: Unit) -> None:
-        wanted = [_names(unit.roles[role][0])[0] for role in unit.roles if role != "num_batches_tracked"]
+    def _batch_norm(self, layer: Layer) -> None:
+        wanted = [layer.roles[role][0][0] for role in layer.roles if role != "num_batches_tracked"]
         found = [name for name in wanted if name in self.matches]
-        counter = unit.roles.get("num_batches_tracked")
+        counter = layer.roles.get("num_batches_tracked")
         if not found:
-            self._drop(unit, self.reasons.get(unit.names[0], "")) if counter else None
+            self._drop(layer, self.reasons.get(layer.names[0], "")) if counter else None
             return
         if len(found) < len(wanted):
             missing = next(name for name in wanted if name not in self.matches)
-            self._drop(unit, f"half a norm is none: {missing} has no source")
-            self.doubts.append(f"{unit.path}: the source has its {found[0]} but no {missing}; a norm without its statistics is not loaded")
+            self._drop(layer, f"half a norm is none: {missing} has no source")
+            self.doubts.append(f"{layer.path}: the source has its {found[0]} but no {missing}; a norm without its statistics is not loaded")
             return
-        if counter is not None and counter[0] not in self.matches:
-            self.filled[_names(counter[0])[0]] = "zero: the source keeps no counter"
+        if counter is not None and counter[0][0] not in self.matches:
+            self.filled[counter[0][0]] = "zero: the source keeps no counter"
 
     def _fold(self) -> None:
-        folded = fold_orphans(self.matches, self.source_units, self.target)
+        folded = fold_orphans(self.matches, self.source_layers, self.target)
         self.matches.update(folded)
         for name in folded:
             self.filled.pop(name, None)
@@ -210,51 +213,51 @@ class _Settlement:
 
     def _norms_of_fresh_layers(self) -> None:
         """Statistics of another layer's outputs are worse than none: a norm behind a layer without a source stays fresh too."""
-        loose = [u for u in self.target.units if u.kind in WEIGHTED and u.index not in self.heads and not self._is_matched(u)]
+        loose = [u for u in self.target.layers if u.kind in WEIGHTED and u.index not in self.heads and not self._is_matched(u)]
         if not loose:
             return
         flow = self.target.dataflow
-        links = links_by_dataflow(self.target.units, flow) if flow else links_by_neighbours(self.target.units)
-        fresh = {unit.index: unit for unit in loose}
-        for unit in self.target.units:
-            if unit.kind not in NORMS or not self._is_matched(unit) or self._by_map(unit):
+        links = links_by_dataflow(self.target.layers, flow) if flow else links_by_neighbours(self.target.layers)
+        fresh = {layer.index: layer for layer in loose}
+        for layer in self.target.layers:
+            if layer.kind not in NORMS or not self._is_matched(layer) or self._by_map(layer):
                 continue
-            layers = [other for side, other in links.get(unit.index, ()) if side == "post"]
-            if len(layers) == 1 and layers[0] in fresh:
-                self._drop(unit, f"its layer {fresh[layers[0]].path} has no source")
-                for name in unit.names:
+            before = [other for side, other in links.get(layer.index, ()) if side == "post"]
+            if len(before) == 1 and before[0] in fresh:
+                self._drop(layer, f"its layer {fresh[before[0]].path} has no source")
+                for name in layer.names:
                     self.filled.pop(name, None)
 
-    def _by_map(self, unit: Unit) -> bool:
-        return any(name in self.matches and self.matches[name].evidence == "map" for name in unit.names)
+    def _by_map(self, layer: Layer) -> bool:
+        return any(name in self.matches and self.matches[name].evidence == "map" for name in layer.names)
 
     def _lonely_norms(self) -> None:
         flow = self.target.dataflow if self._any_fresh_norm() else None
-        links = links_by_dataflow(self.target.units, flow) if flow else links_by_neighbours(self.target.units)
-        by_index = {unit.index: unit for unit in self.target.units}
-        for unit in self.target.units:
-            if unit.kind not in NORMS or self._is_matched(unit):
+        links = links_by_dataflow(self.target.layers, flow) if flow else links_by_neighbours(self.target.layers)
+        by_index = {layer.index: layer for layer in self.target.layers}
+        for layer in self.target.layers:
+            if layer.kind not in NORMS or self._is_matched(layer):
                 continue
-            beside = [other for side, other in sorted(links.get(unit.index, ())) if side == "post" and self._is_matched(by_index[other])]
-            if beside and not any(name in self.matching.flags for name in unit.names):
+            beside = [other for side, other in sorted(links.get(layer.index, ())) if side == "post" and self._is_matched(by_index[other])]
+            if beside and not any(name in self.matching.flags for name in layer.names):
                 why = f"stays fresh beside {by_index[beside[0]].path}, which is loaded: the source has no norm for it"
-                self.doubts.append(f"{unit.path} {why}")
-                for name in unit.names:
+                self.doubts.append(f"{layer.path} {why}")
+                for name in layer.names:
                     self.reasons[name] = why
 
     def _any_fresh_norm(self) -> bool:
-        return any(unit.kind in NORMS and not self._is_matched(unit) for unit in self.target.units)
+        return any(layer.kind in NORMS and not self._is_matched(layer) for layer in self.target.layers)
 
-    def _is_matched(self, unit: Unit) -> bool:
-        main = unit.roles.get("weight") or unit.roles.get("param") or next(iter(unit.roles.values()))
-        return all(name in self.matches for name in _names(main[0]))
+    def _is_matched(self, layer: Layer) -> bool:
+        main = layer.roles.get("weight") or layer.roles.get("param") or next(iter(layer.roles.values()))
+        return all(name in self.matches for name in main[0])
 
     def _coverage(self) -> float:
-        units = [u for u in self.target.units if u.kind in WEIGHTED and not (u.index in self.heads and not self._is_matched(u))]
-        return sum(self._is_matched(unit) for unit in units) / len(units) if units else float(bool(self.matches))
+        layers = [u for u in self.target.layers if u.kind in WEIGHTED and not (u.index in self.heads and not self._is_matched(u))]
+        return sum(self._is_matched(layer) for layer in layers) / len(layers) if layers else float(bool(self.matches))
 
     def _used(self) -> set[str]:
-        return {name for match in self.matches.values() for name in _names(match.source)}
+        return {name for match in self.matches.values() for name in match.source}
 
     def _judge(self, coverage: float, source_left_behind: str | None) -> None:
         if self.matching.flags:
@@ -276,7 +279,7 @@ class _Settlement:
             return f"; the first pair that clashes is {self.matching.clashes[0]}"
         if self.matching.flags:
             return f"; {self._first_flag()}"
-        missing = next((u for u in self.target.units if u.kind in WEIGHTED and not self._is_matched(u)), None)
+        missing = next((u for u in self.target.layers if u.kind in WEIGHTED and not self._is_matched(u)), None)
         return f"; the first layer without a source is {missing.path} {list(missing.shape)}" if missing else ""
 
     def _first_flag(self) -> str:
@@ -289,13 +292,13 @@ class _Settlement:
 
     # --- per tensor ---
 
-    def _outcome(self, entry: Entry) -> Outcome:
-        common: dict[str, Any] = {"shape": entry.shape, "parameters": num_elements(entry.shape), "head": entry.name in self.head_names}
-        match = self.matches.get(entry.name)
+    def _outcome(self, spec: TensorSpec) -> Outcome:
+        common: dict[str, Any] = {"shape": spec.shape, "parameters": num_elements(spec.shape), "head": spec.name in self.head_names}
+        match = self.matches.get(spec.name)
         if match is not None:
-            shape = self.source_shapes.get(match.source) if isinstance(match.source, str) else None
+            shape = self.source_shapes.get(match.source[0]) if len(match.source) == 1 else None
             return Outcome(
-                entry.name,
+                spec.name,
                 match.source,
                 "adapted" if match.transform else "loaded",
                 _EVIDENCE.get(match.evidence, match.evidence),
@@ -305,35 +308,35 @@ class _Settlement:
                 source_shape=shape,
                 **common,
             )
-        if entry.name in self.filled:
-            return Outcome(entry.name, None, "filled", self.filled[entry.name], **common)
-        flag = self.matching.flags.get(entry.name)
+        if spec.name in self.filled:
+            return Outcome(spec.name, (), "filled", self.filled[spec.name], **common)
+        flag = self.matching.flags.get(spec.name)
         if flag is not None and not self.hard:
-            return Outcome(entry.name, None, "ambiguous", flag.reason, alternatives=flag.names, **common)
-        if entry.family != "f" and not entry.is_counter:
-            return Outcome(entry.name, None, "kept", "a table of the architecture, not learned", **common)
-        reason = "the transfer was refused" if self.hard else self.reasons.get(entry.name) or "no source"
-        return Outcome(entry.name, None, "fresh", reason, **common)
+            return Outcome(spec.name, (), "ambiguous", flag.reason, alternatives=flag.names, **common)
+        if spec.family != "f" and not spec.is_counter:
+            return Outcome(spec.name, (), "kept", "a table of the architecture, not learned", **common)
+        reason = "the transfer was refused" if self.hard else self.reasons.get(spec.name) or "no source"
+        return Outcome(spec.name, (), "fresh", reason, **common)
 
     def _unused(self) -> list[Outcome]:
         used = self._used()
-        head = {name for unit in detect_heads(self.source_units) for name in unit.names}
+        head = {name for layer in detect_heads(self.source_layers) for name in layer.names}
         outcomes = []
-        for entry in self.source:
-            if entry.name in used:
+        for spec in self.source:
+            if spec.name in used:
                 continue
-            if entry.is_counter:
+            if spec.is_counter:
                 reason = "a counter with no place here"
-            elif self.inside is not None and entry.name not in self.inside:
+            elif self.inside is not None and spec.name not in self.inside:
                 reason = "outside of the prefix"
             else:
-                reason = "the source's head" if entry.name in head else "no place for it here"
-            outcomes.append(_unused_outcome(entry, reason))
-        return outcomes + [_unused_outcome(entry, "set aside as asked (ignore)") for entry in self.ignored]
+                reason = "the source's head" if spec.name in head else "no place for it here"
+            outcomes.append(_unused_outcome(spec, reason))
+        return outcomes + [_unused_outcome(spec, "set aside as asked (ignore)") for spec in self.ignored]
 
 
-def _unused_outcome(entry: Entry, reason: str) -> Outcome:
-    return Outcome(None, entry.name, "unused", reason, source_shape=entry.shape, parameters=num_elements(entry.shape))
+def _unused_outcome(spec: TensorSpec, reason: str) -> Outcome:
+    return Outcome(None, (spec.name,), "unused", reason, source_shape=spec.shape, parameters=num_elements(spec.shape))
 
 
 _EVIDENCE = {
@@ -349,5 +352,192 @@ _EVIDENCE = {
 }
 
 
-def _names(key: Key) -> tuple[str, ...]:
-    return key if isinstance(key, tuple) else (key,)
+def set_aside(source: Sequence[TensorSpec], ignore: Sequence[str]) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """(tensors to transfer, tensors whose names fit a pattern of `ignore`). UserError on a pattern without a hit."""
+    for pattern in ignore:
+        if not any(fnmatchcase(spec.name, pattern) for spec in source):
+            names = ", ".join(spec.name for spec in source[:3])
+            raise UserError(f"ignore: {pattern} fits no tensor of the source (they are called {names} ...)")
+    aside = {spec.name for spec in source if any(fnmatchcase(spec.name, pattern) for pattern in ignore)}
+    return [spec for spec in source if spec.name not in aside], [spec for spec in source if spec.name in aside]
+
+
+def source_layers_that_count(layers: Sequence[Layer], used: Collection[str], inside: Collection[str] | None, heads_here: Sequence[Layer]) -> list[Layer]:
+    """The source's convolution and linear layers that a transfer of this network should use. `heads_here`: the target's heads, whose
+    namesakes in the source are its heads, wherever they are registered."""
+    heads = {layer.index for layer in (*detect_heads(layers), *(layer for layer in layers if any(_is_namesake(layer, head) for head in heads_here)))}
+    weighted = [layer for layer in layers if layer.kind in WEIGHTED and (inside is None or any(name in inside for name in layer.names))]
+    return [layer for layer in weighted if layer.index not in heads or _is_used(layer, used)]
+
+
+def _is_namesake(layer: Layer, head: Layer) -> bool:
+    return (layer.path == head.path or layer.path.endswith("." + head.path)) and layer.shape[1:] == head.shape[1:]
+
+
+def source_coverage(layers: Sequence[Layer], used: Collection[str]) -> float:
+    """Share of these layers of which anything is used."""
+    return sum(_is_used(layer, used) for layer in layers) / len(layers) if layers else float(bool(used))
+
+
+def why_too_little_is_used(layers: Sequence[Layer], used: Collection[str], least: float) -> str | None:
+    """The refusal of a transfer that leaves most of the source behind, with the one option that accepts it."""
+    share = source_coverage(layers, used)
+    if share >= least:
+        return None
+    left = [layer for layer in layers if not _is_used(layer, used)]
+    return (
+        f"coverage {share:.0%} of the source's convolution and linear layers is under min_coverage {least:.0%}: it holds another or a "
+        f"larger network; the first of its layers without a place here is {left[0].path} {list(left[0].shape)}. If that is meant: "
+        f"{_accepting(layers, used, least, share)}"
+    )
+
+
+def _accepting(layers: Sequence[Layer], used: Collection[str], least: float, share: float) -> str:
+    """`ignore` where whole parts of the source go unused (a decoder, a second network), else the lower threshold."""
+    parts: dict[str, list[Layer]] = {}
+    for layer in layers:
+        parts.setdefault(layer.path.partition(".")[0], []).append(layer)
+    unused = [part for part, members in parts.items() if not any(_is_used(layer, used) for layer in members)]
+    rest = [layer for part, members in parts.items() if part not in unused for layer in members]
+    if 0 < len(unused) <= 4 and rest and source_coverage(rest, used) >= least:
+        return "ignore: [" + ", ".join(f"'{part}.*'" for part in unused) + "]"
+    return f"min_coverage: {int(100 * share) / 100}"
+
+
+def _is_used(layer: Layer, used: Collection[str]) -> bool:
+    return any(name in used for name in layer.names)
+
+
+_PARTS = ("weight", "bias", "running_mean", "running_var")
+
+
+def fold_orphans(matches: Mapping[str, Match], source: Sequence[Layer], target: Target) -> dict[str, Match]:
+    """New matches for weight and bias of each target convolution whose source has a norm behind it and which itself has none.
+
+    Only plain copies are folded, and only where the target has a bias to take the norm's shift.
+    """
+    used = {name for match in matches.values() for name in match.source}
+    layers = _layers_of_norms(source)
+    normed = _normed_layers(target)
+    receivers = {match.source: name for name, match in matches.items() if not match.transform}
+    by_weight = {layer.roles["weight"][0]: layer for layer in target.layers if layer.kind in WEIGHTED and "weight" in layer.roles}
+    by_index = {layer.index: layer for layer in source}
+    folded: dict[str, Match] = {}
+    for norm in source:
+        owner = by_index.get(layers.get(norm.index, -1))
+        if owner is not None and owner.index > norm.index:
+            continue  # registered before its layer: it may act before it too
+        if norm.kind != "bn" or owner is None or used.intersection(norm.names) or not all(part in norm.roles for part in _PARTS):
+            continue
+        taker = by_weight.get((receivers.get(owner.roles["weight"][0], ""),))
+        if taker is None or taker.index in normed or "bias" not in taker.roles:
+            continue
+        keys = [owner.roles["weight"][0], *(norm.roles[part][0] for part in _PARTS)]
+        if "bias" in owner.roles:
+            keys.append(owner.roles["bias"][0])
+        parts = tuple(name for key in keys for name in key)
+        weight, bias = taker.roles["weight"][0][0], taker.roles["bias"][0][0]
+        evidence = matches[weight].evidence
+        folded[weight] = Match(parts, "fold_norm_weight", evidence)
+        folded[bias] = Match(parts, "fold_norm_bias", evidence)
+    return folded
+
+
+def _layers_of_norms(source: Sequence[Layer]) -> dict[int, int]:
+    named = links_by_names(source)
+    if named or not all(layer.flat for layer in source):
+        return named
+    links = links_by_neighbours(source)
+    return {norm: other for norm, found in links.items() for side, other in found if side == "post"}
+
+
+def _normed_layers(target: Target) -> Collection[int]:
+    """Target layers that have a norm of their own behind them."""
+    links = links_by_dataflow(target.layers, target.dataflow) if target.dataflow else links_by_neighbours(target.layers)
+    return {other for found in links.values() for side, other in found if side == "post"}
+
+
+Classes = tuple[Sequence[str] | None, Sequence[str] | None]
+"""Class names of the source's head and of the target's, as far as they are known."""
+
+
+def pick_rows(
+    source_classes: Sequence[str],
+    target_classes: Sequence[str],
+    head_rows: Mapping[str, str | Sequence[str]] | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """For each target class the rows of the source's head: its own name's, or those of the classes that `head_rows` gives it.
+
+    UserError on a class that the source does not have, or has twice (ImageNet has two called crane).
+    """
+    index = {name: row for row, name in enumerate(source_classes)}
+    wanted = dict(head_rows or {})
+    unknown = sorted(set(wanted) - set(target_classes))
+    if unknown:
+        raise UserError(f"head_rows: this network has no class '{unknown[0]}'; it has {', '.join(list(target_classes)[:6])} ...")
+    picks = []
+    missing = []
+    for name in target_classes:
+        given = wanted.get(name, name)
+        names = (given,) if isinstance(given, str) else tuple(given)
+        missing += [each for each in names if each not in index]
+        twice = [each for each in names if list(source_classes).count(each) > 1]
+        if twice:
+            raise UserError(f"the source calls several of its classes '{twice[0]}'; choose by number in a map (transform: rows)")
+        picks.append(tuple(index[each] for each in names if each in index))
+    if missing or not all(picks):
+        raise UserError(f"the source has no class '{missing[0] if missing else ''}' ({len(missing)} such)")
+    return tuple(picks)
+
+
+def head_obstacle(
+    layer: Layer,
+    matches: Mapping[str, Match],
+    source: Sequence[Layer],
+    classes: Classes,
+    keep_head: bool | Literal["rows"] | None,
+) -> str:
+    """Why the target's head `layer` is not loaded as it was matched; "" where it is."""
+    if keep_head is False:
+        return "left fresh as asked (keep_head: false)"
+    found = [matches.get(name) for name in layer.names]
+    heads = detect_heads(source)
+    other = f"{layer.shape[0]} outputs here, {heads[0].shape[0] if heads else 'none'} in the source"
+    if not all(found):
+        if not heads:
+            return "the source has none"
+        return "no part of the source belongs here" if heads[0].shape[0] == layer.shape[0] else other
+    if all(match is not None and match.transform == "rows" for match in found):
+        return ""  # a map that chooses rows has chosen
+    if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
+        return other
+    theirs, ours = classes
+    if keep_head is None and ours is not None and theirs is not None and list(ours) != list(theirs):
+        return "the classes are others"
+    return ""
+
+
+def rows_of_head(
+    layer: Layer,
+    source: Sequence[Layer],
+    classes: Classes,
+    head_rows: Mapping[str, str | Sequence[str]] | None,
+) -> tuple[dict[str, Match], tuple[tuple[int, ...], ...]] | str:
+    """(matches, rows to pick) that fill the target's head `layer` by class names; text where that cannot be done."""
+    theirs, ours = classes
+    if ours is None or theirs is None:
+        return "the class names of both sides must be known to choose rows"
+    if layer.shape[0] != len(ours):
+        return f"it has {layer.shape[0]} outputs, but {len(ours)} class names were given for them"
+    fitting = [u for u in detect_heads(source) if u.shape[0] == len(theirs) and u.shape[1:] == layer.shape[1:]]
+    # An auxiliary head may have the shape of the main one: then their names decide.
+    namesakes = [u for u in fitting if u.path.endswith(layer.path) or layer.path.endswith(u.path)]
+    heads = namesakes if len(fitting) > 1 else fitting
+    if len(heads) != 1:
+        return f"the source has {'more than one' if fitting else 'no'} head of {len(theirs)} outputs and {list(layer.shape[1:])} inputs"
+    try:
+        picks = pick_rows(theirs, ours, head_rows)
+    except UserError as error:
+        return str(error)
+    shared = [(key[0], heads[0].roles[role][0]) for role, (key, _) in layer.roles.items() if role in heads[0].roles and len(key) == 1]
+    return {name: Match(key, "rows", "class names") for name, key in shared}, picks

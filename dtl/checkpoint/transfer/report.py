@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class TransferReport:
 
     @property
     def coverage(self) -> float:
-        """Share (0..1) of the target's convolution and linear units that were loaded, a replaced head aside."""
+        """Share (0..1) of the target's convolution and linear layers that were loaded, a replaced head aside."""
         return self.plan.coverage
 
     @property
@@ -136,9 +136,9 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
     counted: dict[str, dict[str, int]] = {}
     for outcome in sorted(outcomes, key=lambda o: _ORDER.index(o.outcome)):
         name = f"{outcome.outcome} ({outcome.evidence})" if outcome.evidence else outcome.outcome
-        entry = counted.setdefault(name, {"tensors": 0, "parameters": 0})
-        entry["tensors"] += 1
-        entry["parameters"] += outcome.parameters
+        spec = counted.setdefault(name, {"tensors": 0, "parameters": 0})
+        spec["tensors"] += 1
+        spec["parameters"] += outcome.parameters
     return counted
 
 
@@ -150,7 +150,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     rows = [("outcome", "target", "source", "tensors", "why")]
     for key, members in sorted(groups.items(), key=lambda item: _ORDER.index(item[0][0])):
         names = [o.target for o in members if o.target]
-        sources = [name for o in members for name in _names(o)]
+        sources = [name for o in members for name in o.sources]
         why = members[0].transform + ": " + members[0].reason if members[0].transform else members[0].reason
         if members[0].alternatives:
             why += f"; could be {', '.join(members[0].alternatives[:3])}"
@@ -163,15 +163,9 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _row_key(outcome: Outcome) -> tuple[str, ...]:
-    name = outcome.target or (_names(outcome) or [""])[0]
+    name = outcome.target or outcome.sources[0]
     path = name.rpartition(".")[0] or name
     return outcome.outcome, re.sub(r"\d+", "#", path), outcome.evidence, outcome.transform, "" if outcome.target else outcome.reason
-
-
-def _names(outcome: Outcome) -> list[str]:
-    if outcome.source is None:
-        return []
-    return list(outcome.source) if isinstance(outcome.source, tuple) else [outcome.source]
 
 
 def fold(names: Sequence[str]) -> str:
@@ -198,5 +192,39 @@ def _numbers(texts: list[str]) -> str:
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
-    values = asdict(outcome)
+    names = ["source" if each.name == "sources" else each.name for each in fields(outcome)]
+    values = {name: getattr(outcome, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def save_map(plan: TransferPlan, path: str | Path) -> None:
+    """Write what a plan would load as a map, and what it could not decide as comments with the lines that settle it."""
+    import yaml
+
+    path = Path(path)
+    rules = {o.target: _saved(o, plan) for o in plan.outcomes if o.target and o.source and o.outcome in ("loaded", "adapted")}
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
+        return
+    lines = ["# target: source. Edit, then feed back with --by map --map THIS_FILE.\n"]
+    for target, alternatives in plan.flagged.items():
+        lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
+    for target, rule in rules.items():
+        # A pair a line, since people edit it; what has options is JSON, which is YAML too.
+        text = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
+        lines.append(text)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _saved(outcome: Outcome, plan: TransferPlan) -> Any:
+    """The right side of a rule that says what an outcome did."""
+    several = len(outcome.sources) > 1
+    source = list(outcome.sources) if several else outcome.sources[0]
+    rule: dict[str, Any] = {"source": source}
+    if outcome.transform not in ("", "fuse" if several else ""):
+        rule["transform"] = outcome.transform
+    if outcome.transform == "rows" and plan.head_rows is not None:
+        rule["rows"] = [pick[0] if len(pick) == 1 else list(pick) for pick in plan.head_rows]
+    if outcome.target in plan.ties:
+        rule["shared"] = True
+    return rule if len(rule) > 1 else source

@@ -62,13 +62,12 @@ def verify_plan(plan: TransferPlan, source_model: nn.Module, target_model: nn.Mo
                 if outcome.target is not None:
                     state[outcome.target].zero_()
                 continue
-            if outcome.source is None or outcome.outcome not in ("loaded", "adapted"):
+            if outcome.outcome not in ("loaded", "adapted"):
                 continue
-            keys = outcome.source if isinstance(outcome.source, tuple) else (outcome.source,)
             if outcome.transform == "rows":
                 continue
             shape = tuple(state[outcome.target].shape)
-            state[outcome.target].copy_(apply_transform(outcome.transform, [own[key] for key in keys], shape))
+            state[outcome.target].copy_(apply_transform(outcome.transform, [own[key] for key in outcome.sources], shape))
     pairs = _paired_modules(plan, source, target, own)
     channels = next((m.in_channels for m in source.modules() if isinstance(m, nn.Conv2d)), 3)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
@@ -105,9 +104,9 @@ def randomise(module: nn.Module, *, seed: int = 0) -> None:
 
 def _by_plan_names(plan: TransferPlan, source: nn.Module) -> dict[str, torch.Tensor]:
     """The source network's tensors under the names that the plan (the file) gives them."""
-    from dtl.checkpoint.transfer.planners import names_in_network
+    from dtl.checkpoint.transfer.plan import names_in_network
 
-    names = names_in_network(plan.source_entries, source)
+    names = names_in_network(plan.source_specs, source)
     state = source.state_dict()
     return {name: state[own] for name, own in names.items()}
 
@@ -116,10 +115,11 @@ def _paired_modules(plan: TransferPlan, source: nn.Module, target: nn.Module, ow
     where = {value.data_ptr(): name for name, value in source.state_dict().items()}
     modules, theirs = dict(source.named_modules()), dict(target.named_modules())
     pairs = {}
-    for name, key in plan.pairs.items():
-        if not isinstance(key, str) or not name.endswith(".weight"):
+    for outcome in plan.outcomes:
+        name = outcome.target
+        if name is None or not name.endswith(".weight") or len(outcome.sources) != 1 or outcome.outcome not in ("loaded", "adapted"):
             continue
-        a, b = where[own[key].data_ptr()].rpartition(".")[0], name.rpartition(".")[0]
+        a, b = where[own[outcome.sources[0]].data_ptr()].rpartition(".")[0], name.rpartition(".")[0]
         if a in modules and b in theirs and not isinstance(theirs[b], nn.MultiheadAttention):
             pairs[b] = a
     return [(a, b) for b, a in pairs.items()]

@@ -10,19 +10,25 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from dtl.checkpoint.transfer.layers.links import Link, links_by_dataflow, links_by_neighbours, producers
-from dtl.checkpoint.transfer.layers.tree import loose_signature, match_trees
-from dtl.checkpoint.transfer.layers.units import NORMS, Unit
-from dtl.checkpoint.transfer.match.decided import Decided, Side
-from dtl.checkpoint.transfer.match.evidence import NameEvidence, graph_colours, unique_shapes
-from dtl.checkpoint.transfer.match.fits import unit_transform
-from dtl.checkpoint.transfer.match.flow import complete_by_dataflow, prune_by_dataflow
-from dtl.checkpoint.transfer.match.matching import Matching
-from dtl.checkpoint.transfer.match.mates import Mates
+from dtl.checkpoint.transfer.layers.dataflow import (
+    Candidates,
+    Link,
+    Mates,
+    Side,
+    complete_by_dataflow,
+    graph_colours,
+    links_by_dataflow,
+    links_by_neighbours,
+    producers,
+    prune_by_dataflow,
+)
+from dtl.checkpoint.transfer.layers.layer import NORMS, Layer, loose_signature
+from dtl.checkpoint.transfer.match.alignment import Viewed, in_use_order, look
+from dtl.checkpoint.transfer.match.by_name import Trust
+from dtl.checkpoint.transfer.match.decided import Decided
+from dtl.checkpoint.transfer.match.evidence import NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
+from dtl.checkpoint.transfer.match.matching import Matching, layer_transform
 from dtl.checkpoint.transfer.match.qkv import fuse_projections
-from dtl.checkpoint.transfer.match.recurring import match_leftovers, match_recurring
-from dtl.checkpoint.transfer.match.trust import Trust
-from dtl.checkpoint.transfer.match.views import Candidates, Viewed, in_use_order, look
 
 NEW_NAME = "its name is new beside names that hold: another layer of that shape, or a renamed one"
 LOST_ORDER = "the source keeps no order, and neither names nor numbers place it"
@@ -35,7 +41,7 @@ def match_auto(
     *,
     named: Matching,
     trust: Trust,
-    heads: Sequence[Unit],
+    heads: Sequence[Layer],
     in_order: bool,
     assume_order: bool,
 ) -> Matching:
@@ -51,20 +57,20 @@ class _Auto:
         target: Side,
         named: Matching,
         trust: Trust,
-        heads: Sequence[Unit],
+        heads: Sequence[Layer],
         in_order: bool,
         assume_order: bool,
     ) -> None:
         self.named, self.trust, self.in_order, self.assume_order = named, trust, in_order, assume_order
-        ours = fuse_projections(source.units, target.units)
-        theirs = fuse_projections(target.units, source.units)
-        if len(ours) != len(source.units) or len(theirs) != len(target.units):
-            self.trust = _reindexed(trust, source.units, ours, target.units, theirs)
+        ours = fuse_projections(source.layers, target.layers)
+        theirs = fuse_projections(target.layers, source.layers)
+        if len(ours) != len(source.layers) or len(theirs) != len(target.layers):
+            self.trust = _reindexed(trust, source.layers, ours, target.layers, theirs)
         self.source, self.target = Side(ours, source.flow), Side(theirs, target.flow)
-        self.ours = {unit.index: unit for unit in ours}
-        self.theirs = {unit.index: unit for unit in theirs}
-        head_names = {name for unit in heads for name in unit.names}
-        self.heads = {unit.index for unit in theirs if head_names.intersection(unit.names)}
+        self.ours = {layer.index: layer for layer in ours}
+        self.theirs = {layer.index: layer for layer in theirs}
+        head_names = {name for layer in heads for name in layer.names}
+        self.heads = {layer.index for layer in theirs if head_names.intersection(layer.names)}
         self.decided = Decided()
 
     def run(self) -> Matching:
@@ -81,19 +87,19 @@ class _Auto:
     def _left_over(self) -> bool:
         """Whether both sides still have layers that could be each other's."""
         used = set(self.decided.certain.values())
-        ours = {loose_signature(unit) for unit in self.source.units if unit.index not in used}
-        return any(unit.index not in self.decided.certain and loose_signature(unit) in ours for unit in self.target.units)
+        ours = {loose_signature(layer) for layer in self.source.layers if layer.index not in used}
+        return any(layer.index not in self.decided.certain and loose_signature(layer) in ours for layer in self.target.layers)
 
     # --- the views ---
 
     def _structure(self) -> Viewed:
-        self.names = NameEvidence(self.source.units, self.target.units, distrusted=self.trust.distrusted)
+        self.names = NameEvidence(self.source.layers, self.target.layers, distrusted=self.trust.distrusted)
         self.mates = Mates(self.source, self.target)
         self.our_links = _links(self.source)
         self.their_links = _links(self.target)
         viewed = look(
-            self.source.units,
-            self.target.units,
+            self.source.layers,
+            self.target.layers,
             source_flow=self.source.flow,
             target_flow=self.target.flow,
             source_links=self.our_links,
@@ -103,8 +109,8 @@ class _Auto:
         self.candidates: Candidates = viewed.candidates
         self.transforms = viewed.transforms
         self.sole = viewed.sole
-        self.trees = match_trees(self.source.units, self.target.units, target_rank=self._use_ranks()) if self.trust.numbers else {}
-        self.unique = unique_shapes(self.source.units, self.target.units)
+        self.trees = match_trees(self.source.layers, self.target.layers, target_rank=self._use_ranks()) if self.trust.numbers else {}
+        self.unique = unique_shapes(self.source.layers, self.target.layers)
         self._certain_by_views()
         self._names_break_ties()
         self._unique_and_dataflow()
@@ -122,7 +128,7 @@ class _Auto:
     def _use_ranks(self) -> dict[int, int] | None:
         if self.target.flow is None:
             return None
-        return {unit.index: rank for rank, unit in enumerate(in_use_order(self.target.units, self.target.flow))}
+        return {layer.index: rank for rank, layer in enumerate(in_use_order(self.target.layers, self.target.flow))}
 
     def _certain_by_views(self) -> None:
         """Exactly one candidate both ways, and no near-optimal alignment that skips it; repeated as dataflow prunes the rest."""
@@ -143,7 +149,7 @@ class _Auto:
                 self.candidates[j] = kept
                 changed = True
         if self.source.flow and self.target.flow:
-            before, after = producers(self.source.units, self.source.flow), producers(self.target.units, self.target.flow)
+            before, after = producers(self.source.layers, self.source.flow), producers(self.target.layers, self.target.flow)
             changed |= prune_by_dataflow(self.candidates, self.decided.certain, before, after)
         return changed
 
@@ -158,7 +164,7 @@ class _Auto:
             if j not in self.decided.certain and i not in self._taken():
                 self.decided.put(j, i, "unique-shape")
         if self.source.flow and self.target.flow:
-            found = complete_by_dataflow(self.source.units, self.target.units, self.decided.certain, self.source.flow, self.target.flow)
+            found = complete_by_dataflow(self.source.layers, self.target.layers, self.decided.certain, self.source.flow, self.target.flow)
             for j, i in found.items():
                 self.decided.put(j, i, "graph")
 
@@ -185,7 +191,7 @@ class _Auto:
                 self.decided.put(j, i, "pattern")
 
     def _last_of_a_block(self) -> None:
-        for j, i in match_leftovers(self.source.units, self.target.units, self.decided.certain).items():
+        for j, i in match_leftovers(self.source.layers, self.target.layers, self.decided.certain).items():
             if j not in self.heads:
                 self.decided.put(j, i, "order")
 
@@ -234,15 +240,15 @@ class _Auto:
 
     def _norms_follow_layers(self) -> None:
         """A norm is loaded beside the layer it was trained with or not at all."""
-        before = producers(self.target.units, self.target.flow)[0] if self.target.flow else {}
+        before = producers(self.target.layers, self.target.flow)[0] if self.target.flow else {}
         for j, i in list(self.decided.certain.items()):
-            unit = self.theirs[j]
+            layer = self.theirs[j]
             links = self.their_links.get(j)
-            if unit.kind not in NORMS or not links or j in self.trust.anchors:
+            if layer.kind not in NORMS or not links or j in self.trust.anchors:
                 continue
             post = {link for link in links if link[0] == "post"}
             # A BatchNorm with one producer belongs to that producer; others (pre-norm, sums) to any neighbour.
-            binding = post if unit.kind == "bn" and len(before.get(j, ())) == 1 and post else links
+            binding = post if layer.kind == "bn" and len(before.get(j, ())) == 1 and post else links
             mates = {(side, self.decided.certain[other]) for side, other in binding if other in self.decided.certain}
             known = self.our_links.get(i) if self.in_order or self.source.flow else None
             if not mates or (known and not mates & known):
@@ -265,14 +271,14 @@ class _Auto:
                 self.decided.doubt(j, NEW_NAME if self._is_new_name(j) else ORDER_ONLY, [self.decided.certain[j]])
 
     def _free_of_order(self) -> dict[int, str]:
-        """Target unit -> the argument for its pair that needs no order."""
-        if self.source.flow is None and any(unit.flat for unit in self.source.units):
+        """Target layer -> the argument for its pair that needs no order."""
+        if self.source.flow is None and any(layer.flat for layer in self.source.layers):
             # Where names say nothing, even what belongs to one layer was read off the order.
             return {}
-        colours = graph_colours(self.source.units, self.source.flow) if self.source.flow else {}
+        colours = graph_colours(self.source.layers, self.source.flow) if self.source.flow else {}
         sharing: dict[tuple[object, int | None], int] = defaultdict(int)
-        for unit in self.source.units:
-            sharing[loose_signature(unit), colours.get(unit.index)] += 1
+        for layer in self.source.layers:
+            sharing[loose_signature(layer), colours.get(layer.index)] += 1
         found = {}
         for j, i in self.decided.certain.items():
             # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
@@ -304,7 +310,7 @@ class _Auto:
     def _last_without_order(self, free: dict[int, str]) -> None:
         """What is left over, one of its shape, of two blocks whose other layers are each other's for reasons other than order."""
         base = {j: i for j, i in self.decided.certain.items() if j in free or j in self.trust.anchors}
-        for j, i in match_leftovers(self.source.units, self.target.units, base, whole=True).items():
+        for j, i in match_leftovers(self.source.layers, self.target.layers, base, whole=True).items():
             if self.decided.certain.get(j, i) == i and (j in self.decided.certain or i not in self._taken()) and not self._is_new_name(j):
                 self.decided.put(j, i, "structure")
                 free[j] = "structure"
@@ -333,7 +339,7 @@ class _Auto:
             if transform == "head":
                 continue
             if j in self.trust.mapped:
-                fits = unit_transform(self.ours[i], self.theirs[j], first=True)
+                fits = layer_transform(self.ours[i], self.theirs[j], first=True)
                 if fits is not None:
                     matching.pair(self.ours[i], self.theirs[j], transform=fits, evidence="map")
                 continue
@@ -341,7 +347,7 @@ class _Auto:
                 # The matching by names knows the transforms of its own pairs.
                 matching.matches.update({name: self.named.matches[name] for name in self.theirs[j].names if name in self.named.matches})
                 continue
-            fused = any(isinstance(key, tuple) for key, _ in self.ours[i].roles.values())
+            fused = any(len(key) > 1 for key, _ in self.ours[i].roles.values())
             matching.pair(
                 self.ours[i],
                 self.theirs[j],
@@ -366,7 +372,7 @@ class _Auto:
 
 
 def _links(side: Side) -> dict[int, set[Link]]:
-    return links_by_dataflow(side.units, side.flow) if side.flow else links_by_neighbours(side.units)
+    return links_by_dataflow(side.layers, side.flow) if side.flow else links_by_neighbours(side.layers)
 
 
 def _only(candidates: Candidates) -> dict[int, int]:
@@ -378,14 +384,14 @@ def _only(candidates: Candidates) -> dict[int, int]:
     return {j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1}
 
 
-def _reindexed(trust: Trust, ours: list[Unit], new_ours: list[Unit], theirs: list[Unit], new_theirs: list[Unit]) -> Trust:
+def _reindexed(trust: Trust, ours: list[Layer], new_ours: list[Layer], theirs: list[Layer], new_theirs: list[Layer]) -> Trust:
     """Trust in terms of the fused lists of layers."""
 
-    def moved(old: list[Unit], new: list[Unit]) -> dict[int, int]:
-        where = {name: unit.index for unit in new for name in unit.names}
-        return {unit.index: where[unit.names[0]] for unit in old}
+    def moved(old: list[Layer], new: list[Layer]) -> dict[int, int]:
+        where = {name: layer.index for layer in new for name in layer.names}
+        return {layer.index: where[layer.names[0]] for layer in old}
 
     a, b = moved(ours, new_ours), moved(theirs, new_theirs)
-    whole = {unit.index for unit in new_theirs if any(isinstance(key, str) for key, _ in unit.roles.values())}
+    whole = {layer.index for layer in new_theirs if any(len(key) == 1 for key, _ in layer.roles.values())}
     anchors = {b[j]: a[i] for j, i in trust.anchors.items() if b[j] in whole}
     return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers, {b[j] for j in trust.mapped}, trust.new_names)

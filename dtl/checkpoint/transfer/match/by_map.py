@@ -20,17 +20,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dtl.checkpoint.transfer.adapt import TRANSFORMS, is_transform
-from dtl.checkpoint.transfer.layers.units import Entry, Key
+from dtl.checkpoint.transfer.adapt import TRANSFORMS, is_transform, why_not
+from dtl.checkpoint.transfer.layers.layer import TensorSpec
 from dtl.checkpoint.transfer.match.matching import Clash, Match, Matching
-from dtl.checkpoint.transfer.transform_shapes import why_not
 from dtl.errors import UserError
-
-if TYPE_CHECKING:
-    from dtl.checkpoint.transfer.outcomes import Outcome
-    from dtl.checkpoint.transfer.plan import TransferPlan
 
 _WILD = re.compile(r"\{(\w+)\}|\*")
 
@@ -110,7 +105,7 @@ def _rows(given: Any, where: str) -> tuple[tuple[int, ...], ...] | None:
     return tuple(tuple(pick) for pick in rows)
 
 
-def match_map(rules: list[Rule], source: list[Entry], target: list[Entry]) -> Matching:
+def match_map(rules: list[Rule], source: list[TensorSpec], target: list[TensorSpec]) -> Matching:
     """Pairs by rules alone; every mistake in them is a refusal that names the rule."""
     matching = Matching("map")
     ours, theirs = {e.name: e for e in source}, {e.name: e for e in target}
@@ -133,15 +128,14 @@ def match_map(rules: list[Rule], source: list[Entry], target: list[Entry]) -> Ma
         if problem:
             matching.clashes.append(Clash(hit.target, wanted, hit.sources[0], shapes[0]))
             matching.refusals.append(f"map rule {hit.rule.left}: {problem}: {matching.clashes[-1]}")
-        key: Key = hit.sources if len(hit.sources) > 1 else hit.sources[0]
-        matching.matches[hit.target] = Match(key, hit.rule.transform, "map")
+        matching.matches[hit.target] = Match(hit.sources, hit.rule.transform, "map")
     return matching
 
 
 def _expand(
     rules: list[Rule],
-    left_side: Mapping[str, Entry],
-    right_side: Mapping[str, Entry],
+    left_side: Mapping[str, TensorSpec],
+    right_side: Mapping[str, TensorSpec],
     hit: Callable[[str, tuple[tuple[str, ...], Rule]], _Hit],
 ) -> tuple[list[_Hit], list[str]]:
     """All pairs that the rules make, and what is wrong with those that make none. Exact rules go before patterns."""
@@ -169,7 +163,7 @@ def _expand(
     return hits, missed
 
 
-def _matches(rule: Rule, names: Mapping[str, Entry]) -> list[tuple[str, re.Match[str] | None]]:
+def _matches(rule: Rule, names: Mapping[str, TensorSpec]) -> list[tuple[str, re.Match[str] | None]]:
     if not rule.is_pattern:
         return [(rule.left, None)] if rule.left in names else []
     try:
@@ -241,35 +235,3 @@ def _may_share(first: _Hit, other: _Hit) -> bool:
     kinds = first.rule.transform, other.rule.transform
     parts = any(all(kind.startswith(family) for kind in kinds) for family in ("split_", "fold_norm_"))
     return first.rule.shared or other.rule.shared or (parts and kinds[0] != kinds[1] and first.sources == other.sources)
-
-
-def save_map(plan: TransferPlan, path: str | Path) -> None:
-    """Write what a plan would load as a map, and what it could not decide as comments with the lines that settle it."""
-    import yaml
-
-    path = Path(path)
-    rules = {o.target: _saved(o, plan) for o in plan.outcomes if o.target and o.source and o.outcome in ("loaded", "adapted")}
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
-        return
-    lines = ["# target: source. Edit, then feed back with --by map --map THIS_FILE.\n"]
-    for target, alternatives in plan.flagged.items():
-        lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
-    for target, rule in rules.items():
-        # A pair a line, since people edit it; what has options is JSON, which is YAML too.
-        text = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
-        lines.append(text)
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def _saved(outcome: Outcome, plan: TransferPlan) -> Any:
-    """The right side of a rule that says what an outcome did."""
-    source = list(outcome.source) if isinstance(outcome.source, tuple) else outcome.source
-    rule: dict[str, Any] = {"source": source}
-    if outcome.transform not in ("", "fuse" if isinstance(source, list) else ""):
-        rule["transform"] = outcome.transform
-    if outcome.transform == "rows" and plan.head_rows is not None:
-        rule["rows"] = [pick[0] if len(pick) == 1 else list(pick) for pick in plan.head_rows]
-    if outcome.target in plan.ties:
-        rule["shared"] = True
-    return rule if len(rule) > 1 else source

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dtl.checkpoint.transfer.layers.trace import Dataflow
-from dtl.checkpoint.transfer.layers.units import Unit
-
-
-@dataclass
-class Side:
-    units: list[Unit]
-    flow: Dataflow | None
-
 
 @dataclass
 class Decided:
-    """`certain`: target unit -> source unit, with `evidence`. `doubts`: target unit -> (reason, source units that would fit)."""
+    """`certain`: target layer -> source layer, with `evidence`. `doubts`: target layer -> (reason, source layers that would fit)."""
 
     certain: dict[int, int] = field(default_factory=dict)
     evidence: dict[int, str] = field(default_factory=dict)

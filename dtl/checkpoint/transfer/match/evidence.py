@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from itertools import product, takewhile
 
-from dtl.checkpoint.transfer.layers.links import producers
-from dtl.checkpoint.transfer.layers.names import likeness
-from dtl.checkpoint.transfer.layers.trace import Dataflow
-from dtl.checkpoint.transfer.layers.tree import loose_signature
-from dtl.checkpoint.transfer.layers.units import Unit
+from dtl.checkpoint.transfer.layers.layer import WEIGHTED, Layer, loose_signature
+
+_SYNONYMS = {
+    "bn": "norm",
+    "ln": "norm",
+    "batchnorm": "norm",
+    "layernorm": "norm",
+    "shortcut": "downsample",
+    "fc": "linear",
+    "classifier": "linear",
+    "head": "linear",
+}
+
+
+@lru_cache(maxsize=100_000)
+def words(path: str) -> tuple[str, ...]:
+    """The words and numbers of a dotted path, common synonyms made one."""
+    return tuple(_SYNONYMS.get(word.lower(), word.lower()) for word in re.findall(r"[A-Za-z]+|\d+", path))
+
+
+@lru_cache(maxsize=1_000_000)
+def likeness(left: str, right: str) -> float:
+    """0..1: twice the longest common subsequence of words, over all words. Whole words only: `conv1` is not half `conv2`."""
+    a, b = words(left), words(right)
+    if not a or not b or left[0] == "#" or right[0] == "#":
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            diagonal = above
+    return 2 * row[-1] / (len(a) + len(b))
+
 
 LIKE = 0.75
 """Names at least this alike count as the same name..."""
@@ -20,15 +54,15 @@ CLEARLY = 0.08
 class NameEvidence:
     """Which source layer's name fits a target layer clearly best among all layers of its shape."""
 
-    def __init__(self, source: Sequence[Unit], target: Sequence[Unit], *, distrusted: Collection[int]) -> None:
-        self.source = {unit.index: unit for unit in source}
-        self.target = {unit.index: unit for unit in target}
+    def __init__(self, source: Sequence[Layer], target: Sequence[Layer], *, distrusted: Collection[int]) -> None:
+        self.source = {layer.index: layer for layer in source}
+        self.target = {layer.index: layer for layer in target}
         self.ours, self.theirs = defaultdict(list), defaultdict(list)
         self.distrusted = frozenset(distrusted)
-        for unit in source:
-            self.ours[loose_signature(unit)].append(unit.index)
-        for unit in target:
-            self.theirs[loose_signature(unit)].append(unit.index)
+        for layer in source:
+            self.ours[loose_signature(layer)].append(layer.index)
+        for layer in target:
+            self.theirs[loose_signature(layer)].append(layer.index)
 
     def like(self, i: int, j: int) -> float:
         if j in self.distrusted:
@@ -52,40 +86,321 @@ class NameEvidence:
         return [a for a in self.ours[loose_signature(self.target[j])] if a != i and self.like(a, j) >= bar]
 
 
-def unique_shapes(source: Sequence[Unit], target: Sequence[Unit]) -> dict[int, int]:
+def unique_shapes(source: Sequence[Layer], target: Sequence[Layer]) -> dict[int, int]:
     """Target -> source, where both networks have exactly one layer of that shape."""
-    ours = Counter(loose_signature(unit) for unit in source)
-    theirs = Counter(loose_signature(unit) for unit in target)
-    where = {loose_signature(unit): unit.index for unit in source}
+    ours = Counter(loose_signature(layer) for layer in source)
+    theirs = Counter(loose_signature(layer) for layer in target)
+    where = {loose_signature(layer): layer.index for layer in source}
     return {
-        unit.index: where[loose_signature(unit)]
-        for unit in target
-        if ours[loose_signature(unit)] == theirs[loose_signature(unit)] == 1 and unit.kind != "buffer"
+        layer.index: where[loose_signature(layer)]
+        for layer in target
+        if ours[loose_signature(layer)] == theirs[loose_signature(layer)] == 1 and layer.kind != "buffer"
     }
 
 
-def graph_colours(units: Sequence[Unit], flow: Dataflow) -> dict[int, int]:
-    """Weisfeiler-Leman colours of the dataflow: layers of one colour cannot be told apart by shapes and connections."""
-    before, after = producers(units, flow)
-    colours = _numbered({unit.index: (loose_signature(unit), tuple(sorted(unit.roles))) for unit in units})
-    for _ in range(len(units)):
-        refined = _numbered(
-            {
-                index: (
-                    colour,
-                    tuple(sorted(colours[other] for other in before[index] if other in colours)),
-                    tuple(sorted(colours[other] for other in after[index] if other in colours)),
-                )
-                for index, colour in colours.items()
-            }
-        )
-        if len(set(refined.values())) == len(set(colours.values())):
-            return refined
-        colours = refined
-    return colours
+_LENGTHS = tuple(product((1, 2, 3), repeat=2))
+_LEAST = 2
+"""Pairs that must show a translation before it is believed."""
 
 
-def _numbered(values: Mapping[int, object]) -> dict[int, int]:
-    """Small numbers for equal values, in an order that does not depend on hashing."""
-    numbers: dict[str, int] = {}
-    return {index: numbers.setdefault(repr(value), len(numbers)) for index, value in values.items()}
+def match_recurring(source: Mapping[int, Layer], target: Mapping[int, Layer], base: Mapping[int, int]) -> dict[int, int]:
+    """Target -> source for layers outside of `base` (target -> source, certain), where exactly one source layer of the shape has
+    the last words that stand for the target's in every pair of `base` that has them, and nobody else asks for it.
+
+    Words tell layers of one block apart, not blocks: another pair of the same two blocks must stand already.
+    """
+    if any(layer.flat for layer in (*source.values(), *target.values())):
+        return {}
+    learned = {lengths: _translation(source, target, base, *lengths) for lengths in _LENGTHS}
+    taken = set(base.values())
+    our_blocks, their_blocks = _blocks(list(source.values())), _blocks(list(target.values()))
+    standing = {(our_blocks[i], their_blocks[j]) for j, i in base.items()}
+    options: dict[object, list[int]] = defaultdict(list)
+    for i, layer in source.items():
+        if i not in taken:
+            options[loose_signature(layer)].append(i)
+    votes: dict[int, int] = {}
+    for j, layer in target.items():
+        if j in base:
+            continue
+        said: set[int] = set()
+        for theirs in (1, 2, 3):
+            # The fewest words that translate: more of them would hold the names of the blocks that they were learned from.
+            tail = _tail(layer.path, theirs)
+            found = next(((ours, learned[ours, theirs][tail]) for ours in (1, 2, 3) if tail in learned[ours, theirs]), None)
+            if found is None:
+                continue
+            fits = [i for i in options[loose_signature(layer)] if _tail(source[i].path, found[0]) == found[1]]
+            if len(fits) == 1:
+                said.add(fits[0])
+        if len(said) == 1 and (our_blocks[next(iter(said))], their_blocks[j]) in standing:
+            votes[j] = said.pop()
+    asked = Counter(votes.values())
+    return {j: i for j, i in votes.items() if asked[i] == 1}
+
+
+def _translation(source: Mapping[int, Layer], target: Mapping[int, Layer], base: Mapping[int, int], ours: int, theirs: int) -> dict[str, str]:
+    """Last words in the target -> last words in the source, where each always stands for the other and for nothing else."""
+    pairs = Counter((_tail(target[j].path, theirs), _tail(source[i].path, ours)) for j, i in base.items())
+    forward, backward = Counter(b for b, _ in pairs), Counter(a for _, a in pairs)
+    return {b: a for (b, a), count in pairs.items() if count >= _LEAST and forward[b] == backward[a] == 1}
+
+
+def _blocks(layers: Sequence[Layer]) -> dict[int, str]:
+    """Layer -> the smallest module around it that holds more than one convolution or linear layer ("" where that is the network)."""
+    weights = Counter(path for layer in layers if layer.kind in WEIGHTED for path in _above(layer.path))
+    return {layer.index: next((path for path in _above(layer.path) if weights[path] > 1), "") for layer in layers}
+
+
+def _above(path: str) -> list[str]:
+    """The modules around a layer, innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+
+
+def _tail(path: str, words: int) -> str:
+    return ".".join(path.split(".")[-words:])
+
+
+def match_leftovers(source: Sequence[Layer], target: Sequence[Layer], certain: Mapping[int, int], *, whole: bool = False) -> dict[int, int]:
+    """Pairs of layers that are each the only one of their shape left in blocks whose other layers are each other's.
+
+    `whole`: only where nothing of the two blocks is left then. A layer that was replaced by another of its shape looks the same.
+    """
+    back = {i: j for j, i in certain.items()}
+    ours, theirs = _members(source), _members(target)
+    found: dict[int, int] = {}
+    for path, inside in sorted(theirs.items(), key=lambda item: len(item[1])):
+        paired = [certain[j] for j in inside if j in certain]
+        if len(paired) < 3 or len(paired) == len(inside):
+            continue
+        block = _block_of_size(ours, _common_parent([source[i].path for i in paired]), len(inside))
+        if not block or not path or any(back.get(i, inside[0]) not in inside for i in block):
+            continue
+        left_a = _by_signature(source, [i for i in block if i not in back and i not in found.values()])
+        left_b = _by_signature(target, [j for j in inside if j not in certain and j not in found])
+        pairs = {b[0]: left_a[key][0] for key, b in left_b.items() if len(b) == 1 and len(left_a.get(key, ())) == 1}
+        if not whole or len(pairs) == sum(map(len, left_a.values())) == sum(map(len, left_b.values())):
+            found.update(pairs)
+    return found
+
+
+def _members(layers: Sequence[Layer]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for layer in layers:
+        for path in _above(layer.path):
+            found[path].append(layer.index)
+    return found
+
+
+def _common_parent(paths: Sequence[str]) -> str:
+    parents = [path.split(".")[:-1] for path in paths]
+    same = takewhile(lambda words: len(set(words)) == 1, zip(*parents))
+    return ".".join(words[0] for words in same)
+
+
+def _block_of_size(members: Mapping[str, list[int]], path: str, size: int) -> list[int]:
+    """The layers of the smallest module at or around `path` that holds so many; [] where there is none."""
+    while path:
+        if len(members.get(path, ())) >= size:
+            return members[path] if len(members[path]) == size else []
+        path = path.rpartition(".")[0]
+    return []
+
+
+def _by_signature(layers: Sequence[Layer], indices: Sequence[int]) -> dict[object, list[int]]:
+    found: dict[object, list[int]] = defaultdict(list)
+    for index in indices:
+        found[loose_signature(layers[index])].append(index)
+    return found
+
+
+Part = tuple[int | str, ...]
+Bag = frozenset[tuple[tuple[str, tuple[int, ...]], int]]
+"""Kinds and shapes of a module's layers, with their numbers."""
+
+
+@lru_cache(maxsize=200_000)
+def _tokens(part: str) -> Part:
+    """Numbers, and what stands between them. A part that is one letter counts as its place in the alphabet (RegNet's a, b, c)."""
+    if len(part) == 1 and "a" <= part <= "f":
+        return (ord(part) - ord("a"),)
+    return tuple(int(token) if token.isdigit() else token for token in re.findall(r"\d+|[^\d]+", part))
+
+
+@lru_cache(maxsize=200_000)
+def _path(path: str) -> tuple[Part, ...]:
+    return tuple(_tokens(part) for part in path.split("."))
+
+
+def _natural(path: str) -> tuple[tuple[tuple[int, int, str], ...], ...]:
+    return tuple(tuple((0, t, "") if isinstance(t, int) else (1, 0, t) for t in part) for part in _path(path))
+
+
+class Numbers:
+    """The families of numbered siblings of one network, and whether each looks like an index."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.families: dict[tuple[object, ...], set[int]] = defaultdict(set)
+        for path in paths:
+            parts = _path(path)
+            for depth, part in enumerate(parts):
+                for at, token in enumerate(part):
+                    if isinstance(token, int):
+                        self.families[self._family(parts, depth, at)].add(token)
+
+    @staticmethod
+    def _family(parts: tuple[Part, ...], depth: int, at: int) -> tuple[object, ...]:
+        return parts[:depth], parts[depth][:at], parts[depth][at + 1 :]
+
+    def tell_apart(self, left: str, right: str) -> bool:
+        """Whether the first difference of two paths is a number of a family that looks like an index."""
+        a, b = _path(left), _path(right)
+        depth = next((d for d, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if depth is None:
+            return False
+        x, y = a[depth], b[depth]
+        if len(x) != len(y):
+            return False
+        differing = [at for at, (s, t) in enumerate(zip(x, y)) if s != t]
+        if len(differing) != 1 or not (isinstance(x[differing[0]], int) and isinstance(y[differing[0]], int)):
+            return False
+        family = self.families[self._family(a, depth, differing[0])]
+        # Sequential numbers skip layers without tensors; names with a number in them (conv1, bn0) start at 0, 1 or 2.
+        return max(family) <= (5 * len(family) + 8 if len(x) == 1 else len(family) + 3)
+
+    def place(self, path: str) -> tuple[int, int] | None:
+        """(rank among its numbered siblings, their number) of a module whose own name ends in an index; None for others."""
+        parts = _path(path)
+        depth, at = len(parts) - 1, len(parts[-1]) - 1
+        if not isinstance(parts[depth][at], int):
+            return None
+        numbers = sorted(self.families[self._family(parts, depth, at)])
+        return numbers.index(int(parts[depth][at])), len(numbers)
+
+    def ranked(self, paths: Sequence[str]) -> list[str] | None:
+        """Paths by their numbers, or None where words tell two of them apart."""
+        ordered = sorted(paths, key=_natural)
+        return ordered if all(self.tell_apart(a, b) for a, b in itertools.pairwise(ordered)) else None
+
+
+def match_trees(
+    source: Sequence[Layer],
+    target: Sequence[Layer],
+    *,
+    target_rank: Mapping[int, int] | None = None,
+) -> dict[int, int]:
+    """Target layer -> source layer, by content and numbers alone. `target_rank`: when each target layer is used; numbers that
+    contradict it are not believed."""
+    if any(layer.flat for layer in (*source, *target)):
+        return {}
+    return _Trees(source, target, target_rank).match()
+
+
+class _Trees:
+    def __init__(self, source: Sequence[Layer], target: Sequence[Layer], target_rank: Mapping[int, int] | None) -> None:
+        self.ours = {layer.index: layer for layer in source}
+        self.theirs = {layer.index: layer for layer in target}
+        self.our_trees, self.their_trees = _subtrees(source), _subtrees(target)
+        self.our_bags = {path: _bag(members, self.ours) for path, members in self.our_trees.items()}
+        self.their_bags = {path: _bag(members, self.theirs) for path, members in self.their_trees.items()}
+        self.our_numbers = Numbers([layer.path for layer in source])
+        self.their_numbers = Numbers([layer.path for layer in target])
+        self.rank = target_rank
+        self.found: dict[int, int] = {}
+
+    def match(self) -> dict[int, int]:
+        self._inside(frozenset(self.ours), frozenset(self.theirs))
+        return self.found
+
+    def _inside(self, ours: frozenset[int], theirs: frozenset[int]) -> None:
+        """Match the blocks inside two sets of layers, largest first, then what is left over one by one."""
+        groups_a, groups_b = defaultdict(list), defaultdict(list)
+        for path, members in self.our_trees.items():
+            if len(members) > 1 and members < ours:
+                groups_a[self.our_bags[path]].append(path)
+        for path, members in self.their_trees.items():
+            if len(members) > 1 and members < theirs:
+                groups_b[self.their_bags[path]].append(path)
+        shared = (groups_a.keys() & groups_b.keys()) - {frozenset()}
+        for bag in sorted(shared, key=lambda bag: (-sum(n for _, n in bag), repr(sorted(bag)))):
+            a = [path for path in groups_a[bag] if self.our_trees[path] <= ours]
+            b = [path for path in groups_b[bag] if self.their_trees[path] <= theirs]
+            for x, y in self._zip(a, b):
+                ours, theirs = ours - self.our_trees[x], theirs - self.their_trees[y]
+                self._inside(self.our_trees[x], self.their_trees[y])
+        self._leaves(ours, theirs)
+
+    def _zip(self, ours: list[str], theirs: list[str]) -> list[tuple[str, str]]:
+        if not ours or len(ours) != len(theirs):
+            return []
+        if len(ours) == 1:
+            # The only two of their content, but the first of four stages here and the second of four there: not the same.
+            place, other = self.our_numbers.place(ours[0]), self.their_numbers.place(theirs[0])
+            if place and other and place[1] == other[1] and place[0] != other[0]:
+                return []
+            # Two blocks here and there, one block here and there: a block may as well have moved from the one stage to the other.
+            elsewhere = not place or not other or place[0] != other[0]
+            if elsewhere and (_resembles(ours[0], self.our_trees, self.our_bags) or _resembles(theirs[0], self.their_trees, self.their_bags)):
+                return []
+        a = self.our_numbers.ranked(ours)
+        b = self.their_numbers.ranked(theirs)
+        if a is None or b is None:
+            return []
+        if self.rank is not None:
+            used = [min((self.rank[i] for i in self.their_trees[path] if i in self.rank), default=-1) for path in b]
+            if -1 not in used and used != sorted(used):
+                return []
+        return list(zip(a, b))
+
+    def _leaves(self, ours: frozenset[int], theirs: frozenset[int]) -> None:
+        left, right = defaultdict(list), defaultdict(list)
+        for i in sorted(ours):
+            left[loose_signature(self.ours[i])].append(i)
+        for j in sorted(theirs):
+            right[loose_signature(self.theirs[j])].append(j)
+        for key in left.keys() & right.keys():
+            a, b = left[key], right[key]
+            if len(a) == len(b) == 1:
+                self.found[b[0]] = a[0]
+                continue
+            by_path_a = {self.ours[i].path: i for i in a}
+            by_path_b = {self.theirs[j].path: j for j in b}
+            ranked_a = self.our_numbers.ranked(list(by_path_a))
+            ranked_b = self.their_numbers.ranked(list(by_path_b))
+            if len(a) != len(b) or ranked_a is None or ranked_b is None:
+                continue
+            pairs = [(by_path_b[y], by_path_a[x]) for x, y in zip(ranked_a, ranked_b)]
+            if self.rank is not None:
+                used = [self.rank[j] for j, _ in pairs if j in self.rank]
+                if used != sorted(used):
+                    continue
+            self.found.update(pairs)
+
+
+def _subtrees(layers: Sequence[Layer]) -> dict[str, frozenset[int]]:
+    """Module path -> its layers; of a chain of modules with equal content only the topmost."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for layer in layers:
+        parts = layer.path.split(".")
+        for depth in range(1, len(parts) + 1):
+            members[".".join(parts[:depth])].append(layer.index)
+    top: dict[tuple[int, ...], str] = {}
+    for path in sorted(members, key=lambda path: (path.count("."), path)):
+        top.setdefault(tuple(sorted(members[path])), path)
+    return {path: frozenset(content) for content, path in top.items()}
+
+
+def _resembles(path: str, trees: Mapping[str, frozenset[int]], bags: Mapping[str, Bag]) -> bool:
+    """Whether another module holds the same layers in other numbers."""
+    layers = {layer for layer, _ in bags[path]}
+    return any(
+        bags[other] != bags[path] and not members & trees[path] and {layer for layer, _ in bags[other]} == layers
+        for other, members in trees.items()
+        if len(members) > 1
+    )
+
+
+def _bag(members: frozenset[int], layers: Mapping[int, Layer]) -> Bag:
+    """What a module learns. Tables of the architecture do not count: one library stores Swin's index tables, the other does not."""
+    return frozenset(Counter(loose_signature(layers[i]) for i in members if layers[i].kind != "buffer").items())

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 from dtl import files
-from dtl.checkpoint.transfer.layers.names import looks_sorted
-from dtl.checkpoint.transfer.layers.units import entries_of
+from dtl.checkpoint.transfer.layers.layer import looks_sorted, specs_of, strip_wrappers
 from dtl.checkpoint.transfer.source import hubs
-from dtl.checkpoint.transfer.source.containers import find_state_dict, without_wrappers
-from dtl.checkpoint.transfer.source.pickles import is_legacy_torch, pickled_globals
 from dtl.errors import UserError
 from dtl.models.hub import hub_name
-from dtl.text import near_path, some
+from dtl.text import counted, near_path, some
 
 # What a legacy torch file names besides its objects.
 _HARMLESS = ("torch._utils.", "torch.storage.", "torch.Storage", "torch.FloatStorage", "torch.LongStorage", "torch.nn.parameter.",
@@ -105,7 +103,7 @@ def _from_mapping(mapping: Mapping[str, Any], *, origin: str, key: str | None) -
     return SourceWeights(
         contents.tensors,
         origin,
-        ordered=not looks_sorted(entries_of(contents.tensors)),
+        ordered=not looks_sorted(specs_of(contents.tensors)),
         container=contents.container,
         prefix=contents.prefix,
         passed_over=contents.passed_over,
@@ -300,3 +298,177 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+# State of other things than the network: never looked into.
+_NOT_WEIGHTS = (
+    "optim",
+    "sched",
+    "scaler",
+    "amp",
+    "rng",
+    "loops",
+    "callbacks",
+    "hparams",
+    "hyper",
+    "momentum",
+    "sampler",
+    "criterion",
+    "loss",
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A state dict found in a file. `container`: the words that led to it, joined by `/` ("" for a flat file).
+
+    `prefix` is what of the user's key was no container: the beginning of names. `passed_over` names the other mappings
+    of tensors and the specs that are no tensors.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    container: str
+    prefix: str
+    passed_over: tuple[str, ...]
+
+
+def find_state_dict(loaded: Any, *, key: str | None, origin: str) -> Contents:
+    """The state dict in what a file held. Two that could be meant, and no `key`: a UserError naming both."""
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{origin}: holds a {type(loaded).__name__}, not a state dict; save `model.state_dict()` instead")
+    candidates = _candidates(loaded)
+    if not candidates:
+        raise UserError(f"{origin}: holds no tensors (top-level keys: {_list(loaded)}); a state dict is needed")
+    prefix = ""
+    if key is None:
+        container = _choose(candidates, origin)
+    else:
+        container, prefix = _by_key(candidates, key, origin)
+    tensors = {name: value for name, value in _descend(loaded, container).items() if isinstance(name, str)}
+    found = {name: as_tensor(value) for name, value in tensors.items() if _is_tensor(value)}
+    beside = [other or "(top level)" for other in candidates if other != container]
+    beside += [name for name, value in tensors.items() if not _is_tensor(value) and not isinstance(value, Mapping)]
+    return Contents(found, container, prefix, tuple(beside))
+
+
+def without_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`module.` and the like taken out of all names, unless two names would become one."""
+    short = [strip_wrappers(name) for name in tensors]
+    if len(set(short)) < len(short):
+        return tensors
+    return dict(zip(short, tensors.values()))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (type(value).__module__ == "numpy" and hasattr(value, "shape") and hasattr(value, "dtype"))
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        return torch.as_tensor(value)
+    return value.detach() if value.layout == torch.strided else value.detach().to_dense()
+
+
+def _candidates(loaded: Mapping[Any, Any]) -> dict[str, int]:
+    """container -> number of tensors in it, in the file's order."""
+    found: dict[str, int] = {}
+
+    def look(mapping: Mapping[Any, Any], path: tuple[str, ...]) -> None:
+        tensors = sum(_is_tensor(value) for name, value in mapping.items() if isinstance(name, str))
+        if tensors:
+            found["/".join(path)] = tensors
+        if len(path) >= 6 or tensors > 0.5 * len(mapping):
+            return
+        for name, value in mapping.items():
+            if isinstance(name, str) and isinstance(value, Mapping) and not name.lower().startswith(_NOT_WEIGHTS):
+                look(value, (*path, name))
+
+    look(loaded, ())
+    return found
+
+
+def _choose(candidates: dict[str, int], origin: str) -> str:
+    most = max(candidates.values())
+    # As many tensors, or nearly: a second network of the same kind (an average of weights, a teacher).
+    rivals = [container for container, count in candidates.items() if count >= 0.9 * most and (count > 4 or count == most)]
+    if len(rivals) > 1:
+        named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')})" for container in rivals)
+        raise UserError(f"{origin}: holds {named}; say which one is meant, for instance source: {origin}#{rivals[0]}")
+    return rivals[0]
+
+
+def _by_key(candidates: dict[str, int], key: str, origin: str) -> tuple[str, str]:
+    """(container, prefix of names): `model_ema`, `model/state_dict`, `encoder_q.` or `state_dict/encoder_q.`."""
+    if key in candidates:
+        return key, ""
+    outer, _, inner = key.rpartition("/")
+    ending = [container for container in candidates if container.split("/")[-1] == key]
+    if len(ending) == 1:
+        return ending[0], ""
+    if inner.endswith("."):
+        if outer in candidates:
+            return outer, inner
+        if not outer:
+            return _choose(candidates, origin), inner
+    names = ", ".join(f"'{container}'" for container in candidates if container) or "none"
+    raise UserError(f"{origin}: no state dict under '{key}'; found: {names}. A prefix of names ends in a dot, as in #encoder_q.")
+
+
+def _descend(loaded: Mapping[Any, Any], container: str) -> Mapping[Any, Any]:
+    inner: Any = loaded
+    for word in container.split("/") if container else []:
+        inner = inner[word]
+    result: Mapping[Any, Any] = inner
+    return result
+
+
+def _list(loaded: Mapping[Any, Any]) -> str:
+    return ", ".join(repr(key) for key in list(loaded)[:8]) or "none"
+
+
+# The first thing that torch wrote into files before 1.6: a pickled number.
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+_MOST_PICKLES = 5
+
+
+def is_legacy_torch(path: Path) -> bool:
+    """Whether a file begins as `torch.save` began it before torch 1.6."""
+    try:
+        with path.open("rb") as file:
+            return any(argument == _TORCH_MAGIC for _, argument, _ in pickletools.genops(file))
+    except Exception:  # whatever is wrong with the bytes, they are no such file
+        return False
+
+
+def pickled_globals(path: Path) -> list[str]:
+    """Dotted names of the classes and functions that the file's pickles name, sorted; what was found before any damage."""
+    found: set[str] = set()
+    try:
+        with path.open("rb") as file:
+            for _ in range(_MOST_PICKLES):
+                _collect(file, found)
+    except Exception:  # the end of the pickles, or of what is whole
+        pass
+    return sorted(found)
+
+
+def _collect(file: BinaryIO, found: set[str]) -> None:
+    """Names in the next pickle. STACK_GLOBAL takes the two strings before it, which may have been said earlier (memo)."""
+    strings: list[str] = []
+    memo: dict[int, str | None] = {}
+    last: str | None = None
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "MEMOIZE":
+            memo[len(memo)] = last
+        elif opcode.name in ("BINPUT", "LONG_BINPUT") and isinstance(argument, int):
+            memo[argument] = last
+        elif opcode.name == "GLOBAL":
+            found.add(str(argument).replace(" ", "."))
+            last = None
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(".".join(strings[-2:]))
+            last = None
+        else:
+            last = memo.get(argument) if "BINGET" in opcode.name and isinstance(argument, int) else argument if isinstance(argument, str) else None
+            if last is not None:
+                strings.append(last)

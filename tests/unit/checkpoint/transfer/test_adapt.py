@@ -10,7 +10,7 @@ from transfer_networks import Tokens, Window
 
 from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.transfer import adapt
-from dtl.checkpoint.transfer.match.heads import pick_rows
+from dtl.checkpoint.transfer.outcomes import pick_rows
 from dtl.errors import UserError
 
 

@@ -15,20 +15,21 @@ import torch
 from small_networks import Block, Net, hashed, net, right, state
 from torch import nn
 
-from dtl.checkpoint.transfer.layers.names import likeness, rename, strip_wrappers
-from dtl.checkpoint.transfer.layers.trace import trace_dataflow
-from dtl.checkpoint.transfer.layers.units import Entry, entries_of, units_of
-from dtl.checkpoint.transfer.match.align import IMPOSSIBLE, align
-from dtl.checkpoint.transfer.match.by_map import save_map
+from dtl.checkpoint.transfer.layers.dataflow import trace_dataflow
+from dtl.checkpoint.transfer.layers.layer import TensorSpec, layers_of, specs_of, strip_wrappers
+from dtl.checkpoint.transfer.match.alignment import IMPOSSIBLE, align
+from dtl.checkpoint.transfer.match.by_name import rename
+from dtl.checkpoint.transfer.match.evidence import likeness
 from dtl.checkpoint.transfer.plan import plan_transfer
+from dtl.checkpoint.transfer.report import save_map
 from dtl.errors import UserError
 
 # --- the parts ---
 
 
 def test_layers_behind_names_and_behind_shapes() -> None:
-    named = units_of(entries_of(net().state_dict()))
-    flat = units_of([Entry(hashed(e.name), e.shape, e.family) for e in entries_of(net().state_dict())])
+    named = layers_of(specs_of(net().state_dict()))
+    flat = layers_of([TensorSpec(hashed(e.name), e.shape, e.family) for e in specs_of(net().state_dict())])
     assert [(u.kind, u.shape) for u in named] == [(u.kind, u.shape) for u in flat]
     assert [u.kind for u in named[:4]] == ["conv", "bn", "conv", "bn"]
     assert list(named[1].roles) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -74,9 +75,9 @@ def test_wrappers_prefixes_and_likeness() -> None:
     assert strip_wrappers("module._orig_mod.layer1._fsdp_wrapped_module.conv.weight") == "layer1.conv.weight"
     assert likeness("layer1.0.bn1", "layer1.0.norm1") == 1.0
     assert likeness("conv1", "conv2") == 0.5
-    target = entries_of(net().state_dict())
+    target = specs_of(net().state_dict())
     for prefix in ("backbone.", "model.encoder.", "module.net."):
-        source = [Entry(prefix + e.name, e.shape, e.family) for e in target]
+        source = [TensorSpec(prefix + e.name, e.shape, e.family) for e in target]
         assert all(rename(source, target).renamed[prefix + e.name] == e.name for e in target)
 
 

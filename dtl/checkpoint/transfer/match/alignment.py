@@ -12,21 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dtl.checkpoint.transfer.layers.links import Link
-from dtl.checkpoint.transfer.layers.trace import Dataflow
-from dtl.checkpoint.transfer.layers.units import NORMS, WEIGHTED, Unit, num_elements, squeezed
-from dtl.checkpoint.transfer.match.align import IMPOSSIBLE, Alignment, Scores, align
-from dtl.checkpoint.transfer.match.fits import IMAGE_CHANNELS, is_position_table, is_relative_table
+from dtl.checkpoint.transfer.layers.dataflow import Candidates, Dataflow, Link
+from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Layer, num_elements, squeezed
+from dtl.checkpoint.transfer.match.matching import IMAGE_CHANNELS, is_position_table, is_relative_table
 
 TAU = 0.75
 """Alignments within this of the best count as equally good: less than a skipped layer costs."""
 
 ANCHOR = 4.0
 _FULL = {"conv": 2.0, "linear": 2.0, "buffer": 0.5}
-
-Candidates = dict[int, list[int | None]]
-"""Target unit -> source units it could be paired with; None among them: it could stay alone."""
 
 
 @dataclass
@@ -41,19 +37,19 @@ class Viewed:
     """(source, target) of pairs where either fits nothing else, whatever the order."""
 
 
-def in_use_order(units: Sequence[Unit], flow: Dataflow) -> list[Unit]:
-    """Units by first use; one that is never used stays behind its predecessor in registration order."""
+def in_use_order(layers: Sequence[Layer], flow: Dataflow) -> list[Layer]:
+    """Layers by first use; one that is never used stays behind its predecessor in registration order."""
     position = {name: at for at, name in enumerate(flow.order)}
     ranks = []
     last = -1.0
-    for unit in units:
-        used = [position[name] for name in unit.names if name in position]
+    for layer in layers:
+        used = [position[name] for name in layer.names if name in position]
         last = min(used) if used else last + 1e-3
-        ranks.append((last, unit.index, unit))
-    return [unit for _, _, unit in sorted(ranks, key=lambda rank: rank[:2])]
+        ranks.append((last, layer.index, layer))
+    return [layer for _, _, layer in sorted(ranks, key=lambda rank: rank[:2])]
 
 
-def fit(source: Unit, target: Unit, ends: tuple[bool, bool, bool, bool]) -> tuple[float, str] | None:
+def fit(source: Layer, target: Layer, ends: tuple[bool, bool, bool, bool]) -> tuple[float, str] | None:
     """(score, transform) of a pair, or None. `ends`: is first weighted of source, of target; is last linear of source, of target."""
     first = ends[0] and ends[1]
     have, want = source.shape, target.shape
@@ -75,7 +71,7 @@ def fit(source: Unit, target: Unit, ends: tuple[bool, bool, bool, bool]) -> tupl
     return None
 
 
-def _fit_weighted(source: Unit, target: Unit, *, first: bool, last: bool) -> tuple[float, str] | None:
+def _fit_weighted(source: Layer, target: Layer, *, first: bool, last: bool) -> tuple[float, str] | None:
     have, want = source.shape, target.shape
     if source.kind != target.kind:
         if squeezed(have) == squeezed(want) and len(squeezed(have)) == 2:
@@ -95,13 +91,13 @@ def _fit_weighted(source: Unit, target: Unit, *, first: bool, last: bool) -> tup
     return None
 
 
-def first_layer(units: Sequence[Unit], flow: Dataflow | None) -> int | None:
+def first_layer(layers: Sequence[Layer], flow: Dataflow | None) -> int | None:
     """The layer that sees the input: the first one used, or the first one registered where use is not known."""
-    ordered = in_use_order(units, flow) if flow else units
-    return next((unit.index for unit in ordered if unit.kind in WEIGHTED), None)
+    ordered = in_use_order(layers, flow) if flow else layers
+    return next((layer.index for layer in ordered if layer.kind in WEIGHTED), None)
 
 
-def score_matrix(source: Sequence[Unit], target: Sequence[Unit], firsts: tuple[int | None, int | None]) -> tuple[Scores, dict[tuple[int, int], str]]:
+def score_matrix(source: Sequence[Layer], target: Sequence[Layer], firsts: tuple[int | None, int | None]) -> tuple[Scores, dict[tuple[int, int], str]]:
     """Scores of all pairs, computed once per distinct pair of signatures, and the transforms of those that need one."""
     a_classes, a_of = _classes(source, firsts[0])
     b_classes, b_of = _classes(target, firsts[1])
@@ -119,15 +115,15 @@ def score_matrix(source: Sequence[Unit], target: Sequence[Unit], firsts: tuple[i
     transforms = {}
     if how:
         members_a, members_b = defaultdict(list), defaultdict(list)
-        for unit, of in zip(source, a_of):
-            members_a[of].append(unit.index)
-        for unit, of in zip(target, b_of):
-            members_b[of].append(unit.index)
+        for layer, of in zip(source, a_of):
+            members_a[of].append(layer.index)
+        for layer, of in zip(target, b_of):
+            members_b[of].append(layer.index)
         transforms = {(i, j): name for (ca, cb), name in how.items() for i in members_a[ca] for j in members_b[cb]}
     return small[np.ix_(a_of, b_of)], transforms
 
 
-def _may_fit(a: Unit, b: Unit, ends: bool) -> bool:
+def _may_fit(a: Layer, b: Layer, ends: bool) -> bool:
     """Cheap necessary conditions: most pairs of shapes fail them."""
     if a.kind == b.kind and a.kind in (*WEIGHTED, *NORMS):
         return ends or a.shape == b.shape
@@ -136,17 +132,17 @@ def _may_fit(a: Unit, b: Unit, ends: bool) -> bool:
     return a.kind not in (*WEIGHTED, *NORMS) and b.kind not in (*WEIGHTED, *NORMS)
 
 
-def _classes(units: Sequence[Unit], first: int | None) -> tuple[list[tuple[Unit, tuple[bool, bool]]], list[int]]:
-    last = next((u.index for u in reversed(units) if u.kind == "linear"), None)
+def _classes(layers: Sequence[Layer], first: int | None) -> tuple[list[tuple[Layer, tuple[bool, bool]]], list[int]]:
+    last = next((u.index for u in reversed(layers) if u.kind == "linear"), None)
     seen: dict[tuple[object, ...], int] = {}
-    classes: list[tuple[Unit, tuple[bool, bool]]] = []
+    classes: list[tuple[Layer, tuple[bool, bool]]] = []
     of = []
-    for unit in units:
-        ends = (unit.index == first, unit.index == last)
-        key = (unit.signature, "bias" in unit.roles, ends, "relative" in unit.path)
+    for layer in layers:
+        ends = (layer.index == first, layer.index == last)
+        key = (layer.signature, "bias" in layer.roles, ends, "relative" in layer.path)
         if key not in seen:
             seen[key] = len(classes)
-            classes.append((unit, ends))
+            classes.append((layer, ends))
         of.append(seen[key])
     return classes, of
 
@@ -157,12 +153,12 @@ class View:
     def __init__(
         self,
         name: str,
-        source: Sequence[Unit],
-        target: Sequence[Unit],
+        source: Sequence[Layer],
+        target: Sequence[Layer],
         *,
         anchors: Mapping[int, int],
         firsts: tuple[int | None, int | None],
-        allowed: Callable[[Unit, Unit], bool] | None = None,
+        allowed: Callable[[Layer, Layer], bool] | None = None,
     ) -> None:
         self.name, self.source, self.target = name, source, target
         scores, self.transforms = score_matrix(source, target, firsts)
@@ -182,11 +178,11 @@ class View:
     def candidates(self) -> Candidates:
         enough = self.best - TAU
         found: Candidates = {}
-        for j, unit in enumerate(self.target):
+        for j, layer in enumerate(self.target):
             options: list[int | None] = [self.source[int(i)].index for i in np.flatnonzero(self.alignment.through[:, j] >= enough)]
             if self.alignment.skips_target[j] >= enough:
                 options.append(None)
-            found[unit.index] = options
+            found[layer.index] = options
         return found
 
     def margins(self) -> dict[tuple[int, int], float]:
@@ -213,7 +209,7 @@ def _two_best(rows: Scores) -> Scores:
     return -np.partition(-rows, 1, axis=1)[:, :2]
 
 
-def _sole_pairs(scores: Scores, source: Sequence[Unit], target: Sequence[Unit], transforms: Mapping[tuple[int, int], str]) -> frozenset[tuple[int, int]]:
+def _sole_pairs(scores: Scores, source: Sequence[Layer], target: Sequence[Layer], transforms: Mapping[tuple[int, int], str]) -> frozenset[tuple[int, int]]:
     possible = scores > IMPOSSIBLE / 2
     rows = np.flatnonzero(possible.sum(axis=1) == 1)
     pairs = [(int(i), int(np.argmax(possible[i]))) for i in rows]
@@ -221,11 +217,11 @@ def _sole_pairs(scores: Scores, source: Sequence[Unit], target: Sequence[Unit], 
     return frozenset(pair for pair in found if transforms.get(pair) != "head")
 
 
-def _anchor(scores: Scores, source: Sequence[Unit], target: Sequence[Unit], anchors: Mapping[int, int]) -> None:
+def _anchor(scores: Scores, source: Sequence[Layer], target: Sequence[Layer], anchors: Mapping[int, int]) -> None:
     if not anchors:
         return
-    row = {unit.index: i for i, unit in enumerate(source)}
-    column = {unit.index: j for j, unit in enumerate(target)}
+    row = {layer.index: i for i, layer in enumerate(source)}
+    column = {layer.index: j for j, layer in enumerate(target)}
     given = [(row[i], column[j]) for j, i in anchors.items() if i in row and j in column]
     values = [max(scores[i, j], 1.0) + ANCHOR for i, j in given]
     for i, j in given:
@@ -236,8 +232,8 @@ def _anchor(scores: Scores, source: Sequence[Unit], target: Sequence[Unit], anch
 
 
 def look(
-    source: Sequence[Unit],
-    target: Sequence[Unit],
+    source: Sequence[Layer],
+    target: Sequence[Layer],
     *,
     source_flow: Dataflow | None,
     target_flow: Dataflow | None,
@@ -261,7 +257,7 @@ def look(
     if split.best > best + 1.5:
         return Viewed("layers, then norms", split.candidates, split.margins, transforms | split.transforms, sole)
     top = [view for view in views if view.best >= best - TAU]
-    merged: dict[int, list[int | None]] = {unit.index: [] for unit in target}
+    merged: dict[int, list[int | None]] = {layer.index: [] for layer in target}
     margins: dict[tuple[int, int], float] = {}
     for view in top:
         for j, options in view.candidates().items():
@@ -280,8 +276,8 @@ class _Split:
 
 
 def _split_view(
-    source: Sequence[Unit],
-    target: Sequence[Unit],
+    source: Sequence[Layer],
+    target: Sequence[Layer],
     source_links: Mapping[int, set[Link]],
     target_links: Mapping[int, set[Link]],
     anchors: Mapping[int, int],
@@ -290,17 +286,17 @@ def _split_view(
     """Weighted layers, norms and the rest aligned apart; a norm only with one whose convolution can be its convolution's."""
     result = _Split(0.0, {}, {}, {})
 
-    def linked(a: Unit, b: Unit) -> bool:
+    def linked(a: Layer, b: Layer) -> bool:
         ours, theirs = source_links.get(a.index), target_links.get(b.index)
         if ours is None or theirs is None:
             return True
         return any(side == other and i in result.candidates.get(j, ()) for side, i in ours for other, j in theirs)
 
     for kinds in (WEIGHTED, NORMS, ("param", "vector", "buffer")):
-        ours = [unit for unit in source if unit.kind in kinds]
-        theirs = [unit for unit in target if unit.kind in kinds]
+        ours = [layer for layer in source if layer.kind in kinds]
+        theirs = [layer for layer in target if layer.kind in kinds]
         if not theirs or not ours:
-            result.candidates.update({unit.index: [None] for unit in theirs})
+            result.candidates.update({layer.index: [None] for layer in theirs})
             continue
         view = View("", ours, theirs, anchors=anchors, firsts=firsts, allowed=linked if kinds is NORMS else None)
         result.best += view.best
@@ -308,3 +304,53 @@ def _split_view(
         result.margins.update(view.margins())
         result.transforms.update(view.transforms)
     return result
+
+
+Scores = NDArray[np.float64]
+IMPOSSIBLE = -1e9
+GAP_OPEN = 0.6
+GAP_EXTEND = 0.02
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """`best`: the optimal score. `through[i, j]`: the best score of an alignment that pairs source i with target j.
+
+    `skips_target[j]`, `skips_source[i]`: the best score of an alignment that leaves that one alone.
+    """
+
+    best: float
+    through: Scores
+    skips_target: Scores
+    skips_source: Scores
+
+
+def align(scores: Scores) -> Alignment:
+    """Align source (rows) with target (columns); `scores` holds IMPOSSIBLE where two must not be paired."""
+    pair, skip_source, skip_target = _forward(scores)
+    pair_back, source_back, target_back = (matrix[::-1, ::-1] for matrix in _forward(scores[::-1, ::-1]))
+    best = float(max(pair[-1, -1], skip_source[-1, -1], skip_target[-1, -1]))
+    through = pair[1:, 1:] + pair_back[:-1, :-1] - scores
+    through[scores < IMPOSSIBLE / 2] = IMPOSSIBLE
+    # Both halves paid for opening the same gap.
+    skips_target = (skip_target[:, 1:] + target_back[:, :-1]).max(axis=0) + GAP_OPEN
+    skips_source = (skip_source[1:, :] + source_back[:-1, :]).max(axis=1) + GAP_OPEN
+    return Alignment(best, through, skips_target, skips_source)
+
+
+def _forward(scores: Scores) -> tuple[Scores, Scores, Scores]:
+    """Best score of each prefix that ends in a pair, in a skipped source, in a skipped target."""
+    num_source, num_target = scores.shape
+    pair, skip_source, skip_target = (np.full((num_source + 1, num_target + 1), IMPOSSIBLE) for _ in range(3))
+    pair[0, 0] = 0.0
+    steps = np.arange(num_target + 1)
+    for i in range(num_source + 1):
+        if i:
+            before = np.maximum(np.maximum(pair[i - 1], skip_source[i - 1]), skip_target[i - 1])
+            pair[i, 1:] = scores[i - 1] + before[:-1]
+            skip_source[i] = np.maximum(np.maximum(pair[i - 1], skip_target[i - 1]) - GAP_OPEN, skip_source[i - 1] - GAP_EXTEND)
+        # A gap from column k to j costs open + extend * (j - k - 1): a running maximum replaces the loop over k.
+        opened = np.maximum(pair[i], skip_source[i]) + GAP_EXTEND * steps
+        reach = np.maximum.accumulate(opened)
+        skip_target[i, 1:] = reach[:-1] - GAP_OPEN - GAP_EXTEND * (steps[1:] - 1)
+    return pair, skip_source, skip_target

@@ -1,0 +1,310 @@
+"""A list of tensors seen as a list of layers: one `Layer` for a convolution, a linear layer, a norm with all of its tensors.
+
+Everything here works on names and shapes alone. Weights are aligned layer by layer, never tensor by tensor: inside a pair of
+layers the tensors are paired by role, so that a bias cannot end up as another layer's norm weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+Key = tuple[str, ...]
+"""The names of the tensors that act as one: nearly always one name; three for separate q, k, v."""
+
+NORM_ROLES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+ROLES = frozenset({*NORM_ROLES, "in_proj_weight", "in_proj_bias"})
+WEIGHTED = ("conv", "linear")
+NORMS = ("bn", "norm")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and family of type of one tensor. `family`: f floating point, i integer, b boolean."""
+
+    name: str
+    shape: Shape
+    family: str = "f"
+
+    @property
+    def is_counter(self) -> bool:
+        """A BatchNorm's `num_batches_tracked`: an integer scalar, which old files lack."""
+        return self.shape == () and self.family == "i"
+
+
+@dataclass
+class Layer:
+    """One layer. `kind`: conv, linear, bn, norm, vector (a lone weight of one dimension), param (a lone tensor), buffer."""
+
+    path: str
+    kind: str
+    roles: dict[str, tuple[Key, Shape]]
+    index: int = -1
+    flat: bool = field(default=False)
+    """True where the layer was cut out of a sequence of shapes, because the names say nothing."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the main tensor."""
+        for role in ("weight", "param"):
+            if role in self.roles:
+                return self.roles[role][1]
+        return next(iter(self.roles.values()))[1]
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the layer, one by one."""
+        return [name for key, _ in self.roles.values() for name in key]
+
+    @property
+    def signature(self) -> tuple[str, Shape]:
+        return self.kind, self.shape
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
+    """Names, shapes and families of a state dict, in its order. Values that are no tensors (extra state) are left out."""
+    found = []
+    for name, value in tensors.items():
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            found.append(TensorSpec(name, tuple(value.shape), _family(str(value.dtype))))
+    return found
+
+
+def _family(dtype: str) -> str:
+    if "bool" in dtype:
+        return "b"
+    return "i" if "int" in dtype else "f"
+
+
+def squeezed(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
+
+
+def num_elements(shape: Shape) -> int:
+    return prod(shape)
+
+
+def names_speak(specs: Iterable[TensorSpec]) -> bool:
+    """Whether the last words of the names tell roles (weight, bias, ...) for most tensors."""
+    words = [spec.name.rpartition(".")[2] for spec in specs]
+    return sum(word in ROLES for word in words) >= 0.6 * len(words)
+
+
+def layers_of(specs: list[TensorSpec], like: Iterable[Layer] = ()) -> list[Layer]:
+    """The layers behind a list of tensors, in the list's order. `like`: layers of a network that these may be, which settle how a
+    sequence of shapes is cut where names say nothing and there is more than one way."""
+    layers = _by_path(specs) if names_speak(specs) else _Cutter(specs, list(like)).cut()
+    for index, layer in enumerate(layers):
+        layer.index = index
+    return layers
+
+
+def _kind(roles: Mapping[str, Shape]) -> str:
+    if "running_mean" in roles or "running_var" in roles:
+        return "bn"
+    weight = roles.get("weight")
+    if weight is None:
+        return "param"
+    if len(weight) >= 3:
+        return "conv"
+    if len(weight) == 2:
+        return "linear"
+    if len(weight) == 1:
+        return "norm" if "bias" in roles else "vector"
+    return "param"
+
+
+def _by_path(specs: list[TensorSpec]) -> list[Layer]:
+    siblings: dict[str, list[tuple[str, TensorSpec]]] = {}
+    for spec in specs:
+        path, _, word = spec.name.rpartition(".")
+        siblings.setdefault(path, []).append((word, spec))
+    layers: list[Layer] = []
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            continue
+        path, _, word = spec.name.rpartition(".")
+        if word not in ROLES:
+            layers.append(Layer(spec.name, "buffer" if spec.family != "f" else "param", {"param": ((spec.name,), spec.shape)}))
+            continue
+        # nn.MultiheadAttention keeps in_proj_* beside its children: a linear layer of its own.
+        projection = word.startswith("in_proj")
+        group = [(w, e) for w, e in siblings[path] if w in ROLES and w.startswith("in_proj") == projection]
+        seen.update(e.name for _, e in group)
+        roles: dict[str, tuple[Key, Shape]] = {w.removeprefix("in_proj_"): ((e.name,), e.shape) for w, e in group}
+        kind = "linear" if projection else _kind({w: e.shape for w, e in group})
+        layers.append(Layer(path, kind, roles))
+    return layers
+
+
+class _Cutter:
+    """Cuts a sequence of shapes into layers where names are of no help.
+
+    A weight of two or more dimensions, then r vectors of its output size, then perhaps an integer scalar:
+    with the scalar, 4 vectors are a BatchNorm, 5 a bias and a BatchNorm; without it, 2 are a norm and 3 a bias and a norm.
+    Lone vectors (a layer scale) and tables (Swin's position biases) look the same; where the network in question has
+    such, what its layers of the same shape have decides.
+    """
+
+    def __init__(self, specs: list[TensorSpec], like: list[Layer]) -> None:
+        self.specs = specs
+        self.biased: dict[Shape, set[bool]] = {}
+        for layer in like:
+            if layer.kind in WEIGHTED:
+                self.biased.setdefault(layer.shape, set()).add("bias" in layer.roles)
+        self.lone = {squeezed(layer.shape) for layer in like if layer.kind in ("param", "vector")}
+        self.layers: list[Layer] = []
+        # Files written before torch 0.4.1 have no counters; then four equal vectors are taken for a BatchNorm, if the network has any.
+        without = bool(like) and not any(layer.kind == "bn" for layer in like)
+        self.counters = without or any(spec.is_counter for spec in specs)
+
+    def vectors(self, start: int) -> int:
+        """Number of floating vectors of one size that begin at `start`."""
+        stop = start
+        while stop < len(self.specs):
+            spec = self.specs[stop]
+            if len(spec.shape) != 1 or spec.family != "f" or spec.shape != self.specs[start].shape:
+                break
+            stop += 1
+        return stop - start
+
+    def counter_at(self, position: int) -> bool:
+        return position < len(self.specs) and self.specs[position].is_counter
+
+    def emit(self, kind: str, start: int, *roles: str) -> None:
+        found: dict[str, tuple[Key, Shape]] = {role: ((self.specs[start + n].name,), self.specs[start + n].shape) for n, role in enumerate(roles)}
+        self.layers.append(Layer(f"#{len(self.layers)}", kind, found, flat=True))
+
+    def norms(self, start: int, count: int) -> None:
+        """`count` equal vectors with no counter behind them."""
+        while count:
+            if count >= 4 and not self.counters:
+                self.emit("bn", start, *NORM_ROLES[:4])
+                start, count = start + 4, count - 4
+            elif count >= 2:
+                self.emit("norm", start, "weight", "bias")
+                start, count = start + 2, count - 2
+            else:
+                self.emit("param", start, "param")
+                start, count = start + 1, count - 1
+
+    def weight(self, at: int) -> int:
+        shape = self.specs[at].shape
+        follows = at + 1 < len(self.specs) and self.specs[at + 1].shape == (shape[0],)
+        run = self.vectors(at + 1) if follows else 0
+        if self.counter_at(at + 1 + run):
+            biased = run in (3, 5) or (run > 5 and run % 2 == 1)
+        else:
+            biased = run % 2 == 1
+            if shape[:1] in self.lone and self.biased.get(shape) == {not biased} and run and (self.counters or run < 4 or biased):
+                biased = not biased
+        if not run and shape in self.lone and shape not in self.biased:
+            self.emit("param", at, "param")
+            return at + 1
+        self.emit("conv" if len(shape) >= 3 else "linear", at, *(("weight", "bias") if biased else ("weight",)))
+        return at + 1 + biased
+
+    def vector(self, at: int) -> int:
+        run = self.vectors(at)
+        if not self.counter_at(at + run):
+            self.norms(at, run)
+            return at + run
+        size = 4 if run >= 4 else min(run, 2)
+        self.norms(at, run - size)
+        self.emit("bn", at + run - size, *(NORM_ROLES if size == 4 else NORM_ROLES[2:] if size == 2 else NORM_ROLES[4:]))
+        return at + run + 1
+
+    def cut(self) -> list[Layer]:
+        at = 0
+        while at < len(self.specs):
+            spec = self.specs[at]
+            shape = spec.shape
+            if spec.family == "f" and len(shape) >= 2 and len(squeezed(shape)) >= 2 and not (len(shape) >= 3 and shape[0] == 1):
+                at = self.weight(at)
+            elif spec.family == "f" and len(shape) == 1:
+                at = self.vector(at)
+            else:
+                self.emit("param" if spec.family == "f" else "buffer", at, "param")
+                at += 1
+        return self.layers
+
+
+def loose_signature(layer: Layer) -> tuple[str, tuple[int, ...]]:
+    """What two layers must share to be the same up to size-1 dimensions: a linear layer and a 1x1 convolution do."""
+    if layer.kind in WEIGHTED:
+        return "weighted", squeezed(layer.shape) or layer.shape
+    if layer.kind in ("param", "vector"):
+        return "param", squeezed(layer.shape)
+    return layer.kind, layer.shape
+
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Words that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names, at any depth."""
+
+
+def strip_wrappers(name: str) -> str:
+    *path, word = name.split(".")
+    return ".".join([*(part for part in path if part not in WRAPPERS), word])
+
+
+def looks_sorted(specs: Sequence[TensorSpec]) -> bool:
+    """Whether the names stand in alphabetical order, as safetensors writes them: no module registers bias before weight."""
+    names = [spec.name for spec in specs if spec.family == "f"]
+    return len(names) > 8 and names == sorted(names)
+
+
+_HEAD_WORDS = ("head", "heads", "fc", "classifier", "linear", "last_linear", "logits", "output", "out", "cls")
+
+
+def head_layers(layers: Sequence[Layer], heads: Sequence[str] | None) -> list[Layer]:
+    """The head's layers: those inside the modules named in `heads`, else found. UserError on a name that holds no layer."""
+    if heads is None:
+        return detect_heads(layers)
+    found = []
+    for head in heads:
+        inside = [layer for layer in layers if layer.path == head or layer.path.startswith(head + ".")]
+        if not inside:
+            raise UserError(f"heads: the network has no layer called {head}")
+        found += inside
+    return found
+
+
+def detect_heads(layers: Sequence[Layer]) -> list[Layer]:
+    """The last linear layer (or last convolution that is called a classifier), and auxiliary heads of as many outputs.
+
+    The last of those whose module says so at the top (`fc`, `head.fc`), wherever it is registered; else the last of all.
+    """
+    weighted = [layer for layer in layers if layer.kind in WEIGHTED]
+    if len(weighted) < 2:
+        return []
+    called = [layer for layer in weighted if layer.kind == "linear" and _called_head(layer.path.split(".")[0]) and not _auxiliary(layer.path)]
+    last = called[-1] if called and weighted[-1].kind == "linear" and not _called_head(weighted[-1].path) else weighted[-1]
+    if last.kind == "conv" and not _called_head(last.path):
+        return []
+    if last.kind == "linear" and len(last.shape) != 2:
+        return []
+    outputs = last.shape[0]
+    return [layer for layer in weighted if layer is last or (layer.shape[0] == outputs and _auxiliary(layer.path) and _called_head(layer.path))]
+
+
+def _called_head(path: str) -> bool:
+    return any(word.rstrip("0123456789") in _HEAD_WORDS for word in path.lower().split("."))
+
+
+def _auxiliary(path: str) -> bool:
+    return "aux" in path.lower() or path.lower().startswith("head")
+
+
+def num_source_classes(layers: Sequence[Layer], otherwise: int) -> int:
+    """Outputs of the head that is found among these layers; `otherwise` where there is none."""
+    heads = detect_heads(layers)
+    return heads[0].shape[0] if heads else otherwise
