@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Arrows that still run the wrong way; each goes with the next changes.
 NOT_YET = {("training", "report")}
-LONGEST_FILE = 400
+LONGEST_FILE = 600
 LONGEST_FUNCTION = 80
 
 
