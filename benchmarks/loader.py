@@ -105,9 +105,9 @@ def dtl_wheels(data: ImageSet, workers: int) -> Iterator[Any]:
 
 
 def dtl_whole(data: ImageSet, workers: int) -> Iterator[Any]:
-    from dtl.data.transforms.transforms import AugmentSettings
+    from dtl.config.models import AugmentConfig
 
-    return _ours(data.packed, data, workers, augment=AugmentSettings(reduced_decode=False))
+    return _ours(data.packed, data, workers, augment=AugmentConfig(reduced_decode=False))
 
 
 def dtl_threads(data: ImageSet, workers: int) -> Iterator[Any]:

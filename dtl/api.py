@@ -11,12 +11,14 @@ from torch import Tensor
 
 from dtl.checkpoint.transfer.apply import load_pretrained
 from dtl.checkpoint.transfer.report import TransferReport
-from dtl.data.loading.loader import StepLoader, Transform
+from dtl.config.models import AugmentConfig
+from dtl.data.loading.batch import Transform
+from dtl.data.loading.loader import StepLoader
 from dtl.data.open import open_split
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, eval_transform, train_transform
+from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.errors import TransferRefused, UserError
 
 __all__ = ["BatchIterable", "TransferRefused", "TransferReport", "UserError", "build_loader", "load_pretrained", "pack"]
@@ -79,7 +81,7 @@ def build_loader(
     seed: int = 0,
     epoch: int = 0,
     *,
-    augment: AugmentSettings | None = None,
+    augment: AugmentConfig | None = None,
     cache_dir: str | Path | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -94,5 +96,5 @@ def build_loader(
         raise UserError(f"split is {split!r}; it must be train or val")
     shards = open_split(source, split=split, cache_dir=cache_dir)
     training = split == "train"
-    transform = train_transform(image_size=image_size, augment=augment or AugmentSettings()) if training else eval_transform(image_size=image_size)
+    transform = train_transform(image_size=image_size, augment=augment or AugmentConfig()) if training else eval_transform(image_size=image_size)
     return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size, decode_on)

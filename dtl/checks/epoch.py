@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.loading.loader import Batch, StepLoader, Transform
+from dtl.data.loading.batch import Batch, Transform
+from dtl.data.loading.loader import StepLoader
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 

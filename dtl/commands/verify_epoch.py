@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from dtl.checks.epoch import prove_epoch
+    from dtl.config.models import AugmentConfig
     from dtl.data.loading.processes import PREFETCH
     from dtl.data.open import open_split
     from dtl.data.progress import PackProgress
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> int:
     from dtl.data.remote.cache_space import Demand, divide
     from dtl.data.remote.schedule import ShardUses
     from dtl.data.sampling.balance import class_members, plan_epoch
-    from dtl.data.transforms.transforms import AugmentSettings, train_transform
+    from dtl.data.transforms.transforms import train_transform
 
     shards = open_split(
         options.source,
@@ -76,7 +77,7 @@ def run(arguments: list[str]) -> int:
         shown.start("loading", plan.num_positions - plan.step_bounds(options.start)[0])
         proof = prove_epoch(
             shards,
-            train_transform(image_size=options.image_size, augment=AugmentSettings(preset=options.augment)),
+            train_transform(image_size=options.image_size, augment=AugmentConfig(preset=options.augment)),
             plan=plan,
             num_ranks=options.world,
             micro_batch_size=options.micro_batch_size,

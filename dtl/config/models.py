@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+Strength = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -57,12 +58,14 @@ class RunConfig(Section):
 
 
 class AugmentConfig(Section):
+    """A preset and what is added to it, in this order: crop, flips, rotation, randaugment or trivial, color_jitter, grayscale, erasing."""
+
     preset: Literal["imagenet", "cifar", "light", "none"] = "imagenet"
     """imagenet: random resized crop and flip; cifar: pad, random crop, flip; light: random crop near the full size, flip; none: as in evaluation."""
     rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
-    """Largest rotation, in degrees to either side."""
-    color_jitter: NotNegative | tuple[NotNegative, NotNegative, NotNegative, NotNegative] = 0.0
-    """One strength for brightness, contrast and saturation, or four: brightness, contrast, saturation, hue."""
+    """Largest rotation, in degrees to either side; bilinear, black outside of the image."""
+    color_jitter: Strength | tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] = 0.0
+    """One strength s for brightness, contrast and saturation (factors within 1 +- s), or four: the same three and hue (up to 0.5 of a turn)."""
     horizontal_flip: bool | None = None
     """Mirror half of the images; by default the preset decides. Set it to false where left and right differ (digits, text)."""
     vertical_flip: Fraction = 0.0
@@ -70,13 +73,25 @@ class AugmentConfig(Section):
     grayscale: Fraction = 0.0
     """Probability of dropping the colours."""
     erasing: Fraction = 0.0
-    """Probability of erasing a random rectangle (Zhong et al. 2017)."""
+    """Probability of erasing a random rectangle of 2 % to 33 % of the area (Zhong et al. 2017)."""
     randaugment: tuple[Count, Annotated[int, Field(ge=0, le=30)]] | None = None
-    """[number of operations, magnitude of 30] (Cubuk et al. 2019)."""
+    """[number of operations, magnitude of 30] (Cubuk et al. 2019); [2, 9] is usual."""
     trivial: bool = False
-    """TrivialAugment (Mueller and Hutter 2021)."""
+    """TrivialAugment Wide: one operation of random strength (Mueller and Hutter 2021)."""
     reduced_decode: bool = True
     """Decode large JPEGs at a half, a quarter or an eighth of their size where the random crop is as many times larger than `image_size`."""
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> AugmentConfig:
+        if self.randaugment is not None and self.trivial:
+            raise ValueError("randaugment and trivial are both on; take one of them")
+        return self
+
+    @property
+    def jitter(self) -> tuple[float, float, float, float]:
+        """Strength of brightness, contrast, saturation and hue."""
+        given = self.color_jitter
+        return given if isinstance(given, tuple) else (given, given, given, 0.0)
 
 
 class DataConfig(Section):

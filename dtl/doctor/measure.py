@@ -74,14 +74,15 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from dtl.config.models import AugmentConfig
     from dtl.data.decoding.decode import probe
     from dtl.data.loading.loader import decode_into
-    from dtl.data.transforms.transforms import AugmentSettings, train_transform
+    from dtl.data.transforms.transforms import train_transform
 
     torch.set_num_threads(1)
     size = int(given["image_size"])
     images, what = _some_images(given.get("data"))
-    transform = train_transform(image_size=size, augment=AugmentSettings())
+    transform = train_transform(image_size=size, augment=AugmentConfig())
     out = torch.empty((1, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)[0]
     headers = [probe(data) for data in images]
     end = time.process_time() + float(given["seconds"])

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtl.data.loading.loader import Batch, StepLoader
+from dtl.data.loading.batch import Batch
+from dtl.data.loading.loader import StepLoader
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform

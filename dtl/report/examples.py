@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
 from dtl.config import Config
-from dtl.data.loading.loader import Batch, BatchDataset
+from dtl.data.loading.batch import Batch
+from dtl.data.loading.loader import BatchDataset
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.mix import mix_batch

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 
 
 class StepTrace:

@@ -25,7 +25,7 @@ from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import check_class_maps
-from dtl.data.transforms.transforms import AugmentSettings, eval_transform, train_transform
+from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
@@ -101,10 +101,9 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
             raise UserError(f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs a sample a step")
         facts = network.preprocessing
         crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
-        augment = AugmentSettings(**data.augment.model_dump())
         train_view = train_transform(
             image_size=data.image_size,
-            augment=augment,
+            augment=data.augment,
             interpolation=facts.interpolation,
             crop_ratio=crop_ratio,
             erase_fill=_mean_colour(facts.mean),

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dtl.data.loading.loader import Batch, StepLoader, Transform
+from dtl.data.loading.batch import Batch, Transform
+from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
 from dtl.data.loading.shared_memory import bytes_needed
 from dtl.data.remote.cache_space import Demand

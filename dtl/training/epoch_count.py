@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from dtl.checkpoint.resume.state import TrainState
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.runs.tracker import Tracker
 from dtl.training.dataloaders import Feeds

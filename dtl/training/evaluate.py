@@ -11,7 +11,7 @@ from contextlib import closing
 import torch
 from torch import nn
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.normalise import Normalise
 from dtl.training.losses import Loss

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.errors import DamagedSample

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.network import Network
 from dtl.models.normalise import Normalise

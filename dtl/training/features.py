@@ -24,7 +24,8 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from dtl.config import PhaseConfig
-from dtl.data.loading.loader import Batch, StepLoader, Transform
+from dtl.data.loading.batch import Batch, Transform
+from dtl.data.loading.loader import StepLoader
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Exchange, Flags, Runtime
 from dtl.distributed.watchdog import Heartbeat

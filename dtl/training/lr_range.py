@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields, replace
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Flags, Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError

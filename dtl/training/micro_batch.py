@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dtl.checkpoint.resume.state import TrainState
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError

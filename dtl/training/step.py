@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.machine import num_cores, peak_bytes
 from dtl.text import counted

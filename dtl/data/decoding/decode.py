@@ -19,6 +19,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Pillow's own limit for an error (twice MAX_IMAGE_PIXELS): 537 MB of pixels. Checked before anything is allocated.
 MAX_PIXELS = 178_956_970
+_APP1, _SCAN = 0xE1, 0xDA  # JPEG markers: EXIF, start of the pixels
 # The index keeps width and height as 16-bit numbers.
 MAX_SIDE = 65_535
 
@@ -72,7 +73,7 @@ def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True) -> npt.
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height)
+        check_size(width, height)
         if colorspace in ("CMYK", "YCCK"):
             return None
         # libjpeg's smallest size that is not below these; without them, the whole image.
@@ -98,6 +99,26 @@ def decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
                 raise DecodeError(_reason(error)) from error
 
 
+def is_plain_jpeg(data: bytes) -> bool:
+    """A JPEG with a whole header, in RGB, YCbCr or gray: what GPUs decode."""
+    try:
+        return data[:2] == b"\xff\xd8" and simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK")
+    except ValueError:
+        return False
+
+
+def without_exif(data: bytes) -> bytes:
+    """A JPEG without its EXIF: torchcodec applies the EXIF orientation, ImageFolder and the decoders here do not."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
+        end = at + 1 if data[at + 1] == 0xFF else at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # 0xFF fills
+        if data[at + 1] == _APP1 and data[at + 4 : at + 8] == b"Exif":
+            data = data[:at] + data[end:]
+        else:
+            at = end
+    return data
+
+
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
@@ -109,11 +130,12 @@ def _open(data: bytes) -> Image.Image:
         raise DecodeError(f"too many pixels: {error}") from None
     except Exception as error:
         raise DecodeError(_reason(error)) from error
-    _check_size(image.width, image.height)
+    check_size(image.width, image.height)
     return image
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """The one limit of an image's size: DecodeError for more than MAX_PIXELS, or a side longer than MAX_SIDE."""
     if width * height > MAX_PIXELS:
         raise DecodeError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are allowed")
     if max(width, height) > MAX_SIDE:

@@ -13,9 +13,8 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -24,65 +23,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.loading.batch import Batch
 from dtl.data.transforms.geometry import clip_to_window
+from dtl.data.transforms.transforms import Draws, Transform
 from dtl.errors import DamagedSample, UserError
 
-if TYPE_CHECKING:
-    from dtl.data.loading.loader import Batch
-    from dtl.data.transforms.transforms import Draws, Transform
-
-_APP1, _SCAN = 0xE1, 0xDA  # of a JPEG's markers: where EXIF lies, and where its pixels begin
 _STRONGEST = 32
 AHEAD = 2
 """Batches that are decoded, or being decoded, while the trainer has one in hand."""
-
-
-@dataclass
-class Encoded:
-    """What is left to be done of a micro-batch whose images are not all decoded."""
-
-    draws: Draws
-    heights: np.ndarray
-    """[n], and widths: of the samples, by the index."""
-    widths: np.ndarray
-    decoded: list[int] = field(default_factory=list)
-    """The rows whose pixels lie in the batch's images already, in this order."""
-    rows: list[int] = field(default_factory=list)
-    """The rows that `data` holds, one JPEG after another."""
-    sizes: list[int] = field(default_factory=list)
-    data: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-
-    def take(self, row: int, data: bytes, jpegs: list[bytes]) -> bool:
-        """Whether the device decodes this one; the bytes are then put behind `jpegs`."""
-        if data[:2] != b"\xff\xd8" or not _is_plain(data):
-            return False
-        data = without_exif(data)
-        self.rows.append(row)
-        self.sizes.append(len(data))
-        jpegs.append(data)
-        return True
-
-    def close(self, jpegs: list[bytes]) -> None:
-        self.data = torch.from_numpy(np.frombuffer(bytearray(b"".join(jpegs)), np.uint8)) if jpegs else self.data
-
-
-def _is_plain(data: bytes) -> bool:
-    try:
-        return simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK")
-    except ValueError:
-        return False
-
-
-def without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF: torchcodec turns pictures as their orientation says, and ImageFolder, as all else here, does not."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
-        end = at + 1 if data[at + 1] == 0xFF else at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # 0xFF fills
-        if data[at + 1] == _APP1 and data[at + 4 : at + 8] == b"Exif":
-            data = data[:at] + data[end:]
-        else:
-            at = end
-    return data
 
 
 class DeviceDecoder:

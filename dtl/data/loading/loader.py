@@ -11,110 +11,23 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dtl.data.decoding.crop import Region, crop_jpeg
-from dtl.data.decoding.decode import DecodeError, decode
-from dtl.data.loading.buffers import BatchBuffers, pool
-from dtl.data.loading.device import DeviceDecoder, Encoded
+from dtl.data.decoding.crop import crop_jpeg
+from dtl.data.decoding.decode import DecodeError, check_size, decode
+from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
+from dtl.data.loading.device import DeviceDecoder
 from dtl.data.loading.processes import PREFETCH, begun, end_processes
 from dtl.data.remote.prefetch import Prefetcher, prefetcher
 from dtl.data.remote.schedule import ShardUses
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.errors import DamagedSample
-
-# Larger images are refused before decoding: 60,000 x 60,000 pixels would take 10 GB.
-MAX_PIXELS = 200_000_000
-
-
-class Transform(Protocol):
-    """What `dtl.data.transforms.transforms` makes: draws for a whole batch before decoding, then one image at a time into the batch."""
-
-    @property
-    def is_fixed(self) -> bool: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def draw(self, samples: np.ndarray, widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int) -> Any: ...
-
-    def region(self, draws: Any, i: int) -> Region: ...
-
-    def apply(self, image: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
-
-    def apply_crop(self, crop: np.ndarray, draws: Any, i: int, out: Tensor) -> None: ...
-
-
-@dataclass
-class Batch:
-    """One micro-batch: B slots of one rank."""
-
-    images: Tensor
-    """uint8 [B, 3, H, W], channels last in memory; of a dataset with V `views` [V * B, 3, H, W], all of the first view first."""
-    labels: Tensor
-    """int64 [B]"""
-    weights: Tensor
-    """float32 [B]: 1 for a real sample, 0 for a pad or a damaged one."""
-    samples: Tensor
-    """int64 [B] sample ids"""
-    slots: Tensor
-    """int64 [B] places in the global batch, -1 for a pad"""
-    epoch: int
-    step: int
-    """Step within the epoch, from 0."""
-    bad: list[tuple[int, DamagedSample]] = field(default_factory=list)
-    """(sample id, what is wrong with it)"""
-    seconds: tuple[float, float] = (0.0, 0.0)
-    """(wall, CPU) time that making it took."""
-    place: tuple[int, int] | None = None
-    """On the way from a loader process: the pool and the buffer where the images lie."""
-    encoded: Encoded | None = None
-    """On the way to a device that decodes: what `images` does not hold yet."""
-    num_real: int = -1
-    """Slots that are no pad; counted where the batch is made."""
-
-    def __post_init__(self) -> None:
-        if self.num_real < 0:
-            self.num_real = int(np.count_nonzero(self.slots.numpy() >= 0))
-
-    @property
-    def full(self) -> bool:
-        """Every slot has weight 1: no pad, and nothing damaged."""
-        return self.num_real == len(self.weights) and not self.bad
-
-    def pin_memory(self) -> Batch:
-        for name in ("images", *_SMALL):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As arrays, the small ones travel in the message itself: as tensors each would take a file of shared memory.
-        state = self.__dict__ | {name: getattr(self, name).numpy() for name in _SMALL}
-        return state if self.place is None else state | {"images": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for name in _SMALL:
-            setattr(self, name, torch.from_numpy(state[name]))
-        if self.place is not None:
-            number, buffer = self.place
-            self.images, self.place = pool(number).hand_out(buffer), None
-
-
-_SMALL = ("labels", "weights", "samples", "slots")
-
-
-@dataclass(frozen=True)
-class Request(MicroBatch):
-    """What a loader process is asked for: a micro-batch, and the buffer to put its images into, if there is one."""
-
-    buffer: int | None = None
 
 
 class BatchDataset:
@@ -198,8 +111,10 @@ class BatchDataset:
             return data
         shards = self.shards
         width, height = int(shards.widths[sample]), int(shards.heights[sample])
-        if width * height > MAX_PIXELS:
-            return shards.damaged(sample, f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+        try:
+            check_size(width, height)  # before a rectangle of it is decoded, or a GPU is given it
+        except DecodeError as error:
+            return shards.damaged(sample, str(error))
         if not 0 <= int(shards.labels[sample]) < shards.num_classes:
             return shards.damaged(sample, f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes")
         return None

@@ -7,14 +7,14 @@ restart. B samples, H W pixels of the decoded image, S image_size. Normalisation
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dtl.config.models import AugmentConfig
 from dtl.data.decoding.crop import Region
 from dtl.data.transforms import pixels
 from dtl.data.transforms.geometry import (
@@ -30,7 +30,7 @@ from dtl.data.transforms.geometry import (
     place,
     random_boxes,
 )
-from dtl.data.transforms.policies import NUM_BINS, RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
+from dtl.data.transforms.policies import RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
 from dtl.errors import UserError
 from dtl.keyed import uniform
 
@@ -41,8 +41,6 @@ TRANSFORM_VERSION = 2
 EVALUATION_VERSION = 1
 VERSIONS = {"training": TRANSFORM_VERSION, "evaluation": EVALUATION_VERSION}
 
-Preset = Literal["imagenet", "cifar", "light", "none"]
-PRESETS: tuple[Preset, ...] = ("imagenet", "cifar", "light", "none")
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
 # torchvision erases after normalising, with zeros: that is the mean of the data set, here ImageNet's in 0 ... 255.
@@ -50,61 +48,6 @@ IMAGENET_MEAN = (124, 116, 104)
 
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
-
-
-@dataclass(frozen=True)
-class AugmentSettings:
-    """A preset and the knobs on top of it.
-
-    Order: crop, flips, rotation, randaugment or trivial, colour jitter, grayscale, erasing. A broken value raises UserError.
-    """
-
-    preset: Preset = "imagenet"
-    rotation: float = 0.0
-    """Degrees: uniform in -rotation ... rotation, bilinear, black outside."""
-    color_jitter: float | tuple[float, float, float, float] = 0.0
-    """Brightness, contrast, saturation (each 0 ...: the factor is within 1 +- it) and hue (0 ... 0.5 of a turn); one number is the
-    first three."""
-    horizontal_flip: bool | None = None
-    """True flips every second time, None is the preset's."""
-    vertical_flip: float = 0.0
-    """Probability."""
-    grayscale: float = 0.0
-    """Probability."""
-    erasing: float = 0.0
-    """Probability of erasing one rectangle of 2 % to 33 % of the area (Zhong et al. 2017, arXiv 1708.04896)."""
-    randaugment: tuple[int, int] | None = None
-    """Operations per image and magnitude bin (0 ... 30); (2, 9) is the usual."""
-    trivial: bool = False
-    """TrivialAugment Wide: one operation of random strength."""
-    reduced_decode: bool = True
-    """Decode JPEGs at a half, a quarter or an eighth of their size where the preset imagenet's crop is as many times larger than the output."""
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise UserError(f"augment.preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}")
-        for name in ("vertical_flip", "grayscale", "erasing"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise UserError(f"augment.{name} is {value}; it is a probability, from 0 to 1")
-        if not 0 <= self.rotation <= 180:
-            raise UserError(f"augment.rotation is {self.rotation}; it is in degrees, from 0 to 180")
-        self.jitter  # noqa: B018  (refuses what it cannot read)
-        if self.randaugment is not None and self.trivial:
-            raise UserError("augment.randaugment and augment.trivial are both on; take one of them")
-        given = self.randaugment
-        if given is not None and (len(given) != 2 or given[0] < 1 or not 0 <= given[1] < NUM_BINS):
-            raise UserError(f"augment.randaugment is {given}; it is two numbers: operations (1 or more) and magnitude (0 to {NUM_BINS - 1})")
-
-    @property
-    def jitter(self) -> tuple[float, float, float, float]:
-        """Strength of brightness, contrast, saturation and hue."""
-        given = self.color_jitter
-        values = (given, given, given, 0.0) if isinstance(given, (int, float)) else tuple(given)
-        if len(values) != 4 or any(not math.isfinite(v) or v < 0 for v in values) or values[3] > 0.5:
-            raise UserError(f"augment.color_jitter is {given}; give one number, or brightness, contrast, saturation (0 or more) and hue (0 to 0.5)")
-        brightness, contrast, saturation, hue = values
-        return brightness, contrast, saturation, hue
 
 
 @dataclass(frozen=True)
@@ -134,7 +77,7 @@ class Transform:
 
     geometry: RandomResizedCrop | Square | ShortSide
     interpolation: Interpolation = "bilinear"
-    augment: AugmentSettings | None = None
+    augment: AugmentConfig | None = None
     erase_fill: tuple[int, int, int] = IMAGENET_MEAN
 
     @property
@@ -147,14 +90,14 @@ class Transform:
         """A sample gives the same pixels each epoch: nothing is drawn at random."""
         if self.augment is None:
             return True
-        plain = replace(self.augment, horizontal_flip=bool(self.augment.horizontal_flip), color_jitter=self.augment.jitter, reduced_decode=True)
-        return plain == AugmentSettings(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
+        given = {"horizontal_flip": bool(self.augment.horizontal_flip), "color_jitter": self.augment.jitter, "reduced_decode": True}
+        return self.augment.model_copy(update=given) == AugmentConfig(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
 
     def describe(self) -> dict[str, Any]:
         """All that the pixels depend on, for checkpoints and caches (JSON)."""
         augment = None
         if self.augment is not None:
-            augment = {**asdict(self.augment), "color_jitter": list(self.augment.jitter)}
+            augment = {**self.augment.model_dump(), "color_jitter": list(self.augment.jitter)}
             augment["randaugment"] = list(self.augment.randaugment) if self.augment.randaugment else None
         geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.geometry).items()}
         return {
@@ -215,7 +158,7 @@ class Transform:
             target = out.permute(1, 2, 0).numpy()
             np.copyto(target, self._augmented(np.ascontiguousarray(target), draws, i))
 
-    def _draw_augment(self, augment: AugmentSettings, draws: Draws, ids: Ints, seed: int, epoch: int) -> Draws:
+    def _draw_augment(self, augment: AugmentConfig, draws: Draws, ids: Ints, seed: int, epoch: int) -> Draws:
         flips = augment.preset != "none" if augment.horizontal_flip is None else augment.horizontal_flip
         if flips:
             draws = replace(draws, horizontal_flip=uniform(ids, seed, epoch, "horizontal_flip") < 0.5)
@@ -270,7 +213,7 @@ class Transform:
 def train_transform(
     *,
     image_size: int,
-    augment: AugmentSettings,
+    augment: AugmentConfig,
     interpolation: str = "bilinear",
     crop_ratio: float = 0.875,
     erase_fill: tuple[int, int, int] = IMAGENET_MEAN,

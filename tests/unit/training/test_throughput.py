@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dtl.data.loading.loader import Batch
+from dtl.data.loading.batch import Batch
 from dtl.machine import peak_bytes
 from dtl.training.throughput import EpochSpeed, advise
 

@@ -17,6 +17,7 @@ from damage import put_image, rewrite_index
 from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
+from dtl.config.models import AugmentConfig
 from dtl.data.decoding import crop as decode_crop
 from dtl.data.decoding.crop import Region, crop_jpeg, native
 from dtl.data.decoding.decode import decode, decode_jpeg
@@ -24,7 +25,7 @@ from dtl.data.loading.loader import BatchDataset, decode_into
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, eval_transform, train_transform
+from dtl.data.transforms.transforms import eval_transform, train_transform
 
 needs_native = pytest.mark.skipif(
     importlib.util.find_spec("dtl.data.decoding._jpeg_crop") is None,
@@ -225,7 +226,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(folder: Path, *, training: bool) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
     shards = Shards.open(folder)
-    transform = train_transform(image_size=32, augment=AugmentSettings(color_jitter=0.2)) if training else eval_transform(image_size=32)
+    transform = train_transform(image_size=32, augment=AugmentConfig(color_jitter=0.2)) if training else eval_transform(image_size=32)
     dataset = BatchDataset(shards, transform, image_size=32, seed=0)
     samples = np.arange(shards.num_samples)
     found = []
@@ -304,7 +305,7 @@ def test_a_readable_jpeg_with_a_warning_is_reduced_like_any_other() -> None:
 
 def test_crops_of_real_photos_are_those_of_image_folder_within_a_255th(real_images: Path) -> None:
     """Decoded, cut and resized as in training, against Pillow's crop and resize of what ImageFolder loads, the same boxes."""
-    transform = train_transform(image_size=112, augment=AugmentSettings(horizontal_flip=False, reduced_decode=False))
+    transform = train_transform(image_size=112, augment=AugmentConfig(horizontal_flip=False, reduced_decode=False))
     out = torch.empty((1, 3, 112, 112), dtype=torch.uint8)
     paths = sorted((real_images / "hymenoptera_data" / "train").glob("*/*.jpg"))[:40]
     assert paths

@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 from tiny_images import encoded, pixels
 
 from dtl.data.decoding import decode as decode_module
-from dtl.data.decoding.decode import DecodeError, ImageHeader, decode, decode_jpeg, probe
+from dtl.data.decoding.decode import MAX_PIXELS, MAX_SIDE, DecodeError, ImageHeader, check_size, decode, decode_jpeg, is_plain_jpeg, probe, without_exif
 
 
 def as_image_folder_reads(data: bytes) -> np.ndarray:
@@ -188,6 +188,35 @@ def test_huge_jpeg_header() -> None:
     data[at : at + 4] = (60_000).to_bytes(2, "big") * 2
     with pytest.raises(DecodeError, match=r"^60000 x 60000 pixels, more than the 178,956,970 that are allowed$"):
         decode(bytes(data))
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    check_size(MAX_SIDE, MAX_PIXELS // MAX_SIDE)
+    check_size(1, MAX_SIDE)
+    for width, height in [(MAX_SIDE, MAX_PIXELS // MAX_SIDE + 1), (MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)]:
+        with pytest.raises(DecodeError, match=rf"^{width} x {height} pixels, "):
+            check_size(width, height)
+
+
+def test_what_a_gpu_decodes() -> None:
+    assert is_plain_jpeg(encoded(height=16, width=16))
+    cmyk = io.BytesIO()
+    Image.fromarray(pixels(16, 16)).convert("CMYK").save(cmyk, "JPEG")
+    for other in (cmyk.getvalue(), encoded("PNG"), encoded(height=16, width=16)[:30], b""):
+        assert not is_plain_jpeg(other)
+
+
+def test_exif_is_left_out_and_nothing_else() -> None:
+    plain, turned = io.BytesIO(), io.BytesIO()
+    picture = Image.fromarray(pixels(20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(plain, "JPEG", comment=b"Exif", icc_profile=b"profile")
+    picture.save(turned, "JPEG", comment=b"Exif", icc_profile=b"profile", exif=exif)
+    assert len(turned.getvalue()) > len(plain.getvalue())
+    assert without_exif(turned.getvalue()) == without_exif(plain.getvalue()) == plain.getvalue()
+    for end in range(len(turned.getvalue())):  # torn files are the decoder's to judge
+        assert len(without_exif(turned.getvalue()[:end])) <= end
 
 
 def test_a_switched_on_truncation_of_pillow_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from tiny_images import encoded, huge_bmp, image_folder
 
-from dtl.data.loading.loader import Batch, StepLoader
+from dtl.config.models import AugmentConfig
+from dtl.data.loading.batch import Batch
+from dtl.data.loading.loader import StepLoader
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, train_transform
+from dtl.data.transforms.transforms import train_transform
 from dtl.errors import UserError
 
 SAMPLE = 9  # the one that is damaged
@@ -41,7 +43,7 @@ def epoch(folder: Path, *, world: int = 1, workers: int = 0, between: Callable[[
     shards = Shards.open(folder)
     plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=10)
     layout = RankLayout.for_plan(plan, num_ranks=world, micro_batch_size=None)
-    transform = train_transform(image_size=8, augment=AugmentSettings(preset="light"))
+    transform = train_transform(image_size=8, augment=AugmentConfig(preset="light"))
     batches = []
     for rank in range(world):
         loader = StepLoader(shards, transform, plans=lambda e: plan, layout=layout, rank=rank, image_size=8, seed=0, workers=workers)
@@ -86,6 +88,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Callable[[Path], set[int]], s
     "no image, crc right": (lambda f: damage.put_image(f, SAMPLE, b"nothing"), only, "not an image", True),
     "half an image, crc right": (lambda f: damage.put_image(f, SAMPLE, encoded(height=10, width=12)[:-40]), only, "image file is truncated", True),
     "60,000 x 60,000": (lambda f: damage.put_image(f, SAMPLE, huge_bmp(), width=60_000, height=60_000), only, "60000 x 60000 pixels", True),
+    "more pixels than are decoded": (lambda f: damage.rewrite_index(f, SAMPLE, heights=12_000, widths=15_000), only, "more than the 178,956,970", True),
     "another size than the index": (lambda f: damage.rewrite_index(f, SAMPLE, heights=99), only, "the index says 12 x 99", True),
     "a label out of range": (lambda f: damage.rewrite_index(f, SAMPLE, labels=7), only, "label 7 is not one of 2 classes", True),
     "a label below 0": (lambda f: damage.rewrite_index(f, SAMPLE, labels=-3), only, "label -3 is not one of 2 classes", True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.data.loading.device import DeviceDecoder, _coarse, place_on_device, ready, without_exif
-from dtl.data.loading.loader import Batch, BatchDataset, StepLoader
+from dtl.config.models import AugmentConfig
+from dtl.data.loading.batch import Batch
+from dtl.data.loading.device import DeviceDecoder, _coarse, place_on_device, ready
+from dtl.data.loading.loader import BatchDataset, StepLoader
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, Transform, eval_transform, train_transform
+from dtl.data.transforms.transforms import Transform, eval_transform, train_transform
 from dtl.errors import UserError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,9 +72,9 @@ def compare(ours: Batch, theirs: Batch) -> None:
 
 
 TRANSFORMS = {
-    "imagenet": train_transform(image_size=SIZE, augment=AugmentSettings(preset="imagenet", vertical_flip=0.5, reduced_decode=False)),
-    "light": train_transform(image_size=SIZE, augment=AugmentSettings(preset="light")),
-    "cifar, erasing": train_transform(image_size=SIZE, augment=AugmentSettings(preset="cifar", erasing=0.7)),
+    "imagenet": train_transform(image_size=SIZE, augment=AugmentConfig(preset="imagenet", vertical_flip=0.5, reduced_decode=False)),
+    "light": train_transform(image_size=SIZE, augment=AugmentConfig(preset="light")),
+    "cifar, erasing": train_transform(image_size=SIZE, augment=AugmentConfig(preset="cifar", erasing=0.7)),
     "evaluation": eval_transform(image_size=SIZE),
     "evaluation, bicubic": eval_transform(image_size=SIZE, interpolation="bicubic", crop_ratio=1.0),
 }
@@ -133,18 +134,6 @@ def test_a_jpeg_that_no_decoder_takes_is_named_and_counts_for_nothing(shards: Sh
         assert torch.equal(done.images[row], torch.zeros_like(done.images[row]) if row in (broken, mistaken) else expected.images[row])
 
 
-def test_exif_is_left_out_and_nothing_else() -> None:
-    plain, turned = io.BytesIO(), io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(0).save(plain, "JPEG", comment=b"Exif", icc_profile=b"profile")
-    picture(0).save(turned, "JPEG", comment=b"Exif", icc_profile=b"profile", exif=exif)
-    assert len(turned.getvalue()) > len(plain.getvalue())
-    assert without_exif(turned.getvalue()) == without_exif(plain.getvalue()) == plain.getvalue()
-    for end in range(len(turned.getvalue())):  # torn files are the decoder's to judge
-        assert len(without_exif(turned.getvalue()[:end])) <= end
-
-
 def batches_as_shipped(shards: Shards, transform: Transform) -> list[Batch]:
     dataset = BatchDataset(shards, transform, image_size=SIZE, seed=3)
     dataset.ships = True
@@ -156,7 +145,7 @@ def batches_as_shipped(shards: Shards, transform: Transform) -> list[Batch]:
 @pytest.mark.parametrize("knob", [{"rotation": 10}, {"color_jitter": 0.4}, {"grayscale": 0.1}, {"trivial": True}])
 def test_what_the_device_cannot_do_is_refused_by_name(knob: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"data\.augment\.{next(iter(knob))} needs data\.decode workers"):
-        ready(train_transform(image_size=SIZE, augment=AugmentSettings(**knob)), DEVICE)
+        ready(train_transform(image_size=SIZE, augment=AugmentConfig(**knob)), DEVICE)
 
 
 def test_a_missing_torchcodec_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from dtl.data.loading.loader import Batch, StepLoader
+from dtl.config.models import AugmentConfig
+from dtl.data.loading.batch import Batch
+from dtl.data.loading.loader import StepLoader
 from dtl.data.open import ensure_packed
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, train_transform
+from dtl.data.transforms.transforms import train_transform
 
-TRANSFORM = train_transform(image_size=12, augment=AugmentSettings(preset="cifar", rotation=15, erasing=0.5, color_jitter=0.2))
+TRANSFORM = train_transform(image_size=12, augment=AugmentConfig(preset="cifar", rotation=15, erasing=0.5, color_jitter=0.2))
 NUM_STEPS = 4
 
 

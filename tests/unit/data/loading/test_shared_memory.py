@@ -66,12 +66,13 @@ from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.loading.shared_memory import bytes_needed
-from dtl.data.transforms.transforms import AugmentSettings, train_transform
+from dtl.config.models import AugmentConfig
+from dtl.data.transforms.transforms import train_transform
 shards = Shards.open(os.environ["SHARDS"])
 plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=64)
 layout = RankLayout.for_plan(plan, num_ranks=1, micro_batch_size=16)
 options = dict(plans=lambda epoch: plan, layout=layout, rank=0, image_size=96, seed=0, workers=3)
-loader = StepLoader(shards, train_transform(image_size=96, augment=AugmentSettings()), **options)
+loader = StepLoader(shards, train_transform(image_size=96, augment=AugmentConfig()), **options)
 most = 0
 for number, batches in enumerate(loader.steps(0, 0, plan.num_steps)):
     time.sleep(0.3)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from dtl.config.models import AugmentConfig
 from dtl.data.decoding.crop import SWITCH, native
 from dtl.data.loading import loader as loading
-from dtl.data.loading.loader import Batch, StepLoader
+from dtl.data.loading.batch import Batch
+from dtl.data.loading.loader import StepLoader
 from dtl.data.open import ensure_packed
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, train_transform
+from dtl.data.transforms.transforms import train_transform
 
 SIZE, VIEWS = 24, (3, 4, 5, 6)
 
@@ -39,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 def batches(shards: Shards, preset: str, *, workers: int, epoch: int, views: tuple[int, ...] = ()) -> list[Batch]:
     plan = EpochPlan(shards.shard_sizes, seed=1, epoch=epoch, global_batch_size=8, shuffle=False)
-    transform = train_transform(image_size=SIZE, augment=AugmentSettings(preset=preset, rotation=5, erasing=0.5))  # type: ignore[arg-type]
+    transform = train_transform(image_size=SIZE, augment=AugmentConfig(preset=preset, rotation=5, erasing=0.5))  # type: ignore[arg-type]
     layout = RankLayout.for_plan(plan, num_ranks=1, micro_batch_size=8)
     made = StepLoader(shards, transform, plans=lambda _: plan, layout=layout, rank=0, image_size=SIZE, seed=1, workers=workers, views=views)
     return [batch for step in made.steps(epoch, 0, plan.num_steps) for batch in step]

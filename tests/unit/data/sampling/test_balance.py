@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_images import image_folder
 
+from dtl.config.models import AugmentConfig
 from dtl.data.loading.loader import StepLoader
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.balance import Balance, BalancedPlan, permuted, quotas
 from dtl.data.sampling.class_members import ClassMembers
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, train_transform
+from dtl.data.transforms.transforms import train_transform
 from dtl.errors import UserError
 from dtl.keyed import keys
 
@@ -195,7 +196,7 @@ def test_a_sample_that_comes_again_is_augmented_anew(packed: Path, tmp_path: Pat
     plan = BalancedPlan(
         shards.shard_sizes, seed=0, epoch=0, global_batch_size=38, balance="uniform", members=ClassMembers.of_shards(shards, cache_dir=tmp_path)
     )
-    transform = train_transform(image_size=8, augment=AugmentSettings(preset="imagenet"))
+    transform = train_transform(image_size=8, augment=AugmentConfig(preset="imagenet"))
     views: dict[int, set[bytes]] = {}
     for ranks in (1, 3):
         layout = RankLayout.for_plan(plan, num_ranks=ranks, micro_batch_size=None)

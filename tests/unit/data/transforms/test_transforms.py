@@ -14,18 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
+from dtl.config.models import AugmentConfig
 from dtl.data.decoding.decode import decode
-from dtl.data.transforms.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, AugmentSettings, Draws, Transform, eval_transform, train_transform
+from dtl.data.transforms.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, Draws, Transform, eval_transform, train_transform
 from dtl.errors import UserError
 
-EVERYTHING = AugmentSettings(rotation=15, color_jitter=(0.4, 0.4, 0.4, 0.1), vertical_flip=0.5, grayscale=0.3, erasing=0.5, randaugment=(2, 9))
+EVERYTHING = AugmentConfig(rotation=15, color_jitter=(0.4, 0.4, 0.4, 0.1), vertical_flip=0.5, grayscale=0.3, erasing=0.5, randaugment=(2, 9))
 TRANSFORMS = {
-    "imagenet": train_transform(image_size=48, augment=AugmentSettings()),
-    "cifar": train_transform(image_size=32, augment=AugmentSettings(preset="cifar")),
-    "light": train_transform(image_size=40, augment=AugmentSettings(preset="light")),
-    "none": train_transform(image_size=40, augment=AugmentSettings(preset="none")),
+    "imagenet": train_transform(image_size=48, augment=AugmentConfig()),
+    "cifar": train_transform(image_size=32, augment=AugmentConfig(preset="cifar")),
+    "light": train_transform(image_size=40, augment=AugmentConfig(preset="light")),
+    "none": train_transform(image_size=40, augment=AugmentConfig(preset="none")),
     "everything": train_transform(image_size=48, augment=EVERYTHING, interpolation="bicubic"),
-    "trivial": train_transform(image_size=48, augment=AugmentSettings(trivial=True)),
+    "trivial": train_transform(image_size=48, augment=AugmentConfig(trivial=True)),
     "eval": eval_transform(image_size=40),
     "square": eval_transform(image_size=32, crop_ratio=1.0, square=True),
 }
@@ -78,7 +79,7 @@ def test_pixels_are_the_same_in_another_process_with_other_threads() -> None:
 
 @pytest.mark.parametrize("preset", ["imagenet", "cifar", "light"])
 def test_epoch_seed_and_sample_change_the_draws(preset: str) -> None:
-    transform = train_transform(image_size=64, augment=AugmentSettings(preset=preset))
+    transform = train_transform(image_size=64, augment=AugmentConfig(preset=preset))
     size = np.full(32, 200)
     seen = set()
     for seed, epoch, first in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 32)]:
@@ -91,7 +92,7 @@ def test_epoch_seed_and_sample_change_the_draws(preset: str) -> None:
 def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) -> None:
     from torchvision.transforms.v2 import functional
 
-    transform = train_transform(image_size=56, augment=AugmentSettings(), interpolation=interpolation)
+    transform = train_transform(image_size=56, augment=AugmentConfig(), interpolation=interpolation)
     samples = list(range(24))
     images = [_image(*SHAPES[s % len(SHAPES)], seed=s) for s in samples]
     draws = transform.draw(samples, [i.shape[1] for i in images], [i.shape[0] for i in images], seed=3, epoch=5)
@@ -122,7 +123,7 @@ def test_evaluation_is_torchvisions_resize_and_center_crop(interpolation: str, s
 @pytest.mark.parametrize("interpolation", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 def test_pixels_are_within_rounding_of_pillows(interpolation: Image.Resampling) -> None:
     name = interpolation.name.lower()
-    transform = train_transform(image_size=56, augment=AugmentSettings(horizontal_flip=False), interpolation=name)
+    transform = train_transform(image_size=56, augment=AugmentConfig(horizontal_flip=False), interpolation=name)
     for sample, shape in enumerate(SHAPES):
         image = _image(*shape)
         top, left, height, width = transform.draw([sample], [shape[1]], [shape[0]], seed=3, epoch=5).placement.boxes[0].tolist()
@@ -165,7 +166,7 @@ def test_a_read_only_image_and_a_view_are_fine() -> None:
 
 
 def test_boxes_follow_the_paper() -> None:
-    transform = train_transform(image_size=224, augment=AugmentSettings())
+    transform = train_transform(image_size=224, augment=AugmentConfig())
     count = 20_000
     draws = transform.draw(np.arange(count), np.full(count, 500), np.full(count, 375), seed=0, epoch=0)
     top, left, height, width = draws.placement.boxes.T
@@ -187,7 +188,7 @@ def test_boxes_on_the_reduced_grid_are_the_drawn_ones_within_a_reduced_pixel() -
     rng = np.random.default_rng(0)
     widths, heights = rng.integers(1, 1500, 3000), rng.integers(1, 1500, 3000)
     drawn, reduced = (
-        train_transform(image_size=64, augment=AugmentSettings(reduced_decode=on)).draw(range(3000), widths, heights, seed=0, epoch=0).placement
+        train_transform(image_size=64, augment=AugmentConfig(reduced_decode=on)).draw(range(3000), widths, heights, seed=0, epoch=0).placement
         for on in (False, True)
     )
     assert drawn.reductions is None
@@ -210,7 +211,7 @@ def test_boxes_on_the_reduced_grid_are_the_drawn_ones_within_a_reduced_pixel() -
 
 def _reduction_costs(data: bytes, size: int, sample: int) -> tuple[int, float]:
     """(reduction, mean absolute difference to the same box of the whole image, of 255 levels)"""
-    transform = train_transform(image_size=size, augment=AugmentSettings())
+    transform = train_transform(image_size=size, augment=AugmentConfig())
     whole = decode(data)
     draws = transform.draw([sample], [whole.shape[1]], [whole.shape[0]], seed=3, epoch=5)
     factor = transform.reduction(draws, 0)
@@ -247,14 +248,14 @@ def test_no_other_geometry_reduces() -> None:
 
 
 def test_images_that_no_box_fits_fall_back_to_the_centre() -> None:
-    transform = train_transform(image_size=8, augment=AugmentSettings())
+    transform = train_transform(image_size=8, augment=AugmentConfig())
     boxes = transform.draw([1, 2], [10_000, 4], [4, 10_000], seed=0, epoch=0).placement.boxes
     # No try can fit: 8 % of the area within 4:3 is already higher than the picture.
     assert boxes.tolist() == [[0, 4997, 4, 5], [4997, 0, 5, 4]]
 
 
 def test_cifar_shifts_the_square_with_zeros() -> None:
-    transform = train_transform(image_size=32, augment=AugmentSettings(preset="cifar", horizontal_flip=False))
+    transform = train_transform(image_size=32, augment=AugmentConfig(preset="cifar", horizontal_flip=False))
     image = np.full((32, 32, 3), 9, np.uint8)
     count = 300
     draws = transform.draw(range(count), [32] * count, [32] * count, seed=0, epoch=0)
@@ -271,12 +272,12 @@ def test_cifar_shifts_the_square_with_zeros() -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_flips_mirror_the_unflipped(preset: str, channels_last: bool) -> None:
     def pixels(horizontal: bool, vertical: float) -> torch.Tensor:
-        augment = AugmentSettings(preset=preset, horizontal_flip=horizontal, vertical_flip=vertical)
+        augment = AugmentConfig(preset=preset, horizontal_flip=horizontal, vertical_flip=vertical)
         return _apply(train_transform(image_size=32, augment=augment), samples, images, channels_last=channels_last)
 
     samples, images = list(range(16)), [_image(40, 50, seed=s) for s in range(16)]
     plain, mirrored, turned = pixels(False, 0), pixels(True, 0), pixels(False, 1)
-    flipped = train_transform(image_size=32, augment=AugmentSettings()).draw(samples, [50] * 16, [40] * 16, seed=3, epoch=5).horizontal_flip
+    flipped = train_transform(image_size=32, augment=AugmentConfig()).draw(samples, [50] * 16, [40] * 16, seed=3, epoch=5).horizontal_flip
     assert 0 < flipped.sum() < 16
     for i in samples:
         assert torch.equal(mirrored[i], plain[i].flip(-1) if flipped[i] else plain[i])
@@ -284,7 +285,7 @@ def test_flips_mirror_the_unflipped(preset: str, channels_last: bool) -> None:
 
 
 def test_probabilities_are_what_they_say() -> None:
-    augment = AugmentSettings(vertical_flip=0.2, grayscale=0.3, erasing=0.4, rotation=20, color_jitter=0.5)
+    augment = AugmentConfig(vertical_flip=0.2, grayscale=0.3, erasing=0.4, rotation=20, color_jitter=0.5)
     transform = train_transform(image_size=64, augment=augment)
     count = 10_000
     draws = transform.draw(np.arange(count), np.full(count, 90), np.full(count, 90), seed=1, epoch=0)
@@ -308,7 +309,7 @@ def test_probabilities_are_what_they_say() -> None:
 
 
 def test_erasing_fills_one_rectangle_with_the_mean() -> None:
-    transform = train_transform(image_size=64, augment=AugmentSettings(preset="none", erasing=1.0), erase_fill=(1, 2, 3))
+    transform = train_transform(image_size=64, augment=AugmentConfig(preset="none", erasing=1.0), erase_fill=(1, 2, 3))
     out = _apply(transform, [0, 1, 2], [np.full((64, 64, 3), 200, np.uint8)] * 3)
     erased = out[:, 0] == 1
     assert ((out[:, 1] == 2) == erased).all()
@@ -336,27 +337,6 @@ def test_description_is_json_and_tells_transforms_apart(name: str) -> None:
     assert text not in others
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"preset": "image-net"}, "augment.preset is 'image-net'; it must be one of imagenet, cifar, light, none"),
-        ({"vertical_flip": 1.5}, "augment.vertical_flip is 1.5"),
-        ({"grayscale": -0.1}, "augment.grayscale is -0.1"),
-        ({"erasing": float("nan")}, "augment.erasing is nan"),
-        ({"rotation": 200.0}, "augment.rotation is 200.0"),
-        ({"color_jitter": (0.1, 0.1, 0.1, 0.6)}, "augment.color_jitter"),
-        ({"color_jitter": -0.1}, "augment.color_jitter"),
-        ({"randaugment": (0, 9)}, "augment.randaugment"),
-        ({"randaugment": (2, 31)}, "augment.randaugment"),
-        ({"randaugment": (2, 9), "trivial": True}, "take one of them"),
-    ],
-)
-def test_bad_settings_are_refused_in_one_line(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        AugmentSettings(**settings)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-
-
 def test_bad_sizes_are_refused() -> None:
     for arguments, message in [
         ({"image_size": 0}, "image_size is 0"),
@@ -374,7 +354,7 @@ def test_golden_draws() -> None:
     settings = {"rotation": 15, "color_jitter": 0.4, "vertical_flip": 0.5, "grayscale": 0.5, "erasing": 1.0, "trivial": True}
 
     def draw(preset: str, *, reduced: bool = True) -> Draws:
-        augment = AugmentSettings(preset=preset, reduced_decode=reduced, **settings)  # type: ignore[arg-type]
+        augment = AugmentConfig(preset=preset, reduced_decode=reduced, **settings)  # type: ignore[arg-type]
         return train_transform(image_size=64, augment=augment).draw([0, 1, 2**40], [500, 300, 64], [375, 400, 64], seed=1, epoch=2)
 
     assert draw("imagenet", reduced=False).placement.boxes.tolist() == [[57, 139, 315, 340], [15, 1, 333, 298], [9, 10, 40, 51]]
@@ -397,7 +377,7 @@ def test_golden_draws() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_resize_straight_into_the_batch_gives_the_pixels_of_interpolate(interpolation: str) -> None:
-    transform = train_transform(image_size=24, augment=AugmentSettings(horizontal_flip=False), interpolation=interpolation)
+    transform = train_transform(image_size=24, augment=AugmentConfig(horizontal_flip=False), interpolation=interpolation)
     batch = torch.empty((6, 3, 24, 24), dtype=torch.uint8, memory_format=torch.channels_last)
     planes = torch.empty((6, 3, 24, 24), dtype=torch.uint8)
     for sample, shape in enumerate([(60, 80), (25, 24), (24, 200), (300, 31), (12, 12), (24, 24)]):

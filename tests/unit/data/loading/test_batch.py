@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtl.data.loading.buffers import BatchBuffers
-from dtl.data.loading.loader import Batch, StepLoader
+from dtl.config.models import AugmentConfig
+from dtl.data.loading.batch import Batch, BatchBuffers
+from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
 from dtl.data.open import ensure_packed
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.data.transforms.transforms import AugmentSettings, train_transform
+from dtl.data.transforms.transforms import train_transform
 
 STEPS = 24
 
@@ -24,7 +25,7 @@ def test_a_buffer_comes_back_with_the_last_view_of_it() -> None:
     first = buffers.take()
     assert first is not None
     buffers.view(first).fill_(7)
-    images = buffers.hand_out(first)
+    images = buffers.images(first)
     assert images.shape == (2, 3, 4, 4)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert bool((images == 7).all())
@@ -45,7 +46,7 @@ def test_batches_that_outlive_their_pool_stay_whole() -> None:
     number = buffers.take()
     assert number is not None
     buffers.view(number).fill_(9)
-    images = buffers.hand_out(number)
+    images = buffers.images(number)
     buffers.close()
     del buffers
     assert images.sum() == 9 * 12
@@ -59,7 +60,7 @@ def test_loader_processes_fill_few_buffers_and_overwrite_nothing_in_use(tmp_path
             return EpochPlan(shards.shard_sizes, seed=1, epoch=epoch, global_batch_size=16)
 
         layout = RankLayout.for_plan(plan(0), num_ranks=1, micro_batch_size=None)
-        transform = train_transform(image_size=12, augment=AugmentSettings(preset="cifar"))
+        transform = train_transform(image_size=12, augment=AugmentConfig(preset="cifar"))
         return StepLoader(shards, transform, plans=plan, layout=layout, rank=0, image_size=12, seed=1, workers=workers)
 
     expected = [step[0].images.clone() for step in loader(0).steps(0, 0, STEPS)]
