@@ -35,7 +35,7 @@ def one_rank(rank: int, world_size: int, port: int, steps: int, rounds: int, out
     import torch.distributed as dist
 
     from dtl.distributed.runtime import Flags, Runtime
-    from dtl.distributed.watchdog import Doctor, Heartbeat
+    from dtl.distributed.watchdog import Heartbeat, Watchdog
 
     torch.set_num_threads(1)
     with Runtime(device="cpu") as runtime:
@@ -84,7 +84,7 @@ def one_rank(rank: int, world_size: int, port: int, steps: int, rounds: int, out
                 if number:
                     found[name].append(1e6 * (time.perf_counter() - started) / times)
         idle = _cpu_share()
-        with Doctor(heart, rank=rank, world_size=world_size, name="benchmark", limit=1800.0, say=print, end=print):
+        with Watchdog(heart, rank=rank, world_size=world_size, name="benchmark", limit=1800.0, log=print, end=print):
             watched = _cpu_share()
         if runtime.is_main:
             import json

@@ -79,9 +79,9 @@ def raw_loop(case: Case) -> Callable[[torch.Tensor, torch.Tensor], Any]:
 
 def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, precision: str = "no") -> None:
     """`dtl train` on what `stream`, given one real step's batches, yields, until that raises Enough."""
-    from dtl.commands.train import train
     from dtl.config import load_config
     from dtl.training.dataloaders import Feeds
+    from dtl.training.run import run
 
     real = Feeds.train_steps
 
@@ -97,7 +97,7 @@ def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, p
         config, name = load_config(["--config", str(recipe)])
         Feeds.train_steps = patched  # type: ignore[method-assign]
         try:
-            train(config, name)
+            run(config, name)
         except Enough:
             pass
         finally:

@@ -75,9 +75,9 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
     import torch
     import torch.distributed as dist
 
-    from dtl.commands.train import train
     from dtl.config import load_config
     from dtl.training.dataloaders import Feeds
+    from dtl.training.run import run
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.cuda.is_available():
@@ -133,7 +133,7 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
                 + ("" if torch.cuda.is_available() else "precision: 'no'\n")
             )  # fmt: skip
             try:
-                train(*load_config(["--config", str(recipe)]))
+                run(*load_config(["--config", str(recipe)]))
             except Enough:
                 if dist.is_initialized():
                     dist.destroy_process_group()

@@ -53,11 +53,14 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
     The same call again goes on where the run stopped, or gives the result of a finished one. Raises UserError as the command does.
     """
     config, name = _config(recipe, options or {})
-    from dtl.commands.train import train
-    from dtl.runs.folder import read_status
+    from dtl.runs.folder import read_status, stopped_under_this_agent
 
-    train(config, name)
     folder = Path(config.run.dir) / name
+    if not stopped_under_this_agent(folder):
+        from dtl.report import report_at_end
+        from dtl.training.run import run
+
+        run(config, name, report=report_at_end)
     status = read_status(folder) or {}
     return Run(folder, str(status.get("state", "unknown")), tuple(status.get("phases", ())))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+# Exit statuses of every command.
+EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT = 0, 1, 2
+EXIT_STOPPED = 75  # by a signal or the deadline, after saving: run me again
+
 
 class UserError(Exception):
-    """A mistake that the user can mend. `dtl` prints its message once, without a traceback, and exits with status 2."""
+    """A mistake that the user can fix. `dtl` prints its message once, without a traceback, and exits with status 2."""
 
 
 class TransferRefused(UserError):

@@ -12,8 +12,7 @@ import torchvision  # noqa: E402, F401
 
 import dtl.cli  # noqa: E402
 import dtl.commands.train  # noqa: E402
-import dtl.training.build  # noqa: E402
-import dtl.training.finish  # noqa: E402, F401
+import dtl.training.run  # noqa: E402, F401
 
 warnings.resetwarnings()
 torch.set_num_threads(1)

@@ -119,12 +119,11 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     from dtl.training.micro_batch import fit
 
     say = to_stderr if runtime.is_main else to_nobody
-    train, val = build.open_shards(config, runtime, say)
-    with runtime.together("model"):
-        network = build.build_network(config, train.num_classes)
-    feeds = build.build_feeds(config, runtime, train, val, network)
+    train, val = build.open_data(config, runtime, say)
+    network = build.build_network(config, train.num_classes, runtime)
+    feeds = build.build_dataloaders(config, runtime, train, val, network)
     phase = next(phase for phase in build.planned(config, feeds) if phase.name == phase_name)
-    build.transfer_weights(config, network, runtime, train, say)
+    build.load_pretrained(config, network, runtime, train, say)
     channels_last = build.place_network(config, network, runtime)
     set_head(network, phase, init=config.model.init, seed=config.run.seed)
     if options.start is not None:

@@ -29,6 +29,14 @@ class StoppedEarly(Exception):
     """All ranks stop before the first step, by what the message says."""
 
 
+class Stopped(Exception):
+    """All ranks stop by what `why` says, and the checkpoint of `step` is on the disk."""
+
+    def __init__(self, why: str, *, step: int) -> None:
+        super().__init__(f"stopped by {why} at step {step}")
+        self.why, self.step = why, step
+
+
 class Signals:
     """SIGTERM, SIGUSR1 and Ctrl-C of this process. `speaks`: it tells of them, for all ranks."""
 

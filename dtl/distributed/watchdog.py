@@ -35,7 +35,7 @@ _RECORD = struct.Struct("<qqq16s")
 _LOST = "lost another rank"
 # What torch says when a peer is gone, over gloo and over NCCL.
 _NETWORK = re.compile(r"gloo|nccl|connection|socket|peer|broken pipe|store|timed? ?out", re.IGNORECASE)
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 T = TypeVar("T")
 
 
@@ -203,15 +203,15 @@ def describe(notes: list[Note]) -> str:
     return "waiting for " + "; ".join(names[:4]) + (f"; and {len(names) - 4} more ranks" if len(names) > 4 else "")
 
 
-class Doctor:
+class Watchdog:
     """Watches this rank's stage beside the training loop; `with` starts and ends it.
 
     `limit`: seconds without any progress after which the run ends; it says who is waited for after a sixth of that, and again later.
     `end`: called with the line that says why, just before the process ends with status 1; only by the rank that speaks for all.
     """
 
-    def __init__(self, heart: Heartbeat, *, rank: int, world_size: int, name: str, limit: float, say: Say, end: Say) -> None:
-        self.heart, self.rank, self.limit, self._say, self._end = heart, rank, limit, say, end
+    def __init__(self, heart: Heartbeat, *, rank: int, world_size: int, name: str, limit: float, log: Log, end: Log) -> None:
+        self.heart, self.rank, self.limit, self._log, self._end = heart, rank, limit, log, end
         self._notes = Notes(rank, world_size, name) if world_size > 1 else None
         self._interval = min(INTERVAL, limit / 20)
         self._lock = threading.Lock()
@@ -219,10 +219,10 @@ class Doctor:
         self._stop = threading.Event()
         self._told = 0.0
         self._what = _Lazily()
-        self._thread = threading.Thread(target=self._watch, name="hang-doctor", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         heart.part = self.part
 
-    def __enter__(self) -> Doctor:
+    def __enter__(self) -> Watchdog:
         if self._notes is not None:
             self._notes.write(self.heart)
         self._thread.start()
@@ -306,7 +306,7 @@ class Doctor:
             if self._told == 0.0 and age < self.limit / 6 + 3 * self._interval:
                 return
             self._told = age
-            self._say(f"no progress for {age:.0f} s: {text}")
+            self._log(f"no progress for {age:.0f} s: {text}")
 
     def _unreachable(self, age: float) -> None:
         if age > self.limit:

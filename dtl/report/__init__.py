@@ -35,6 +35,11 @@ def make_report(
     return single.make_report(run_folder, out=out, device=device, max_images=max_images, seconds=seconds, say=say)
 
 
+def report_at_end(run_folder: Path, log: Callable[[str], None]) -> Path:
+    """`make_report` as `dtl.training.run.run` takes it."""
+    return make_report(run_folder, say=log)
+
+
 def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None = None, say: Callable[[str], None] = _quiet) -> Path:
     """Write compare.png and index.html about several runs into `out` (default: `comparison` in the working folder); returns the page.
 

@@ -125,12 +125,12 @@ class Examples:
             raise UserError("the run's config.yaml is missing or cannot be used")
         config = _at_home(record.config, record.path)
         runtime = Alone(_device(config, device))
-        train, val = build.open_shards(config, runtime, say)
+        train, val = build.open_data(config, runtime, say)
         made_with = (record.model or {}).get("made_by", {}).get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")
         network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True)
-        feeds = build.build_feeds(config, runtime, train, val, network)
+        feeds = build.build_dataloaders(config, runtime, train, val, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
         return cls(config, runtime, feeds, build.planned(config, feeds), names)
 

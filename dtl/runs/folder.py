@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -34,9 +35,11 @@ from typing import Any
 from dtl.errors import UserError
 from dtl.files import write_json_whole
 from dtl.machine import pid_space, process_start
+from dtl.text import to_stderr
 
 STATES = ("running", "done", "stopped", "failed")
 _LONG_DEAD_SECONDS = 120.0
+_SECONDS_TO_PRINT = 20.0
 _LOCK_NAME = re.compile(r"(\d{8})\.json")
 
 
@@ -96,14 +99,12 @@ class RunFolder:
         here = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "launcher": _launcher()}
         write_json_whole(self.path / "status.json", facts | here | self.facts | more)
 
-    def was_stopped_under_this_agent(self) -> bool:
-        """The run was stopped, and it is the same elastic agent that starts it once more, because it takes status 75 for a fault."""
-        status = read_status(self.path) or {}
-        then, now = status.get("launcher"), _launcher()
-        if status.get("state") != "stopped" or not isinstance(then, dict) or now["restarts"] <= then.get("restarts", 0):
-            return False
-        # Another node's agent may have restarted us; on the same one, it must be the very same process.
-        return bool(then.get("host") != now["host"] or then == now | {"restarts": then.get("restarts")})
+    def clear(self) -> None:
+        """Remove what an earlier run has left here."""
+        for name in ("checkpoints", "model", "report"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("history.jsonl", "bad_samples.jsonl", "transfer.json", "status.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def count_starts(self, step: int) -> int:
         """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""
@@ -237,6 +238,25 @@ def check_incarnation(path: str | Path, incarnation: int) -> None:
 def read_status(path: str | Path) -> dict[str, Any] | None:
     """What status.json of a run folder says; None where there is none."""
     return _read_json(Path(path) / "status.json")
+
+
+def stopped_under_this_agent(path: str | Path) -> bool:
+    """The run was stopped, and the same elastic agent starts it once more, because it takes exit status 75 for a fault.
+
+    Called by every rank on its own, before anything that takes seconds; the main process prints why it leaves.
+    """
+    status = read_status(path) or {}
+    then, now = status.get("launcher"), _launcher()
+    if status.get("state") != "stopped" or not isinstance(then, dict) or now["restarts"] <= then.get("restarts", 0):
+        return False
+    # Another node's agent may have restarted us; on the same one, it must be the very same process.
+    if then.get("host") == now["host"] and then != now | {"restarts": then.get("restarts")}:
+        return False
+    if os.environ.get("RANK", "0") == "0":
+        to_stderr(f"dtl: {path} was stopped, and its launcher has started it again: leaving; the same command goes on")
+    else:
+        time.sleep(_SECONDS_TO_PRINT)  # the first to leave makes the launcher end the others, and rank 0 is to print why
+    return True
 
 
 def never_began(path: str | Path) -> bool:

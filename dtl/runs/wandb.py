@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from dtl.errors import UserError
+from dtl.errors import EXIT_STOPPED, UserError
 
 Setting = Literal["auto", "online", "offline", "off"]
 _INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0
-_EXIT_CODES = {"done": 0, "stopped": 75}
+_EXIT_CODES = {"done": 0, "stopped": EXIT_STOPPED}
 
 
 def choose_mode(setting: str, environ: Mapping[str, str]) -> tuple[str, str]:

@@ -217,3 +217,21 @@ def _sync_norms(
     if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         say(f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)")
+
+
+def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
+    """What a phase is, at its start; and that its norms' statistics are rank 0's, where ranks have statistics of their own."""
+    phase = active.phase
+    num = sum(parameter.numel() for parameter in active.parameters)
+    total = sum(parameter.numel() for parameter in active.module.parameters())
+    length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
+    lines = [f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained"]
+    own = [
+        part
+        for part in active.evaluated.modules()
+        if part.training and getattr(part, "running_mean", None) is not None and not isinstance(part, torch.nn.SyncBatchNorm)
+    ]
+    if runtime.world_size > 1 and own:
+        norms = counted(len(own), "norm")
+        lines.append(f"phase {phase.name}: the statistics of {norms} are each rank's own in training; rank 0's are evaluated, saved and handed on")
+    return lines

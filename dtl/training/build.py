@@ -1,68 +1,87 @@
-"""From the config to the parts of a run. Only this file and the commands see the config; the parts take plain values."""
+"""From the config to what a run is made of: data, network, dataloaders, phases, pretrained weights; and what of it can be refused early."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from socket import gethostname
 from typing import Any
 
 import torch
 
-from dtl.checkpoint.resume.state import TrainState
-from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.checkpoint.transfer.apply import apply_plan, plan_weights
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan
 from dtl.checkpoint.transfer.report import TransferReport
-from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
+from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, read_weights
 from dtl.config import Config
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory
-from dtl.data.open import default_cache_dir, open_split
+from dtl.data.open import open_split
 from dtl.data.remote.address import RemoteOptions
 from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import check_class_maps
 from dtl.data.transforms.transforms import eval_transform, train_transform
-from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Runtime
-from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build
+from dtl.models.catalog import find
+from dtl.models.freeze import select
 from dtl.models.hub import hub_name
 from dtl.models.network import to_device
-from dtl.runs.bad_samples import BadSamples
 from dtl.runs.folder import RunFolder
-from dtl.runs.tracker import Console, Tracker
+from dtl.text import to_nobody
 from dtl.training.dataloaders import Feeds
-from dtl.training.loop import Trainer
+from dtl.training.losses import class_weights
 from dtl.training.phases import Phase, plan_phases
-from dtl.training.settings import Settings
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 DEBUG_TRAIN_STEPS = 4
 DEBUG_VAL_STEPS = 2
+
+
+# ---- what can be refused before it costs anything
+
+
+def check_names(config: Config, folder: RunFolder, runtime: Runtime) -> None:
+    """A mistyped network, or weights that are not there, are refused before hours of packing. A run that resumes needs its source no more."""
+    resumes = config.run.resume != "never" and any((folder.path / "checkpoints").glob("step-*"))
+    with runtime.together("names"):
+        find(config.model.name)
+        if config.transfer is not None and config.transfer.source != "pretrained" and not resumes:
+            check_is_there(config.transfer.source)
+
+
+def check_phases(phases: Sequence[Phase], network: Network, feeds: Feeds, runtime: Runtime) -> None:
+    """A mistake in the last phase is refused now, not after the hours of the first."""
+    with runtime.together("phases"):
+        for phase in phases:
+            config = phase.config
+            try:
+                select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
+                if config.task == "classify":
+                    class_weights(config.class_weights, feeds.class_counts, feeds.classes)
+            except UserError as error:
+                raise UserError(f"phase {phase.name}: {error}") from error
 
 
 # ---- data
 
 
-def open_shards(config: Config, runtime: Runtime, say: Say) -> tuple[Shards, Shards]:
+def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shards]:
     """Training and validation shards; an image folder is packed into the cache first, by one process of each node."""
     data = config.data
     assert data.train is not None
-    quiet: Say = say if runtime.is_main else (lambda line: None)
     common: dict[str, Any] = {
         "cache_dir": data.cache_dir,
         "on_error": data.on_error,
         "names": data.names,
         "labelled": any(phase.task != "rotate" for phase in config.phases.values()),
         "progress": runtime.is_main,
-        "say": quiet,
+        "say": log if runtime.is_main else to_nobody,
         "remote": remote_options(config, leader=runtime.local_rank == 0),
     }
 
@@ -93,7 +112,7 @@ def remote_options(config: Config, *, leader: bool) -> RemoteOptions:
     return RemoteOptions(data.cache_dir, data.cache_gb, data.retries, data.timeout, data.allow_pipe, leader)
 
 
-def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
+def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
     data = config.data
     ranks_here = runtime.gather(gethostname()).count(gethostname())
     with runtime.together("batches"):
@@ -145,6 +164,10 @@ def build_feeds(config: Config, runtime: Runtime, train: Shards, val: Shards, ne
     return feeds
 
 
+def planned(config: Config, feeds: Feeds) -> list[Phase]:
+    return plan_phases(config.phases, steps_per_epoch=feeds.steps_per_epoch, num_classes=feeds.train.num_classes)
+
+
 def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """What random erasing fills with: zero after normalisation."""
     red, green, blue = (round(255 * value) for value in mean)
@@ -154,10 +177,11 @@ def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
 # ---- model
 
 
-def build_network(config: Config, num_classes: int) -> Network:
+def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network:
     """The network with its initial values, the same on every rank; no weights transferred yet."""
-    torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
-    return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options))
+    with runtime.together("model"):
+        torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
+        return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options))
 
 
 def place_network(config: Config, network: Network, runtime: Runtime) -> bool:
@@ -168,7 +192,7 @@ def place_network(config: Config, network: Network, runtime: Runtime) -> bool:
     return channels_last
 
 
-def transfer_weights(config: Config, network: Network, runtime: Runtime, train: Shards, say: Say) -> TransferReport | None:
+def load_pretrained(config: Config, network: Network, runtime: Runtime, train: Shards, log: Log) -> TransferReport | None:
     """Load the pretrained weights that the config names; the same on every rank, or not at all."""
     if config.transfer is None:
         return None
@@ -187,7 +211,7 @@ def transfer_weights(config: Config, network: Network, runtime: Runtime, train: 
         report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
     runtime.same("the transferred weights", report.checksum)
     if runtime.is_main:
-        say(str(report))
+        log(str(report))
     return report
 
 
@@ -229,86 +253,3 @@ def _source(source: str, model: str, *, named: str) -> str:
     if zoo not in ("torchvision", "timm") or not name:
         raise UserError(f"transfer.source is pretrained, but {model} has no published weights; give a file with --transfer.source")
     return f"{zoo}:{name}"
-
-
-# ---- the run
-
-
-def take_folder(folder: RunFolder, runtime: Runtime) -> None:
-    """Take the run folder (main process)."""
-    with runtime.together("run folder"):
-        if runtime.is_main:
-            folder.acquire()
-    folder.incarnation = runtime.agree(folder.incarnation)
-
-
-def open_tracker(config: Config, name: str, folder: RunFolder, runtime: Runtime, state: TrainState, console: Console) -> Tracker:
-    with runtime.together("tracking"):
-        tracker = Tracker(
-            folder.path,
-            is_main=runtime.is_main,
-            wandb="off" if config.run.debug else config.tracking.wandb,
-            tensorboard=config.tracking.tensorboard and not config.run.debug,
-            config=config.to_dict(),
-            name=name,
-            wandb_id=state.wandb_id,
-            console=console,
-            resume_step=state.step,
-            history_offset=state.history_offset,
-            new_run=config.run.resume == "never",
-            before_write=folder.check_incarnation,
-        )
-    return tracker
-
-
-def build_trainer(
-    config: Config,
-    runtime: Runtime,
-    *,
-    folder: RunFolder,
-    network: Network,
-    phases: list[Phase],
-    feeds: Feeds,
-    state: TrainState,
-    store: CheckpointStore,
-    tracker: Tracker,
-    channels_last: bool,
-    heart: Heartbeat,
-    deadline: Deadline,
-) -> Trainer:
-    bad_samples = BadSamples(
-        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad, known=state.bad_samples
-    )
-    settings = Settings(
-        seed=config.run.seed,
-        init=config.model.init,
-        freeze_norm=config.model.freeze_norm,
-        sync_bn=config.model.sync_bn,
-        compile=config.model.compile,
-        channels_last=channels_last,
-        log_every=config.tracking.log_every,
-        every_steps=config.checkpoint.every_steps,
-        every_minutes=config.checkpoint.every_minutes,
-        monitor=config.checkpoint.monitor,
-        image_size=config.data.image_size,
-        fit_memory=config.data.micro_batch_size == "auto",
-        cache_dir=None if config.run.debug else Path(config.data.cache_dir or default_cache_dir()).expanduser(),
-    )
-    return Trainer(
-        runtime=runtime,
-        network=network,
-        phases=phases,
-        feeds=feeds,
-        state=state,
-        store=store,
-        tracker=tracker,
-        bad_samples=bad_samples,
-        settings=settings,
-        config=config.to_dict(),
-        heart=heart,
-        deadline=deadline,
-    )
-
-
-def planned(config: Config, feeds: Feeds) -> list[Phase]:
-    return plan_phases(config.phases, steps_per_epoch=feeds.steps_per_epoch, num_classes=feeds.train.num_classes)

@@ -35,7 +35,7 @@ def debug_config(config: Config, name: str) -> tuple[Config, str]:
 
 
 @contextlib.contextmanager
-def debugging(wanted: bool) -> Iterator[None]:
+def debug_mode(wanted: bool) -> Iterator[None]:
     """Anomaly detection and deterministic algorithms while it lasts; mistakes keep their traceback."""
     if not wanted:
         yield

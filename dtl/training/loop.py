@@ -18,6 +18,7 @@ from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.data.loading.batch import Batch
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Exchange, Flags, Runtime
+from dtl.distributed.signals import Stopped
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.build import Network
@@ -26,7 +27,7 @@ from dtl.runs.bad_samples import BadSamples
 from dtl.runs.trace import StepTrace
 from dtl.runs.tracker import Tracker
 from dtl.training import micro_batch, saving
-from dtl.training.active import ActivePhase, enter, leave, set_head
+from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
 from dtl.training.dataloaders import Feeds
 from dtl.training.early_stopping import diverged, judge, note_result
 from dtl.training.epoch_count import EpochCount
@@ -34,16 +35,11 @@ from dtl.training.evaluate import evaluate
 from dtl.training.feature_phase import PhaseFeatures
 from dtl.training.phases import Phase
 from dtl.training.settings import Settings
-from dtl.training.start import phase_lines
 from dtl.training.step import Stepper, Window, step_weight
 from dtl.training.throughput import EpochSpeed
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
 SECONDS_BETWEEN_SAVES = 15.0
-
-
-class Stopped(Exception):
-    """The run was asked to stop, by what the message says, and its state is safely on the disk."""
 
 
 @dataclass
@@ -369,7 +365,7 @@ class Trainer:
             raise UserError(
                 f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest whole one is step {self.store.saved_step}"
             )
-        raise Stopped(why)
+        raise Stopped(why, step=self.state.step)
 
     def _finish(self, active: ActivePhase) -> None:
         """Hand the phase's weights on: those of its best evaluation, of its moving average, or the last."""

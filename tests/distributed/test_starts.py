@@ -12,10 +12,8 @@ import torch
 from harness import history, run, status
 from recipes import weights_hash, write_images, write_recipe
 
-from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.inference.model import find_model
-from dtl.runs.folder import RunFolder
 
 SHORT = {"phases": {"head": {"train": "head", "steps": 2, "lr": 0.1}, "all": {"train": "all", "steps": 3, "lr": 0.05, "eval_every": 0.01}}}
 
@@ -68,17 +66,20 @@ def test_a_mistake_costs_a_finished_run_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_lost_rank_costs_the_run_before_nothing_either(tmp_path: Path, fresh: bool) -> None:
     """With `run.resume: never` a job's next round takes a changed status for the sign that this run has begun."""
-    from dtl.commands.train import _end
+    from dtl.config import load_config
+    from dtl.training.session import Session
 
+    config, _ = load_config(["--run.dir", str(tmp_path.parent), "--run.resume", "never" if fresh else "auto"])
     for name in ("before", "now"):
-        with RunFolder(tmp_path) as folder:
+        session = Session(config, tmp_path.name)
+        with session.folder as folder:
             if name == "before":
                 folder.write_status("done", step=5)
             else:
-                _end(folder, Heartbeat(), "lost rank 1", fresh=fresh)
+                session.lost("lost rank 1")
                 assert status(tmp_path)["state"] == ("done" if fresh else "failed")
                 folder.write_status("running", step=0)
-                _end(folder, Heartbeat(), "lost rank 1", fresh=fresh)
+                session.lost("lost rank 1")
                 assert (status(tmp_path)["state"], status(tmp_path)["why"]) == ("failed", "fault: lost rank 1")
 
 

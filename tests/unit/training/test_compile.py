@@ -18,7 +18,7 @@ from functools import partialmethod
 from torch import nn
 # Dynamo as it is; without the code generator behind it, which takes a minute and decides nothing about when to compile.
 nn.Module.compile = partialmethod(nn.Module.compile, backend="eager")
-from dtl.commands.train import train
+from dtl.training.run import run
 from dtl.config import load_config
 from dtl.training import micro_batch
 from torch._dynamo.utils import counters
@@ -30,7 +30,7 @@ def watched(*arguments, **options):
     print("tried", flush=True)
     return halved
 micro_batch.fit = watched
-assert train(*load_config(["--config", sys.argv[1]])) == 0
+assert run(*load_config(["--config", sys.argv[1]])).state == "done"
 print(json.dumps({"graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}))
 """
 

@@ -1,4 +1,4 @@
-"""The beginning and the end of a run's folder: config.yaml, transfer.json, status.json, the model folder, the closing table."""
+"""The end of a run: the model folder, the closing table, the report, and what to do next."""
 
 from __future__ import annotations
 
@@ -12,112 +12,74 @@ import torch
 
 from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.checkpoint.resume.state import TrainState
-from dtl.checkpoint.transfer.report import TransferReport
 from dtl.config import Config
-from dtl.distributed.runtime import Runtime
-from dtl.files import write_whole
 from dtl.models.build import Network
 from dtl.runs.folder import RunFolder, read_status
-from dtl.runs.tracker import Console
-from dtl.text import counted
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
 from dtl.training.redact import without_secrets
-from dtl.training.start import remarks
+from dtl.training.session import Session
 from dtl.version import __version__
 
-# From this many starts at one step on, status.json says that there is no progress.
-STARTS_WITHOUT_PROGRESS = 3
+MakeReport = Callable[[Path, Callable[[str], None]], Path]
+"""Makes the pages about a run folder and returns the first one; its messages go to the function."""
 
 
-def begin(trainer: Trainer, folder: RunFolder, config: Config, report: TransferReport | None) -> None:
-    """Write down what this start is (main process)."""
-    trainer.state.incarnation = folder.incarnation
-    starts = trainer.runtime.agree(folder.count_starts(trainer.state.step) if trainer.runtime.is_main else 0)
-    if not trainer.runtime.is_main:
-        return
-    write_whole(folder.path / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
-    if report is not None:
-        report.to_json(folder.path / "transfer.json")
-    stuck = (
-        ""
-        if starts <= STARTS_WITHOUT_PROGRESS
-        else (
-            f"start number {starts} in a row at step {trainer.state.step}, without a new checkpoint: give each start more time, "
-            "or save more often (--checkpoint.every_steps)"
-        )
-    )
-    folder.write_status("running", why=stuck, step=trainer.state.step)
-    if stuck:
-        trainer.tracker.say(stuck)
-    state, runtime = trainer.state, trainer.runtime
-    done = f"; going on at step {state.step}" if state.step else ""
-    trainer.tracker.say(
-        f"run {folder.path}: {trainer.feeds.train.num_samples:,} training and {counted(trainer.feeds.val.num_samples, 'validation image')} of "
-        f"{counted(trainer.feeds.train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
-        f"{runtime.device.type}, precision {runtime.precision}{done}"
-    )
-    for line in remarks(trainer.phases, trainer.feeds, runtime):
-        trainer.tracker.say(line)
-
-
-def is_finished(folder: RunFolder, state: TrainState, phases: Sequence[Phase], runtime: Runtime) -> bool:
-    """Nothing is left to train, and the last start said so: its model folder is whole."""
+def is_finished(session: Session, state: TrainState, phases: Sequence[Phase]) -> bool:
+    """Nothing is left to train, and the last start wrote that down: its model folder is whole."""
     last = phases[-1]
     at_end = state.phase_index == last.index and (state.phase_step >= last.num_steps or bool(state.extra.get("ended")))
     # A start that failed before it began (a mistyped option) has kept what the status said of the finished run.
-    status = read_status(folder.path) if runtime.is_main else None
-    return runtime.agree(at_end and "model" in (status or {}))
+    status = read_status(session.folder.path) if session.runtime.is_main else None
+    return session.runtime.agree(at_end and "model" in (status or {}))
 
 
-def tell_result_again(folder: RunFolder, state: TrainState, config: Config, runtime: Runtime, console: Console) -> int:
-    """A finished run started again prints its result and changes nothing."""
-    if runtime.is_main:
-        status = read_status(folder.path) or {}
-        console.say(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
-        console.table(table_rows(status.get("phases", [])))
-        folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
-        page = folder.path / "report" / "index.html"
-        for line in next_steps(folder.path, config, page if page.is_file() else None):
-            console.say(line)
-    return 0
+def show_result_again(session: Session, state: TrainState) -> None:
+    """A finished run started again prints its result and changes nothing (main process)."""
+    if not session.runtime.is_main:
+        return
+    folder, console = session.folder, session.console
+    status = read_status(folder.path) or {}
+    console.say(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
+    console.table(table_rows(status.get("phases", [])))
+    folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
+    page = folder.path / "report" / "index.html"
+    for line in next_steps(folder.path, session.config, page if page.is_file() else None):
+        console.say(line)
 
 
-def end(trainer: Trainer, folder: RunFolder, config: Config) -> None:
+def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> None:
     """Model folder and status: the run is done, and the ranks part. What is left is the main process's: table, report, what to do next."""
-    state, tracker, runtime = trainer.state, trainer.tracker, trainer.runtime
-    model = folder.path / "model"
+    config, folder, runtime, tracker, step = session.config, session.folder, session.runtime, trainer.tracker, trainer.state.step
+    session.store.close()
+    session.heart.enter("finish")
+    model, results = folder.path / "model", trainer.numbers()
     with runtime.together("model"):
         if runtime.is_main:
             _save_model(trainer, model, folder, config)
-            folder.write_status("done", step=state.step, phases=trainer.numbers(), model=str(model))
+            folder.write_status("done", step=step, phases=results, model=str(model))
     # A report, or the network to wandb, may take minutes: the other ranks leave, and nothing that comes can fail or hang for their sake.
-    trainer.heart.part()
+    session.heart.part()
     runtime.barrier()  # no rank looks for another any more
     runtime.close()
     if runtime.is_main:
-        tracker.table(table_rows(trainer.numbers()))
-        worse = fell_behind(trainer.numbers(), lr=trainer.phases[-1].config.lr)
-        if worse:
+        tracker.table(table_rows(results))
+        if worse := fell_behind(results, lr=trainer.phases[-1].config.lr):
             tracker.say(worse)
-        page = _make_report(folder, config, tracker.say)
-        tracker.attach(None if page is None else page.parent, model if config.tracking.wandb_model else None, step=state.step)
+        page = None if report is None or config.run.debug or not config.tracking.report else _make_report(report, folder.path, tracker.say)
+        tracker.attach(None if page is None else page.parent, model if config.tracking.wandb_model else None, step=step)
     tracker.close("done")
     if runtime.is_main:
         for line in next_steps(folder.path, config, page):
             tracker.say(line)
 
 
-def _make_report(folder: RunFolder, config: Config, say: Callable[[str], None]) -> Path | None:
-    """The run is done and safe: whatever may be wrong with its pictures is only said."""
-    if not config.tracking.report or config.run.debug:
-        return None
-    from dtl.report import make_report
-
+def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> Path | None:
+    """The run is done and safe: whatever may be wrong with its pictures is only printed."""
     try:
-        return make_report(folder.path, say=say)
+        return report(run, log)
     except Exception as error:
-        say(f"the report could not be made ({type(error).__name__}: {error}); dtl report {folder.path} tries again")
+        log(f"the report could not be made ({type(error).__name__}: {error}); dtl report {run} tries again")
         return None
 
 

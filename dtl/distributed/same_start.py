@@ -1,4 +1,4 @@
-"""All ranks must have been started alike: one that differs would hang the others in a collective, or train another network."""
+"""All ranks must have been started with the same settings and versions: one that differs would hang the others in a collective, or train another network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAY_DIFFER = ("data.train", "data.val", "data.cache_dir", "data.workers")
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg", "safetensors")
 
 
-def check_alike(config: Config, name: str, runtime: Runtime) -> None:
+def check_same_start(config: Config, name: str, runtime: Runtime) -> None:
     """Raises the same UserError on every rank where settings or versions differ; it names the first rank and the first difference."""
     mine = {"run": name, "the device": runtime.device.type, "the precision": runtime.precision, **_settings(config.to_dict(), ""), **_versions()}
     digests = runtime.gather(hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).hexdigest())

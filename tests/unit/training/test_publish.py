@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtl.training.finish import fell_behind
+from dtl.training.publish import fell_behind
 
 
 def row(phase: str, top1: float | None, task: str = "classify") -> dict[str, Any]:

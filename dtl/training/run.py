@@ -1,0 +1,164 @@
+"""A run, as a table of contents; and what it prints and writes down at its start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
+from dtl.checkpoint.resume.state import TrainState
+from dtl.checkpoint.transfer.report import TransferReport
+from dtl.config import Config
+from dtl.data.open import default_cache_dir
+from dtl.distributed.runtime import Runtime
+from dtl.files import write_whole
+from dtl.machine import num_physical_cores
+from dtl.models.build import Network
+from dtl.runs.bad_samples import BadSamples
+from dtl.text import counted, some
+from dtl.training import build
+from dtl.training.dataloaders import Feeds
+from dtl.training.debug import overfit_one_batch
+from dtl.training.loop import Trainer
+from dtl.training.phases import Phase
+from dtl.training.publish import MakeReport, is_finished, publish, show_result_again
+from dtl.training.session import Result, Session
+from dtl.training.settings import Settings
+
+# From this many starts at one step on, status.json says that there is no progress.
+STARTS_WITHOUT_PROGRESS = 3
+
+
+def run(config: Config, name: str, *, report: MakeReport | None = None, started: float | None = None) -> Result:
+    """One run, from its config to its model folder and, with `report`, the pages about it. Raises UserError where the user's input is wrong.
+
+    `started` (by time.monotonic): `checkpoint.deadline_seconds` counts from then on; by default from now on.
+    """
+    session = Session(config, name, started=started)
+    with session:
+        runtime, log = session.runtime, session.console.say
+        with session.before_first_step():  # may take hours, or be refused; an earlier run in the folder stays as it is
+            build.check_names(config, session.folder, runtime)
+            session.heart.enter("data")
+            train, val = build.open_data(config, runtime, log)
+            session.heart.enter("model")
+            network = build.build_network(config, train.num_classes, runtime)
+            dataloaders = build.build_dataloaders(config, runtime, train, val, network)
+            phases = build.planned(config, dataloaders)
+            checkpoint, state = find_checkpoint(config, session.store, runtime, train, val)
+            if is_finished(session, state, phases):
+                show_result_again(session, state)
+                return session.result
+            note_changes(config, checkpoint, state, runtime, log)
+            build.check_phases(phases, network, dataloaders, runtime)
+            transfer = None if checkpoint else build.load_pretrained(config, network, runtime, train, log)
+            channels_last = build.place_network(config, network, runtime)
+        trainer = _trainer(session, network, phases, dataloaders, state, channels_last=channels_last)
+        _begin(session, trainer, transfer)
+        if config.run.debug:
+            overfit_one_batch(trainer)
+        trainer.run(checkpoint)
+        publish(session, trainer, report)
+    return session.result
+
+
+def _trainer(session: Session, network: Network, phases: list[Phase], feeds: Feeds, state: TrainState, *, channels_last: bool) -> Trainer:
+    config, runtime, folder = session.config, session.runtime, session.folder
+    tracker = session.open_tracker(state)
+    bad_samples = BadSamples(
+        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad, known=state.bad_samples
+    )
+    settings = Settings(
+        seed=config.run.seed,
+        init=config.model.init,
+        freeze_norm=config.model.freeze_norm,
+        sync_bn=config.model.sync_bn,
+        compile=config.model.compile,
+        channels_last=channels_last,
+        log_every=config.tracking.log_every,
+        every_steps=config.checkpoint.every_steps,
+        every_minutes=config.checkpoint.every_minutes,
+        monitor=config.checkpoint.monitor,
+        image_size=config.data.image_size,
+        fit_memory=config.data.micro_batch_size == "auto",
+        cache_dir=None if config.run.debug else Path(config.data.cache_dir or default_cache_dir()).expanduser(),
+    )
+    return Trainer(
+        runtime=runtime,
+        network=network,
+        phases=phases,
+        feeds=feeds,
+        state=state,
+        store=session.store,
+        tracker=tracker,
+        bad_samples=bad_samples,
+        settings=settings,
+        config=config.to_dict(),
+        heart=session.heart,
+        deadline=session.deadline,
+    )
+
+
+def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) -> None:
+    """Write down what this start is, and print it (main process)."""
+    config, runtime, folder, state, log = session.config, session.runtime, session.folder, trainer.state, session.console.say
+    state.incarnation = folder.incarnation
+    starts = runtime.agree(folder.count_starts(state.step) if runtime.is_main else 0)
+    if not runtime.is_main:
+        return
+    write_whole(folder.path / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
+    if transfer is not None:
+        transfer.to_json(folder.path / "transfer.json")
+    stuck = (
+        ""
+        if starts <= STARTS_WITHOUT_PROGRESS
+        else (
+            f"start number {starts} in a row at step {state.step}, without a new checkpoint: give each start more time, "
+            "or save more often (--checkpoint.every_steps)"
+        )
+    )
+    folder.write_status("running", why=stuck, step=state.step)
+    if stuck:
+        log(stuck)
+    train, val = trainer.feeds.train, trainer.feeds.val
+    resumed = f"; resuming at step {state.step}" if state.step else ""
+    log(
+        f"run {folder.path}: {train.num_samples:,} training and {counted(val.num_samples, 'validation image')} of "
+        f"{counted(train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
+        f"{runtime.device.type}, precision {runtime.precision}{resumed}"
+    )
+    if any(phase.config.task == "classify" for phase in trainer.phases):
+        for line in classes_without_images(trainer.feeds.classes, train.manifest.class_counts, val.manifest.class_counts):
+            log(line)
+    for line in too_few_threads(runtime):
+        log(line)
+
+
+def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int]) -> list[str]:
+    """A line about the classes without a training image, and one about those without a validation image."""
+    lines = []
+    for counts, split, so in (
+        (train, "training", "cannot be learned"),
+        (val, "validation", "not measured, and count nowhere in top1"),
+    ):
+        names = [name for name, count in zip(classes, counts) if not count]
+        if names:
+            lines.append(f"{len(names)} of {counted(len(classes), 'class')} without a {split} image, so {so}: {some(names)}")
+    return lines
+
+
+def too_few_threads(runtime: Runtime) -> list[str]:
+    """Launchers give each process one thread on a CPU; one line says what that leaves idle."""
+    if runtime.device.type != "cpu":
+        return []
+    threads, processes = torch.get_num_threads(), max(1, runtime.launch.local_world_size)
+    share = num_physical_cores() // processes
+    if threads >= share or "OMP_NUM_THREADS" not in os.environ:
+        return []
+    return [
+        f"computing with {counted(threads, 'thread')} a process, and there are {share} cores for each: "
+        f"accelerate launch --num_cpu_threads_per_process {share} ..., or OMP_NUM_THREADS={share} before the command"
+    ]
