@@ -253,7 +253,7 @@ def stopped_under_this_agent(path: str | Path) -> bool:
     if then.get("host") == now["host"] and then != now | {"restarts": then.get("restarts")}:
         return False
     if os.environ.get("RANK", "0") == "0":
-        to_stderr(f"dtl: {path} was stopped, and its launcher has started it again: leaving; the same command goes on")
+        to_stderr(f"dtl: {path} was stopped, and its launcher has started it again: leaving; the same command resumes")
     else:
         time.sleep(_SECONDS_TO_PRINT)  # the first to leave makes the launcher end the others, and rank 0 is to print why
     return True

@@ -12,7 +12,7 @@ from harness import Job, history, start, status, the_line, wait_for
 from recipes import write_recipe
 
 PHASES: dict[str, Any] = {"all": {"train": "all", "epochs": 500, "lr": 0.01}}
-GOES_ON = "the same command goes on"
+RESUMES = "the same command resumes"
 
 
 def begin(folder: Path, *options: str, world: int = 2, **more: Any) -> Job:
@@ -29,7 +29,7 @@ def test_a_rank_that_was_killed_is_named_at_once(tmp_path: Path, rank: int) -> N
     job = begin(tmp_path, world=3)
     job.kill(rank)
     job.wait(60)
-    line = the_line(job, GOES_ON)
+    line = the_line(job, RESUMES)
     if rank:
         assert re.search(rf"lost rank {rank} \(host \S+, pid {job.processes[rank].pid}\), which has ended; it was last in stage \w+ of step \d+", line), line
     else:
@@ -46,7 +46,7 @@ def test_a_rank_that_is_stopped_is_named_within_the_limit(tmp_path: Path) -> Non
     job.kill(1, signal.SIGSTOP)
     job.processes[0].join(60)
     job.kill(1)
-    line = the_line(job, GOES_ON)
+    line = the_line(job, RESUMES)
     assert re.search(r"no progress for \d+ s \(run.timeout_minutes\): waiting for rank 1 \(host \S+, pid \d+\), which is stopped \(SIGSTOP\)", line), line
     assert job.codes[0] == 1
     assert status(tmp_path / "runs/tiny")["why"].startswith("fault: no progress")
@@ -57,7 +57,7 @@ def test_a_rank_that_sleeps_in_its_loader_is_named_with_its_samples(tmp_path: Pa
     (tmp_path / "sleep").touch()
     job.wait(60)
     first = next(line for line in job.err().splitlines() if "no progress for" in line and "in stage load" in line)  # on a slow machine it may speak earlier
-    for line in (first, the_line(job, GOES_ON)):
+    for line in (first, the_line(job, RESUMES)):
         assert re.search(r"waiting for rank 1 \(host \S+, pid \d+\), in stage load of step \d+, 60 samples from", line), line
         assert re.search(r"from \d{6} of \S+\.tar on, for \d+ s", line), line
     assert job.codes == [1, 1]
@@ -67,4 +67,4 @@ def test_a_single_process_that_hangs_says_where(tmp_path: Path) -> None:
     job = begin(tmp_path, "--run.timeout-minutes", "0.2", world=1, env={"SLEEP_ON": "0"})
     (tmp_path / "sleep").touch()
     job.wait(60)
-    assert re.search(r"nothing has happened for long: rank 0 .* in stage load of step \d+, 120 samples from", the_line(job, GOES_ON))
+    assert re.search(r"nothing has happened for long: rank 0 .* in stage load of step \d+, 120 samples from", the_line(job, RESUMES))

@@ -76,7 +76,7 @@ def test_a_signal_while_packing(tmp_path: Path, name: str) -> None:
     lines = [line for line in job.err().splitlines() if line.startswith("dtl: ")]
     assert lines == [
         "dtl: stopped by a signal before the first step (stage data): nothing to save yet; "
-        "what is packed or fetched is kept, and the same command goes on with it"
+        "what is packed or fetched is kept, and the same command continues with it"
     ]
     assert not packers(tmp_path)
     assert not [*(tmp_path / "cache").rglob("*.tmp"), *(tmp_path / "cache").rglob("manifest.json")]
