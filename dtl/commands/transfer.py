@@ -82,30 +82,36 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> TransferReport:
-    from dtl.checkpoint.transfer.apply import plan_weights, preview
+    from dtl.checkpoint.transfer.apply import preview
+    from dtl.checkpoint.transfer.plan import plan_weights
+    from dtl.config.models import FillConfig, TransferOptions, arguments_checked
     from dtl.models.build import build
 
     network = build(options.model, num_classes=_outputs(options), meta=True)
     source_model = None
     if options.source_arch:
         source_model = build(options.source_arch, num_classes=_source_outputs(options, weights), meta=True).module
+    with arguments_checked():
+        transfer = TransferOptions(
+            by=by,
+            assume_order=options.assume_order,
+            on_ambiguous=options.on_ambiguous,
+            min_coverage=options.min_coverage,
+            ignore=tuple(options.ignore),
+            keep_head={"true": True, "false": False}.get(options.keep_head, options.keep_head),
+            head_rows=_head_rows(options.head_rows),
+            source_classes=None if _number(options.source_classes) else options.source_classes,
+            fill=FillConfig(conv_bias="zero" if options.zero_conv_bias else "keep"),
+            fold_norms=options.fold_norms,
+        )
     plan = plan_weights(
         weights,
         network.module,
-        by=by,
-        assume_order=options.assume_order,
-        source_model=source_model,
+        transfer,
         mapping=options.map,
+        source_model=source_model,
         heads=network.heads,
-        keep_head={"auto": None, "true": True, "false": False}.get(options.keep_head, options.keep_head),
-        head_rows=_head_rows(options.head_rows),
-        source_classes=None if _number(options.source_classes) else options.source_classes,
         target_classes=options.classes,
-        on_ambiguous=options.on_ambiguous,
-        min_coverage=options.min_coverage,
-        ignore=options.ignore,
-        fill={"conv_bias": "zero"} if options.zero_conv_bias else None,
-        fold_norms=options.fold_norms,
         image_size=options.image_size or network.preprocessing.image_size,
     )
     normalisation = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}

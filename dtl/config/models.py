@@ -5,17 +5,23 @@ Only values that are wrong by themselves, or beside another of their section, ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dtl.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Strength = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+TransferBy = Literal["auto", "name", "order", "strict", "map"]
 
 
 def _word_of(word: str) -> BeforeValidator:
@@ -25,17 +31,29 @@ def _word_of(word: str) -> BeforeValidator:
 
 def _names_as_text(value: Any) -> Any:
     """Class names that are numbers in YAML (digits) are names all the same."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(name): _names_as_text(old) for name, old in value.items()}
     if isinstance(value, (list, tuple)):
         return tuple(map(str, value))
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return str(value) if isinstance(value, (int, Path)) and not isinstance(value, bool) else value
 
 
 class Section(BaseModel):
     """Base of every section: frozen, strict about names, documented by the docstring under each field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+@contextmanager
+def arguments_checked() -> Iterator[None]:
+    """Sections that are made of a caller's arguments: the first that is wrong becomes a UserError."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][:1]))
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UserError(f"{name}{': ' if name else ''}{first['msg'].removeprefix('Value error, ')}{got}") from None
 
 
 class RunConfig(Section):
@@ -162,15 +180,20 @@ class FillConfig(Section):
     """Biases of convolutions that the source does not have: keep the initial values, or zero."""
 
 
-class TransferConfig(Section):
+class TransferSource(Section):
     source: str
     """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, hf-hub:ORG/NAME, or pretrained: the default weights of model.name."""
-    by: Literal["auto", "name", "order", "strict", "map"] = "auto"
-    """How tensors find each other; strict: by order, of equal sequences of shapes only."""
     map: str | None = None
     """YAML or JSON file of names: all of them with `by: map`; with `by: auto` those that settle single layers."""
     source_arch: str | None = None
     """Name of the network that the source was saved from, where it can be built: settles what the file alone cannot."""
+
+
+class TransferOptions(Section):
+    """How weights are transferred, wherever they come from: what the section `transfer` and `dtl.load_pretrained` have in common."""
+
+    by: TransferBy = "auto"
+    """How tensors find each other; strict: by order, of equal sequences of shapes only."""
     assume_order: bool = False
     """Trust the order of registration where nothing else tells layers of one shape apart."""
     on_ambiguous: Literal["error", "fresh"] = "error"
@@ -190,11 +213,17 @@ class TransferConfig(Section):
     """Fold a norm that the network lacks into the convolution before it."""
 
     @model_validator(mode="after")
+    def _rows_belong_to_keep_head(self) -> TransferOptions:
+        if self.head_rows is not None and self.keep_head != "rows":
+            raise ValueError("`head_rows` needs `keep_head: rows`")
+        return self
+
+
+class TransferConfig(TransferOptions, TransferSource):
+    @model_validator(mode="after")
     def _map_belongs_to_by_map(self) -> TransferConfig:
         if (self.by == "map" and self.map is None) or (self.map is not None and self.by not in ("map", "auto")):
             raise ValueError("`by: map` and `map: FILE` go together; with `by: auto` the file settles single layers")
-        if self.head_rows is not None and self.keep_head != "rows":
-            raise ValueError("`head_rows` needs `keep_head: rows`")
         return self
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from dtl.checkpoint.transfer.apply import apply_plan, plan_weights
+from dtl.checkpoint.transfer.apply import apply_plan
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
-from dtl.checkpoint.transfer.plan import TransferPlan
+from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.report import TransferReport
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, read_weights
 from dtl.config import Config
@@ -225,21 +225,12 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
     return plan_weights(
         weights,
         network.module,
-        by=options.by,
+        options,
         mapping=options.map,
-        assume_order=options.assume_order,
-        on_ambiguous=options.on_ambiguous,
-        min_coverage=options.min_coverage,
-        ignore=options.ignore,
-        keep_head=None if options.keep_head == "auto" else options.keep_head,
-        head_rows=options.head_rows,
-        source_classes=options.source_classes,
+        source_model=source_model,
         heads=network.heads,
         target_classes=list(train.classes),
-        fill=options.fill.model_dump(),
-        fold_norms=options.fold_norms,
         image_size=config.data.image_size,
-        source_model=source_model,
     )
 
 

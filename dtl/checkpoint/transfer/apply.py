@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from dtl.checkpoint.transfer.adapt import apply_transform
-from dtl.checkpoint.transfer.plan import By, TransferPlan, plan_transfer
+from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.report import TransferReport
-from dtl.checkpoint.transfer.source.class_names import read_class_names, read_head_rows
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
+from dtl.config.models import FillConfig, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import TransferRefused, UserError
 
 
 def load_pretrained(
     model: nn.Module,
     source: str | Path | Mapping[str, Any] | nn.Module | SourceWeights,
-    by: By = "auto",
+    by: TransferBy = "auto",
     mapping: Any = None,
     assume_order: bool = False,
     source_model: nn.Module | None = None,
@@ -50,49 +50,31 @@ def load_pretrained(
     the table of outcomes.
     """
     started = time.perf_counter()
+    with arguments_checked():
+        options = TransferOptions(
+            by=by,
+            assume_order=assume_order,
+            on_ambiguous=on_ambiguous,
+            min_coverage=min_coverage,
+            ignore=tuple(ignore),
+            keep_head="auto" if keep_head is None else keep_head,
+            head_rows=head_rows,
+            source_classes=source_classes,
+            fill=FillConfig(**dict(fill or {})),
+            fold_norms=fold_norms,
+        )
     weights = read_weights(source, key=key)
     plan = plan_weights(
         weights,
         model,
-        by=by,
-        assume_order=assume_order,
-        source_model=source_model,
+        options,
         mapping=mapping,
+        source_model=source_model,
         heads=heads,
-        keep_head=keep_head,
-        head_rows=head_rows,
-        source_classes=source_classes,
         target_classes=target_classes,
-        on_ambiguous=on_ambiguous,
-        min_coverage=min_coverage,
-        ignore=ignore,
-        fill=fill,
-        fold_norms=fold_norms,
         image_size=image_size,
     )
     return apply_plan(plan, weights, model, target_preprocessing=target_preprocessing, started=started)
-
-
-def plan_weights(
-    weights: SourceWeights,
-    model: nn.Module,
-    *,
-    source_classes: str | Path | Sequence[str] | None = None,
-    target_classes: str | Path | Sequence[str] | None = None,
-    head_rows: str | Path | Mapping[str, str | Sequence[str]] | None = None,
-    **options: Any,
-) -> TransferPlan:
-    """`plan_transfer` with what is known of the weights themselves: their order, the chosen prefix, their classes."""
-    return plan_transfer(
-        weights.tensors,
-        model,
-        source_classes=weights.facts.get("classes") if source_classes is None else read_class_names(source_classes, "source_classes"),
-        target_classes=None if target_classes is None else read_class_names(target_classes, "target_classes"),
-        head_rows=None if head_rows is None else read_head_rows(head_rows, "head_rows"),
-        ordered=weights.ordered if weights.sha256 is not None else None,
-        prefix=weights.prefix or None,
-        **options,
-    )
 
 
 def apply_plan(

@@ -7,13 +7,14 @@ convolution, coverage.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
 from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Key, Layer, Shape, TensorSpec, detect_heads, layers_of, num_elements
 from dtl.checkpoint.transfer.match.matching import Match, Matching
+from dtl.config.models import TransferOptions
 from dtl.errors import UserError
 from dtl.text import counted
 
@@ -48,15 +49,12 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Policy:
-    keep_head: bool | Literal["rows"] | None = None
-    head_rows: Mapping[str, str | Sequence[str]] | None = None
-    source_classes: Sequence[str] | None = None
-    target_classes: Sequence[str] | None = None
-    on_ambiguous: Literal["error", "fresh"] = "error"
-    min_coverage: float = 0.6
-    fill: dict[str, str] = field(default_factory=dict)
-    fold_norms: bool = False
+class HeadClasses:
+    """What is known of the classes of both heads. `rows`: class of the target -> classes of the source whose rows become its row."""
+
+    source: Sequence[str] | None = None
+    target: Sequence[str] | None = None
+    rows: Mapping[str, Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,14 @@ def settle(
     source: list[TensorSpec],
     target: Target,
     heads: Sequence[Layer],
-    policy: Policy,
+    options: TransferOptions,
+    classes: HeadClasses,
     *,
     inside: Collection[str] | None = None,
     ignored: Sequence[TensorSpec] = (),
 ) -> Settled:
     """`inside`: the source's tensors that belong to the network asked for (None: all). `ignored`: those set aside before."""
-    return _Settlement(matching, source, target, heads, policy, inside, ignored).run()
+    return _Settlement(matching, source, target, heads, options, classes, inside, ignored).run()
 
 
 class _Settlement:
@@ -89,12 +88,13 @@ class _Settlement:
         source: list[TensorSpec],
         target: Target,
         heads: Sequence[Layer],
-        policy: Policy,
+        options: TransferOptions,
+        classes: HeadClasses,
         inside: Collection[str] | None,
         ignored: Sequence[TensorSpec],
     ) -> None:
-        self.matching, self.source, self.target, self.policy = matching, source, target, policy
-        self.inside, self.ignored = inside, ignored
+        self.matching, self.source, self.target, self.options = matching, source, target, options
+        self.classes, self.inside, self.ignored = classes, inside, ignored
         self.heads = {layer.index for layer in heads}
         self.head_names = {name for layer in heads for name in layer.names}
         self.matches = dict(matching.matches)
@@ -118,7 +118,7 @@ class _Settlement:
                 self._weighted(layer)
             elif layer.kind == "bn":
                 self._batch_norm(layer)
-        if self.policy.fold_norms:
+        if self.options.fold_norms:
             self._fold()
         self._ties()
         self._norms_of_fresh_layers()
@@ -127,13 +127,13 @@ class _Settlement:
         heads = [layer for layer in self.target.layers if layer.index in self.heads]
         counted = source_layers_that_count(self.source_layers, used, self.inside, heads)
         used_share = source_coverage(counted, used)
-        self._judge(coverage, why_too_little_is_used(counted, used, self.policy.min_coverage))
+        self._judge(coverage, why_too_little_is_used(counted, used, self.options.min_coverage))
         if self.hard:
             self.matches, self.filled = {}, {}
         outcomes = [self._outcome(spec) for spec in self.target.specs] + self._unused()
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
             self.hard.append("nothing would be loaded")
-        doubts = self.doubts if self.policy.on_ambiguous == "error" else []
+        doubts = self.doubts if self.options.on_ambiguous == "error" else []
         return Settled(tuple(outcomes), coverage, used_share, tuple(self.hard or doubts), self.head_rows)
 
     # --- single layers ---
@@ -144,10 +144,9 @@ class _Settlement:
             self.reasons[name] = reason
 
     def _head(self, layer: Layer) -> None:
-        classes = self.policy.source_classes, self.policy.target_classes
-        why = head_obstacle(layer, self.matches, self.source_layers, classes, self.policy.keep_head)
-        if self.policy.keep_head == "rows" and (why or self.policy.head_rows):
-            chosen = rows_of_head(layer, self.source_layers, classes, self.policy.head_rows)
+        why = head_obstacle(layer, self.matches, self.source_layers, self.classes, self.options.keep_head)
+        if self.options.keep_head == "rows" and (why or self.classes.rows):
+            chosen = rows_of_head(layer, self.source_layers, self.classes)
             why = chosen if isinstance(chosen, str) else ""
             if not isinstance(chosen, str):
                 self.matches.update(chosen[0])
@@ -157,7 +156,7 @@ class _Settlement:
         self._drop(layer, f"head: {why}")
         for name in layer.names:
             self.matching.flags.pop(name, None)
-        if self.policy.keep_head in (True, "rows"):
+        if self.options.keep_head in (True, "rows"):
             self.hard.append(f"keep_head was asked for, but {layer.path} cannot be kept: {why}")
 
     def _weighted(self, layer: Layer) -> None:
@@ -176,7 +175,7 @@ class _Settlement:
                     self._bias_without_source(name)
 
     def _bias_without_source(self, name: str) -> None:
-        if self.policy.fill.get("conv_bias") == "zero":
+        if self.options.fill.conv_bias == "zero":
             self.filled[name] = "zero: the source's layer has no bias"
         else:
             self.reasons[name] = "the source's layer has no bias (fill conv_bias: zero makes it the same function)"
@@ -266,10 +265,10 @@ class _Settlement:
             return
         if not self.matches:
             self.hard.append(f"nothing fits: no layer of the source has a place here{self._first_clash()}")
-        elif coverage < self.policy.min_coverage:
+        elif coverage < self.options.min_coverage:
             self.hard.append(
                 f"coverage {coverage:.0%} of the target's convolution and linear layers is under min_coverage "
-                f"{self.policy.min_coverage:.0%}{self._first_clash()}"
+                f"{self.options.min_coverage:.0%}{self._first_clash()}"
             )
         elif source_left_behind:
             self.hard.append(source_left_behind)
@@ -457,10 +456,6 @@ def _normed_layers(target: Target) -> Collection[int]:
     return {other for found in links.values() for side, other in found if side == "post"}
 
 
-Classes = tuple[Sequence[str] | None, Sequence[str] | None]
-"""Class names of the source's head and of the target's, as far as they are known."""
-
-
 def pick_rows(
     source_classes: Sequence[str],
     target_classes: Sequence[str],
@@ -494,8 +489,8 @@ def head_obstacle(
     layer: Layer,
     matches: Mapping[str, Match],
     source: Sequence[Layer],
-    classes: Classes,
-    keep_head: bool | Literal["rows"] | None,
+    classes: HeadClasses,
+    keep_head: bool | Literal["auto", "rows"],
 ) -> str:
     """Why the target's head `layer` is not loaded as it was matched; "" where it is."""
     if keep_head is False:
@@ -511,8 +506,8 @@ def head_obstacle(
         return ""  # a map that chooses rows has chosen
     if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
         return other
-    theirs, ours = classes
-    if keep_head is None and ours is not None and theirs is not None and list(ours) != list(theirs):
+    theirs, ours = classes.source, classes.target
+    if keep_head == "auto" and ours is not None and theirs is not None and list(ours) != list(theirs):
         return "the classes are others"
     return ""
 
@@ -520,11 +515,10 @@ def head_obstacle(
 def rows_of_head(
     layer: Layer,
     source: Sequence[Layer],
-    classes: Classes,
-    head_rows: Mapping[str, str | Sequence[str]] | None,
+    classes: HeadClasses,
 ) -> tuple[dict[str, Match], tuple[tuple[int, ...], ...]] | str:
     """(matches, rows to pick) that fill the target's head `layer` by class names; text where that cannot be done."""
-    theirs, ours = classes
+    theirs, ours = classes.source, classes.target
     if ours is None or theirs is None:
         return "the class names of both sides must be known to choose rows"
     if layer.shape[0] != len(ours):
@@ -536,7 +530,7 @@ def rows_of_head(
     if len(heads) != 1:
         return f"the source has {'more than one' if fitting else 'no'} head of {len(theirs)} outputs and {list(layer.shape[1:])} inputs"
     try:
-        picks = pick_rows(theirs, ours, head_rows)
+        picks = pick_rows(theirs, ours, classes.rows)
     except UserError as error:
         return str(error)
     shared = [(key[0], heads[0].roles[role][0]) for role, (key, _) in layer.roles.items() if role in heads[0].roles and len(key) == 1]

@@ -9,7 +9,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,10 +23,11 @@ from dtl.checkpoint.transfer.match.by_map import Rule, match_map, read_rules
 from dtl.checkpoint.transfer.match.by_name import Renaming, Trust, kernels, match_names, rename, renamed_specs, trust_names, with_settled
 from dtl.checkpoint.transfer.match.by_order import match_strict_order
 from dtl.checkpoint.transfer.match.matching import Clash, Flag, Match, Matching
-from dtl.checkpoint.transfer.outcomes import Outcome, Policy, set_aside, settle
+from dtl.checkpoint.transfer.outcomes import HeadClasses, Outcome, set_aside, settle
+from dtl.checkpoint.transfer.source.class_names import read_class_names, read_head_rows
+from dtl.checkpoint.transfer.source.read import SourceWeights
+from dtl.config.models import FillConfig, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import UserError
-
-By = Literal["auto", "name", "order", "strict", "map"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def plan_transfer(
     source_tensors: Mapping[str, torch.Tensor],
     model: nn.Module | Mapping[str, torch.Tensor],
     *,
-    by: By = "auto",
+    by: TransferBy = "auto",
     assume_order: bool = False,
     source_model: nn.Module | None = None,
     mapping: Any = None,
@@ -124,44 +126,85 @@ def plan_transfer(
     `trace=False` skips the run of `model` on the meta device.
     Raises UserError on contradictory arguments; a transfer that should not happen comes back with `refusals`.
     """
-    if by not in get_args(By):
-        raise UserError(f"by: {by!r} is not one of {', '.join(get_args(By))}")
-    if not 0 <= min_coverage <= 1:
-        raise UserError(f"min_coverage: {min_coverage} is not between 0 and 1")
-    if head_rows and keep_head != "rows":
-        raise UserError("head_rows: needs keep_head: rows")
+    with arguments_checked():
+        options = TransferOptions(
+            by=by,
+            assume_order=assume_order,
+            on_ambiguous=on_ambiguous,
+            min_coverage=min_coverage,
+            ignore=tuple(ignore),
+            keep_head="auto" if keep_head is None else keep_head,
+            head_rows=head_rows,
+            source_classes=source_classes,
+            fill=FillConfig(**dict(fill or {})),
+            fold_norms=fold_norms,
+        )
     target = target_of(model, image_size=image_size, trace=trace)
-    source, ignored = set_aside(specs_of(source_tensors), ignore)
+    classes = HeadClasses(source_classes, target_classes, read_head_rows(head_rows, "head_rows") if head_rows else None)
+    return make_plan(
+        specs_of(source_tensors), target, options, classes, mapping=mapping, heads=heads, source_model=source_model, ordered=ordered, prefix=prefix
+    )
+
+
+def plan_weights(
+    weights: SourceWeights,
+    model: nn.Module,
+    options: TransferOptions,
+    *,
+    mapping: Any = None,
+    source_model: nn.Module | None = None,
+    heads: Sequence[str] | None = None,
+    target_classes: str | Path | Sequence[str] | None = None,
+    image_size: int | None = None,
+) -> TransferPlan:
+    """Plan with what is known of the weights themselves: their order, the chosen prefix, their classes."""
+    given = options.source_classes
+    classes = HeadClasses(
+        source=weights.facts.get("classes") if given is None else read_class_names(given, "source_classes"),
+        target=None if target_classes is None else read_class_names(target_classes, "target_classes"),
+        rows=None if options.head_rows is None else read_head_rows(options.head_rows, "head_rows"),
+    )
+    return make_plan(
+        specs_of(weights.tensors),
+        target_of(model, image_size=image_size),
+        options,
+        classes,
+        mapping=mapping,
+        heads=heads,
+        source_model=source_model,
+        ordered=weights.ordered if weights.sha256 is not None else None,
+        prefix=weights.prefix or None,
+    )
+
+
+def make_plan(
+    tensors: list[TensorSpec],
+    target: Target,
+    options: TransferOptions,
+    classes: HeadClasses,
+    *,
+    mapping: Any,
+    heads: Sequence[str] | None,
+    source_model: nn.Module | None,
+    ordered: bool | None,
+    prefix: str | None,
+) -> TransferPlan:
+    """The plan itself: find the pairs, then settle what becomes of each tensor."""
+    source, ignored = set_aside(tensors, options.ignore)
     request = PlanRequest(
         source=source,
         target=target,
+        options=options,
         heads=head_layers(target.layers, heads),
-        by=by,
-        assume_order=assume_order,
+        rules=_rules(mapping, options.by),
+        in_order=not looks_sorted(source) if ordered is None else ordered,
         source_model=source_model,
-        mapping=mapping,
-        ordered=ordered,
         prefix=prefix,
-        image_size=image_size,
     )
-    policy = Policy(
-        keep_head=keep_head,
-        head_rows=head_rows,
-        source_classes=source_classes,
-        target_classes=target_classes,
-        on_ambiguous=on_ambiguous,
-        min_coverage=min_coverage,
-        fill=dict(fill or {}),
-        fold_norms=fold_norms,
-    )
-    return _finish(request, policy, ignored)
-
-
-def _finish(request: PlanRequest, policy: Policy, ignored: list[TensorSpec]) -> TransferPlan:
     found = match(request)
-    settled = settle(found.matching, request.source, request.target, request.heads, policy, inside=found.inside, ignored=ignored)
+    settled = settle(found.matching, source, target, request.heads, options, classes, inside=found.inside, ignored=ignored)
     return TransferPlan(
-        by=request.by,
+        by=options.by,
         view=found.matching.view,
         outcomes=settled.outcomes,
         coverage=settled.coverage,
@@ -170,29 +213,24 @@ def _finish(request: PlanRequest, policy: Policy, ignored: list[TensorSpec]) -> 
         notes=tuple(found.matching.notes),
         clashes=tuple(found.matching.clashes),
         prefix=found.prefix,
-        source_specs=[spec for spec in request.source if found.inside is None or spec.name in found.inside],
-        ties=tuple(request.target.ties),
+        source_specs=[spec for spec in source if found.inside is None or spec.name in found.inside],
+        ties=tuple(target.ties),
         head_rows=settled.head_rows,
     )
 
 
 @dataclass(frozen=True)
 class PlanRequest:
+    """What a plan is made of. `rules`: of the user's map. `in_order`: whether the source's sequence can be the order of registration."""
+
     source: list[TensorSpec]
     target: Target
+    options: TransferOptions
     heads: list[Layer]
-    by: str
-    assume_order: bool = False
+    rules: list[Rule]
+    in_order: bool
     source_model: nn.Module | None = None
-    mapping: Any = None
-    ordered: bool | None = None
     prefix: str | None = None
-    image_size: int | None = None
-
-    @property
-    def in_order(self) -> bool:
-        """Whether the source's sequence can be the order of registration."""
-        return not looks_sorted(self.source) if self.ordered is None else self.ordered
 
     def first(self) -> int | None:
         """The target's layer that sees the input."""
@@ -209,9 +247,8 @@ class Planned:
 
 def match(request: PlanRequest) -> Planned:
     """Run the planner that `by` names; the matching speaks of the source's tensors by their own names."""
-    request = replace(request, ordered=request.in_order)
-    rules = _rules(request)
-    if request.by == "map":
+    rules, by = request.rules, request.options.by
+    if by == "map":
         chosen = frozenset(spec.name for spec in request.source if spec.name.startswith(request.prefix)) if request.prefix else None
         return Planned(match_map(rules, request.source, request.target.specs), ("", ""), chosen)
     settled = match_map(rules, request.source, request.target.specs) if rules else Matching("map")
@@ -222,11 +259,11 @@ def match(request: PlanRequest) -> Planned:
     renaming = rename(request.source, request.target.specs, prefix=request.prefix)
     channels_last = kernels(request.source, renaming)
     renamed = renamed_specs(request.source, renaming, turned=channels_last)
-    if request.by in ("order", "strict"):
+    if by in ("order", "strict"):
         matching = _by_order(replace(request, source=renamed))
     elif renaming.rivals:
         matching = _rivals(renaming)
-    elif request.by == "name":
+    elif by == "name":
         matching = match_names(renamed, request.target.layers, heads=request.heads, first=request.first)
     else:
         matching = _auto(replace(request, source=renamed), None, _renamed(settled, renaming))
@@ -250,14 +287,14 @@ def _turn_kernels(matching: Matching, channels_last: set[str]) -> None:
             matching.matches[name] = replace(found, transform="transpose_kernel")
 
 
-def _rules(request: PlanRequest) -> list[Rule]:
-    if request.mapping is None:
-        if request.by == "map":
+def _rules(mapping: Any, by: str) -> list[Rule]:
+    if mapping is None:
+        if by == "map":
             raise UserError("by: map needs a map (a YAML or JSON file, or a dict)")
         return []
-    if request.by not in ("map", "auto"):
-        raise UserError(f"by: {request.by} takes no map; use by: map, or by: auto to settle single layers")
-    return read_rules(request.mapping)
+    if by not in ("map", "auto"):
+        raise UserError(f"by: {by} takes no map; use by: map, or by: auto to settle single layers")
+    return read_rules(mapping)
 
 
 def _renamed(settled: Matching, renaming: Renaming) -> dict[str, Match]:
@@ -295,7 +332,7 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
         trust=trust,
         heads=request.heads,
         in_order=request.in_order,
-        assume_order=request.assume_order,
+        assume_order=request.options.assume_order,
     )
     matching.matches.update(settled)
     matching.flags = {name: flag for name, flag in matching.flags.items() if name not in settled}
@@ -311,7 +348,7 @@ def _nothing_to_go_by() -> Matching:
 def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
     """Speak of the source in the names of its own network, whose execution order and dataflow are then known."""
     assert request.source_model is not None
-    network = target_of(request.source_model, image_size=request.image_size)
+    network = target_of(request.source_model, image_size=request.target.image_size)
     own, spoken = _names_in(request.source, network, request.in_order, request.prefix)
     if own is None:
         raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
@@ -353,15 +390,15 @@ def _by_order(request: PlanRequest) -> Matching:
     if not request.in_order:
         matching = Matching(view="order")
         matching.refusals.append(
-            f"by: {request.by} needs the order in which the network registered its tensors, and this source's names are sorted "
+            f"by: {request.options.by} needs the order in which the network registered its tensors, and this source's names are sorted "
             "(safetensors keeps no order); use by: name, auto or map"
         )
         return matching
     strict = match_strict_order(request.source, request.target.specs, heads=request.heads)
-    if not strict.refusals or request.by == "strict":
+    if not strict.refusals or request.options.by == "strict":
         return strict
     # Not the same sequence: align the layers, with gaps, by position alone.
-    aligned = _auto(replace(request, assume_order=True), None, {}, names=False)
+    aligned = _auto(replace(request, options=request.options.model_copy(update={"assume_order": True})), None, {}, names=False)
     if not aligned.matches:
         aligned.clashes = strict.clashes
     aligned.notes += strict.refusals

@@ -106,7 +106,7 @@ def test_rows_of_the_head_by_class_names(source: Net) -> None:
     )
     torch.testing.assert_close(target.fc.weight, torch.stack([source.fc.weight[2], source.fc.weight[:2].mean(0)]))
     torch.testing.assert_close(target.fc.bias, torch.stack([source.fc.bias[2], source.fc.bias[:2].mean()]))
-    with pytest.raises(UserError, match="head_rows: needs keep_head: rows"):
+    with pytest.raises(UserError, match="`head_rows` needs `keep_head: rows`"):
         load_pretrained(Net(classes=2), source.state_dict(), head_rows={"pet": "c"})
     with pytest.raises(TransferRefused, match="the source has no class 'x'"):
         load_pretrained(Net(classes=2), source.state_dict(), keep_head="rows", source_classes=list("abcd"), target_classes=["d", "x"])
