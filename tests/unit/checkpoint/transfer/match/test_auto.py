@@ -413,7 +413,7 @@ def test_mistakes_in_map_files(tmp_path: Path, content: str, message: str) -> No
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(UserError, match="by: Input should be 'auto', 'name', 'order', 'strict' or 'map' .got 'guess'."):
+    with pytest.raises(UserError, match=r"by: Input should be 'auto', 'name', 'order', 'strict' or 'map' \(got 'guess'\)"):
         plan_transfer(state(net()), net(), by="guess")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="by: map needs a map"):
         plan_transfer(state(net()), net(), by="map")
