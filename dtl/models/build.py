@@ -1,29 +1,38 @@
-"""A network by name, with its head found, ready for any number of classes. Nothing is downloaded."""
+"""A network by name, with its head found, ready for any number of classes. Nothing is downloaded.
+
+The classification head is found by one rule for every family, without a table: build the network on the meta device with a number of
+classes that no layer has as its width, and the layers with that many outputs are the heads. A function that takes no number of classes is
+traced instead.
+"""
 
 from __future__ import annotations
 
-import functools
+import copy
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from dtl.errors import UserError
 from dtl.models import catalog
 from dtl.models.catalog import model_names
-from dtl.models.heads import heads_by_sentinel, heads_by_tracing, is_classifier, replace_head
 from dtl.models.init import Init, initialize
-from dtl.models.meta import build_on_meta
-from dtl.models.network import Network, forward_logits
+from dtl.models.meta import build_on_meta, meta_copy
+from dtl.models.network import Network, forward_logits, num_outputs
 from dtl.models.preprocessing import Preprocessing
 
 __all__ = ["Network", "Preprocessing", "build", "forward_logits", "model_names", "replace_head"]
 
+# A prime that is no width of any network we know.
+_SENTINEL_CLASSES = 1511
+
 
 def build(name: str, *, num_classes: int, init: Init = "default", options: dict[str, Any] | None = None, meta: bool = False) -> Network:
-    """Build the network `name` with fresh values.
+    """Build the network `name`, newly initialised.
 
-    `options` go to its constructor, but for `head`: the dotted name of the head's layer, for a function whose head is not found by itself.
-    With `meta` only shapes exist: for plans and tables that need no memory.
+    `options` go to its constructor, except `head`: the dotted name of the head's layer, for a function whose head is not found.
+    With `meta` all tensors are on the meta device: for plans and tables that need no memory.
     """
     if num_classes < 1:
         raise UserError(f"model {name!r}: the number of classes must be at least 1, not {num_classes}")
@@ -47,6 +56,21 @@ def build(name: str, *, num_classes: int, init: Init = "default", options: dict[
     return network
 
 
+def replace_head(network: Network, num_outputs: int, *, init: Init = "default") -> None:
+    """Replace every head by a newly initialised layer with `num_outputs` outputs, of the same kind, inputs, bias, dtype and device."""
+    module = network.module
+    for name in network.heads:
+        new = _resized(module.get_submodule(name), num_outputs, name=name)
+        parent_name, _, attribute = name.rpartition(".")
+        parent = module.get_submodule(parent_name)
+        setattr(parent, attribute, new)
+        initialize([new], init)
+        for owner in (parent, module):
+            # timm, SqueezeNet and others keep the number beside the layer.
+            if isinstance(getattr(owner, "num_classes", None), int):
+                owner.__dict__["num_classes"] = num_outputs
+
+
 def _construct(entry: catalog.Entry, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     count = {"num_classes": num_classes} if entry.takes_num_classes else {}
     try:
@@ -60,16 +84,16 @@ def _construct(entry: catalog.Entry, num_classes: int, arguments: dict[str, Any]
     return module
 
 
-def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Any, options: dict[str, Any], *, image_size: int) -> tuple[str, ...]:
+def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Callable[[int], nn.Module], options: dict[str, Any], *, image_size: int) -> tuple[str, ...]:
     advice = "name its layer with the option head, for instance {head: fc}"
     if "head" in options:
         return _chosen_head(entry.name, module, str(options["head"]))
     heads: tuple[str, ...] = ()
     if entry.takes_num_classes:
-        heads = _known_heads(entry.name, repr(sorted(options.items())), functools.partial(construct))
+        heads = _known_heads(entry.name, repr(sorted(options.items())), construct)
     if not heads:
         try:
-            heads = heads_by_tracing(module, image_size)
+            heads = _heads_by_tracing(module, image_size)
         except Exception as error:
             raise UserError(f"model {entry.name!r}: its head was not found ({type(error).__name__}: {error}); {advice}") from error
     if not heads:
@@ -80,16 +104,78 @@ def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Any, options
 _heads_of: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
-def _known_heads(name: str, options: str, construct: Any) -> tuple[str, ...]:
+def _known_heads(name: str, options: str, construct: Callable[[int], nn.Module]) -> tuple[str, ...]:
     """Found once a process for each network and its options."""
     if (name, options) not in _heads_of:
-        _heads_of[name, options] = heads_by_sentinel(construct)
+        _heads_of[name, options] = _heads_by_sentinel(construct)
     return _heads_of[name, options]
 
 
 def _chosen_head(name: str, module: nn.Module, head: str) -> tuple[str, ...]:
     layers = dict(module.named_modules())
-    if head not in layers or not is_classifier(layers[head]):
-        near = catalog.nearest(head, [key for key, layer in layers.items() if is_classifier(layer)])
+    if head not in layers or not _is_classifier(layers[head]):
+        near = catalog.nearest(head, [key for key, layer in layers.items() if _is_classifier(layer)])
         raise UserError(f"model {name!r}: the option head names {head!r}, which is no linear layer or 1x1 convolution of it{near}")
     return (head,)
+
+
+def _is_classifier(module: nn.Module) -> bool:
+    """A layer that can be a head: linear, or a 1x1 convolution (SqueezeNet)."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1)
+
+
+def _heads_by_sentinel(constructor: Callable[[int], nn.Module]) -> tuple[str, ...]:
+    """Names of the layers whose output count follows the number of classes; the main head first. `constructor` takes that number."""
+    module = build_on_meta(lambda: constructor(_SENTINEL_CLASSES))
+    found = [name for name, layer in module.named_modules() if _is_classifier(layer) and num_outputs(layer) == _SENTINEL_CLASSES]
+    return _main_first(found, main=_declared_main(module))
+
+
+def _heads_by_tracing(module: nn.Module, image_size: int) -> tuple[str, ...]:
+    """The name of the last classifier layer that runs and whose output count is the network's; empty when there is none."""
+    ran: list[str] = []
+    traced = meta_copy(module).eval()
+    for name, layer in traced.named_modules():
+        if _is_classifier(layer):
+            layer.register_forward_hook(lambda _module, _inputs, _output, name=name: ran.append(name))
+    with torch.no_grad():
+        output = traced(torch.empty(2, 3, image_size, image_size, device="meta"))
+    layers = dict(traced.named_modules())
+    matching = [name for name in ran if isinstance(output, torch.Tensor) and num_outputs(layers[name]) == output.shape[-1]]
+    return tuple(matching[-1:])
+
+
+def _declared_main(module: nn.Module) -> str | None:
+    """timm says which layer is the classifier, and names the main one first."""
+    declared = getattr(module, "pretrained_cfg", {}).get("classifier") if hasattr(module, "pretrained_cfg") else None
+    if isinstance(declared, (tuple, list)):
+        declared = declared[0] if declared else None
+    return declared if isinstance(declared, str) else None
+
+
+def _main_first(names: list[str], *, main: str | None) -> tuple[str, ...]:
+    if not names:
+        return ()
+    # torchvision registers auxiliary heads, which branch off half-way, before the last layer.
+    first = main if main in names else names[-1]
+    return (first, *(name for name in names if name != first))
+
+
+def _resized(layer: nn.Module, num_classes: int, *, name: str) -> nn.Module:
+    if not _is_classifier(layer):
+        raise UserError(f"the head {name!r} is a {type(layer).__name__}; a head must be a Linear layer or a 1x1 convolution")
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    # A shallow copy keeps the layer's class and all its settings; only what has the number of outputs in it is made anew.
+    new: nn.Linear | nn.Conv2d = copy.copy(layer)
+    new._parameters = dict(layer._parameters)
+    new.__dict__.pop("train", None)  # a frozen layer's, see freeze.py
+    weight = layer.weight
+    new.weight = nn.Parameter(weight.new_empty((num_classes, *weight.shape[1:])))
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.new_empty(num_classes))
+    if isinstance(new, nn.Linear):
+        new.out_features = num_classes
+    else:
+        new.out_channels = num_classes
+    new.reset_parameters()
+    return new

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,12 +39,22 @@ def class_members(shards: Shards, balance: AnyBalance, *, cache_dir: str | Path 
     return None if balance == "none" else ClassMembers.of_shards(shards, cache_dir=cache_dir)
 
 
-def plan_epoch(shard_sizes: Int, *, balance: AnyBalance, members: ClassMembers | None, **options: Any) -> EpochPlan:
-    """The plan of one epoch; `options` are those of EpochPlan."""
+def plan_epoch(
+    shard_sizes: Int,
+    *,
+    balance: AnyBalance,
+    members: ClassMembers | None,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+    window: int = 65_536,
+    drop_last: bool = False,
+) -> EpochPlan:
+    """The shuffled plan of one epoch, see `EpochPlan`; `members` (`class_members`) is needed unless `balance` is none."""
     if balance == "none":
-        return EpochPlan(shard_sizes, **options)
+        return EpochPlan(shard_sizes, seed, epoch, global_batch_size, window, drop_last=drop_last)
     assert members is not None
-    return BalancedPlan(shard_sizes, balance=balance, members=members, **options)
+    return BalancedPlan(shard_sizes, seed, epoch, global_batch_size, window, drop_last=drop_last, balance=balance, members=members)
 
 
 def quotas(counts: npt.ArrayLike, balance: Balance) -> Int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.open import default_cache_dir
+from dtl.data.remote.address import default_cache_dir
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.files import write_whole

@@ -1,7 +1,8 @@
 """Which sample sits at which position of which epoch, and which positions each rank takes at each step.
 
-All of it is pure arithmetic on (seed, epoch, shard sizes, window), so that resuming is a number and needs no state, no skipping and no
-communication, and any number of ranks and workers sees the same global batches in the same order.
+All of it is a pure function of (seed, epoch, shard sizes, window). So a resume needs one number, no state, no skipping and no communication,
+and any number of ranks and workers sees the same global batches in the same order. `EpochPlan` orders the samples, `RankLayout` cuts each step
+into the `MicroBatch`es of each rank.
 
 Letters: N samples, S steps an epoch, G global batch size, R ranks, n slots (samples) of one step, m slots of one rank.
 The idea of a position -> sample function is Grain's MapDataset; padding with weight 0 instead of repeating or dropping is ours.
@@ -21,14 +22,18 @@ from dtl.keyed import permutation
 
 Int = npt.NDArray[np.int64]
 PLAN_VERSION = 1
+"""Raise it with every change that puts other samples at the positions of an epoch: here, in `balance.py` and in `dtl.keyed`. Checkpoints hold
+it, and a run is not resumed in another order. The golden vectors in the tests notice such a change."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The order of one epoch over shards of `shard_sizes` samples; sample ids count through the shards in their own order.
+    """The order of one epoch: `samples(positions)` and `step_samples(step)` give sample ids, 0 to N - 1, counted through the shards.
 
-    Shards come in keyed order; positions are cut into windows of `window` samples, and each window is permuted by itself: with
-    N <= window that is a full shuffle. `shuffle=False` is the order of the shards as they lie (evaluation).
+    `shard_sizes` int64 [number of shards]. Shards come in random order, positions are cut into windows of `window` samples, and each window is
+    permuted: with N <= window that is a full shuffle. With `shuffle=False` samples come in the order of the shards (evaluation). An epoch has
+    `num_steps` = ceil(N / G) steps of nearly equal size; with `drop_last` floor(N / G) steps of G samples.
+    UserError where that is no step at all.
     """
 
     shard_sizes: Int
@@ -79,11 +84,11 @@ class EpochPlan:
         return self.draws(positions) % self.num_samples
 
     def times(self) -> Int:
-        """[N] how often the whole epoch should draw each sample: once. For checks; nothing else here is of length N."""
+        """[N] how often the whole epoch draws each sample: once. For checks; nothing else here is of length N."""
         return np.ones(self.num_samples, np.int64)
 
     def draws(self, positions: npt.ArrayLike) -> Int:
-        """What augmentation is keyed by, at `positions`: the sample id, plus a multiple of N where samples come more than once."""
+        """The keys of the augmentation at `positions`: the sample id, plus a multiple of N where samples come more than once."""
         positions = np.asarray(positions, dtype=np.int64)
         if not self.shuffle:
             return positions.copy()
@@ -125,7 +130,10 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank passes forward at once: `size` slots, the real ones first, padding (weight 0, slot -1) behind them."""
+    """What one rank passes forward at once: B slots, first the real samples, then pads (weight 0, slot -1).
+
+    B is the same at every step, so a rank's share is padded where it is smaller.
+    """
 
     epoch: int
     step: int
@@ -137,14 +145,15 @@ class MicroBatch:
     weights: npt.NDArray[np.float32]
     """[B] 1 for a real sample, 0 for a pad."""
     draws: Int | None = None
-    """[B] what augmentation is keyed by; None: the sample ids."""
+    """[B] keys of the augmentation; None: the sample ids."""
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How the slots of a step fall to `num_ranks` ranks and their micro-batches; the same sizes at every step.
+    """How the slots (places in the global batch) of a step are cut into `num_ranks` shares, and each share into micro-batches.
 
-    `pairs` cuts ranks and micro-batches at even slots, so that the partners 2i and 2i+1 of mixup stay together.
+    Every rank has `accumulation_steps` micro-batches of `micro_batch_size` slots at every step: DDP needs the same number on each rank. `unit` is
+    1, or 2 where cuts must lie at even slots, so that the partners 2i and 2i+1 of mixup stay in one micro-batch.
     """
 
     num_ranks: int

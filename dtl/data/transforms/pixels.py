@@ -1,4 +1,4 @@
-"""Colour and warp operations on one uint8 image [H,W,3], in NumPy.
+"""Colour and warp operations on one uint8 image [H,W,3], in NumPy; RandAugment's and TrivialAugment's choice among them.
 
 Brightness, contrast, saturation and gray give the very pixels of Pillow's ImageEnhance (what torchvision's transforms do to Pillow
 images); the others are within rounding of torchvision's tensor kernels. They are ours for two reasons: importing torchvision costs
@@ -8,13 +8,17 @@ every loader worker four seconds of CPU, and here a result depends on no thread 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import grid_sample
 
-Pixels = npt.NDArray[np.uint8]
+from dtl.data.transforms.geometry import Ints, Pixels, below
+from dtl.keyed import uniform
+
 Table = npt.NDArray[np.uint8]
 
 _LEVELS = np.arange(256, dtype=np.float32)
@@ -197,3 +201,100 @@ def _gather(image: Pixels, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64
     index = np.where(inside, row * width + column, 0)
     found: Pixels = image.reshape(-1, 3)[index] * inside[..., None]
     return found
+
+
+# RandAugment (Cubuk et al. 2019, arXiv 1909.13719) and TrivialAugment Wide (Mueller and Hutter 2021, arXiv 2103.10158): the operations, their
+# ranges and the 31 magnitude bins are torchvision's; the numbers are drawn for a whole batch by key.
+NUM_BINS = 31
+
+
+class Operation(NamedTuple):
+    """`magnitudes(image_size)` gives the value of each bin, None where the operation has no strength; `signed` ones turn by a coin."""
+
+    name: str
+    magnitudes: Callable[[int], npt.NDArray[np.float64]] | None
+    signed: bool
+
+
+def _even(start: float, end: float) -> Callable[[int], npt.NDArray[np.float64]]:
+    return lambda size: np.linspace(start, end, NUM_BINS)
+
+
+def _share_of_size(share: float) -> Callable[[int], npt.NDArray[np.float64]]:
+    return lambda size: _even(0.0, share * size)(size)
+
+
+def _bits(most: int) -> Callable[[int], npt.NDArray[np.float64]]:
+    return lambda size: np.rint(8 - np.arange(NUM_BINS) * most / (NUM_BINS - 1))
+
+
+def _space(*, shear: float, shift: Callable[[int], npt.NDArray[np.float64]], turn: float, colour: float, bits: int) -> tuple[Operation, ...]:
+    return (
+        Operation("Identity", None, False),
+        Operation("ShearX", _even(0.0, shear), True),
+        Operation("ShearY", _even(0.0, shear), True),
+        Operation("TranslateX", shift, True),
+        Operation("TranslateY", shift, True),
+        Operation("Rotate", _even(0.0, turn), True),
+        Operation("Brightness", _even(0.0, colour), True),
+        Operation("Color", _even(0.0, colour), True),
+        Operation("Contrast", _even(0.0, colour), True),
+        Operation("Sharpness", _even(0.0, colour), True),
+        Operation("Posterize", _bits(bits), False),
+        Operation("Solarize", _even(1.0, 0.0), False),
+        Operation("AutoContrast", None, False),
+        Operation("Equalize", None, False),
+    )
+
+
+RAND_AUGMENT = _space(shear=0.3, shift=_share_of_size(150.0 / 331.0), turn=30.0, colour=0.9, bits=4)
+TRIVIAL_AUGMENT_WIDE = _space(shear=0.99, shift=_even(0.0, 32.0), turn=135.0, colour=0.99, bits=6)
+
+_APPLY: dict[str, Callable[[Pixels, float], Pixels]] = {
+    "Identity": lambda image, magnitude: image,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": lambda image, magnitude: translate(image, right=int(magnitude)),
+    "TranslateY": lambda image, magnitude: translate(image, down=int(magnitude)),
+    "Rotate": rotate_nearest,
+    "Brightness": lambda image, magnitude: brightness(image, 1 + magnitude),
+    "Color": lambda image, magnitude: saturation(image, 1 + magnitude),
+    "Contrast": lambda image, magnitude: contrast(image, 1 + magnitude),
+    "Sharpness": lambda image, magnitude: sharpness(image, 1 + magnitude),
+    "Posterize": lambda image, magnitude: posterize(image, int(magnitude)),
+    "Solarize": lambda image, magnitude: solarize(image, 255.0 * magnitude),
+    "AutoContrast": lambda image, magnitude: autocontrast(image),
+    "Equalize": lambda image, magnitude: equalize(image),
+}
+
+
+def draw_operations(
+    space: tuple[Operation, ...],
+    samples: Ints,
+    *,
+    num_ops: int,
+    magnitude: int | None,
+    image_size: int,
+    seed: int,
+    epoch: int,
+) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """Operation numbers and their signed magnitudes, both [B, num_ops]; `magnitude` is a bin, None draws one for each operation."""
+    table = np.stack([op.magnitudes(image_size) if op.magnitudes else np.zeros(NUM_BINS) for op in space])
+    signed = np.array([op.signed for op in space])
+    chosen = np.empty((len(samples), num_ops), np.int64)
+    values = np.empty((len(samples), num_ops), np.float64)
+    for turn in range(num_ops):
+        number = below(np.full(len(samples), len(space)), uniform(samples, seed, epoch, "policy.operation", turn))
+        if magnitude is None:
+            bins = below(np.full(len(samples), NUM_BINS), uniform(samples, seed, epoch, "policy.magnitude", turn))
+        else:
+            bins = np.full(len(samples), magnitude)
+        negative = signed[number] & (uniform(samples, seed, epoch, "policy.sign", turn) < 0.5)
+        chosen[:, turn] = number
+        values[:, turn] = np.where(negative, -table[number, bins], table[number, bins])
+    return chosen, values
+
+
+def apply_operation(space: tuple[Operation, ...], number: int, magnitude: float, image: Pixels) -> Pixels:
+    """One operation on uint8 [S,S,3]."""
+    return _APPLY[space[number].name](image, magnitude)

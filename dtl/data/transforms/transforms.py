@@ -30,7 +30,7 @@ from dtl.data.transforms.geometry import (
     place,
     random_boxes,
 )
-from dtl.data.transforms.policies import RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
+from dtl.data.transforms.pixels import RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
 from dtl.errors import UserError
 from dtl.keyed import uniform
 

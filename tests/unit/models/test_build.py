@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from dtl.errors import UserError
 from dtl.models import catalog
-from dtl.models.build import Preprocessing, build, forward_logits, model_names
-from dtl.models.heads import replace_head
-from dtl.models.meta import meta_copy
+from dtl.models.build import build, forward_logits, model_names, replace_head
 
 FORWARD = [
     ("torchvision/resnet18", "fc", 64, {}),
@@ -103,78 +100,6 @@ def test_inception_undoes_the_normalisation_its_weights_never_saw() -> None:
         assert build(name, num_classes=4, meta=True, options={"transform_input": False}).module.transform_input is False
     network = build("inception_v3", num_classes=4, meta=True, options={"aux_logits": False})
     assert network.heads == ("fc",)
-
-
-def test_the_plain_resnet_is_the_tutorials() -> None:
-    """The same 88 shapes as torchvision's ResNet-18 in running order, once its shortcut norms and head are set aside."""
-    module = build("dtl/resnet18_plain", num_classes=10, meta=True).module
-    block = [name for name, _ in module.get_submodule("2.0").named_children()]
-    assert block == ["conv1", "conv2", "conv3", "bn1", "bn2"]
-    assert [name for name, _ in module.get_submodule("1.0").named_children()] == ["conv1", "conv2", "bn1", "bn2"]
-    biases = [key for key in module.state_dict() if "conv" in key and key.endswith("bias")] + ["0.0.bias"]
-    assert len(biases) == 20
-    plain = {key: t for key, t in module.state_dict().items() if key not in biases and "num_batches" not in key and not key.startswith("7.")}
-    theirs = build("resnet18", num_classes=10, meta=True).module.state_dict()
-    wanted = {key: t for key, t in theirs.items() if "num_batches" not in key and "downsample.1" not in key and not key.startswith("fc.")}
-    assert len(plain) == len(wanted) == 88
-    assert sorted(tuple(t.shape) for t in plain.values()) == sorted(tuple(t.shape) for t in wanted.values())
-
-
-@torch.no_grad()
-def test_the_plain_resnet_computes_what_torchvisions_does() -> None:
-    """With torchvision's weights, its own biases zero, and torchvision's shortcut norms made to pass everything through."""
-    theirs, plain = build("resnet18", num_classes=10).module.eval(), build("dtl/resnet18_plain", num_classes=10).module.eval()
-    renamed = {"0.0": "conv1", "0.1": "bn1", "7": "fc"}
-    for stage, block in ((stage, block) for stage in (1, 2, 3, 4) for block in (0, 1)):
-        for part in ("conv1", "conv2", "bn1", "bn2"):
-            renamed[f"{stage}.{block}.{part}"] = f"layer{stage}.{block}.{part}"
-        renamed[f"{stage}.{block}.conv3"] = f"layer{stage}.{block}.downsample.0"
-    for name, layer in theirs.named_modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.running_mean, std=0.1)
-            if name.endswith("downsample.1"):
-                nn.init.zeros_(layer.running_mean)
-                layer.weight.fill_((1 + layer.eps) ** 0.5)
-    values = theirs.state_dict()
-    ours = plain.state_dict()
-    for key, tensor in ours.items():
-        layer, _, leaf = key.rpartition(".")
-        source = f"{renamed[layer]}.{leaf}"
-        tensor.copy_(values[source] if source in values else torch.zeros_like(tensor))
-    images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(plain(images), theirs(images), rtol=1e-4, atol=1e-5)
-
-
-def test_names_without_a_library_and_meta_builds_agree() -> None:
-    assert build("resnet18", num_classes=2, meta=True).name == "torchvision/resnet18"
-    assert build("resnet_tiny", num_classes=2, meta=True).name == "dtl/resnet_tiny"
-    assert build("convnext_atto", num_classes=2, meta=True).name == "timm/convnext_atto"
-    for name in ("dtl/resnet_tiny", "torchvision/regnet_x_400mf", "timm/vit_tiny_patch16_224"):
-        real, shapes = build(name, num_classes=2).module.state_dict(), build(name, num_classes=2, meta=True).module.state_dict()
-        assert [(key, t.shape, t.dtype) for key, t in real.items()] == [(key, t.shape, t.dtype) for key, t in shapes.items()]
-
-
-def test_meta_copy_keeps_everything_but_the_data() -> None:
-    network = build("dtl/resnet_tiny", num_classes=2)
-    copy = meta_copy(network.module)
-    assert all(tensor.is_meta for tensor in copy.state_dict().values())
-    assert not any(tensor.is_meta for tensor in network.module.state_dict().values())
-    assert list(copy.state_dict()) == list(network.module.state_dict())
-
-
-def test_preprocessing_is_that_of_the_default_weights() -> None:
-    imagenet = Preprocessing()
-    assert build("resnet18", num_classes=2, meta=True).preprocessing == imagenet
-    assert build("dtl/resnet18_plain", num_classes=2, meta=True).preprocessing == imagenet
-    tiny = build("dtl/resnet_tiny", num_classes=2, meta=True).preprocessing
-    assert (tiny.image_size, tiny.crop_ratio) == (32, 1.0)
-    assert build("dtl/resnet18_plain", num_classes=2, meta=True, options={"small_images": True}).preprocessing == tiny
-    inception = build("inception_v3", num_classes=2, meta=True).preprocessing
-    assert (inception.image_size, round(inception.crop_ratio * 342)) == (299, 299)
-    swin = build("swin_t", num_classes=2, meta=True).preprocessing
-    assert (swin.interpolation, swin.crop_ratio) == ("bicubic", 224 / 232)
-    vit = build("timm/vit_tiny_patch16_224", num_classes=2, meta=True).preprocessing
-    assert vit == Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=224, interpolation="bicubic", crop_ratio=0.9)
 
 
 MINE = """
@@ -272,31 +197,3 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not any(name.startswith("timm/") for name in model_names())
     finally:
         catalog._timm_names.cache_clear()
-
-
-@pytest.mark.parametrize("init", ["xavier", "kaiming"])
-def test_initial_values(init: str) -> None:
-    torch.manual_seed(0)
-    module = build("dtl/resnet_tiny", num_classes=10, init=init).module  # type: ignore[arg-type]
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            assert (layer.weight == 1).all()
-            assert (layer.bias == 0).all()
-        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
-            assert (layer.bias == 0).all()
-            fan_in = layer.weight[0].numel()
-            fan_out = layer.weight.numel() // layer.weight.shape[1]
-            variance = 2 / (fan_in + fan_out) if init == "xavier" else 2 / fan_out
-            assert 0.75 < layer.weight.var().item() / variance < 1.3
-
-
-def test_initial_values_of_a_new_head_only() -> None:
-    network = build("timm/vit_tiny_patch16_224", num_classes=3, options={"img_size": 32})
-    before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
-    replace_head(network, 5, init="xavier")
-    after = network.module.state_dict()
-    assert [key for key in before if before[key].shape != after[key].shape or not torch.equal(before[key], after[key])] == [
-        "head.weight",
-        "head.bias",
-    ]
-    assert (after["head.bias"] == 0).all()

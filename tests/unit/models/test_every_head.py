@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torchvision.models
 
-from dtl.models.build import build, model_names
-from dtl.models.heads import replace_head
+from dtl.models.build import build, model_names, replace_head
 
 
 def test_every_torchvision_head() -> None:

@@ -1,4 +1,4 @@
-"""dtl.data.transforms.pixels and dtl.data.transforms.policies: Pillow's and torchvision's pixels, torchvision's operation spaces."""
+"""Pillow's and torchvision's pixels, torchvision's operation spaces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from dtl.data.transforms import pixels
-from dtl.data.transforms.policies import NUM_BINS, RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, Operation, apply_operation, draw_operations
+from dtl.data.transforms.pixels import NUM_BINS, RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, Operation, apply_operation, draw_operations
 
 FACTORS = [0.0, 0.1, 0.37, 0.9, 1.0, 1.3, 1.9]
 
