@@ -144,7 +144,7 @@ def check(
     seed: int = 0,
     fresh_cache: bool = False,
     timeout: float = 3600.0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Reference run, then runs that are killed `kills` times together, each compared with the reference.
 
@@ -153,7 +153,7 @@ def check(
     chance, result = random.Random(seed), Result()
     reference = _Run(folder / "reference", start, arguments, fresh_cache)
     seconds = reference.to_the_end(timeout)
-    say(f"undisturbed: {seconds:.1f} s")
+    log(f"undisturbed: {seconds:.1f} s")
     expected = outcome(reference.path)
     result.steps = int(expected["step"])
     aims = _aims(chance)
@@ -171,7 +171,7 @@ def check(
             if killed is not None:
                 result.kills.append(killed)
                 half = ", a checkpoint half written" if killed.writing else ""
-                say(f"kill {len(result.kills)} of {kills}: in {killed.stage or 'start'} of step {killed.step}{half}")
+                log(f"kill {len(result.kills)} of {kills}: in {killed.stage or 'start'} of step {killed.step}{half}")
         if not finished:
             run.to_the_end(timeout)
         result.runs += 1

@@ -47,7 +47,7 @@ def _check(arguments: list[str], folder: Path, options: argparse.Namespace) -> i
     def start(words: Sequence[str], variables: dict[str, str]) -> Ranks:
         return Ranks(words, variables, world=options.processes, log=folder / "output.log")
 
-    result = check(start, arguments, folder, kills=options.kills, world=options.processes, seed=options.seed, say=lambda line: print(line, flush=True))
+    result = check(start, arguments, folder, kills=options.kills, world=options.processes, seed=options.seed, log=lambda line: print(line, flush=True))
     return tell(result)
 
 

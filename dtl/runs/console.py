@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import time
@@ -35,14 +36,14 @@ class Console:
         self._phase, self._first_step, self._num_steps = "", 0, 0
         self._shown = 0.0
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print one plain line; a bar stays whole below it. May be called from any thread."""
         if not self._is_main:
             return
         if self._live:
             self._rich().print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message, file=self._stream, flush=True)
+            builtins.print(message, file=self._stream, flush=True)
 
     def start_phase(self, phase: str, *, first_step: int, num_steps: int, step: int | None = None) -> None:
         """Show the bar of a phase that does steps `first_step + 1` to `first_step + num_steps`; it stands at `step`."""
@@ -80,7 +81,7 @@ class Console:
             self._bar.update(self._task, completed=done, facts=facts)
             self._bar.refresh()
         elif not self._live:
-            self.say(f"{self._phase}  step {done}/{self._num_steps}  {facts}")
+            self.print(f"{self._phase}  step {done}/{self._num_steps}  {facts}")
 
     def end_phase(self) -> None:
         """Leave the bar as it stands."""

@@ -48,9 +48,9 @@ class Superseded(UserError):
 
 
 class RunFolder:
-    """The run folder of one start. Only the main process acquires it; others may hand its number to `check_incarnation`.
+    """The run folder of one start. Only the main process acquires it; others may give its number to `check_incarnation`.
 
-    `stale_seconds`: how long an owner on another machine must have been silent, `beat_seconds`: how often ours is heard.
+    `stale_seconds`: how long an owner on another machine must have been silent, `beat_seconds`: how often ours is written.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class RunFolder:
         *,
         stale_seconds: float = 30.0,
         beat_seconds: float = 5.0,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         self.path = Path(path)
         self.incarnation = 0  # 0: not acquired
         self._lock = self.path / "lock"
-        self._stale_seconds, self._beat_seconds, self._say = stale_seconds, beat_seconds, say
+        self._stale_seconds, self._beat_seconds, self._log = stale_seconds, beat_seconds, log
         self.facts: dict[str, Any] = {}  # goes into every status.json of this start
         self._owner: dict[str, Any] = {}
         self._stop = threading.Event()
@@ -165,20 +165,20 @@ class RunFolder:
         who = f"host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}"
         alive = _lives_here(owner)
         if alive is None:
-            alive = not _restarts(owner) and self._is_heard(number, who)
+            alive = not _restarts(owner) and self._beats(number, who)
         if alive:
             raise UserError(
                 f"another run works in {self.path} ({who}, since {owner.get('since', 'unknown')}): wait until it ends, stop it, "
                 "or start this one under another name with --run.name NEW"
             )
 
-    def _is_heard(self, number: int, who: str) -> bool:
+    def _beats(self, number: int, who: str) -> bool:
         """Whether the owner's heartbeat moves while we watch."""
         beat = self._lock / f"{number:08d}.beat"
         if self._age(beat) > _LONG_DEAD_SECONDS:
             return False
         before, until = _read_text(beat), time.monotonic() + self._stale_seconds
-        self._say(f"{self.path} was in use by {who}: watching up to {self._stale_seconds:.0f} s whether it still lives")
+        self._log(f"{self.path} was in use by {who}: watching up to {self._stale_seconds:.0f} s whether it is alive")
         while time.monotonic() < until:
             time.sleep(min(1.0, self._stale_seconds / 10))
             # Read, not stat: an open asks the file server, the attributes of a file may be cached for a minute.
@@ -193,7 +193,7 @@ class RunFolder:
             probe.write_bytes(b"")
             return probe.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
-            return 0.0  # claimed a moment ago, or never heard: watch it
+            return 0.0  # claimed a moment ago, or no heartbeat yet: watch it
         finally:
             probe.unlink(missing_ok=True)
 
@@ -284,7 +284,7 @@ def _describe_self() -> dict[str, Any]:
 
 
 def _launcher() -> dict[str, Any]:
-    """The process that has started this one, and how often it has started its ranks anew (torchrun and accelerate tell)."""
+    """The process that has started this one, and how often it has started its ranks anew (torchrun and accelerate export it)."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {
         "host": socket.gethostname(),
@@ -315,7 +315,7 @@ def _elastic_job() -> str | None:
 
 
 def _lives_here(owner: dict[str, Any]) -> bool | None:
-    """Whether the owner's process lives on this machine; None when it ran elsewhere, or that cannot be told."""
+    """Whether the owner's process lives on this machine; None when it ran elsewhere, or that cannot be known."""
     machine = pid_space()
     if machine is None or owner.get("machine") != machine:
         return None

@@ -1,131 +1,31 @@
-"""What a run tells: history.jsonl (always, and the truth), the console, and copies for wandb and TensorBoard.
+"""Where a run logs to: history.jsonl (always), the console, and copies for wandb and TensorBoard.
 
-Only the main process tells anything; in the others every call of a Tracker is empty. No call ends a run: a full disk or a dead
-service is said once, and training goes on.
+Only the main process logs; in the others every call of a Tracker does nothing. No call ends a run: a full disk or a dead service is
+printed once, and training continues.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dtl.errors import UserError
-from dtl.runs.console import Console, summary_table
+from dtl.runs.console import Console
+from dtl.runs.history import History
 from dtl.runs.wandb import WandbRun, choose_mode, new_id
 from dtl.text import counted
 
-__all__ = ["Console", "History", "Tracker", "summary_table"]
-
-
-# Once: `json.dumps` with options makes an encoder for each call.
-_as_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-
-
-class History:
-    """history.jsonl: one JSON object a line, in the order of steps, each line on the disk's way when `append` returns.
-
-    Numbers that JSON does not know are written as the strings "nan", "inf" and "-inf", which `float` reads.
-    `offset` is the size of the file in bytes, whole lines only: what a checkpoint remembers.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.last_step = 0
-        self._unwritten = b""
-        self._told_before: set[tuple[object, ...] | None] = set()
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        self._keep(content, content.rfind(b"\n") + 1)
-
-    def append(self, event: Mapping[str, Any]) -> None:
-        """Write one line. Raises ValueError for a step before the last one's. After an OSError (a full disk) the line is
-        kept, and written before the next."""
-        step = event.get("step")
-        if isinstance(step, int):
-            if step < self.last_step:
-                raise ValueError(f"history is in the order of steps: {step} after {self.last_step}")
-            self.last_step = step
-        if _identity(event) in self._told_before:
-            return
-        self._unwritten += (_as_json(_plain(event)) + "\n").encode()
-        self._write()
-
-    def resume_at(self, offset: int, *, step: int) -> int:
-        """Go on at `offset`, where the history of a checkpoint of `step` ended: later lines are cut off, and will be written
-        again. Where the file does not fit that (it was edited), lines of later steps are cut off instead.
-
-        Returns how many bytes of the checkpoint's history are missing (0, but for a disk that lost them).
-        """
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        fits = 0 <= offset <= len(content) and (offset == 0 or content[offset - 1 : offset] == b"\n")
-        if not fits:
-            self.truncate_after(step)
-            return max(0, offset - len(content))
-        self._keep(content, offset)
-        if self.last_step > step:
-            self.truncate_after(step)
-        return 0
-
-    def truncate_after(self, step: int) -> None:
-        """Cut off the lines of steps after `step`, and a torn last line."""
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        end = 0
-        for line in content.splitlines(keepends=True):
-            found = _read(line).get("step")
-            if (isinstance(found, int) and found > step) or not line.endswith(b"\n"):
-                break
-            end += len(line)
-        self._keep(content, end)
-
-    def sync(self) -> None:
-        """Put what is written on the disk for certain; before a checkpoint that counts on it."""
-        if self.path.is_file():
-            with open(self.path, "ab") as file:
-                os.fsync(file.fileno())
-
-    @property
-    def offset(self) -> int:
-        return self._size
-
-    def _keep(self, content: bytes, end: int) -> None:
-        """Make the first `end` bytes of the file's `content` all that there is."""
-        if end < len(content):
-            os.truncate(self.path, end)
-        self._size, self._written, self._unwritten = end, end, b""
-        self.last_step, self._told_before = 0, set()
-        for line in reversed(content[:end].splitlines()):
-            event = _read(line)
-            step = event.get("step")
-            if isinstance(step, int):
-                if step < self.last_step:
-                    break
-                self.last_step = step
-                self._told_before.add(_identity(event))
-        self._told_before.discard(None)
-
-    def _write(self) -> None:
-        # Opened each time: a network disk sends what was written when a file is closed, and a vanished folder is noticed.
-        with open(self.path, "ab", buffering=0) as file:
-            while self._unwritten:
-                # What the disk has not taken stays ours, and a line that was cut in two is completed by the next try.
-                written = file.write(self._unwritten) or 0
-                self._unwritten = self._unwritten[written:]
-                self._written += written
-        self._size = self._written
-
 
 class Tracker:
-    """Everything that a run tells goes through here.
+    """Everything that a run logs goes through here.
 
     `wandb`: auto, online, offline or off (see `choose_mode`). `tensorboard`: write its files too; UserError without the package.
-    `resume_step`, `history_offset`: where the checkpoint stands that the run goes on from (0 and 0: from nothing); what was told
-    after it is cut off, because it will be told again. Without them the history goes on where it ends.
+    `resume_step`, `history_offset`: where the checkpoint stands that the run resumes from (0 and 0: from nothing); what was logged
+    after it is cut off, because it will be logged again. Without them the history continues where it ends.
     `new_run`: a fresh start in an old folder, which takes a new wandb run.
-    `before_write`: called before each line; raises when this process may tell nothing any more (a newer start has taken over).
+    `before_write`: called before each line; raises when this process may write nothing any more (a newer start has taken over).
     """
 
     def __init__(
@@ -158,14 +58,14 @@ class Tracker:
         if tensorboard:
             self._board = _open_board(run_dir, resume_step)
         self.history = History(run_dir / "history.jsonl")
-        told_to = self.history.last_step
+        last_step = self.history.last_step
         if resume_step is not None:
             missing = self.history.resume_at(history_offset, step=resume_step)
             if missing:
-                self.say(f"{self.history.path} has lost its last {missing} bytes before step {resume_step}: a gap stays in the history")
+                self.print(f"{self.history.path} has lost its last {missing} bytes before step {resume_step}: a gap stays in the history")
         mode, why = choose_mode(wandb, os.environ)
         if why:
-            self.say(why)
+            self.print(why)
         if mode != "off":
             self._wandb = WandbRun(
                 run_dir,
@@ -173,8 +73,8 @@ class Tracker:
                 name=name or run_dir.name,
                 run_id=new_id() if new_run else wandb_id,
                 config=config or {},
-                first_step=0 if new_run or not told_to else told_to + 1,
-                say=self.say,
+                first_step=0 if new_run or not last_step else last_step + 1,
+                log=self.print,
             )
 
     @property
@@ -183,15 +83,15 @@ class Tracker:
 
     @property
     def history_offset(self) -> int:
-        """Bytes of history told so far: what a checkpoint must remember."""
+        """Bytes of history written so far: what a checkpoint must remember."""
         return self.history.offset if self.history is not None else 0
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print one line for the person who watches."""
-        self.console.say(message)
+        self.console.print(message)
 
     def start_phase(self, phase: str, *, first_step: int, num_steps: int, step: int | None = None) -> None:
-        """A phase begins, or goes on at `step`: it does steps `first_step + 1` to `first_step + num_steps`."""
+        """A phase begins, or resumes at `step`: it does steps `first_step + 1` to `first_step + num_steps`."""
         self.console.start_phase(phase, first_step=first_step, num_steps=num_steps, step=step)
 
     def end_phase(self) -> None:
@@ -200,17 +100,17 @@ class Tracker:
     def train(self, *, phase: str, epoch: int, step: int, loss: float, lr: float, images_per_second: float, data_wait: float, **more: Any) -> None:
         """Progress of training: the means of the steps since the last such line. `data_wait` is a share of the time, 0..1."""
         facts = {"loss": loss, "lr": lr, "images_per_second": images_per_second, "data_wait": data_wait, **more}
-        self._tell({"event": "train", "phase": phase, "epoch": epoch, "step": step, **facts})
+        self._write({"event": "train", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("train", phase, epoch, step, facts)
         self.console.progress(step=step, epoch=epoch, loss=loss, lr=lr, images_per_second=images_per_second, data_wait=data_wait)
 
     def val(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:
         """One evaluation."""
         facts = {"loss": loss, "top1": top1, "top5": top5, "num_samples": num_samples, **more}
-        self._tell({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts})
+        self._write({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("val", phase, epoch, step, facts)
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
-        self.say(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
+        self.print(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
 
     def epoch(
         self,
@@ -231,24 +131,24 @@ class Tracker:
         """
         speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory_gib": memory_gib}
         facts = {"expected": expected, "seen": seen, "damaged": damaged, **speed}
-        self._tell({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, **facts})
+        self._write({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("epoch", phase, epoch, step, speed)
         line = f"{phase}  epoch {epoch}  step {step}  {seen:,} of {expected:,} samples seen"
         line += f", {damaged:,} of them damaged, at weight 0 (bad_samples.jsonl)" if damaged else ""
-        self.say(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
+        self.print(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
         if seen != expected:
-            self.say(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")
+            self.print(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")
 
     def advise(self, phase: str, advice: str, *, step: int) -> None:
-        """What limits the phase, and what to change; said once a phase."""
+        """What limits the phase, and what to change; printed once a phase."""
         if phase not in self._advised:
             self._advised.add(phase)
             self.note("limit", step=step, phase=phase, advice=advice)
-            self.say(f"{phase}: {advice}")
+            self.print(f"{phase}: {advice}")
 
     def note(self, note: str, *, step: int | None = None, **facts: Any) -> None:
         """Anything else worth keeping, under a short name: a resume, a save, a summary."""
-        self._tell({"event": "note", "note": note} | ({} if step is None else {"step": step}) | facts)
+        self._write({"event": "note", "note": note} | ({} if step is None else {"step": step}) | facts)
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print the closing table; `summary_table` says what a row holds."""
@@ -277,7 +177,7 @@ class Tracker:
             self._guard("TensorBoard", self._board.close)
             self._board = None
 
-    def _tell(self, event: Mapping[str, Any]) -> None:
+    def _write(self, event: Mapping[str, Any]) -> None:
         history = self.history
         if history is not None:
             self._before_write()
@@ -295,14 +195,14 @@ class Tracker:
                 self._guard("TensorBoard", lambda key=key, value=value: self._board.add_scalar(f"{kind}/{key}", value, step))  # type: ignore[misc]
 
     def _guard(self, what: str, action: Callable[[], object]) -> None:
-        """Do it; what the disk refuses is said once, not raised."""
+        """Do it; what the disk refuses is printed once, not raised."""
         try:
             action()
             self._failed.discard(what)
         except OSError as error:
             if what not in self._failed:
                 self._failed.add(what)
-                self.say(f"{what} cannot be written ({error.strerror or error}): training goes on, and it is tried again")
+                self.print(f"{what} cannot be written ({error.strerror or error}): training continues, and it is tried again")
 
 
 def _pixels(picture: Path) -> Any:
@@ -318,35 +218,5 @@ def _open_board(run_dir: Path, resume_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("tracking.tensorboard needs the package tensorboard: pip install tensorboard") from error
-    # From this step on, what an earlier start has told is hidden.
+    # From this step on, what an earlier start has logged is hidden.
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON takes it: numbers that it does not know become strings, unknown objects (paths, arrays of one) their own words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    with suppress(TypeError, ValueError, AttributeError):
-        return _plain(value.item())  # numbers of numpy and torch
-    return str(value)
-
-
-def _read(line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
-
-
-def _identity(event: Mapping[str, Any]) -> tuple[object, ...] | None:
-    """What may be told only once; notes may repeat."""
-    if event.get("event") not in ("train", "val", "epoch"):
-        return None
-    return event["event"], event.get("phase"), event.get("step")

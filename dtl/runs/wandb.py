@@ -43,7 +43,7 @@ def choose_mode(setting: str, environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 class WandbRun:
-    """One wandb run, made at once. Every call may fail without harm: the first failure is said, then it is left alone.
+    """One wandb run, made at once. Every call may fail without harm: the first failure is printed, then wandb is left alone.
 
     `first_step`: rows of steps before it were logged by an earlier start, and are not logged again.
     """
@@ -57,25 +57,25 @@ class WandbRun:
         run_id: str | None,
         config: Mapping[str, Any],
         first_step: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self.id = run_id or stored_id(run_dir) or new_id()
-        self._say, self._step = say, first_step
+        self._print, self._step = log, first_step
         self._run: Any = None
         self._wandb: Any = None
         store_id(run_dir, self.id)
         try:
             import wandb
         except Exception as error:  # a broken installation raises anything
-            say(f"wandb cannot be imported ({_short(error)}): the run goes on without it")
+            log(f"wandb cannot be imported ({_short(error)}): the run continues without it")
             return
         self._wandb = wandb
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
                 self._run = self._init(wandb, attempt, run_dir, name, config)
             except Exception as error:
-                follows = "working offline" if attempt == "online" else "the run goes on without it"
-                say(f"wandb could not start {attempt} ({_short(error)}): {follows}")
+                follows = "working offline" if attempt == "online" else "the run continues without it"
+                log(f"wandb could not start {attempt} ({_short(error)}): {follows}")
                 # Its service still holds the id for the start that failed.
                 with suppress(Exception):
                     wandb.teardown()
@@ -83,7 +83,7 @@ class WandbRun:
                 break
         if self._run is not None:
             where = self._run.url if self._run.settings.mode == "online" else f"{self._run.settings.sync_dir} (`wandb sync` uploads it)"
-            say(f"wandb: {where}")
+            log(f"wandb: {where}")
 
     def log(self, metrics: Mapping[str, float | str], step: int) -> None:
         """Log one row; rows of an earlier step than the last are left out, for wandb cannot take them."""
@@ -108,7 +108,7 @@ class WandbRun:
         self._run.log_artifact(artifact)
 
     def finish(self, state: str) -> None:
-        """End the run; one that was stopped to go on later is marked so."""
+        """End the run; one that was stopped to resume later is marked so."""
         if self._wandb is None:
             return
         # In a thread, for even these may wait on a network that is gone.
@@ -116,7 +116,7 @@ class WandbRun:
         ending.start()
         ending.join(_FINISH_SECONDS + 10)
         if ending.is_alive():
-            self._say("wandb is still not done and is left behind: `wandb sync` uploads what is missing")
+            self._print("wandb is still not done and is left behind: `wandb sync` uploads what is missing")
         self._wandb = self._run = None
 
     def _finish(self, state: str) -> None:
@@ -159,7 +159,7 @@ class WandbRun:
             action()
         except Exception as error:
             self._run = None
-            self._say(f"wandb failed while {doing} ({_short(error)}): the run goes on without it, history.jsonl has everything")
+            self._print(f"wandb failed while {doing} ({_short(error)}): the run continues without it, history.jsonl has everything")
 
 
 def stored_id(run_dir: Path) -> str | None:

@@ -73,7 +73,7 @@ def overfit_one_batch(trainer: Trainer) -> None:
     while len(losses) < OVERFIT_STEPS and not (losses and losses[-1] < 0.5 * losses[0]):
         logits, _auxiliary = forward_logits(module, images)
         if logits.shape[1] != phase.num_outputs:
-            trainer.tracker.say("overfit one batch: skipped, the last phase gets its head later")
+            trainer.tracker.print("overfit one batch: skipped, the last phase gets its head later")
             return
         loss = torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
@@ -81,4 +81,4 @@ def overfit_one_batch(trainer: Trainer) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     verdict = "it can learn" if losses[-1] < 0.5 * losses[0] else "IT DOES NOT LEARN: look at the images, the labels and the network"
-    trainer.tracker.say(f"overfit one batch: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps: {verdict}")
+    trainer.tracker.print(f"overfit one batch: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps: {verdict}")

@@ -65,7 +65,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
-        self._features = PhaseFeatures(self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.say)
+        self._features = PhaseFeatures(self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.print)
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
@@ -103,7 +103,7 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
-        if self.settings.fit_memory and micro_batch.fit(active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.say):
+        if self.settings.fit_memory and micro_batch.fit(active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
             del active
@@ -125,10 +125,10 @@ class Trainer:
             sync_bn=self.settings.sync_bn,
             compile_network=self.settings.compile,
             choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
-            say=self.tracker.say,
+            say=self.tracker.print,
         )
         for line in phase_lines(active, self.runtime):
-            self.tracker.say(line)
+            self.tracker.print(line)
         done = self.state.step - self.state.phase_step
         self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)
         return active
@@ -325,7 +325,7 @@ class Trainer:
         if self.runtime.agree(verdict.end is not None) and state.phase_step < phase.num_steps:
             state.extra["ended"] = True
             self.tracker.note("early stop", step=state.step, phase=phase.name, why=verdict.end)
-            self.tracker.say(f"phase {phase.name} ends early at step {state.step}: {verdict.end}")
+            self.tracker.print(f"phase {phase.name} ends early at step {state.step}: {verdict.end}")
 
     # ---- saving, stopping, finishing
 

@@ -40,12 +40,12 @@ def show_result_again(session: Session, state: TrainState) -> None:
         return
     folder, console = session.folder, session.console
     status = read_status(folder.path) or {}
-    console.say(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
+    console.print(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
     console.table(table_rows(status.get("phases", [])))
     folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
     page = folder.path / "report" / "index.html"
     for line in next_steps(folder.path, session.config, page if page.is_file() else None):
-        console.say(line)
+        console.print(line)
 
 
 def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> None:
@@ -65,13 +65,13 @@ def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> No
     if runtime.is_main:
         tracker.table(table_rows(results))
         if worse := fell_behind(results, lr=trainer.phases[-1].config.lr):
-            tracker.say(worse)
-        page = None if report is None or config.run.debug or not config.tracking.report else _make_report(report, folder.path, tracker.say)
+            tracker.print(worse)
+        page = None if report is None or config.run.debug or not config.tracking.report else _make_report(report, folder.path, tracker.print)
         tracker.attach(None if page is None else page.parent, model if config.tracking.wandb_model else None, step=step)
     tracker.close("done")
     if runtime.is_main:
         for line in next_steps(folder.path, config, page):
-            tracker.say(line)
+            tracker.print(line)
 
 
 def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> Path | None:

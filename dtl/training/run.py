@@ -39,7 +39,7 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
     """
     session = Session(config, name, started=started)
     with session:
-        runtime, log = session.runtime, session.console.say
+        runtime, log = session.runtime, session.console.print
         with session.before_first_step():  # may take hours, or be refused; an earlier run in the folder stays as it is
             build.check_names(config, session.folder, runtime)
             session.heart.enter("data")
@@ -104,7 +104,7 @@ def _trainer(session: Session, network: Network, phases: list[Phase], feeds: Fee
 
 def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) -> None:
     """Write down what this start is, and print it (main process)."""
-    config, runtime, folder, state, log = session.config, session.runtime, session.folder, trainer.state, session.console.say
+    config, runtime, folder, state, log = session.config, session.runtime, session.folder, trainer.state, session.console.print
     state.incarnation = folder.incarnation
     starts = runtime.agree(folder.count_starts(state.step) if runtime.is_main else 0)
     if not runtime.is_main:

@@ -68,7 +68,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             keep=config.checkpoint.keep,
             max_failures=config.checkpoint.max_failures,
             asynchronous=config.checkpoint.asynchronous,
-            say=lambda line: self.console.say(line),
+            say=lambda line: self.console.print(line),
             before_write=self.folder.check_incarnation,
         )
         self._state = "done"
@@ -176,7 +176,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         if self.runtime.is_main:
             self.folder.write_status("stopped", why=why.removeprefix("a "), step=step)
         self.tracker.note(f"stopped by {why}", step=step)
-        self.tracker.say(f"stopped by {why} at step {step}, its checkpoint is on the disk; the same command resumes from it")
+        self.tracker.print(f"stopped by {why} at step {step}, its checkpoint is on the disk; the same command resumes from it")
         self.tracker.close("stopped")
         self._leave_stopped()
 

@@ -160,5 +160,5 @@ def test_a_history_that_cannot_be_written_is_said_and_training_goes_on(tmp_path:
     run_folder.mkdir(parents=True)
     (run_folder / "history.jsonl").symlink_to("/dev/full")
     job = run(["--config", str(recipe)], cwd=tmp_path)
-    assert "history.jsonl cannot be written (No space left on device): training goes on, and it is tried again" in job.err()
+    assert "history.jsonl cannot be written (No space left on device): training continues, and it is tried again" in job.err()
     assert status(run_folder)["state"] == "done"

@@ -62,7 +62,7 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_happened(tmp_path: Path, worl
         return Ranks(start(arguments, cwd=tmp_path, world=world, env=variables))
 
     lines: list[str] = []
-    result = check(launch, ["--config", str(recipe)], tmp_path, kills=kills // 2, world=world, seed=world, fresh_cache=True, timeout=120, say=lines.append)
+    result = check(launch, ["--config", str(recipe)], tmp_path, kills=kills // 2, world=world, seed=world, fresh_cache=True, timeout=120, log=lines.append)
     print("\n".join([f"world of {world}", *lines, f"{len(result.kills)} kills in {result.runs} runs, in: {result.where()}"]))
     assert not result.differences, result.differences
     assert len(result.kills) == kills // 2

@@ -15,7 +15,7 @@ import torch
 
 from dtl.distributed.runtime import Runtime, hurry_gpu
 from dtl.errors import UserError
-from dtl.training.debug import debugging
+from dtl.training.debug import debug_mode
 
 
 def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,13 +28,13 @@ def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatc
     with Runtime(device="cpu"):
         assert state() == before, "on CPUs nothing is changed"
     assert before == ("highest", False, True)
-    with debugging(True):
+    with debug_mode(True):
         assert state() == ("highest", False, False), "convolutions have a switch of their own"
     assert state() == before
     try:
         hurry_gpu(True)
         assert state() == ("high", True, True)
-        with debugging(True):
+        with debug_mode(True):
             assert state() == ("highest", False, False)
         assert state() == ("high", True, True)
     finally:

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def start(folder: Path, *, stale_seconds: float = 60.0) -> RunFolder:
     """Quick beats, and long patience: what hangs on a beat that did not come in time holds on a core that stalls, too."""
-    run = RunFolder(folder, stale_seconds=stale_seconds, beat_seconds=0.05, say=lambda line: None)
+    run = RunFolder(folder, stale_seconds=stale_seconds, beat_seconds=0.05, log=lambda line: None)
     run.acquire()
     return run
 
@@ -141,10 +141,10 @@ def test_elsewhere_a_silent_heartbeat_is_watched_then_taken_over(folder: Path) -
     rewrite_owner(folder, machine="another", host="n7", pid=12)
     lines: list[str] = []
     began = time.monotonic()
-    run = RunFolder(folder, stale_seconds=0.4, say=lines.append)
+    run = RunFolder(folder, stale_seconds=0.4, log=lines.append)
     assert run.acquire() == 2
     assert 0.4 <= time.monotonic() - began < 5
-    assert "was in use by host n7, pid 12: watching up to 0 s whether it still lives" in lines[0]
+    assert "was in use by host n7, pid 12: watching up to 0 s whether it is alive" in lines[0]
     run.release()
     owner.release()
 

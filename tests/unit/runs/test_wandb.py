@@ -1,0 +1,174 @@
+"""wandb: one run for each run folder, silent, and never in the run's way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trackers import lines, log_steps, make_tracker
+from wandb_files import wandb_records
+
+import dtl.runs.wandb
+from dtl.errors import UserError
+from dtl.runs.console import Console
+from dtl.runs.wandb import choose_mode
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def read_wandb(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "exit": None}
+    for record in wandb_records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["id"], found["name"] = record.run.run_id, record.run.display_name
+            found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "history":
+            found["history"].append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+        elif kind == "summary":
+            found["summary"] |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+        elif kind == "exit":
+            found["exit"] = record.exit.exit_code
+    return found
+
+
+def test_wandb_offline_is_one_run_over_resumes_and_never_goes_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir, err = tmp_path / "digits", io.StringIO()
+    first = make_tracker(run_dir, config={"data": {"workers": 2}}, console=Console(stream=err))
+    log_steps(first, 1, 8)
+    offset = first.history_offset
+    log_steps(first, 9, 12)
+    first.close("stopped")
+    assert first.wandb_id is not None
+    second = make_tracker(run_dir, resume_step=8, history_offset=offset)  # not even the id was remembered by a checkpoint
+    assert second.wandb_id == first.wandb_id
+    log_steps(second, 9, 20)
+    second.close("done")
+    assert capfd.readouterr() == ("", ""), "wandb itself is silent"
+    assert re.search(r"^wandb: \S*/digits/wandb/offline-run-\S+ \(`wandb sync` uploads it\)$", err.getvalue(), re.MULTILINE)
+
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    runs = [read_wandb(path) for path in files]
+    assert [run["id"] for run in runs] == [first.wandb_id] * 2
+    assert [run["exit"] for run in runs] == [75, 0]
+    assert runs[0]["name"] == "digits"
+    assert runs[0]["config"]["data"] == {"workers": 2}
+    rows = [row for run in runs for row in run["history"]]
+    assert [row["_step"] for row in rows] == list(range(1, 21))
+    assert rows[9]["train/loss"] == 0.1
+    assert {key: rows[19][key] for key in ("val/top1", "phase", "epoch", "train/images_per_second")} == {
+        "val/top1": 0.2,
+        "phase": "head",
+        "epoch": 0,
+        "train/images_per_second": 100,
+    }
+    assert runs[1]["summary"]["head/top1"] == 0.2
+    assert [(line["event"], line["step"]) for line in lines(run_dir / "history.jsonl")] == [
+        (event, step) for step in range(1, 21) for event in (("train", "val") if step % 10 == 0 else ("train",))
+    ]
+
+
+def test_a_fresh_run_in_an_old_folder_is_another_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtl.runs.wandb.WandbRun, "_init", lambda *given: (_ for _ in ()).throw(RuntimeError("no")))
+    ids = [make_tracker(tmp_path / "run", wandb="offline", **options).wandb_id for options in ({}, {}, {"new_run": True}, {})]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    assert make_tracker(tmp_path / "run", wandb="offline", wandb_id="remembered").wandb_id == "remembered"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "by-the-agent")
+    assert make_tracker(tmp_path / "other", wandb="offline").wandb_id == "by-the-agent"
+
+
+KILLED_SERVICE = """
+import os, signal, sys, time
+import psutil
+from dtl.runs.tracker import Tracker
+tracker = Tracker(sys.argv[1], is_main=True, wandb="offline")
+for step in range(1, 40):
+    tracker.train(phase="head", epoch=0, step=step, loss=1.0, lr=0.1, images_per_second=1.0, data_wait=0.0)
+    if step == 5:
+        services = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
+        assert services
+        for service in services:
+            service.send_signal(signal.SIGTERM)
+        time.sleep(1)
+tracker.close("done")
+print("closed", flush=True)
+"""
+
+
+def test_a_dead_wandb_service_never_hurts_the_run(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", KILLED_SERVICE, tmp_path / "run"], capture_output=True, text=True, timeout=90, check=True)
+    assert done.stdout == "closed\n"
+    assert done.stderr.count("wandb failed while") == 1
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run" / "history.jsonl")] == list(range(1, 40))
+    assert time.monotonic() - began < 60
+
+
+def test_a_key_without_an_answering_server_goes_on_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setattr(dtl.runs.wandb, "_INIT_SECONDS", 1.0)
+        err = io.StringIO()
+        began = time.monotonic()
+        tracker = make_tracker(tmp_path / "run", console=Console(stream=err))
+        log_steps(tracker, 1, 3)
+        tracker.close()
+        assert time.monotonic() - began < 20
+    assert capfd.readouterr() == ("", "")
+    assert re.search(r"wandb could not start online \(.+\): working offline\nwandb: .*offline-run-", err.getvalue())
+    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    assert [row["_step"] for row in read_wandb(path)["history"]] == [1, 2, 3]
+
+
+def test_wandb_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    err = io.StringIO()
+    tracker = make_tracker(tmp_path / "run", wandb="offline", console=Console(stream=err))
+    log_steps(tracker, 1, 2)
+    tracker.close()
+    assert "wandb cannot be imported" in err.getvalue()
+    assert len(lines(tmp_path / "run" / "history.jsonl")) == 2
+
+
+def test_which_mode_is_chosen(tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\nmachine other.org login user password secret\n")
+    netrc.chmod(0o600)
+    key, file, nothing = {"WANDB_API_KEY": "k"}, {"NETRC": str(netrc)}, {"NETRC": str(tmp_path / "none")}
+    cases: list[tuple[str, dict[str, str], str]] = [
+        ("auto", nothing, "offline"),
+        ("auto", key, "online"),
+        ("auto", file, "online"),
+        ("auto", file | {"WANDB_BASE_URL": "https://mine.net"}, "offline"),
+        ("auto", file | {"WANDB_BASE_URL": "https://other.org"}, "online"),
+        ("auto", key | {"WANDB_MODE": "offline"}, "offline"),
+        ("auto", key | {"WANDB_MODE": "disabled"}, "off"),
+        ("online", key | {"WANDB_MODE": "disabled"}, "off"),
+        ("offline", key, "offline"),
+        ("online", nothing, "offline"),
+        ("off", key, "off"),
+    ]
+    assert [choose_mode(setting, environ)[0] for setting, environ, _ in cases] == [mode for _, _, mode in cases]
+    assert choose_mode("online", nothing)[1] == "no wandb key is known (`wandb login` stores one), so it works offline"
+    assert choose_mode("auto", nothing)[1] == ""
+    netrc.write_text("what is this")
+    assert choose_mode("auto", file)[0] == "offline"
+    with pytest.raises(UserError, match=r"tracking.wandb is 'on': it must be auto, online, offline or off"):
+        choose_mode("on", {})
