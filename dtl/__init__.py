@@ -19,8 +19,7 @@ from dtl.version import __version__
 
 _HOMES = {
     "dtl.errors": ("TransferRefused", "UserError"),
-    "dtl.api": ("TransferReport", "build_loader", "load_pretrained", "pack"),
-    "dtl.api_runs": ("Run", "evaluate", "export", "fit", "load_model", "predict"),
+    "dtl.api": ("Run", "TransferReport", "build_loader", "evaluate", "export", "fit", "load_model", "load_pretrained", "pack", "predict"),
 }
 __all__ = [
     "Run",
@@ -39,8 +38,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dtl.api import TransferRefused, TransferReport, UserError, build_loader, load_pretrained, pack
-    from dtl.api_runs import Run, evaluate, export, fit, load_model, predict
+    from dtl.api import Run, TransferReport, build_loader, evaluate, export, fit, load_model, load_pretrained, pack, predict
+    from dtl.errors import TransferRefused, UserError
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,22 @@
-"""The names that notebooks and scripts use: data in and weights in. What runs and uses models is `dtl.api_runs`."""
+"""The names that notebooks and scripts use: data in, weights in, runs, and what trained models say.
+
+Everything is as on the command line, in this process: a notebook is one process, several are started by `accelerate launch`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtl.checkpoint.transfer.apply import load_pretrained
 from dtl.checkpoint.transfer.report import TransferReport
+from dtl.config import resolve_config
 from dtl.config.models import AugmentConfig
 from dtl.data.loading.batch import Transform
 from dtl.data.loading.loader import StepLoader
@@ -20,8 +26,28 @@ from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.errors import TransferRefused, UserError
+from dtl.text import to_stderr
 
-__all__ = ["BatchIterable", "TransferRefused", "TransferReport", "UserError", "build_loader", "load_pretrained", "pack"]
+__all__ = [
+    "BatchIterable",
+    "Run",
+    "TransferRefused",
+    "TransferReport",
+    "UserError",
+    "build_loader",
+    "evaluate",
+    "export",
+    "fit",
+    "load_model",
+    "load_pretrained",
+    "pack",
+    "predict",
+]
+
+Paths = str | Path | Sequence[str | Path]
+
+
+# ---- data
 
 
 @dataclass
@@ -98,3 +124,121 @@ def build_loader(
     training = split == "train"
     transform = train_transform(image_size=image_size, augment=augment or AugmentConfig()) if training else eval_transform(image_size=image_size)
     return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size, decode_on)
+
+
+# ---- runs and models
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and how far it got."""
+
+    folder: Path
+    state: str
+    """done, or stopped (by a signal, after saving: `dtl.fit` again goes on)."""
+    phases: tuple[dict[str, Any], ...]
+    """One row a finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
+
+    @property
+    def model(self) -> Path:
+        """The model folder, once the run is done."""
+        return self.folder / "model"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Validation metrics of the weights that the last phase handed on: top1, top5, loss, num_samples; {} before."""
+        return dict(self.phases[-1]["val"] or {}) if self.phases else {}
+
+    def history(self) -> list[dict[str, Any]]:
+        """history.jsonl: every event, in order."""
+        return [json.loads(line) for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str, Any] | None = None) -> Run:
+    """Train by a recipe, as `dtl train` does: a config file, a built-in one (digits, finetune, features), or its sections as a dict.
+
+    `options` go on top, under their dotted names: `dtl.fit("finetune", {"data.train": "all_photos", "data.val_fraction": 0.15})`.
+    The same call again goes on where the run stopped, or gives the result of a finished one. Raises UserError as the command does.
+    """
+    config, name = resolve_config(recipe, options or {})
+    from dtl.runs.folder import read_status, stopped_under_this_agent
+
+    folder = Path(config.run.dir) / name
+    if not stopped_under_this_agent(folder):
+        from dtl.report import report_at_end
+        from dtl.training.run import run
+
+        run(config, name, report=report_at_end)
+    status = read_status(folder) or {}
+    return Run(folder, str(status.get("state", "unknown")), tuple(status.get("phases", ())))
+
+
+def evaluate(model: str | Path | Run, data: str | Path | None = None, *, batch_size: int = 64, workers: int = 2, device: str = "auto") -> dict[str, Any]:
+    """Exact metrics of a run or model folder: {top1, top5, loss, num_samples, per_class, confusion, ...}, as `dtl evaluate --json`.
+
+    `data`: any source of images; by default the run's own validation data. On several processes each gets the same numbers.
+    """
+    from dtl.inference.evaluate import evaluate as measure
+    from dtl.inference.model import running_model
+
+    with running_model(_place(model), device=device, log=to_stderr) as running:
+        return measure(running, None if data is None else str(data), batch_size=batch_size, workers=workers, log=to_stderr)
+
+
+def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto") -> list[dict[str, Any]]:
+    """Classes of images, in their order: one {path, label, name, probability} an image, and with `top` > 1 the list `predictions`.
+
+    `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead. On several processes
+    the main one gets the predictions, the others an empty list.
+    """
+    from dtl.inference.images import find_images
+    from dtl.inference.model import running_model
+    from dtl.inference.predict import predict as predictions
+
+    if top < 1:
+        raise UserError(f"top is {top}; at least one class is asked for")
+    with running_model(_place(model), device=device) as running:
+        with running.runtime.together("images"):
+            inputs = find_images(_paths(images))
+        found = [one for part in predictions(running, inputs, top=top, batch_size=batch_size, workers=workers) for one in part]
+        return [one.to_json(running.stored, lists=top > 1) for one in found]
+
+
+def load_model(model: str | Path | Run) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network in eval mode, on the CPU, and what is known of it: classes, display_names, preprocessing, architecture, metrics."""
+    from dtl.inference.model import find_model, open_model
+
+    stored = open_model(find_model(_place(model))[0])
+    facts = stored.facts
+    known = {
+        "classes": list(facts.classes),
+        "display_names": dict(facts.display_names),
+        "preprocessing": dict(facts.preprocessing),
+        "architecture": dict(facts.architecture),
+        "metrics": dict(facts.metrics),
+    }
+    return stored.network.module, known
+
+
+def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Paths | None = None) -> Path:
+    """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images; FILE.json lies beside it."""
+    from dtl.inference.export import export as write
+    from dtl.inference.export import need, real_images
+    from dtl.inference.images import find_images
+    from dtl.inference.model import find_model, open_model
+
+    if to not in ("onnx", "torch-export", "safetensors"):
+        raise UserError(f"to is {to!r}; it must be onnx, torch-export or safetensors")
+    if to == "onnx":
+        need("onnx", "onnxscript")
+    stored = open_model(find_model(_place(model))[0])
+    inputs = None if images is None else find_images(_paths(images))
+    return Path(write(stored, Path(out), to=to, images=real_images(stored, inputs)).path)
+
+
+def _paths(paths: Paths) -> list[str]:
+    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
+def _place(model: str | Path | Run) -> str:
+    return str(model.folder if isinstance(model, Run) else model)

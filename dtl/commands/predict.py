@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from dtl.errors import UserError
+from dtl.files import write_whole
 from dtl.text import OptionParser, at_least, counted, to_stderr
 
 if TYPE_CHECKING:
-    from dtl.distributed.runtime import Runtime
-    from dtl.inference.images import ImageInputs
     from dtl.inference.model import StoredModel
     from dtl.inference.predict import Prediction
 
@@ -44,111 +43,81 @@ def run(arguments: Sequence[str]) -> int:
     """The command; 0 when at least one image could be read."""
     options = _parser().parse_args(list(arguments))
     kind = _format(options)
-    from dtl.distributed.runtime import Runtime
-    from dtl.inference.images import find_images
-    from dtl.inference.model import find_model, open_model, precision_line, trained_in
+    from dtl.inference.images import ImageInputs, find_images
+    from dtl.inference.model import running_model
+    from dtl.inference.predict import predict
 
-    folder, _ = find_model(options.model)
-    before = trained_in(folder) if options.precision is None else None
-    with Runtime(device=options.device, precision=options.precision or "auto", trained_in=before) as runtime:
-        runtime.signals.release()  # nothing to save: a signal just ends it
-        with runtime.together("model"):
-            model = open_model(folder)
-        for line in precision_line(folder, before, runtime):
-            to_stderr(line)
-        inputs: ImageInputs | None = None
+    with running_model(options.model, device=options.device, precision=options.precision, log=to_stderr) as model:
+        runtime = model.runtime
+        found: ImageInputs | None = None
         with runtime.together("images"):
             if runtime.is_main:
-                inputs = find_images(options.paths)
-        inputs = runtime.agree(inputs)
+                found = find_images(options.paths)
+        inputs = runtime.agree(found)
         assert inputs is not None
-        problems = _write_all(options, kind, model, inputs, runtime)
+        parts = predict(model, inputs, top=options.top, batch_size=options.batch_size, workers=options.workers)
+        unread: list[Prediction] = []
+        if runtime.is_main:
+            with closing(parts):
+                unread = _write(options.out, lambda file: _write_all(file, kind, model.stored, parts, lists=options.top > 1))
+        else:
+            for _ in parts:
+                pass
+        num_unread = runtime.agree(len(unread))
     if runtime.is_main:
-        _tell(options, len(inputs), problems)
-    if len(problems) == len(inputs):
+        _summarise(options.out, len(inputs), unread)
+    if num_unread == len(inputs):
         raise UserError("the image could not be read" if len(inputs) == 1 else f"none of the {len(inputs):,} images could be read")
     return 0
 
 
-def _write_all(options: argparse.Namespace, kind: str, model: StoredModel, inputs: ImageInputs, runtime: Runtime) -> list[tuple[str, str]] | range:
-    """Predict, and write as it comes (main process). Returns (path, reason) of what could not be read, on the other ranks as many."""
-    from dtl.inference.model import place
-    from dtl.inference.predict import predict
-
-    parts = predict(
-        place(model, runtime),
-        model.transform,
-        inputs,
-        runtime,
-        top=min(options.top, len(model.classes)),
-        batch_size=options.batch_size,
-        workers=options.workers,
-    )
-    problems: list[tuple[str, str]] = []
-    if runtime.is_main:
-        with closing(parts), _output(options.out) as file:
-            writer = _Writer(file, kind, model, lists=options.top > 1)
-            for part in parts:
-                problems += [(one.path, one.problem) for one in part if one.problem is not None]
-                writer.write([one for one in part if one.problem is None])
-    else:
-        for _ in parts:
-            pass
-    count = runtime.agree(len(problems))
-    return problems if runtime.is_main else range(count)
+def _write_all(file: TextIO, kind: str, model: StoredModel, parts: Iterable[list[Prediction]], *, lists: bool) -> list[Prediction]:
+    """Write each part as it comes; returns the images that could not be read."""
+    table = csv.writer(file, lineterminator="\n")
+    if kind == "csv":
+        table.writerow(["path", "label", "name", "probability"])
+    unread = []
+    for part in parts:
+        for one in part:
+            values = one.to_json(model, lists=lists, digits=_DIGITS)
+            if one.problem is not None:
+                unread.append(one)
+            elif kind == "csv":
+                table.writerow([one.path, values["label"], values["name"], f"{values['probability']:.{_DIGITS}f}"])
+            else:
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        file.flush()
+    return unread
 
 
-class _Writer:
-    def __init__(self, file: TextIO, kind: str, model: StoredModel, *, lists: bool) -> None:
-        self._file, self._classes, self._names, self._lists = file, model.classes, model.shown_names, lists
-        self._csv = csv.writer(file, lineterminator="\n") if kind == "csv" else None
-        if self._csv is not None:
-            self._csv.writerow(["path", "label", "name", "probability"])
-
-    def write(self, predictions: Sequence[Prediction]) -> None:
-        for one in predictions:
-            best = self._named(one.classes[0], one.probabilities[0])
-            if self._csv is not None:
-                self._csv.writerow([one.path, best["label"], best["name"], f"{best['probability']:.{_DIGITS}f}"])
-                continue
-            line: dict[str, Any] = {"path": one.path, **best}
-            if self._lists:
-                line["predictions"] = [self._named(number, value) for number, value in zip(one.classes, one.probabilities)]
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def _named(self, number: int, probability: float) -> dict[str, Any]:
-        return {"label": self._classes[number], "name": self._names[number], "probability": round(probability, _DIGITS)}
-
-
-@contextmanager
-def _output(out: str) -> Iterator[TextIO]:
-    """Standard output, or a file that gets its name when it is whole."""
+def _write(out: str, work: Callable[[TextIO], list[Prediction]]) -> list[Prediction]:
+    """What `work` gives, which writes to standard output, or to a file that gets its name when it is whole."""
     if out == "-":
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")
-        yield sys.stdout
-        return
-    target = Path(out)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        return work(sys.stdout)
+    unread: list[Prediction] = []
+
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        unread.extend(work(text))
+        text.detach()
+
     try:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            yield file
-        temporary.replace(target)
+        write_whole(Path(out), write)
     except OSError as error:
-        if error.filename == str(temporary):
+        if error.filename is None or Path(out).name in str(error.filename):  # else it is not about this file
             raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    return unread
 
 
-def _tell(options: argparse.Namespace, count: int, problems: Sequence[Any]) -> None:
-    for path, reason in problems:
-        print(f"not readable: {path}: {reason}", file=sys.stderr)
-    unread = f", {len(problems):,} could not be read" if problems else ""
-    where = "" if options.out == "-" else f": {options.out}"
-    print(f"{counted(count - len(problems), 'image')} predicted{unread}{where}", file=sys.stderr)
+def _summarise(out: str, count: int, unread: Sequence[Prediction]) -> None:
+    for one in unread:
+        to_stderr(f"not readable: {one.path}: {one.problem}")
+    failed = f", {len(unread):,} could not be read" if unread else ""
+    where = "" if out == "-" else f": {out}"
+    to_stderr(f"{counted(count - len(unread), 'image')} predicted{failed}{where}")
 
 
 def _format(options: argparse.Namespace) -> str:

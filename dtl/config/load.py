@@ -21,7 +21,7 @@ from dtl.config.models import Config, PhaseConfig, Section
 from dtl.errors import UserError
 from dtl.text import some
 
-__all__ = ["Config", "PhaseConfig", "Section", "builtin_recipes", "config_from_dict", "load_config"]
+__all__ = ["Config", "PhaseConfig", "Section", "builtin_recipes", "config_from_dict", "load_config", "resolve_config"]
 
 
 def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
@@ -29,12 +29,23 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
 
     Returns the config and the run's default name. Raises UserError for whatever is wrong with the file or the options.
     """
-    overrides = dict(_read_options(arguments))
-    file = overrides.pop("config", None)
-    if file is None:
+    options = dict(_read_options(arguments))
+    return resolve_config(options.pop("config", None), options)
+
+
+def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any]) -> tuple[Config, str]:
+    """The config of a recipe (a file, a built-in one's name, or its sections as plain values) with `options` on top, by their dotted names.
+
+    Without a recipe it is the built-in digits. Returns the config and the run's default name; raises UserError for whatever is wrong.
+    """
+    overrides = {dotted.replace("-", "_"): _plain(value) for dotted, value in options.items()}
+    if recipe is None:
         _check_digits(overrides)
-    text, origin, name = _read_recipe(file or "digits")
-    values = _parse_yaml(text, origin)
+    if isinstance(recipe, Mapping):
+        values, origin, name = _plain(recipe), "the recipe", "notebook"
+    else:
+        text, origin, name = _read_recipe(str(recipe or "digits"))
+        values = _parse_yaml(text, origin)
     for dotted, value in overrides.items():
         _check_phase(values, dotted, origin)
         _set(values, dotted, value)
@@ -42,6 +53,15 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
     config = _validate(values, origin)
     _check_whole(config, origin)
     return config, config.run.name or _of_sweep(name)
+
+
+def _plain(value: Any) -> Any:
+    """A copy, as YAML would give it: no tuples, no paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _of_sweep(name: str) -> str:

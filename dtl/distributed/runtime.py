@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,12 +74,22 @@ class Runtime:
     """This process among its peers. `close()` (or the context manager) leaves the process group."""
 
     def __init__(
-        self, *, device: str = "auto", precision: str = "auto", trained_in: str | None = None, timeout_minutes: float = 30.0, compression: str = "no"
+        self,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        trained_in: str | None = None,
+        timeout_minutes: float = 30.0,
+        compression: str = "no",
+        alone: bool = False,
     ) -> None:
         """`trained_in`: the precision of the model's run, taken for `auto` where it can be.
-        `compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16"."""
+        `compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16".
+        `alone`: see `Runtime.alone`."""
         timeout = timedelta(minutes=timeout_minutes) + MARGIN
         launch = read_launch()
+        if alone:
+            launch = replace(launch, world_size=None, local_world_size=1, asked_for=None, precision=None)
         self.launch = launch
         use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
         if device == "cuda" and not torch.cuda.is_available():
@@ -91,19 +101,23 @@ class Runtime:
             _keep_freed_memory()
         else:
             hurry_gpu(True)
-        self.accelerator = _accelerator(use_cpu, resolve_precision(precision, launch, use_cpu, trained_in), compression, timeout)
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.local_rank: int = self.accelerator.local_process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.precision = str(self.accelerator.mixed_precision)
-        _check_world(launch, self.world_size)
+        self.accelerator: Any = None
+        self.device = torch.device("cpu" if use_cpu else "cuda")
+        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        self.precision = resolve_precision(precision, launch, use_cpu, trained_in)
+        if not alone:
+            self.accelerator = _accelerator(use_cpu, self.precision, compression, timeout)
+            self.device = self.accelerator.device
+            self.rank, self.local_rank = int(self.accelerator.process_index), int(self.accelerator.local_process_index)
+            self.world_size = int(self.accelerator.num_processes)
+            self.precision = str(self.accelerator.mixed_precision)
+            _check_world(launch, self.world_size)
         # Decisions travel over gloo, also beside NCCL: they must not make the host wait for the GPU.
         self.group: dist.ProcessGroup | None = None
         if self.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
         global ranks_met
-        ranks_met = True
+        ranks_met = ranks_met or not alone
         self.token: str = self.agree(secrets.token_hex(4))
         """Names this start of the ranks together, for keys in the store that they met in."""
         self._num_onces = 0
@@ -111,7 +125,16 @@ class Runtime:
         self._leader = leader_of(self.rank, nodes)
         """The rank that acts for this node."""
         self._num_leaders = len({leader_of(rank, nodes) for rank in range(self.world_size)})
-        self.signals = Signals(speaks=self.is_main)
+        self.signals = Signals(speaks=self.is_main and not alone)
+
+    @classmethod
+    def alone(cls, device: str = "auto") -> Runtime:
+        """One process by itself, also inside a launched one: it joins no process group and waits for nobody. It computes in float32."""
+        return cls(device=device, precision="no", alone=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The forward pass inside computes in the runtime's precision."""
+        return contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
 
     @property
     def is_main(self) -> bool:
@@ -128,6 +151,8 @@ class Runtime:
             self.close()
 
     def close(self) -> None:
+        if self.accelerator is None:
+            return
         if dist.is_initialized():
             dist.destroy_process_group()
         self.group = None

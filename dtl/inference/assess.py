@@ -8,7 +8,7 @@ in the order of the batches. B samples, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -22,8 +22,7 @@ from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
-from dtl.inference.model import PlacedModel
-from dtl.training.evaluate import reduce_sums
+from dtl.training.evaluate import ForwardPass, reduce_sums
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums, first_greatest
 from dtl.training.tasks import Task
@@ -99,19 +98,24 @@ class RankBatches:
                 yield batch
 
 
-def assess(model: PlacedModel, batches: RankBatches, runtime: Runtime, *, task: Task, num_outputs: int, skip_damaged: bool = False) -> Assessment:
+def assess(forward: ForwardPass, batches: RankBatches, *, task: Task, num_outputs: int, skip_damaged: bool = False) -> Assessment:
     """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped."""
+    runtime = forward.runtime
     seen = _Seen(num_outputs, batches.num_batches, runtime.device)
-    with runtime.together("evaluation"), torch.inference_mode():
-        for number, batch in enumerate(batches, start=batches.first):
-            if batch.bad and not skip_damaged:
-                raise UserError(f"{batch.bad[0][1]}; leave such samples out with --on-error skip")
-            seen.damaged += [(sample, str(damage)) for sample, damage in batch.bad]
-            labels, weights, samples = (part.to(runtime.device, non_blocking=True) for part in (batch.labels, batch.weights, batch.samples))
-            samples = samples.repeat(task.expansion)
-            images, labels, weights = task.prepare(model.normalise(batch.images), labels, weights)
-            seen.add(number, model.logits(images), labels, weights, samples)
+    with runtime.together("evaluation"):
+        usable = batches if skip_damaged else _undamaged(batches)
+        for number, outputs in enumerate(forward.over(usable, task), start=batches.first):
+            seen.damaged += [(sample, str(damage)) for sample, damage in outputs.batch.bad]
+            samples = outputs.batch.samples.to(runtime.device, non_blocking=True).repeat(task.expansion)
+            seen.add(number, outputs.logits, outputs.labels, outputs.weights, samples)
     return seen.all_ranks(runtime)
+
+
+def _undamaged(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if batch.bad:
+            raise UserError(f"{batch.bad[0][1]}; leave such samples out with --on-error skip")
+        yield batch
 
 
 class _Seen:

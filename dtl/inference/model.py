@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor, nn
 
 from dtl import files
 from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
@@ -16,13 +17,14 @@ from dtl.data.transforms.geometry import ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
-from dtl.models.build import Network, Preprocessing, build, forward_logits
-from dtl.models.network import to_device
-from dtl.models.normalise import Normalise
+from dtl.models.build import Network, Preprocessing, build
 from dtl.models.strict_load import strict_load
 from dtl.runs.folder import never_began, read_status, why_none_began
-from dtl.text import near_run
+from dtl.text import near_run, to_nobody
+from dtl.training.evaluate import ForwardPass
 from dtl.training.tasks import TASKS, Task, task_named
+
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -46,19 +48,32 @@ class StoredModel:
         return tuple(self.facts.display_names.get(name, name) for name in self.classes)
 
 
-@dataclass
-class PlacedModel:
-    """A stored model on a device: uint8 images [B, 3, S, S] to logits [B, K]."""
+@dataclass(frozen=True)
+class RunningModel:
+    """A stored model on this rank's device, among the ranks that use it together."""
 
-    module: nn.Module
-    normalise: Normalise
+    stored: StoredModel
+    run: Path | None
+    """The run folder that it was named by."""
+    forward: ForwardPass
     runtime: Runtime
 
-    def logits(self, images: Tensor) -> Tensor:
-        """float32 [B, K] of normalised images, on the device."""
-        with self.runtime.accelerator.autocast():
-            logits, _ = forward_logits(self.module, images)
-        return logits.float()
+
+@contextmanager
+def running_model(place: str | Path, *, device: str = "auto", precision: str | None = None, log: Log = to_nobody) -> Iterator[RunningModel]:
+    """The model of a run or a model folder, on every rank; afterwards the process is as it was.
+
+    `precision`: auto, no, bf16 or fp16; None is the one that the model was trained in, where it can be. UserError where there is no model.
+    """
+    folder, run = find_model(place)
+    before = _trained_in(folder, run) if precision is None else None
+    with Runtime(device=device, precision=precision or "auto", trained_in=before) as runtime:
+        runtime.signals.release()  # nothing to save: a signal just ends it
+        with runtime.together("model"):
+            stored = open_model(folder)
+        if runtime.is_main and before not in (None, runtime.precision):
+            log(f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ")
+        yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime), runtime)
 
 
 def find_model(place: str | Path) -> tuple[Path, Path | None]:
@@ -92,29 +107,15 @@ def open_model(folder: Path) -> StoredModel:
     return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))
 
 
-def trained_in(folder: Path) -> str | None:
-    """The precision that a model folder's run computed in; None where it does not say (of an older dtl, or damaged, which `open_model` tells)."""
-    try:
+def _trained_in(folder: Path, run: Path | None) -> str | None:
+    """The precision that the model's run computed in; None where nothing says it (an older dtl, or damage, which `open_model` reports)."""
+    known: list[Any] = []
+    with suppress(UserError):
         made_by = read_model_json(folder).made_by
-    except UserError:
-        return None
-    known = [made_by.get("precision"), (made_by.get("settings") or {}).get("precision")]  # an older dtl kept the setting only
+        known = [made_by.get("precision"), (made_by.get("settings") or {}).get("precision")]  # an older dtl kept the setting only
+        if run is not None:
+            known.append(stored_config(run).precision)
     return next((value for value in known if value in ("no", "bf16", "fp16")), None)
-
-
-def precision_line(folder: Path, before: str | None, runtime: Runtime) -> list[str]:
-    """A line where this machine, or its launch, computes otherwise than the model's run did."""
-    if before in (None, runtime.precision) or not runtime.is_main:
-        return []
-    return [f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ"]
-
-
-def place(model: StoredModel, runtime: Runtime) -> PlacedModel:
-    """Onto this rank's device; channels last where there are convolutions, as training does by itself."""
-    module = model.network.module
-    channels_last = to_device(module, runtime.device)
-    normalise = Normalise(model.network.preprocessing, runtime.device, channels_last=channels_last)
-    return PlacedModel(module=module, normalise=normalise, runtime=runtime)
 
 
 def stored_config(run: Path) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample
 from dtl.inference.images import ImageInputs
-from dtl.inference.model import PlacedModel
+from dtl.inference.model import RunningModel, StoredModel
+from dtl.training.evaluate import ForwardPass
 
 _ROUNDS_AT_ONCE = 8
 
@@ -32,6 +34,17 @@ class Prediction:
     classes: tuple[int, ...] = ()
     probabilities: tuple[float, ...] = ()
     problem: str | None = None
+
+    def to_json(self, model: StoredModel, *, lists: bool, digits: int | None = None) -> dict[str, Any]:
+        """{path, label, name, probability} of the best class, with `lists` all T of them too; {path, problem} where it could not be read."""
+        if self.problem is not None:
+            return {"path": self.path, "problem": self.problem}
+        names = model.facts.display_names
+        named: list[dict[str, Any]] = []
+        for number, value in zip(self.classes, self.probabilities):
+            label = model.classes[number]
+            named.append({"label": label, "name": names.get(label, label), "probability": value if digits is None else round(value, digits)})
+        return {"path": self.path, **named[0], **({"predictions": named} if lists else {})}
 
 
 @dataclass
@@ -83,11 +96,10 @@ class _Batches(Dataset[_Images]):
         return None
 
 
-def predict(
-    model: PlacedModel, transform: Transform, inputs: ImageInputs, runtime: Runtime, *, top: int, batch_size: int, workers: int
-) -> Generator[list[Prediction], None, None]:
+def predict(model: RunningModel, inputs: ImageInputs, *, top: int = 1, batch_size: int = 64, workers: int = 2) -> Generator[list[Prediction], None, None]:
     """All predictions in the order of `inputs`, on the main process; the other ranks get empty lists. All ranks must exhaust it."""
-    batches = _Batches(inputs, transform, batch_size)
+    forward, runtime, top = model.forward, model.runtime, min(top, len(model.stored.classes))
+    batches = _Batches(inputs, model.stored.transform, batch_size)
     numbers = range(runtime.rank, len(batches), runtime.world_size)
     pinned = runtime.device.type == "cuda"
     mine = begun(lambda options: iter(DataLoader(batches, sampler=numbers, batch_size=None, pin_memory=pinned, **options)), min(workers, len(numbers)))
@@ -95,7 +107,7 @@ def predict(
     try:
         for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):
             last = min(rounds, first + _ROUNDS_AT_ONCE) if runtime.world_size > 1 else first + 1
-            done = [_predicted(model, next(mine), top) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
+            done = [_predicted(forward, next(mine), top) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
             of_ranks = runtime.gather(done)
             if runtime.is_main:
                 yield [one for turn in range(last - first) for of_rank in of_ranks for one in of_rank[turn]]
@@ -109,14 +121,12 @@ def _number(turn: int, runtime: Runtime) -> int:
     return turn * runtime.world_size + runtime.rank
 
 
-def _predicted(model: PlacedModel, batch: _Images, top: int) -> list[Prediction]:
+def _predicted(forward: ForwardPass, batch: _Images, top: int) -> list[Prediction]:
     rows: Iterator[tuple[list[int], list[float]]] = iter(())
     if len(batch.images):
-        with torch.inference_mode():
-            probabilities = model.logits(model.normalise(batch.images)).softmax(dim=1)
-            # Stable: of equal probabilities the first class wins, as in evaluation.
-            values, classes = probabilities.sort(dim=1, descending=True, stable=True)
-            rows = iter(list(zip(classes[:, :top].tolist(), values[:, :top].tolist())))
+        # Stable: of equal probabilities the first class wins, as in evaluation.
+        values, classes = forward(batch.images).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        rows = iter(list(zip(classes[:, :top].tolist(), values[:, :top].tolist())))
     found = []
     for name, problem in zip(batch.names, batch.problems):
         if problem is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class Network:
         return num_outputs(self.module.get_submodule(self.heads[0]))
 
 
-def forward_logits(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def forward_logits(module: Callable[[torch.Tensor], Any], images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits [B, K], and those of the auxiliary heads (Inception and GoogLeNet in train mode, one [B, K] each) for their loss."""
     output = module(images)
     if isinstance(output, torch.Tensor):

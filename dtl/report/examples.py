@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,20 +24,18 @@ from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
-from dtl.distributed.signals import Signals
 from dtl.errors import UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import Network
 from dtl.models.build import build as build_model
-from dtl.models.network import to_device
-from dtl.models.normalise import Normalise
 from dtl.models.strict_load import strict_load
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.training import build
 from dtl.training.dataloaders import Feeds
-from dtl.training.evaluate import evaluate
-from dtl.training.losses import build_loss
+from dtl.training.evaluate import ForwardPass, Outputs
+from dtl.training.losses import Loss
+from dtl.training.metrics import Sums
 from dtl.training.phases import Phase
 from dtl.training.tasks import Task, task_named
 
@@ -90,19 +86,6 @@ class Predictions:
     mistakes: list[Tile]
 
 
-class Alone(Runtime):
-    """One process on its own, also inside a launched one: whoever makes a report must not wait for other ranks."""
-
-    def __init__(self, device: str = "auto") -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device is cuda, but this machine shows no GPU to PyTorch")
-        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.rank = self.local_rank = 0
-        self.world_size, self.group, self.precision = 1, None, "no"
-        self.accelerator = SimpleNamespace(autocast=nullcontext)
-        self.signals = Signals(speaks=False)
-
-
 @dataclass
 class Examples:
     """The data of a run, opened."""
@@ -124,7 +107,7 @@ class Examples:
         if record.config is None:
             raise UserError("the run's config.yaml is missing or cannot be used")
         config = _at_home(record.config, record.path)
-        runtime = Alone(_device(config, device))
+        runtime = Runtime.alone(config.run.device if device == "auto" else device)
         train, val = build.open_data(config, runtime, say)
         made_with = (record.model or {}).get("made_by", {}).get("data")
         if made_with not in (None, train.dataset_id):
@@ -185,24 +168,14 @@ class Examples:
         """Ask the model folder about at most `max_images` validation images, drawn by key, for about `seconds`."""
         facts = read_model_json(model)
         task = self._task_of(facts)
-        network = _load_network(model, facts)
+        forward = ForwardPass.of(_load_network(model, facts), self.runtime)
         samples = draw_samples(self.feeds.val.num_samples, max_images, self.seed)
-        rows = _Rows(self, task, samples, seconds)
-        hook = network.module.register_forward_hook(rows.take)
-        channels_last = to_device(network.module, self.runtime.device)
-        try:
-            sums = evaluate(
-                network.module,
-                rows.steps(),
-                self.runtime,
-                task=task,
-                num_outputs=network.num_outputs,
-                loss=build_loss("cross_entropy"),
-                normalise=Normalise(network.preprocessing, self.runtime.device, channels_last=channels_last),
-            )
-        finally:
-            hook.remove()
-        assert sums is not None
+        loss, sums, parts, num_damaged = Loss(), Sums(len(facts.classes), self.runtime.device), list[_Rows](), 0
+        for outputs in forward.over(self._batches(samples, seconds), task):
+            sums.update(outputs.logits, outputs.labels, outputs.weights, loss(outputs.logits, outputs.labels)[0])
+            parts.append(_Rows.of(outputs, task))
+            num_damaged += len(outputs.batch.bad)
+        rows = _Rows.joined(parts)
         if not len(rows.labels):
             raise UserError("not one of the validation images could be read")
         names = self._names(task)
@@ -213,12 +186,20 @@ class Examples:
             predicted=rows.predicted,
             names=names,
             metrics=sums.result(),
-            num_seen=rows.num_seen,
+            num_seen=len(rows.labels) // task.expansion,
             num_samples=self.feeds.val.num_samples,
-            num_damaged=rows.num_damaged,
+            num_damaged=num_damaged,
             sample=self._tiles(rows, np.arange(min(num_tiles, len(rows.labels))), task, names),
             mistakes=self._tiles(rows, worst, task, names),
         )
+
+    def _batches(self, samples: Ints, seconds: float) -> Iterator[Batch]:
+        """Batches until the samples or the seconds are used up; one batch at least."""
+        size, ends = _BATCH[self.runtime.device.type], time.monotonic() + seconds
+        for start in range(0, len(samples), size):
+            yield self._load(self.feeds.val, self.feeds.val_transform, samples[start : start + size], epoch=0)
+            if time.monotonic() >= ends:
+                return
 
     def _tiles(self, rows: _Rows, chosen: Ints, task: Task, names: list[str]) -> list[Tile]:
         """The images of these rows, loaded once more: keeping all of them until now would cost memory."""
@@ -251,59 +232,26 @@ class Examples:
         return task
 
 
+@dataclass(frozen=True)
 class _Rows:
-    """Feeds `evaluate` and listens to what the network answers. All arrays are [rows], damaged images left out."""
+    """What the network predicted, row by row; damaged images are left out."""
 
-    def __init__(self, examples: Examples, task: Task, samples: Ints, seconds: float) -> None:
-        self.examples, self.task, self._wanted, self._seconds = examples, task, samples, seconds
-        self.num_seen = self.num_damaged = 0
-        self._batch: Batch | None = None
-        self._found: list[tuple[Ints, Ints, Ints, npt.NDArray[np.float64]]] = []
-        self._joined: tuple[Any, ...] = ()
+    samples: Ints
+    labels: Ints
+    predicted: Ints
+    confidence: npt.NDArray[np.float64]
 
-    def steps(self) -> Iterator[list[Batch]]:
-        """Batches until the samples or the seconds are used up; one batch at least."""
-        examples, size = self.examples, _BATCH[self.examples.runtime.device.type]
-        ends = time.monotonic() + self._seconds
-        for start in range(0, len(self._wanted), size):
-            self._batch = examples._load(examples.feeds.val, examples.feeds.val_transform, self._wanted[start : start + size], epoch=0)
-            self.num_damaged += len(self._batch.bad)
-            self.num_seen += len(self._batch.samples) - len(self._batch.bad)
-            yield [self._batch]
-            if time.monotonic() >= ends:
-                return
+    @classmethod
+    def of(cls, outputs: Outputs, task: Task) -> _Rows:
+        confidence, predicted = outputs.logits.softmax(dim=1).max(dim=1)
+        columns = (outputs.batch.samples.repeat(task.expansion), outputs.labels, predicted, confidence.double())
+        real = (outputs.weights > 0).cpu()
+        return cls(*(column.cpu()[real].numpy() for column in columns))
 
-    def take(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        batch = self._batch
-        assert batch is not None
-        logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
-        confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
-        turns = self.task.expansion
-        labels = batch.labels if turns == 1 else torch.arange(turns).repeat_interleave(len(batch.labels))
-        real = batch.weights.repeat(turns) > 0
-        columns = (batch.samples.repeat(turns), labels, predicted.cpu(), confidence.double().cpu())
-        self._found.append(tuple(column[real].numpy() for column in columns))  # type: ignore[arg-type]
-
-    def _column(self, number: int) -> Any:
-        if not self._joined:
-            self._joined = tuple(np.concatenate(parts) for parts in zip(*self._found))
-        return self._joined[number]
-
-    @property
-    def samples(self) -> Ints:
-        return self._column(0)  # type: ignore[no-any-return]
-
-    @property
-    def labels(self) -> Ints:
-        return self._column(1)  # type: ignore[no-any-return]
-
-    @property
-    def predicted(self) -> Ints:
-        return self._column(2)  # type: ignore[no-any-return]
-
-    @property
-    def confidence(self) -> npt.NDArray[np.float64]:
-        return self._column(3)  # type: ignore[no-any-return]
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        names = ("samples", "labels", "predicted", "confidence")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def draw_samples(num_samples: int, most: int, seed: int) -> Ints:
@@ -320,10 +268,6 @@ def _load_network(model: Path, facts: ModelFacts) -> Network:
     network = build_model(architecture["name"], num_classes=architecture["num_classes"], options=architecture["options"])
     strict_load(network.module, load_model_tensors(model), str(model))
     return network
-
-
-def _device(config: Config, wanted: str) -> str:
-    return config.run.device if wanted == "auto" else wanted
 
 
 def _at_home(config: Config, run: Path) -> Config:

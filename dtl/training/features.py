@@ -34,6 +34,7 @@ from dtl.files import fsync_folder, temporary_suffix
 from dtl.models.network import Network
 from dtl.models.normalise import Normalise
 from dtl.text import counted
+from dtl.training.evaluate import ForwardPass
 from dtl.training.feature_data import FACTS_NAME
 
 FEATURES_VERSION = 1
@@ -259,8 +260,7 @@ class FeatureCache:
 
     def _features(self, backbone: Backbone, batch: Batch, num_views: int) -> Tensor:
         """float32 [V, B, ...], real slots first, pads behind, in slot order."""
-        with torch.inference_mode(), self.runtime.accelerator.autocast():
-            rows = backbone(self.normalise(batch.images)).float().cpu().contiguous()
+        rows = ForwardPass(backbone, self.normalise, self.runtime)(batch.images).cpu().contiguous()
         return rows.view(num_views, -1, *rows.shape[1:])
 
     def _file(self, path: Path, shape: tuple[int, ...]) -> Any:

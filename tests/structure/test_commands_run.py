@@ -50,7 +50,7 @@ SPOKEN = {
     "dtl verify-epoch --balance uniform",
 }
 # Python blocks that another test runs as they stand, by a part of them.
-PYTHON_RUN = {"safetensors.torch, torchvision": "tests/unit/test_api_runs.py", "safetensors.torch, timm": "tests/unit/test_api_runs.py"}
+PYTHON_RUN = {"safetensors.torch, torchvision": "tests/unit/test_api.py", "safetensors.torch, timm": "tests/unit/test_api.py"}
 LAUNCHED = "accelerate launch dtl/train.py"  # the one line that goes through the real launcher here
 
 

@@ -1,11 +1,15 @@
-"""What notebooks use: quick to import, and the same loader as training's."""
+"""What notebooks use: quick to import, the same loader as training's, and in their order: pack, fit, evaluate, predict, load, export."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from model_folders import CLASSES, model_folder, write_image
+from recipes import RECIPE
 
 import dtl
 
@@ -58,3 +62,95 @@ def test_a_wrong_split_or_source_is_told() -> None:
         dtl.build_loader("digits", "training")
     with pytest.raises(dtl.UserError, match="nowhere"):
         dtl.build_loader("nowhere")
+
+
+def test_a_notebook_from_images_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    phases = {"all": {"train": "all", "steps": 4, "lr": 0.05}}
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "workers": 0}, "phases": phases}
+    run = dtl.fit(recipe, {"run.name": "first", "data.global_batch_size": 64, "precision": "no"})
+    assert run.folder == Path("runs/first")
+    assert run.state == "done"
+    assert run.metrics["num_samples"] == 360
+    assert run.history()[-1]["step"] == 4
+    # A finished run gives its result again, another precision in the same process does not mix with it.
+    assert dtl.fit(recipe, {"run.name": "first", "data.global_batch_size": 64, "precision": "no"}) == run
+    other = dtl.fit(recipe, {"run.name": "second", "phases.all.steps": 2, "precision": "bf16"})
+    assert other.state == "done"
+
+    measured = dtl.evaluate(run, workers=0)
+    assert measured["top1"] == pytest.approx(run.metrics["top1"])
+    assert len(measured["per_class"]) == 10
+
+    images = [write_image(tmp_path / "new" / f"{number}.jpg", number) for number in range(3)]
+    (tmp_path / "new" / "3.jpg").write_bytes(b"no image")
+    found = dtl.predict(run, [*images, tmp_path / "new" / "3.jpg"], top=2)
+    assert [Path(one["path"]).name for one in found] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert found[3].keys() == {"path", "problem"}
+    assert [len(one["predictions"]) for one in found[:3]] == [2, 2, 2]
+    assert found[0]["label"] == found[0]["predictions"][0]["label"]
+
+    network, facts = dtl.load_model(run.model)
+    assert not network.training
+    assert facts["classes"] == [str(digit) for digit in range(10)]
+    assert network(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+    file = dtl.export(run, tmp_path / "weights.safetensors", to="safetensors")
+    assert file.is_file()
+    assert json.loads(Path(f"{file}.json").read_text())
+
+
+def test_a_mistake_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(dtl.UserError, match=r"unknown config key data\.trian"):
+        dtl.fit("finetune", {"data.trian": "photos"})
+    with pytest.raises(dtl.UserError, match="no such config file"):
+        dtl.fit("nothing")
+    with pytest.raises(dtl.UserError, match="nowhere does not exist"):
+        dtl.predict("nowhere", "a.jpg")
+    folder = model_folder(tmp_path / "model")
+    with pytest.raises(dtl.UserError, match="at least one class"):
+        dtl.predict(folder, "a.jpg", top=0)
+    with pytest.raises(dtl.UserError, match="knows no data"):
+        dtl.evaluate(folder)
+    with pytest.raises(dtl.UserError, match="must be onnx"):
+        dtl.export(folder, "a.bin", to="tflite")
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])
+def test_a_model_loads_into_plain_torchvision_and_timm_in_three_lines(tmp_path: Path, name: str) -> None:
+    """The lines of docs/api.md, run as they stand there."""
+    page = (Path(__file__).resolve().parents[2] / "docs/api.md").read_text()
+    zoo = name.split("/")[0]
+    lines = next(block.split("```")[0] for block in page.split("```python\n")[1:] if f"safetensors.torch, {zoo}" in block)
+    assert len([line for line in lines.splitlines() if line]) == 3
+    folder = model_folder(tmp_path / "model", name=name, classes=("ant", "bee"))
+    names: dict[str, Any] = {}
+    exec(lines.replace("runs/finetune/model", str(folder)), names)
+    ours, _ = dtl.load_model(folder)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(names["network"].eval()(images), ours(images))
+
+
+def test_the_names_are_documented() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/api.md").read_text()
+    for name in dtl.__all__:
+        assert name == "__version__" or f"dtl.{name}" in page, name
+    assert set(dir(dtl)) == set(dtl.__all__)
+
+
+def test_a_data_path_may_begin_with_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = model_folder(tmp_path / "model")
+    for number in range(6):
+        write_image(tmp_path / "-photos" / CLASSES[number % len(CLASSES)] / f"{number}.jpg", number)
+    assert dtl.evaluate(folder, data="-photos", workers=0)["num_samples"] == 6
+
+
+def test_a_call_leaves_the_process_clean(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    folder = model_folder(tmp_path / "model")
+    image = write_image(tmp_path / "0.jpg", 0)
+    assert "problem" not in dtl.predict(folder, image)[0]
+    assert not AcceleratorState._shared_state, "the precision of this call is not that of the next"

@@ -50,6 +50,20 @@ def test_a_gpu_is_not_looked_for_in_a_launch_for_cpus(monkeypatch: pytest.Monkey
         Runtime(device="cuda")
 
 
+def test_a_runtime_alone_joins_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process of two makes a report: it must not wait for the other, nor end the group that they share."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    runtime = Runtime.alone("cpu")
+    assert (runtime.rank, runtime.world_size, runtime.group, runtime.precision) == (0, 1, None, "no")
+    assert runtime.agree("a") == "a"
+    with runtime.autocast():
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: pytest.fail("it is not ours"))
+    runtime.close()
+
+
 def test_nothing_of_a_run_outlives_it() -> None:
     """A thread with the last reference to the process group made processes abort (status -6) at the end of a run that went well.
 

@@ -13,8 +13,8 @@ import torch
 from harness import run, status
 from recipes import write_recipe
 
+import dtl
 from dtl.checkpoint.transfer.source.read import read_weights
-from dtl.commands.evaluate import measure, parser
 from dtl.errors import UserError
 from dtl.models.build import build
 
@@ -82,8 +82,7 @@ def test_a_run_by_such_a_name_is_used_without_the_hub_afterwards(hub: Path, tmp_
     assert facts["architecture"] == {"name": "timm/resnet10t", "num_classes": 10, "options": {"stem_width": 8, "channels": [16, 16, 16, 32]}}
     assert facts["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
     shutil.rmtree(tmp_path / "hf")
-    numbers = measure(parser().parse_args([str(tmp_path / "runs/tiny/model"), "--data.val", "digits", "--workers", "0", "--device", "cpu"]))
-    assert numbers is not None
+    numbers = dtl.evaluate(tmp_path / "runs/tiny/model", "digits", workers=0, device="cpu")
     assert numbers["top1"] == pytest.approx(status(tmp_path / "runs/tiny")["phases"][-1]["val"]["top1"])
 
 

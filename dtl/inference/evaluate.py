@@ -1,0 +1,127 @@
+"""Exact metrics of a trained model on a set of images: what `dtl evaluate` and `dtl.evaluate` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from dtl.config import Config
+from dtl.data.open import open_split
+from dtl.data.remote.address import RemoteOptions
+from dtl.data.shards.index import Shards
+from dtl.errors import UserError
+from dtl.inference.assess import RankBatches, assess
+from dtl.inference.model import Log, RunningModel, stored_config
+from dtl.inference.tables import report
+from dtl.text import some, to_nobody
+
+DEFAULT_WORKERS = 2
+
+
+def evaluate(
+    model: RunningModel,
+    data: str | None = None,
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    log: Log = to_nobody,
+) -> dict[str, Any]:
+    """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the validation data of the model's run.
+
+    `workers`: loader processes of this rank; None are as many as the run had. UserError for data that does not go with the model.
+    """
+    runtime, stored = model.runtime, model.stored
+    with runtime.together("data"):
+        config = stored_config(model.run) if model.run is not None else None
+        source = _source(model, data, config, on_error)
+    shards = _open(source, model, config, log)
+    if workers is None:
+        workers = config.data.workers if config is not None else DEFAULT_WORKERS
+    batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
+    seen = assess(model.forward, batches, task=stored.task, num_outputs=len(stored.classes), skip_damaged=on_error == "skip")
+    return {
+        **report(seen, shards, classes=stored.classes, names=stored.shown_names),
+        "model": str(stored.folder),
+        "data": {"folder": str(shards.folder), "dataset_id": shards.dataset_id},
+        "precision": runtime.precision,
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What to evaluate on, and how it is packed: as training packed it, so that its cache is used again."""
+
+    place: str
+    on_error: Literal["fail", "skip"]
+    is_own_set: bool = True
+    """Its classes must be the model's; else it is a split of the training set, which has them."""
+    val_fraction: float = 0.0
+    names: str | None = None
+    """The file with the display names."""
+
+
+def _source(model: RunningModel, data: str | None, config: Config | None, on_error: Literal["fail", "skip"]) -> _Source:
+    if data is not None:
+        # Display names are the model's; those of training need not fit here.
+        return _Source(data, on_error)
+    if config is None:
+        raise UserError(f"{model.stored.folder} is a model folder, which knows no data; give it with --data.val SRC, or name its run (runs/NAME)")
+    own = config.data
+    if own.val is not None:
+        return _Source(own.val, own.on_error, names=own.names)
+    assert own.train is not None
+    return _Source(own.train, own.on_error, is_own_set=False, val_fraction=own.val_fraction, names=own.names)
+
+
+def _open(source: _Source, model: RunningModel, config: Config | None, log: Log) -> Shards:
+    """The images, whose labels must mean the model's classes; a folder of images is packed into the cache first."""
+    runtime, classes = model.runtime, model.stored.classes
+    own_labels = model.stored.task.name == "classify"
+    data = None if config is None else config.data
+    remote = RemoteOptions() if data is None else RemoteOptions(cache_gb=data.cache_gb, retries=data.retries, timeout=data.timeout, allow_pipe=data.allow_pipe)
+
+    def opened(found: str | None = None) -> Shards:
+        return open_split(
+            source.place,
+            split="val",
+            val_fraction=source.val_fraction,
+            classes=classes if own_labels and source.is_own_set else None,
+            names=source.names,
+            on_error=source.on_error,
+            cache_dir=None if data is None else data.cache_dir,
+            progress=runtime.is_main,
+            say=log if runtime.is_main else to_nobody,
+            remote=remote if runtime.local_rank == 0 else replace(remote, leader=False),
+            found=found,
+        )
+
+    with runtime.together("data"):
+        (folder,) = runtime.once_a_node(lambda: [str(opened().folder)])
+        shards = opened(folder)
+        if own_labels:
+            _check_classes(source.place, shards.classes, classes)
+        if shards.num_samples == 0:
+            raise UserError(f"{source.place} holds no images to evaluate on")
+    runtime.same("the validation data", shards.dataset_id)
+    return shards
+
+
+def _check_classes(source: str, found: Sequence[str], known: Sequence[str]) -> None:
+    """Label numbers must mean the same names: otherwise all would be scored against wrong classes in silence."""
+    if tuple(found) == tuple(known):
+        return
+    unknown = [name for name in found if name not in set(known)]
+    missing = [name for name in known if name not in set(found)]
+    if unknown:
+        what = f"it has {some(unknown, limit=6, quoted=True)}, which the model does not know"
+    elif missing:
+        what = f"it was packed without {some(missing, limit=6, quoted=True)}, so its label numbers mean other classes"
+    else:
+        at = next(i for i, (a, b) in enumerate(zip(found, known)) if a != b)
+        what = f"they come in another order: label {at} is '{found[at]}' there and '{known[at]}' in the model"
+    raise UserError(
+        f"{source}: its classes are not the model's {some(known, limit=6, quoted=True)}: {what}; "
+        "give the images themselves, or pack them with the model's classes (`dtl pack SRC DST --classes-from TRAIN_SHARDS`)"
+    )
