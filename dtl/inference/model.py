@@ -101,7 +101,7 @@ def open_model(folder: Path) -> StoredModel:
     architecture = facts.architecture
     network = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
     tensors = load_model_tensors(folder)
-    strict_load(network.module, tensors, f"{folder}/model.safetensors")
+    strict_load(network.module, tensors, f"{folder}/model.safetensors", name=network.name)
     network.module.eval().requires_grad_(False)
     network.preprocessing = _preprocessing(folder, facts.preprocessing)
     return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))

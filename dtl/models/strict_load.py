@@ -11,9 +11,10 @@ from dtl.errors import UserError
 _SHOWN = 3  # names of each kind in the message
 
 
-def strict_load(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """`module.load_state_dict(tensors)`. UserError with `origin` (the file, the checkpoint) in it where names or shapes differ."""
-    check_tensors(module.state_dict(), tensors, f"{origin} does not hold this network's weights")
+def strict_load(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, name: str = "") -> None:
+    """`module.load_state_dict(tensors)`. UserError with `origin` (the file, the checkpoint) and the network's `name` in it where names or shapes differ."""
+    whose = f"the weights of the network {name}" if name else "this network's weights"
+    check_tensors(module.state_dict(), tensors, f"{origin} does not hold {whose}")
     module.load_state_dict(dict(tensors))
 
 
