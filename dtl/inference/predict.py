@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtl.data.decoding.decode import DecodeError, decode
-from dtl.data.loading.processes import begun, end_processes
+from dtl.data.loading.processes import end_processes, start_processes
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample
@@ -102,7 +102,9 @@ def predict(model: RunningModel, inputs: ImageInputs, *, top: int = 1, batch_siz
     batches = _Batches(inputs, model.stored.transform, batch_size)
     numbers = range(runtime.rank, len(batches), runtime.world_size)
     pinned = runtime.device.type == "cuda"
-    mine = begun(lambda options: iter(DataLoader(batches, sampler=numbers, batch_size=None, pin_memory=pinned, **options)), min(workers, len(numbers)))
+    mine = start_processes(
+        lambda options: iter(DataLoader(batches, sampler=numbers, batch_size=None, pin_memory=pinned, **options)), min(workers, len(numbers))
+    )
     rounds = -(-len(batches) // runtime.world_size)
     try:
         for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):

@@ -1,10 +1,10 @@
-"""JPEGs decoded on the device: loader processes ship the bytes, nvJPEG (through torchcodec) makes pixels of them, and the crop follows there.
+"""JPEGs decoded on the device: loader processes send the bytes, nvJPEG (through torchcodec) decodes them, and they are cropped there.
 
-For machines with a strong GPU and few CPU cores. What is no plain JPEG (PNG, CMYK ...) is decoded by the loader processes as ever. The same
-samples, draws and boxes; the pixels differ by the rounding of another decoder and of a resize in float32. Also on a CPU, for tests.
+For machines with a strong GPU and few CPU cores. Loader processes decode everything that is no plain JPEG (PNG, CMYK ...). Samples, draws and
+boxes are the same; pixels differ by the rounding of another decoder and of a resize in float32. It also runs on a CPU, for tests.
 
-nvJPEG's hardware path writes into memory that the caller's stream may still read (torchcodec#1634, vision#9606: seen on an H100 there):
-decoding has a stream of its own here, and comes first in each batch, when that stream is empty.
+nvJPEG's hardware path writes into memory that the caller's stream may still read (torchcodec#1634, vision#9606: seen on an H100). So decoding
+has its own stream here, and comes first in each batch, when that stream is empty.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from dtl.errors import DamagedSample, UserError
 
 _STRONGEST = 32
 AHEAD = 2
-"""Batches that are decoded, or being decoded, while the trainer has one in hand."""
+"""Batches that are decoded ahead of the trainer."""
 
 
 class DeviceDecoder:
-    """Finishes batches on `device`, in a thread and on a stream of its own, while the trainer computes.
+    """Decodes the JPEGs of batches on `device`, in its own thread and on its own stream, while the trainer computes.
 
-    UserError where torchcodec is missing, or `transform` does more than crop, resize, flip and erase.
+    UserError if torchcodec is missing, or `transform` does more than crop, resize, flip and erase.
     """
 
     def __init__(self, transform: Transform, device: torch.device, damaged: Callable[[int, str], DamagedSample]) -> None:
-        """`damaged(sample, reason)` names a sample that cannot be decoded."""
+        """`damaged(sample, reason)` describes a sample that cannot be decoded."""
         self._decode_jpeg = ready(transform, device)
         self._transform, self._device, self._damaged = transform, device, damaged
         self._stream: Any = _stream(device) if device.type == "cuda" else None
@@ -57,7 +57,7 @@ class DeviceDecoder:
                 yield self._hand_over(*pending.popleft().result())
 
     def _finish_marked(self, batch: Batch) -> tuple[Batch, Any]:
-        """The finished batch, and the event at which its images are there: the stream may have the next one queued by the time it is taken."""
+        """The finished batch, and the event after which its images are complete: by then the stream may have queued the next batch."""
         batch = self.finish(batch)
         if self._stream is None:
             return batch, None
@@ -73,7 +73,7 @@ class DeviceDecoder:
         return batch
 
     def finish(self, batch: Batch) -> Batch:
-        """Decode what is left of the batch, in place. What cannot be decoded gets weight 0 and is named."""
+        """Decode the batch's JPEGs, in place. A sample that cannot be decoded gets weight 0 and an entry in `bad`."""
         encoded, batch.encoded = batch.encoded, None
         if encoded is None:
             return batch
@@ -81,7 +81,7 @@ class DeviceDecoder:
             self._stream.synchronize()
         size, num = self._transform.image_size, len(batch.samples)
         with torch.inference_mode(False), torch.no_grad(), contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            # First of all, while nothing that is queued could still read memory that the decoder is given.
+            # First, while nothing queued can still read memory that the decoder gets.
             pictures = self._pictures(list(torch.split(encoded.data, encoded.sizes)))
             images = torch.empty((num, 3, size, size), dtype=torch.uint8, device=self._device, memory_format=torch.channels_last).zero_()
             if encoded.decoded:
@@ -104,14 +104,14 @@ class DeviceDecoder:
         return batch
 
     def _pictures(self, pieces: list[Tensor]) -> list[Tensor | str]:
-        """uint8 [3,H,W] each, or why not."""
+        """For each JPEG its pixels, uint8 [3,H,W], or why it has none."""
         if not pieces:
             return []
         try:
             return list(self._decode_jpeg(pieces, device=self._device))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # one of them fails all
+        except RuntimeError:  # one damaged image fails all
             return [self._picture(piece) for piece in pieces]
 
     def _picture(self, piece: Tensor) -> Tensor | str:
@@ -126,7 +126,7 @@ class DeviceDecoder:
 
 
 def ready(transform: Transform, device: torch.device) -> Any:
-    """torchcodec's decoder. UserError where it is missing or does not work on `device`, or cannot do what `transform` does."""
+    """torchcodec's decoder. UserError if it is missing, does not work on `device`, or `transform` needs the loader processes."""
     _check(transform)
     try:
         from torchcodec.decoders import decode_jpeg  # type: ignore[import-not-found, attr-defined, unused-ignore]
@@ -138,21 +138,21 @@ def ready(transform: Transform, device: torch.device) -> Any:
 
 @cache
 def _stream(device: torch.device) -> Any:
-    """One for all decoders of a device: PyTorch has 32 of them, and gives the same ones again after that."""
+    """One for all decoders of a device: PyTorch has 32 streams and then gives the first ones again."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @cache
 def _try(decode_jpeg: Any, device: torch.device) -> None:
-    """Once a device: a decoder that fails for every image would otherwise pass for images that are hard to decode, one by one on the CPU."""
+    """Once for each device: without this, a decoder that always fails would look like damaged images, each decoded on the CPU."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # as before each batch: nothing that is queued may still read memory that the decoder is given
+        torch.cuda.synchronize(device)  # as before each batch: nothing queued may still read memory that the decoder gets
     trial = torch.from_numpy(np.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), np.uint8))
     try:
         decode_jpeg([trial], device=device)
     except RuntimeError as error:
         raise UserError(
-            f"data.decode device: torchcodec decodes nothing on {device} ({' '.join(str(error).split())[:200]}); use --data.decode workers"
+            f"data.decode device: torchcodec cannot decode on {device} ({' '.join(str(error).split())[:200]}); use --data.decode workers"
         ) from error
 
 
@@ -166,11 +166,11 @@ def _check(transform: Transform) -> None:
     }  # fmt: skip
     names = [f"data.augment.{name}" for name, value in others.items() if value]
     if names:
-        raise UserError(f"data.decode device crops, resizes, flips and erases; {' and '.join(names)} needs data.decode workers")
+        raise UserError(f"data.decode device supports crop, resize, flips and erasing only; {' and '.join(names)} needs data.decode workers")
 
 
 def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transform: Transform) -> None:
-    """What `Transform.apply` does to sample `i`: `picture` uint8 [3,H,W], whole, into `out` uint8 [3,S,S], both on one device."""
+    """`Transform.apply` on a device: write sample `i`, whose whole image is `picture` uint8 [3,H,W], into `out` uint8 [3,S,S]."""
     placement = draws.placement
     top, left, height, width = placement.boxes[i].tolist()
     crop = picture[:, top : top + height, left : left + width]
@@ -192,6 +192,6 @@ def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transfor
 
 
 def _coarse(crop: Tensor, size: tuple[int, ...]) -> Tensor:
-    """[1,3,H,W], averaged down to not more than `_STRONGEST` times `size`: CUDA's antialiasing has room for some fifty pixels a pixel."""
+    """[1,3,H,W] averaged down to at most `_STRONGEST` times `size`: CUDA's antialiasing kernel takes some fifty pixels for each output pixel."""
     factors = [max(1, -(-now // (_STRONGEST * wanted))) for now, wanted in zip(crop.shape[2:], size, strict=True)]
     return crop if max(factors) == 1 else interpolate(crop, size=[-(-now // factor) for now, factor in zip(crop.shape[2:], factors)], mode="area")

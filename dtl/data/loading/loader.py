@@ -1,7 +1,7 @@
 """Batches of one rank: the plan says which samples, stateless workers read, check, decode and augment them into one uint8 tensor.
 
-Workers hold no position, no generator and no epoch: each request names its samples, so that any number of workers gives the same
-batches, and what counts as seen is what the trainer finished, not what was prefetched.
+Workers are stateless, without position, generator or epoch: each request names its samples. So any number of workers gives the same
+batches, and a sample counts as seen when the trainer has finished it, not when it was prefetched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dtl.data.decoding.crop import crop_jpeg
 from dtl.data.decoding.decode import DecodeError, check_size, decode
 from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
 from dtl.data.loading.device import DeviceDecoder
-from dtl.data.loading.processes import PREFETCH, begun, end_processes
+from dtl.data.loading.processes import PREFETCH, end_processes, start_processes
 from dtl.data.remote.prefetch import Prefetcher, prefetcher
 from dtl.data.remote.schedule import ShardUses
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
@@ -31,18 +31,18 @@ from dtl.errors import DamagedSample
 
 
 class BatchDataset:
-    """Map-style for torch's DataLoader: its "index" is a whole MicroBatch, its item a Batch."""
+    """A map-style dataset for torch's DataLoader: its "index" is a whole MicroBatch, its item a Batch."""
 
     def __init__(self, shards: Shards, transform: Transform, *, image_size: int, seed: int) -> None:
         self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
         self._buffers: BatchBuffers | None = None
         self.ships = False
-        """JPEGs are left as they are, for a DeviceDecoder."""
+        """JPEGs are not decoded here but by a DeviceDecoder."""
         self.views: tuple[int, ...] = ()
-        """Epochs whose draws each sample is given, all from one reading and decoding; empty: those of the request's epoch."""
+        """Epochs whose augmentations each sample gets, from one read and one decode; empty: the request's epoch."""
 
     def filling(self, buffers: BatchBuffers) -> BatchDataset:
-        """The same, for loader processes that put images into `buffers`."""
+        """A copy for loader processes that write images into `buffers`."""
         other: BatchDataset = copy.copy(self)
         other._buffers = buffers
         return other
@@ -62,7 +62,7 @@ class BatchDataset:
         size = len(request.samples)
         encoded, jpegs = Encoded(views[0], heights, widths) if self.ships else None, list[bytes]()
         for i, data in enumerate(shards.read(distinct)):
-            damage = self._refused(int(distinct[i]), data)
+            damage = self._damage_before_decoding(int(distinct[i]), data)
             if damage is None:
                 assert isinstance(data, bytes)
                 if encoded is not None and encoded.take(i, data, jpegs):
@@ -82,7 +82,7 @@ class BatchDataset:
             for view in torch.split(images, size):
                 view[len(distinct) :] = view[torch.arange(size - len(distinct)) % len(distinct)]
         labels = shards.labels[request.samples].astype(np.int64)
-        labels[(labels < 0) | (labels >= shards.num_classes)] = 0  # such a sample has weight 0, but no loss takes such a label
+        labels[(labels < 0) | (labels >= shards.num_classes)] = 0  # its weight is 0, but a loss refuses labels out of range
         return Batch(
             images=images,
             labels=torch.from_numpy(labels),
@@ -98,15 +98,15 @@ class BatchDataset:
         )
 
     def _room(self, request: MicroBatch) -> tuple[Tensor, tuple[int, int] | None]:
-        """Where the images go, and what to call it."""
+        """Memory for the images, and its (pool, buffer) if it is one of the buffers."""
         buffer = request.buffer if isinstance(request, Request) else None
         if self._buffers is not None and buffer is not None:
             return self._buffers.view(buffer), (self._buffers.number, buffer)
         shape = (max(1, len(self.views)) * len(request.samples), 3, self.image_size, self.image_size)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
-    def _refused(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
-        """What is wrong with a sample before it is decoded."""
+    def _damage_before_decoding(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
+        """What is wrong with a sample, checked before it is decoded; None: nothing."""
         if isinstance(data, DamagedSample):
             return data
         shards = self.shards
@@ -134,7 +134,7 @@ class BatchDataset:
 
 
 def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int) -> None:
-    """Write sample `i` of `draws`, an image of [height, width] pixels, into `out`. Raises DecodeError."""
+    """Decode sample `i` of `draws`, an image of [height, width] pixels, and write it into `out` uint8 [3, S, S]. Raises DecodeError."""
     region = transform.region(draws, i)
     crop = crop_jpeg(data, region, height=height, width=width)
     if crop is not None:
@@ -144,8 +144,8 @@ def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: i
 
 
 def decode_views_into(out: Tensor, data: bytes, transform: Transform, views: Sequence[Any], i: int, *, height: int, width: int) -> None:
-    """The same for each of several draws, into its row of `out`: decoded whole once (once a fraction of its size, where these differ),
-    since two rectangles take longer than the image."""
+    """The same for several draws, one row of `out` each. The image is decoded whole, once for each fraction of its size that is needed: two
+    rectangles take longer than the image."""
     images: dict[int, np.ndarray] = {}
     for row, draws in zip(out, views, strict=True):
         reduction = transform.region(draws, i).reduction
@@ -162,10 +162,10 @@ def _decoded(data: bytes, reduction: int, *, height: int, width: int) -> np.ndar
 
 
 class StepLoader:
-    """The steps of a stretch of training or evaluation, for one rank; each step a list of its micro-batches.
+    """The batches of one rank for a number of steps of training or evaluation; each step is a list of micro-batches.
 
-    `plans(epoch)` gives the plan of an epoch. Use it as a context manager, or exhaust the iterator: loader processes must be gone
-    before the interpreter ends (they ignore SIGTERM, so that a signal to the whole job leaves the trainer time to save).
+    `plans(epoch)` gives the plan of an epoch. Exhaust or close the iterator: loader processes must be gone before the interpreter ends (they
+    ignore SIGTERM, so that a signal to the whole job leaves the trainer time to save).
     """
 
     def __init__(
@@ -185,8 +185,8 @@ class StepLoader:
         decode_on: torch.device | None = None,
         views: tuple[int, ...] = (),
     ) -> None:
-        """`dataset`: something else that turns a MicroBatch into a Batch, instead of reading images. `decode_on`: where JPEGs are decoded,
-        and images end; None: in the loader processes. `views`: of a BatchDataset (not with `decode_on`)."""
+        """`dataset` turns a MicroBatch into a Batch, in place of a BatchDataset of `shards` and `transform`. `decode_on`: the device that decodes
+        JPEGs and then holds the images; None: the loader processes decode. `views`: see BatchDataset; not with `decode_on`."""
         assert not (views and decode_on is not None)
         self.plans, self.layout, self.rank, self.workers = plans, layout, rank, workers
         self.steps_per_epoch = steps_per_epoch  # debugging: only the first steps of each epoch
@@ -200,14 +200,14 @@ class StepLoader:
             self._dataset.ships = True
 
     def steps(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
-        """`num_steps` steps on, from step `first_step` of `first_epoch`, across epochs; starting anywhere costs the same."""
+        """`num_steps` steps from step `first_step` of `first_epoch` on, across epochs. Starting anywhere costs the same."""
         ahead = self._follow(first_epoch, first_step, num_steps)
         buffers: BatchBuffers | None = None
 
         def start(options: dict[str, Any]) -> Iterator[Batch]:
             nonlocal buffers
             if buffers is not None:
-                buffers.close()  # of processes that did not begin
+                buffers.close()  # of processes that did not start
             buffers = self._make_buffers()
             loader: DataLoader[Batch] = DataLoader(
                 self._dataset if buffers is None else self._dataset.filling(buffers),
@@ -219,9 +219,9 @@ class StepLoader:
             return iter(loader)
 
         with warnings.catch_warnings():
-            # Said for every phase and evaluation; how many loader processes are too many, the share of time that waits for data tells.
+            # torch warns at every phase and evaluation. The logged share of time that waits for data shows whether there are too many.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loaded = begun(start, min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0)
+            loaded = start_processes(start, min(self.workers, max(1, num_steps * self.layout.accumulation_steps)) if self.workers else 0)
             batches = loaded if self._decoder is None else self._decoder.finished(loaded)
         try:
             for plan, step in self.walk(first_epoch, first_step, num_steps):
@@ -239,7 +239,7 @@ class StepLoader:
                 ahead.close()
 
     def _make_buffers(self) -> BatchBuffers | None:
-        """Enough for all batches on their way, the step that the trainer has in hand, and the one before it."""
+        """Enough for all prefetched batches, the trainer's current step and the one before it."""
         if not self.workers or sys.platform != "linux" or not isinstance(self._dataset, BatchDataset) or self._dataset.ships:
             return None
         num = self.workers * PREFETCH + 2 * self.layout.accumulation_steps + 1
@@ -258,12 +258,12 @@ class StepLoader:
             step += 1
 
     def uses(self, plan: EpochPlan) -> ShardUses:
-        """When these loaders need which shard; what is on its way to the trainer may be this far behind what is asked for."""
+        """When these loaders need which shard. `behind`: samples between the newest request and the trainer."""
         steps = -(-max(1, self.workers) * PREFETCH // self.layout.accumulation_steps) + 1
         return ShardUses.of(plan, behind=steps * plan.largest_step)
 
     def _follow(self, first_epoch: int, first_step: int, num_steps: int) -> Prefetcher | None:
-        """Tell the cache of remote shards what comes; one process of each node fetches ahead."""
+        """Announce the coming steps to the cache of remote shards; one process of each node prefetches."""
         cache = self._dataset.shards.cache if isinstance(self._dataset, BatchDataset) else None
         if cache is None:
             return None

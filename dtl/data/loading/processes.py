@@ -1,4 +1,4 @@
-"""Loader processes: how they start, what they answer to, and how they end; the same for all that is read in processes of its own."""
+"""Loader processes: how they start, which signals they ignore, and how they end; for every DataLoader of dtl."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ import torch
 from dtl.machine import end_with_parent
 
 PREFETCH = 2
-"""Batches that each process makes ahead."""
-BEGIN_SECONDS = 20.0
-"""How long processes may take to begin before they are started again."""
+"""Batches that each process prefetches."""
+START_SECONDS = 20.0
+"""Processes that have not started after this long are replaced."""
 T = TypeVar("T")
 
 
-def begun(make: Callable[[dict[str, Any]], Iterator[T]], workers: int) -> Iterator[T]:
-    """`make(options)`, the iterator of a DataLoader with these options, once all of its processes have begun.
+def start_processes(make: Callable[[dict[str, Any]], Iterator[T]], workers: int) -> Iterator[T]:
+    """`make(options)`, the iterator of a DataLoader with these options, once all of its processes have started.
 
-    In Pythons without the mend of python/cpython#112275 (3.12 has it) a forked process may wait for ever for a lock of the interpreter's that
-    another thread held at that moment, such as one of gloo's that lets go of a tensor; 3.11.7 was seen in it. Where one has not begun in
-    time, all are ended and others are started, by `make` once more.
+    Before Python 3.12 (python/cpython#112275) a forked process may wait forever for a lock of the interpreter that another thread held at that
+    moment, such as a thread of gloo that frees a tensor; seen with 3.11.7. If a process has not started in time, all are ended, and `make` is
+    called once more.
     """
     if sys.platform == "linux" and workers:
         for attempt in (1, 2):
             pipe = os.pipe()
             batches: Iterator[T] = iter(())
-            all_begin = False
+            all_started = False
             try:
                 batches = make(process_options(workers, pipe))
-                all_begin = _all_begin(batches, workers, pipe[0], attempt * BEGIN_SECONDS)
+                all_started = _all_started(batches, workers, pipe[0], attempt * START_SECONDS)
             finally:
                 for end in pipe:
                     os.close(end)
-                if not all_begin:  # or Ctrl-C came meanwhile
+                if not all_started:  # or Ctrl-C came meanwhile
                     end_processes(batches)
-            if all_begin:
+            if all_started:
                 return batches
     return make(process_options(workers))
 
 
-def _all_begin(batches: Any, workers: int, reading: int, seconds: float) -> bool:
-    until, heard = time.monotonic() + seconds, 0
-    while heard < workers and time.monotonic() < until:
+def _all_started(batches: Any, workers: int, reading: int, seconds: float) -> bool:
+    until, started = time.monotonic() + seconds, 0
+    while started < workers and time.monotonic() < until:
         if select.select([reading], [], [], 0.2)[0]:
-            heard += len(os.read(reading, workers))
+            started += len(os.read(reading, workers))
         elif not all(process.is_alive() for process in batches._workers):
-            return True  # the DataLoader says what became of it
-    return heard == workers
+            return True  # the DataLoader raises what ended it
+    return started == workers
 
 
 def process_options(workers: int, pipe: tuple[int, int] | None = None) -> dict[str, Any]:
-    """What a DataLoader with `workers` processes is given; 0: it loads in the process itself.
+    """Arguments of a DataLoader with `workers` processes; 0: it loads in this process.
 
-    `pipe`: its ends, to which each writes a byte when it begins. Whoever iterates it calls `end_processes` when done, also after an error.
+    Each process writes a byte to `pipe` (reading end, writing end) when it starts. Call `end_processes` when done, also after an error.
     """
     # The base seed is unused, and must not be drawn from the training's generator.
     options: dict[str, Any] = {"num_workers": workers, "generator": torch.Generator()}
@@ -73,10 +73,10 @@ def process_options(workers: int, pipe: tuple[int, int] | None = None) -> dict[s
 
 
 def end_processes(batches: Iterator[Any]) -> None:
-    """End those behind a DataLoader's iterator, if it has any.
+    """End the processes of a DataLoader's iterator, if it has any.
 
-    torch does it when the iterator is freed, but an error on its way up keeps it until the interpreter's exit, which sends SIGTERM and
-    would wait for ever: they ignore it.
+    torch does so when the iterator is freed, but a raised error keeps it until the interpreter exits. That sends SIGTERM, which the processes
+    ignore, and would wait forever.
     """
     processes = getattr(batches, "_workers", ())
     if processes:
@@ -87,8 +87,8 @@ def end_processes(batches: Iterator[Any]) -> None:
 
 
 def _init_worker(parent: int, pipe: tuple[int, int] | None, worker: int) -> None:
-    """Signals to the job are the trainer's to answer: a loader process that dies of one would break the step that is to be saved."""
-    # torch's loader processes look for their parent while they wait for work, not while nobody takes what they have.
+    """Signals to the job are for the trainer: a loader process that ends at one would break the step that is to be saved."""
+    # torch's loader processes check for their parent while they wait for work, but not while their finished batches are not taken.
     end_with_parent(parent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

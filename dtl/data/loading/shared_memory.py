@@ -1,7 +1,7 @@
-"""Room in /dev/shm, which loader processes need for their queues, and for their batches where these do not travel in our own buffers.
+"""Space in /dev/shm, which loader processes need for their queues, and for batches that do not lie in our own buffers.
 
-Too little of it ends a run with a bus error, or with a traceback out of a semaphore. Containers are given 64 MiB unless told otherwise, and
-what killed programs have left there stays, so what a run will need is computed and compared before the first step.
+Too little of it ends a run with a bus error, or with a traceback from a semaphore. Containers get 64 MiB by default, and files of killed
+programs stay there. So the need of a run is computed and compared before the first step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SEMAPHORES = 6  # of a queue and of the event that ends its process
 
 
 def batch_bytes(*, micro_batch_size: int, image_bytes: int) -> int:
-    """Of one micro-batch, each of its tensors a file of whole pages."""
+    """Bytes of one micro-batch: each of its tensors is a file of whole pages."""
     return _pages(micro_batch_size * image_bytes) + _TENSORS * _pages(8 * micro_batch_size)
 
 
@@ -34,10 +34,10 @@ def bytes_needed(
     own_buffers: bool,
     file_bytes: int = 0,
 ) -> int:
-    """The most that one rank's loader has in /dev/shm: a page for each semaphore of its queues, one queue a process and one for all.
+    """The most that one rank's loader takes in /dev/shm: a page for each semaphore of its queues, one queue for each process and one for all.
 
-    Without `own_buffers` (`dtl.data.loading.buffers`, on Linux) also batches: what is asked of its processes, made or not, and two steps in
-    the trainer's hands; an image takes its pixels, or `file_bytes` where its file travels and is more.
+    Without `own_buffers` (`BatchBuffers`, on Linux) also batches: all that are requested from its processes, and two steps of the trainer.
+    An image takes the bytes of its pixels, or `file_bytes` where JPEGs are sent to the device and these are larger.
     """
     if not workers:
         return 0
@@ -46,7 +46,7 @@ def bytes_needed(
 
 
 def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path = SHM) -> None:
-    """UserError where `ranks` processes of this node that need `needed` bytes each do not find them. Elsewhere than on Linux nothing is checked."""
+    """UserError if `ranks` processes of this node need more than is free, `needed` bytes each. Checked on Linux only."""
     if not needed or sys.platform != "linux" or not folder.is_dir():
         return
     space = os.statvfs(folder)

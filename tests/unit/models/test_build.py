@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dtl.errors import UserError
-from dtl.models import catalog
-from dtl.models.build import build, forward_logits, model_names, replace_head
+from dtl.models.build import build, forward_logits, replace_head
 
 FORWARD = [
     ("torchvision/resnet18", "fc", 64, {}),
@@ -186,14 +185,3 @@ def test_other_mistakes() -> None:
     network.heads = ("0",)
     with pytest.raises(UserError, match="the head '0' is a Sequential"):
         replace_head(network, 3)
-
-
-def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: None)
-    catalog._timm_names.cache_clear()
-    try:
-        with pytest.raises(UserError, match=re.escape("pip install timm")):
-            build("timm/resnet18", num_classes=2)
-        assert not any(name.startswith("timm/") for name in model_names())
-    finally:
-        catalog._timm_names.cache_clear()

@@ -159,5 +159,5 @@ def test_a_decoder_that_decodes_nothing_is_refused_before_the_first_step(monkeyp
         raise RuntimeError("nvJPEG is\nnot there")
 
     monkeypatch.setattr("torchcodec.decoders.decode_jpeg", broken)
-    with pytest.raises(UserError, match=r"decodes nothing on \w+.* \(nvJPEG is not there\); use --data\.decode workers"):
+    with pytest.raises(UserError, match=r"cannot decode on \w+.* \(nvJPEG is not there\); use --data\.decode workers"):
         ready(TRANSFORMS["evaluation"], DEVICE)

@@ -47,7 +47,7 @@ def test_one_that_hangs_in_its_fork_is_replaced(tmp_path: Path, shards: Shards, 
             time.sleep(60)
 
     monkeypatch.setattr(loader_process, "_init_worker", hangs_once)
-    monkeypatch.setattr(loader_process, "BEGIN_SECONDS", 1.0)
+    monkeypatch.setattr(loader_process, "START_SECONDS", 1.0)
     open_before = len(os.listdir("/proc/self/fd"))
     found, expected = samples(shards, workers), samples(shards, 0)
     assert [numbers for numbers, _ in found] == [numbers for numbers, _ in expected]
@@ -63,7 +63,7 @@ def test_one_that_dies_as_it_begins_is_told_at_once(shards: Shards, monkeypatch:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         samples(shards, 1)
-    assert time.monotonic() - started < loader_process.BEGIN_SECONDS
+    assert time.monotonic() - started < loader_process.START_SECONDS
 
 
 def test_an_interrupt_while_they_begin_leaves_none_behind(tmp_path: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_an_interrupt_while_they_begin_leaves_none_behind(tmp_path: Path, shards
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loader_process, "_init_worker", told)
-    monkeypatch.setattr(loader_process, "_all_begin", interrupted)
+    monkeypatch.setattr(loader_process, "_all_started", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:  # whose traceback keeps the iterator alive, as an error on its way up does
         samples(shards, 1)
     with pytest.raises(ProcessLookupError):
