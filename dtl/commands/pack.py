@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     from dtl.data.open import describe_trouble, packed_folder
     from dtl.data.packing.pack import pack
     from dtl.data.shards.manifest import Manifest
-    from dtl.data.sources.base import open_source
+    from dtl.data.sources.open import open_source
 
     like = options.classes_from
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None

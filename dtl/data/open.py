@@ -20,7 +20,8 @@ from dtl.data.remote.address import default_cache_dir as default_cache_dir
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.mirror import SPLIT_FOLDERS, find_remote_folders, mirror, mirror_place, refuse_remote_folder
-from dtl.data.sources.base import ALL, Source, open_source
+from dtl.data.sources.base import ALL, Source
+from dtl.data.sources.open import open_source
 from dtl.data.wds.find import Tar, is_remote_folder, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError

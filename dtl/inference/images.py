@@ -14,10 +14,10 @@ import numpy as np
 from dtl.data.decoding.decode import DecodeError, probe
 from dtl.data.shards.index import MANIFEST_NAME, Shards
 from dtl.data.shards.strings import StringTable
-from dtl.data.sources.folder import EXTENSIONS
+from dtl.data.sources.base import IMAGE_EXTENSIONS
+from dtl.data.sources.list import PATH_COLUMNS
 from dtl.errors import DamagedSample, UserError
 
-_PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
 _LOOK_BYTES = 65_536
 _SHOWN = 60
 
@@ -123,7 +123,7 @@ def _group(path: Path) -> Files | PackedImages | None:
         raise UserError(f"{path} does not exist; give images, folders of images, list files or packed shards")
     if path.suffix.lower() == ".tar":
         raise UserError(f"{path} is a tar; give the folder with its {MANIFEST_NAME} (dtl index makes one for tars of others)")
-    if path.suffix.lower() in EXTENSIONS:
+    if path.suffix.lower() in IMAGE_EXTENSIONS:
         return None
     return _list_file(path)
 
@@ -134,7 +134,7 @@ def _folder(folder: Path) -> Files | PackedImages:
         raise UserError(f"{folder} holds packed shards of {', '.join(held)}; name one of them: {folder / held[-1]}")
     paths = StringTable.build(sorted(_walk(folder)))
     if len(paths) == 0:
-        raise UserError(f"{folder} holds no images; read are {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"{folder} holds no images; read are {', '.join(sorted(IMAGE_EXTENSIONS))}")
     return Files(paths)
 
 
@@ -153,7 +153,7 @@ def _walk(folder: Path) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
                 yield os.path.join(place, name)
 
 
@@ -211,7 +211,7 @@ def _csv_column(lines: Sequence[str]) -> Iterable[str] | None:
     if not lines or "," not in lines[0]:
         return None
     header = [cell.strip().lower() for cell in next(csv.reader(lines[:1]))]
-    column = next((header.index(name) for name in _PATH_COLUMNS if name in header), None)
+    column = next((header.index(name) for name in PATH_COLUMNS if name in header), None)
     if column is None:
         return None
     return [row[column].strip() for row in csv.reader(lines[1:]) if len(row) > column and row[column].strip()]
@@ -226,4 +226,4 @@ def _without_label(line: str) -> str:
 
 
 def _looks_like_image(text: str) -> bool:
-    return os.path.splitext(text.strip().strip("\"'"))[1].lower() in EXTENSIONS
+    return os.path.splitext(text.strip().strip("\"'"))[1].lower() in IMAGE_EXTENSIONS

@@ -25,8 +25,9 @@ from dtl.data.packing.tasks import SCANNED, load_chunk, shard_name, shrink_facto
 from dtl.data.progress import PackProgress
 from dtl.data.shards.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
 from dtl.data.shards.manifest import MANIFEST_VERSION
-from dtl.data.sources.base import ALL, Source, open_source
+from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.content_split import split_by_content
+from dtl.data.sources.open import open_source
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
 from dtl.files import write_whole

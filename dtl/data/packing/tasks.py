@@ -20,7 +20,7 @@ from PIL import Image
 from dtl.data.decoding.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
 from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS
-from dtl.data.sources.base import content_hash
+from dtl.data.sources.content_split import content_hash
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, write_whole
 

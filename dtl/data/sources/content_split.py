@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
 
 from dtl.errors import UserError
+
+
+def content_hash(data: bytes) -> int:
+    """The first 64 bits of the sha256."""
+    return int.from_bytes(sha256(data).digest()[:8], "big")
 
 
 def split_by_content(hashes: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32], fraction: float, *, num_classes: int) -> npt.NDArray[np.bool_]:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtl.data.sources.base import ALL, UNLABELLED, VAL_NAMES, Source, SourceBuilder
+from dtl.data.sources.base import ALL, IMAGE_EXTENSIONS, UNLABELLED, VAL_NAMES, Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
 from dtl.errors import UserError
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"))
 
 
@@ -201,7 +200,7 @@ def _why_no_images(place: Path, root: Path, told: _Told) -> str:
             "or give a list file with a line `path label` for each image; without labels, only the task rotate can learn"
         )
     if others:
-        return f"{place} holds no images, only other files ({_few(others)}); read are {', '.join(sorted(EXTENSIONS))}"
+        return f"{place} holds no images, only other files ({_few(others)}); read are {', '.join(sorted(IMAGE_EXTENSIONS))}"
     return f"{place} holds no images"
 
 
@@ -218,7 +217,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def _below(path: str, root: Path) -> str:

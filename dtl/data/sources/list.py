@@ -18,7 +18,7 @@ from dtl.data.sources.display_names import find_display_names
 from dtl.errors import UserError
 from dtl.text import nearest
 
-_PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
+PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
 _LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
 _NUMBER = re.compile(r"[+-]?\d+")
 _SHOWN_ERRORS = 3
@@ -99,7 +99,7 @@ def _csv_columns(first: str, *, labelled: bool) -> tuple[str, str, str | None] |
     """(delimiter, path column, label column) where the first line is a header that names both, or the first where labels are not needed."""
     for delimiter in (",", ";", "\t"):
         header = [cell.strip().strip('"').lower() for cell in first.split(delimiter)]
-        paths = [name for name in _PATH_COLUMNS if name in header]
+        paths = [name for name in PATH_COLUMNS if name in header]
         labels = [name for name in _LABEL_COLUMNS if name in header]
         if paths and (labels or not labelled):
             return delimiter, paths[0], labels[0] if labels else None

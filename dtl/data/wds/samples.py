@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dtl.data.decoding.decode import DecodeError, ImageHeader, probe
+from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.wds.tar import Member, TarFile, refuse_compressed
 from dtl.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "img", "image"])
+# As webdataset calls them: an extension without its dot, or the plain word.
+IMAGE_FIELDS = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS) | {"img", "image"}
 FOLDER = "folder"  # as a label field: the last folder of the key
 # Webdataset's own rule: the key ends at the first dot of the last part of the name.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
@@ -119,7 +121,7 @@ def shown(name: str) -> str:
 def _is_image(extension: str, rules: Rules) -> bool:
     if rules.image_field is not None:
         return extension == rules.image_field
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    return extension.rpartition(".")[2] in IMAGE_FIELDS
 
 
 def _may_label(extension: str, rules: Rules) -> bool:

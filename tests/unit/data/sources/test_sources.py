@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
-from dtl.data.sources.base import Source, open_source
+from dtl.data.sources.base import Source
 from dtl.data.sources.content_split import split_by_content
 from dtl.data.sources.digits import read_digits
+from dtl.data.sources.open import open_source
 from dtl.data.sources.png import store_png
 from dtl.errors import UserError
 

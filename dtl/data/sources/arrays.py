@@ -1,4 +1,5 @@
-"""CIFAR-10 and CIFAR-100 as python batches, the way torchvision keeps them (Krizhevsky 2009, "Learning Multiple Layers of Features").
+"""Sources whose images come as arrays: the built-in digits, and CIFAR-10 and CIFAR-100 as python batches, the way torchvision keeps them
+(Krizhevsky 2009, "Learning Multiple Layers of Features").
 
 The batches are pickles, and a pickle can run any code when it is loaded. So ours are read by an unpickler that knows NumPy arrays and
 nothing else.
@@ -7,12 +8,19 @@ nothing else.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from dtl.data.sources.base import Source, from_arrays
+from dtl.data.shards.strings import StringTable
+from dtl.data.sources.base import Source
+from dtl.data.sources.content_split import content_hash, split_by_content
+from dtl.data.sources.digits import DIGITS_VAL_FRACTION, read_digits
+from dtl.data.sources.png import store_png
 from dtl.errors import UserError
 
 # folder -> (kind, training files, test files, file of class names, its key, key of the labels)
@@ -33,6 +41,21 @@ _ALLOWED = {
         ("_codecs", "encode"),
     ]
 }
+
+
+def open_digits() -> Source:
+    """The built-in digits, in the same two splits as `--val-fraction 0.2` would give: 1,437 and 360."""
+    images, labels = read_digits()
+    hashes = np.array([content_hash(store_png(image)) for image in images], np.uint64)
+    val = split_by_content(hashes, labels, DIGITS_VAL_FRACTION, num_classes=10)
+    return _from_arrays(
+        kind="built-in digits",
+        images=images,
+        labels=labels,
+        splits=val.astype(np.uint8),
+        names=[f"digits/{number:04d}" for number in range(len(labels))],
+        classes=tuple(str(digit) for digit in range(10)),
+    )
 
 
 def cifar_folder(path: Path) -> Path | None:
@@ -59,13 +82,40 @@ def open_cifar(folder: Path) -> Source:
             splits.append(np.full(len(batch_labels), split, np.uint8))
             stems = batch.get("filenames") or [f"{number:05d}.png" for number in range(len(batch_labels))]
             names += [f"{file}/{stem}" for stem in stems]
-    return from_arrays(
+    return _from_arrays(
         kind=kind,
         images=np.concatenate(images),
         labels=np.concatenate(labels),
         splits=np.concatenate(splits),
         names=names,
         classes=classes,
+    )
+
+
+def _from_arrays(
+    *,
+    kind: str,
+    images: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int32],
+    splits: npt.NDArray[np.uint8],
+    names: Sequence[str],
+    classes: tuple[str, ...],
+) -> Source:
+    """A source whose images are uint8 arrays; `splits` is 0 for train, 1 for val."""
+    digest = sha256("\0".join(classes).encode())
+    for part in (images, labels, splits):
+        digest.update(np.ascontiguousarray(part).data)
+    return Source(
+        kind=kind,
+        root=None,
+        classes=classes,
+        names=StringTable.build(names),
+        labels=labels.astype(np.int32),
+        splits=splits.astype(np.uint8),
+        split_names=("train", "val"),
+        num_bytes=images.nbytes,
+        fingerprint=digest.hexdigest(),
+        images=images,
     )
 
 

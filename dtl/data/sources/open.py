@@ -1,0 +1,58 @@
+"""Recognise what can be packed: an image folder, a root with train/ and val/ of such folders, a list file, CIFAR's python batches, `digits`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtl.data.sources.arrays import cifar_folder, open_cifar, open_digits
+from dtl.data.sources.base import Source
+from dtl.data.sources.folder import open_folder
+from dtl.data.sources.list import open_list
+from dtl.errors import UserError
+from dtl.text import near_path
+
+_ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
+
+def open_source(
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    names: str | Path | None = None,
+    on_error: str = "fail",
+    labelled: bool = True,
+) -> Source:
+    """Recognise and list a source. UserError where there is nothing to train on.
+
+    `classes` fixes class names and their order (a validation set takes those of its training set): others are refused, and a class
+    without an image is no error then. `names` is a JSON file {class: display name}. With `on_error="skip"` a class folder without
+    an image is left out, otherwise refused. With `labelled=False` a folder or list without labels is one class, `UNLABELLED`.
+    """
+    if str(source) == "digits" and not Path(source).exists():
+        found = open_digits()
+    else:
+        path = Path(source).expanduser()
+        _check_exists(path)
+        if path.is_file() and path.suffix.lower() in _ARCHIVES:
+            raise UserError(f"{path} is an archive; unpack it and give the folder")
+        if path.is_file():
+            found = open_list(path, classes=classes, names=names, labelled=labelled)
+        elif (batches := cifar_folder(path)) is not None:
+            found = open_cifar(batches)
+        else:
+            found = open_folder(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
+    if classes is not None and found.classes != tuple(classes):
+        raise UserError(f"{source} has other classes ({len(found.classes)}: '{found.classes[0]}' ...) than training ({len(classes)}: '{classes[0]}' ...)")
+    return found
+
+
+def _check_exists(path: Path) -> None:
+    if path.exists():
+        return
+    if path.is_symlink():
+        raise UserError(f"{path} is a link to {path.readlink()}, which does not exist")
+    hint = near_path(path, others=["digits"])
+    if not path.parent.is_dir():
+        raise UserError(f"{path} does not exist (nor does the folder {path.parent}){hint}")
+    raise UserError(f"{path} does not exist{hint or '; give a folder of images, a list file, or the word digits'}")
