@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Spread, interleaved, machine, parser, report, table
-from dtl.distributed.runtime import hurry_gpu
+from dtl.distributed.runtime import use_fast_kernels
 
 
 def trainer(name: str, *, device: torch.device, bf16: bool, channels_last: bool, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], None]:
@@ -94,7 +94,7 @@ def main() -> None:
     options = made.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this machine shows no GPU to PyTorch; --device cpu --steps 2 only shows that the benchmark runs")
-    hurry_gpu(options.device == "cuda")
+    use_fast_kernels(options.device == "cuda")
     facts, rows, data = machine(), [], {}
     live = batches(options)
     ready = itertools.repeat(next(live))

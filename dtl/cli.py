@@ -47,7 +47,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (`dtl ... | head`): not our fault, and nothing to say.
+        # The reader of our output went away (`dtl ... | head`): not our fault, and nothing to report.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -59,7 +59,7 @@ def usage() -> str:
         [
             f"dtl {__version__}: distributed transfer learning for image classification",
             "",
-            "usage: dtl COMMAND [options]         (dtl COMMAND --help tells them)",
+            "usage: dtl COMMAND [options]         (dtl COMMAND --help lists them)",
             "",
             *lines,
             "",
@@ -78,9 +78,9 @@ def _fail(message: str) -> int:
 
 
 def _main_process_waits() -> bool:
-    """A rank that fails before it has met the others: did the main process fail too, and tell, or is it waiting for this one?
+    """A rank that fails before it has met the others: did the main process fail too, and print why, or is it waiting for this one?
 
-    Where it failed, the launcher ends this process within the pause, or nobody listens where the ranks were to meet.
+    Where it failed, the launcher ends this process within the pause, or nothing listens at the rendezvous.
     """
     time.sleep(3.0)
     try:

@@ -90,9 +90,9 @@ def other_torch() -> None:
     """This process has another version of torch."""
     real = importlib.metadata.version
     importlib.metadata.version = lambda name: "9.9.0" if name == "torch" else real(name)
-    from dtl.distributed import alike
+    from dtl.distributed import same_start
 
-    alike.version = importlib.metadata.version
+    same_start.version = importlib.metadata.version
 
 
 def little_gpu_memory() -> None:

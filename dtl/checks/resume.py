@@ -1,6 +1,6 @@
 """Kill a run again and again, and compare what comes out with a run that nobody disturbed.
 
-Kills come at seeded random moments, aimed at stages that each rank tells of in $DTL_STAGES (memory shared with the watcher): inside a
+Kills come at seeded random moments, aimed at stages that each rank writes to $DTL_STAGES (memory shared with the watcher): inside a
 save, while a checkpoint is being written, in evaluation, at a phase's boundary, while packing, in loading, forward and backward, or
 after a random time. All ranks are killed at once with SIGKILL, as Slurm, an empty battery or the kernel do it.
 """
@@ -69,7 +69,7 @@ class Result:
 
 @dataclass
 class _Run:
-    """A run folder of its own, with what its starts have told."""
+    """A run folder of its own, with what its starts have written."""
 
     folder: Path
     start: Start

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from dtl.errors import UserError
+from dtl.errors import EXIT_STOPPED, UserError
 from dtl.text import OptionParser, to_nobody, to_stderr
 
 if TYPE_CHECKING:
@@ -22,7 +17,6 @@ if TYPE_CHECKING:
     from dtl.models.build import Network
     from dtl.training.lr_curve import LrCurve
 
-EXIT_STOPPED = 75  # as dtl train's: run me again
 _DESCRIPTION = """\
 Which learning rate? Trains a phase for a while with a rate that rises exponentially at each step, until the loss diverges, and suggests
 a rate inside the fall of the loss. The options are those of `dtl train`; the phase's own lr is not used, its head_lr_scale and
@@ -51,101 +45,63 @@ def run(arguments: Sequence[str]) -> int:
     if options.phase is not None and options.phase not in config.phases:
         raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")
     phase = options.phase or list(config.phases)[-1]
-    signals = _Signals()
-    try:
-        with signals.caught():
-            return _run(config, f"{name}-{phase}", phase, options, signals)
-    except _EndNow:  # on this rank alone
-        _tell_stopped(signals, "")
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the others may be waiting for it: no orderly end
-            sys.stderr.flush()
-            os._exit(EXIT_STOPPED)
-        return EXIT_STOPPED
+    return _run(config, f"{name}-{phase}", phase, options)
 
 
-def _run(config: Config, name: str, phase: str, options: argparse.Namespace, signals: _Signals) -> int:
+def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> int:
     from dtl.distributed.runtime import Runtime
+    from dtl.distributed.signals import StoppedBeforeFirstStep
     from dtl.training.lr_range import SweepStopped
 
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
-        runtime.signals.release()  # it would save a checkpoint first, and here is nothing to save
         try:
-            curve = _measure(config, phase, options, runtime, signals)
-        except SweepStopped as stopped:
-            _tell_stopped(signals, f" {stopped}")
+            curve = _measure(config, phase, options, runtime)
+        except (StoppedBeforeFirstStep, SweepStopped) as stopped:
+            if runtime.is_main:
+                when = f" {stopped}" if isinstance(stopped, SweepStopped) else ""
+                to_stderr(f"dtl: stopped by {runtime.signals.origin}{when}; nothing was written, and no weights were changed")
+            runtime.barrier()  # the first rank that leaves makes the launcher end the others
             return EXIT_STOPPED
         if runtime.is_main:
-            _tell(curve, Path(options.out), name)
+            _report(curve, Path(options.out), name)
     return 0
 
 
-def _tell_stopped(signals: _Signals, when: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        by = "a signal to another rank" if signals.heard is None else signals.heard.name
-        to_stderr(f"dtl: stopped by {by}{when}; nothing was written, and no weights were changed")
-
-
-class _EndNow(BaseException):
-    """A signal ends the command at once; as KeyboardInterrupt, nothing that catches errors catches it."""
-
-
-class _Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C. From the test's first step on they are noted, for all ranks to stop together; before, and the second time, they end."""
-
-    def __init__(self) -> None:
-        self.testing = False
-        self.heard: signal.Signals | None = None
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.heard = self.heard is not None, signal.Signals(number)
-        if again or not self.testing:
-            raise _EndNow
-
-
-def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, signals: _Signals) -> LrCurve:
+def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
     from dtl.models.normalise import Normalise
     from dtl.training import build
     from dtl.training.active import enter, set_head
     from dtl.training.lr_range import find_lr
     from dtl.training.micro_batch import fit
 
-    say = to_stderr if runtime.is_main else to_nobody
-    train, val = build.open_data(config, runtime, say)
-    network = build.build_network(config, train.num_classes, runtime)
-    feeds = build.build_dataloaders(config, runtime, train, val, network)
-    phase = next(phase for phase in build.planned(config, feeds) if phase.name == phase_name)
-    build.load_pretrained(config, network, runtime, train, say)
-    channels_last = build.place_network(config, network, runtime)
-    set_head(network, phase, init=config.model.init, seed=config.run.seed)
-    if options.start is not None:
-        with runtime.together("start"):
-            _load(network, options.start)
-    active = enter(
-        network,
-        phase,
-        runtime,
-        class_counts=feeds.class_counts,
-        classes=feeds.classes,
-        freeze_norm=config.model.freeze_norm,
-        micro_batch_size=feeds.layout(phase).micro_batch_size,
-        image_size=config.data.image_size,
-        sync_bn=config.model.sync_bn,
-        say=say,
-    )
-    normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
-    if config.data.micro_batch_size == "auto":
-        fit(active, feeds, runtime, normalise=normalise, state=None, say=say)
-    say(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
-    signals.testing = True
+    log = to_stderr if runtime.is_main else to_nobody
+    with runtime.before_first_step(lambda: None):
+        train, val = build.open_data(config, runtime, log)
+        network = build.build_network(config, train.num_classes, runtime)
+        feeds = build.build_dataloaders(config, runtime, train, val, network)
+        phase = next(phase for phase in build.planned(config, feeds) if phase.name == phase_name)
+        build.load_pretrained(config, network, runtime, train, log)
+        channels_last = build.place_network(config, network, runtime)
+        set_head(network, phase, init=config.model.init, seed=config.run.seed)
+        if options.start is not None:
+            with runtime.together("start"):
+                _load(network, options.start)
+        active = enter(
+            network,
+            phase,
+            runtime,
+            class_counts=feeds.class_counts,
+            classes=feeds.classes,
+            freeze_norm=config.model.freeze_norm,
+            micro_batch_size=feeds.layout(phase).micro_batch_size,
+            image_size=config.data.image_size,
+            sync_bn=config.model.sync_bn,
+            say=log,
+        )
+        normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
+        if config.data.micro_batch_size == "auto":
+            fit(active, feeds, runtime, normalise=normalise, state=None, say=log)
+    log(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
     return find_lr(
         active,
         feeds,
@@ -155,8 +111,8 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         first=options.first,
         last=options.last,
         num_steps=options.steps,
-        stop=lambda: signals.heard is not None,
-        say=say,
+        stop=lambda: runtime.stop_signal is not None,
+        say=log,
     )
 
 
@@ -170,7 +126,7 @@ def _load(network: Network, start: str) -> None:
     strict_load(network.module, load_model_tensors(folder), f"--start {start}")
 
 
-def _tell(curve: LrCurve, out: Path, name: str) -> None:
+def _report(curve: LrCurve, out: Path, name: str) -> None:
     from dtl.files import write_whole
     from dtl.report.lr_plot import save_lr_plot
 

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--kills and --processes must be at least 1")
     from dtl.config import load_config
 
-    load_config(rest)  # a mistake in it is told here, once
+    load_config(rest)  # a mistake in it is reported here, once
     if options.folder is None:
         with tempfile.TemporaryDirectory(prefix="dtl-verify-resume-") as folder:
             return _check(rest, Path(folder), options)
@@ -48,10 +48,10 @@ def _check(arguments: list[str], folder: Path, options: argparse.Namespace) -> i
         return Ranks(words, variables, world=options.processes, log=folder / "output.log")
 
     result = check(start, arguments, folder, kills=options.kills, world=options.processes, seed=options.seed, log=lambda line: print(line, flush=True))
-    return tell(result)
+    return report(result)
 
 
-def tell(result: Result) -> int:
+def report(result: Result) -> int:
     print(f"{len(result.kills)} kills in {result.runs} run(s), in: {result.where()}")
     if result.differences:
         for line in result.differences:

@@ -1,7 +1,7 @@
 """Reading a config: the YAML file, and the command line's `--section.key VALUE` on top of it.
 
 Values are validated here, before any device is touched. Unknown keys and wrong types are refused in one line with the nearest name.
-Command-line values are read as YAML (`--data.workers 4`, `--phases.top.train '[layer4.*, fc.*]'`), so both say things the same way.
+Command-line values are read as YAML (`--data.workers 4`, `--phases.top.train '[layer4.*, fc.*]'`), so both are written the same way.
 """
 
 from __future__ import annotations

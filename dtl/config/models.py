@@ -1,4 +1,4 @@
-"""What a run can be told: one model a section, each key documented by the text under it.
+"""The configuration of a run: one model a section, each key documented by the text under it.
 
 Only values that are wrong by themselves, or beside another of their section, are refused here; dtl.config reads files and options.
 """
@@ -207,7 +207,7 @@ class TransferOptions(Section):
     head_rows: Annotated[str | dict[str, str | tuple[str, ...]] | None, BeforeValidator(_names_as_text)] = None
     """For keep_head rows: `class here: class of the source`, or a list of classes to average; or a YAML or JSON file of that."""
     source_classes: Annotated[str | tuple[str, ...] | None, BeforeValidator(_names_as_text)] = None
-    """Class names of the source's head, where the source does not tell: a list, a file of one name a line, a run, a model folder."""
+    """Class names of the source's head, where the source does not have them: a list, a file of one name a line, a run, a model folder."""
     fill: FillConfig = FillConfig()
     fold_norms: bool = False
     """Fold a norm that the network lacks into the convolution before it."""
@@ -358,5 +358,21 @@ class Config(Section):
         """Plain values under the names that the YAML file uses."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def flat(self) -> dict[str, Any]:
+        """The values of `to_dict` under dotted keys."""
+        return flat(self.to_dict())
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.workers": 2, ...} of nested sections. An empty section has no key; tuples become lists, as JSON gives them back."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": _listed(value)}
+    return found
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

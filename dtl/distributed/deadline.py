@@ -54,8 +54,8 @@ class Deadline:
         job = self._environment.get("SLURM_JOB_ID")
         if not job:
             return None
-        told = self._environment.get("SLURM_JOB_END_TIME", "")
-        end = None if ask_first or not told.isdigit() else float(told)
+        given = self._environment.get("SLURM_JOB_END_TIME", "")
+        end = None if ask_first or not given.isdigit() else float(given)
         if end is None:
             end = _ask_squeue(job, self._environment)
         return None if end is None else time.monotonic() + end - time.time()

@@ -1,8 +1,8 @@
 """What the launcher was asked for, read before any process group exists.
 
 Seen with accelerate 1.15 on a machine without a GPU: `accelerate launch --cpu --num_processes 2` starts ONE process, and `--multi_gpu
---num_processes 2` starts two that each believe to be alone unless told that they are on CPUs. Neither tells the script what was asked
-for, so that the launcher's own command line is looked at as well, where the system shows it.
+--num_processes 2` starts two that each believe to be alone unless they know that they are on CPUs. Neither passes on to the script what was
+asked for, so that the launcher's own command line is looked at as well, where the system shows it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_launch(environment: dict[str, str] | None = None, command: list[str] | 
 
 
 def _precision(env: dict[str, str], options: dict[str, Any]) -> str | None:
-    """Only what somebody wrote down: accelerate exports `no` also when nobody said anything."""
+    """Only what somebody wrote down: accelerate exports `no` also when nobody gave it."""
     value = options.get("mixed_precision")
     if value is None and not options:
         value = env.get("ACCELERATE_MIXED_PRECISION")

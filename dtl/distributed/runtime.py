@@ -25,21 +25,21 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dtl.distributed.launch import Launch, read_launch
-from dtl.distributed.signals import BrokenOff, EarlyWatch, Signals, StoppedEarly
+from dtl.distributed.signals import Signals, StageInterrupted, StoppedBeforeFirstStep, StopWatcher
 from dtl.errors import UserError
 from dtl.text import counted
 
 T = TypeVar("T")
 ranks_met = False
-"""Whether this process has been among its peers: from then on all of them know of a user's mistake, and the main process tells it."""
-# The hang doctor ends a run that makes no progress, and says why; the collectives' own limit is the net below it.
+"""Whether this process has been among its peers: from then on all of them know of a user's mistake, and the main process prints it."""
+# The watchdog ends a run that makes no progress, and reports why; the collectives' own limit is the net below it.
 MARGIN = timedelta(seconds=30)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What any rank may have to tell the others in a step; after the exchange, what at least one of them said."""
+    """What any rank may report in a step; after the all-reduce, what at least one of them reported."""
 
     stop: bool = False
     """A signal asked this rank to save and leave."""
@@ -53,7 +53,7 @@ class Flags:
 
 
 class Exchange:
-    """Flags on their way between the ranks; `result()` waits for the slowest of them."""
+    """An all-reduce of flags under way; `result()` waits for the slowest rank."""
 
     def __init__(self, flags: Flags, group: dist.ProcessGroup | None) -> None:
         self._flags = flags
@@ -100,7 +100,7 @@ class Runtime:
         if use_cpu:
             _keep_freed_memory()
         else:
-            hurry_gpu(True)
+            use_fast_kernels(True)
         self.accelerator: Any = None
         self.device = torch.device("cpu" if use_cpu else "cuda")
         self.rank, self.local_rank, self.world_size = 0, 0, 1
@@ -112,20 +112,20 @@ class Runtime:
             self.world_size = int(self.accelerator.num_processes)
             self.precision = str(self.accelerator.mixed_precision)
             _check_world(launch, self.world_size)
-        # Decisions travel over gloo, also beside NCCL: they must not make the host wait for the GPU.
+        # Decisions are all-reduced over gloo, also beside NCCL: they must not make the host wait for the GPU.
         self.group: dist.ProcessGroup | None = None
         if self.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
         global ranks_met
         ranks_met = ranks_met or not alone
         self.token: str = self.agree(secrets.token_hex(4))
-        """Names this start of the ranks together, for keys in the store that they met in."""
+        """Names this start of the ranks together, for keys in the rendezvous store."""
         self._num_onces = 0
         nodes = self.gather((socket.gethostname(), self.local_rank))
         self._leader = leader_of(self.rank, nodes)
         """The rank that acts for this node."""
         self._num_leaders = len({leader_of(rank, nodes) for rank in range(self.world_size)})
-        self.signals = Signals(speaks=self.is_main and not alone)
+        self.signals = Signals(prints=self.is_main and not alone)
 
     @classmethod
     def alone(cls, device: str = "auto") -> Runtime:
@@ -163,18 +163,18 @@ class Runtime:
     @property
     def stop_signal(self) -> int | None:
         """The signal that asked this rank to stop, if one did."""
-        return self.signals.heard
+        return self.signals.received
 
     @contextlib.contextmanager
     def before_first_step(self, due: Callable[[], str | None]) -> Iterator[None]:
-        """Stages with nothing to save: a signal to any rank, or the main process's `due()`, breaks off what the ranks do in `together`,
-        which then raises StoppedEarly on all of them."""
-        store = None if self.group is None else meeting_store()
+        """Stages with nothing to save: a signal to any rank, or the main process's `due()`, interrupts what the ranks do in `together`,
+        which then raises StoppedBeforeFirstStep on all of them."""
+        store = None if self.group is None else rendezvous_store()
         key = f"dtl/stop/{self.token}"
-        with EarlyWatch(
+        with StopWatcher(
             self.signals,
-            tell=lambda: store is None or store.add(key, 1),
-            told=lambda: store is not None and store.add(key, 0) > 0,
+            announce=lambda: store is None or store.add(key, 1),
+            announced=lambda: store is not None and store.add(key, 0) > 0,
             due=due if self.is_main else lambda: None,
         ):
             yield
@@ -184,7 +184,7 @@ class Runtime:
     # ---- agreement
 
     def exchange(self, flags: Flags) -> Exchange:
-        """Tell the other ranks, without waiting; every rank must call it the same number of times."""
+        """Start an all-reduce of `flags`, without waiting; every rank must call it the same number of times."""
         return Exchange(flags, self.group)
 
     def agree(self, value: T) -> T:
@@ -221,23 +221,23 @@ class Runtime:
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """A stage that any rank may fail at: when one does, all leave with its one line, instead of waiting for it for ever.
+        """A stage that any rank may fail at: when one does, all raise its one line, instead of waiting for it for ever.
 
-        `what` the stage is about, in front of the system's own errors, which do not say what they were for.
+        `what` the stage is about, in front of the system's own errors, which do not name it.
         """
         error: BaseException | None = None
         try:
             with self.signals.breakable():
                 yield
-        except (UserError, OSError, BrokenOff) as caught:
+        except (UserError, OSError, StageInterrupted) as caught:
             error = caught
         except Exception as caught:
-            if self.signals.early_stop is None:
+            if self.signals.stop_before_first_step is None:
                 raise
-            error = caught  # of work that was broken off
-        answers = self.gather((_describe(error, what), self.signals.early_stop))
+            error = caught  # of work that was interrupted
+        answers = self.gather((_describe(error, what), self.signals.stop_before_first_step))
         if stops := [why for _, why in answers if why is not None]:
-            raise StoppedEarly(stops[0])
+            raise StoppedBeforeFirstStep(stops[0])
         problems = {rank: problem for rank, (problem, _) in enumerate(answers) if problem is not None}
         if problems:
             rank, problem = next(iter(problems.items()))
@@ -267,10 +267,10 @@ class Runtime:
             return work()
         # Not a broadcast, whose time limit is the collectives': packing may take hours.
         self._num_onces += 1
-        key, store = f"dtl/once/{self.token}/{self._num_onces}", meeting_store()
+        key, store = f"dtl/once/{self.token}/{self._num_onces}", rendezvous_store()
         error: UserError | OSError | None = None
         if self.rank == self._leader:
-            answer: list[Any] = ["broken off", None]
+            answer: list[Any] = ["interrupted", None]
             try:
                 answer = ["done", work()]
             except (UserError, OSError) as caught:
@@ -282,8 +282,8 @@ class Runtime:
         if error is not None:
             raise error
         kind, value = json.loads(store.get(f"{key}/{self._leader}"))
-        if kind == "broken off":
-            raise BrokenOff
+        if kind == "interrupted":
+            raise StageInterrupted
         if kind != "done":
             raise (UserError if kind == "wrong" else OSError)(value)
         found: list[str] = value
@@ -348,8 +348,8 @@ def leader_of(rank: int, nodes: Sequence[tuple[str, int]]) -> int:
     return before[-1] if before else leaders[0] if leaders else rank
 
 
-def meeting_store() -> TCPStore:
-    """Another connection to the store that the ranks met in: the launcher's, or that of rank 0."""
+def rendezvous_store() -> TCPStore:
+    """Another connection to the store of the rendezvous: the launcher's, or that of rank 0."""
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
@@ -381,7 +381,7 @@ def _forget_accelerate() -> None:
     GradientState._reset_state()
 
 
-def hurry_gpu(wanted: bool) -> None:
+def use_fast_kernels(wanted: bool) -> None:
     """TF32 for the matrix products that are left in float32, and cuDNN's quickest kernels, found by trying them: batches have one size."""
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.benchmark = wanted

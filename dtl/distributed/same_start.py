@@ -23,7 +23,7 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "si
 
 def check_same_start(config: Config, name: str, runtime: Runtime) -> None:
     """Raises the same UserError on every rank where settings or versions differ; it names the first rank and the first difference."""
-    mine = {"run": name, "the device": runtime.device.type, "the precision": runtime.precision, **_settings(config.to_dict(), ""), **_versions()}
+    mine = {"run": name, "the device": runtime.device.type, "the precision": runtime.precision, **_settings(config), **_versions()}
     digests = runtime.gather(hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
@@ -45,15 +45,8 @@ def _difference(everyone: Sequence[tuple[str, Mapping[str, Any]]], others: list[
     )
 
 
-def _settings(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        place = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(_settings(value, f"{place}."))
-        elif not any(fnmatchcase(place, pattern) for pattern in MAY_DIFFER):
-            flat[place] = value
-    return flat
+def _settings(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.flat().items() if not any(fnmatchcase(key, pattern) for pattern in MAY_DIFFER)}
 
 
 def _versions() -> dict[str, str | None]:

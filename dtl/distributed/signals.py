@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop. They are noted at any time; before the first step they also break off what a rank does by itself.
+"""Signals that ask a run to stop. They are noted at any time; before the first step they also interrupt what a rank does by itself.
 
 From the first step on the training loop looks at the note after each step and saves. Before it there is nothing to save, and a stage
-may take hours (packing a folder of images, a download): there the handler raises `BrokenOff` in the middle of it, though never between
-two collectives, and `EarlyWatch` passes the wish on to the other ranks. No torch in here.
+may take hours (packing a folder of images, a download): there the handler raises `StageInterrupted` in the middle of it, though never between
+two collectives, and `StopWatcher` passes the request to the other ranks. No torch in here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_SECONDS = 1.0
 
 
-class BrokenOff(BaseException):
-    """This rank's work before the first step was broken off by a wish to stop. As KeyboardInterrupt, nothing that catches errors catches it."""
+class StageInterrupted(BaseException):
+    """This rank's work before the first step was interrupted by a request to stop. As KeyboardInterrupt, nothing that catches errors catches it."""
 
 
-class StoppedEarly(Exception):
+class StoppedBeforeFirstStep(Exception):
     """All ranks stop before the first step, by what the message says."""
 
 
@@ -38,10 +38,10 @@ class Stopped(Exception):
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C of this process. `speaks`: it tells of them, for all ranks."""
+    """SIGTERM, SIGUSR1 and Ctrl-C of this process. `prints`: it prints that they came, for all ranks."""
 
-    def __init__(self, *, speaks: bool) -> None:
-        self.heard: int | None = None
+    def __init__(self, *, prints: bool) -> None:
+        self.received: int | None = None
         """The last one that asked for a stop."""
         self.why = "a signal"
         """What asked for it."""
@@ -49,9 +49,10 @@ class Signals:
         """The first step is still to come."""
         self.on_abort: Callable[[], object] = lambda: None
         """Called when a second Ctrl-C ends the process."""
-        self.asked = False
-        """A stop was asked for; known also while the main thread is deep in a collective, and has heard of nothing."""
-        self._speaks = speaks
+        self.requested = False
+        """A stop was requested; known also while the main thread is deep in a collective, where no handler runs."""
+        self._by_other_rank = False
+        self._prints = prints
         self._breakable = False
         self._old_handlers: dict[int, Any] = {}
         self._old_wakeup: tuple[int, socket.socket] | None = None
@@ -64,10 +65,10 @@ class Signals:
         for number in STOP_SIGNALS:
             self._old_handlers[number] = signal.signal(number, self._on_signal)
         # Python runs its handlers between two steps of the main thread, which may be deep in a collective: a thread listens too.
-        ear, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        self._old_wakeup = (signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False), mouth)
-        self._listener = threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True)
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._old_wakeup = (signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False), sender)
+        self._listener = threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True)
         self._listener.start()
 
     def release(self) -> None:
@@ -75,10 +76,10 @@ class Signals:
             signal.signal(number, handler)
         self._old_handlers.clear()
         if self._old_wakeup is not None:
-            previous, mouth = self._old_wakeup
+            previous, sender = self._old_wakeup
             signal.set_wakeup_fd(previous)
-            mouth.shutdown(socket.SHUT_RDWR)  # not only close: a loader process may have inherited it
-            mouth.close()
+            sender.shutdown(socket.SHUT_RDWR)  # not only close: a loader process may have inherited it
+            sender.close()
             self._old_wakeup = None
         if self._listener is not None:
             # A thread that outlives us may hold the last reference to the process group: freed in it while the interpreter ends, gloo's
@@ -86,70 +87,75 @@ class Signals:
             self._listener.join()
             self._listener = None
 
-    def ask(self, why: str) -> None:
+    @property
+    def origin(self) -> str:
+        """Where the request to stop came from: the signal's name, or another rank."""
+        return "a signal to another rank" if self.received is None or self._by_other_rank else signal.Signals(self.received).name
+
+    def request_stop(self, why: str, *, by_other_rank: bool = False) -> None:
         """Ask this process to stop, as a signal would; from any thread."""
-        self.why = why
+        self.why, self._by_other_rank = why, by_other_rank
         if self._old_handlers:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)  # wakes it where it sleeps, too
         else:
-            self.heard, self.asked = signal.SIGUSR1, True
+            self.received, self.requested = signal.SIGUSR1, True
 
     @property
-    def early_stop(self) -> str | None:
+    def stop_before_first_step(self) -> str | None:
         """What asks this rank to stop before the first step, if anything does."""
-        return self.why if self.early and self.heard is not None else None
+        return self.why if self.early and self.received is not None else None
 
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:
-        """Work of this rank alone, with no collective in it: before the first step a wish to stop raises BrokenOff here."""
+        """Work of this rank alone, with no collective in it: before the first step a request to stop raises StageInterrupted here."""
         self._breakable = self.early
         try:
-            if self.early_stop is not None:  # it came before, or right now
-                raise BrokenOff
+            if self.stop_before_first_step is not None:  # it came before, or just now
+                raise StageInterrupted
             yield
         finally:
             self._breakable = False
 
     def abort(self) -> None:
         """End this process now. A checkpoint that is being written stays unfinished, and does not count."""
-        os.write(2, b"\ndtl: ended at once\n" if self._speaks else b"")
+        os.write(2, b"\ndtl: ended at once\n" if self._prints else b"")
         with contextlib.suppress(Exception):
             self.on_abort()
         for child in multiprocessing.active_children():
             child.kill()  # loader processes, which ignore gentler signals
         os._exit(130)
 
-    def _listen(self, ear: socket.socket) -> None:
-        """Whatever the main thread is doing, what was asked is known, and a second Ctrl-C ends the process at once."""
+    def _listen(self, receiver: socket.socket) -> None:
+        """Whatever the main thread is doing, the request is known, and a second Ctrl-C ends the process at once."""
         interrupts = 0
-        with ear:
-            while heard := ear.recv(16):
-                self.asked = self.asked or any(number in heard for number in STOP_SIGNALS)
-                interrupts += heard.count(signal.SIGINT)
+        with receiver:
+            while numbers := receiver.recv(16):
+                self.requested = self.requested or any(number in numbers for number in STOP_SIGNALS)
+                interrupts += numbers.count(signal.SIGINT)
                 if interrupts >= 2:
                     self.abort()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        first, self.heard = self.heard is None, number
+        first, self.received = self.received is None, number
         if self._breakable:
-            self._breakable = False  # once: what tidies up after it is left in peace
-            raise BrokenOff
-        if first and self._speaks:
-            what = b"stopping" if self.early else b"stopping after this step, with a checkpoint"
+            self._breakable = False  # once: what cleans up after it is not interrupted
+            raise StageInterrupted
+        if first and self._prints:
+            what = b"stopping" if self.early else b"stopping after this step"
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"\ndtl: " + what + b"; Ctrl-C again ends at once\n")
 
 
-class EarlyWatch:
-    """Beside the stages before the first step: tells the other ranks of a wish to stop, obeys theirs, and looks at the clock.
+class StopWatcher:
+    """Beside the stages before the first step: passes a request to stop to the other ranks, obeys theirs, and looks at the clock.
 
-    `tell()` reaches all ranks, `told()` says whether one of them was reached; `due()` why it is time to stop, or None.
+    `announce()` reaches all ranks, `announced()`: whether one of them has done so; `due()`: why it is time to stop, or None.
     """
 
-    def __init__(self, signals: Signals, *, tell: Callable[[], object], told: Callable[[], bool], due: Callable[[], str | None]) -> None:
-        self._signals, self._tell, self._told, self._due = signals, tell, told, due
+    def __init__(self, signals: Signals, *, announce: Callable[[], object], announced: Callable[[], bool], due: Callable[[], str | None]) -> None:
+        self._signals, self._announce, self._announced, self._due = signals, announce, announced, due
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="early-stop", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
 
     def __enter__(self) -> None:
         self._signals.early = True
@@ -161,13 +167,13 @@ class EarlyWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that held it: the heartbeat tells of that
+        with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that held it: the watchdog reports that
             while not self._over.wait(_LOOK_SECONDS):
-                if self._signals.asked:
-                    self._tell()
+                if self._signals.requested:
+                    self._announce()
                     return
-                if self._told():
-                    self._signals.ask("a signal")
+                if self._announced():
+                    self._signals.request_stop("a signal", by_other_rank=True)
                     return
                 if (why := self._due()) is not None:
-                    self._signals.ask(why)
+                    self._signals.request_stop(why)

@@ -1,11 +1,11 @@
-"""Which rank do the others wait for? Each rank notes its stage in memory; a thread beside it tells the others, and speaks up in a stall.
+"""Which rank do the others wait for? Each rank notes its stage in memory; a watchdog thread beside it publishes that, and reports a stall.
 
-A stage is noted in a microsecond and touches no disk. Every 2 seconds the thread puts this rank's newest note into the store that the
-ranks met in (its own connection, so that a stuck loop cannot keep it from it). Nobody reads it, until this rank's stage has lasted
+A stage is noted in a microsecond and touches no disk. Every 2 seconds the thread puts this rank's newest note into the store of the
+rendezvous (its own connection, so that a stuck loop cannot keep it from it). Nobody reads it, until this rank's stage has lasted
 too long: then all notes are read, once an interval, and the rank is named that is furthest behind, or that no longer writes.
 
-All ranks pass through the same stages in the same order, so that the number of stages passed tells who is behind. No clocks of two
-machines are compared: a note says how old it is, and a silent rank is one whose notes do not change while we watch.
+All ranks pass through the same stages in the same order, so that the number of stages passed shows who is behind. No clocks of two
+machines are compared: a note has its own age, and a silent rank is one whose notes do not change while we watch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class PeerLost(Exception):
-    """Another rank is gone. The message names it for the one rank that speaks for all; it is empty in the others."""
+    """Another rank is gone. The message names it in the one rank that reports for all; it is empty in the others."""
 
 
 class Heartbeat:
@@ -87,7 +87,7 @@ def read_stage(path: Path) -> tuple[str, int, int, int]:
 
 @dataclass
 class Note:
-    """What a rank last said of itself, and for how long it has said nothing new (as seen from here)."""
+    """What a rank last wrote of itself, and for how long it has written nothing new (as seen from here)."""
 
     rank: int
     count: int = -1
@@ -101,7 +101,7 @@ class Note:
     ended: str | None = None
     silent: float = 0.0
     fate: str = ""
-    """What this machine's kernel says of it, where it runs here: "has ended", "is stopped"."""
+    """What this machine's kernel knows of it, where it runs here: "has ended", "is stopped"."""
 
     @property
     def gone(self) -> bool:
@@ -111,19 +111,19 @@ class Note:
     def __str__(self) -> str:
         who = f"rank {self.rank}" + (f" (host {self.host}, pid {self.pid})" if self.host else "")
         if self.count < 0:
-            return f"{who}, which has not been heard of at all"
+            return f"{who}, which has written nothing yet"
         if self.ended not in (None, _LOST):
             return f"{who}, which ended: {self.ended}" if self.ended else f"{who}, which ended"
         where = f"stage {self.stage} of step {self.step}" + (f", {self.what}" if self.what else "")
         if self.fate:
             return f"{who}, which {self.fate}; it was last in {where}"
         if self.silent > 2.5 * INTERVAL:
-            return f"{who}, silent for {self.silent:.0f} s, last heard of in {where}"
+            return f"{who}, silent for {self.silent:.0f} s, last seen in {where}"
         return f"{who}, in {where}, for {self.age:.0f} s"
 
 
 class Notes:
-    """The notes of all ranks, in the store that they met in."""
+    """The notes of all ranks, in the store of the rendezvous."""
 
     def __init__(self, rank: int, world_size: int, name: str) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -206,8 +206,8 @@ def describe(notes: list[Note]) -> str:
 class Watchdog:
     """Watches this rank's stage beside the training loop; `with` starts and ends it.
 
-    `limit`: seconds without any progress after which the run ends; it says who is waited for after a sixth of that, and again later.
-    `end`: called with the line that says why, just before the process ends with status 1; only by the rank that speaks for all.
+    `limit`: seconds without any progress after which the run ends; it reports who is waited for after a sixth of that, and again later.
+    `end`: called with the line that says why, just before the process ends with status 1; only by the rank that reports for all.
     """
 
     def __init__(self, heart: Heartbeat, *, rank: int, world_size: int, name: str, limit: float, log: Log, end: Log) -> None:
@@ -217,7 +217,7 @@ class Watchdog:
         self._lock = threading.Lock()
         """Held while the notes are used."""
         self._stop = threading.Event()
-        self._told = 0.0
+        self._reported = 0.0
         self._what = _Lazily()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         heart.part = self.part
@@ -259,7 +259,7 @@ class Watchdog:
                 self._notes.write(self.heart, ended=why, what=self._what(self.heart) if why == _LOST else "")
 
     def _lost(self) -> str | None:
-        """After an error between ranks: which rank is gone, in a line for the rank that speaks; "" for the others, None if none is gone."""
+        """After an error between ranks: which rank is gone, in a line for the rank that reports; "" for the others, None if none is gone."""
         if self._notes is None:
             return None
         until = time.monotonic() + 3.5 * INTERVAL
@@ -270,8 +270,8 @@ class Watchdog:
                 return "" if self.rank > 1 else "lost the main process (rank 0), or the network to it: it cannot be reached any more"
             gone = [note for note in notes if note.gone] or [note for note in notes if note.ended == _LOST]
             if gone:
-                speaker = min((note.rank for note in notes if note.rank not in {other.rank for other in gone}), default=self.rank)
-                return "lost " + "; ".join(str(note) for note in gone[:4]) if self.rank == speaker else ""
+                reporter = min((note.rank for note in notes if note.rank not in {other.rank for other in gone}), default=self.rank)
+                return "lost " + "; ".join(str(note) for note in gone[:4]) if self.rank == reporter else ""
             time.sleep(0.2)
         return None
 
@@ -286,7 +286,7 @@ class Watchdog:
                     if stalled:
                         self._diagnose(age)
                     else:
-                        self._told = 0.0
+                        self._reported = 0.0
                 except RuntimeError:
                     self._unreachable(age)
 
@@ -296,16 +296,16 @@ class Watchdog:
             notes = self._notes.read()
         behind = awaited(notes) if len(notes) > 1 else notes
         waiting = [note.rank for note in notes if note not in behind]
-        speaks = self.rank == min(waiting, default=0)
+        reports = self.rank == min(waiting, default=0)
         text = describe(notes) if len(notes) > 1 else f"nothing has happened for long: {notes[0]}"
         silent = [note for note in behind if note.gone]
         if age > self.limit and (self.heart.stage not in PATIENT or silent):
-            self._finish(f"no progress for {age:.0f} s (run.timeout_minutes): {text}", speaks)
-        elif speaks and age > max(self.limit / 6, 2 * self._told):
-            # The first look cannot tell who is silent: it has seen each rank once.
-            if self._told == 0.0 and age < self.limit / 6 + 3 * self._interval:
+            self._finish(f"no progress for {age:.0f} s (run.timeout_minutes): {text}", reports)
+        elif reports and age > max(self.limit / 6, 2 * self._reported):
+            # The first look cannot know who is silent: it has seen each rank once.
+            if self._reported == 0.0 and age < self.limit / 6 + 3 * self._interval:
                 return
-            self._told = age
+            self._reported = age
             self._log(f"no progress for {age:.0f} s: {text}")
 
     def _unreachable(self, age: float) -> None:
@@ -317,12 +317,12 @@ class Watchdog:
                 self.heart.stage != "load",  # else the others wait for this one
             )
 
-    def _finish(self, line: str, speaks: bool) -> None:
+    def _finish(self, line: str, reports: bool) -> None:
         self._leave(_LOST)
-        if speaks:
+        if reports:
             self._end(line)
         # The first to leave makes the launcher end the others, and takes the store with it if it is rank 0: all must have had their look.
-        time.sleep(max(3.0, 0.0 if speaks else self.limit / 10))
+        time.sleep(max(3.0, 0.0 if reports else self.limit / 10))
         sys.stderr.flush()
         os._exit(1)
 

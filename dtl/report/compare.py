@@ -186,7 +186,7 @@ def _identities(record: RunRecord) -> tuple[str, ...]:
     the names of data and sources. The path of a run without a config."""
     if record.config is None:
         return (str(record.path.resolve()),)
-    values = {name: value for name, value in _flat(record.config.to_dict()).items() if not name.startswith(_NO_DIFFERENCE)}
+    values = {name: value for name, value in record.config.flat().items() if not name.startswith(_NO_DIFFERENCE)}
     return tuple(json.dumps({**values, **changed}, sort_keys=True) for changed in ({}, _named_by_seed(values, record.config.run.seed)))
 
 
@@ -200,7 +200,7 @@ def _shared_settings(group: Group) -> dict[str, Any]:
     first = configs[0]
     if first is None:
         return {}
-    values, others = _flat(first.to_dict()), [_flat(config.to_dict()) for config in configs[1:] if config is not None]
+    values, others = first.flat(), [config.flat() for config in configs[1:] if config is not None]
     named = _named_by_seed(values, first.run.seed)
     return {**values, **{name: name_of for name, name_of in named.items() if any(other.get(name) != values[name] for other in others)}}
 
@@ -217,12 +217,6 @@ def _group_names(names: Sequence[Sequence[str]]) -> list[str]:
             common = re.sub(r"[-_. ]*(seed|s)?[-_. ]*$", "", common) or ", ".join(members)
         found.append(common)
     return [name if found.count(name) == 1 else ", ".join(members) for name, members in zip(found, names)]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict) and values:
-        return {name: value for key, inner in values.items() for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
-    return {prefix: values}
 
 
 def _shown(value: Any) -> str:

@@ -137,7 +137,7 @@ class WandbRun:
             "console": "off",  # its capture of stdout would break the bar, and our logs are files already
         }
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has told about the key
+        wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has printed about the key
         run = wandb.init(
             mode=mode,
             dir=str(run_dir),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from dtl.config import Config
-from dtl.distributed.runtime import hurry_gpu
+from dtl.distributed.runtime import use_fast_kernels
 from dtl.errors import UserError
 from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
@@ -45,7 +45,7 @@ def debug_mode(wanted: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     cudnn = torch.backends.cudnn
     precision, benchmark, tf32 = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
-    hurry_gpu(False)
+    use_fast_kernels(False)
     try:
         with torch.autograd.set_detect_anomaly(True):
             yield

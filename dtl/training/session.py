@@ -30,7 +30,7 @@ from dtl.config import Config
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.same_start import check_same_start
-from dtl.distributed.signals import Stopped, StoppedEarly
+from dtl.distributed.signals import Stopped, StoppedBeforeFirstStep
 from dtl.distributed.watchdog import Heartbeat, PeerLost, Watchdog
 from dtl.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, UserError
 from dtl.runs.console import Console
@@ -151,7 +151,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def _stop(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         """While all ranks still answer: a stop is no failure; and what is open is closed."""
         try:
-            if isinstance(error, StoppedEarly):
+            if isinstance(error, StoppedBeforeFirstStep):
                 self._stopped_early(str(error))
             elif isinstance(error, Stopped):
                 self._stopped(error.why, error.step)
@@ -159,7 +159,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 self.tracker.close("failed")
         finally:
             self.store.close()
-        return isinstance(error, Stopped | StoppedEarly)
+        return isinstance(error, Stopped | StoppedBeforeFirstStep)
 
     def _fail(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if isinstance(error, PeerLost):
@@ -195,7 +195,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self.runtime.barrier()
 
     def _write_failure(self, error: BaseException) -> None:
-        """status.json tells scripts what happened, also where launchers turn every exit status into 1."""
+        """status.json is what scripts read, also where launchers turn every exit status into 1."""
         if self.folder.incarnation == 0 or isinstance(error, SystemExit):
             return
         kind = "input" if isinstance(error, UserError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "fault"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtl.config import flat
 from dtl.errors import UserError
 
 FORMAT = 1
@@ -133,7 +134,7 @@ def config_conflicts(old: Mapping[str, Any], new: Mapping[str, Any], *, ignored:
 
     `ignored` are patterns of dotted keys (`tracking.*`). The order of the keys counts for the phases only.
     """
-    flat_old, flat_new = _flat(old), _flat(new)
+    flat_old, flat_new = flat(old), flat(new)
     conflicts: list[tuple[str, object, object]] = []
     for key in dict.fromkeys([*flat_old, *flat_new]):
         before, after = flat_old.get(key), flat_new.get(key)
@@ -189,18 +190,3 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _kind(optimizer: object) -> str:
     # Accelerate's wrapper is not the optimizer.
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif value is not None:
-            flat[f"{prefix}{key}"] = _listed(value)
-    return flat
-
-
-def _listed(value: Any) -> Any:
-    """Tuples as lists, which is how JSON gives them back."""
-    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

@@ -131,3 +131,12 @@ def test_every_builtin_recipe_is_valid() -> None:
     for name, text in builtin_recipes().items():
         Config.model_validate(yaml.safe_load(text))
         assert load_config(["--config", name, "--data.train", "digits"])[1] == name
+
+
+def test_a_config_has_one_flat_form() -> None:
+    config, _ = load_config(["--data.augment.color-jitter", "[0.1, 0.2, 0.3, 0.4]"])
+    values = config.flat()
+    assert values["data.augment.color_jitter"] == [0.1, 0.2, 0.3, 0.4]
+    assert values["checkpoint.async"] is True, "under the names of the YAML file"
+    assert values["transfer"] is None
+    assert "model.options" not in values, "an empty section has no key"

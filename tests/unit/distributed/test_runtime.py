@@ -13,7 +13,7 @@ import weakref
 import pytest
 import torch
 
-from dtl.distributed.runtime import Runtime, hurry_gpu
+from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.errors import UserError
 from dtl.training.debug import debug_mode
 
@@ -32,13 +32,13 @@ def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatc
         assert state() == ("highest", False, False), "convolutions have a switch of their own"
     assert state() == before
     try:
-        hurry_gpu(True)
+        use_fast_kernels(True)
         assert state() == ("high", True, True)
         with debug_mode(True):
             assert state() == ("highest", False, False)
         assert state() == ("high", True, True)
     finally:
-        hurry_gpu(False)
+        use_fast_kernels(False)
         torch.backends.cudnn.allow_tf32 = True
 
 
