@@ -53,13 +53,13 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
     )
     sections = [
         html.section("Course", plot),
-        html.section("Results", _results(comparison)),
+        html.section("Results", *_results(comparison)),
         _differences(comparison.groups),
-        html.section("Left out", html.bullets(left_out)) if left_out else "",
+        html.section("Left out", html.Bullets(left_out)) if left_out else None,
     ]
     title = " · ".join(group.name for group in comparison.groups) if len(comparison.groups) <= 4 else f"{len(records)} runs"
-    lead = html.headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]) + html.text("Best top-1 on validation images.", "soft")
-    return write_page(folder, html.page(title, lead, [part for part in sections if part], footer=footer()))
+    lead = [html.Headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]), html.Text("Best top-1 on validation images.", soft=True)]
+    return write_page(folder, html.page(title, lead, [part for part in sections if part is not None], footer=footer()))
 
 
 def _place(out: str | Path | None) -> Path:
@@ -79,7 +79,7 @@ def _best(courses: Sequence[Course]) -> str:
     return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f}\u00a0%"
 
 
-def _results(comparison: Comparison) -> str:
+def _results(comparison: Comparison) -> list[html.Block]:
     rows = []
     for group in comparison.groups:
         for course in group.courses:
@@ -97,15 +97,15 @@ def _results(comparison: Comparison) -> str:
             ])  # fmt: skip
     columns = ["run", "seed", "best top-1", f"at {comparison.unit}", "last top-1", "lowest loss", "steps in all", "time in all"]
     several = [group for group in comparison.groups if len(group.courses) > 1]
-    groups = html.bullets([f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several])
-    return html.table(columns, rows) + (groups if several else "")
+    groups = html.Bullets([f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several])
+    return [html.Table(columns, rows), *([groups] if several else [])]
 
 
-def _differences(groups: Sequence[Group]) -> str:
+def _differences(groups: Sequence[Group]) -> html.Section:
     if len(groups) > _MOST_COLUMNS:
-        return html.section("Settings that differ", html.text(f"Not listed for more than {_MOST_COLUMNS} curves.", "soft"))
+        return html.section("Settings that differ", html.Text(f"Not listed for more than {_MOST_COLUMNS} curves.", soft=True))
     rows = [[Cell(name), *(Cell(value) for value in values)] for name, values in differences(groups)]
     return html.section(
         "Settings that differ",
-        html.table(["setting", *(group.name for group in groups)], rows) if rows else html.text("None but names."),
+        html.Table(["setting", *(group.name for group in groups)], rows) if rows else html.Text("None but names."),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
+from dtl.files import write_whole
 from dtl.report import html, style
 from dtl.report.confusion import ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
 from dtl.report.curves import curves_figure
@@ -61,8 +61,8 @@ class _Parts:
         alt: str,
         caption: str = "",
         narrow: Callable[[], Figure | None] | None = None,
-    ) -> str:
-        """Draw, save as NAME.png, and embed, also as drawn for narrow windows; "" where there is nothing to draw."""
+    ) -> html.Plot | None:
+        """Draw, save as NAME.png, and embed, also as drawn for narrow windows; None where there is nothing to draw."""
         return embed_plot(self.out / f"{name}.png", draw, alt=alt, caption=caption, narrow=narrow)
 
 
@@ -89,21 +89,23 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
         parts.attempt("the run's notes", lambda: _notes(record)),
     ]
     if parts.left_out:
-        sections.append(html.section("Left out", html.bullets(parts.left_out)))
+        sections.append(html.section("Left out", html.Bullets(parts.left_out)))
     if record.config_text:
-        sections.append(html.section("Settings", html.details("config.yaml", record.config_text)))
-    lead = parts.attempt("the headline", lambda: _lead(record, examples)) or ""
-    document = html.page(record.name, lead, [found for found in sections if found], footer=footer())
+        sections.append(html.section("Settings", html.Details("config.yaml", record.config_text)))
+    lead = parts.attempt("the headline", lambda: _lead(record, examples)) or []
+    document = html.page(record.name, lead, [found for found in sections if found is not None], footer=footer())
     return write_page(parts.out, document)
 
 
-def embed_plot(file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None) -> str:
-    """Draw into `file`, and embed; with `narrow` beside a second drawing for narrow windows. "" where there is nothing to draw."""
+def embed_plot(
+    file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None
+) -> html.Plot | None:
+    """Draw into `file`, and embed; with `narrow` beside a second drawing for narrow windows. None where there is nothing to draw."""
     small = file.with_name(f"{file.stem}-narrow.png")
     with style.plain():
         figure = draw()
         if figure is None:
-            return ""
+            return None
         style.save(figure, file)
         second = narrow() if narrow is not None else None
         if second is not None:
@@ -125,11 +127,10 @@ def prepare_folder(out: Path) -> Path:
 
 def write_page(out: Path, document: str) -> Path:
     """index.html, whole or not at all; returns its path."""
-    page, temporary = out / PAGE, out / f".{PAGE}-{os.getpid()}"
+    page = out / PAGE
     try:
         # A class name from an odd file system may hold what UTF-8 cannot: it is shown as "?".
-        temporary.write_text(document, encoding="utf-8", errors="replace")
-        os.replace(temporary, page)
+        write_whole(page, lambda file: file.write(document.encode("utf-8", errors="replace")), sync=False)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
     return page
@@ -148,7 +149,7 @@ def _open_examples(record: RunRecord, device: str, say: Say) -> Examples:
 # ---- parts
 
 
-def _lead(record: RunRecord, examples: Examples | None) -> str:
+def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
     numbers: list[tuple[str, str]] = []
     metrics = result(record)
     if metrics:
@@ -176,7 +177,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> str:
     if state not in (None, "done"):
         why = f" ({record.status['why']})" if record.status.get("why") else ""
         facts.append(("State", f"{state} at step {record.last_step:,}{why}"))
-    return (html.headline(numbers) if numbers else "") + (html.facts(facts) if facts else "")
+    return [*([html.Headline(numbers)] if numbers else []), *([html.Facts(facts)] if facts else [])]
 
 
 def result(record: RunRecord) -> dict[str, float] | None:
@@ -195,15 +196,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def _phases(record: RunRecord) -> str:
+def _phases(record: RunRecord) -> html.Section | None:
     if not record.phases:
-        return ""
+        return None
     rows = []
     for phase in record.phases:
         rows.append([Cell(phase.name), *_phase_cells(record, phase)])
     columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "time"]
     chosen = f"Losses and top-1 are those of the weights that each phase hands on: of its best evaluation by {record.monitor}, or of its last (keep: last)."
-    return html.section("Phases", html.table(columns, rows), html.text(chosen, "soft"))
+    return html.section("Phases", html.Table(columns, rows), html.Text(chosen, soft=True))
 
 
 def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
@@ -226,40 +227,42 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
     ]
 
 
-def _curves(parts: _Parts, record: RunRecord) -> str:
+def _curves(parts: _Parts, record: RunRecord) -> html.Section | None:
     names = ", ".join(phase.name for phase in record.phases)
     alt = f"Loss, top-1 and learning rate over {record.last_step} steps in the phases {names}."
     plot = parts.plot("curves", lambda: curves_figure(record), alt=alt, narrow=lambda: curves_figure(record, NARROW))
-    return html.section("Course of the run", plot) if plot else ""
+    return html.section("Course of the run", plot) if plot else None
 
 
-def _training(parts: _Parts, examples: Examples | None) -> str:
+def _training(parts: _Parts, examples: Examples | None) -> html.Section | None:
     if examples is None:
-        return ""
-    blocks = []
+        return None
+    blocks: list[html.Block] = []
     views = examples.training_views()
     for view in views:
         name = f"training-{view.phases[0]}" if len(views) > 1 else "training"
         save_grid(view.tiles, parts.out / f"{name}.png")
         heading = ", ".join(view.phases) + (f": {view.words}" if view.words else "")
-        blocks.append((html.subheading(heading) if len(views) > 1 or view.words else "") + html.tiles(view.tiles, fours=view.words.endswith("rotations")))
+        if len(views) > 1 or view.words:
+            blocks.append(html.Subheading(heading))
+        blocks.append(html.Tiles(view.tiles, fours=view.words.endswith("rotations")))
     about = "Training images exactly as they reach the network, after augmentation: the first that it is given."
-    return html.section("What the network sees", html.text(about, "soft"), *blocks)
+    return html.section("What the network sees", html.Text(about, soft=True), *blocks)
 
 
-def _predictions(parts: _Parts, predictions: Predictions | None) -> str:
+def _predictions(parts: _Parts, predictions: Predictions | None) -> html.Section | None:
     if predictions is None:
-        return ""
+        return None
     save_grid(predictions.sample, parts.out / "predictions.png")
-    blocks = [
-        html.text(f"{about(predictions)} A random few of them, with the class predicted and how sure the network was:", "soft"),
-        html.tiles(predictions.sample),
+    blocks: list[html.Block] = [
+        html.Text(f"{about(predictions)} A random few of them, with the class predicted and how sure the network was:", soft=True),
+        html.Tiles(predictions.sample),
     ]
     if predictions.mistakes:
         save_grid(predictions.mistakes, parts.out / "mistakes.png")
-        blocks += [html.subheading("Mistakes, the surest first"), html.tiles(predictions.mistakes)]
+        blocks += [html.Subheading("Mistakes, the surest first"), html.Tiles(predictions.mistakes)]
     else:
-        blocks.append(html.text("There was no mistake among them."))
+        blocks.append(html.Text("There was no mistake among them."))
     return html.section("Predictions", *blocks)
 
 
@@ -272,9 +275,9 @@ def about(predictions: Predictions) -> str:
     return f"The model folder was asked about {which}{damaged}{turned}: top-1 {percent(predictions.metrics['top1'], 2)}."
 
 
-def _confusion(parts: _Parts, predictions: Predictions | None) -> str:
+def _confusion(parts: _Parts, predictions: Predictions | None) -> html.Section | None:
     if predictions is None:
-        return ""
+        return None
     labels, predicted, names = predictions.labels, predictions.predicted, predictions.names
     numbers = ClassNumbers.count(labels, predicted, len(names))
     counted = f"Counted over {predictions.num_seen:,} of {predictions.num_samples:,} validation images"
@@ -298,31 +301,31 @@ def _confusion(parts: _Parts, predictions: Predictions | None) -> str:
         [Cell(names[true]), Cell(names[taken]), Cell(f"{count:,}", number=True), Cell(f"{numbers.samples[true]:,}", number=True)]
         for true, taken, count in pairs
     ]
-    listed = html.subheading("Most often confused") + html.table(["class", "taken for", "times", "of"], rows, compact=True) if rows else ""
-    return html.section("Classes", html.beside(matrix, bars + listed))
+    listed = [html.Subheading("Most often confused"), html.Table(["class", "taken for", "times", "of"], rows, compact=True)] if rows else []
+    return html.section("Classes", html.Beside([[part for part in column if part is not None] for column in ([matrix], [bars, *listed])]))
 
 
-def _transfer(record: RunRecord) -> str:
+def _transfer(record: RunRecord) -> html.Section | None:
     found = record.transfer
     if found is None:
-        return ""
+        return None
     totals = found.get("totals") or {}
     rows = [[Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)] for name, n in totals.items()]
     words = f"From {found.get('source')}, by {found.get('by')}: {percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
-    told = [str(line) for key in ("warnings", "notes") for line in found.get(key) or []]
+    notes = [str(line) for key in ("warnings", "notes") for line in found.get(key) or []]
     return html.section(
         "Pretrained weights",
-        html.text(words),
-        html.table(["outcome", "tensors", "parameters"], rows, compact=True) if rows else "",
-        html.bullets(told) if told else "",
+        html.Text(words),
+        html.Table(["outcome", "tensors", "parameters"], rows, compact=True) if rows else None,
+        html.Bullets(notes) if notes else None,
     )
 
 
-def _notes(record: RunRecord) -> str:
+def _notes(record: RunRecord) -> html.Section | None:
     lines = []
     for note in record.notes[-_MOST_NOTES:]:
         known = {key: value for key, value in note.items() if key not in ("event", "note", "step")}
         more = ", ".join(f"{key} {value}" for key, value in known.items() if isinstance(value, (str, int, float)))
         step = f"step {note['step']}: " if "step" in note else ""
         lines.append(f"{step}{note.get('note', '')}" + (f" ({more})" if more else ""))
-    return html.section("Notes of the run", html.bullets(lines)) if lines else ""
+    return html.section("Notes of the run", html.Bullets(lines)) if lines else None

@@ -19,9 +19,8 @@ from report_runs import PHASES, make_config, make_run, write_history
 
 from dtl.errors import UserError
 from dtl.report import make_comparison, make_report
-from dtl.report.html import Cell
+from dtl.report.html import Cell, Table
 from dtl.report.html import page as page_of
-from dtl.report.html import table as table_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -108,8 +107,8 @@ def test_a_comparison_in_a_narrow_window(tmp_path: Path) -> None:
 def test_numbers_beside_long_names_stay_on_one_line_in_a_narrow_window(tmp_path: Path) -> None:
     names = ("hard-leaved pocket orchid", "pink-yellow dahlia", "a_name_without_a_single_space_in_it_at_all")
     rows = [[Cell(one), Cell(other), Cell("12", number=True), Cell("1,234", number=True)] for one in names for other in names]
-    table = table_of(["class", "taken for", "times", "of"], rows, compact=True)
-    found = measured(page_of("names", "", [table], footer=""), 375, tmp_path)
+    table = Table(["class", "taken for", "times", "of"], rows, compact=True)
+    found = measured(page_of("names", [], [table], footer=""), 375, tmp_path)
     assert found["numbers"] == 2 * len(rows) + 2
     assert found["cut"] == []
     assert found["scroll"] == found["width"]
