@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from dtl.data.decoding.decode import DecodeError, decode
 from dtl.data.sources.digits import read_digits
 from dtl.errors import DamagedSample, UserError
+from dtl.files import write_whole
 from dtl.inference.images import ImageInputs
 from dtl.inference.model import StoredModel
 from dtl.models.build import build, forward_logits
@@ -64,32 +64,36 @@ def export(model: StoredModel, target: Path, *, to: str, images: Tensor, opset: 
     UserError where the format's package is missing, the network cannot be exported, or the result differs from PyTorch: then
     nothing is written.
     """
-    facts = describe(model)
+    facts = _describe(model)
     module = _Logits(model.network.module).eval()
     with torch.inference_mode():
         expected = module(images).numpy()
-    temporary = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        # Exporters warn of their own deprecations; what matters is told by the check.
+    note, difference = "", None
+
+    def write(file: BinaryIO) -> None:
+        nonlocal note, difference
+        place = Path(file.name)  # some exporters want a path
+        # Exporters warn of their own deprecations; the comparison shows what matters.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if to == "onnx":
-                run, note = _to_onnx(module, images, temporary, facts, opset)
+                run, note = _to_onnx(module, images, place, facts, opset)
             elif to == "torch-export":
-                run, note = _to_torch_export(module, images, temporary, facts)
+                run, note = _to_torch_export(module, images, place, facts)
             else:
-                run, note = _to_safetensors(model, temporary, facts)
+                run, note = _to_safetensors(model, place, facts)
             difference = None if run is None else _compare(run, images, expected, to)
-        temporary.replace(target)
+
+    try:
+        write_whole(target, write)
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        write_whole(target.with_name(target.name + ".json"), lambda file: file.write(text.encode()))
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    target.with_name(target.name + ".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return Exported(target, len(images), difference, note)
 
 
-def describe(model: StoredModel) -> dict[str, Any]:
+def _describe(model: StoredModel) -> dict[str, Any]:
     """What a program needs beside the network: the input, the classes, where it came from."""
     size = model.transform.image_size
     values = model.network.preprocessing
