@@ -38,6 +38,7 @@ def test_what_is_in_the_wheel_is_enough(tmp_path: Path) -> None:
         "dtl/py.typed",
         "dtl/data/sources/digits.npz",
         "dtl/data/decoding/_jpeg_crop.pyi",
+        "dtl/report/page.html.j2",
         *(f"dtl/recipes/{name}.yaml" for name in ("digits", "features", "finetune")),
     }
     assert {name for name in names if not name.endswith((".so", ".c")) and ".dist-info/" not in name} == modules | data
