@@ -80,12 +80,12 @@ def raw_loop(case: Case) -> Callable[[torch.Tensor, torch.Tensor], Any]:
 def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, precision: str = "no") -> None:
     """`dtl train` on what `stream`, given one real step's batches, yields, until that raises Enough."""
     from dtl.config import load_config
-    from dtl.training.dataloaders import Feeds
+    from dtl.training.dataloaders import DataLoaders
     from dtl.training.run import run
 
-    real = Feeds.train_steps
+    real = DataLoaders.train_steps
 
-    def patched(self: Feeds, phase: Any, phase_step: int) -> Iterator[list[Any]]:
+    def patched(self: DataLoaders, phase: Any, phase_step: int) -> Iterator[list[Any]]:
         first = real(self, phase, phase_step)
         batches = next(first)
         first.close()  # type: ignore[attr-defined]
@@ -95,13 +95,13 @@ def run_dtl(case: Case, stream: Callable[[list[Any]], Iterator[list[Any]]], *, p
         recipe = Path(folder) / "loop.yaml"
         recipe.write_text(RECIPE.format(folder=folder, model=case.model, image_size=case.image_size, batch=BATCH, precision=precision), encoding="utf-8")
         config, name = load_config(["--config", str(recipe)])
-        Feeds.train_steps = patched  # type: ignore[method-assign]
+        DataLoaders.train_steps = patched  # type: ignore[method-assign]
         try:
             run(config, name)
         except Enough:
             pass
         finally:
-            Feeds.train_steps = real  # type: ignore[method-assign]
+            DataLoaders.train_steps = real  # type: ignore[method-assign]
 
 
 WARM_UP = 3

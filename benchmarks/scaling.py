@@ -76,14 +76,14 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
     import torch.distributed as dist
 
     from dtl.config import load_config
-    from dtl.training.dataloaders import Feeds
+    from dtl.training.dataloaders import DataLoaders
     from dtl.training.run import run
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.cuda.is_available():
         torch.set_num_threads(1)
     found: dict[str, list[float]] = {RAW: [], STATIC: [], OURS: [], COMPRESSED: []}
-    real = Feeds.train_steps
+    real = DataLoaders.train_steps
 
     def wait() -> float:
         if torch.cuda.is_available():
@@ -92,7 +92,7 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
             dist.barrier()
         return time.perf_counter()
 
-    def stream(self: Feeds, phase: Any, phase_step: int) -> Iterator[list[Any]]:
+    def stream(self: DataLoaders, phase: Any, phase_step: int) -> Iterator[list[Any]]:
         first = real(self, phase, phase_step)
         batches = next(first)
         first.close()  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
                     found[STATIC].append((wait() - raw_ended) / options.steps)
         raise Enough
 
-    Feeds.train_steps = stream  # type: ignore[method-assign]
+    DataLoaders.train_steps = stream  # type: ignore[method-assign]
     try:
         for way, compression in ((OURS, "no"), (COMPRESSED, "bf16")):
             if way == COMPRESSED and world == 1:
@@ -142,7 +142,7 @@ def one_rank(options: Any, folder: Path) -> dict[str, list[float]]:
                 AcceleratorState._reset_state(reset_partial_state=True)
                 _another_port()
     finally:
-        Feeds.train_steps = real  # type: ignore[method-assign]
+        DataLoaders.train_steps = real  # type: ignore[method-assign]
     return found
 
 

@@ -78,8 +78,8 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     with runtime.before_first_step(lambda: None):
         train, val = build.open_data(config, runtime, log)
         network = build.build_network(config, train.num_classes, runtime)
-        feeds = build.build_dataloaders(config, runtime, train, val, network)
-        phase = next(phase for phase in build.planned(config, feeds) if phase.name == phase_name)
+        loaders = build.build_dataloaders(config, runtime, train, val, network)
+        phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)
         build.load_pretrained(config, network, runtime, train, log)
         channels_last = build.place_network(config, network, runtime)
         set_head(network, phase, init=config.model.init, seed=config.run.seed)
@@ -90,21 +90,21 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
             network,
             phase,
             runtime,
-            class_counts=feeds.class_counts,
-            classes=feeds.classes,
+            class_counts=loaders.class_counts,
+            classes=loaders.classes,
             freeze_norm=config.model.freeze_norm,
-            micro_batch_size=feeds.layout(phase).micro_batch_size,
+            micro_batch_size=loaders.layout(phase).micro_batch_size,
             image_size=config.data.image_size,
             sync_bn=config.model.sync_bn,
             say=log,
         )
         normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
         if config.data.micro_batch_size == "auto":
-            fit(active, feeds, runtime, normalise=normalise, state=None, say=log)
+            fit(active, loaders, runtime, normalise=normalise, state=None, say=log)
     log(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
     return find_lr(
         active,
-        feeds,
+        loaders,
         runtime,
         normalise=normalise,
         seed=config.run.seed,

@@ -32,7 +32,7 @@ from dtl.models.strict_load import strict_load
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.training import build
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass, Outputs
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums
@@ -92,7 +92,7 @@ class Examples:
 
     config: Config
     runtime: Runtime
-    feeds: Feeds
+    loaders: DataLoaders
     phases: list[Phase]
     names: list[str]
     """Display names of the classes."""
@@ -113,9 +113,9 @@ class Examples:
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")
         network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True)
-        feeds = build.build_dataloaders(config, runtime, train, val, network)
+        loaders = build.build_dataloaders(config, runtime, train, val, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
-        return cls(config, runtime, feeds, build.planned(config, feeds), names)
+        return cls(config, runtime, loaders, build.planned(config, loaders), names)
 
     # ---- training images
 
@@ -140,9 +140,9 @@ class Examples:
 
     def _step_tiles(self, phase: Phase, step: int, most: int) -> list[Tile]:
         """At most `most` first images of one step of the phase's first epoch, as its task makes them."""
-        samples = self.feeds.plan(phase.first_epoch).step_samples(step)[: most + most % 2]  # whole pairs, which may be mixed
-        transform = self.feeds.val_transform if self._unaugmented(phase) else self.feeds.train_transform
-        batch = self._load(self.feeds.train, transform, samples, epoch=phase.first_epoch, step=step)
+        samples = self.loaders.plan(phase.first_epoch).step_samples(step)[: most + most % 2]  # whole pairs, which may be mixed
+        transform = self.loaders.val_transform if self._unaugmented(phase) else self.loaders.train_transform
+        batch = self._load(self.loaders.train, transform, samples, epoch=phase.first_epoch, step=step)
         images, labels, weights = phase.task.prepare(batch.images, batch.labels, batch.weights)
         names = self._names(phase.task)
         shares = torch.nn.functional.one_hot(labels, phase.num_outputs).float()
@@ -160,7 +160,7 @@ class Examples:
     def _unaugmented(self, phase: Phase) -> bool:
         """Its features were cached from images as evaluation sees them (dtl.training.feature_phase), whatever the augmentation says."""
         config = phase.config
-        return config.cache_features is True and config.views == 1 and not self.feeds.train_transform.is_fixed
+        return config.cache_features is True and config.views == 1 and not self.loaders.train_transform.is_fixed
 
     # ---- validation images
 
@@ -169,7 +169,7 @@ class Examples:
         facts = read_model_json(model)
         task = self._task_of(facts)
         forward = ForwardPass.of(_load_network(model, facts), self.runtime)
-        samples = draw_samples(self.feeds.val.num_samples, max_images, self.seed)
+        samples = draw_samples(self.loaders.val.num_samples, max_images, self.seed)
         loss, sums, parts, num_damaged = Loss(), Sums(len(facts.classes), self.runtime.device), list[_Rows](), 0
         for outputs in forward.over(self._batches(samples, seconds), task):
             sums.update(outputs.logits, outputs.labels, outputs.weights, loss(outputs.logits, outputs.labels)[0])
@@ -187,7 +187,7 @@ class Examples:
             names=names,
             metrics=sums.result(),
             num_seen=len(rows.labels) // task.expansion,
-            num_samples=self.feeds.val.num_samples,
+            num_samples=self.loaders.val.num_samples,
             num_damaged=num_damaged,
             sample=self._tiles(rows, np.arange(min(num_tiles, len(rows.labels))), task, names),
             mistakes=self._tiles(rows, worst, task, names),
@@ -197,7 +197,7 @@ class Examples:
         """Batches until the samples or the seconds are used up; one batch at least."""
         size, ends = _BATCH[self.runtime.device.type], time.monotonic() + seconds
         for start in range(0, len(samples), size):
-            yield self._load(self.feeds.val, self.feeds.val_transform, samples[start : start + size], epoch=0)
+            yield self._load(self.loaders.val, self.loaders.val_transform, samples[start : start + size], epoch=0)
             if time.monotonic() >= ends:
                 return
 
@@ -205,7 +205,7 @@ class Examples:
         """The images of these rows, loaded once more: keeping all of them until now would cost memory."""
         if not len(chosen):
             return []
-        batch = self._load(self.feeds.val, self.feeds.val_transform, rows.samples[chosen], epoch=0)
+        batch = self._load(self.loaders.val, self.loaders.val_transform, rows.samples[chosen], epoch=0)
         tiles = []
         for place, row in enumerate(chosen.tolist()):
             label, predicted = int(rows.labels[row]), int(rows.predicted[row])
@@ -219,7 +219,7 @@ class Examples:
     def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int, step: int = 0) -> Batch:
         samples = np.asarray(samples, np.int64)
         request = MicroBatch(epoch, step, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
-        return BatchDataset(shards, transform, image_size=self.feeds.image_size, seed=self.seed).__getitems__(request)
+        return BatchDataset(shards, transform, image_size=self.loaders.image_size, seed=self.seed).__getitems__(request)
 
     def _names(self, task: Task) -> list[str]:
         return self.names if task.name == "classify" else list(task.class_names(self.names))
@@ -227,8 +227,8 @@ class Examples:
     def _task_of(self, facts: ModelFacts) -> Task:
         """The model folder belongs to the last phase."""
         task = task_named(self.phases[-1].config.task)
-        if task.num_outputs(self.feeds.val.num_classes) != len(facts.classes):
-            raise UserError(f"the model tells {len(facts.classes)} classes apart, the validation data has {self.feeds.val.num_classes}")
+        if task.num_outputs(self.loaders.val.num_classes) != len(facts.classes):
+            raise UserError(f"the model tells {len(facts.classes)} classes apart, the validation data has {self.loaders.val.num_classes}")
         return task
 
 

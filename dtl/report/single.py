@@ -164,7 +164,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
     facts: list[tuple[str, str]] = []
     if record.config is not None:
         config = record.config
-        images = f" ({examples.feeds.train.num_samples:,} images of {examples.feeds.train.num_classes:,} classes)" if examples else ""
+        images = f" ({examples.loaders.train.num_samples:,} images of {examples.loaders.train.num_classes:,} classes)" if examples else ""
         facts = [
             ("Network", config.model.name),
             ("Training data", f"{config.data.train}{images}"),

@@ -34,7 +34,7 @@ from dtl.models.hub import hub_name
 from dtl.models.network import to_device
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.losses import class_weights
 from dtl.training.phases import Phase, plan_phases
 
@@ -55,7 +55,7 @@ def check_names(config: Config, folder: RunFolder, runtime: Runtime) -> None:
             check_is_there(config.transfer.source)
 
 
-def check_phases(phases: Sequence[Phase], network: Network, feeds: Feeds, runtime: Runtime) -> None:
+def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders, runtime: Runtime) -> None:
     """A mistake in the last phase is refused now, not after the hours of the first."""
     with runtime.together("phases"):
         for phase in phases:
@@ -63,7 +63,7 @@ def check_phases(phases: Sequence[Phase], network: Network, feeds: Feeds, runtim
             try:
                 select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
                 if config.task == "classify":
-                    class_weights(config.class_weights, feeds.class_counts, feeds.classes)
+                    class_weights(config.class_weights, loaders.class_counts, loaders.classes)
             except UserError as error:
                 raise UserError(f"phase {phase.name}: {error}") from error
 
@@ -112,7 +112,7 @@ def remote_options(config: Config, *, leader: bool) -> RemoteOptions:
     return RemoteOptions(data.cache_dir, data.cache_gb, data.retries, data.timeout, data.allow_pipe, leader)
 
 
-def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> Feeds:
+def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> DataLoaders:
     data = config.data
     ranks_here = runtime.gather(gethostname()).count(gethostname())
     with runtime.together("batches"):
@@ -136,7 +136,7 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
         if data.decode == "device":
             device_decode.ready(train_view, runtime.device)
     with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here
-        feeds = Feeds(
+        loaders = DataLoaders(
             train=train,
             val=val,
             train_transform=train_view,
@@ -157,15 +157,15 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
-        feeds.plan(0)
-        check_shared_memory(feeds.shared_bytes, ranks=ranks_here, workers=feeds.workers)
-        if demands := feeds.cache_demands(planned(config, feeds)):
+        loaders.plan(0)
+        check_shared_memory(loaders.shared_bytes, ranks=ranks_here, workers=loaders.workers)
+        if demands := loaders.cache_demands(planned(config, loaders)):
             divide(demands, demands[0].cache.options.limit)
-    return feeds
+    return loaders
 
 
-def planned(config: Config, feeds: Feeds) -> list[Phase]:
-    return plan_phases(config.phases, steps_per_epoch=feeds.steps_per_epoch, num_classes=feeds.train.num_classes)
+def planned(config: Config, loaders: DataLoaders) -> list[Phase]:
+    return plan_phases(config.phases, steps_per_epoch=loaders.steps_per_epoch, num_classes=loaders.train.num_classes)
 
 
 def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ from dtl.training.phases import Phase
 
 
 @dataclass
-class Feeds:
+class DataLoaders:
     """Training and validation data of this rank. The shards are opened, the class maps checked."""
 
     train: Shards

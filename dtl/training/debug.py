@@ -58,7 +58,7 @@ def debug_mode(wanted: bool) -> Iterator[None]:
 def overfit_one_batch(trainer: Trainer) -> None:
     """Fit a copy of the network to one batch: a network, a loss or labels that cannot do even that will not learn anything."""
     phase = trainer.phases[-1]
-    stream = trainer.feeds.train_steps(phase, 0)
+    stream = trainer.loaders.train_steps(phase, 0)
     with contextlib.closing(stream):  # type: ignore[type-var]
         batch = next(stream)[0]
     device = trainer.runtime.device

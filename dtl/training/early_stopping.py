@@ -9,7 +9,7 @@ from dtl.checkpoint.resume.state import Best, TrainState
 from dtl.errors import UserError
 from dtl.text import counted
 from dtl.training.active import ActivePhase
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.phases import Phase
 
 
@@ -66,13 +66,13 @@ def note_result(phase: Phase, state: TrainState) -> None:
     state.extra["results"] = [*(old for old in state.extra.get("results", []) if old["phase"] != phase.name), row]
 
 
-def diverged(active: ActivePhase, feeds: Feeds, state: TrainState, steps: list[int]) -> UserError:
+def diverged(active: ActivePhase, loaders: DataLoaders, state: TrainState, steps: list[int]) -> UserError:
     """What to say of a loss that is not finite; `steps`: the first such step of each rank."""
     phase = active.phase
     step = min(steps, default=state.step)
     phase_step = step - 1 - (state.step - state.phase_step)
     lr = active.set_lr(phase_step)
-    names = feeds.sample_names(phase, phase_step, limit=4)
+    names = loaders.sample_names(phase, phase_step, limit=4)
     return UserError(
         f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
         f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"

@@ -13,7 +13,7 @@ from dtl.checkpoint.resume.state import TrainState
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.runs.tracker import Tracker
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.phases import Phase
 from dtl.training.throughput import EpochSpeed, gather
 
@@ -42,12 +42,12 @@ class EpochCount:
         """Called by all ranks together, before a checkpoint."""
         state.extra[_KEY] = list(self._sum(runtime))
 
-    def tell(self, phase: Phase, state: TrainState, *, speed: EpochSpeed, feeds: Feeds, runtime: Runtime, tracker: Tracker) -> None:
+    def tell(self, phase: Phase, state: TrainState, *, speed: EpochSpeed, loaders: DataLoaders, runtime: Runtime, tracker: Tracker) -> None:
         """After the last step of an epoch, or of a phase within one (which may be made longer later); all ranks together."""
         epoch, step = phase.epoch_of(state.phase_step - 1)
         seen, damaged = self._sum(runtime)
-        expected = feeds.plan(epoch).step_bounds(step)[1]
-        facts = gather(speed, runtime, workers=feeds.workers, image_size=feeds.image_size, short_side=feeds.short_side)
+        expected = loaders.plan(epoch).step_bounds(step)[1]
+        facts = gather(speed, runtime, workers=loaders.workers, image_size=loaders.image_size, short_side=loaders.short_side)
         tracker.epoch(
             phase=phase.name,
             epoch=epoch,

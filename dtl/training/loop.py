@@ -28,7 +28,7 @@ from dtl.runs.trace import StepTrace
 from dtl.runs.tracker import Tracker
 from dtl.training import micro_batch, saving
 from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.early_stopping import diverged, judge, note_result
 from dtl.training.epoch_count import EpochCount
 from dtl.training.evaluate import evaluate
@@ -49,7 +49,7 @@ class Trainer:
     runtime: Runtime
     network: Network
     phases: list[Phase]
-    feeds: Feeds
+    loaders: DataLoaders
     state: TrainState
     store: CheckpointStore
     tracker: Tracker
@@ -65,7 +65,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
-        self._features = PhaseFeatures(self.runtime, self.network, self.feeds, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.print)
+        self._features = PhaseFeatures(self.runtime, self.network, self.loaders, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.print)
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
@@ -103,7 +103,7 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
-        if self.settings.fit_memory and micro_batch.fit(active, self.feeds, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print):
+        if self.settings.fit_memory and micro_batch.fit(active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
             del active
@@ -112,15 +112,15 @@ class Trainer:
 
     def _enter_once(self, phase: Phase) -> ActivePhase:
         if self.settings.fit_memory:
-            micro_batch.recall(self.feeds, self.state, phase)
+            micro_batch.recall(self.loaders, self.state, phase)
         active = enter(
             self.network,
             phase,
             self.runtime,
-            class_counts=self.feeds.class_counts,
-            classes=self.feeds.classes,
+            class_counts=self.loaders.class_counts,
+            classes=self.loaders.classes,
             freeze_norm=self.settings.freeze_norm,
-            micro_batch_size=self.feeds.layout(phase).micro_batch_size,
+            micro_batch_size=self.loaders.layout(phase).micro_batch_size,
             image_size=self.settings.image_size,
             sync_bn=self.settings.sync_bn,
             compile_network=self.settings.compile,
@@ -153,17 +153,17 @@ class Trainer:
             self._evaluate(active)
         if state.phase_step >= phase.num_steps or state.extra.get("ended"):
             return
-        with closing(self.feeds.train_steps(phase, state.phase_step)) as stream:  # type: ignore[type-var]
+        with closing(self.loaders.train_steps(phase, state.phase_step)) as stream:  # type: ignore[type-var]
             while state.phase_step < phase.num_steps and not state.extra.get("ended"):
                 batches = self._next(phase, stream)
                 told = self._tell(batches, save=self._save_due_by_clock())
                 phase_step = state.phase_step
-                num_images = self.feeds.step_size(phase, phase_step)
-                weight = step_weight(active, self.feeds, phase_step, num_images)
+                num_images = self.loaders.step_size(phase, phase_step)
+                weight = step_weight(active, self.loaders, phase_step, num_images)
                 try:
                     lr = stepper.step(batches, step=state.step, phase_step=phase_step, normaliser=weight, window=self._window)
                 except micro_batch.PERHAPS_FULL as error:
-                    micro_batch.explain(error, self.feeds, phase)
+                    micro_batch.explain(error, self.loaders, phase)
                     raise
                 said = self._hear(told, "train", batches)
                 self._trace.record(state.step + 1, batches)
@@ -178,7 +178,7 @@ class Trainer:
         """This rank's micro-batches of the next step."""
         self._step_started = time.monotonic()
         phase_step = self.state.phase_step
-        self.heart.what = lambda: self.feeds.batch_name(phase, phase_step)
+        self.heart.what = lambda: self.loaders.batch_name(phase, phase_step)
         self.heart.enter("load", self.state.step + 1)
         batches: list[Batch] = next(stream)
         waited = time.monotonic() - self._step_started
@@ -235,7 +235,7 @@ class Trainer:
             self._save(active)
 
     def _tell_epoch(self, phase: Phase) -> None:
-        self._counted.tell(phase, self.state, speed=self._speed, feeds=self.feeds, runtime=self.runtime, tracker=self.tracker)
+        self._counted.tell(phase, self.state, speed=self._speed, loaders=self.loaders, runtime=self.runtime, tracker=self.tracker)
         self._speed = EpochSpeed()
 
     def _log(self, active: ActivePhase, lr: float) -> None:
@@ -265,7 +265,7 @@ class Trainer:
         total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
         loss = total / max(window.weight_sum, 1e-12)
         if num_bad or loss != loss:
-            raise diverged(active, self.feeds, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
+            raise diverged(active, self.loaders, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
         return loss
 
     def _spend(self, phase: Phase) -> None:
@@ -285,7 +285,7 @@ class Trainer:
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
                 active.evaluated,
-                self.feeds.val_steps(),
+                self.loaders.val_steps(),
                 self.runtime,
                 task=phase.task,
                 num_outputs=phase.num_outputs,
@@ -382,7 +382,7 @@ class Trainer:
         elif active.ema is not None:
             active.ema.copy_to(module)
         leave(active, self.runtime)
-        self.feeds.cached = {}
+        self.loaders.cached = {}
         self.tracker.end_phase()
         note_result(phase, state)
 

@@ -13,7 +13,7 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.normalise import Normalise
 from dtl.training.active import ActivePhase
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.lr_curve import LrCurve, rising_lrs
 from dtl.training.snapshot import undone
 from dtl.training.step import Stepper, Window, normaliser
@@ -39,7 +39,7 @@ class _Sweep(ActivePhase):
 
 def find_lr(
     active: ActivePhase,
-    feeds: Feeds,
+    loaders: DataLoaders,
     runtime: Runtime,
     *,
     normalise: Normalise,
@@ -69,13 +69,13 @@ def find_lr(
     stepper = Stepper(sweep, runtime, normalise=normalise, seed=seed, heart=heart or Heartbeat())
     curve = LrCurve(phase.name)
     told = time.monotonic()
-    with undone(active, runtime), closing(feeds.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
+    with undone(active, runtime), closing(loaders.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
         for step in range(num_steps):
             batches = next(stream)
             if _check(batches, runtime, stop=stop()):
                 raise SweepStopped(f"after {step} of {num_steps} steps")
             window = Window()
-            weight = normaliser(sweep, feeds.step_labels(phase, step))
+            weight = normaliser(sweep, loaders.step_labels(phase, step))
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
             loss = runtime.sum_floats(window.sum())[0] / weight
             if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - told > SECONDS_SILENT:

@@ -27,7 +27,7 @@ from dtl.models.freeze import norms_alone
 from dtl.models.normalise import Normalise
 from dtl.text import counted
 from dtl.training.active import ActivePhase
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.phases import Phase
 from dtl.training.snapshot import modes_kept, rng_kept
 from dtl.training.step import Stepper
@@ -41,22 +41,22 @@ _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
-def recall(feeds: Feeds, state: TrainState, phase: Phase) -> None:
+def recall(loaders: DataLoaders, state: TrainState, phase: Phase) -> None:
     """Begin `phase` with what fitted in an earlier start, or with a rank's whole share."""
-    feeds.micro_batch_size = state.extra.get(_KEY, {}).get(phase.name)
+    loaders.micro_batch_size = state.extra.get(_KEY, {}).get(phase.name)
 
 
-def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, say: Callable[[str], None]) -> bool:
-    """Halve `feeds.micro_batch_size` until a micro-batch of the phase fits on every rank; True where it had to.
+def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, say: Callable[[str], None]) -> bool:
+    """Halve `loaders.micro_batch_size` until a micro-batch of the phase fits on every rank; True where it had to.
 
     All ranks call it together. Weights, statistics, gradients and generators are afterwards as before. UserError where not even
     the smallest micro-batch fits.
     """
     phase, halved = active.phase, False
     while True:
-        layout = feeds.layout(phase)
+        layout = loaders.layout(phase)
         size = layout.micro_batch_size
-        problems = runtime.gather(_trial(active, size, feeds.image_size, runtime, normalise))
+        problems = runtime.gather(_trial(active, size, loaders.image_size, runtime, normalise))
         if not any(problems):
             break
         rank = next(i for i, problem in enumerate(problems) if problem)
@@ -65,21 +65,21 @@ def fit(active: ActivePhase, feeds: Feeds, runtime: Runtime, *, normalise: Norma
                 f"phase {phase.name}: not even {counted(size, 'image')} at once would fit into memory (rank {rank}: {problems[rank]}); a smaller "
                 "data.image_size or model, model.checkpoint_activations: true, or precision bf16 need less"
             )
-        feeds.micro_batch_size = max(layout.unit, -(-size // 2))
+        loaders.micro_batch_size = max(layout.unit, -(-size // 2))
         halved = True
-        say(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {feeds.micro_batch_size}")
+        say(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {loaders.micro_batch_size}")
     if halved:
         times = f"{layout.accumulation_steps} a step on each of {counted(runtime.world_size, 'process')}"
-        say(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {feeds.global_batch_size}")
+        say(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {loaders.global_batch_size}")
         if state is not None:
             state.extra[_KEY] = {**state.extra.get(_KEY, {}), phase.name: size}
     return halved
 
 
-def explain(error: Exception, feeds: Feeds, phase: Phase) -> None:
+def explain(error: Exception, loaders: DataLoaders, phase: Phase) -> None:
     """Raise what says what to do, where a step ran out of memory after all (others took it meanwhile)."""
     if _is_out_of_memory(error):
-        size = feeds.layout(phase).micro_batch_size
+        size = loaders.layout(phase).micro_batch_size
         raise RuntimeError(
             f"out of memory in a micro-batch of {size}, which fitted before: somebody else may use this device; "
             f"--data.micro-batch-size {max(1, size // 2)} goes on from the newest checkpoint with the same global batches"

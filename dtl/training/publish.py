@@ -117,7 +117,7 @@ def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
 
 
 def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config) -> None:
-    network, train = trainer.network, trainer.feeds.train
+    network, train = trainer.network, trainer.loaders.train
     last = trainer.numbers()[-1]
     save_model_folder(
         model,
@@ -149,5 +149,5 @@ def preprocessing(network: Network, config: Config, trainer: Trainer) -> dict[st
         **asdict(network.preprocessing),
         "image_size": config.data.image_size,
         "crop_ratio": network.preprocessing.crop_ratio if config.data.crop_ratio == "auto" else config.data.crop_ratio,
-        "transform": json.loads(json.dumps(trainer.feeds.val_transform.describe())),
+        "transform": json.loads(json.dumps(trainer.loaders.val_transform.describe())),
     }

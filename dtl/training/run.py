@@ -20,7 +20,7 @@ from dtl.models.build import Network
 from dtl.runs.bad_samples import BadSamples
 from dtl.text import counted, some
 from dtl.training import build
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.debug import overfit_one_batch
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
@@ -65,7 +65,7 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
     return session.result
 
 
-def _trainer(session: Session, network: Network, phases: list[Phase], feeds: Feeds, state: TrainState, *, channels_last: bool) -> Trainer:
+def _trainer(session: Session, network: Network, phases: list[Phase], loaders: DataLoaders, state: TrainState, *, channels_last: bool) -> Trainer:
     config, runtime, folder = session.config, session.runtime, session.folder
     tracker = session.open_tracker(state)
     bad_samples = BadSamples(
@@ -90,7 +90,7 @@ def _trainer(session: Session, network: Network, phases: list[Phase], feeds: Fee
         runtime=runtime,
         network=network,
         phases=phases,
-        feeds=feeds,
+        loaders=loaders,
         state=state,
         store=session.store,
         tracker=tracker,
@@ -123,7 +123,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     folder.write_status("running", why=stuck, step=state.step)
     if stuck:
         log(stuck)
-    train, val = trainer.feeds.train, trainer.feeds.val
+    train, val = trainer.loaders.train, trainer.loaders.val
     resumed = f"; resuming at step {state.step}" if state.step else ""
     log(
         f"run {folder.path}: {train.num_samples:,} training and {counted(val.num_samples, 'validation image')} of "
@@ -131,7 +131,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         f"{runtime.device.type}, precision {runtime.precision}{resumed}"
     )
     if any(phase.config.task == "classify" for phase in trainer.phases):
-        for line in classes_without_images(trainer.feeds.classes, train.manifest.class_counts, val.manifest.class_counts):
+        for line in classes_without_images(trainer.loaders.classes, train.manifest.class_counts, val.manifest.class_counts):
             log(line)
     for line in too_few_threads(runtime):
         log(line)

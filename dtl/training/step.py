@@ -20,7 +20,7 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.keyed import int_key
 from dtl.models.normalise import Normalise
 from dtl.training.active import ActivePhase
-from dtl.training.dataloaders import Feeds
+from dtl.training.dataloaders import DataLoaders
 
 # Weight of each auxiliary head's loss: Inception (Szegedy et al. 2016) has one at 0.4, GoogLeNet (2015) two at 0.3.
 AUXILIARY_WEIGHT = {1: 0.4, 2: 0.3}
@@ -149,11 +149,11 @@ def _weighted_sum(active: ActivePhase, logits: Tensor, targets: Tensor, weights:
     return torch.where(weights > 0, losses * weights, 0.0).sum()
 
 
-def step_weight(active: ActivePhase, feeds: Feeds, phase_step: int, num_images: int) -> float:
+def step_weight(active: ActivePhase, loaders: DataLoaders, phase_step: int, num_images: int) -> float:
     """`normaliser` of a step of `num_images`; its labels are looked up only where classes have weights."""
     if active.class_weights is None:
         return float(num_images * active.phase.task.expansion)
-    return normaliser(active, feeds.step_labels(active.phase, phase_step))
+    return normaliser(active, loaders.step_labels(active.phase, phase_step))
 
 
 def normaliser(active: ActivePhase, labels: np.ndarray) -> float:

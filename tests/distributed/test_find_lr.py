@@ -51,10 +51,10 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     runtime = Runtime(device="cpu", precision="no")
     train, val = build.open_data(config, runtime, print)
     network = build.build_network(config, train.num_classes, runtime)
-    feeds = build.build_dataloaders(config, runtime, train, val, network)
-    (phase,) = build.planned(config, feeds)
+    loaders = build.build_dataloaders(config, runtime, train, val, network)
+    (phase,) = build.planned(config, loaders)
     active = enter(
-        network, phase, runtime, class_counts=feeds.class_counts, classes=feeds.classes, freeze_norm=True, micro_batch_size=120, image_size=16, say=print
+        network, phase, runtime, class_counts=loaders.class_counts, classes=loaders.classes, freeze_norm=True, micro_batch_size=120, image_size=16, say=print
     )
     settings = {"normalise": Normalise(network.preprocessing, runtime.device, channels_last=False), "seed": 0, "num_steps": 12, "first": 1e-3, "last": 1.0}
     # An optimizer with a state of its own, as in the middle of a phase.
@@ -77,7 +77,7 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
         ]
 
     before, groups, modes = everything(), json.dumps(active.optimizer.state_dict()["param_groups"]), [m.training for m in network.module.modules()]
-    curve = find_lr(active, feeds, runtime, **settings)  # type: ignore[arg-type]
+    curve = find_lr(active, loaders, runtime, **settings)  # type: ignore[arg-type]
     assert len(curve.lrs) == 12
     assert curve.losses[0] != curve.losses[-1]
     assert all(torch.equal(old, new) for old, new in zip(before, everything(), strict=True))
@@ -86,7 +86,7 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     assert active.ema.num_updates == 1
     assert all(parameter.grad is None for parameter in network.module.parameters())
     # And so a second test measures the very same.
-    assert find_lr(active, feeds, runtime, **settings).losses == curve.losses  # type: ignore[arg-type]
+    assert find_lr(active, loaders, runtime, **settings).losses == curve.losses  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,8 @@ def test_a_phase_on_cached_features_is_shown_the_images_that_gave_them(tmp_path:
     assert (head.phases, everything.phases) == (("head",), ("all",))
     assert head.words == "not augmented, since their features were computed once"
     assert everything.words == ""
-    samples = examples.feeds.plan(0).step_samples(0)[:6]
-    seen = examples._load(examples.feeds.train, examples.feeds.val_transform, samples, epoch=5).images.permute(0, 2, 3, 1).numpy()
+    samples = examples.loaders.plan(0).step_samples(0)[:6]
+    seen = examples._load(examples.loaders.train, examples.loaders.val_transform, samples, epoch=5).images.permute(0, 2, 3, 1).numpy()
     assert [tile.pixels.tolist() for tile in head.tiles] == seen.tolist()
 
 
@@ -234,11 +234,11 @@ def test_small_batches_fill_the_grid_with_those_that_follow(tmp_path: Path, monk
     examples = Examples.open(read_run(make_run(tmp_path / "run", config, model=False)))
     (view,) = examples.training_views(num_tiles=10)
     assert len(view.tiles) == 10
-    feeds = examples.feeds
-    samples = np.concatenate([feeds.plan(0).step_samples(step) for step in range(3)])[:10]
+    loaders = examples.loaders
+    samples = np.concatenate([loaders.plan(0).step_samples(step) for step in range(3)])[:10]
     assert len(set(samples.tolist())) == 10
     if not mixup:
-        drawn = examples._load(feeds.train, feeds.train_transform, samples, epoch=0).images.permute(0, 2, 3, 1).numpy()
+        drawn = examples._load(loaders.train, loaders.train_transform, samples, epoch=0).images.permute(0, 2, 3, 1).numpy()
         assert [tile.pixels.tolist() for tile in view.tiles] == drawn.tolist()
     else:
         assert any(" + " in tile.caption for tile in view.tiles[4:])
