@@ -65,7 +65,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
-        self._features = PhaseFeatures(self.runtime, self.network, self.loaders, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.print)
+        self._features = PhaseFeatures(
+            self.runtime, self.network, self.loaders, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.print
+        )
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
@@ -103,7 +105,9 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
-        if self.settings.fit_memory and micro_batch.fit(active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print):
+        if self.settings.fit_memory and micro_batch.fit(
+            active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print
+        ):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
             del active
