@@ -1,7 +1,7 @@
-"""Keyed randomness: every random number is a pure function of what it is for.
+"""Counter-based random numbers: each one is a pure function of a key and a counter, without any generator state.
 
-A draw is named by integers and short words, such as `(seed, epoch, "crop.scale")`, and by the sample it belongs to. So it is the
-same on any rank, in any worker, and after any restart, and there is no generator state to save or to lose.
+The key is made of integers and short words, such as `(seed, epoch, "crop.scale")`; the counter is the sample that the number belongs to. So it
+is the same on any rank, in any worker and after any restart, and there is no state to save or to lose.
 
 The mixer is splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), in our own uint64 arithmetic:
 NumPy's generator streams may change between versions, and the order of a data set must not. Golden values are in the tests.

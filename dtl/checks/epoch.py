@@ -1,4 +1,4 @@
-"""An epoch as its loaders really deliver it, for any number of simulated ranks: counted, and hashed in the order of the plan."""
+"""The samples that an epoch's loaders deliver, for any number of simulated ranks: counted, and hashed in the order of the plan."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from dtl.data.shards.index import Shards
 
 @dataclass(frozen=True)
 class EpochProof:
-    """What all ranks together were given, from the first step asked for to the epoch's end."""
+    """What all ranks together received, from the first requested step to the end of the epoch."""
 
     num_samples: int
-    """Of the whole split."""
+    """In the whole split."""
     num_steps: int
-    """That were run, on every rank."""
+    """Steps that were run, on every rank."""
     expected: int
-    """Samples that these steps should have: all of the split from step 0 on, unless the last ones are dropped."""
+    """Samples that these steps should deliver: the whole split from step 0 on, unless the last ones are dropped."""
     seen: int
-    """Slots that were filled, damaged samples among them."""
+    """Samples that were delivered, damaged ones included."""
     duplicated: int
-    """Samples that were seen more often than they should (once, or as their class's quota asks), counted by how often too often."""
+    """Surplus deliveries: beyond once for each sample, or beyond its class's quota with data.balance."""
     missing: int
     distinct: int
-    """Different samples among them: fewer than seen where data.balance draws some again."""
+    """Different samples delivered; fewer than `seen` if data.balance repeats some."""
     damaged: tuple[str, ...]
-    """A line for each sample that cannot be used; it keeps its slot, at weight 0."""
+    """One line for each damaged sample; its weight is 0."""
     order_hash: str
-    """Of the sequence of global batches: the ids of the samples of each step, in the order of their slots."""
+    """Hash of the sequence of global batches: the sample ids of each step, in the order of their slots."""
     pixel_hash: str | None
-    """Of the augmented pixels, in the same order."""
+    """Hash of the augmented pixels, in the same order."""
 
     @property
     def is_exact(self) -> bool:
@@ -58,7 +58,7 @@ def prove_epoch(
     pixels: bool,
     advance: Callable[[int], None],
 ) -> EpochProof:
-    """Run each rank's loader to the epoch's end, one rank after another; `advance(samples)` as they come.
+    """Run each rank's loader to the end of the epoch, one rank after another; `advance(n)` is called for each n samples.
 
     Takes 8 bytes for each sample (16 with `pixels`), and 16 for each of the split.
     """
@@ -74,7 +74,7 @@ def prove_epoch(
 
 
 class _Found:
-    """What came, by position in the epoch; a position that nothing came for stays -1."""
+    """What was delivered, by position in the epoch; -1 for a position without a sample."""
 
     def __init__(self, start: int, length: int, pixels: bool) -> None:
         self.start = start
@@ -88,7 +88,7 @@ class _Found:
         real = np.flatnonzero(slots >= 0)
         positions = bounds[0] + slots[real] - self.start
         assert (slots[real] < bounds[1] - bounds[0]).all(), "a slot beyond its step"
-        # A position that comes twice, whatever its sample, is a sample too many.
+        # A position that is delivered twice, whatever its sample, is a surplus sample.
         self.too_often += int((self.samples[positions] >= 0).sum())
         self.samples[positions] = batch.samples.numpy()[real]
         if self.pixels is not None:
@@ -104,7 +104,7 @@ class _Found:
         seen = np.bincount(self.samples[self.samples >= 0], minlength=num_samples)
         whole = first_step == 0 and not plan.drop_last
         # From step 0 on each sample has its number of times, whatever order the plan gives them; from a later step on, or where the last
-        # are dropped, the plan has to say which are left.
+        # are dropped, the plan gives those that are left.
         left = plan.times() if whole else np.bincount(plan.samples(np.arange(self.start, plan.num_positions)), minlength=num_samples)
         return EpochProof(
             num_samples=num_samples,
@@ -120,7 +120,7 @@ class _Found:
         )
 
     def _digest(self, values: npt.NDArray[Any], plan: EpochPlan, first_step: int) -> str:
-        """Of the values, with the ends of the steps between them."""
+        """Hash of the values, with the sizes of the steps between them."""
         digest = hashlib.sha256()
         for step in range(first_step, plan.num_steps):
             low, high = plan.step_bounds(step)

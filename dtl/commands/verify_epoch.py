@@ -1,4 +1,4 @@
-"""`dtl verify-epoch SRC`: what an epoch's loaders deliver, without a model. The work is `dtl.checks.epoch`."""
+"""`dtl verify-epoch SRC`: check what an epoch's loaders deliver, without a model (`dtl.checks.epoch`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """The command. UserError for whatever is wrong with the source or the options."""
+    """The command. UserError if something is wrong with the source or the options."""
     options = _parser().parse_args(arguments)
     _check(options)
     import torch

@@ -46,7 +46,7 @@ class _Checkpointed:
         forward = type(self.block).forward
         if not (torch.is_grad_enabled() and _needs_gradient(self.block, inputs)):
             return forward(self.block, *inputs, **keywords)
-        # DenseNet's blocks hand one growing list from layer to layer; the repetition must see it as it was.
+        # DenseNet's blocks pass one growing list from layer to layer; the recomputation needs it as it was.
         inputs = tuple(list(value) if isinstance(value, list) else value for value in inputs)
         if torch.compiler.is_compiling():
             # The compiler writes buffers back once, after the graph, and takes no context of ours.
@@ -54,13 +54,13 @@ class _Checkpointed:
         return checkpoint(forward, self.block, *inputs, use_reentrant=False, context_fn=self._contexts, **keywords)
 
     def _contexts(self) -> tuple[Any, Any]:
-        """Around the first forward pass, and around its repetition."""
+        """Contexts of the first forward pass, and of its recomputation."""
         return contextlib.nullcontext(), _statistics_untouched(self.block)
 
 
 @contextlib.contextmanager
 def _statistics_untouched(block: nn.Module) -> Iterator[None]:
-    """The repetition writes into copies of the buffers, so that a norm does not count its batch twice.
+    """The recomputation writes into copies of the buffers, so that a norm does not count its batch twice.
 
     Copies and not `track_running_stats=False`: checkpoint wants the same number of saved tensors both times.
     """

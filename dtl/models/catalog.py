@@ -30,10 +30,10 @@ class Entry:
     construct: Callable[..., nn.Module]
     takes_num_classes: bool = True
     options: dict[str, Any] = field(default_factory=dict)
-    """That the name itself brings along."""
+    """Options that the name implies."""
 
     def preprocessing(self, module: nn.Module) -> Preprocessing:
-        """That of the default pretrained weights; ImageNet's values where there are none."""
+        """The preprocessing of the default pretrained weights; ImageNet's values if there are none."""
         if self.library == "torchvision":
             return torchvision_preprocessing(self.name.removeprefix("torchvision/"))
         if self.library == "timm":
@@ -74,8 +74,8 @@ def _construct_torchvision(name: str, **options: Any) -> nn.Module:
     import torchvision.models
 
     if name in ("inception_v3", "googlenet"):
-        # Said outright, since the default is about to change; and both were trained on Inception's own normalisation, which
-        # torchvision undoes inside the network when (and only when) it loads the weights itself.
+        # init_weights is given because its default will change. Both networks were trained with Inception's own normalisation, which
+        # torchvision converts inside the network only if it loads the weights itself.
         options = {"init_weights": True, "transform_input": True, **options}
     module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return module
@@ -88,7 +88,7 @@ def _construct_timm(name: str, **options: Any) -> nn.Module:
 
 
 def _hub_entry(name: str, repository: str) -> Entry:
-    """A repository's config says which of timm's networks it is. The entry's own name is that one: it is built without the hub afterwards."""
+    """The repository's config names the timm network. The entry has that name, so that later builds do not need the hub."""
     if importlib.util.find_spec("timm") is None:
         raise UserError(f"model {name!r} needs timm, which is not installed: pip install timm")
     import timm
@@ -101,7 +101,7 @@ def _hub_entry(name: str, repository: str) -> Entry:
             raise UserError(f"model {name!r}: {why_not_fetched(repository, error)}") from error
     if architecture not in _timm_names():
         raise UserError(f"model {name!r} is a {architecture!r}, which this timm does not have: pip install -U timm")
-    # Those of the network alone: a repository is anybody's, and has no say in what else is loaded (checkpoint_path ...).
+    # Arguments of the network only: a repository of a stranger must not choose what else is loaded (checkpoint_path ...).
     ours = {"num_classes", *inspect.signature(timm.create_model).parameters}
     options = {key: value for key, value in (arguments or {}).items() if key not in ours}
 

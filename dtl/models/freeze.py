@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: by name, proof against `train()`, and proved by a checksum.
+"""What is trained and what is frozen: chosen by name, kept whatever `train()` is called with, and checked by a checksum.
 
 A frozen parameter gets no gradient. A frozen module stays in eval mode whatever `train()` says, so that running statistics do not
 drift and dropout draws nothing (pytorch#86590: "people don't know that their feature extractor is not entirely frozen").
@@ -46,8 +46,8 @@ def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool =
     """Make exactly the parameters in `trainable` (names in `module`) require a gradient, and fix the modes of the rest.
 
     Call it on the bare module, after any conversion to SyncBatchNorm and before the DDP wrap. It may be called again with other names.
-    With `freeze_norm=False` the running statistics of frozen norms go on adapting. Returns what is worth telling: the names of modules
-    with trained and frozen parameters of their own, which stay in eval mode too.
+    With `freeze_norm=False` the running statistics of frozen norms keep adapting. Returns what should be logged: the names of modules with both
+    trained and frozen parameters of their own, which stay in eval mode too.
     """
     known = dict(module.named_parameters())
     unknown = sorted(set(trainable) - known.keys())
@@ -93,8 +93,8 @@ def checksum(module: nn.Module, names: Iterable[str]) -> str:
 def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None) -> frozenset[str]:
     """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
 
-    `auxiliary` says whether the auxiliary heads are in the loss. Found by one forward and backward pass over shapes alone
-    (meta device), so do it once a phase: the answer depends on nothing that changes between steps.
+    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass on the meta device, once for each phase: the answer
+    depends on nothing that changes between steps.
     """
     size = image_size or network.preprocessing.image_size
     with norms_alone():
@@ -123,7 +123,7 @@ def _without_gradient(module: nn.Module, trainable: Collection[str], images: tor
 
 @contextmanager
 def norms_alone() -> Iterator[None]:
-    """Norms that were converted to SyncBatchNorm compute with this rank's own statistics: no collective, and on any device."""
+    """Within it, SyncBatchNorm layers use the statistics of this rank alone: no collective, and on any device."""
     synchronised = nn.SyncBatchNorm.forward
     nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward  # type: ignore[method-assign]
     try:

@@ -86,7 +86,7 @@ def _units(network: Network) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def _expands(module: nn.Module) -> bool:
-    """Whether the module is taken apart: a container of several layers, or a stage that holds a container of equal blocks."""
+    """True if the module is split into its parts: a container of several layers, or a stage that holds a container of equal blocks."""
     if isinstance(module, _CONTAINERS):
         return _num_weight_layers(module) >= 2
     for child in module.children():

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, as timm uses it: names of its repositories, and no minute of retries where there is no network."""
+"""The Hugging Face hub, as timm uses it: names of its repositories, and a quick answer where there is no network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SECONDS = 5.0
 
 
 def hub_name(name: str) -> str | None:
-    """`org/name[@revision]` of `hf-hub:org/name`, with timm's name before it or not; None for what names no repository."""
+    """`org/name[@revision]` of `[timm/]hf-hub:org/name[@revision]`; None if `name` names no repository."""
     bare = name.removeprefix("timm/").removeprefix("timm:")
     return next((bare.removeprefix(prefix) for prefix in _PREFIXES if bare.startswith(prefix)), None)
 
 
 @contextmanager
 def hub_in_reach() -> Iterator[None]:
-    """Within it the hub's client looks into its cache only, should the hub not answer: its own way takes a minute, and prints every try."""
+    """Within it the hub's client uses only its cache if the hub does not answer: its own retries take a minute and print every attempt."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -32,7 +32,7 @@ def hub_in_reach() -> Iterator[None]:
 
 
 def why_not_fetched(what: str, error: BaseException) -> str:
-    """One line on a repository that could not be had."""
+    """One line: why a repository could not be fetched, and what to do."""
     from huggingface_hub import constants
 
     words = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -1,4 +1,4 @@
-"""Initial values, for the modules that are given and for no others: a transfer must never be overwritten."""
+"""Initial values, only for the given modules: transferred weights are never overwritten."""
 
 from __future__ import annotations
 

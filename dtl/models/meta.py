@@ -1,4 +1,4 @@
-"""Modules without memory: on the meta device only shapes exist, so the largest network is built in a fraction of a second."""
+"""Modules on the meta device: only shapes exist, so the largest network is built in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _ALLOCATORS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
-# Initial values take half of the time of a build, and there is nothing to fill. Some of nn.init's functions run their parts out of
-# our sight, so they are caught themselves.
+# Initialisation takes half of the time of a build, and on the meta device there is nothing to fill. Some of nn.init's functions call parts that
+# the mode does not see, so they are intercepted themselves.
 _FILLERS = frozenset(getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"))
 _INITIALISERS = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_})
 

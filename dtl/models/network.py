@@ -14,10 +14,11 @@ from dtl.models.preprocessing import Preprocessing
 
 @dataclass
 class Network:
-    """A module and what must be known about it.
+    """A module, and what fine-tuning must know about it. `dtl.models.build.build` makes one.
 
-    `heads` are dotted names of the layers with one output a class: the main one, then the auxiliary ones.
-    `name`, `num_outputs` and `options` are enough to build it again.
+    `module` maps normalised images, float32 [B, 3, H, W], to logits [B, K]; use `forward_logits`, since some modules return more. `heads` are
+    the dotted names of its classification layers (Linear or 1x1 convolution with K outputs): the main one first, then auxiliary ones.
+    `preprocessing` is what its images must look like. `name`, `num_outputs` and `options` are enough to build it again.
     """
 
     module: nn.Module
@@ -56,7 +57,7 @@ def to_device(module: nn.Module, device: torch.device, *, channels_last: Literal
 
 
 def num_outputs(layer: nn.Module) -> int:
-    """How many classes a head's layer tells apart."""
+    """The number of outputs (classes) of a head's layer."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
     assert isinstance(layer, nn.Conv2d)

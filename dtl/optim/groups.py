@@ -12,7 +12,7 @@ from torch import nn
 from dtl.errors import UserError
 
 _log = logging.getLogger(__name__)
-# Embeddings and tokens are no weights of a product either; torchvision's references leave them out too.
+# Embeddings and tokens are not multiplied with an input; torchvision's references exclude them from weight decay too.
 _EMBEDDINGS = ("pos_embedding", "pos_embed", "class_token", "cls_token", "dist_token", "reg_token", "relative_position_bias_table")
 _WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
 
@@ -50,7 +50,7 @@ def build_groups(
         distance = head_depth - depth[name]
         scale = head_lr_scale if distance == 0 else layer_decay**distance
         decay = 0.0 if name in undecayed else weight_decay
-        # What is treated alike is one group: few groups, large fused updates.
+        # One group for all parameters with the same scale and decay: few groups, large fused updates.
         group = groups.setdefault((scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -83,7 +83,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW over `groups`; each group starts at lr * lr_scale. The caller sets `group["lr"]` before each step.
 
-    `fused="auto"` takes torch's fused kernels where the parameters' devices and types have them (CPU included), and says so otherwise.
+    `fused="auto"` uses torch's fused kernels where the parameters' devices and types have them (CPU included), and logs it if they have not.
     """
     if name not in ("sgd", "adam", "adamw"):
         raise UserError(f"optimizer must be sgd, adam or adamw, not {name!r}")

@@ -1,7 +1,7 @@
-"""Only the crop's rectangle of a JPEG, where the native extra is built (`_jpeg_crop.c`); the same pixels as without it, for less work.
+"""Decode only the crop's rectangle of a JPEG, if the native extra (`_jpeg_crop.c`) is built: the same pixels for less work.
 
-Where it is not there, is switched off (DTL_NATIVE=0) or does not take an image, `crop_jpeg` gives None, and the caller decodes the
-whole image. So a run is the same on machines with and without it. No torch here.
+If it is not built, is switched off (DTL_NATIVE=0) or does not support an image, `crop_jpeg` returns None, and the caller decodes the whole
+image. So a run is the same on machines with and without it. No torch here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SWITCH = "DTL_NATIVE"
 
 
 class Region(NamedTuple):
-    """A rectangle of an image that is decoded at the fraction `reduction` (1, 2, 4 or 8), in pixels of that."""
+    """A rectangle of an image that is decoded at 1 / `reduction` (1, 2, 4 or 8) of its size, in pixels of the reduced image."""
 
     reduction: int
     top: int
@@ -31,7 +31,7 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Native:
-    """Is the extra in use? `summary` says so, and why not; `fault` where it is there, but must not be used."""
+    """Whether the native extra is in use. `summary`: that, and why not; `fault`: it is installed, but cannot be used."""
 
     on: bool
     summary: str
@@ -40,7 +40,7 @@ class Native:
 
 @functools.cache
 def native() -> Native:
-    """Looked at once a process, less than 2 ms."""
+    """Checked once in each process, in less than 2 ms."""
     if os.environ.get(SWITCH, "1") == "0":
         return Native(False, f"whole JPEGs are decoded for each crop: {SWITCH}=0 switches the native extra off")
     try:
@@ -57,9 +57,9 @@ def native() -> Native:
 
 
 def crop_jpeg(data: bytes, region: Region, *, height: int, width: int) -> npt.NDArray[np.uint8] | None:
-    """Pixels of `region` of a JPEG of [height, width] pixels, or None: then the whole image has to be decoded, and checked.
+    """Pixels [region.height, region.width, 3] of a JPEG of [height, width] pixels, or None: then decode and check the whole image.
 
-    None also for what is no JPEG, is damaged up to the rectangle's end, has no end, or is of another size.
+    None also for other formats, for a JPEG that is damaged before the rectangle's end or cut off, and for one of another size.
     """
     return _crop(data, region, height, width) if data[:2] == b"\xff\xd8" and native().on else None
 
@@ -76,7 +76,7 @@ def _crop(data: bytes, region: Region, height: int, width: int) -> npt.NDArray[n
 
 
 def _agrees() -> bool:
-    """A library of another make or age might round in another way than the one inside simplejpeg: try, rather than trust."""
+    """Compare with simplejpeg: another version of libjpeg may round in another way."""
     height, width = 75, 99
     rows, columns = np.indices((height, width))
     picture = np.stack([rows * 3, columns * 2, (rows * columns) % 251], axis=2).astype(np.uint8)

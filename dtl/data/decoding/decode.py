@@ -1,7 +1,7 @@
-"""Image bytes to pixels: exactly those that torchvision's ImageFolder gives, `PIL.Image.open(f).convert("RGB")`.
+"""Image bytes to pixels: exactly those of torchvision's ImageFolder, `PIL.Image.open(f).convert("RGB")`.
 
-So an EXIF orientation is not applied, alpha is dropped, and of an animation the first frame counts: pretrained networks were trained
-on these pixels. No torch here: the processes of `dtl pack` do without it.
+So EXIF orientation is not applied, alpha is dropped, and the first frame of an animation is used: pretrained networks were trained on these
+pixels. No torch here: the processes of `dtl pack` do not import it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MAX_SIDE = 65_535
 
 
 class DecodeError(Exception):
-    """These bytes are no image that can be used; the message says why."""
+    """These bytes cannot be used as an image; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image says of itself. `format` is one of FORMATS, `mode` is Pillow's (RGB, L, P, CMYK ...); no EXIF turn."""
+    """An image's header: size in pixels without EXIF orientation, `format` (one of FORMATS), Pillow's `mode` (RGB, L, P, CMYK ...)."""
 
     width: int
     height: int
@@ -39,7 +39,7 @@ class ImageHeader:
 
 
 def probe(data: bytes) -> ImageHeader:
-    """Read the header only. Raises DecodeError where the bytes are no image, or one too large to decode."""
+    """Read the header only. Raises DecodeError if the bytes are not an image, or it is too large (`check_size`)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _open(data) as image:
@@ -49,7 +49,7 @@ def probe(data: bytes) -> ImageHeader:
 
 
 def decode(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8]:
-    """Pixels [H, W, 3]. Raises DecodeError for what is truncated, is no image, or is too large.
+    """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`).
 
     With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, comes whole.
     """
@@ -63,7 +63,7 @@ def decode(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8]:
 
 
 def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True) -> npt.NDArray[np.uint8] | None:
-    """Pixels [H, W, 3] of a JPEG without any complaint from libjpeg, or None: then Pillow has to say.
+    """Pixels [H, W, 3] of a JPEG that libjpeg decodes without a warning, or None: then use Pillow.
 
     simplejpeg 1.9 was bit-equal to Pillow 13 for gray and for every chroma subsampling, baseline and progressive, and for JPEGs stored
     as RGB; for CMYK it differed by 1, so Pillow decodes those. `strict` refuses whatever libjpeg warns about, such as stray bytes before

@@ -1,7 +1,7 @@
-"""The samples of each class, as a file: built once a node in the cache, mapped by all its processes.
+"""The samples of each class, as a file in the cache: built once on each node, memory-mapped by all its processes.
 
-A sample number a sample (4 bytes, 8 beyond 2^32 samples), sorted by class and then by number. It is made in one pass over the index, a
-million labels at a time, so that neither making nor using it needs memory that grows with the data set.
+One sample id for each sample (4 bytes, 8 beyond 2^32 samples), sorted by class and then by id. It is made in one pass over the index, a million
+labels at a time. So neither making nor using it needs memory that grows with the dataset.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class ClassMembers:
 
     @classmethod
     def of_labels(cls, labels: npt.ArrayLike, num_classes: int) -> ClassMembers:
-        """In memory, for labels that are all sound."""
+        """In memory, for labels that are all within the classes."""
         found = np.asarray(labels, np.int64)
         starts = np.concatenate([[0], np.cumsum(np.bincount(found, minlength=num_classes))]).astype(np.int64)
         return cls(starts, np.argsort(found, kind="stable").astype(_kind(len(found))))
 
     @classmethod
     def of_shards(cls, shards: Shards, *, cache_dir: str | Path | None = None) -> ClassMembers:
-        """From the cache, where it is made if it is not there. UserError where labels are not among the classes."""
+        """From the cache, where it is built if it is missing. UserError if a label is not one of the classes."""
         place = (Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()) / "by-class"
         path = place / f"{shards.manifest.index_sha256}.bin"
         starts = _starts(shards)
@@ -61,7 +61,7 @@ class ClassMembers:
                 raise UserError(f"{path} cannot be written: {error.strerror}; name another cache (data.cache_dir or $DTL_CACHE)") from None
             found = _read(path, shards.num_samples)
         if found is None:
-            raise UserError(f"{path} was written, but does not read back as it was written; look at that disk")
+            raise UserError(f"{path} was written, but reading it back gives other bytes; check that disk")
         return cls(starts, found)
 
 
@@ -125,7 +125,7 @@ def map_members(path: Path, kind: Any, num_samples: int, *, offset: int) -> npt.
 
 
 def _crc(path: Path) -> int:
-    """Of what follows the header; read, not mapped, so that it counts as nobody's memory."""
+    """CRC of the bytes after the header; read, not mapped, so that they do not count as memory of this process."""
     crc = 0
     with path.open("rb") as file:
         file.seek(_HEADER.size)

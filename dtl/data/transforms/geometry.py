@@ -1,4 +1,4 @@
-"""Where each pixel of a training or evaluation image comes from: drawn for a whole batch before anything is decoded.
+"""Crop, resize and window of training and evaluation images: drawn for a whole batch before anything is decoded.
 
 Three steps describe every geometry here: cut a box out of the decoded image, resize it once, and look at the result through a
 window of image_size x image_size pixels that may reach over the edge (zeros there). B samples, H W pixels, S image_size.
@@ -29,7 +29,7 @@ MAX_ASPECT = 16
 
 REDUCTIONS = (2, 4, 8)  # libjpeg's own; the fractions between them cost more than decoding the whole image (measured)
 
-_TRIES = 10  # torchvision's RandomResizedCrop and RandomErasing give up after as many
+_TRIES = 10  # as torchvision's RandomResizedCrop and RandomErasing
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """From a decoded image to the uint8 pixels that the network sees, in two parts.
 
-`draw` decides everything for a batch from (seed, epoch, sample) and the indexed sizes, before any image is decoded; `apply` is a pure
-function of one image and its draws. So a sample's pixels are the same alone, in any batch, on any rank, in any worker, after any
-restart. B samples, H W pixels of the decoded image, S image_size. Normalisation is the device's work, nothing here is float.
+`Transform.draw` makes all random choices of a batch from (seed, epoch, sample) and the indexed sizes, before any image is decoded.
+`Transform.apply` is a pure function of one image and its draws. So a sample's pixels are the same in any batch, on any rank, in any worker and
+after any restart. B samples, H W pixels of the decoded image, S image_size. Images are normalised on the device; nothing here is float.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dtl.data.transforms.pixels import RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply
 from dtl.errors import UserError
 from dtl.keyed import uniform
 
-# Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION is what
-# evaluation does to an image, here and in geometry.py (resize, crop, square): model folders of another one are refused. TRANSFORM_VERSION
-# is training's; it says nothing about a model that is already there.
+# Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION covers
+# evaluation, here and in geometry.py (resize, crop, square): model folders of another version are refused. TRANSFORM_VERSION covers training;
+# finished models do not depend on it.
 TRANSFORM_VERSION = 2
 EVALUATION_VERSION = 1
 VERSIONS = {"training": TRANSFORM_VERSION, "evaluation": EVALUATION_VERSION}
@@ -52,7 +52,7 @@ _ERASE_RATIO = (0.3, 3.3)
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for B samples; None where the transform has no such step.
+    """The random choices for B samples; None where the transform has no such step.
 
     `sizes` [B,2] are the (height, width) the boxes are meant for; `erase` [B,4] is (top, left, height, width) in the output, height 0
     for none; `jitter` [B,4] holds the factors of brightness, contrast, saturation and the hue shift, `jitter_order` [B,4] their order.
@@ -73,7 +73,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class Transform:
-    """Stateless and picklable; `augment` None is evaluation, where nothing is drawn at random."""
+    """The transform of training or evaluation (`augment` None: nothing is random). Stateless and picklable.
+
+    Use: `draws = draw(samples, widths, heights, seed=, epoch=)` for a batch, then for each sample `apply(image, draws, i, out[i])`, or decode only
+    `region(draws, i)` and call `apply_crop`.
+    """
 
     geometry: RandomResizedCrop | Square | ShortSide
     interpolation: Interpolation = "bilinear"
@@ -87,14 +91,14 @@ class Transform:
 
     @property
     def is_fixed(self) -> bool:
-        """A sample gives the same pixels each epoch: nothing is drawn at random."""
+        """A sample has the same pixels in each epoch: nothing is random."""
         if self.augment is None:
             return True
         given = {"horizontal_flip": bool(self.augment.horizontal_flip), "color_jitter": self.augment.jitter, "reduced_decode": True}
         return self.augment.model_copy(update=given) == AugmentConfig(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
 
     def describe(self) -> dict[str, Any]:
-        """All that the pixels depend on, for checkpoints and caches (JSON)."""
+        """Everything that the pixels depend on, as JSON, for the keys of caches."""
         augment = None
         if self.augment is not None:
             augment = {**self.augment.model_dump(), "color_jitter": list(self.augment.jitter)}
@@ -111,7 +115,7 @@ class Transform:
         }
 
     def draw(self, samples: npt.ArrayLike, widths: npt.ArrayLike, heights: npt.ArrayLike, *, seed: int, epoch: int) -> Draws:
-        """Decide everything for B samples from their numbers and indexed sizes [B]."""
+        """The draws of B samples from their ids and indexed sizes in pixels, each [B]: a pure function of these, `seed` and `epoch`."""
         ids = np.asarray(samples, dtype=np.int64)
         wide, high = np.asarray(widths, dtype=np.int64), np.asarray(heights, dtype=np.int64)
         geometry: Geometry = self.geometry
@@ -125,7 +129,7 @@ class Transform:
         return draws.placement.reduction(i)
 
     def region(self, draws: Draws, i: int) -> Region:
-        """All of sample `i` that `apply_crop` needs."""
+        """The rectangle of sample `i` that `apply_crop` needs, and the fraction of its size that it may be decoded at."""
         return draws.placement.region(i)
 
     def apply(self, image: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
@@ -143,7 +147,7 @@ class Transform:
         self.apply_crop(image[top : top + high, left : left + wide], draws, i, out)
 
     def apply_crop(self, crop: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
-        """The same from the pixels of `region` alone."""
+        """The same from the pixels of `region` alone, uint8 [region.height, region.width, 3]."""
         placement = draws.placement
         place(
             crop,
@@ -218,7 +222,7 @@ def train_transform(
     crop_ratio: float = 0.875,
     erase_fill: tuple[int, int, int] = IMAGENET_MEAN,
 ) -> Transform:
-    """The preset's geometry with the knobs of `augment`; `crop_ratio` is used by the presets `light` and `none`.
+    """The transform of training: the preset's geometry and the augmentations of `augment`. The presets `light` and `none` use `crop_ratio`.
 
     imagenet: random resized crop (8 % to 100 % of the area) and flip. cifar: resized to the square, shifted by up to an eighth, flip.
     light: short side to image_size / crop_ratio, random crop, flip. none: the central crop of evaluation.
@@ -241,7 +245,7 @@ def eval_transform(
     resize_size: int | None = None,
     square: bool = False,
 ) -> Transform:
-    """Resize the short side to `resize_size` (round(image_size / crop_ratio) if not given; timm rounds down), then the central crop.
+    """The transform of evaluation: resize the short side to `resize_size` (round(image_size / crop_ratio) if not given), then centre crop.
 
     `square` resizes the whole image to the square instead, which goes with the preset `cifar`.
     """
