@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(home), name)
+            globals()[name] = found = getattr(importlib.import_module(home), name)  # asked for once
+            return found
     raise AttributeError(f"module 'dtl' has no attribute {name!r}")
 
 

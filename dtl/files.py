@@ -10,11 +10,14 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK_BYTES = 8 << 20
 # What file systems without locks answer to flock: NFS without a lock service, FUSE, exotic kernels.
@@ -117,6 +120,20 @@ def hash_file(path: Path) -> FileFacts:
 
 def sha256_of_file(path: Path) -> str:
     return hash_file(path).sha256
+
+
+def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over name, type, shape and bytes of each tensor, in the order of their names: the same on every rank that holds the same."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        # As bytes first: NumPy has no bfloat16. A view of one row also works for scalars and for empty tensors.
+        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
 
 
 def flock(file: IO[Any] | int, *, wait: bool = True) -> Literal["held", "busy", "none"]:

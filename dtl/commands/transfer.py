@@ -123,7 +123,7 @@ def _number(given: str | None) -> int | None:
 
 
 def _outputs(options: argparse.Namespace) -> int:
-    """Outputs of the network's head: as told, or one a class."""
+    """Outputs of the network's head: as given, or one per class."""
     from dtl.checkpoint.transfer.source.class_names import read_class_names
 
     classes = read_class_names(options.classes, "--classes") if options.classes else None
@@ -149,8 +149,8 @@ def _source_outputs(options: argparse.Namespace, weights: SourceWeights) -> int:
     """As many outputs as the source's head has, so that its network can be built."""
     from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 
-    told = _number(options.source_classes)
-    return told or num_source_classes(layers_of(specs_of(weights.tensors)), _outputs(options))
+    given = _number(options.source_classes)
+    return given or num_source_classes(layers_of(specs_of(weights.tensors)), _outputs(options))
 
 
 def _verify(options: argparse.Namespace, report: TransferReport, weights: SourceWeights) -> TransferReport:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from dtl.errors import UserError
+from dtl.files import sha256_of_tensors
 from dtl.models.groups import head_parameters, layer_groups
 from dtl.models.meta import meta_copy
 from dtl.models.network import Network, forward_logits
@@ -78,16 +78,9 @@ def frozen_names(module: nn.Module, *, freeze_norm: bool = True) -> tuple[str, .
 
 
 def checksum(module: nn.Module, names: Iterable[str]) -> str:
-    """SHA-256 over name, type, shape and bytes of the named parameters and buffers, in the order of their names."""
+    """SHA-256 over the named parameters and buffers (`dtl.files.sha256_of_tensors`)."""
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        # As bytes first: NumPy has no bfloat16. A view of one row also works for scalars and for empty tensors.
-        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()
+    return sha256_of_tensors({name: tensors[name] for name in names})
 
 
 def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None) -> frozenset[str]:

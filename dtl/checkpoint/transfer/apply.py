@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from dtl.checkpoint.transfer.report import TransferReport
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
 from dtl.config.models import FillConfig, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import TransferRefused, UserError
+from dtl.files import sha256_of_tensors
 
 
 def load_pretrained(
@@ -42,10 +42,10 @@ def load_pretrained(
     image_size: int | None = None,
     target_preprocessing: Mapping[str, Any] | None = None,
 ) -> TransferReport:
-    """Load the weights of `source` (see `read_weights`) into `model`, in place, and tell what became of each tensor.
+    """Load the weights of `source` (see `read_weights`) into `model`, in place, and report what became of each tensor.
 
     The options are those of `plan_transfer`; class names may be a file or a folder too (`read_class_names`).
-    `target_preprocessing` (mean, std) is compared with what the source says of itself. Raises `TransferRefused`, the model
+    `target_preprocessing` (mean, std) is compared with the source's own preprocessing. Raises `TransferRefused`, the model
     untouched, when too little fits, when a tensor is in doubt, or when a value is not finite; its message holds the reason and
     the table of outcomes.
     """
@@ -101,20 +101,10 @@ def apply_plan(
     seconds = None if started is None else time.perf_counter() - started
     return report.applied(
         casts=_casts(values.items(), targets),
-        checksum=checksum({name: targets[name] for name in values}),
+        checksum=sha256_of_tensors({name: targets[name] for name in values}),
         warnings=_warnings(plan, weights, target_preprocessing),
         seconds=seconds,
     )
-
-
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names: equal on ranks that loaded the same."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def preview(
@@ -124,7 +114,7 @@ def preview(
     *,
     target_preprocessing: Mapping[str, Any] | None = None,
 ) -> TransferReport:
-    """What `apply_plan` would say, with nothing copied: the model may be on the meta device, and one value at a time has memory.
+    """What `apply_plan` would report, with nothing copied: the model may be on the meta device, and one value at a time has memory.
 
     What would be refused for its values comes back as a refusal of the report's plan.
     """
@@ -158,7 +148,7 @@ def _each_value(plan: TransferPlan, weights: SourceWeights, targets: dict[str, t
         problem = next((why for tensor in tensors if (why := _unusable(tensor, target))), None)
         if problem is not None:
             raise TransferRefused(f"{name}: {'+'.join(keys)} {problem}; nothing was loaded")
-        value = apply_transform(outcome.transform, tensors, tuple(target.shape), picks=plan.head_rows)
+        value = apply_transform(outcome.transform, tensors, tuple(target.shape), picks=plan.head_rows) if outcome.transform else tensors[0]
         if value.shape != target.shape:
             raise TransferRefused(f"{name} {list(target.shape)}: {'+'.join(keys)} gives {list(value.shape)}; nothing was loaded")
         problem = _impossible(name, value, target.dtype)

@@ -1,6 +1,6 @@
 """From a matching to outcomes: what happens to each tensor, and whether the whole may be applied.
 
-The rules that hold whatever planner made the matching: the head, layers never half loaded, norms never beside a foreign
+The rules that hold whatever planner made the matching: the head, layers never half loaded, norms never beside another
 convolution, coverage.
 """
 

@@ -246,7 +246,7 @@ class Planned:
 
 
 def match(request: PlanRequest) -> Planned:
-    """Run the planner that `by` names; the matching speaks of the source's tensors by their own names."""
+    """Run the planner that `by` names; the matching uses the source's own names."""
     rules, by = request.rules, request.options.by
     if by == "map":
         chosen = frozenset(spec.name for spec in request.source if spec.name.startswith(request.prefix)) if request.prefix else None
@@ -346,17 +346,17 @@ def _nothing_to_go_by() -> Matching:
 
 
 def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
-    """Speak of the source in the names of its own network, whose execution order and dataflow are then known."""
+    """Give the source's tensors the names of its own network, whose execution order and dataflow are then known."""
     assert request.source_model is not None
     network = target_of(request.source_model, image_size=request.target.image_size)
-    own, spoken = _names_in(request.source, network, request.in_order, request.prefix)
+    own, has_names = _names_in(request.source, network, request.in_order, request.prefix)
     if own is None:
         raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
     flow = network.dataflow
     if flow is None:
         raise UserError("source_model: it cannot be run on the meta device, so its dataflow is not to be had")
     specs = [TensorSpec(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
-    matching = _auto(replace(request, source=specs, source_model=None), flow, _renamed(settled, Renaming(own)), names=spoken)
+    matching = _auto(replace(request, source=specs, source_model=None), flow, _renamed(settled, Renaming(own)), names=has_names)
     matching.head_rows = settled.head_rows
     return Planned(_own_names(matching, Renaming(own)), ("", ""), frozenset(own))
 

@@ -257,7 +257,7 @@ _NUMBER = re.compile(r"(\d+)$")
 
 
 def links_by_names(layers: Sequence[Layer]) -> dict[int, int]:
-    """Norm -> its layer, from names alone: `conv1` and `bn1`, Sequential `0` and `1`, or, where no number says anything, the only
+    """Norm -> its layer, from names alone: `conv1` and `bn1`, Sequential `0` and `1`, or, where there are no numbers, the only
     layer of a module with as many outputs (`conv_stem` and `bn1`), if no other norm there has that size."""
     inside: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:

@@ -1,14 +1,19 @@
-"""Planning without being told how: names where they can be trusted, then alignment, attachment, dataflow and structure.
+"""Planning on its own (`by: auto`): names where they can be trusted, then views of structure that claim pairs, and one arbiter.
 
-The rule above all others: a pair is made when every view that knows something agrees and at least one argument for it does
-not rest on the order of registration; what is left is flagged with its alternatives. `assume_order` lifts the second half.
-The algorithm and the measurements behind its thresholds: docs/weight-transfer.md.
+A view looks at both networks in one way (alignment, names, shapes, dataflow, words that recur, numbers, norms) and claims pairs; it knows no other
+view and changes nothing. The arbiter asks the views in the order of their `rank`, whatever order they are given in, accepts what is still open on both
+sides, and withdraws what another view objects to. The rule above all others: a pair is made when no view that knows something speaks against
+it and at least one claim for it does not rest on the order of registration; what is left is flagged with its alternatives. `assume_order`
+lifts the second half. The algorithm and the measurements behind its thresholds: docs/weight-transfer.md.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import ClassVar
 
 from dtl.checkpoint.transfer.layers.dataflow import (
     Candidates,
@@ -22,17 +27,402 @@ from dtl.checkpoint.transfer.layers.dataflow import (
     producers,
     prune_by_dataflow,
 )
-from dtl.checkpoint.transfer.layers.layer import NORMS, Layer, loose_signature
+from dtl.checkpoint.transfer.layers.layer import NORMS, Layer, fuse_projections, loose_signature
 from dtl.checkpoint.transfer.match.alignment import Viewed, in_use_order, look
 from dtl.checkpoint.transfer.match.by_name import Trust
-from dtl.checkpoint.transfer.match.decided import Decided
 from dtl.checkpoint.transfer.match.evidence import NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
 from dtl.checkpoint.transfer.match.matching import Matching, layer_transform
-from dtl.checkpoint.transfer.match.qkv import fuse_projections
 
 NEW_NAME = "its name is new beside names that hold: another layer of that shape, or a renamed one"
 LOST_ORDER = "the source keeps no order, and neither names nor numbers place it"
 ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
+
+EVIDENCE = ("unique-shape", "name", "tree+number", "pattern", "graph", "structure")
+"""Which of several claims that need no order is reported."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A view speaks for a pair. `needs_order`: only because both networks are thought to register their layers in one order."""
+
+    target: int
+    source: int
+    evidence: str
+    needs_order: bool = False
+
+
+@dataclass(frozen=True)
+class Objection:
+    """A view speaks against the pair that `target` is in. `options`: source layers that would fit."""
+
+    target: int
+    reason: str
+    options: tuple[int, ...]
+
+
+@dataclass
+class Case:
+    """Both networks and what has been accepted: all that a view sees."""
+
+    source: Side
+    target: Side
+    trust: Trust
+    heads: frozenset[int]
+    in_order: bool
+    assume_order: bool
+    accepted: dict[int, int] = field(default_factory=dict)
+    """Target layer -> source layer."""
+    free: dict[int, str] | None = None
+    """Accepted targets whose pair needs no order -> the evidence; None until nothing is left to accept or withdraw."""
+
+    def __post_init__(self) -> None:
+        self.ours = {layer.index: layer for layer in self.source.layers}
+        self.theirs = {layer.index: layer for layer in self.target.layers}
+        self.viewed = Viewed("", {}, {})
+
+    @property
+    def order_is_lost(self) -> bool:
+        """Sorted names and no network to run: an alignment of their order is noise."""
+        return not self.in_order and self.source.flow is None
+
+    def is_new_name(self, j: int) -> bool:
+        # A head is known by its place, whatever it is called.
+        return self.trust.new_names and j not in self.trust.anchors and j not in self.trust.distrusted and j not in self.heads
+
+    def may_be_contested(self, j: int) -> bool:
+        return j not in self.trust.anchors and not self.viewed.transforms.get((self.accepted[j], j))
+
+
+class View:
+    """One way to look at both networks."""
+
+    rank: ClassVar[int]
+    """Views of a lower rank are asked first. From `WEAK` on they are asked when no objection is left."""
+
+    def claims(self, case: Case) -> Iterable[Claim]:
+        return ()
+
+    def objections(self, case: Case) -> Iterable[Objection]:
+        return ()
+
+    def last_objections(self, case: Case) -> Iterable[Objection]:
+        """Heard once, when nothing else is to be accepted or withdrawn."""
+        return ()
+
+
+WEAK = 10
+
+
+class Alignment(View):
+    """Exactly one candidate both ways, and no near-optimal alignment that skips it; dataflow prunes the candidates."""
+
+    rank = 1
+
+    def __init__(self, case: Case) -> None:
+        self.neighbours = tuple(producers(side.layers, side.flow) for side in (case.source, case.target) if side.flow)
+
+    def candidates(self, case: Case) -> Candidates:
+        """What alignment leaves possible beside the pairs accepted so far."""
+        taken = {i: j for j, i in case.accepted.items()}
+        left: Candidates = {}
+        for j, options in case.viewed.candidates.items():
+            left[j] = options if j in case.accepted else [i for i in options if i is None or taken.get(i, j) == j]
+        if len(self.neighbours) == 2:
+            while prune_by_dataflow(left, case.accepted, *self.neighbours):
+                pass
+        return left
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        candidates = self.candidates(case)
+        wanted = Counter(i for options in candidates.values() for i in options if i is not None)
+        for j, options in candidates.items():
+            if len(options) == 1 and options[0] is not None and wanted[options[0]] == 1:
+                yield Claim(j, options[0], "structure", needs_order=True)
+
+
+class Names(View):
+    """The name that fits clearly best among all layers of the shape; and against pairs beside which another name fits better."""
+
+    rank = 2
+
+    def __init__(self, case: Case) -> None:
+        self.names = NameEvidence(case.source.layers, case.target.layers, distrusted=case.trust.distrusted)
+        self.best = cache(self.names.best)
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        for j in case.theirs:
+            i = self.best(j)
+            if i is not None:
+                yield Claim(j, i, "name")
+
+    def objections(self, case: Case) -> Iterator[Objection]:
+        for j, i in case.accepted.items():
+            if case.may_be_contested(j) and (better := self.names.better(i, j)):
+                yield Objection(j, "structure and names disagree", (i, *better))
+
+
+class Shapes(View):
+    """The only layers of their shape; with a source that lost its order also pairs where either fits nothing else."""
+
+    rank = 3
+
+    def __init__(self, case: Case) -> None:
+        self.unique = unique_shapes(case.source.layers, case.target.layers)
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        for j, i in self.unique.items():
+            yield Claim(j, i, "unique-shape")
+        for i, j in sorted(case.viewed.sole):
+            if case.accepted.get(j) == i or (case.order_is_lost and j not in case.heads):
+                yield Claim(j, i, "unique-shape")
+
+
+class Flow(View):
+    """Layers with accepted neighbours on all the same sides, and no rival that has. A place of its own in the source's dataflow needs no order."""
+
+    rank = 4
+
+    def __init__(self, case: Case) -> None:
+        flow = case.source.flow
+        self.colours = graph_colours(case.source.layers, flow) if flow else {}
+        self.sharing = Counter((loose_signature(layer), self.colours.get(layer.index)) for layer in case.source.layers)
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        if case.source.flow and case.target.flow:
+            for j, i in complete_by_dataflow(case.source.layers, case.target.layers, case.accepted, case.source.flow, case.target.flow).items():
+                yield Claim(j, i, "graph", needs_order=True)
+        for j, i in case.accepted.items():
+            if self.colours and self.sharing[loose_signature(case.ours[i]), self.colours[i]] == 1:
+                yield Claim(j, i, "graph")
+
+
+class Patterns(View):
+    """Words that recur, learned from what names, numbers and shapes pair, each for itself."""
+
+    rank = 5
+
+    def __init__(self, others: Sequence[View]) -> None:
+        self.others = others
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        for j, i in self._recurring(case).items():
+            yield Claim(j, i, "pattern")
+
+    def objections(self, case: Case) -> Iterator[Objection]:
+        for j, i in self._recurring(case).items():
+            now = case.accepted.get(j, i)
+            if now != i and case.may_be_contested(j):
+                yield Objection(j, "the names of its other blocks speak for another layer", (now, i))
+
+    def _recurring(self, case: Case) -> dict[int, int]:
+        proposed: dict[int, set[int]] = defaultdict(set)
+        for j, i in case.trust.anchors.items():
+            proposed[j].add(i)
+        for view in self.others:
+            for claim in view.claims(case):
+                proposed[claim.target].add(claim.source)
+        agreed = {j: next(iter(each)) for j, each in proposed.items() if len(each) == 1}
+        asked = Counter(agreed.values())
+        base = {j: i for j, i in agreed.items() if asked[i] == 1 and case.accepted.get(j, i) == i}
+        return match_recurring(case.ours, case.theirs, base)
+
+
+class Trees(View):
+    """Modules of the same content, told apart by the numbers in their names."""
+
+    rank = WEAK
+
+    def __init__(self, case: Case) -> None:
+        self.pairs = match_trees(case.source.layers, case.target.layers, target_rank=_use_ranks(case.target)) if case.trust.numbers else {}
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        for j, i in self.pairs.items():
+            yield Claim(j, i, "tree+number")
+
+    def objections(self, case: Case) -> Iterator[Objection]:
+        if case.source.flow is not None:
+            return
+        for j, i in case.accepted.items():
+            other = self.pairs.get(j, i)
+            if other != i and case.may_be_contested(j):
+                yield Objection(j, "the order and the numbers in the names disagree", (i, other))
+
+
+class Norms(View):
+    """A norm that names or dataflow tie to a layer goes where that layer goes."""
+
+    rank = WEAK + 1
+
+    def __init__(self, case: Case) -> None:
+        self.mates = Mates(case.source, case.target)
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        if case.order_is_lost:
+            for j, i in self.mates.pairs(case.accepted).items():
+                yield Claim(j, i, "structure")
+        layers = {j: case.accepted[j] for j in case.free or ()}
+        for j, i in case.accepted.items():
+            if case.theirs[j].kind in NORMS and self.mates.agree(i, j, layers):
+                yield Claim(j, i, "structure")
+
+
+class Leftovers(View):
+    """What is left over, one of its shape, of two blocks whose other layers are each other's."""
+
+    rank = WEAK + 2
+
+    def claims(self, case: Case) -> Iterator[Claim]:
+        ours, theirs = case.source.layers, case.target.layers
+        if case.free is not None:
+            base = {j: i for j, i in case.accepted.items() if j in case.free or j in case.trust.anchors}
+            for j, i in match_leftovers(ours, theirs, base, whole=True).items():
+                if not case.is_new_name(j):
+                    yield Claim(j, i, "structure")
+        elif case.assume_order:
+            for j, i in match_leftovers(ours, theirs, case.accepted).items():
+                if j not in case.heads:
+                    yield Claim(j, i, "order", needs_order=True)
+
+
+class Attachment(View):
+    """A norm is loaded beside the layer it was trained with or not at all. Heard when all others have been."""
+
+    rank = WEAK + 3
+
+    def __init__(self, case: Case, our_links: Mapping[int, set[Link]], their_links: Mapping[int, set[Link]]) -> None:
+        self.our_links, self.their_links = our_links, their_links
+        self.before = producers(case.target.layers, case.target.flow)[0] if case.target.flow else {}
+
+    def last_objections(self, case: Case) -> Iterator[Objection]:
+        for j, i in case.accepted.items():
+            layer = case.theirs[j]
+            links = self.their_links.get(j)
+            if layer.kind not in NORMS or not links or j in case.trust.anchors:
+                continue
+            post = {link for link in links if link[0] == "post"}
+            # A BatchNorm with one producer belongs to that producer; others (pre-norm, sums) to any neighbour.
+            binding = post if layer.kind == "bn" and len(self.before.get(j, ())) == 1 and post else links
+            mates = {(side, case.accepted[other]) for side, other in binding if other in case.accepted}
+            known = self.our_links.get(i) if not case.order_is_lost else None
+            if not mates or (known and not mates & known):
+                yield Objection(j, "its convolution is not the one it was trained with", (i,))
+
+
+Doubt = tuple[str, Sequence[int]]
+"""(reason, source layers that would fit)."""
+
+
+class Arbiter:
+    """`evidence`: accepted target -> why. `doubts`: target -> why it is left open."""
+
+    def __init__(self, case: Case, alignment: Alignment, names: Names, views: Iterable[View]) -> None:
+        self.case, self.alignment, self.names = case, alignment, names
+        self.views = sorted(views, key=lambda view: view.rank)
+        self.evidence = dict.fromkeys(case.accepted, "name")
+        self.doubts: dict[int, Doubt] = {}
+        self.void: dict[int, int] = {}
+
+    def decide(self) -> None:
+        strong = [view for view in self.views if view.rank < WEAK]
+        weak = [view for view in self.views if view.rank >= WEAK]
+        while self._ask(strong) or self._hear() or self._ask(weak):
+            pass
+        self._withdraw([objection for view in weak for objection in view.last_objections(self.case)])
+        self._stand_without_order()
+        self._list_doubts()
+
+    def _ask(self, views: Sequence[View]) -> bool:
+        found = False
+        for view in views:
+            while self._accept(view.claims(self.case)):
+                found = True
+        return found
+
+    def _accept(self, claims: Iterable[Claim]) -> bool:
+        case = self.case
+        claims = sorted(claims, key=lambda claim: (claim.target, claim.source))
+        candidates = {} if case.order_is_lost else self.alignment.candidates(case)
+        taken = set(case.accepted.values())
+        found = False
+        for claim in claims:
+            j, i = claim.target, claim.source
+            if j in case.accepted or j in self.doubts or i in taken:
+                continue
+            if claim.needs_order and case.order_is_lost:
+                self.void.setdefault(j, i)
+                continue
+            if claim.evidence in ("name", "pattern", "tree+number") and not case.order_is_lost and i not in candidates.get(j, ()):
+                continue
+            case.accepted[j], self.evidence[j] = i, claim.evidence
+            taken.add(i)
+            found = True
+        return found
+
+    def _hear(self) -> bool:
+        return self._withdraw([objection for view in self.views for objection in view.objections(self.case)])
+
+    def _withdraw(self, objections: Sequence[Objection]) -> bool:
+        for objection in objections:
+            self._doubt(objection.target, objection.reason, objection.options)
+        return bool(objections)
+
+    def _doubt(self, j: int, reason: str, options: Sequence[int]) -> None:
+        self.case.accepted.pop(j, None)
+        self.evidence.pop(j, None)
+        self.doubts.setdefault(j, (reason, list(options)))
+
+    def _stand_without_order(self) -> None:
+        """Withdraw what rests on the order of registration alone, unless that is assumed."""
+        case = self.case
+        case.free = {}
+        for view in self.views:
+            for claim in list(view.claims(case)):
+                j, i = claim.target, claim.source
+                if claim.needs_order or self._says_nothing(claim) or case.accepted.get(j, i) != i:
+                    continue
+                if j not in case.accepted:
+                    if not isinstance(view, Leftovers) or i in case.accepted.values():
+                        continue
+                    case.accepted[j] = i
+                    self.doubts.pop(j, None)
+                before = case.free.get(j, claim.evidence)
+                case.free[j] = min(before, claim.evidence, key=EVIDENCE.index)
+        for j, i in list(case.accepted.items()):
+            if j in case.trust.anchors:
+                continue
+            if j in case.free:
+                self.evidence[j] = case.free[j]
+            elif case.assume_order:
+                self.evidence[j] = "order"
+            else:
+                self._doubt(j, NEW_NAME if case.is_new_name(j) else ORDER_ONLY, [i])
+
+    def _says_nothing(self, claim: Claim) -> bool:
+        case, pair = self.case, (claim.source, claim.target)
+        if claim.evidence == "structure":
+            return False
+        if case.source.flow is None and any(layer.flat for layer in case.source.layers):
+            # Where names carry no roles, even what belongs to one layer was read off the order.
+            return True
+        # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
+        return case.is_new_name(claim.target) and not case.viewed.transforms.get(pair) and self.names.best(claim.target) != claim.source
+
+    def _list_doubts(self) -> None:
+        case = self.case
+        taken = set(case.accepted.values())
+        for j, i in self.void.items():
+            if j not in case.accepted and i not in taken:
+                self.doubts.setdefault(j, (LOST_ORDER, [i]))
+        for j, options in self.alignment.candidates(case).items():
+            if j in case.accepted or j in self.doubts or j in case.heads:
+                continue
+            left = [i for i in options if i is not None and i not in taken and case.viewed.transforms.get((i, j)) != "head"]
+            if left:
+                reason = "several layers fit equally well" if len(options) > 1 else "it fits, but so does it elsewhere"
+                self.doubts[j] = (reason, left)
+
+
+# ---- the whole
 
 
 def match_auto(
@@ -47,341 +437,81 @@ def match_auto(
 ) -> Matching:
     """Pair the layers of two networks. `named`: the matching by names and `trust` the judgement of it; `in_order`: whether the
     source's sequence can be the order of registration."""
-    return _Auto(source, target, named, trust, heads, in_order, assume_order).run()
+    ours, theirs = fuse_projections(source.layers, target.layers), fuse_projections(target.layers, source.layers)
+    if len(ours) != len(source.layers) or len(theirs) != len(target.layers):
+        trust = _reindexed(trust, source.layers, ours, target.layers, theirs)
+    head_names = {name for layer in heads for name in layer.names}
+    apart = frozenset(layer.index for layer in theirs if head_names.intersection(layer.names))
+    case = Case(Side(ours, source.flow), Side(theirs, target.flow), trust, apart, in_order, assume_order, dict(trust.anchors))
+    if not _left_over(case):
+        return _matching(case, named, "names", {}, {})
+    arbiter = consider(case)
+    view = case.viewed.name if not trust.anchors else f"names, then {case.viewed.name}"
+    return _matching(case, named, view, arbiter.evidence, arbiter.doubts)
 
 
-class _Auto:
-    def __init__(
-        self,
-        source: Side,
-        target: Side,
-        named: Matching,
-        trust: Trust,
-        heads: Sequence[Layer],
-        in_order: bool,
-        assume_order: bool,
-    ) -> None:
-        self.named, self.trust, self.in_order, self.assume_order = named, trust, in_order, assume_order
-        ours = fuse_projections(source.layers, target.layers)
-        theirs = fuse_projections(target.layers, source.layers)
-        if len(ours) != len(source.layers) or len(theirs) != len(target.layers):
-            self.trust = _reindexed(trust, source.layers, ours, target.layers, theirs)
-        self.source, self.target = Side(ours, source.flow), Side(theirs, target.flow)
-        self.ours = {layer.index: layer for layer in ours}
-        self.theirs = {layer.index: layer for layer in theirs}
-        head_names = {name for layer in heads for name in layer.names}
-        self.heads = {layer.index for layer in theirs if head_names.intersection(layer.names)}
-        self.decided = Decided()
+def consider(case: Case) -> Arbiter:
+    """Ask all views about a case."""
+    our_links, their_links = _links(case.source), _links(case.target)
+    case.viewed = look(
+        case.source.layers,
+        case.target.layers,
+        source_flow=case.source.flow,
+        target_flow=case.target.flow,
+        source_links=our_links,
+        target_links=their_links,
+        anchors=case.trust.anchors,
+    )
+    alignment, names, shapes, trees = Alignment(case), Names(case), Shapes(case), Trees(case)
+    views = [alignment, names, shapes, Flow(case), Patterns([names, shapes, trees]), trees, Norms(case), Leftovers(), Attachment(case, our_links, their_links)]
+    arbiter = Arbiter(case, alignment, names, views)
+    arbiter.decide()
+    return arbiter
 
-    def run(self) -> Matching:
-        for j, i in self.trust.anchors.items():
-            self.decided.put(j, i, "name")
-        view = "names"
-        if self._left_over():
-            viewed = self._structure()
-            view = viewed.name if not self.trust.anchors else f"names, then {viewed.name}"
+
+def _left_over(case: Case) -> bool:
+    """Whether both sides still have layers that could be each other's."""
+    used = set(case.accepted.values())
+    ours = {loose_signature(layer) for layer in case.source.layers if layer.index not in used}
+    return any(layer.index not in case.accepted and loose_signature(layer) in ours for layer in case.target.layers)
+
+
+def _matching(case: Case, named: Matching, view: str, evidence: Mapping[int, str], doubts: Mapping[int, Doubt]) -> Matching:
+    matching = Matching(view, clashes=list(named.clashes), notes=list(named.notes))
+    transforms = case.viewed.transforms
+    for j, i in sorted(case.accepted.items()):
+        ours, theirs = case.ours[i], case.theirs[j]
+        if transforms.get((i, j)) == "head":
+            continue
+        if j in case.trust.mapped:
+            fits = layer_transform(ours, theirs, first=True)
+            if fits is not None:
+                matching.pair(ours, theirs, transform=fits, evidence="map")
+        elif j in case.trust.anchors:
+            # The matching by names knows the transforms of its own pairs.
+            matching.matches.update({name: named.matches[name] for name in theirs.names if name in named.matches})
         else:
-            viewed = Viewed("", {}, {})
-        return self._matching(view, viewed)
-
-    def _left_over(self) -> bool:
-        """Whether both sides still have layers that could be each other's."""
-        used = set(self.decided.certain.values())
-        ours = {loose_signature(layer) for layer in self.source.layers if layer.index not in used}
-        return any(layer.index not in self.decided.certain and loose_signature(layer) in ours for layer in self.target.layers)
-
-    # --- the views ---
-
-    def _structure(self) -> Viewed:
-        self.names = NameEvidence(self.source.layers, self.target.layers, distrusted=self.trust.distrusted)
-        self.mates = Mates(self.source, self.target)
-        self.our_links = _links(self.source)
-        self.their_links = _links(self.target)
-        viewed = look(
-            self.source.layers,
-            self.target.layers,
-            source_flow=self.source.flow,
-            target_flow=self.target.flow,
-            source_links=self.our_links,
-            target_links=self.their_links,
-            anchors=self.trust.anchors,
-        )
-        self.candidates: Candidates = viewed.candidates
-        self.transforms = viewed.transforms
-        self.sole = viewed.sole
-        self.trees = match_trees(self.source.layers, self.target.layers, target_rank=self._use_ranks()) if self.trust.numbers else {}
-        self.unique = unique_shapes(self.source.layers, self.target.layers)
-        self._certain_by_views()
-        self._names_break_ties()
-        self._unique_and_dataflow()
-        self.recurring = match_recurring(self.ours, self.theirs, self._without_order_certain())
-        self._names_recur()
-        self._names_contradict()
-        self._trees_agree()
-        if self.assume_order:
-            self._last_of_a_block()
-        self._norms_follow_layers()
-        self._order_alone()
-        self._list_doubts()
-        return viewed
-
-    def _use_ranks(self) -> dict[int, int] | None:
-        if self.target.flow is None:
-            return None
-        return {layer.index: rank for rank, layer in enumerate(in_use_order(self.target.layers, self.target.flow))}
-
-    def _certain_by_views(self) -> None:
-        """Exactly one candidate both ways, and no near-optimal alignment that skips it; repeated as dataflow prunes the rest."""
-        for _ in range(4):
-            found = _only(self.candidates)
-            for j, i in found.items():
-                if j not in self.decided.certain:
-                    self.decided.put(j, i, "structure")
-            if not self._prune():
-                return
-
-    def _prune(self) -> bool:
-        taken = {i: j for j, i in self.decided.certain.items()}
-        changed = False
-        for j, options in self.candidates.items():
-            kept = [i for i in options if i is None or taken.get(i, j) == j]
-            if j not in self.decided.certain and len(kept) < len(options):
-                self.candidates[j] = kept
-                changed = True
-        if self.source.flow and self.target.flow:
-            before, after = producers(self.source.layers, self.source.flow), producers(self.target.layers, self.target.flow)
-            changed |= prune_by_dataflow(self.candidates, self.decided.certain, before, after)
-        return changed
-
-    def _names_break_ties(self) -> None:
-        for j, options in self.candidates.items():
-            i = self.names.best(j)
-            if j not in self.decided.certain and i is not None and i in options and i not in self._taken():
-                self.decided.put(j, i, "name")
-
-    def _unique_and_dataflow(self) -> None:
-        for j, i in self.unique.items():
-            if j not in self.decided.certain and i not in self._taken():
-                self.decided.put(j, i, "unique-shape")
-        if self.source.flow and self.target.flow:
-            found = complete_by_dataflow(self.source.layers, self.target.layers, self.decided.certain, self.source.flow, self.target.flow)
-            for j, i in found.items():
-                self.decided.put(j, i, "graph")
-
-    def _without_order_certain(self) -> dict[int, int]:
-        """What names, numbers and shapes pair, each for itself, and nothing else contradicts."""
-        said: dict[int, set[int]] = defaultdict(set)
-        for pairs in (self.trust.anchors, self.unique, self.trees):
-            for j, i in pairs.items():
-                said[j].add(i)
-        for j in self.theirs:
-            like = self.names.best(j)
-            if like is not None:
-                said[j].add(like)
-        agreed = {j: next(iter(each)) for j, each in said.items() if len(each) == 1}
-        asked = Counter(agreed.values())
-        return {j: i for j, i in agreed.items() if asked[i] == 1 and self.decided.certain.get(j, i) == i}
-
-    def _names_recur(self) -> None:
-        for j, i in self.recurring.items():
-            now = self.decided.certain.get(j)
-            if now is not None and now != i and j not in self.trust.anchors and not self.transforms.get((now, j)):
-                self.decided.doubt(j, "the names of its other blocks speak for another layer", [now, i])
-            elif now is None and i not in self._taken() and (i in self.candidates.get(j, ()) or not self.in_order):
-                self.decided.put(j, i, "pattern")
-
-    def _last_of_a_block(self) -> None:
-        for j, i in match_leftovers(self.source.layers, self.target.layers, self.decided.certain).items():
-            if j not in self.heads:
-                self.decided.put(j, i, "order")
-
-    # --- what speaks against ---
-
-    def _names_contradict(self) -> None:
-        """Another layer of the shape has a name that fits clearly better: structure and names disagree, nobody is believed."""
-        for j, i in list(self.decided.certain.items()):
-            if j in self.trust.anchors or self.transforms.get((i, j)):
-                continue
-            better = self.names.better(i, j)
-            if better:
-                self.decided.doubt(j, "structure and names disagree", [i, *better])
-
-    def _trees_agree(self) -> None:
-        if not self.in_order and self.source.flow is None:
-            self._without_order()
-            return
-        if self.source.flow is None:
-            for j, i in list(self.decided.certain.items()):
-                other = self.trees.get(j, i)
-                if other != i and j not in self.trust.anchors and not self.transforms.get((i, j)):
-                    self.decided.doubt(j, "the order and the numbers in the names disagree", [i, other])
-        for j, i in self.trees.items():
-            if j in self.decided.certain or j in self.decided.doubts or i in self._taken():
-                continue
-            if i in self.candidates.get(j, ()):
-                self.decided.put(j, i, "tree+number")
-
-    def _without_order(self) -> None:
-        """Sorted names: what the alignment says of their order is noise; keep what names, numbers or shapes say."""
-        for j, i in list(self.decided.certain.items()):
-            if j in self.trust.anchors or self.unique.get(j) == i or self.trees.get(j) == i or self.names.best(j) == i:
-                continue
-            if self.recurring.get(j) == i or (i, j) in self.sole:
-                continue
-            self.decided.doubt(j, LOST_ORDER, [i])
-        for pairs, evidence in ((self.trees, "tree+number"), ({j: i for i, j in sorted(self.sole)}, "unique-shape")):
-            for j, i in pairs.items():
-                if j not in self.decided.certain and j not in self.heads and i not in self._taken():
-                    self.decided.put(j, i, evidence)
-        for j, i in self.mates.pairs(self.decided.certain).items():
-            doubt = self.decided.doubts.get(j, (LOST_ORDER,))[0]
-            if j not in self.decided.certain and i not in self._taken() and doubt == LOST_ORDER:
-                self.decided.put(j, i, "structure")
-
-    def _norms_follow_layers(self) -> None:
-        """A norm is loaded beside the layer it was trained with or not at all."""
-        before = producers(self.target.layers, self.target.flow)[0] if self.target.flow else {}
-        for j, i in list(self.decided.certain.items()):
-            layer = self.theirs[j]
-            links = self.their_links.get(j)
-            if layer.kind not in NORMS or not links or j in self.trust.anchors:
-                continue
-            post = {link for link in links if link[0] == "post"}
-            # A BatchNorm with one producer belongs to that producer; others (pre-norm, sums) to any neighbour.
-            binding = post if layer.kind == "bn" and len(before.get(j, ())) == 1 and post else links
-            mates = {(side, self.decided.certain[other]) for side, other in binding if other in self.decided.certain}
-            known = self.our_links.get(i) if self.in_order or self.source.flow else None
-            if not mates or (known and not mates & known):
-                self.decided.doubt(j, "its convolution is not the one it was trained with", [i])
-
-    # --- evidence ---
-
-    def _order_alone(self) -> None:
-        """Tell pairs that rest on the order of registration alone from those with another argument."""
-        free = self._free_of_order()
-        self._last_without_order(free)
-        for j in list(self.decided.certain):
-            if j in self.trust.anchors:
-                continue
-            if j in free:
-                self.decided.evidence[j] = free[j]
-            elif self.assume_order:
-                self.decided.evidence[j] = "order"
-            else:
-                self.decided.doubt(j, NEW_NAME if self._is_new_name(j) else ORDER_ONLY, [self.decided.certain[j]])
-
-    def _free_of_order(self) -> dict[int, str]:
-        """Target layer -> the argument for its pair that needs no order."""
-        if self.source.flow is None and any(layer.flat for layer in self.source.layers):
-            # Where names say nothing, even what belongs to one layer was read off the order.
-            return {}
-        colours = graph_colours(self.source.layers, self.source.flow) if self.source.flow else {}
-        sharing: dict[tuple[object, int | None], int] = defaultdict(int)
-        for layer in self.source.layers:
-            sharing[loose_signature(layer), colours.get(layer.index)] += 1
-        found = {}
-        for j, i in self.decided.certain.items():
-            # Beside names that hold everywhere else a new name means a new layer, whatever its shape.
-            if self._is_new_name(j) and not self.transforms.get((i, j)) and self.names.best(j) != i:
-                continue
-            if self.unique.get(j) == i or (i, j) in self.sole:
-                found[j] = "unique-shape"
-            elif self.names.best(j) == i:
-                found[j] = "name"
-            elif self.trees.get(j) == i:
-                found[j] = "tree+number"
-            elif self.recurring.get(j) == i:
-                found[j] = "pattern"
-            elif colours and sharing[loose_signature(self.ours[i]), colours[i]] == 1:
-                found[j] = "graph"
-        self._norms_with_their_layers(found)
-        return found
-
-    def _is_new_name(self, j: int) -> bool:
-        # Of a head its place says what it is, whatever it is called.
-        return self.trust.new_names and j not in self.trust.anchors and j not in self.trust.distrusted and j not in self.heads
-
-    def _norms_with_their_layers(self, found: dict[int, str]) -> None:
-        """A norm that names or dataflow tie to a layer shares that layer's evidence."""
-        for j, i in self.decided.certain.items():
-            if j not in found and self.theirs[j].kind in NORMS and self.mates.agree(i, j, {layer: self.decided.certain[layer] for layer in found}):
-                found[j] = "structure"
-
-    def _last_without_order(self, free: dict[int, str]) -> None:
-        """What is left over, one of its shape, of two blocks whose other layers are each other's for reasons other than order."""
-        base = {j: i for j, i in self.decided.certain.items() if j in free or j in self.trust.anchors}
-        for j, i in match_leftovers(self.source.layers, self.target.layers, base, whole=True).items():
-            if self.decided.certain.get(j, i) == i and (j in self.decided.certain or i not in self._taken()) and not self._is_new_name(j):
-                self.decided.put(j, i, "structure")
-                free[j] = "structure"
-
-    def _list_doubts(self) -> None:
-        taken = self._taken()
-        for j, options in self.candidates.items():
-            if j in self.decided.certain or j in self.decided.doubts or j in self.heads:
-                continue
-            left = [i for i in options if i is not None and i not in taken and self.transforms.get((i, j)) != "head"]
-            if left:
-                self.decided.doubts[j] = (
-                    "several layers fit equally well" if len(options) > 1 else "it fits, but so does it elsewhere",
-                    left,
-                )
-
-    def _taken(self) -> set[int]:
-        return set(self.decided.certain.values())
-
-    # --- the result ---
-
-    def _matching(self, view: str, viewed: Viewed) -> Matching:
-        matching = Matching(view, clashes=list(self.named.clashes), notes=list(self.named.notes))
-        for j, i in sorted(self.decided.certain.items()):
-            transform = viewed.transforms.get((i, j), "")
-            if transform == "head":
-                continue
-            if j in self.trust.mapped:
-                fits = layer_transform(self.ours[i], self.theirs[j], first=True)
-                if fits is not None:
-                    matching.pair(self.ours[i], self.theirs[j], transform=fits, evidence="map")
-                continue
-            if j in self.trust.anchors:
-                # The matching by names knows the transforms of its own pairs.
-                matching.matches.update({name: self.named.matches[name] for name in self.theirs[j].names if name in self.named.matches})
-                continue
-            fused = any(len(key) > 1 for key, _ in self.ours[i].roles.values())
-            matching.pair(
-                self.ours[i],
-                self.theirs[j],
-                transform="fuse" if fused else transform,
-                evidence=self.decided.evidence[j],
-                margin=viewed.margins.get((i, j)),
-            )
-        for j, (reason, options) in sorted(self.decided.doubts.items()):
-            if j not in self.heads:
-                matching.flag(self.theirs[j], reason, [(self.ours[i], viewed.transforms.get((i, j), "")) for i in options[:6]])
-        self._flags_of_names(matching)
-        return matching
-
-    def _flags_of_names(self, matching: Matching) -> None:
-        """Norms whose kind changed stay in doubt; plain clashes of shape are fresh, and told."""
-        clashed = {clash.target.rpartition(".")[0] for clash in matching.clashes}
-        for name, flag in self.named.flags.items():
-            if name in matching.matches or name in matching.flags or not self.trust.as_a_whole:
-                continue
-            if name.rpartition(".")[0] not in clashed:
-                matching.flags[name] = flag
+            fused = any(len(key) > 1 for key, _ in ours.roles.values())
+            transform = "fuse" if fused else transforms.get((i, j), "")
+            matching.pair(ours, theirs, transform=transform, evidence=evidence[j], margin=case.viewed.margins.get((i, j)))
+    for j, (reason, options) in sorted(doubts.items()):
+        if j not in case.heads:
+            matching.flag(case.theirs[j], reason, [(case.ours[i], transforms.get((i, j), "")) for i in options[:6]])
+    # Norms whose kind changed stay in doubt; plain clashes of shape are fresh, and reported.
+    clashed = {clash.target.rpartition(".")[0] for clash in matching.clashes}
+    for name, flag in named.flags.items():
+        if case.trust.as_a_whole and name not in matching.matches and name not in matching.flags and name.rpartition(".")[0] not in clashed:
+            matching.flags[name] = flag
+    return matching
 
 
 def _links(side: Side) -> dict[int, set[Link]]:
     return links_by_dataflow(side.layers, side.flow) if side.flow else links_by_neighbours(side.layers)
 
 
-def _only(candidates: Candidates) -> dict[int, int]:
-    wanted: dict[int, list[int]] = defaultdict(list)
-    for j, options in candidates.items():
-        for i in options:
-            if i is not None:
-                wanted[i].append(j)
-    return {j: options[0] for j, options in candidates.items() if len(options) == 1 and options[0] is not None and len(wanted[options[0]]) == 1}
+def _use_ranks(side: Side) -> dict[int, int] | None:
+    """When each layer is used."""
+    return {layer.index: rank for rank, layer in enumerate(in_use_order(side.layers, side.flow))} if side.flow else None
 
 
 def _reindexed(trust: Trust, ours: list[Layer], new_ours: list[Layer], theirs: list[Layer], new_theirs: list[Layer]) -> Trust:

@@ -1,4 +1,4 @@
-"""Maps: rules, written by hand or saved from a plan, that say which source tensor goes where.
+"""Maps: rules, written by hand or saved from a plan, that define which source tensor goes where.
 
     conv1.weight: stem.conv.weight                              # target: source, exact names
     layer{s}.{b}.conv{n}.weight: stage{s}.{b}.c{n}.weight       # {word} stands for any text without a dot
@@ -8,7 +8,7 @@
     gamma: {source: ls.gamma, transform: squeeze}               # a named transform where shapes differ
     fc.weight: {source: fc.weight, transform: rows, rows: [7, [2, 5]]}   # row 7, and the mean of rows 2 and 5
 
-Every rule must hit, no target may be named twice, no source may serve two targets unless it says `shared: true` (the parts of a
+Every rule must hit, no target may be named twice, no source may serve two targets unless it has `shared: true` (the parts of a
 fused projection, and the weight and the bias that a norm is folded into, share theirs anyway).
 Where only the other direction (source: target) fits, it is understood so.
 """
@@ -231,7 +231,7 @@ def _check_uniqueness(matching: Matching, hits: list[_Hit]) -> None:
 
 
 def _may_share(first: _Hit, other: _Hit) -> bool:
-    """Different parts of one projection; weight and bias of one folding; what the map says is shared."""
+    """Different parts of one projection; weight and bias of one folding; what the map marks as shared."""
     kinds = first.rule.transform, other.rule.transform
     parts = any(all(kind.startswith(family) for kind in kinds) for family in ("split_", "fold_norm_"))
     return first.rule.shared or other.rule.shared or (parts and kinds[0] != kinds[1] and first.sources == other.sources)

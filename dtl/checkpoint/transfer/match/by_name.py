@@ -237,16 +237,16 @@ MOST_NAMED = 0.9
 """Least share of one side's layers that must have a namesake, for names to be believed as a whole."""
 SOME_NAMED = ((0.9, 0.5), (1.0, 0.2))
 """(least share of namesakes that agree, least share that has one) for believing the namesakes alone: blocks were put in and
-taken out. No lower than this: a stem and a head of common names say nothing of the blocks between."""
+taken out. No lower than this: a stem and a head of common names prove nothing about the blocks between."""
 
 
 @dataclass
 class Trust:
-    """`anchors`: target layer -> source layer of the same name, believed. `distrusted`: target layers whose name says nothing.
+    """`anchors`: target layer -> source layer of the same name, believed. `distrusted`: target layers whose name proves nothing.
 
     `as_a_whole`: same names have the same shapes nearly everywhere, and cover nearly all of one side. `numbers`: whether numbers
     in names may be used at all. `mapped`: anchors that the user's map gave. `new_names`: namesakes are believed, so that a
-    layer without one is a new layer, unless more than its shape speaks for it.
+    layer without one is a new layer, unless there is more evidence than its shape.
     """
 
     as_a_whole: bool
@@ -287,7 +287,7 @@ def trust_names(matching: Matching, source: Sequence[Layer], target: Sequence[La
     agreeing = len(paired) / max(1, len(paired) + namesakes)
     if any(agreeing >= least and share >= named for least, named in SOME_NAMED):
         return Trust(False, believed, distrusted, new_names=True)
-    # Not believed, but spoken: enough for a new name beside them to be in doubt.
+    # Not trusted, but enough for a new name beside them to be in doubt.
     return Trust(False, distrusted=distrusted, new_names=agreeing >= 0.5 and share >= SOME_NAMED[-1][1])
 
 
@@ -313,7 +313,7 @@ def _shifted_lists(clashing: Sequence[Layer], source: Sequence[Layer]) -> set[st
     """Numbered lists, as what stands before the number, in which a namesake's neighbour has the wanted shape."""
     shapes = {layer.path: layer.signature for layer in source}
     found = set()
-    # Norms have few shapes, which say little; a convolution with a neighbour's shape does.
+    # Norms have few shapes, which prove little; a convolution with a neighbour's shape does.
     for layer in (each for each in clashing if each.kind in WEIGHTED):
         for number in re.finditer(r"\d+", layer.path):
             before, after = layer.path[: number.start()], layer.path[number.end() :]
@@ -328,7 +328,7 @@ def _in_list(path: str, before: str) -> bool:
 
 
 def with_settled(trust: Trust, settled: Mapping[str, Match], source: Sequence[Layer], target: Sequence[Layer]) -> Trust:
-    """The layers that the user's map pairs become anchors, before anything that names say."""
+    """The layers that the user's map pairs become anchors, ahead of the names."""
     ours = {name: layer.index for layer in source for name in layer.names}
     theirs = {name: layer.index for layer in target for name in layer.names}
     given = {theirs[name]: ours[match.source[0]] for name, match in settled.items() if len(match.source) == 1}

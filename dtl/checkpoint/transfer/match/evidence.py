@@ -46,7 +46,7 @@ def likeness(left: str, right: str) -> float:
 
 
 LIKE = 0.75
-"""Names at least this alike count as the same name..."""
+"""Names at least this similar count as the same name..."""
 CLEARLY = 0.08
 """...if no other layer of the shape comes this near, on either side."""
 
@@ -123,7 +123,7 @@ def match_recurring(source: Mapping[int, Layer], target: Mapping[int, Layer], ba
     for j, layer in target.items():
         if j in base:
             continue
-        said: set[int] = set()
+        voted: set[int] = set()
         for theirs in (1, 2, 3):
             # The fewest words that translate: more of them would hold the names of the blocks that they were learned from.
             tail = _tail(layer.path, theirs)
@@ -132,9 +132,9 @@ def match_recurring(source: Mapping[int, Layer], target: Mapping[int, Layer], ba
                 continue
             fits = [i for i in options[loose_signature(layer)] if _tail(source[i].path, found[0]) == found[1]]
             if len(fits) == 1:
-                said.add(fits[0])
-        if len(said) == 1 and (our_blocks[next(iter(said))], their_blocks[j]) in standing:
-            votes[j] = said.pop()
+                voted.add(fits[0])
+        if len(voted) == 1 and (our_blocks[next(iter(voted))], their_blocks[j]) in standing:
+            votes[j] = voted.pop()
     asked = Counter(votes.values())
     return {j: i for j, i in votes.items() if asked[i] == 1}
 

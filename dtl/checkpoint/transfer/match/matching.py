@@ -1,4 +1,4 @@
-"""What a planner hands on: which source tensor goes to which target tensor, why, and what it would not decide."""
+"""The result of a planner: which source tensor goes to which target tensor, why, and what it would not decide."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Clash:
 
 @dataclass
 class Matching:
-    """`refusals` stop the transfer whatever the options say; `flags` only while `on_ambiguous` is `error`."""
+    """`refusals` stop the transfer whatever the options; `flags` only while `on_ambiguous` is `error`."""
 
     view: str
     matches: dict[str, Match] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Matching:
                 self.matches[target_key[0]] = Match(key, needed, evidence, margin)
 
     def flag(self, layer: Layer, reason: str, options: Iterable[tuple[Layer, str]] = ()) -> None:
-        """Leave a layer undecided. `options`: source layers that would fit, each with its transform; told tensor by tensor, by role."""
+        """Leave a layer undecided. `options`: source layers that would fit, each with its transform; listed tensor by tensor, by role."""
         options = list(options)
         for role, (names, shape) in layer.roles.items():
             fitting = [(source.roles[role], transform) for source, transform in options if role in source.roles]

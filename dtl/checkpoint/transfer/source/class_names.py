@@ -1,4 +1,4 @@
-"""Class names of a head, from wherever people keep them: they say which of its rows belongs to which class."""
+"""Class names of a head, from wherever people keep them: they decide which of its rows belongs to which class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_class_names(given: str | Path | Sequence[str], what: str) -> list[str]:
 
     `given`: the names themselves, also as `ants,bees`; a text file of one name a line; JSON or YAML with a list, with `classes`,
     or with numbers as keys (`id2label`); a run, a model folder, packed data, or a folder with one subfolder a class.
-    `what` names the option in messages. UserError where that is not to be had.
+    `what` names the option in messages. UserError where there are none.
     """
     if isinstance(given, str) and not Path(given).exists() and "," in given:
         given = [name.strip() for name in given.split(",")]

@@ -18,7 +18,7 @@ from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 
 @dataclass(frozen=True)
 class Cached:
-    """A file in torch hub's cache folder and what its publisher tells about it."""
+    """A file in torch hub's cache folder and what its publisher states about it."""
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Cached:
 def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
     """The file of a web address, from torch hub's cache folder or fetched into it (the hash in its name is checked).
 
-    A name without a hash says nothing of what is in it, so such files lie in a folder of their address.
+    A name without a hash does not identify the content, so such files lie in a folder of their address.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(address).path).name
     found = torch.hub.HASH_REGEX.search(path.name)

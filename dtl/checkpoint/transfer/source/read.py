@@ -39,7 +39,7 @@ class SourceWeights:
     `ordered`: whether that order is the one in which the network registered them (safetensors sorts by name).
     `container`: words that led to the state dict inside the file; `passed_over`: other mappings of tensors beside it.
     `prefix`: the beginning of names the user chose with `FILE#prefix.`.
-    `facts`: classes, preprocessing, architecture, as far as the source tells.
+    `facts`: classes, preprocessing, architecture, as far as the source has them.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -77,7 +77,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     named = str(source)
     if named.startswith("torchvision:"):
         return _from_cache(hubs.torchvision_file(named.removeprefix("torchvision:")), origin=named, key=key)
-    if named.startswith("timm:") or hub_name(named) is not None:
+    if ":" in named and (named.startswith("timm:") or hub_name(named) is not None):
         tensors, facts = hubs.timm_tensors(named.removeprefix("timm:"))
         return SourceWeights(tensors, named, ordered=True, facts=facts)
     if named.startswith(("http://", "https://")):
@@ -144,7 +144,7 @@ def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
     if (of_run / "model.json").is_file():
         path = of_run
     elif (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
-        raise UserError(f"{path}: the run has no model yet; it is written when the run is done (the same command goes on with it)")
+        raise UserError(f"{path}: the run has no model yet; it is written when the run is done (run the same command again to resume it)")
     facts_file = path / "model.json"
     for name in _IN_FOLDER:
         if (path / name).is_file():
@@ -168,7 +168,7 @@ def _with_model_facts(read: SourceWeights, facts_file: Path) -> SourceWeights:
 
 
 def _from_index(path: Path) -> SourceWeights:
-    """Several files and a JSON that says which tensor lies in which (Hugging Face, Accelerate)."""
+    """Several files and a JSON that maps each tensor to its file (Hugging Face, Accelerate)."""
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -393,7 +393,7 @@ def _choose(candidates: dict[str, int], origin: str) -> str:
     rivals = [container for container, count in candidates.items() if count >= 0.9 * most and (count > 4 or count == most)]
     if len(rivals) > 1:
         named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')})" for container in rivals)
-        raise UserError(f"{origin}: holds {named}; say which one is meant, for instance source: {origin}#{rivals[0]}")
+        raise UserError(f"{origin}: holds {named}; choose one, for instance source: {origin}#{rivals[0]}")
     return rivals[0]
 
 
@@ -453,7 +453,7 @@ def pickled_globals(path: Path) -> list[str]:
 
 
 def _collect(file: BinaryIO, found: set[str]) -> None:
-    """Names in the next pickle. STACK_GLOBAL takes the two strings before it, which may have been said earlier (memo)."""
+    """Names in the next pickle. STACK_GLOBAL takes the two strings before it, which may be in the memo."""
     strings: list[str] = []
     memo: dict[int, str | None] = {}
     last: str | None = None

@@ -13,11 +13,11 @@ from torch import nn
 from transfer_networks import Tied
 
 from dtl.checkpoint import load_pretrained, plan_transfer
-from dtl.checkpoint.transfer.apply import checksum
 from dtl.checkpoint.transfer.report import fold
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.checkpoint.transfer.verify import randomise, verify_plan
 from dtl.errors import TransferRefused, UserError
+from dtl.files import sha256_of_tensors
 
 
 class Net(nn.Module):
@@ -60,7 +60,7 @@ def test_a_loaded_network_is_the_source(source: Net) -> None:
     assert same(source.state_dict(), target.state_dict())
     assert report.coverage == 1.0
     assert report.fresh == ()
-    assert report.checksum == checksum(source.state_dict())
+    assert report.checksum == sha256_of_tensors(source.state_dict())
     assert all(outcome.reason for outcome in report.outcomes)
 
 
@@ -322,7 +322,7 @@ def test_real_mobilenet_weights(family: str, imagenet_weights: Path) -> None:
         report = load_pretrained(model, weights, by=by)  # type: ignore[arg-type]
         assert report.coverage == 1.0
         assert len(report.fresh) == 2
-        features[by] = checksum({n: v for n, v in model.state_dict().items() if n not in report.fresh})
+        features[by] = sha256_of_tensors({n: v for n, v in model.state_dict().items() if n not in report.fresh})
     assert features["order"] == features["auto"]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ import pytest
 import torch
 from small_networks import Block, Net, hashed, net, right, state
 from torch import nn
+from transfer_networks import RandomNetwork, edit, random_plan
+from transfer_networks import rename as renamed
 
 from dtl.checkpoint.transfer.layers.dataflow import trace_dataflow
 from dtl.checkpoint.transfer.layers.layer import TensorSpec, layers_of, specs_of, strip_wrappers
+from dtl.checkpoint.transfer.match import auto
 from dtl.checkpoint.transfer.match.alignment import IMPOSSIBLE, align
 from dtl.checkpoint.transfer.match.by_name import rename
 from dtl.checkpoint.transfer.match.evidence import likeness
@@ -461,3 +466,37 @@ def test_a_norm_does_not_stay_with_a_layer_that_changed() -> None:
         assert plan.ok
         assert {"conv1.weight", "bn1.weight", "bn1.running_mean"} <= set(plan.fresh)
         assert next(o.reason for o in plan.outcomes if o.target == "bn1.weight") == "its layer conv1 has no source"
+
+
+@pytest.mark.parametrize("how", ["keep", "words", "hash parts"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_order_of_views_and_of_their_claims_does_not_matter(seed: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    ours = theirs = random_plan(rng)
+    for what in rng.sample(["insert", "delete", "width", "classes", "permute"], 2):
+        theirs = edit(theirs, what, rng)
+    with torch.device("meta"):
+        source, target = RandomNetwork(ours), RandomNetwork(theirs)
+    weights = {renamed(name, how): value for name, value in source.state_dict().items()}
+
+    def plans() -> list[Any]:
+        found = [plan_transfer(weights, target, min_coverage=0.0, assume_order=assume, ordered=order) for assume in (False, True) for order in (False, True)]
+        if how == "keep":
+            found.append(plan_transfer(weights, target, min_coverage=0.0, source_model=source))
+        return [(plan.digest, plan.outcomes, plan.refusals) for plan in found]
+
+    expected = plans()
+
+    class Shuffled(auto.Arbiter):
+        def __init__(self, case: auto.Case, alignment: auto.Alignment, names: auto.Names, views: list[auto.View]) -> None:
+            rng.shuffle(views)
+            super().__init__(case, alignment, names, views)
+
+        def _accept(self, claims: Iterable[auto.Claim]) -> bool:
+            claims = list(claims)
+            rng.shuffle(claims)
+            return super()._accept(claims)
+
+    monkeypatch.setattr(auto, "Arbiter", Shuffled)
+    for _ in range(3):
+        assert plans() == expected
