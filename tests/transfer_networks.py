@@ -273,3 +273,22 @@ class Tokens(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.head((x + self.fc2(torch.relu(self.fc1(self.norm(x)))))[:, 0])
+
+
+class TwoConvolutions(nn.Module):
+    """Convolution, norm, convolution, norm, head: [B, 3, H, W] -> [B, classes]."""
+
+    def __init__(self, *, classes: int = 4, channels: int = 3, bias: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1, bias=bias)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1, bias=bias)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, classes)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(x))).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.features(x))

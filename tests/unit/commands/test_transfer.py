@@ -125,27 +125,6 @@ def test_a_source_that_holds_more_than_the_network_is_refused_with_the_option_th
     assert main([*arguments, "--ignore", "decoder.*"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("c.txt", "ants\nbees\n"),
-        ("c.json", '["ants", "bees"]'),
-        ("c.json", '{"id2label": {"1": "bees", "0": "ants"}}'),
-        ("c.yaml", "classes: [ants, bees]\n"),
-        ("run/model/model.json", '{"classes": ["ants", "bees"]}'),
-        ("photos/bees/x.jpg", ""),
-    ],
-)
-def test_where_class_names_are_read_from(tmp_path: Path, name: str, content: str) -> None:
-    from dtl.checkpoint.transfer.source.class_names import read_class_names
-
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text(content)
-    (tmp_path / "photos" / "ants").mkdir(parents=True, exist_ok=True)
-    top = tmp_path / name.split("/")[0]
-    assert read_class_names(top, "classes") == ["ants", "bees"]
-
-
 def test_the_dry_run_looks_at_the_values_too(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What it lets pass is loaded: untrained, not finite and half-precision weights are told as they are when loading."""
     arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,13 @@ import pytest
 import torch
 from torch import nn
 from transfer_networks import Tied
+from transfer_networks import TwoConvolutions as Net
 
-from dtl.checkpoint import load_pretrained, plan_transfer
-from dtl.checkpoint.transfer.report import fold
+from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.transfer.source.read import read_weights
-from dtl.checkpoint.transfer.verify import randomise, verify_plan
+from dtl.checkpoint.transfer.verify import randomise
 from dtl.errors import TransferRefused, UserError
 from dtl.files import sha256_of_tensors
-
-
-class Net(nn.Module):
-    """Convolution, norm, convolution, norm, head: [B, 3, H, W] -> [B, classes]."""
-
-    def __init__(self, *, classes: int = 4, channels: int = 3, bias: bool = False) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1, bias=bias)
-        self.bn1 = nn.BatchNorm2d(6)
-        self.conv2 = nn.Conv2d(6, 8, 3, padding=1, bias=bias)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, classes)
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(x))).mean((2, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.features(x))
 
 
 @pytest.fixture
@@ -238,69 +218,6 @@ def test_a_meta_network_cannot_be_filled() -> None:
         target = Net()
     with pytest.raises(UserError, match="has no memory"):
         load_pretrained(target, Net().state_dict())
-
-
-# --- report ---
-
-
-def test_the_report_is_for_people_and_for_machines(source: Net, tmp_path: Path) -> None:
-    torch.save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "w.pth")
-    report = load_pretrained(Net(classes=9), tmp_path / "w.pth")
-    text = str(report)
-    assert "coverage 100.0% of convolution and linear layers, fresh" in text
-    assert "from 'state_dict'" in text
-    assert "conv{1,2}.weight" in text
-    assert "head fc.{weight,bias}: fresh, head: 9 outputs here, 4 in the source" in text
-    report.to_json(tmp_path / "transfer.json")
-    data = json.loads((tmp_path / "transfer.json").read_text())
-    assert data["coverage"] == 1.0
-    assert data["sha256"] == report.sha256
-    assert len(data["outcomes"]) == len(Net().state_dict()) + 2
-    assert {o["outcome"] for o in data["outcomes"]} == {"loaded", "fresh", "unused"}
-    assert data["totals"]["loaded (name)"]["tensors"] == 12
-
-
-def test_a_refusal_shows_the_reason_first_and_the_table(source: Net) -> None:
-    with pytest.raises(TransferRefused) as refused:
-        load_pretrained(Net(), {"conv1.weight": source.conv1.weight})
-    first, *rest = str(refused.value).splitlines()
-    assert "refused: coverage" in first
-    assert "the first layer without a source is conv2 [8, 6, 3, 3]" in first
-    assert any(line.startswith("fresh") for line in rest)
-
-
-@pytest.mark.parametrize(
-    ("names", "folded"),
-    [
-        (["a.weight", "a.bias"], "a.{weight,bias}"),
-        ([f"layer{s}.{b}.conv{c}.weight" for s in range(1, 5) for b in (0, 1) for c in (1, 2)], "layer{1...4}.{0,1}.conv{1,2}.weight"),
-        (["cls_token"], "cls_token"),
-        ([], ""),
-    ],
-)
-def test_folding(names: list[str], folded: str) -> None:
-    assert fold(names) == folded
-
-
-# --- verification ---
-
-
-def test_verify_finds_what_a_right_map_cannot_see(source: Net) -> None:
-    twin = Net()
-    plan = plan_transfer(source.state_dict(), twin)
-    good = verify_plan(plan, source, twin, image_size=16)
-    assert (good.compared, good.equal, good.first_divergence, good.settings) == (3, 3, None, ())
-    assert good.output_difference is not None
-    assert good.output_difference < 1e-6
-    twin.conv2.stride = (2, 2)
-    twin.conv1.padding = (0, 0)
-    twin.bn1.eps = 0.5
-    bad = verify_plan(plan, source, twin, image_size=16)
-    assert bad.first_divergence is not None
-    assert bad.first_divergence == "conv1 against conv1 (the shapes of their outputs differ)"
-    assert "conv1: padding (0, 0) here, (1, 1) in the source (conv1)" in bad.settings
-    assert any("bn1: eps 0.5 here" in line for line in bad.settings)
-    assert any("conv2: stride (2, 2) here, (1, 1) in the source" in line for line in bad.settings)
 
 
 # --- real weights ---

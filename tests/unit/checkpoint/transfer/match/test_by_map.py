@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_networks import net, state
 from torch import nn
 from transfer_networks import RandomNetwork, Tied, Tokens, Window, edit, random_plan, rename
 
@@ -19,6 +20,7 @@ from dtl.checkpoint.transfer.apply import apply_plan
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_transfer
 from dtl.checkpoint.transfer.report import save_map
 from dtl.checkpoint.transfer.source.read import read_weights
+from dtl.errors import UserError
 
 State = dict[str, torch.Tensor]
 Case = tuple[State, nn.Module, dict[str, Any]]
@@ -187,3 +189,60 @@ def test_a_transform_that_cannot_be_done_is_a_refusal(rule: dict[str, Any], mess
     assert plan.pairs == {}
     with pytest.raises(AssertionError, match=message):
         raise AssertionError("\n".join(plan.refusals))
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_plan_saved_as_a_map_is_the_same_plan(tmp_path: Path, suffix: str) -> None:
+    plan = plan_transfer(state(net(), "module.{}".format), net(classes=4, channels=1))
+    save_map(plan, tmp_path / f"map{suffix}")
+    assert "\nbn1.weight: module.bn1.weight\n" in (text := (tmp_path / f"map{suffix}").read_text()) or suffix == ".json", text
+    again = plan_transfer(state(net(), "module.{}".format), net(classes=4, channels=1), by="map", mapping=tmp_path / f"map{suffix}")
+    assert again.ok
+    assert again.pairs == plan.pairs
+    assert [o.transform for o in again.outcomes if o.target] == [o.transform for o in plan.outcomes if o.target]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"*": "net.*"},
+        {"{a}.{b}": "net.{a}.{b}", "{a}.{b}.{c}.{d}": "net.{a}.{b}.{c}.{d}", "{a}.{b}.{c}.{d}.{e}": "net.{a}.{b}.{c}.{d}.{e}"},
+        {r"re:(.*)": r"net.\1"},
+        {"net.*": "*"},
+    ],
+)
+def test_patterns(rules: dict[str, str]) -> None:
+    plan = plan_transfer(state(net(), "net.{}".format), net(), by="map", mapping=rules)
+    assert plan.ok, plan.refusals
+    assert len(plan.pairs) == len(net().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"*": "*", "conv9.weight": "conv1.weight"}, "map rule conv9.weight: conv1.weight matches no name"),
+        ({"*": "*", "bn1.weight": "nothing"}, "asks for nothing"),
+        ({"bn1.weight": "layer1.0.bn1.weight", "*": "*"}, "layer1.0.bn1.weight would go to both"),
+        ({"conv1.weight": "fc.weight"}, r"shapes differ and no transform is named: conv1.weight \[8, 3, 3, 3\] against fc.weight \[10, 12\]"),
+    ],
+)
+def test_mistakes_in_maps_are_refusals(rules: dict[str, str], message: str) -> None:
+    plan = plan_transfer(state(net()), net(), by="map", mapping=rules)
+    assert plan.pairs == {}
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError("\n".join(plan.refusals))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "expected lines of `target: source`, found list"),
+        ("a: {from: b}", "a: expected a source"),
+        ("a: {source: b, transform: magic}", "no transform called magic"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_mistakes_in_map_files(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "m.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        plan_transfer(state(net()), net(), by="map", mapping=tmp_path / "m.yaml")
