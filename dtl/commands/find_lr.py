@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dtl.config import Config
     from dtl.distributed.runtime import Runtime
     from dtl.models.build import Network
-    from dtl.training.lr_curve import LrCurve
+    from dtl.training.lr_range import LrCurve
 
 _DESCRIPTION = """\
 Which learning rate? Trains a phase for a while with a rate that rises exponentially at each step, until the loss diverges, and suggests

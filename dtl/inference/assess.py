@@ -25,7 +25,7 @@ from dtl.errors import UserError
 from dtl.training.evaluate import ForwardPass, reduce_sums
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums, first_greatest
-from dtl.training.tasks import Task
+from dtl.training.phases import Task
 
 NUM_BINS = 15
 NUM_HARDEST = 20

@@ -22,7 +22,7 @@ from dtl.models.strict_load import strict_load
 from dtl.runs.folder import never_began, read_status, why_none_began
 from dtl.text import near_run, to_nobody
 from dtl.training.evaluate import ForwardPass
-from dtl.training.tasks import TASKS, Task, task_named
+from dtl.training.phases import TASKS, Task, task_named
 
 Log = Callable[[str], None]
 

@@ -36,8 +36,7 @@ from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass, Outputs
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums
-from dtl.training.phases import Phase
-from dtl.training.tasks import Task, task_named
+from dtl.training.phases import Phase, Task, task_named
 
 Ints = npt.NDArray[np.int64]
 Say = Callable[[str], None]
@@ -158,7 +157,7 @@ class Examples:
         return tiles[: most * phase.task.expansion]
 
     def _unaugmented(self, phase: Phase) -> bool:
-        """Its features were cached from images as evaluation sees them (dtl.training.feature_phase), whatever the augmentation says."""
+        """Its features were cached from images as evaluation sees them (dtl.training.features), whatever the augmentation says."""
         config = phase.config
         return config.cache_features is True and config.views == 1 and not self.loaders.train_transform.is_fixed
 

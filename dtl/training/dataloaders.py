@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,11 +18,16 @@ from dtl.data.loading.shared_memory import bytes_needed
 from dtl.data.remote.cache_space import Demand
 from dtl.data.sampling.balance import AnyBalance, plan_epoch
 from dtl.data.sampling.class_members import ClassMembers
-from dtl.data.sampling.plan import EpochPlan, RankLayout
+from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.text import counted
-from dtl.training.feature_data import FeatureDataset
 from dtl.training.phases import Phase
+
+
+class MicroBatchDataset(Protocol):
+    """What a loader can read from in place of the images of the shards."""
+
+    def __getitems__(self, request: MicroBatch) -> Batch: ...
 
 
 @dataclass
@@ -49,7 +55,7 @@ class DataLoaders:
     """Where JPEGs are decoded; None: in the loader processes."""
     max_train_steps: int | None = None
     max_val_steps: int | None = None
-    cached: dict[str, FeatureDataset] = field(default_factory=dict, repr=False)
+    cached: dict[str, MicroBatchDataset] = field(default_factory=dict, repr=False)
     """Features instead of images, by split, while a phase trains on them."""
     _plans: dict[int, EpochPlan] = field(default_factory=dict, repr=False)
 

@@ -20,7 +20,7 @@ from dtl.models.network import Network, forward_logits, to_device
 from dtl.models.normalise import Normalise
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums
-from dtl.training.tasks import Task
+from dtl.training.phases import Task
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dtl.config import PhaseConfig
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
-from dtl.data.sampling.plan import EpochPlan, RankLayout
+from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample, UserError
@@ -34,8 +34,10 @@ from dtl.files import fsync_folder, temporary_suffix
 from dtl.models.network import Network
 from dtl.models.normalise import Normalise
 from dtl.text import counted
+from dtl.training.active import ActivePhase
+from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass
-from dtl.training.feature_data import FACTS_NAME
+from dtl.training.phases import Phase
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
@@ -288,3 +290,106 @@ def _take_place(temporary: Path, folder: Path) -> None:
         if not (folder / FACTS_NAME).is_file():
             raise
     fsync_folder(folder.parent)
+
+
+# ---- batches of cached features
+
+
+FACTS_NAME = "facts.json"
+
+
+class FeatureDataset:
+    """For `StepLoader`: batches whose `images` are features, float32 [B, ...]. The view of an epoch is (epoch - first) modulo V."""
+
+    def __init__(self, shards: Shards, folder: Path, split: str, first_epoch: int) -> None:
+        self.shards, self.first_epoch = shards, first_epoch
+        self.values: Any = np.load(folder / f"{split}.npy", mmap_mode="r")
+        damage = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))["damaged"][split]
+        self.damaged = {(view, sample): DamagedSample(**facts) for view, sample, facts in damage}
+
+    def __getitems__(self, request: MicroBatch) -> Batch:
+        view = (request.epoch - self.first_epoch) % len(self.values)
+        labels = np.asarray(self.shards.labels[request.samples], np.int64)
+        labels = np.where((labels < 0) | (labels >= self.shards.num_classes), 0, labels)  # of a damaged sample, at weight 0
+        weights = request.weights.copy()
+        bad = []
+        if self.damaged:
+            for slot, sample in enumerate(request.samples.tolist()):
+                if (view, sample) in self.damaged:
+                    weights[slot] = 0.0
+                    if request.slots[slot] >= 0:
+                        bad.append((sample, self.damaged[view, sample]))
+        return Batch(
+            images=torch.from_numpy(self.values[view][request.samples]),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy(weights),
+            samples=torch.from_numpy(request.samples),
+            slots=torch.from_numpy(request.slots),
+            epoch=request.epoch,
+            step=request.step,
+            bad=bad,
+        )
+
+
+# ---- of a phase
+
+
+# Features need no gradients: a rank can take more at once than a training step's share, and small shares would waste the machine.
+_LEAST_BATCH = 32
+
+
+@dataclass
+class PhaseFeatures:
+    """Of one run; `cache_dir` None turns caching off (debugging)."""
+
+    runtime: Runtime
+    network: Network
+    loaders: DataLoaders
+    normalise: Normalise
+    seed: int
+    cache_dir: Path | None
+    say: Callable[[str], None]
+
+    def choose_cut(self, phase: Phase, trainable: frozenset[str]) -> str | None:
+        """The module that `phase` should train on cached features; None to train on images. The same on all ranks."""
+        config = phase.config
+        if self.cache_dir is None or config.cache_features is False:
+            return None
+        cut, why_not = find_cut(self.network, trainable, image_size=self.loaders.image_size)
+        cut, why_not = self.runtime.agree((cut, why_not))
+        num_epochs = phase.num_steps / phase.steps_per_epoch
+        views, line = decide(phase.name, config, why_not=why_not, fixed=self.loaders.train_transform.is_fixed, num_epochs=num_epochs)
+        if line:
+            self.say(f"phase {phase.name}: {line}")
+        return cut if views else None
+
+    def fill(self, active: ActivePhase, before_step: Callable[[list[Batch]], bool]) -> bool:
+        """Compute or find the features of the phase, and feed them from now on. False: all ranks are to stop."""
+        phase, loaders = active.phase, self.loaders
+        if active.cut is None:
+            return True
+        assert self.cache_dir is not None
+        fixed = loaders.train_transform.is_fixed
+        epochs: tuple[int, ...] = (0,)
+        if fixed or phase.config.views == 1:
+            transform = loaders.train_transform if fixed else loaders.val_transform
+        else:
+            epochs, transform = tuple(range(phase.first_epoch, phase.first_epoch + phase.config.views)), loaders.train_transform
+        cache = FeatureCache(
+            place=self.cache_dir / "features",
+            runtime=self.runtime,
+            normalise=self.normalise,
+            seed=self.seed,
+            image_size=loaders.image_size,
+            workers=loaders.workers,
+            batch_size=max(_LEAST_BATCH, loaders.layout(phase).micro_batch_size),
+            before_step=before_step,
+            say=self.say,
+        )
+        parts = [Part("train", loaders.train, transform, epochs), Part("val", loaders.val, loaders.val_transform, (0,))]
+        folder = cache.folder(self.network.module, active.cut, parts, frozen=active.frozen_checksum)
+        if folder is None:
+            return False
+        # The views are those of the phase's first epochs, and go round. Evaluation is epoch 0 of its own.
+        loaders.cached = {"train": FeatureDataset(loaders.train, folder, "train", phase.first_epoch), "val": FeatureDataset(loaders.val, folder, "val", 0)}
+        return True

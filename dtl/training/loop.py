@@ -32,7 +32,7 @@ from dtl.training.dataloaders import DataLoaders
 from dtl.training.early_stopping import diverged, judge, note_result
 from dtl.training.epoch_count import EpochCount
 from dtl.training.evaluate import evaluate
-from dtl.training.feature_phase import PhaseFeatures
+from dtl.training.features import PhaseFeatures
 from dtl.training.phases import Phase
 from dtl.training.settings import Settings
 from dtl.training.step import Stepper, Window, step_weight

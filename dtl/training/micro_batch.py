@@ -8,10 +8,11 @@ micro-batch is. What fitted is kept in the checkpoint's state. Composer has the 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,6 @@ from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.phases import Phase
-from dtl.training.snapshot import modes_kept, rng_kept
 from dtl.training.step import Stepper
 
 # What torch raises where memory ends; the words of a RuntimeError tell.
@@ -91,7 +91,7 @@ def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, no
     buffers = list(active.module.buffers())
     kept = [buffer.detach().clone() for buffer in buffers]
     problem = ""
-    with rng_kept(runtime.device), modes_kept(active.module), norms_alone():
+    with rng_restored(runtime.device), modes_restored(active.module), norms_alone():
         try:
             _compute(active, size, image_size, runtime, normalise)
         except PERHAPS_FULL as error:
@@ -159,3 +159,57 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """torch's own error on GPUs, or its libraries'. On CPUs, where a limit is set (ulimit -v), its allocator, oneDNN and C++ each have words
     of their own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in (*_CPU_WORDS, *_GPU_WORDS))
+
+
+# ---- snapshot and restore
+
+
+@contextmanager
+def restored_afterwards(active: ActivePhase, runtime: Runtime) -> Iterator[None]:
+    """Whatever happens inside, everything that training counts on is afterwards as it was, bit for bit. Costs a copy of all of it."""
+    tensors = [*active.module.parameters(), *active.module.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    optimizer: torch.optim.Optimizer = getattr(active.optimizer, "optimizer", active.optimizer)
+    state = {parameter: {key: _copy(value) for key, value in values.items()} for parameter, values in optimizer.state.items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    ema = None if active.ema is None else ({name: tensor.clone() for name, tensor in active.ema.state_tensors().items()}, active.ema.num_updates)
+    scaler = runtime.accelerator.scaler
+    scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
+    with rng_restored(runtime.device), modes_restored(active.wrapped):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, kept):
+                    tensor.copy_(value)
+            active.optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, options in zip(optimizer.param_groups, groups):
+                group.update(options)
+            if active.ema is not None and ema is not None:
+                active.ema.load(ema[0], num_updates=ema[1])
+            if scaler is not None and scale is not None:
+                scaler.load_state_dict(scale)
+
+
+@contextmanager
+def rng_restored(device: torch.device) -> Iterator[None]:
+    """The generators of the CPU and of this device stand where they stood."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def modes_restored(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

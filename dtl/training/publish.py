@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,6 @@ from dtl.models.build import Network
 from dtl.runs.folder import RunFolder, read_status
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
-from dtl.training.redact import without_secrets
 from dtl.training.session import Session
 from dtl.version import __version__
 
@@ -151,3 +151,21 @@ def preprocessing(network: Network, config: Config, trainer: Trainer) -> dict[st
         "crop_ratio": network.preprocessing.crop_ratio if config.data.crop_ratio == "auto" else config.data.crop_ratio,
         "transform": json.loads(json.dumps(trainer.loaders.val_transform.describe())),
     }
+
+
+# ---- what of the settings may leave with a model
+
+
+_USER = re.compile(r"://[^/\s]*@")
+_QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")
+
+
+def without_secrets(value: Any) -> Any:
+    """The same plain values; URLs without user, password, query and fragment (tokens live there), `pipe:` without its command."""
+    if isinstance(value, dict):
+        return {key: without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return "pipe:" if value.startswith("pipe:") else _QUERY.sub(r"\1", _USER.sub("://", value))

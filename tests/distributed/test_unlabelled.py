@@ -11,7 +11,7 @@ from harness import history, run, status
 from PIL import Image
 from recipes import write_images, write_recipe
 
-from dtl.training.tasks import TASKS
+from dtl.training.phases import TASKS
 
 PRETEXT: dict[str, Any] = {"pretext": {"task": "rotate", "train": "all", "steps": 3, "lr": 0.05}}
 

@@ -1,4 +1,4 @@
-"""dtl.training.ema: the recurrence, what it leaves alone, resuming, and swapping that always ends."""
+"""dtl.training.active: the recurrence, what it leaves alone, resuming, and swapping that always ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dtl.errors import UserError
-from dtl.training.ema import ExponentialMovingAverage
+from dtl.training.active import ExponentialMovingAverage
 
 
 def _module() -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""dtl.training.tasks: classification is untouched, rotation gives all four turns with their labels."""
+"""dtl.training.phases: classification is untouched, rotation gives all four turns with their labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from dtl.config import PhaseConfig
 from dtl.errors import UserError
-from dtl.training.tasks import TASKS, task_named
+from dtl.training.phases import TASKS, task_named
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

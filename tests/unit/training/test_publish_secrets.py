@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtl.training.redact import without_secrets
+from dtl.training.publish import without_secrets
 
 
 @pytest.mark.parametrize(
