@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from dtl.errors import UserError
 
+_NO_WRAPPING = 100_000
 _MOST_NAMES = 10_000  # compared with a mistyped one; a folder may hold millions
 _PLURALS = {"process": "processes", "class": "classes", "is": "are"}
+
+
+Log = Callable[[str], None]
+"""Takes one line for people, such as `to_stderr`."""
 
 
 def counted(number: float, what: str) -> str:
@@ -30,13 +38,42 @@ def some(names: Sequence[str], *, limit: int = 5, quoted: bool = False) -> str:
     return ", ".join(f"'{name}'" if quoted else name for name in names[:limit]) + more
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of `table`: `right` sets it flush right; it takes `least` characters or more, and cells over `most` are cut."""
+
+    title: str = ""
+    right: bool = False
+    least: int = 0
+    most: int | None = None
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
+    """Lines without colours and frames, for a terminal or a log file. Long cells are wrapped at the terminal's width, elsewhere never."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(column.title for column in columns))
+    for column in columns:
+        cut = column.most is not None
+        side: Literal["right", "left"] = "right" if column.right else "left"
+        made.add_column(Text(column.title), justify=side, min_width=column.least, max_width=column.most, no_wrap=cut, overflow="ellipsis" if cut else "fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    lines = io.StringIO()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _NO_WRAPPING
+    Console(file=lines, width=width, force_terminal=False, color_system=None).print(made)
+    return "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
+
+
 def to_stderr(line: str) -> None:
-    """What a command says while it works; its results go to standard output."""
+    """A line about the work; results go to standard output."""
     print(line, file=sys.stderr, flush=True)
 
 
 def to_nobody(line: str) -> None:
-    """On ranks but the main process."""
+    """Prints nothing: for ranks other than the main process."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -36,9 +36,9 @@ def run(argv: list[str]) -> int:
     from dtl.report import make_comparison, make_report
 
     if len(options.runs) == 1:
-        page = make_report(options.runs[0], out=options.out, device=options.device, max_images=options.max_images, seconds=options.seconds, say=to_stderr)
+        page = make_report(options.runs[0], out=options.out, device=options.device, max_images=options.max_images, seconds=options.seconds, log=to_stderr)
     else:
-        page = make_comparison(options.runs, out=options.out, say=to_stderr)
+        page = make_comparison(options.runs, out=options.out, log=to_stderr)
     print(page)
     return 0
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from dtl import text
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -31,11 +33,11 @@ def worst(findings: Iterable[Finding]) -> Status:
 
 
 def table(findings: Iterable[Finding]) -> str:
-    """Lines for a terminal: one a finding, its remedy below it."""
-    lines = []
-    for finding in findings:
-        mark = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}[finding.status]
-        lines.append(f"{mark}  {finding.check:<12}  {finding.summary}")
-        if finding.fix:
-            lines.append(f"      {'':<12}  -> {finding.fix}")
+    """Lines for a terminal: one for each finding, its fix below it."""
+    marks = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}
+    columns, lines = (text.Column(least=4), text.Column(least=12), text.Column()), []
+    for one in findings:
+        lines.append(text.table(columns, [(marks[one.status], one.check, one.summary)]))
+        if one.fix:
+            lines.append(f"{'':20}-> {one.fix}")  # a line of its own that nothing wraps: it is there to be copied
     return "\n".join(lines)

@@ -12,9 +12,9 @@ from dtl.data.remote.address import RemoteOptions
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.inference.assess import RankBatches, assess
-from dtl.inference.model import Log, RunningModel, stored_config
+from dtl.inference.model import RunningModel, stored_config
 from dtl.inference.tables import report
-from dtl.text import some, to_nobody
+from dtl.text import Log, some, to_nobody
 
 DEFAULT_WORKERS = 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +20,9 @@ from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build
 from dtl.models.strict_load import strict_load
 from dtl.runs.folder import never_began, read_status, why_none_began
-from dtl.text import near_run, to_nobody
+from dtl.text import Log, near_run, to_nobody
 from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import TASKS, Task, task_named
-
-Log = Callable[[str], None]
 
 
 @dataclass

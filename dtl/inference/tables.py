@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl import text
 from dtl.data.shards.index import Shards
 from dtl.errors import DamagedSample
 from dtl.inference.assess import NUM_BINS, Assessment, Hard
-from dtl.text import counted
+from dtl.text import Column, counted
 
 NUM_PAIRS = 20
 _TABLE_CLASSES = 30
+_NAME_WIDTH = 32
 _TABLE_PAIRS = 10
 _TABLE_HARDEST = 5
 _MEAN = "mean over classes"
@@ -79,17 +81,16 @@ def confused_pairs(counts: npt.NDArray[np.int64], classes: Sequence[str], limit:
 
 def table(values: dict[str, Any]) -> str:
     """The report for a terminal. Long lists of classes are cut to those that are recognised worst."""
-    width = min(32, max([len(_MEAN), *(len(row["name"]) for row in values["per_class"])]))
+    rates = [Column("precision", right=True), Column("recall", right=True), Column("F1", right=True)]
+    rows = [_row(row["name"], row) for row in [*_worst_classes(values["per_class"]), {"name": _MEAN, **values["macro"]}]]
     lines = [
         f"{counted(values['num_samples'], 'image')}: top1 {_percent(values['top1'])}, top5 {_percent(values['top5'])}, "
         f"loss {_plain(values['loss'])}, calibration error {_percent(values['calibration_error'])}",
         "",
-        f"{'class':{width}}  precision    recall        F1   images",
-        *(_row(row["name"], row, width) for row in _worst_classes(values["per_class"])),
+        text.table([Column("class", most=_NAME_WIDTH), *rates, Column("images", right=True)], rows),
     ]
     if len(values["per_class"]) > _TABLE_CLASSES:
-        lines.append(f"... the {_TABLE_CLASSES} of {len(values['per_class'])} classes with the lowest F1; all are in the JSON file (--json)")
-    lines.append(_row(_MEAN, values["macro"], width))
+        lines.append(f"the {_TABLE_CLASSES} of {len(values['per_class'])} classes with the lowest F1; all are in the JSON file (--json)")
     shown = {row["label"]: row["name"] for row in values["per_class"]}
     if values["confused_pairs"]:
         lines += ["", "most often taken for another class"]
@@ -111,10 +112,8 @@ def _worst_classes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: math.inf if row["f1"] is None else row["f1"])[:_TABLE_CLASSES]
 
 
-def _row(name: str, row: dict[str, Any], width: int) -> str:
-    short = name if len(name) <= width else name[: width - 1] + "…"
-    support = f"  {row['support']:>7,}" if "support" in row else ""
-    return f"{short:{width}}  {_percent(row['precision']):>9}  {_percent(row['recall']):>8}  {_percent(row['f1']):>8}{support}"
+def _row(name: str, row: dict[str, Any]) -> list[str]:
+    return [name, *(_percent(row[rate]) for rate in ("precision", "recall", "f1")), f"{row['support']:,}" if "support" in row else ""]
 
 
 def _hardest(one: Hard, shards: Shards, classes: Sequence[str]) -> dict[str, Any]:

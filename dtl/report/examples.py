@@ -6,7 +6,7 @@ B images of a batch, S pixels of a side, K classes. One process, no workers; mem
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from dtl.models.build import build as build_model
 from dtl.models.strict_load import strict_load
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
+from dtl.text import Log, to_nobody
 from dtl.training import build
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass, Outputs
@@ -39,7 +40,6 @@ from dtl.training.metrics import Sums
 from dtl.training.phases import Phase, Task, task_named
 
 Ints = npt.NDArray[np.int64]
-Say = Callable[[str], None]
 NUM_TILES = 24
 _BATCH = {"cpu": 32, "cuda": 128}
 
@@ -101,13 +101,13 @@ class Examples:
         self.seed = self.config.run.seed
 
     @classmethod
-    def open(cls, record: RunRecord, *, device: str = "auto", say: Say = lambda line: None) -> Examples:
+    def open(cls, record: RunRecord, *, device: str = "auto", log: Log = to_nobody) -> Examples:
         """UserError where the data is gone, or is not what the run was trained on."""
         if record.config is None:
             raise UserError("the run's config.yaml is missing or cannot be used")
         config = _at_home(record.config, record.path)
         runtime = Runtime.alone(config.run.device if device == "auto" else device)
-        train, val = build.open_data(config, runtime, say)
+        train, val = build.open_data(config, runtime, log)
         made_with = (record.model or {}).get("made_by", {}).get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,17 @@ from dtl.report.record import best_of, read_run
 from dtl.report.single import PAGE, duration, embed_plot, footer, prepare_folder, write_page
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import never_began, why_none_began
+from dtl.text import Log
 
 _MOST_COLUMNS = 8  # of a table of differences
 
 
-def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None, say: Callable[[str], None]) -> Path:
+def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None, log: Log) -> Path:
     """See `dtl.report.make_comparison`."""
     # `dtl report runs/*` names these too.
     never = [folder for folder in run_folders if never_began(folder)] if len(run_folders) > 1 else []
     for folder in never:
-        say(f"left out of the comparison: {folder}: {why_none_began(folder)}")
+        log(f"left out of the comparison: {folder}: {why_none_began(folder)}")
     records = [read_run(folder) for folder in run_folders if folder not in never]
     if not records:
         raise UserError("nothing to compare: none of these runs has begun")
@@ -39,7 +40,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         *(f"{record.name}: {words}" for record in records for words in record.missing if "model folder" not in words),
     ]
     for words in left_out:
-        say(f"left out of the comparison: {words}")
+        log(f"left out of the comparison: {words}")
     alt = "Top-1 and loss on validation images of " + "; ".join(f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups)
     caption = (
         "The line of several seeds is their mean, the band goes from the lowest to the highest." if any(len(g.courses) > 1 for g in comparison.groups) else ""

@@ -17,7 +17,7 @@ from dtl.report.grids import save_grid
 from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
-from dtl.text import counted
+from dtl.text import Log, counted
 from dtl.version import __version__
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from dtl.report.examples import Examples, Predictions
 
-Say = Callable[[str], None]
 PAGE = "index.html"
 _MOST_NOTES = 30
 _WITHOUT_TOP5 = 6  # with fewer classes top5 says nothing
@@ -36,7 +35,7 @@ class _Parts:
     """Runs the parts of a report, and keeps what went wrong."""
 
     out: Path
-    say: Say
+    log: Log
     left_out: list[str] = field(default_factory=list)
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:
@@ -51,7 +50,7 @@ class _Parts:
     def leave_out(self, words: str) -> None:
         if words not in self.left_out:
             self.left_out.append(words)
-            self.say(f"left out of the report: {words}")
+            self.log(f"left out of the report: {words}")
 
     def plot(
         self,
@@ -66,15 +65,15 @@ class _Parts:
         return embed_plot(self.out / f"{name}.png", draw, alt=alt, caption=caption, narrow=narrow)
 
 
-def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, say: Say) -> Path:
+def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, log: Log) -> Path:
     """See `dtl.report.make_report`."""
     record = read_run(run_folder)
-    parts = _Parts(prepare_folder(record.path / "report" if out is None else Path(out)), say)
+    parts = _Parts(prepare_folder(record.path / "report" if out is None else Path(out)), log)
     for words in record.missing:
         parts.leave_out(words)
     examples = None
     if record.config is not None:
-        examples = parts.attempt("the run's images", lambda: _open_examples(record, device, say))
+        examples = parts.attempt("the run's images", lambda: _open_examples(record, device, log))
     predictions = None
     if examples is not None and record.model is not None:
         model = record.path / "model"
@@ -140,10 +139,10 @@ def footer() -> str:
     return f"Made by dtl {__version__} on {time.strftime('%Y-%m-%d %H:%M %Z')}."
 
 
-def _open_examples(record: RunRecord, device: str, say: Say) -> Examples:
+def _open_examples(record: RunRecord, device: str, log: Log) -> Examples:
     from dtl.report.examples import Examples
 
-    return Examples.open(record, device=device, say=say)
+    return Examples.open(record, device=device, log=log)
 
 
 # ---- parts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtl.cli import main
-from dtl.text import counted, near_path, near_run, some
+from dtl.text import Column, counted, near_path, near_run, some, table
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,19 @@ def test_a_mistyped_command_line_is_one_line(line: str, words: str, capsys: pyte
     assert err.startswith("dtl: ")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_a_table_is_plain_text_and_wraps_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    columns = [Column("class", most=8), Column("images", right=True), Column("notes")]
+    rows = [["ant", "1,234", "[bold]as it is[/] " * 20], ["a very long name", "5", ""]]
+    lines = table(columns, rows).splitlines()
+    assert lines[0] == "class     images  notes"
+    assert lines[1].startswith("ant        1,234  [bold]as it is[/] [bold]as")
+    assert lines[2] == "a very …       5"
+    assert len(lines) == 3
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    wrapped = table(columns, rows).splitlines()
+    assert len(wrapped) > 5
+    assert max(map(len, wrapped)) <= 60

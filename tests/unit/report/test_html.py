@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
             })
         )  # fmt: skip
         said: list[str] = []
-        page = make_report(run, say=said.append)
+        page = make_report(run, log=said.append)
         yield SimpleNamespace(path=run, page=page, said=said)
 
 
@@ -163,7 +163,7 @@ def test_numbers_come_from_at_most_so_many_images_and_seconds(run: SimpleNamespa
 def test_a_run_without_its_parts_says_what_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_config("run", train=str(tmp_path / "gone")), model=False)
     said: list[str] = []
-    page = Page.read(make_report(run, say=said.append))
+    page = Page.read(make_report(run, log=said.append))
     page.check_self_contained()
     assert "Course of the run" in page.text
     assert "Left out" in page.text
@@ -271,7 +271,7 @@ def test_a_comparison_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "runs/typo").mkdir()
     (tmp_path / "runs/typo/status.json").write_text('{"state": "failed", "why": "input: phtos does not exist"}')
     told: list[str] = []
-    path = make_comparison([*folders, tmp_path / "runs/typo"], say=told.append)
+    path = make_comparison([*folders, tmp_path / "runs/typo"], log=told.append)
     assert path == Path("comparison/index.html")
     assert f"left out of the comparison: {tmp_path}/runs/typo: its start failed before the first step (input: phtos does not exist)" in told
     assert make_comparison(folders) == path, "the same command again"

@@ -26,7 +26,7 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     harness.run(["--config", str(write_recipe(tmp_path, phases=PHASES, data={"workers": 0}))], cwd=tmp_path)
     run = tmp_path / "runs/tiny"
     said: list[str] = []
-    page = Page.read(make_report(run, say=said.append))
+    page = Page.read(make_report(run, log=said.append))
     page.check_self_contained()
     assert said == []
     record = read_run(run)
@@ -45,7 +45,7 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     for other in run.iterdir():
         if other.name not in ("history.jsonl", "model"):
             shutil.rmtree(other) if other.is_dir() else other.unlink()
-    again = Page.read(make_report(run, say=said.append))
+    again = Page.read(make_report(run, log=said.append))
     assert said == []
     assert {file.name for file in (run / "report").iterdir()} == pictures
     assert len(again.images) == len(page.images)
