@@ -105,12 +105,6 @@ class AugmentConfig(Section):
             raise ValueError("randaugment and trivial are both on; take one of them")
         return self
 
-    @property
-    def jitter(self) -> tuple[float, float, float, float]:
-        """Strength of brightness, contrast, saturation and hue."""
-        given = self.color_jitter
-        return given if isinstance(given, tuple) else (given, given, given, 0.0)
-
 
 class DataConfig(Section):
     train: str | None = None

@@ -25,7 +25,7 @@ from torch.nn.functional import interpolate
 from dtl.data.decoding.decode import DecodeError, decode
 from dtl.data.loading.batch import Batch
 from dtl.data.transforms.geometry import clip_to_window
-from dtl.data.transforms.transforms import Draws, Transform
+from dtl.data.transforms.transforms import Draws, Transform, jitter_strengths
 from dtl.errors import DamagedSample, UserError
 
 _STRONGEST = 32
@@ -161,7 +161,7 @@ def _check(transform: Transform) -> None:
     if augment is None:
         return
     others = {
-        "rotation": augment.rotation, "color_jitter": any(augment.jitter), "grayscale": augment.grayscale,
+        "rotation": augment.rotation, "color_jitter": any(jitter_strengths(augment)), "grayscale": augment.grayscale,
         "randaugment": augment.randaugment, "trivial": augment.trivial,
     }  # fmt: skip
     names = [f"data.augment.{name}" for name, value in others.items() if value]

@@ -94,14 +94,14 @@ class Transform:
         """A sample has the same pixels in each epoch: nothing is random."""
         if self.augment is None:
             return True
-        given = {"horizontal_flip": bool(self.augment.horizontal_flip), "color_jitter": self.augment.jitter, "reduced_decode": True}
+        given = {"horizontal_flip": bool(self.augment.horizontal_flip), "color_jitter": jitter_strengths(self.augment), "reduced_decode": True}
         return self.augment.model_copy(update=given) == AugmentConfig(preset="none", horizontal_flip=False, color_jitter=(0.0, 0.0, 0.0, 0.0))
 
     def describe(self) -> dict[str, Any]:
         """Everything that the pixels depend on, as JSON, for the keys of caches."""
         augment = None
         if self.augment is not None:
-            augment = {**self.augment.model_dump(), "color_jitter": list(self.augment.jitter)}
+            augment = {**self.augment.model_dump(), "color_jitter": list(jitter_strengths(self.augment))}
             augment["randaugment"] = list(self.augment.randaugment) if self.augment.randaugment else None
         geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.geometry).items()}
         return {
@@ -174,8 +174,8 @@ class Transform:
             num_ops, magnitude = augment.randaugment or (1, None)
             operations, magnitudes = draw_operations(self._space, ids, num_ops=num_ops, magnitude=magnitude, image_size=self.image_size, seed=seed, epoch=epoch)
             draws = replace(draws, operations=operations, magnitudes=magnitudes)
-        if any(augment.jitter):
-            jitter, order = _draw_jitter(augment.jitter, ids, seed=seed, epoch=epoch)
+        if any(strengths := jitter_strengths(augment)):
+            jitter, order = _draw_jitter(strengths, ids, seed=seed, epoch=epoch)
             draws = replace(draws, jitter=jitter, jitter_order=order)
         if augment.grayscale:
             draws = replace(draws, grayscale=uniform(ids, seed, epoch, "grayscale") < augment.grayscale)
@@ -255,6 +255,12 @@ def eval_transform(
     if resize_size is not None and resize_size < 1:
         raise UserError(f"resize_size is {resize_size}; it is in pixels, 1 or more")
     return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode)
+
+
+def jitter_strengths(augment: AugmentConfig) -> tuple[float, float, float, float]:
+    """Strengths of brightness, contrast, saturation and hue; one number stands for the first three."""
+    given = augment.color_jitter
+    return given if isinstance(given, tuple) else (given, given, given, 0.0)
 
 
 def _resize_size(image_size: int, crop_ratio: float) -> int:

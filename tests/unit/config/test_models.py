@@ -32,8 +32,3 @@ def test_bad_augmentation_is_refused_in_one_line(settings: dict[str, object], me
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="AugmentConfig"):  # pydantic's own error, where it is made in Python
         AugmentConfig(**settings)  # type: ignore[arg-type]
-
-
-def test_one_jitter_strength_is_that_of_brightness_contrast_and_saturation() -> None:
-    assert AugmentConfig(color_jitter=0.4).jitter == (0.4, 0.4, 0.4, 0.0)
-    assert AugmentConfig(color_jitter=(0.1, 0.2, 0.3, 0.05)).jitter == (0.1, 0.2, 0.3, 0.05)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dtl.config.models import AugmentConfig
 from dtl.data.decoding.decode import decode
-from dtl.data.transforms.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, Draws, Transform, eval_transform, train_transform
+from dtl.data.transforms.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, Draws, Transform, eval_transform, jitter_strengths, train_transform
 from dtl.errors import UserError
 
 EVERYTHING = AugmentConfig(rotation=15, color_jitter=(0.4, 0.4, 0.4, 0.1), vertical_flip=0.5, grayscale=0.3, erasing=0.5, randaugment=(2, 9))
@@ -284,6 +284,11 @@ def test_description_is_json_and_tells_transforms_apart(name: str) -> None:
     assert json.loads(text).get("version") == (None if TRANSFORMS[name].augment is None else 2)
     others = {json.dumps(t.describe(), sort_keys=True) for key, t in TRANSFORMS.items() if key != name}
     assert text not in others
+
+
+def test_one_jitter_strength_is_that_of_brightness_contrast_and_saturation() -> None:
+    assert jitter_strengths(AugmentConfig(color_jitter=0.4)) == (0.4, 0.4, 0.4, 0.0)
+    assert jitter_strengths(AugmentConfig(color_jitter=(0.1, 0.2, 0.3, 0.05))) == (0.1, 0.2, 0.3, 0.05)
 
 
 def test_bad_sizes_are_refused() -> None:
