@@ -26,13 +26,13 @@ def run(arguments: list[str]) -> int:
     """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
     from dtl.data.remote.address import RemoteOptions, is_remote
-    from dtl.data.verify import describe, split_folders, verify
+    from dtl.data.verify import describe, folders_to_verify, verify
 
     if options.quarantine and is_remote(options.shards):
         raise UserError(f"{options.shards}: a quarantine list lies beside the manifest, which is remote; verify a copy of the folder, and put the list there")
     remote = RemoteOptions(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
     usable = True
-    for folder in split_folders(options.shards, remote=remote):
+    for folder in folders_to_verify(options.shards, remote=remote):
         report = verify(folder, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine, remote=remote)
         describe(report, to_stderr)
         if not options.quiet:

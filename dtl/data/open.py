@@ -19,9 +19,10 @@ from dtl.data.remote.address import RemoteOptions, is_remote, kind_of, shown, wi
 from dtl.data.remote.address import default_cache_dir as default_cache_dir
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
-from dtl.data.shards.mirror import SPLIT_FOLDERS, find_remote_folders, mirror, mirror_place, refuse_remote_folder
+from dtl.data.shards.mirror import find_remote_folder, mirror, mirror_place, refuse_remote_folder
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.open import open_source
+from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folders
 from dtl.data.wds.find import Tar, is_remote_folder, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
@@ -129,16 +130,19 @@ def open_split(
 
 def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, say: Callable[[str], None]) -> Path:
     """The copy of a remote folder's manifest and index, brought up to date."""
-    names = SPLIT_FOLDERS[split]
-    url, text = next(find_remote_folders(source, names, options=options), None) or refuse_remote_folder(source, names)
+    url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
     return _mirrored(url, text, _cache_place(cache_dir), options, say)
 
 
 def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
     """Copies of the manifests and indexes of a remote folder, or of all splits below it. UserError where there are none."""
-    names = [name for split in ("train", "val") for name in SPLIT_FOLDERS[split]]
-    found = list(find_remote_folders(source, names, options=options)) or refuse_remote_folder(source, names)
-    return [_mirrored(url, text, _cache_place(options.cache_dir), options, lambda line: None) for url, text in found]
+    found: dict[str, bytes] = {}
+    for split in SPLIT_WORDS:
+        if source not in found and (folder := find_remote_folder(source, [split], options=options)) is not None:
+            found.update([folder])
+    if not found:
+        refuse_remote_folder(source, list(SPLIT_WORDS))
+    return [_mirrored(url, text, _cache_place(options.cache_dir), options, lambda line: None) for url, text in found.items()]
 
 
 def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, say: Callable[[str], None]) -> Path:
@@ -226,13 +230,17 @@ def packed_folder(source: str | Path, split: str) -> Path | None:
     place = Path(source).expanduser()
     if (place / MANIFEST_NAME).is_file():
         return place
-    held = [name for names in SPLIT_FOLDERS.values() for name in names if (place / name / MANIFEST_NAME).is_file()]
-    for name in SPLIT_FOLDERS[split]:
-        if name in held:
-            return place / name
-    if held:
-        raise UserError(f"{place} holds packed shards of {', '.join(sorted(set(held)))}, but none of {split}")
+    folders = packed_splits(place)
+    if (name := choose(folders, split, place)) is not None:
+        return place / name
+    if folders:
+        raise UserError(f"{place} holds packed shards of {', '.join(sorted(folders))}, but none of {split}")
     return None
+
+
+def packed_splits(place: Path) -> dict[str, list[str]]:
+    """Split -> the folders of packed or indexed shards below `place`, by their names."""
+    return split_folders(place, lambda folder: (folder / MANIFEST_NAME).is_file())
 
 
 def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:

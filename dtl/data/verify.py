@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.open import mirrored_splits
+from dtl.data.open import mirrored_splits, packed_splits
 from dtl.data.progress import PackProgress
 from dtl.data.remote.address import RemoteOptions, is_remote, shown
 from dtl.data.shards.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
@@ -58,8 +58,8 @@ class VerifyReport:
         return not self.new_samples and all(shard in explained for shard, _, _ in self.shards)
 
 
-def split_folders(place: str | Path, *, remote: RemoteOptions | None = None) -> list[Path]:
-    """The folder itself, or its train/, val/ and test/ that hold packed shards; of a remote one the copies of their manifests and indexes.
+def folders_to_verify(place: str | Path, *, remote: RemoteOptions | None = None) -> list[Path]:
+    """The folder itself, or those below it that hold packed shards; of a remote one the copies of their manifests and indexes.
 
     UserError where there are none.
     """
@@ -70,7 +70,7 @@ def split_folders(place: str | Path, *, remote: RemoteOptions | None = None) -> 
     folder = Path(place).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return [folder]
-    found = [folder / name for name in ("train", "val", "valid", "validation", "test") if (folder / name / MANIFEST_NAME).is_file()]
+    found = [folder / name for names in packed_splits(folder).values() for name in names]
     if not found:
         hint = f"index its tars with `dtl index {folder}`" if folder.is_dir() and any(folder.glob("*.tar")) else "make one with `dtl pack SRC DST`"
         raise UserError(f"{folder} holds no {MANIFEST_NAME}, so there is nothing to check it against; {hint}")

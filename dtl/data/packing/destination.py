@@ -13,12 +13,12 @@ from typing import Literal
 
 from dtl.data.packing.job import LOCK_NAME
 from dtl.data.shards.index import INDEX_NAME, MANIFEST_NAME, PATHS_NAME
+from dtl.data.sources.splits import SPLIT_WORDS
 from dtl.errors import UserError
 from dtl.files import temporary_suffix
 
 Existing = Literal["refuse", "replace", "join"]
 
-_SPLITS = ("train", "val", "test")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.EBUSY)
 
@@ -89,12 +89,12 @@ def _make_room(place: Path, work: Path, *, replace: bool) -> None:
 
 
 def _split_folders(place: Path) -> list[Path]:
-    return [folder for folder in (place, *(place / name for name in _SPLITS)) if folder.is_dir()]
+    return [folder for folder in (place, *(place / name for name in SPLIT_WORDS)) if folder.is_dir()]
 
 
 def _is_ours(entry: Path) -> bool:
     if entry.is_dir():
-        split = entry.name in _SPLITS and all(_is_ours(inner) and not inner.is_dir() for inner in entry.iterdir())
+        split = entry.name in SPLIT_WORDS and all(_is_ours(inner) and not inner.is_dir() for inner in entry.iterdir())
         return split or entry.name.startswith(".packing-")
     shard = entry.name.startswith("shard-") and entry.suffix == ".tar"
     return shard or entry.name in (MANIFEST_NAME, INDEX_NAME, PATHS_NAME) or (entry.name.startswith(".") and entry.suffix == ".tmp")

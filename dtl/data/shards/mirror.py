@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -14,32 +14,34 @@ from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes, open_for_fetch
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.quarantine import QUARANTINE_NAME
+from dtl.data.sources.splits import SPLIT_WORDS, addresses_to_try
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, temporary_suffix, write_whole
 
 _ORIGIN_NAME = "origin.json"
-# Of a split, the folders it may be in below the one that was named.
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
 
 
 def mirror_place(place: Path, url: str) -> Path:
     return place / "folders" / hashlib.sha256(without_query(url).rstrip("/").encode()).hexdigest()[:20]
 
 
-def find_remote_folders(url: str, names: Iterable[str], *, options: RemoteOptions) -> Iterator[tuple[str, bytes]]:
-    """(address, manifest) of the remote folder `url`, or else of those of its folders `names` that have one. UserError for no connection."""
+def find_remote_folder(url: str, splits: Sequence[str], *, options: RemoteOptions) -> tuple[str, bytes] | None:
+    """(address, manifest) of the remote folder `url`, or else of the first folder in it that is named after one of `splits`.
+
+    UserError for no connection.
+    """
     try:
-        for folder in (url, *(join(url, name) for name in names)):
+        for folder in (url, *(join(url, name) for split in splits for name in addresses_to_try(split))):
             text = fetch_bytes(join(folder, MANIFEST_NAME), options=options)
             if text is not None:
-                yield folder, text
-                if folder == url:
-                    return
+                return folder, text
     except Unfetched as error:
         raise UserError(str(error)) from None
+    return None
 
 
-def refuse_remote_folder(url: str, names: Sequence[str]) -> NoReturn:
+def refuse_remote_folder(url: str, splits: Sequence[str]) -> NoReturn:
+    names = [name for split in splits for name in SPLIT_WORDS[split]]
     raise UserError(
         f"{shown(url)} holds no {MANIFEST_NAME}, and neither does {', '.join(f'{name}/' for name in names)} below it; "
         "name its tars with braces (train-{000..010}.tar), or pack the data with `dtl pack` and copy the folder there"

@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from dtl.data.shards.strings import StringTable
 
-# Names of the folders of a split, best first: val is set aside for choosing, test is meant for the end.
-VAL_NAMES = ("val", "valid", "validation", "test")
 # The files that are taken for images, by their names; what they are is decided by their content.
 IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"))
 UNLABELLED = "unlabelled"  # the one class of images that have no labels

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtl.data.sources.base import ALL, IMAGE_EXTENSIONS, UNLABELLED, VAL_NAMES, Source, SourceBuilder
+from dtl.data.sources.base import ALL, IMAGE_EXTENSIONS, UNLABELLED, Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
+from dtl.data.sources.splits import choose, group_by_split, is_hidden, split_named, sub_folders
 from dtl.errors import UserError
-
-_SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"))
 
 
 @dataclass
@@ -97,30 +96,82 @@ def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, s
 
 
 def _find_splits(root: Path, told: _Told, *, of_classes: bool = True) -> dict[str, str]:
-    """Split -> its folder under root; {"all": ""} where the root's own folders are the classes, or hold the images."""
-    folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
-    present = [name for name in VAL_NAMES if name in folders]
-    if "train" not in folders or not present:
-        return {ALL: ""}
-    if of_classes and not any(entry.is_dir() and not _is_hidden(entry.name) for entry in _entries(root / folders["train"])):
-        return {ALL: ""}  # classes that happen to be called train and test: they hold images, not folders
-    parts = {"train": folders["train"], "val": folders[present[0]]}
-    others = [folders[name] for name in folders if folders[name] not in parts.values() and not _is_hidden(name)]
-    if "test" in present[1:]:
-        parts["test"] = folders["test"]
-        others.remove(folders["test"])
-        told.lines.append(f"'{parts['val']}' is used for validation, 'test' is kept apart")
-    elif parts["val"] != "val":
-        told.lines.append(f"'{parts['val']}' is used for validation")
-    if others:
-        told.lines.append(f"left out beside train and {parts['val']}: {_few(sorted(others))}")
-    return parts
+    """Split -> its folder under root; {"all": ""} where the root's own folders are the classes, or hold the images.
+
+    The folders of the splits may lie in the only folder of the root.
+    """
+    _entries(root)  # UserError where it cannot be listed
+    names = sub_folders(root)
+    parts = _splits_in(root, told, of_classes=of_classes)
+    if parts is None and len(names) == 1:
+        inner = _splits_in(root / names[0], told, of_classes=of_classes)
+        parts = inner and {split: f"{names[0]}/{name}" for split, name in inner.items()}
+    if parts is not None:
+        return parts
+    if of_classes and len(names) > 1 and all(map(split_named, names)):
+        _refuse_classes_of_splits(root, names)
+    return {ALL: ""}
+
+
+def _splits_in(place: Path, told: _Told, *, of_classes: bool) -> dict[str, str] | None:
+    """The folders in `place` for train, val and test; None where its folders are no splits."""
+    names = sub_folders(place)
+    folders = group_by_split(name for name in names if split_named(name))
+    if "train" in folders and len(folders) > 1:
+        # Classes that happen to be called train and test hold images, not folders.
+        if of_classes and not sub_folders(place / folders["train"][0]):
+            return None
+    else:
+        folders = _same_classes(place, names)
+    train, val = choose(folders, "train", place), choose(folders, "val", place)
+    if train is None or val is None:
+        return None
+    parts = {"train": train, "val": val}
+    if train != "train":
+        told.lines.append(f"'{train}' is used for training")
+    if (test := choose(folders, "test", place)) not in (None, val):
+        parts["test"] = str(test)
+        told.lines.append(f"'{val}' is used for validation, '{test}' is kept apart")
+    elif val != "val":
+        told.lines.append(f"'{val}' is used for validation")
+    if others := [name for name in names if name not in parts.values()]:
+        told.lines.append(f"left out beside {train} and {val}: {_few(others)}")
+    return {split: _unwrapped(place, name) for split, name in parts.items()}
+
+
+def _same_classes(place: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """Split -> folders whose names have a word for it (`seg_train`), where one for train and one for val or test hold the same class folders.
+
+    So the classes `test_positive` and `test_negative` stay classes. A val or test folder may lack some of the classes.
+    """
+    found = group_by_split(names)
+    classes = {name: set(sub_folders(place / _unwrapped(place, name))) for several in found.values() for name in several}
+    train = [name for name in found.get("train", ()) if classes[name]]
+    held = set().union(*(classes[name] for name in train))
+    same = {split: [name for name in several if classes[name] and classes[name] <= held] for split, several in found.items() if split != "train"}
+    same = {split: several for split, several in same.items() if several}
+    return {"train": train, **same} if train and same else {}
+
+
+def _unwrapped(place: Path, name: str) -> str:
+    """The folder itself, or the one in it where that is all it has, and of the same name (as unpacking an archive leaves it)."""
+    return f"{name}/{name}" if sub_folders(place / name) == [name] else name
+
+
+def _refuse_classes_of_splits(root: Path, names: Sequence[str]) -> None:
+    found = group_by_split(names)
+    if "train" not in found:
+        raise UserError(f"{root} has folders for {' and '.join(found)} only ({_few(names)}), and none for training; call that one train")
+    if len(found) == 1:
+        raise UserError(f"{root} has two folders for training ({_few(names)}); give --data.train the one to train on, and --data.val")
+    place = root / found["train"][0]
+    raise UserError(f"{root} has the splits {_few(names)}, but {place} has no class folders in it; put each class in a folder of its own ({place}/CLASS/IMAGE)")
 
 
 def _class_folders(place: Path, root: Path, told: _Told) -> list[str]:
     folders = []
     for entry in _entries(place):
-        if _is_hidden(entry.name):
+        if is_hidden(entry.name):
             told.hidden.append(_below(entry.path, root))
         elif entry.is_dir():
             folders.append(entry.name)
@@ -141,7 +192,7 @@ def _images(root: Path, folder: Path, told: _Told) -> list[tuple[str, int, int]]
         inside = above | {(status.st_dev, status.st_ino)}
         for entry in _entries(root / place):
             path = entry.name if place == "." else f"{place}/{entry.name}"
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 told.hidden.append(path)
             elif entry.is_dir():
                 stack.append((path, inside))
@@ -171,7 +222,7 @@ def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_emp
     if empty:
         told.lines.append(f"class folders without an image left out: {_few(empty)}")
     if len(order) == 1:
-        inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not _is_hidden(entry.name))
+        inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not is_hidden(entry.name))
         hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
         raise UserError(f"{place} has one class only, '{order[0]}'{hint}; without labels, only the task rotate can learn")
     return order
@@ -210,10 +261,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _SYSTEM_FILES
 
 
 def _is_image(name: str) -> bool:

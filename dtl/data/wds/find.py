@@ -6,20 +6,19 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
+from dtl.data.sources.base import IMAGE_EXTENSIONS
+from dtl.data.sources.splits import SERVES_AS, choose, split_folders, split_in
 from dtl.errors import UserError
 from dtl.text import near_path
 
-# Of a split, the names under which shards are kept, in their file names or as folders.
-SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 _TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
-_SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
-_WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?=[-_. 0-9]|$)", re.IGNORECASE)
 
 
 Tar = Path | str
@@ -63,14 +62,16 @@ def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
         return find_shards([source])
     text, place = str(source), Path(source).expanduser()
     if place.is_dir():
-        for word in SPLIT_WORDS[split]:
-            if _only_tars(place / word):
-                return find_shards([place / word])
+        if folders := split_folders(place, lambda folder: bool(_only_tars(folder))):
+            name = choose(folders, split, place)
+            return find_shards([place / name]) if name is not None else _refuse_split(place, split, folders)
         tars = _only_tars(place)
         if not tars:
             return None
         groups = _by_split(tars)
-        return tars if len(groups) == 1 else groups.get(split) or _refuse_split(place, split, groups)
+        if len(groups) == 1:
+            return tars
+        return next((groups[served] for served in SERVES_AS[split] if served in groups), None) or _refuse_split(place, split, groups)
     if place.exists():
         return find_shards([text]) if _TAR.search(place.name) or _is_list(place) else None
     return find_shards([text]) if _is_pattern(text) else None
@@ -151,23 +152,23 @@ def _tars_in(place: Path) -> list[Path]:
 
 
 def _only_tars(place: Path) -> list[Path]:
-    """The tars of a folder that has tars and no folders: a root of image folders may keep the archive it came from."""
+    """The tars of a folder that has tars, but no folders and no images: a root of image folders, or a class, may keep the archive it came from."""
     if not place.is_dir():
         return []
-    if any(entry.is_dir() and not entry.name.startswith(".") and not entry.name.endswith("-index") for entry in place.iterdir()):
-        return []
+    for entry in place.iterdir():
+        if entry.suffix.lower() in IMAGE_EXTENSIONS or (entry.is_dir() and not entry.name.startswith(".") and not entry.name.endswith("-index")):
+            return []
     return _tars_in(place)
 
 
 def _by_split(tars: Sequence[Path]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for tar in tars:
-        word = _WORD.search(tar.name)
-        groups.setdefault(_SPLIT_OF[word[1].lower()] if word else "", []).append(tar)
+        groups.setdefault(split_in(tar.name) or "", []).append(tar)
     return groups
 
 
-def _refuse_split(place: Path, split: str, groups: dict[str, list[Path]]) -> list[Path]:
+def _refuse_split(place: Path, split: str, groups: Iterable[str]) -> NoReturn:
     raise UserError(f"{place} holds the shards of {', '.join(name or 'no named split' for name in groups)}, but none of {split}")
 
 

@@ -86,7 +86,7 @@ def test_quarantine_is_taken_along(server: Server, www: Path) -> None:
 
 
 REFUSED = [
-    ("{url}/nothing", r"/nothing holds no manifest.json, and neither does train/ below it; name its tars with braces"),
+    ("{url}/nothing", r"/nothing holds no manifest.json, and neither does train/, training/ below it; name its tars with braces"),
     ("{url}/theirs/t-*.tar", r"a web server has no list of its files; name the shards with braces"),
     ("{url}/theirs/t-{{00..09}}.tar", r"/theirs/t-04.tar cannot be fetched: HTTP 404 Not Found \(it is not there\) \(1 try\)"),
     ("http://127.0.0.1:9/x", r"http://127.0.0.1:9/x/manifest.json cannot be fetched: Connection refused \(1 try\)"),
