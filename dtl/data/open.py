@@ -234,7 +234,7 @@ def packed_folder(source: str | Path, split: str) -> Path | None:
     if (name := choose(folders, split, place)) is not None:
         return place / name
     if folders:
-        raise UserError(f"{place} holds packed shards of {', '.join(sorted(sum(folders.values(), [])))}, but none of {split}")
+        raise UserError(f"{place} holds packed shards of {', '.join(sorted(name for names in folders.values() for name in names))}, but none of {split}")
     return None
 
 
