@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtl.config import DataConfig
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample, UserError
@@ -15,11 +16,11 @@ from dtl.errors import DamagedSample, UserError
 class BadSamples:
     """The ledger `bad_samples.jsonl`, written by the main process; `count` is the same on every rank.
 
-    `known`: its entries in the checkpoint that the run goes on from; those that the file has lost are written again.
+    `known`: its entries in the checkpoint that the run resumes from; those that the file has lost are written again.
     """
 
-    def __init__(self, path: Path, runtime: Runtime, *, skip: bool, max_bad: int, known: Sequence[dict[str, Any]] = ()) -> None:
-        self.path, self.runtime, self.skip, self.max_bad = path, runtime, skip, max_bad
+    def __init__(self, path: Path, runtime: Runtime, options: DataConfig, known: Sequence[dict[str, Any]] = ()) -> None:
+        self.path, self.runtime, self.skip, self.max_bad = path, runtime, options.on_error == "skip", options.max_bad
         self.entries: list[dict[str, Any]] = _read(path) if runtime.is_main else []
         """In the main process: what the ledger holds."""
         if runtime.is_main:

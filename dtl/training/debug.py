@@ -65,7 +65,7 @@ def overfit_one_batch(trainer: Trainer) -> None:
     module = copy.deepcopy(trainer.network.module)
     freeze(module, {name for name, _ in module.named_parameters()})
     module.train()
-    normalise = Normalise(trainer.network.preprocessing, device, channels_last=trainer.settings.channels_last)
+    normalise = Normalise(trainer.network.preprocessing, device, channels_last=trainer.channels_last)
     few = slice(OVERFIT_IMAGES)
     images, labels, _ = phase.task.prepare(normalise(batch.images[few]), batch.labels[few].to(device), batch.weights[few].to(device))
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)

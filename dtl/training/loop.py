@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
+from dtl.config import Config
 from dtl.data.loading.batch import Batch
+from dtl.data.remote.address import default_cache_dir
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Exchange, Flags, Runtime
 from dtl.distributed.signals import Stopped
@@ -34,7 +37,6 @@ from dtl.training.epoch_count import EpochCount
 from dtl.training.evaluate import evaluate
 from dtl.training.features import PhaseFeatures
 from dtl.training.phases import Phase
-from dtl.training.settings import Settings
 from dtl.training.step import Stepper, Window, step_weight
 from dtl.training.throughput import EpochSpeed
 
@@ -54,9 +56,9 @@ class Trainer:
     store: CheckpointStore
     tracker: Tracker
     bad_samples: BadSamples
-    settings: Settings
-    config: dict[str, Any]
-    """As plain values, stored with each checkpoint."""
+    config: Config
+    channels_last: bool
+    """How images lie in memory."""
     heart: Heartbeat
     """Told of every stage, for whoever waits for this rank."""
     deadline: Deadline
@@ -64,10 +66,11 @@ class Trainer:
     """How long the loop stood still for saving, in this start."""
 
     def __post_init__(self) -> None:
-        self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.settings.channels_last)
-        self._features = PhaseFeatures(
-            self.runtime, self.network, self.loaders, self._normalise, self.settings.seed, self.settings.cache_dir, self.tracker.print
-        )
+        self._normalise = Normalise(self.network.preprocessing, self.runtime.device, channels_last=self.channels_last)
+        cache_dir = None if self.config.run.debug else Path(self.config.data.cache_dir or default_cache_dir()).expanduser()
+        self._features = PhaseFeatures(self.runtime, self.network, self.loaders, self._normalise, self.config.run.seed, cache_dir, self.tracker.print)
+        self._fit_memory = self.config.data.micro_batch_size == "auto"
+        """Halve the micro-batch until it fits."""
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
@@ -83,7 +86,7 @@ class Trainer:
             if phase.index > self.state.phase_index or not self.state.phase:
                 self._begin(phase)
             self.heart.enter("phase", self.state.step)
-            set_head(self.network, phase, init=self.settings.init, seed=self.settings.seed)
+            set_head(self.network, phase, init=self.config.model.init, seed=self.config.run.seed)
             if checkpoint is not None:
                 saving.restore_model(self.network.module, checkpoint)
             active = self._enter(phase)
@@ -105,9 +108,7 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
-        if self.settings.fit_memory and micro_batch.fit(
-            active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print
-        ):
+        if self._fit_memory and micro_batch.fit(active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
             del active
@@ -115,7 +116,7 @@ class Trainer:
         return active
 
     def _enter_once(self, phase: Phase) -> ActivePhase:
-        if self.settings.fit_memory:
+        if self._fit_memory:
             micro_batch.recall(self.loaders, self.state, phase)
         active = enter(
             self.network,
@@ -123,11 +124,11 @@ class Trainer:
             self.runtime,
             class_counts=self.loaders.class_counts,
             classes=self.loaders.classes,
-            freeze_norm=self.settings.freeze_norm,
+            freeze_norm=self.config.model.freeze_norm,
             micro_batch_size=self.loaders.layout(phase).micro_batch_size,
-            image_size=self.settings.image_size,
-            sync_bn=self.settings.sync_bn,
-            compile_network=self.settings.compile,
+            image_size=self.config.data.image_size,
+            sync_bn=self.config.model.sync_bn,
+            compile_network=self.config.model.compile,
             choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
             say=self.tracker.print,
         )
@@ -149,7 +150,7 @@ class Trainer:
 
     def _train(self, active: ActivePhase) -> None:
         phase, state = active.phase, self.state
-        stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.settings.seed, heart=self.heart)
+        stepper = Stepper(active, self.runtime, normalise=self._normalise, seed=self.config.run.seed, heart=self.heart)
         self._clock = time.monotonic()
         if not self._features.fill(active, self._before_feature_step):
             self._stop(active)
@@ -222,9 +223,9 @@ class Trainer:
         self.state.extra["train_seconds"] += seconds
 
     def _after_step(self, active: ActivePhase, lr: float, *, save_by_clock: bool) -> None:
-        phase, state, settings = active.phase, self.state, self.settings
+        phase, state, every_steps = active.phase, self.state, self.config.checkpoint.every_steps
         last = state.phase_step == phase.num_steps
-        if state.step % settings.log_every == 0 or last:
+        if state.step % self.config.tracking.log_every == 0 or last:
             self._log(active, lr)
         if last or state.epoch_step == 0:
             self._tell_epoch(phase)
@@ -234,7 +235,7 @@ class Trainer:
             self._evaluate(active)
             last = last or bool(state.extra.get("ended"))
         waited = self.runtime.agree(time.monotonic() - self._last_save >= SECONDS_BETWEEN_SAVES) if evaluated else False
-        every = settings.every_steps is not None and state.step % settings.every_steps == 0
+        every = every_steps is not None and state.step % every_steps == 0
         if last or waited or every or save_by_clock:
             self._save(active)
 
@@ -320,7 +321,7 @@ class Trainer:
 
     def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
         """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
-        phase, state, monitor = active.phase, self.state, self.settings.monitor
+        phase, state, monitor = active.phase, self.state, self.config.checkpoint.monitor
         epoch = phase.epoch_of(max(0, state.phase_step - 1))[0]
         self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
         verdict = judge(metrics, phase, state, monitor=monitor)
@@ -334,7 +335,7 @@ class Trainer:
     # ---- saving, stopping, finishing
 
     def _save_due_by_clock(self) -> bool:
-        minutes = self.settings.every_minutes
+        minutes = self.config.checkpoint.every_minutes
         return self.runtime.is_main and minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def _save(self, active: ActivePhase, *, wait: bool = False) -> None:
@@ -351,7 +352,7 @@ class Trainer:
         self.state.wandb_id = self.tracker.wandb_id
         self.state.bad_samples = self.bad_samples.entries
         with self.runtime.together("checkpoint"):
-            self.stall_seconds += saving.save(self.store, self.state, active, self.runtime, best=self._best, config=self.config, wait=wait)
+            self.stall_seconds += saving.save(self.store, self.state, active, self.runtime, best=self._best, config=self.config.to_dict(), wait=wait)
         self.deadline.saw_save(self.store.save_seconds)
         self._last_save = time.monotonic()
         self._saved_step = self.state.step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
+from dtl.data.remote.address import redact
 from dtl.models.build import Network
 from dtl.runs.folder import RunFolder, read_status
 from dtl.training.loop import Trainer
@@ -134,7 +134,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
             "dtl": __version__,
             "torch": torch.__version__,
             "data": train.dataset_id,
-            "settings": without_secrets(config.to_dict()),
+            "settings": redact(config.to_dict()),
         },
     )
 
@@ -151,21 +151,3 @@ def preprocessing(network: Network, config: Config, trainer: Trainer) -> dict[st
         "crop_ratio": network.preprocessing.crop_ratio if config.data.crop_ratio == "auto" else config.data.crop_ratio,
         "transform": json.loads(json.dumps(trainer.loaders.val_transform.describe())),
     }
-
-
-# ---- what of the settings may leave with a model
-
-
-_USER = re.compile(r"://[^/\s]*@")
-_QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")
-
-
-def without_secrets(value: Any) -> Any:
-    """The same plain values; URLs without user, password, query and fragment (tokens live there), `pipe:` without its command."""
-    if isinstance(value, dict):
-        return {key: without_secrets(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    return "pipe:" if value.startswith("pipe:") else _QUERY.sub(r"\1", _USER.sub("://", value))

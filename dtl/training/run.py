@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,6 @@ from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.transfer.report import TransferReport
 from dtl.config import Config
-from dtl.data.open import default_cache_dir
 from dtl.distributed.runtime import Runtime
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
@@ -26,7 +24,6 @@ from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
 from dtl.training.publish import MakeReport, is_finished, publish, show_result_again
 from dtl.training.session import Result, Session
-from dtl.training.settings import Settings
 
 # From this many starts at one step on, status.json says that there is no progress.
 STARTS_WITHOUT_PROGRESS = 3
@@ -68,24 +65,7 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
 def _trainer(session: Session, network: Network, phases: list[Phase], loaders: DataLoaders, state: TrainState, *, channels_last: bool) -> Trainer:
     config, runtime, folder = session.config, session.runtime, session.folder
     tracker = session.open_tracker(state)
-    bad_samples = BadSamples(
-        folder.path / "bad_samples.jsonl", runtime, skip=config.data.on_error == "skip", max_bad=config.data.max_bad, known=state.bad_samples
-    )
-    settings = Settings(
-        seed=config.run.seed,
-        init=config.model.init,
-        freeze_norm=config.model.freeze_norm,
-        sync_bn=config.model.sync_bn,
-        compile=config.model.compile,
-        channels_last=channels_last,
-        log_every=config.tracking.log_every,
-        every_steps=config.checkpoint.every_steps,
-        every_minutes=config.checkpoint.every_minutes,
-        monitor=config.checkpoint.monitor,
-        image_size=config.data.image_size,
-        fit_memory=config.data.micro_batch_size == "auto",
-        cache_dir=None if config.run.debug else Path(config.data.cache_dir or default_cache_dir()).expanduser(),
-    )
+    bad_samples = BadSamples(folder.path / "bad_samples.jsonl", runtime, config.data, known=state.bad_samples)
     return Trainer(
         runtime=runtime,
         network=network,
@@ -95,8 +75,8 @@ def _trainer(session: Session, network: Network, phases: list[Phase], loaders: D
         store=session.store,
         tracker=tracker,
         bad_samples=bad_samples,
-        settings=settings,
-        config=config.to_dict(),
+        config=config,
+        channels_last=channels_last,
         heart=session.heart,
         deadline=session.deadline,
     )

@@ -6,12 +6,15 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from dtl.errors import UserError
 
 PIPE = "pipe:"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_USER = re.compile(r"://[^/\s]*@")
+_QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,14 @@ def without_query(url: str) -> str:
 def shown(url: str) -> str:
     """The address for a message: without passwords and signatures."""
     return without_query(url) + ("?..." if kind_of(url) == "http" and "?" in url else "")
+
+
+def redact(value: Any) -> Any:
+    """Settings as they may leave with a model: URLs without user, password, query and fragment (tokens stand there), `pipe:` without its command."""
+    if isinstance(value, dict):
+        return {key: redact(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [redact(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return "pipe:" if value.startswith("pipe:") else _QUERY.sub(r"\1", _USER.sub("://", value))

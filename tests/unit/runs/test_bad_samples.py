@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dtl.config import DataConfig
 from dtl.distributed.runtime import Runtime
 from dtl.runs.bad_samples import BadSamples
 
@@ -20,10 +21,10 @@ def runtime() -> Runtime:
 
 def test_what_the_file_has_lost_comes_back_from_the_checkpoint(tmp_path: Path, runtime: Runtime) -> None:
     path = tmp_path / "bad_samples.jsonl"
-    first = BadSamples(path, runtime, skip=True, max_bad=2, known=[ENTRY])
+    first = BadSamples(path, runtime, DataConfig(on_error="skip", max_bad=2), known=[ENTRY])
     assert first.count == 1
     assert json.loads(path.read_text()) == ENTRY
     path.write_text(path.read_text() + '{"split": "val", "sam')  # torn by a kill
-    again = BadSamples(path, runtime, skip=True, max_bad=2, known=[ENTRY])
+    again = BadSamples(path, runtime, DataConfig(on_error="skip", max_bad=2), known=[ENTRY])
     assert again.entries == [ENTRY]
     assert again.count == 1

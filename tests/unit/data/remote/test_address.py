@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtl.training.publish import without_secrets
+from dtl.data.remote.address import redact
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from dtl.training.publish import without_secrets
     ],
 )
 def test_addresses_lose_what_is_secret_and_nothing_else_changes(given: Any, kept: Any) -> None:
-    assert without_secrets(given) == kept
+    assert redact(given) == kept
