@@ -331,7 +331,7 @@ class _Settlement:
             else:
                 reason = "the source's head" if spec.name in head else "no place for it here"
             outcomes.append(_unused_outcome(spec, reason))
-        return outcomes + [_unused_outcome(spec, "set aside as asked (ignore)") for spec in self.ignored]
+        return outcomes + [_unused_outcome(spec, "left out, as asked (ignore)") for spec in self.ignored]
 
 
 def _unused_outcome(spec: TensorSpec, reason: str) -> Outcome:
@@ -346,7 +346,7 @@ _EVIDENCE = {
     "pattern": "its last words stand for the same layer in the other blocks",
     "graph": "the same place in the flow of data",
     "order": "the order of registration (assumed)",
-    "map": "as the map says",
+    "map": "given by the map",
     "class names": "rows of the same classes",
 }
 
@@ -494,21 +494,21 @@ def head_obstacle(
 ) -> str:
     """Why the target's head `layer` is not loaded as it was matched; "" where it is."""
     if keep_head is False:
-        return "left fresh as asked (keep_head: false)"
+        return "not loaded, as asked (keep_head: false)"
     found = [matches.get(name) for name in layer.names]
     heads = detect_heads(source)
     other = f"{layer.shape[0]} outputs here, {heads[0].shape[0] if heads else 'none'} in the source"
     if not all(found):
         if not heads:
-            return "the source has none"
-        return "no part of the source belongs here" if heads[0].shape[0] == layer.shape[0] else other
+            return "the source has no head"
+        return "no tensor of the source matches it" if heads[0].shape[0] == layer.shape[0] else other
     if all(match is not None and match.transform == "rows" for match in found):
         return ""  # a map that chooses rows has chosen
     if any(match is not None and match.transform not in ("", "squeeze", "reshape_kernel", "transpose_kernel") for match in found):
         return other
     theirs, ours = classes.source, classes.target
     if keep_head == "auto" and ours is not None and theirs is not None and list(ours) != list(theirs):
-        return "the classes are others"
+        return "the class names differ"
     return ""
 
 

@@ -341,7 +341,7 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
 
 def _nothing_to_go_by() -> Matching:
     matching = Matching("nothing")
-    matching.refusals.append("the source's names say nothing, and its order is lost (the names are sorted): only a map can place its tensors")
+    matching.refusals.append("the source's names do not name layers, and its order is lost (the names are sorted): only a map can place its tensors")
     return matching
 
 
@@ -354,7 +354,7 @@ def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
         raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
     flow = network.dataflow
     if flow is None:
-        raise UserError("source_model: it cannot be run on the meta device, so its dataflow is not to be had")
+        raise UserError("source_model: it cannot be run on the meta device, so the order of its layers cannot be found")
     specs = [TensorSpec(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
     matching = _auto(replace(request, source=specs, source_model=None), flow, _renamed(settled, Renaming(own)), names=has_names)
     matching.head_rows = settled.head_rows

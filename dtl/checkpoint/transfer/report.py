@@ -121,7 +121,7 @@ class TransferReport:
         details += [f"{count} tensors cast {change}" for change, count in self.casts.items()]
         lines.append("  " + ", ".join(details))
         if self.passed_over:
-            lines.append(f"  passed over in the file: {', '.join(self.passed_over[:8])}")
+            lines.append(f"  also in the file, not used: {', '.join(self.passed_over[:8])}")
         heads = [o for o in self.outcomes if o.head]
         if heads:
             lines.append(f"  head {fold([str(o.target) for o in heads])}: {heads[0].outcome}, {heads[0].reason}")

@@ -2,9 +2,9 @@
 
 A view looks at both networks in one way (alignment, names, shapes, dataflow, words that recur, numbers, norms) and claims pairs; it knows no other
 view and changes nothing. The arbiter asks the views in the order of their `rank`, whatever order they are given in, accepts what is still open on both
-sides, and withdraws what another view objects to. The rule above all others: a pair is made when no view that knows something speaks against
-it and at least one claim for it does not rest on the order of registration; what is left is flagged with its alternatives. `assume_order`
-lifts the second half. The algorithm and the measurements behind its thresholds: docs/weight-transfer.md.
+sides, and withdraws what another view objects to. The rule above all others: a pair is made when no view objects to it
+and at least one claim for it does not rest on the order of registration; what is left is flagged with its alternatives. `assume_order` lifts
+the second half. The algorithm and the measurements behind its thresholds: docs/weight-transfer.md.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dtl.checkpoint.transfer.match.by_name import Trust
 from dtl.checkpoint.transfer.match.evidence import NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
 from dtl.checkpoint.transfer.match.matching import Matching, layer_transform
 
-NEW_NAME = "its name is new beside names that hold: another layer of that shape, or a renamed one"
-LOST_ORDER = "the source keeps no order, and neither names nor numbers place it"
+NEW_NAME = "its name is new among names that match: a new layer of that shape, or a renamed one"
+LOST_ORDER = "the source has no order (its names are sorted), and neither names nor numbers place it"
 ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
 
 EVIDENCE = ("unique-shape", "name", "tree+number", "pattern", "graph", "structure")
@@ -43,7 +43,7 @@ EVIDENCE = ("unique-shape", "name", "tree+number", "pattern", "graph", "structur
 
 @dataclass(frozen=True)
 class Claim:
-    """A view speaks for a pair. `needs_order`: only because both networks are thought to register their layers in one order."""
+    """A view's argument for a pair. `needs_order`: it holds only if both networks register their layers in one order."""
 
     target: int
     source: int
@@ -53,7 +53,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Objection:
-    """A view speaks against the pair that `target` is in. `options`: source layers that would fit."""
+    """A view's argument against the accepted pair of `target`. `options`: source layers that would fit."""
 
     target: int
     reason: str
@@ -97,7 +97,9 @@ class View:
     """One way to look at both networks."""
 
     rank: ClassVar[int]
-    """Views of a lower rank are asked first. From `WEAK` on they are asked when no objection is left."""
+    """The precedence of its claims: views of a lower rank are asked first, those from `WEAK` on when no objection is left."""
+    settles_doubts: ClassVar[bool] = False
+    """Whether its claims that need no order may, at the end, pair a layer that an objection left open."""
 
     def claims(self, case: Case) -> Iterable[Claim]:
         return ()
@@ -106,11 +108,12 @@ class View:
         return ()
 
     def last_objections(self, case: Case) -> Iterable[Objection]:
-        """Heard once, when nothing else is to be accepted or withdrawn."""
+        """Taken once, when nothing else is to be accepted or withdrawn."""
         return ()
 
 
 WEAK = 10
+"""Trees of modules, norms and leftovers: their claims would hide what other views object to."""
 
 
 class Alignment(View):
@@ -212,7 +215,7 @@ class Patterns(View):
         for j, i in self._recurring(case).items():
             now = case.accepted.get(j, i)
             if now != i and case.may_be_contested(j):
-                yield Objection(j, "the names of its other blocks speak for another layer", (now, i))
+                yield Objection(j, "the names in its other blocks point to another layer", (now, i))
 
     def _recurring(self, case: Case) -> dict[int, int]:
         proposed: dict[int, set[int]] = defaultdict(set)
@@ -270,6 +273,7 @@ class Leftovers(View):
     """What is left over, one of its shape, of two blocks whose other layers are each other's."""
 
     rank = WEAK + 2
+    settles_doubts = True
 
     def claims(self, case: Case) -> Iterator[Claim]:
         ours, theirs = case.source.layers, case.target.layers
@@ -285,7 +289,7 @@ class Leftovers(View):
 
 
 class Attachment(View):
-    """A norm is loaded beside the layer it was trained with or not at all. Heard when all others have been."""
+    """A norm is loaded beside the layer it was trained with or not at all. Asked when nothing else is left to decide."""
 
     rank = WEAK + 3
 
@@ -313,7 +317,15 @@ Doubt = tuple[str, Sequence[int]]
 
 
 class Arbiter:
-    """`evidence`: accepted target -> why. `doubts`: target -> why it is left open."""
+    """Decides which claims become pairs.
+
+    Until nothing changes: the strong views claim; then all views may object to what is accepted, and a pair with an objection is withdrawn for good;
+    then the weak views claim. At the end a norm without its layer and a pair that rests on order alone are withdrawn too. A claim is accepted
+    where both layers are still free and, for views of names, where alignment leaves it possible. With a source that lost its order (sorted
+    names), claims that need order are void.
+
+    `evidence`: accepted target -> why. `doubts`: target -> why it is left open. `void`: target -> source of void claims.
+    """
 
     def __init__(self, case: Case, alignment: Alignment, names: Names, views: Iterable[View]) -> None:
         self.case, self.alignment, self.names = case, alignment, names
@@ -325,10 +337,10 @@ class Arbiter:
     def decide(self) -> None:
         strong = [view for view in self.views if view.rank < WEAK]
         weak = [view for view in self.views if view.rank >= WEAK]
-        while self._ask(strong) or self._hear() or self._ask(weak):
+        while self._ask(strong) or self._contest() or self._ask(weak):
             pass
         self._withdraw([objection for view in weak for objection in view.last_objections(self.case)])
-        self._stand_without_order()
+        self._require_more_than_order()
         self._list_doubts()
 
     def _ask(self, views: Sequence[View]) -> bool:
@@ -358,7 +370,7 @@ class Arbiter:
             found = True
         return found
 
-    def _hear(self) -> bool:
+    def _contest(self) -> bool:
         return self._withdraw([objection for view in self.views for objection in view.objections(self.case)])
 
     def _withdraw(self, objections: Sequence[Objection]) -> bool:
@@ -371,17 +383,17 @@ class Arbiter:
         self.evidence.pop(j, None)
         self.doubts.setdefault(j, (reason, list(options)))
 
-    def _stand_without_order(self) -> None:
+    def _require_more_than_order(self) -> None:
         """Withdraw what rests on the order of registration alone, unless that is assumed."""
         case = self.case
         case.free = {}
         for view in self.views:
             for claim in list(view.claims(case)):
                 j, i = claim.target, claim.source
-                if claim.needs_order or self._says_nothing(claim) or case.accepted.get(j, i) != i:
+                if claim.needs_order or self._is_no_evidence(claim) or case.accepted.get(j, i) != i:
                     continue
                 if j not in case.accepted:
-                    if not isinstance(view, Leftovers) or i in case.accepted.values():
+                    if not view.settles_doubts or i in case.accepted.values():
                         continue
                     case.accepted[j] = i
                     self.doubts.pop(j, None)
@@ -397,7 +409,7 @@ class Arbiter:
             else:
                 self._doubt(j, NEW_NAME if case.is_new_name(j) else ORDER_ONLY, [i])
 
-    def _says_nothing(self, claim: Claim) -> bool:
+    def _is_no_evidence(self, claim: Claim) -> bool:
         case, pair = self.case, (claim.source, claim.target)
         if claim.evidence == "structure":
             return False
@@ -418,7 +430,7 @@ class Arbiter:
                 continue
             left = [i for i in options if i is not None and i not in taken and case.viewed.transforms.get((i, j)) != "head"]
             if left:
-                reason = "several layers fit equally well" if len(options) > 1 else "it fits, but so does it elsewhere"
+                reason = "several layers fit equally well" if len(options) > 1 else "it fits, but it fits elsewhere too"
                 self.doubts[j] = (reason, left)
 
 

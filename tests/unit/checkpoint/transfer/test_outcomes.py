@@ -43,7 +43,7 @@ def test_parts_beside_the_network_are_set_aside_by_name() -> None:
         plan = plan_transfer(source, net(), ignore=ignore)
         assert plan.ok
         right(plan)
-        assert sum(o.reason == "set aside as asked (ignore)" for o in plan.outcomes) == (23 if len(ignore) == 2 else 20)
+        assert sum(o.reason == "left out, as asked (ignore)" for o in plan.outcomes) == (23 if len(ignore) == 2 else 20)
     with pytest.raises(UserError, match=r"ignore: decode\.\* fits no tensor of the source \(they are called conv1.weight"):
         plan_transfer(source, net(), ignore=["decode.*"])
 
