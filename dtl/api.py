@@ -1,4 +1,4 @@
-"""The names that notebooks and scripts use: data in, weights in, runs, and what trained models say.
+"""The names that notebooks and scripts use: data, pretrained weights, runs, and the predictions of trained models.
 
 Everything is as on the command line, in this process: a notebook is one process, several are started by `accelerate launch`.
 """
@@ -135,7 +135,7 @@ class Run:
 
     folder: Path
     state: str
-    """done, or stopped (by a signal, after saving: `dtl.fit` again goes on)."""
+    """done, or stopped (by a signal, after saving: `dtl.fit` again resumes it)."""
     phases: tuple[dict[str, Any], ...]
     """One row a finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
 
@@ -146,7 +146,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Validation metrics of the weights that the last phase handed on: top1, top5, loss, num_samples; {} before."""
+        """Validation metrics of the weights that the last phase kept: top1, top5, loss, num_samples; {} before the run is done."""
         return dict(self.phases[-1]["val"] or {}) if self.phases else {}
 
     def history(self) -> list[dict[str, Any]]:
@@ -158,7 +158,7 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
     """Train by a recipe, as `dtl train` does: a config file, a built-in one (digits, finetune, features), or its sections as a dict.
 
     `options` go on top, under their dotted names: `dtl.fit("finetune", {"data.train": "all_photos", "data.val_fraction": 0.15})`.
-    The same call again goes on where the run stopped, or gives the result of a finished one. Raises UserError as the command does.
+    The same call again resumes a run that stopped, and gives the result of a finished one. Raises UserError as the command does.
     """
     config, name = resolve_config(recipe, options or {})
     from dtl.runs.folder import read_status, stopped_under_this_agent

@@ -16,5 +16,5 @@ COMMANDS = {
     "verify-epoch": "prove an epoch: count and hash what the loaders of any world size deliver",
     "find-lr": "a learning rate range test of a phase, on one process or many, with a plot and a suggestion",
     "completion": "a script for bash, zsh or fish that completes commands and options",
-    "doctor": "what would go wrong on this machine, each finding with the line that mends it",
+    "doctor": "what would go wrong on this machine, each finding with its fix",
 }

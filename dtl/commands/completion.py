@@ -89,7 +89,7 @@ _dtl() {{
 {cases}
     esac || _files
 }}
-# From a folder of $fpath the file itself is the function when it is first called; sourced, it only tells zsh of it.
+# From a folder of $fpath the file itself is the function when it is first called; sourced, it only registers it with zsh.
 if [[ $funcstack[1] == _dtl ]]; then _dtl "$@"; else compdef _dtl dtl; fi"""
 
 

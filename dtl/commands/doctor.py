@@ -39,14 +39,14 @@ def run(arguments: Sequence[str]) -> int:
         found.append(finding)
         if not options.json:
             print(table([finding]), flush=True)
-    verdict = worst(found)
+    status = worst(found)
     if options.json:
-        print(json.dumps({"status": verdict, "findings": [finding.to_json() for finding in found]}, indent=1))
+        print(json.dumps({"status": status, "findings": [finding.to_json() for finding in found]}, indent=1))
     else:
-        counts = {status: sum(finding.status == status for finding in found) for status in ("ok", "warn", "fail")}
+        counts = {kind: sum(finding.status == kind for finding in found) for kind in ("ok", "warn", "fail")}
         print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way")
     sys.stdout.flush()
-    return 1 if verdict == "fail" else 0
+    return 1 if status == "fail" else 0
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:

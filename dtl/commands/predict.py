@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dtl.inference.predict import Prediction
 
 _DESCRIPTION = """\
-Predict the classes of images with a trained model; images are prepared as the model folder says.
+Predict the classes of images with a trained model; images are prepared as they were in its evaluation.
 
 PATH is an image, a folder of images (with all folders in it), a list file (a path a line, or CSV with a column path), a folder of
 packed shards, or - for a list on standard input. The output keeps the order of the PATHs, and within a folder that of the sorted paths.
@@ -130,7 +130,7 @@ def _format(options: argparse.Namespace) -> str:
         if path.is_dir():
             raise UserError(f"--out {options.out} is a folder; give a file that ends in .csv or .jsonl")
         if kind is None and path.suffix.lower() not in _FORMATS:
-            raise UserError(f"--out {options.out}: its ending says no format; use .csv or .jsonl, or --format")
+            raise UserError(f"--out {options.out}: the ending of the file gives no format; use .csv or .jsonl, or --format")
         kind = kind or _FORMATS[path.suffix.lower()]
     kind = kind or "csv"
     if options.top > 1 and kind == "csv":

@@ -11,7 +11,7 @@ _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
 numbers by class, what was transferred. Given several runs, one plot and one table that compare them.
 
-RUN is a run folder. The page opens without a network. What is missing (a data set that has moved, say) is left out, and said.
+RUN is a run folder. The page opens without a network connection. What is missing (for example data that has moved) is left out, and the page lists it.
 """
 _EPILOG = """\
 examples:

@@ -20,7 +20,7 @@ from dtl.doctor.judge_machine import Need
 from dtl.doctor.probe import Measurement, Unanswered
 
 PATIENCE = 20.0
-_WITHOUT = "mend what it says, or go on without: dtl doctor --quick leaves the measurements out"
+_WITHOUT = "fix that, or skip the measurements with dtl doctor --quick"
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Doctor:
         try:
             self.torch = looking.result()
         except Unanswered as error:
-            fix = "python -c 'import torch; print(torch.cuda.is_available())' shows why; nvidia-smi tells whether the driver answers"
+            fix = "python -c 'import torch; print(torch.cuda.is_available())' shows why; nvidia-smi shows whether the driver answers"
             return [Finding("gpu", "fail", f"PyTorch does not get as far as its GPUs: {error}", fix)]
         return [*judge_gpus.judge_cuda(self.torch, self.gpus, knows), *judge_gpus.judge_links(links)]
 
@@ -144,4 +144,4 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]], seconds: float) 
     worker = threading.Thread(target=work, name=f"doctor-{name}", daemon=True)
     worker.start()
     worker.join(seconds)
-    return box[0] if box else [Finding(name, "fail", f"no answer within {seconds:.0f} s", "a hanging network disk or driver is the usual cause: dmesg tells")]
+    return box[0] if box else [Finding(name, "fail", f"no answer within {seconds:.0f} s", "a hanging network disk or driver is the usual cause; see dmesg")]

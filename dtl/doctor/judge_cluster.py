@@ -1,4 +1,4 @@
-"""Network, SLURM and accounts, judged from the environment and what the system says. Pure."""
+"""Network, SLURM and accounts, judged from the environment and the answers of the system. Pure."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def judge_slurm(environ: Mapping[str, str], *, has_sbatch: bool, job: str | None
 def judge_wandb(mode: str, why: str, *, installed: bool, reachable: bool | None) -> Finding:
     """`mode`: what `tracking.wandb: auto` would do."""
     if mode == "off":
-        return Finding("wandb", "ok", "off (WANDB_MODE or WANDB_DISABLED says so)")
+        return Finding("wandb", "ok", "off (by WANDB_MODE or WANDB_DISABLED)")
     if not installed:
         return Finding("wandb", "warn", "not installed: runs go on without it", "pip install wandb")
     if mode == "offline":
@@ -115,7 +115,7 @@ def judge_reduce(results: Sequence[Mapping[str, object]] | None, *, backend: str
     if problem or results is None:
         fix = "export GLOO_SOCKET_IFNAME=lo (one machine); a firewall or a stale network interface is the usual cause"
         if backend == "nccl":
-            fix = "NCCL_DEBUG=INFO dtl doctor shows where it stops; NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 tell which way is broken"
+            fix = "NCCL_DEBUG=INFO dtl doctor shows where it stops; NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 show which path is broken"
         return Finding("all-reduce", "fail", f"two processes could not add numbers over {backend}: {problem or 'no answer'}", fix)
     wrong = [result for result in results if result.get("sum") != 3.0]
     if wrong:

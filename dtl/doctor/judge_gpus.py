@@ -1,4 +1,4 @@
-"""GPUs, driver, CUDA and links, judged from what PyTorch and `nvidia-smi` say. Pure: texts and numbers in, findings out."""
+"""GPUs, driver, CUDA and links, judged from the answers of PyTorch and `nvidia-smi`. Pure: texts and numbers in, findings out."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def judge_versions(python: tuple[int, ...], versions: Mapping[str, str | None]) 
 
 
 def judge_shm(free: int | None, total: int | None, need: Need) -> Finding:
-    """/dev/shm: the queues of loader processes are there, and off Linux their batches; Docker gives 64 MiB unless told otherwise."""
+    """/dev/shm: the queues of loader processes are there, and off Linux their batches; Docker gives 64 MiB by default."""
     if free is None or total is None:
         fix = "--data.workers 0" if need.workers else ""
         return Finding("shm", "warn" if need.workers else "ok", "/dev/shm cannot be looked at; loader processes need it", fix)
@@ -133,7 +133,7 @@ def judge_disk(
 def judge_memory(available: int | None, limit: int | None, need: Need) -> Finding:
     """Host memory: batches, the copy of a checkpoint on its way to the disk, and PyTorch itself in each process."""
     if available is None:
-        return Finding("memory", "ok", "free memory is not told here")
+        return Finding("memory", "ok", "this system does not report its free memory")
     free = available if limit is None else min(available, limit)
     wanted = need.ranks * (1500 * MIB + 2 * need.checkpoint_bytes + need.workers * 300 * MIB) + need.batch_bytes
     whose = "" if limit is None or limit > available else " (the limit of this container or job)"

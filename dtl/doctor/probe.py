@@ -24,7 +24,7 @@ WRITE_SECONDS = 5.0
 
 
 class Unanswered(Exception):
-    """A probe that failed or took too long; the message says how."""
+    """A probe that failed or took too long; the message is the reason."""
 
 
 class Measurement:

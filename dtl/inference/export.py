@@ -211,7 +211,7 @@ def _to_safetensors(model: StoredModel, path: Path, facts: dict[str, Any]) -> tu
     from safetensors.torch import load_file, save
 
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.network.module.state_dict().items()}
-    # The library's own writer of files makes them readable by nobody else, whatever the umask says.
+    # The library's own writer of files makes them readable by nobody else, whatever the umask is.
     path.write_bytes(save(tensors, metadata={"format": "pt", _METADATA: json.dumps(facts)}))
     architecture = model.facts.architecture
     fresh = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))

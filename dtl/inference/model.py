@@ -106,7 +106,7 @@ def open_model(folder: Path) -> StoredModel:
 
 
 def _trained_in(folder: Path, run: Path | None) -> str | None:
-    """The precision that the model's run computed in; None where nothing says it (an older dtl, or damage, which `open_model` reports)."""
+    """The precision that the model's run computed in; None where it is not recorded (an older dtl, or damage, which `open_model` reports)."""
     known: list[Any] = []
     with suppress(UserError):
         made_by = read_model_json(folder).made_by
@@ -186,6 +186,6 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
 
 
 def _task(facts: ModelFacts) -> Task:
-    """The outputs of a task of its own (the four rotations) are a pretext network's; everything else tells the data set's classes apart."""
+    """The outputs of a task of its own (the four rotations) are a pretext network's; everything else classifies the data set's classes."""
     own = [task for task in TASKS.values() if task.name != "classify" and task.class_names(()) == facts.classes]
     return own[0] if own else task_named("classify")

@@ -1,4 +1,4 @@
-"""Images of a finished run, through the run's own loader, transforms and model: what it trained on, and what it says about others.
+"""Images of a finished run, through the run's own loader, transforms and model: what it trained on, and what it predicts for others.
 
 B images of a batch, S pixels of a side, K classes. One process, no workers; memory is bounded by one batch and by 16 bytes a sample.
 """
@@ -57,8 +57,8 @@ class Tile:
     @property
     def words(self) -> str:
         """For those who do not see the picture."""
-        verdict = {None: "", True: "right: ", False: "wrong: "}[self.right]
-        return f"{verdict}{self.caption}" + (f", {self.note}" if self.note else "")
+        mark = {None: "", True: "right: ", False: "wrong: "}[self.right]
+        return f"{mark}{self.caption}" + (f", {self.note}" if self.note else "")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TrainingView:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model said about `num_seen` of `num_samples` validation images. Rows: the images, turned ones each for itself."""
+    """What the model predicted for `num_seen` of `num_samples` validation images. Rows: the images, turned ones each for itself."""
 
     labels: Ints
     predicted: Ints
@@ -157,7 +157,7 @@ class Examples:
         return tiles[: most * phase.task.expansion]
 
     def _unaugmented(self, phase: Phase) -> bool:
-        """Its features were cached from images as evaluation sees them (dtl.training.features), whatever the augmentation says."""
+        """Its features were cached from images as evaluation sees them (dtl.training.features), whatever augmentation is set."""
         config = phase.config
         return config.cache_features is True and config.views == 1 and not self.loaders.train_transform.is_fixed
 
@@ -227,7 +227,7 @@ class Examples:
         """The model folder belongs to the last phase."""
         task = task_named(self.phases[-1].config.task)
         if task.num_outputs(self.loaders.val.num_classes) != len(facts.classes):
-            raise UserError(f"the model tells {len(facts.classes)} classes apart, the validation data has {self.loaders.val.num_classes}")
+            raise UserError(f"the model has {len(facts.classes)} classes, the validation data has {self.loaders.val.num_classes}")
         return task
 
 

@@ -1,4 +1,4 @@
-"""What a run folder tells, read once: history.jsonl as columns by phase, the config, the status, the transfer, the model's facts.
+"""A run folder, read once: history.jsonl as columns by phase, the config, the status, the transfer, the model's facts.
 
 Whatever is missing is None or empty, and `missing` says so in words; only a folder that is no run at all is refused.
 """
@@ -36,9 +36,9 @@ class PhaseRecord:
     train: dict[str, Column]
     val: dict[str, Column]
     keep: str = "best"
-    """Which weights the phase hands on: those of its best evaluation, or the last."""
+    """Which weights the phase keeps for the next: those of its best evaluation, or the last."""
     row: dict[str, Any] = field(default_factory=dict)
-    """What status.json says of the phase once it is finished."""
+    """The entry of status.json for the phase once it is finished."""
 
     @property
     def last_step(self) -> int:
@@ -54,13 +54,13 @@ class PhaseRecord:
         return best_of(self.val[metric], self.val["loss"], lowest=metric == "loss")
 
     def kept(self, metric: str = "top1") -> int | None:
-        """The place in `val` of the weights that the phase handed on."""
+        """The place in `val` of the weights that the phase kept."""
         return self.best(metric) if self.keep == "best" else len(self.val["step"]) - 1 if len(self.val["step"]) else None
 
     def train_loss_at(self, step: float) -> float | None:
-        """The training loss as it was last told by `step`."""
-        told = np.flatnonzero(self.train["step"] <= step)
-        return float(self.train["loss"][told[-1]]) if len(told) else None
+        """The training loss as it was last logged by `step`."""
+        logged = np.flatnonzero(self.train["step"] <= step)
+        return float(self.train["loss"][logged[-1]]) if len(logged) else None
 
 
 def best_of(values: Column, losses: Column, *, lowest: bool) -> int | None:
@@ -101,7 +101,7 @@ class RunRecord:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """As the events' steps and epochs tell it, helped by the planned durations; None where no epoch was ever finished."""
+        """From the events' steps and epochs, helped by the planned durations; None where no epoch was ever finished."""
         return _steps_per_epoch(self)
 
     def first_epoch(self, phase: PhaseRecord) -> int | None:

@@ -1,4 +1,4 @@
-"""The report of one run, part by part. A part that cannot be made is left out, and the page says so."""
+"""The report of one run, part by part. A part that cannot be made is left out, and the page lists it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 _MOST_NOTES = 30
-_WITHOUT_TOP5 = 6  # with fewer classes top5 says nothing
+_WITHOUT_TOP5 = 6  # with fewer classes top5 means nothing
 
 
 @dataclass
@@ -180,7 +180,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
 
 
 def result(record: RunRecord) -> dict[str, float] | None:
-    """The numbers of the weights that the run hands on: the model folder's, or those that the last phase would hand on."""
+    """The numbers of the run's weights: the model folder's, or those that the last phase would keep."""
     names = ("top1", "top5", "loss", "num_samples")
     metrics = (record.model or {}).get("metrics")
     if isinstance(metrics, dict) and all(isinstance(metrics.get(name), (int, float)) for name in names):
@@ -202,7 +202,7 @@ def _phases(record: RunRecord) -> html.Section | None:
     for phase in record.phases:
         rows.append([Cell(phase.name), *_phase_cells(record, phase)])
     columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "time"]
-    chosen = f"Losses and top-1 are those of the weights that each phase hands on: of its best evaluation by {record.monitor}, or of its last (keep: last)."
+    chosen = f"Losses and top-1 are those of the weights that each phase keeps: of its best evaluation by {record.monitor}, or of its last (keep: last)."
     return html.section("Phases", html.Table(columns, rows), html.Text(chosen, soft=True))
 
 
