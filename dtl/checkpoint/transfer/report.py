@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dtl import text
 from dtl.checkpoint.transfer.outcomes import Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan
 from dtl.checkpoint.transfer.source.read import SourceWeights
@@ -106,7 +107,7 @@ class TransferReport:
         }
 
     def __str__(self) -> str:
-        return "\n".join([*self._header(), *table(self.outcomes)])
+        return "\n".join([*self._header(), table(self.outcomes)])
 
     def _header(self) -> list[str]:
         fresh = sum(o.parameters for o in self.outcomes if o.outcome in ("fresh", "ambiguous"))
@@ -142,12 +143,12 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
     return counted
 
 
-def table(outcomes: Sequence[Outcome]) -> list[str]:
+def table(outcomes: Sequence[Outcome]) -> str:
     """One row per kind of layer and outcome, indices folded: `layer{1...4}.{0,1}.conv{1,2}`. Fresh first."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(_row_key(outcome), []).append(outcome)
-    rows = [("outcome", "target", "source", "tensors", "why")]
+    rows = []
     for key, members in sorted(groups.items(), key=lambda item: _ORDER.index(item[0][0])):
         names = [o.target for o in members if o.target]
         sources = [name for o in members for name in o.sources]
@@ -155,11 +156,10 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         if members[0].alternatives:
             why += f"; could be {', '.join(members[0].alternatives[:3])}"
         rows.append((key[0], fold(names) or "-", fold(sources) or "-", str(len(members)), why))
-    more = len(rows) - 1 - _MOST_ROWS
-    rows = rows[: _MOST_ROWS + 1]
-    widths = [min(56, max(len(row[column]) for row in rows)) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4] for row in rows]
-    return [line.rstrip() for line in lines] + ([f"... and {more} rows more (all of them in the JSON report)"] if more > 0 else [])
+    columns = [text.Column("outcome"), text.Column("target"), text.Column("source"), text.Column("tensors", right=True), text.Column("why")]
+    more = len(rows) - _MOST_ROWS
+    lines = text.table(columns, rows[:_MOST_ROWS])
+    return f"{lines}\n... and {more} rows more (all of them in the JSON report)" if more > 0 else lines
 
 
 def _row_key(outcome: Outcome) -> tuple[str, ...]:
@@ -211,8 +211,8 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
         lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
     for target, rule in rules.items():
         # A pair a line, since people edit it; what has options is JSON, which is YAML too.
-        text = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
-        lines.append(text)
+        line = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
+        lines.append(line)
     path.write_text("".join(lines), encoding="utf-8")
 
 
