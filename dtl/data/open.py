@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +24,7 @@ from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folder
 from dtl.data.wds.find import Tar, is_remote_folder, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
+from dtl.files import flock
 from dtl.text import counted
 
 _MOST_LISTED = 10  # images in one line of trouble
@@ -89,7 +88,7 @@ def ensure_packed(
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
         return folder
-    with _locked(home.with_name(home.name + ".lock"), waiting=lambda: say(f"waiting for another process that packs {source}")):
+    with _locked(home.with_name(home.name + ".lock"), f"packs {source}", say):
         if not (folder / MANIFEST_NAME).exists():
             _pack_into(
                 home,
@@ -148,7 +147,7 @@ def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
 def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, say: Callable[[str], None]) -> Path:
     folder = mirror_place(place, url)
     folder.parent.mkdir(exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that reads {shown(url)}")):
+    with _locked(folder.with_name(folder.name + ".lock"), f"reads {shown(url)}", say):
         return mirror(url, text, folder, options=options)
 
 
@@ -171,7 +170,7 @@ def _ensure_indexed(
     if (folder / MANIFEST_NAME).exists():
         _sign_anew(folder, tars)
         return folder
-    with _locked(folder.with_name(folder.name + ".lock"), waiting=lambda: say(f"waiting for another process that indexes {source}")):
+    with _locked(folder.with_name(folder.name + ".lock"), f"indexes {source}", say):
         if (folder / MANIFEST_NAME).exists():
             return folder
         say(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
@@ -315,20 +314,20 @@ def describe_index(report: IndexReport) -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
-    """An exclusive lock of this node, freed by the system when its process ends. The file stays: removing it would let two in."""
+def _locked(path: Path, work: str, log: Callable[[str], None]) -> Iterator[None]:
+    """An exclusive lock of this node, freed by the system when its process ends. The file stays: removing it would let two in.
+
+    Without locks two processes may do the same `work` at the same time, which is waste, not harm.
+    """
     try:
         file = path.open("a")
     except OSError as error:
         raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks. Packing twice is then waste, not harm.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
+        lock = flock(file, wait=False)
+        if lock == "busy":
+            log(f"waiting for another process that {work}")
+            flock(file)
+        if lock == "none":
+            log(f"the cache {path.parent} is on a file system without locks: another process that {work} may do the same work again")
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import shutil
 import socket
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from dtl.data.packing.job import LOCK_NAME
 from dtl.data.shards.index import INDEX_NAME, MANIFEST_NAME, PATHS_NAME
 from dtl.data.sources.splits import SPLIT_WORDS
 from dtl.errors import UserError
-from dtl.files import temporary_suffix
+from dtl.files import flock, temporary_suffix
+from dtl.text import to_stderr
 
 Existing = Literal["refuse", "replace", "join"]
 
@@ -40,17 +40,18 @@ def prepare_destination(place: Path, existing: Existing) -> Path:
 
 
 @contextmanager
-def working_alone(work: Path, place: Path) -> Iterator[None]:
-    """Hold the working folder; a second packing into the same destination on this node is refused."""
+def working_alone(work: Path, place: Path, *, quiet: bool = False) -> Iterator[None]:
+    """Hold the working folder; a second packing into the same destination on this node is refused.
+
+    Without locks it goes on, and says so unless `quiet`: what two processes write there at the same time is not told apart.
+    """
     with (work / LOCK_NAME).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is packing into {place} now; wait for it or choose another folder") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # no locks on this file system
-                raise
-        for folder in (work, *_split_folders(place)):
+        lock = flock(file, wait=False)
+        if lock == "busy":
+            raise UserError(f"another process is packing into {place} now; wait for it or choose another folder")
+        if lock == "none" and not quiet:
+            to_stderr(f"{place} is on a file system without locks: start no second process that writes there")
+        for folder in (work, *_split_folders(place)) if lock == "held" else ():
             for leftover in folder.glob(f".*{temporary_suffix()}"):
                 leftover.unlink(missing_ok=True)
         yield

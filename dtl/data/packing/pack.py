@@ -105,7 +105,7 @@ def pack(
     place = Path(destination).expanduser()
     with clear_errors(place):
         folder = prepare_destination(place, existing)
-        with working_alone(folder, place):
+        with working_alone(folder, place, quiet=existing == "join"):
             if Job.is_of(folder, opened, options):
                 job = Job(folder)
             else:

@@ -11,8 +11,6 @@ Files are opened, not kept: one that is given up while another process reads it 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +29,8 @@ from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
 from dtl.data.remote.schedule import ShardUses, victims
 from dtl.data.shards.manifest import Manifest
 from dtl.errors import UserError
-from dtl.files import fsync_folder
+from dtl.files import flock, fsync_folder
+from dtl.text import to_stderr
 
 # How long a failure counts for the samples of the same shard.
 _FAILED_SECONDS = 300.0
@@ -134,13 +133,14 @@ class ShardCache:
         self._make()
         url, name, final = self.urls[number], self._name(number), self.path(number)
         assert url is not None
-        with self._shard_lock(name):
+        with self._shard_lock(name) as locked:
             if final.exists():
                 return True
             self._refuse_failed(name)
-            if not self._reserve(number, ahead=ahead):
+            # Without locks another process may fetch the same shard: each then writes a file of its own.
+            part = self._part(name) if locked else self._part(f"{name}.{os.getpid()}")
+            if not self._reserve(number, part, ahead=ahead):
                 return False
-            part = self._part(name)
             try:
                 with open_for_fetch(part) as file:
                     fetch(url, file, options=self.options, size=int(self.bytes[number]), sha256=self.digests[number])
@@ -148,6 +148,10 @@ class ShardCache:
             except Unfetched as error:
                 part.unlink(missing_ok=True)
                 self._note_failed(name, str(error))
+                raise
+            except BaseException:
+                if not locked:
+                    part.unlink(missing_ok=True)  # a part to go on from has the plain name
                 raise
             part.replace(final)
             fsync_folder(self.folder)
@@ -164,18 +168,26 @@ class ShardCache:
             for entry in list(os.scandir(self.folder)):
                 name, kind = entry.name.split(".")[0], entry.name.rpartition(".")[2]
                 ours = kind in ("part", "lock") and f".{_host()}." in entry.name and not (kind == "part" and name in self._numbers)
-                if kind == "failed" or (ours and not self._live(name)):
+                if kind in ("failed", "no-locks") or (ours and not self._live(name)):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(entry.path)
 
     # ---- room
 
-    def _reserve(self, number: int, *, ahead: bool) -> bool:
-        """Make room and take it, by the part's existence. False where only shards that are needed sooner could go."""
+    def _reserve(self, number: int, part: Path, *, ahead: bool) -> bool:
+        """Make room and take it, by the part's existence. False where only shards that are needed sooner could go.
+
+        Without locks nothing is given up, since others cannot be asked whether they use it. UserError where that leaves no room.
+        """
         while True:
-            with self._folder_lock():
+            with self._folder_lock() as locked:
                 tars, parts = self._entries(self._name(number))
                 room = sum(int(self.bytes[n]) for n in (*tars, *parts)) + int(self.bytes[number]) - self._limit()
+                if room > 0 and not locked:
+                    raise UserError(
+                        f"the cache {self.folder} is on a file system without locks, so no shard can be given up there for another; "
+                        "name a disk of this node with --data.cache-dir, or keep all shards (without --data.cache-gb)"
+                    )
                 for other in [n for n in parts if not self._live(self._name(n))]:
                     if room > 0:
                         self._part(self._name(other)).unlink(missing_ok=True)
@@ -185,7 +197,7 @@ class ShardCache:
                 if chosen is not None:
                     for old in chosen:
                         self.path(old).unlink(missing_ok=True)
-                    self._part(self._name(number)).touch()
+                    part.touch()
                     return True
             if ahead:
                 return False
@@ -238,41 +250,46 @@ class ShardCache:
             self._made = True
 
     @contextlib.contextmanager
-    def _shard_lock(self, name: str) -> Iterator[None]:
-        """Alone in fetching this shard. The lock's file is removed while it is held, so whoever waited for it looks again."""
+    def _shard_lock(self, name: str) -> Iterator[bool]:
+        """Alone in fetching this shard; False without locks. The lock's file is removed while it is held, so whoever waited for it looks again."""
         path = self.folder / f"{name}.{_host()}.lock"
         while True:
             number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            _flock(number, self.folder)
+            locked = flock(number) == "held"
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(number).st_ino:
+                if not locked or os.stat(path).st_ino == os.fstat(number).st_ino:
                     break
             os.close(number)
+        if not locked:
+            self._warn_of_no_locks()
         try:
-            yield
+            yield locked
         finally:
             path.unlink(missing_ok=True)
             os.close(number)
 
     @contextlib.contextmanager
-    def _folder_lock(self) -> Iterator[None]:
+    def _folder_lock(self) -> Iterator[bool]:
+        """Alone in making room; False without locks."""
         with (self.folder / f".{_host()}.room").open("a") as file:
-            _flock(file.fileno(), self.folder)
-            yield
+            yield flock(file) == "held"
 
     def _live(self, name: str) -> bool:
-        """Whether a process of this node is fetching this shard."""
+        """Whether a process of this node is fetching this shard, or may be."""
         try:
             number = os.open(self.folder / f"{name}.{_host()}.lock", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return flock(number, wait=False) != "held"
         finally:
             os.close(number)
-        return False
+
+    def _warn_of_no_locks(self) -> None:
+        """One line a run and node, not one of each loader process: `clean` at the start takes the mark away."""
+        with contextlib.suppress(FileExistsError):
+            (self.folder / f".{_host()}.no-locks").touch(exist_ok=False)
+            to_stderr(f"the cache {self.folder} is on a file system without locks: processes may fetch a shard twice, and none is given up")
 
     def _refuse_failed(self, name: str) -> None:
         path = self.folder / f"{name}.failed"
@@ -316,15 +333,6 @@ def _refuse_commands(manifest: Manifest, folder: Path, options: RemoteOptions) -
             f"{folder} reads its shards by commands ({found[:120]}); such are run from your own config only: "
             "if you trust this folder, allow it with --data.allow-pipe true"
         )
-
-
-def _flock(number: int, folder: Path) -> None:
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise UserError(f"the cache {folder} is on a file system without locks; name a disk of this node with --data.cache-dir") from None
-        raise
 
 
 def _host() -> str:

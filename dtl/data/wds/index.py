@@ -93,7 +93,7 @@ def index_shards(
         work = folder / f".indexing-{socket.gethostname()}"
         work.mkdir(exist_ok=True)
         try:
-            with working_alone(work, folder):
+            with working_alone(work, folder, quiet=existing == "join"):
                 paths = [str(path) if is_remote(path) else os.path.abspath(path) for path in shards]
                 write_json(work / "job.json", {"paths": paths, "rules": asdict(rules), "remote": asdict(options)})
                 limit = 0 if not keep else options.limit

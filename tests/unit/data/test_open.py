@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -174,7 +175,6 @@ def test_two_nodes_without_common_locks_do_no_harm(tmp_path: Path, photos: Path,
     """Another node packs the same into the same cache, at the worst moments: before, during and after ours."""
     import socket
 
-    from dtl.data import open as cache
     from dtl.data.packing import tasks as pack_tasks
 
     real, nodes = pack_tasks.write_shard, []
@@ -184,7 +184,7 @@ def test_two_nodes_without_common_locks_do_no_harm(tmp_path: Path, photos: Path,
         if not nodes:
             nodes.append("other")
             monkeypatch.setattr(socket, "gethostname", lambda: "other")
-            monkeypatch.setattr(cache.fcntl, "flock", lambda *arguments: None)
+            monkeypatch.setattr("dtl.files.fcntl.flock", lambda *arguments: None)
             ensure_packed(photos, **options)
             monkeypatch.setattr(socket, "gethostname", lambda: "this")
         return real(job, split, number)
@@ -196,3 +196,20 @@ def test_two_nodes_without_common_locks_do_no_harm(tmp_path: Path, photos: Path,
     shards = Shards.open(folder)
     assert all(isinstance(one, bytes) for one in shards.read(np.arange(20)))
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_cache_without_locks_is_used_with_one_line(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
+    lines: list[str] = []
+    folder = ensure_packed(photos, split="train", cache_dir=tmp_path / "cache", progress=False, say=lines.append)
+    assert [line for line in lines if "without locks" in line] == [
+        f"the cache {tmp_path}/cache is on a file system without locks: another process that packs {photos} may do the same work again"
+    ]
+    assert "without locks" not in capsys.readouterr().err
+    assert Shards.open(folder).num_samples == 20

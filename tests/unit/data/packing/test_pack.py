@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import io
+import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -690,3 +693,33 @@ def test_real_sets(tmp_path: Path, real_images: Path) -> None:
     assert flowers.manifest.display_names["101"] == "trumpet creeper"
     assert flowers.manifest.class_counts == (10,) * 16
     assert Options() == Options(**flowers.manifest.made_by["options"])
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_packing_without_locks_goes_on_with_one_line(
+    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert capsys.readouterr().err.count(f"{tmp_path}/d is on a file system without locks: start no second process that writes there") == 1
+    assert hashes(tmp_path / "d") == hashes(packed)
+
+
+@pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_packing_into_a_folder_that_cannot_be_synced(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    real, refused = os.fsync, []
+
+    def fsync(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            refused.append(number)
+            raise OSError(reason, os.strerror(reason))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert refused
+    assert hashes(tmp_path / "d") == hashes(packed)
+    assert Shards.open(tmp_path / "d").num_samples == Shards.open(packed).num_samples

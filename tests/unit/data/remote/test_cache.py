@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import multiprocessing
@@ -9,7 +10,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,13 +254,56 @@ def test_a_full_disk_is_told_with_the_numbers(server: Server, tmp_path: Path, mo
     divide([Demand("data.train", cache, uses_of())], None)
 
 
-def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(number: int, how: int) -> None:
-        raise OSError(37, "No locks available")
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reason: int) -> None:
+    """All shards can be kept there, with one line that says so; none is given up for another."""
+    monkeypatch.setattr("dtl.files.fcntl.flock", no_locks(reason))
+    cache = cache_of(server, tmp_path)
+    for again in (False, True):
+        for number in range(8):
+            assert len(content(cache, number)) == SIZE
+        assert capfd.readouterr().err.count("is on a file system without locks: processes may fetch a shard twice, and none is given up") == (not again)
+    other = cache_of(server, tmp_path)
+    assert len(content(other, 3)) == SIZE
+    assert "without locks" not in capfd.readouterr().err, "one line a run, not one of each process"
+    assert sorted(path.suffix for path in cache.folder.iterdir() if path.name[0] != ".") == [".tar"] * 8
+    other.clean()
+    content(other, 3)
+    (tmp_path / "small").mkdir()
+    small = cache_of(server, tmp_path / "small", cache_gb=2 * SIZE / 1e9)
+    content(small, 0), content(small, 1)
+    with pytest.raises(UserError, match=r"no shard can be given up there for another; name a disk of this node with --data.cache-dir, or keep all shards"):
+        content(small, 2)
+    assert sorted(small.here()) == [0, 1]
 
-    monkeypatch.setattr(shard_cache.fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"is on a file system without locks; name a disk of this node with --data.cache-dir"):
-        content(cache_of(server, tmp_path), 0)
+
+def test_two_processes_fetch_one_shard_without_locks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writes a part of its own, so neither spoils the other's, nor removes it."""
+    monkeypatch.setattr("dtl.files.fcntl.flock", no_locks(errno.ENOLCK))
+    first, second = cache_of(server, tmp_path), cache_of(server, tmp_path)
+    real, real_pid = shard_cache.fetch, os.getpid
+    parts: list[str] = []
+
+    def meanwhile(url: str, file: Any, **options: Any) -> None:
+        parts.append(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+        if len(parts) == 1:
+            monkeypatch.setattr(os, "getpid", lambda: 1)
+            second.clean()
+            content(second, 0)
+            monkeypatch.setattr(os, "getpid", real_pid)
+            assert Path(parts[0]).exists()
+        real(url, file, **options)
+
+    monkeypatch.setattr(shard_cache, "fetch", meanwhile)
+    assert len(content(first, 0)) == SIZE
+    assert len(set(parts)) == 2
+
+
+def no_locks(reason: int) -> Callable[..., None]:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    return refuse
 
 
 # --- the helper
