@@ -18,7 +18,6 @@ from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.inference.model import open_model
-from dtl.inference.tables import class_rates, confused_pairs
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +98,6 @@ def test_a_table_with_display_names(model: Path, photos: Path, capsys: pytest.Ca
 def test_json_on_standard_output_is_all_there_is(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([str(model), "--data.val", str(photos), "--workers", "0", "--json", "-"])
     assert json.loads(capsys.readouterr().out)["num_samples"] == 37
-
-
-def test_rates_and_pairs_of_hand_made_counts() -> None:
-    counts = np.array([[5, 0, 3, 0], [3, 1, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]])
-    rows = class_rates(counts)
-    assert rows[0] == {"precision": 5 / 12, "recall": 5 / 8, "f1": 10 / 20, "support": 8}
-    assert rows[2] == {"precision": 0.0, "recall": None, "f1": 0.0, "support": 0}  # never there, named three times
-    assert rows[3] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 4}  # there, never named
-    pairs = [(pair["label"], pair["predicted"], pair["count"]) for pair in confused_pairs(counts, "abcd")]
-    assert pairs == [("d", "a", 4), ("a", "c", 3), ("b", "a", 3)]
 
 
 def test_a_network_that_gives_nan_is_measured_and_stays_json(photos: Path, tmp_path: Path) -> None:

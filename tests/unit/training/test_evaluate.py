@@ -1,0 +1,37 @@
+"""The forward pass of everything that does not train."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from dtl.data.loading.batch import Batch
+from dtl.distributed.runtime import Runtime
+from dtl.models.build import build
+from dtl.training.evaluate import ForwardPass, eval_mode
+from dtl.training.phases import task_named
+
+
+def test_rows_are_the_images_as_the_task_makes_them() -> None:
+    network = build("dtl/resnet18_plain", num_classes=4)
+    forward = ForwardPass.of(network, Runtime.alone("cpu"))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (2, 3, 32, 32), dtype=np.uint8))
+    batch = Batch(images, torch.tensor([3, 1]), torch.tensor([1.0, 0.0]), torch.tensor([7, 7]), torch.tensor([0, -1]), epoch=0, step=0)
+    (plain,) = forward.over([batch], task_named("classify"))
+    assert plain.labels.tolist() == [3, 1]
+    torch.testing.assert_close(plain.logits, forward(images))
+    (turned,) = forward.over([batch], task_named("rotate"))
+    assert turned.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert turned.weights.tolist() == [1.0, 0.0] * 4
+    torch.testing.assert_close(turned.logits[2:4], forward(torch.rot90(images, 1, dims=(2, 3))), rtol=1e-4, atol=1e-4)
+    assert not turned.logits.requires_grad
+    assert not network.module.training
+
+
+def test_eval_mode_gives_each_part_its_own_mode_again() -> None:
+    module = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
+    module[1].eval()  # a frozen part
+    with eval_mode(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module] == [True, False]
