@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from dtl.data.sampling.plan import EpochPlan
 
 _DESCRIPTION = """\
-Run the training loaders of one epoch, for each of --world ranks in turn, without a model, and count what they deliver: every sample
-exactly once? The hash of the sequence of global batches is the same for every world size and every number of workers, and after a
-start at a later step it is that of the steps that are left.
+Run the training loaders of one epoch without a model, for each of --world ranks in turn, and check that they deliver every sample exactly
+once. The hash of the sequence of global batches is the same for every world size and every number of workers. With --start it covers the
+remaining steps.
 
-With --balance, each sample as often as its class's quota asks: expected counts draws, and nothing is duplicated that should come again.
+With --balance, each sample is expected as often as the quota of its class gives; a planned repetition does not count as duplicated.
 
-Exit status 0: each sample once (or as often as it should); 2: a sample is missing, doubled or damaged.
+Exit status 0: each sample came once (or as often as planned); 2: a sample is missing, duplicated or damaged.
 """
 _EPILOG = """\
 examples:

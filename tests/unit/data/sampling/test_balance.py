@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import damage
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +18,6 @@ from dtl.data.sampling.class_members import ClassMembers
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import train_transform
-from dtl.errors import UserError
 from dtl.keyed import keys
 
 BOTH: tuple[Balance, ...] = ("sqrt", "uniform")
@@ -163,32 +161,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "shards"
     pack(root, folder, shard_bytes=20_000, processes=1, progress=False)
     return folder
-
-
-def test_the_file_of_members(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = Shards.open(packed)
-    expected = ClassMembers.of_labels(shards.labels, 3)
-    for chunk in (1_000_000, 7, 1):
-        monkeypatch.setattr("dtl.data.sampling.class_members._CHUNK", chunk)
-        cache = tmp_path / str(chunk)
-        for _ in range(2):  # made, then found
-            found = ClassMembers.of_shards(shards, cache_dir=cache)
-            assert found.members.tolist() == expected.members.tolist()
-            assert found.starts.tolist() == expected.starts.tolist() == [0, 30, 36, 38]
-        assert len(list((cache / "by-class").iterdir())) == 1
-    file = next((tmp_path / "7/by-class").iterdir())
-    for damaged in (file.read_bytes()[:-1], b"", file.read_bytes()[:-1] + b"\xff"):
-        file.write_bytes(damaged)
-        assert ClassMembers.of_shards(shards, cache_dir=tmp_path / "7").members.tolist() == expected.members.tolist()
-
-
-def test_labels_that_are_none_are_refused(packed: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
-    damage.rewrite_index(copy, 9, labels=3)
-    with pytest.raises(UserError, match=r"1 of 38 labels are not among the 3 classes, and data.balance draws by class; .*dtl verify .* --quarantine"):
-        ClassMembers.of_shards(Shards.open(copy), cache_dir=tmp_path / "cache")
 
 
 def test_a_sample_that_comes_again_is_augmented_anew(packed: Path, tmp_path: Path) -> None:
