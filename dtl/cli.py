@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from dtl.commands import COMMANDS
-from dtl.errors import UserError
+from dtl.errors import EXIT_WRONG_INPUT, UserError
 from dtl.version import __version__
 
 
@@ -74,7 +74,7 @@ def _fail(message: str) -> int:
         print(f"dtl: {message}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
         print(f"dtl: rank {rank} (host {socket.gethostname()}): {message}", file=sys.stderr, flush=True)
-    return 2
+    return EXIT_WRONG_INPUT
 
 
 def _main_process_waits() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from socket import gethostname
-from typing import Any
 
 import torch
 
@@ -75,26 +74,34 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
     """Training and validation shards; an image folder is packed into the cache first, by one process of each node."""
     data = config.data
     assert data.train is not None
-    common: dict[str, Any] = {
-        "cache_dir": data.cache_dir,
-        "on_error": data.on_error,
-        "names": data.names,
-        "labelled": any(phase.task != "rotate" for phase in config.phases.values()),
-        "progress": runtime.is_main,
-        "say": log if runtime.is_main else to_nobody,
-        "remote": remote_options(config, leader=runtime.local_rank == 0),
-    }
+    labelled = any(phase.task != "rotate" for phase in config.phases.values())
+
+    def opened_split(source: str, split: str, found: str | None, *, val_fraction: float = 0.0, classes: Sequence[str] | None = None) -> Shards:
+        return open_split(
+            source,
+            split=split,
+            val_fraction=val_fraction,
+            classes=classes,
+            found=found,
+            cache_dir=data.cache_dir,
+            on_error=data.on_error,
+            names=data.names,
+            labelled=labelled,
+            progress=runtime.is_main,
+            say=log if runtime.is_main else to_nobody,
+            remote=remote_options(config, leader=runtime.local_rank == 0),
+        )
 
     def opened(found: Sequence[str | None] = (None, None)) -> tuple[Shards, Shards]:
-        train = open_split(str(data.train), split="train", val_fraction=data.val_fraction, found=found[0], **common)
+        train = opened_split(str(data.train), "train", found[0], val_fraction=data.val_fraction)
         if data.val is None:
-            return train, open_split(str(data.train), split="val", val_fraction=data.val_fraction, found=found[1], **common)
-        return train, open_split(data.val, split="val", classes=train.classes, found=found[1], **common)
+            return train, opened_split(str(data.train), "val", found[1], val_fraction=data.val_fraction)
+        return train, opened_split(data.val, "val", found[1], classes=train.classes)
 
     with runtime.together("data"):
         # Listing a source, packing it and checking its index are work on all of the data: one process of each node does it.
         train, val = opened(runtime.once_a_node(lambda: [str(shards.folder) for shards in opened()]))
-        if common["labelled"] and train.num_classes < 2:
+        if labelled and train.num_classes < 2:
             raise UserError(
                 f"{data.train} has one class only, {train.classes[0]!r}; a classifier needs two or more (without labels, only the task rotate can learn)"
             )

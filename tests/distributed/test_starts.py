@@ -63,26 +63,6 @@ def test_a_mistake_costs_a_finished_run_nothing(tmp_path: Path) -> None:
     assert status(folder)["state"] == "done"
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_a_lost_rank_costs_the_run_before_nothing_either(tmp_path: Path, fresh: bool) -> None:
-    """With `run.resume: never` a job's next round takes a changed status for the sign that this run has begun."""
-    from dtl.config import load_config
-    from dtl.training.session import Session
-
-    config, _ = load_config(["--run.dir", str(tmp_path.parent), "--run.resume", "never" if fresh else "auto"])
-    for name in ("before", "now"):
-        session = Session(config, tmp_path.name)
-        with session.folder as folder:
-            if name == "before":
-                folder.write_status("done", step=5)
-            else:
-                session.lost("lost rank 1")
-                assert status(tmp_path)["state"] == ("done" if fresh else "failed")
-                folder.write_status("running", step=0)
-                session.lost("lost rank 1")
-                assert (status(tmp_path)["state"], status(tmp_path)["why"]) == ("failed", "fault: lost rank 1")
-
-
 def test_what_may_not_go_unsaid_is_said_once_at_the_start(tmp_path: Path) -> None:
     """A class that only one split has, and threads that a launcher's default leaves idle."""
     write_images(tmp_path / "train", {"ants": 6, "bees": 6, "cows": 1})
