@@ -37,7 +37,8 @@ def run(argv: list[str]) -> int:
     """The command. UserError for whatever is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
     from dtl.data.open import describe_trouble, packed_folder
-    from dtl.data.packing.pack import pack
+    from dtl.data.packing.job import PackOptions
+    from dtl.data.packing.pack import pack_source
     from dtl.data.shards.manifest import Manifest
     from dtl.data.sources.open import open_source
 
@@ -53,19 +54,21 @@ def run(argv: list[str]) -> int:
         for note in source.notes:
             to_stderr(f"  {note}")
     try:
-        report = pack(
+        report = pack_source(
             source,
-            options.destination,
-            val_fraction=options.val_fraction,
+            Path(options.destination),
+            PackOptions(
+                val_fraction=options.val_fraction,
+                shard_bytes=shard_bytes,
+                seed=options.seed,
+                on_error=options.on_error,
+                max_side=options.max_side,
+                short_side=options.short_side,
+                quality=options.quality,
+                verify=options.verify,
+            ),
             processes=options.processes,
-            shard_bytes=shard_bytes,
-            seed=options.seed,
-            on_error=options.on_error,
-            max_side=options.max_side,
-            short_side=options.short_side,
-            quality=options.quality,
-            verify=options.verify,
-            classes=classes,
+            fixed_classes=classes is not None,
             existing="replace" if options.overwrite else "refuse",
             progress=not options.quiet,
         )

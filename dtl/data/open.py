@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dtl.data.packing.job import PACK_VERSION
-from dtl.data.packing.pack import PackReport, pack
+from dtl.data.packing.job import PACK_VERSION, PackOptions
+from dtl.data.packing.pack import PackReport, pack_source
 from dtl.data.remote.address import RemoteOptions, is_remote, kind_of, shown, without_query
 from dtl.data.remote.address import default_cache_dir as default_cache_dir
 from dtl.data.shards.index import Shards
@@ -84,24 +84,20 @@ def ensure_packed(
         raise UserError(f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them")
     wanted = _wanted_split(source, opened, split, val_fraction)
     place = _cache_place(cache_dir)
-    home = place / _fingerprint(opened, val_fraction=val_fraction, on_error=on_error, seed=seed, fixed=classes is not None)
+    packing = PackOptions(val_fraction=val_fraction, on_error=on_error, seed=seed)
+    home = place / _fingerprint(opened, packing, fixed=classes is not None)
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
         return folder
     with _locked(home.with_name(home.name + ".lock"), f"packs {source}", say):
         if not (folder / MANIFEST_NAME).exists():
-            _pack_into(
-                home,
-                source,
-                opened,
-                say,
-                val_fraction=val_fraction,
-                on_error=on_error,
-                seed=seed,
-                processes=processes,
-                progress=progress,
-                fixed=classes,
-            )
+            say(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
+            for note in opened.notes:
+                say(f"  {note}")
+            report = pack_source(opened, home, packing, processes=processes, fixed_classes=classes is not None, existing="join", progress=progress)
+            for line in describe_trouble(report):
+                say(f"  {line}")
+            say(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
     return folder
 
 
@@ -250,41 +246,9 @@ def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: 
     return split if val_fraction else ALL
 
 
-def _fingerprint(opened: Source, *, val_fraction: float, on_error: str, seed: int, fixed: bool) -> str:
-    facts = [PACK_VERSION, opened.kind, opened.fingerprint, val_fraction, on_error, seed, fixed]
+def _fingerprint(opened: Source, packing: PackOptions, *, fixed: bool) -> str:
+    facts = [PACK_VERSION, opened.kind, opened.fingerprint, packing.val_fraction, packing.on_error, packing.seed, fixed]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
-
-
-def _pack_into(
-    home: Path,
-    source: str | Path,
-    opened: Source,
-    say: Callable[[str], None],
-    *,
-    val_fraction: float,
-    on_error: str,
-    seed: int,
-    processes: int | None,
-    progress: bool,
-    fixed: Sequence[str] | None,
-) -> None:
-    say(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
-    for note in opened.notes:
-        say(f"  {note}")
-    report = pack(
-        opened,
-        home,
-        val_fraction=val_fraction,
-        on_error=on_error,
-        seed=seed,
-        processes=processes,
-        progress=progress,
-        classes=fixed,
-        existing="join",
-    )
-    for line in describe_trouble(report):
-        say(f"  {line}")
-    say(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
 
 
 def describe_trouble(report: PackReport) -> list[str]:

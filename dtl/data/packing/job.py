@@ -25,6 +25,7 @@ from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.png import store_png
+from dtl.errors import UserError
 from dtl.files import write_whole
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
@@ -37,7 +38,7 @@ ROWS = np.dtype([("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels
 
 
 @dataclass(frozen=True)
-class Options:
+class PackOptions:
     """What decides the packed bytes, beside the source. `verify`: decode each image fully when reading it first."""
 
     val_fraction: float = 0.0
@@ -49,6 +50,19 @@ class Options:
     quality: int = 95
     verify: bool = True
 
+    def check(self) -> None:
+        """UserError for values that are wrong."""
+        if self.on_error not in ("fail", "skip"):
+            raise UserError(f"on_error is 'fail' or 'skip', got '{self.on_error}'")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"the validation fraction is a number from 0 to below 1, got {self.val_fraction}")
+        for name in ("max_side", "short_side", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is at least 1, got {value}")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality is a number from 1 to 100, got {self.quality}")
+
 
 class Job:
     """A working folder, opened by the main process or by a worker."""
@@ -56,7 +70,7 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.facts: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        self.options = Options(**self.facts["options"])
+        self.options = PackOptions(**self.facts["options"])
         self.destination = folder.parent
         self.root = Path(self.facts["root"]) if self.facts["root"] is not None else None
         self.names = StringTable.read(folder / "names.bin")
@@ -64,7 +78,7 @@ class Job:
         self.images = np.load(folder / "images.npy", mmap_mode="r") if self.root is None else None
 
     @classmethod
-    def create(cls, folder: Path, source: Source, options: Options) -> Job:
+    def create(cls, folder: Path, source: Source, options: PackOptions) -> Job:
         """Begin. `job.json` is written last, so a folder that has it is complete."""
         for leftover in folder.iterdir():
             if leftover.name != LOCK_NAME:
@@ -77,7 +91,7 @@ class Job:
         return cls(folder)
 
     @staticmethod
-    def is_of(folder: Path, source: Source, options: Options) -> bool:
+    def is_of(folder: Path, source: Source, options: PackOptions) -> bool:
         """Whether the folder holds a job of this source and these options, to go on with."""
         try:
             return bool(json.loads((folder / "job.json").read_text(encoding="utf-8")) == job_facts(source, options))
@@ -109,7 +123,7 @@ class Job:
         return (self.split_folder(split) / MANIFEST_NAME).exists()
 
 
-def job_facts(source: Source, options: Options) -> dict[str, Any]:
+def job_facts(source: Source, options: PackOptions) -> dict[str, Any]:
     root = None if source.root is None else str(source.root.resolve())
     return {"pack_version": PACK_VERSION, "source": source.fingerprint, "root": root, "options": asdict(options)}
 

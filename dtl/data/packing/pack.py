@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dtl import keyed
 from dtl.data.packing.destination import Existing, clear_errors, prepare_destination, remove_ours, working_alone
-from dtl.data.packing.job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, Options
+from dtl.data.packing.job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, PackOptions
 from dtl.data.packing.tasks import SCANNED, load_chunk, shard_name, shrink_factor
 from dtl.data.progress import PackProgress
 from dtl.data.shards.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
@@ -87,8 +87,7 @@ def pack(
     `open_source`. `existing` is about a destination that holds a packed set: "replace" removes it; "join" is for several nodes that
     write the same into one cache, and removes nothing.
     """
-    begun = time.monotonic()
-    options = Options(
+    options = PackOptions(
         val_fraction=val_fraction,
         shard_bytes=shard_bytes,
         seed=seed,
@@ -98,25 +97,43 @@ def pack(
         quality=quality,
         verify=verify,
     )
-    _check_options(options, processes)
+    options.check()
     opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error="skip")
-    if val_fraction and opened.has_splits:
-        raise UserError(f"{opened.kind} has splits of its own ({', '.join(opened.split_names)}); a validation fraction cannot be taken from it")
-    place = Path(destination).expanduser()
+    return pack_source(opened, Path(destination), options, processes=processes, fixed_classes=classes is not None, existing=existing, progress=progress)
+
+
+def pack_source(
+    source: Source,
+    place: Path,
+    options: PackOptions,
+    *,
+    processes: int | None = None,
+    fixed_classes: bool = False,
+    existing: Existing = "refuse",
+    progress: bool = True,
+) -> PackReport:
+    """`pack` of an opened source. With `fixed_classes` its class list was given, so a class may have no image."""
+    begun = time.monotonic()
+    options.check()
+    if processes is not None and processes < 1:
+        raise UserError(f"processes is at least 1, got {processes}")
+    if options.val_fraction and source.has_splits:
+        raise UserError(f"{source.kind} has splits of its own ({', '.join(source.split_names)}); a validation fraction cannot be taken from it")
+    place = place.expanduser()
     with clear_errors(place):
         folder = prepare_destination(place, existing)
         with working_alone(folder, place, quiet=existing == "join"):
-            if Job.is_of(folder, opened, options):
+            if Job.is_of(folder, source, options):
                 job = Job(folder)
             else:
                 if existing != "join":
                     remove_ours(place)  # what an interrupted packing of something else left
-                job = Job.create(folder, opened, options)
-            workers = processes or _default_processes(opened)
+                job = Job.create(folder, source, options)
+            workers = processes or _default_processes(source)
             with PackProgress(visible=progress) as shown:
-                report = _Packing(job, opened, workers, shown, fixed_classes=classes is not None).run()
+                report = _Packing(job, source, workers, shown, fixed_classes=fixed_classes).run()
             shutil.rmtree(folder)
-    return PackReport(destination=place, notes=opened.notes, seconds=time.monotonic() - begun, **report)
+    return PackReport(destination=place, notes=source.notes, seconds=time.monotonic() - begun, **report)
 
 
 class _Packing:
@@ -251,7 +268,7 @@ def _described(split: str, folder: Path, manifest: Manifest) -> PackedSplit:
     return PackedSplit(split=split, folder=folder, num_samples=manifest.num_samples, num_shards=len(manifest.shards), num_bytes=num_bytes)
 
 
-def _stored_bytes(scan: npt.NDArray[Any], options: Options) -> npt.NDArray[np.float64]:
+def _stored_bytes(scan: npt.NDArray[Any], options: PackOptions) -> npt.NDArray[np.float64]:
     """Bytes of each image in a shard, guessed by area where it gets smaller, with its share of headers and padding."""
     sizes = scan["size"].astype(np.float64)
     if options.max_side or options.short_side:
@@ -265,23 +282,6 @@ def _unreadable_message(unreadable: Sequence[tuple[str, str]], total: int) -> st
     noun = "image" if total == 1 else "images"
     way_out = "mend or remove them, or leave them out with --on-error skip (training: --data.on-error skip)"
     return f"{len(unreadable):,} of {total:,} {noun} cannot be read: {shown}{more}; {way_out}"
-
-
-def _check_options(options: Options, processes: int | None) -> None:
-    if options.on_error not in ("fail", "skip"):
-        raise UserError(f"on_error is 'fail' or 'skip', got '{options.on_error}'")
-    if not 0 <= options.val_fraction < 1:
-        raise UserError(f"the validation fraction is a number from 0 to below 1, got {options.val_fraction}")
-    for name, value in (
-        ("max_side", options.max_side),
-        ("short_side", options.short_side),
-        ("processes", processes),
-        ("shard_bytes", options.shard_bytes),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is at least 1, got {value}")
-    if not 1 <= options.quality <= 100:
-        raise UserError(f"quality is a number from 1 to 100, got {options.quality}")
 
 
 def _default_processes(source: Source) -> int:

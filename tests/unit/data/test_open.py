@@ -131,12 +131,12 @@ from dtl.data import open as cache
 from dtl.errors import UserError
 slow = float(sys.argv[3])
 print("begins", flush=True)
-real = cache.pack
+real = cache.pack_source
 def pack(*arguments, **options):
     print("packing", flush=True)
     time.sleep(slow)
     return real(*arguments, **options)
-cache.pack = pack
+cache.pack_source = pack
 quiet = {"processes": 1, "progress": False, "say": lambda line: None}
 print(cache.ensure_packed(sys.argv[1], split="train", cache_dir=sys.argv[2], **quiet), flush=True)
 """

@@ -26,7 +26,7 @@ from tiny_images import encoded, image_folder, pixels
 from dtl.commands.pack import parse_size, run
 from dtl.data.decoding.decode import decode
 from dtl.data.packing import tasks as pack_tasks
-from dtl.data.packing.job import Job, Options
+from dtl.data.packing.job import Job, PackOptions
 from dtl.data.packing.pack import pack as pack_loudly
 from dtl.data.shards.index import Manifest, Shards
 from dtl.errors import UserError
@@ -692,7 +692,7 @@ def test_real_sets(tmp_path: Path, real_images: Path) -> None:
     assert flowers.classes[:4] == ("101", "11", "17", "2")
     assert flowers.manifest.display_names["101"] == "trumpet creeper"
     assert flowers.manifest.class_counts == (10,) * 16
-    assert Options() == Options(**flowers.manifest.made_by["options"])
+    assert PackOptions() == PackOptions(**flowers.manifest.made_by["options"])
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
