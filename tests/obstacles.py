@@ -141,6 +141,13 @@ def other_augmentations() -> None:
     VERSIONS["training"] += 1
 
 
+def other_order() -> None:
+    """This dtl draws the order of samples otherwise than the one before."""
+    from dtl.checkpoint.resume import resume
+
+    resume.PLAN_VERSION += 1
+
+
 def slow_reads() -> None:
     """Every batch takes a while to read."""
     from dtl.data.loading.loader import BatchDataset

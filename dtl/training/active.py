@@ -9,11 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dtl.checkpoint.resume.state import load_optimizer, optimizer_tensors
+from dtl.checkpoint.resume.store import Checkpoint
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import key
@@ -74,6 +77,34 @@ class ActivePhase:
     @property
     def module(self) -> nn.Module:
         return self.network.module
+
+    def sync_buffers(self, runtime: Runtime) -> None:
+        """All ranks get the main process's normalisation statistics: one network is evaluated, saved and passed to the next phase."""
+        tensors = list(self.module.buffers())
+        if self.ema is not None:
+            tensors += self.ema.buffers()
+        runtime.sync_tensors(tensors)
+
+    def checkpoint_tensors(self, runtime: Runtime) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """For a checkpoint: weights, optimizer and moving average as groups of tensors, and as JSON what is not a tensor. Nothing is copied."""
+        tensors, optimizer = optimizer_tensors(self.optimizer)
+        groups = {"model": dict(self.module.state_dict()), "optimizer": tensors}
+        if self.ema is not None:
+            groups["ema"] = self.ema.state_tensors()
+        scaler = runtime.accelerator.scaler
+        return groups, {
+            "optimizer": optimizer,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema_updates": None if self.ema is None else self.ema.num_updates,
+        }
+
+    def restore(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
+        """Optimizer, moving average and scaler as `checkpoint_tensors` gave them. The weights were loaded before the phase was entered."""
+        load_optimizer(self.optimizer.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])  # type: ignore[attr-defined]
+        if self.ema is not None:
+            self.ema.load(checkpoint.tensors("ema"), num_updates=int(checkpoint.state["ema_updates"]))
+        if runtime.accelerator.scaler is not None and checkpoint.state["scaler"] is not None:
+            runtime.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
     def set_lr(self, phase_step: int) -> float:
         """Learning rate of the step number `phase_step` (from 0) into all groups; returns the phase's own, without group scales."""
@@ -176,6 +207,17 @@ def leave(active: ActivePhase, runtime: Runtime) -> None:
     if now != active.frozen_checksum:
         raise RuntimeError(f"phase {active.phase.name}: frozen weights or statistics changed ({active.frozen_checksum[:12]} -> {now[:12]})")
     runtime.accelerator.free_memory()
+
+
+def copy_to_host(module: nn.Module, into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of the state dict in host memory, in the buffers of an earlier copy where they fit."""
+    copied = {}
+    for name, tensor in module.state_dict().items():
+        old = into.get(name)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            old = torch.empty_like(tensor, device="cpu")
+        copied[name] = old.copy_(tensor)
+    return copied
 
 
 def _schedule(phase: Phase) -> Schedule:

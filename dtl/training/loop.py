@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dtl.checkpoint.resume.state import TrainState
+from dtl.checkpoint.resume.resume import checkpoint_state
+from dtl.checkpoint.resume.state import PhaseProgress, TrainState
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config
 from dtl.data.loading.batch import Batch
@@ -26,19 +27,18 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.build import Network
 from dtl.models.normalise import Normalise
+from dtl.models.strict_load import strict_load
 from dtl.runs.bad_samples import BadSamples
 from dtl.runs.trace import StepTrace
 from dtl.runs.tracker import Tracker
-from dtl.training import micro_batch, saving
-from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
+from dtl.training import micro_batch
+from dtl.training.active import ActivePhase, copy_to_host, enter, leave, phase_lines, set_head
 from dtl.training.dataloaders import DataLoaders
-from dtl.training.early_stopping import diverged, judge, note_result
-from dtl.training.epoch_count import EpochCount
 from dtl.training.evaluate import evaluate
 from dtl.training.features import PhaseFeatures
-from dtl.training.phases import Phase
-from dtl.training.step import Stepper, Window, step_weight
-from dtl.training.throughput import EpochSpeed
+from dtl.training.phases import Phase, judge, note_result
+from dtl.training.step import Stepper, Window, diverged, step_weight
+from dtl.training.throughput import EpochCount, EpochSpeed
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
 SECONDS_BETWEEN_SAVES = 15.0
@@ -60,7 +60,7 @@ class Trainer:
     channels_last: bool
     """How images lie in memory."""
     heart: Heartbeat
-    """Told of every stage, for whoever waits for this rank."""
+    """Gets every stage, for whoever waits for this rank."""
     deadline: Deadline
     stall_seconds: float = 0.0
     """How long the loop stood still for saving, in this start."""
@@ -74,7 +74,7 @@ class Trainer:
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
         self._trace = StepTrace(self.runtime.rank)
-        self._told_stall, self._saved_step = 0.0, -1
+        self._logged_stall, self._saved_step = 0.0, -1
         self._window = Window()
         self._last_save = self._clock = self._step_started = time.monotonic()
 
@@ -82,13 +82,13 @@ class Trainer:
 
     def run(self, checkpoint: Checkpoint | None) -> None:
         """All phases from where `state` stands; `checkpoint` is what it was read from. Raises Stopped after a signal."""
-        for phase in self.phases[self.state.phase_index :]:
-            if phase.index > self.state.phase_index or not self.state.phase:
+        for phase in self.phases[self.state.phase.index :]:
+            if phase.index > self.state.phase.index or not self.state.phase.name:
                 self._begin(phase)
             self.heart.enter("phase", self.state.step)
             set_head(self.network, phase, init=self.config.model.init, seed=self.config.run.seed)
             if checkpoint is not None:
-                saving.restore_model(self.network.module, checkpoint)
+                strict_load(self.network.module, checkpoint.tensors("model"), str(checkpoint.path))
             active = self._enter(phase)
             if checkpoint is not None:
                 self._restore(active, checkpoint)
@@ -98,10 +98,8 @@ class Trainer:
             del active  # its optimizer, gradients and average make room for the next phase's
 
     def _begin(self, phase: Phase) -> None:
-        self.state.phase, self.state.phase_index, self.state.phase_step = phase.name, phase.index, 0
+        self.state.phase = PhaseProgress(phase.name, phase.index)
         self.state.step = phase.first_step if phase.index == 0 else self.state.step
-        self.state.evaluations_without_gain = 0
-        self.state.extra = {**self.state.extra, "pending_eval": False, "ended": False, "images": 0, "train_seconds": 0.0}
         self._best = {}
         self._counted = EpochCount()
         self._window = Window()
@@ -117,7 +115,7 @@ class Trainer:
 
     def _enter_once(self, phase: Phase) -> ActivePhase:
         if self._fit_memory:
-            micro_batch.recall(self.loaders, self.state, phase)
+            self.loaders.micro_batch_size = self.state.phase.micro_batch_size  # what fitted in an earlier start
         active = enter(
             self.network,
             phase,
@@ -134,16 +132,15 @@ class Trainer:
         )
         for line in phase_lines(active, self.runtime):
             self.tracker.print(line)
-        done = self.state.step - self.state.phase_step
+        done = self.state.step - self.state.phase.step
         self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)
         return active
 
     def _restore(self, active: ActivePhase, checkpoint: Checkpoint) -> None:
-        saving.restore_phase(active, checkpoint, self.runtime)
+        active.restore(checkpoint, self.runtime)
         if self.runtime.is_main and "best" in checkpoint.groups:
             self._best = checkpoint.tensors("best")
-        loss_sum, weight_sum = self.state.extra.get("window", (0.0, 0.0))
-        self._window = Window(loss_sum if self.runtime.is_main else 0.0, weight_sum)
+        self._window = Window(self.state.phase.window_loss if self.runtime.is_main else 0.0, self.state.phase.window_weight)
         self._counted = EpochCount.restored(self.state, self.runtime)
 
     # ---- one phase
@@ -154,15 +151,15 @@ class Trainer:
         self._clock = time.monotonic()
         if not self._features.fill(active, self._before_feature_step):
             self._stop(active)
-        if state.extra.get("pending_eval"):
+        if state.phase.pending_eval:
             self._evaluate(active)
-        if state.phase_step >= phase.num_steps or state.extra.get("ended"):
+        if state.phase.step >= phase.num_steps or state.phase.ended:
             return
-        with closing(self.loaders.train_steps(phase, state.phase_step)) as stream:  # type: ignore[type-var]
-            while state.phase_step < phase.num_steps and not state.extra.get("ended"):
+        with closing(self.loaders.train_steps(phase, state.phase.step)) as stream:  # type: ignore[type-var]
+            while state.phase.step < phase.num_steps and not state.phase.ended:
                 batches = self._next(phase, stream)
-                told = self._tell(batches, save=self._save_due_by_clock())
-                phase_step = state.phase_step
+                exchange = self._exchange(batches, save=self._save_due_by_clock())
+                phase_step = state.phase.step
                 num_images = self.loaders.step_size(phase, phase_step)
                 weight = step_weight(active, self.loaders, phase_step, num_images)
                 try:
@@ -170,19 +167,19 @@ class Trainer:
                 except micro_batch.PERHAPS_FULL as error:
                     micro_batch.explain(error, self.loaders, phase)
                     raise
-                said = self._hear(told, "train", batches)
+                flags = self._settle(exchange, "train", batches)
                 self._trace.record(state.step + 1, batches)
-                self._counted.take(batches)
-                self._speed.take(batches)
+                self._counted.add(batches)
+                self._speed.add(batches)
                 self._count(phase, num_images)
-                self._after_step(active, lr, save_by_clock=said.save)
-                if said.stop or (self.runtime.world_size == 1 and self._stop_due()):
+                self._after_step(active, lr, save_by_clock=flags.save)
+                if flags.stop or (self.runtime.world_size == 1 and self._stop_due()):
                     self._stop(active)
 
     def _next(self, phase: Phase, stream: Any) -> list[Batch]:
         """This rank's micro-batches of the next step."""
         self._step_started = time.monotonic()
-        phase_step = self.state.phase_step
+        phase_step = self.state.phase.step
         self.heart.what = lambda: self.loaders.batch_name(phase, phase_step)
         self.heart.enter("load", self.state.step + 1)
         batches: list[Batch] = next(stream)
@@ -194,53 +191,53 @@ class Trainer:
     def _stop_due(self) -> bool:
         return self.runtime.stop_signal is not None or (self.runtime.is_main and self.deadline.due() is not None)
 
-    def _tell(self, batches: list[Batch], *, save: bool = False) -> Exchange:
-        """Tell the other ranks what they must know of this step. It travels while the step is computed, and `_hear` waits for theirs:
-        nothing of a step counts before that, and a rank that is asked to stop may well finish the step first."""
+    def _exchange(self, batches: list[Batch], *, save: bool = False) -> Exchange:
+        """All-reduce this rank's flags of a step while it is computed; `_settle` waits for the result. Nothing of a step counts before that,
+        and a rank that is asked to stop may well finish the step first."""
         return self.runtime.exchange(Flags(stop=self._stop_due(), failed=any(batch.bad for batch in batches), save=save))
 
-    def _hear(self, told: Exchange, split: str, batches: list[Batch]) -> Flags:
-        """What the ranks said. Damaged samples, which had weight 0 in the step, are written down, or end the run."""
+    def _settle(self, exchange: Exchange, split: str, batches: list[Batch]) -> Flags:
+        """The flags of all ranks. Damaged samples, which had weight 0 in the step, are written to bad_samples.jsonl, or end the run."""
         self.heart.enter("collective")
-        said = told.result()
-        if said.failed:
+        flags = exchange.result()
+        if flags.failed:
             self.bad_samples.take(split, batches)
-        return said
+        return flags
 
     def _count(self, phase: Phase, num_images: int) -> None:
         state = self.state
         state.step += 1
-        state.phase_step += 1
-        state.epoch, state.epoch_step = phase.epoch_of(state.phase_step)
+        state.phase.step += 1
+        state.epoch, state.epoch_step = phase.epoch_of(state.phase.step)
         self._window.num_images += num_images
-        state.extra["images"] += num_images
+        state.phase.num_images += num_images
         self._took(time.monotonic() - self._step_started)
 
     def _took(self, seconds: float) -> None:
         self.deadline.saw_step(seconds)
         self._window.seconds += seconds
         self._speed.seconds += seconds
-        self.state.extra["train_seconds"] += seconds
+        self.state.phase.train_seconds += seconds
 
     def _after_step(self, active: ActivePhase, lr: float, *, save_by_clock: bool) -> None:
         phase, state, every_steps = active.phase, self.state, self.config.checkpoint.every_steps
-        last = state.phase_step == phase.num_steps
+        last = state.phase.step == phase.num_steps
         if state.step % self.config.tracking.log_every == 0 or last:
             self._log(active, lr)
         if last or state.epoch_step == 0:
-            self._tell_epoch(phase)
-        evaluated = phase.eval_due(state.phase_step)
+            self._log_epoch(phase)
+        evaluated = phase.eval_due(state.phase.step)
         if evaluated:
-            state.extra["pending_eval"] = True
+            state.phase.pending_eval = True
             self._evaluate(active)
-            last = last or bool(state.extra.get("ended"))
+            last = last or state.phase.ended
         waited = self.runtime.agree(time.monotonic() - self._last_save >= SECONDS_BETWEEN_SAVES) if evaluated else False
         every = every_steps is not None and state.step % every_steps == 0
         if last or waited or every or save_by_clock:
             self._save(active)
 
-    def _tell_epoch(self, phase: Phase) -> None:
-        self._counted.tell(phase, self.state, speed=self._speed, loaders=self.loaders, runtime=self.runtime, tracker=self.tracker)
+    def _log_epoch(self, phase: Phase) -> None:
+        self._counted.log(phase, self.state, speed=self._speed, loaders=self.loaders, runtime=self.runtime, tracker=self.tracker)
         self._speed = EpochSpeed()
 
     def _log(self, active: ActivePhase, lr: float) -> None:
@@ -249,16 +246,16 @@ class Trainer:
         seconds = max(window.seconds, 1e-9)
         self.tracker.train(
             phase=phase.name,
-            epoch=phase.epoch_of(self.state.phase_step - 1)[0],
+            epoch=phase.epoch_of(self.state.phase.step - 1)[0],
             step=self.state.step,
             loss=loss,
             lr=lr,
             images_per_second=window.num_images / seconds,
             data_wait=min(1.0, window.data_seconds / seconds),
-            checkpoint_stall_seconds=round(self.stall_seconds - self._told_stall, 4),
+            checkpoint_stall_seconds=round(self.stall_seconds - self._logged_stall, 4),
         )
-        self._told_stall = self.stall_seconds
-        self.state.extra["train_loss"] = loss
+        self._logged_stall = self.stall_seconds
+        self.state.phase.train_loss = loss
         self._spend(phase)
         self._window = Window()
 
@@ -275,18 +272,18 @@ class Trainer:
 
     def _spend(self, phase: Phase) -> None:
         now = time.monotonic()
-        self.state.seconds[phase.name] = self.state.seconds.get(phase.name, 0.0) + now - self._clock
+        self.state.results.seconds[phase.name] = self.state.results.seconds.get(phase.name, 0.0) + now - self._clock
         self._clock = now
 
     # ---- evaluation
 
     def _evaluate(self, active: ActivePhase) -> None:
-        """Validation metrics of the weights that the phase would hand on (the moving average where there is one)."""
+        """Validation metrics of the weights that the phase would leave behind (the moving average where there is one)."""
         self.heart.enter("evaluate", self.state.step)
         if self._window.weight_sum:
             self._mean_loss(active)
         phase, state = active.phase, self.state
-        saving.sync_buffers(active, self.runtime)
+        active.sync_buffers(self.runtime)
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
                 active.evaluated,
@@ -302,35 +299,35 @@ class Trainer:
                 self._judge(active, sums.result())
         if sums is None:
             self._stop(active)
-        state.extra["pending_eval"] = False
+        state.phase.pending_eval = False
         self._spend(phase)
 
     def _agree_on_val_step(self, batches: list[Batch]) -> Callable[[], bool]:
-        told = self._tell(batches)
+        exchange = self._exchange(batches)
 
         def stop() -> bool:
-            said = self._hear(told, "val", batches)
+            flags = self._settle(exchange, "val", batches)
             self.heart.enter("evaluate")
-            return said.stop
+            return flags.stop
 
         return stop
 
     def _before_feature_step(self, batches: list[Batch]) -> bool:
         self.heart.enter("features", self.state.step)
-        return self._hear(self._tell(batches), "train", batches).stop
+        return self._settle(self._exchange(batches), "train", batches).stop
 
     def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
         """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
         phase, state, monitor = active.phase, self.state, self.config.checkpoint.monitor
-        epoch = phase.epoch_of(max(0, state.phase_step - 1))[0]
+        epoch = phase.epoch_of(max(0, state.phase.step - 1))[0]
         self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
-        verdict = judge(metrics, phase, state, monitor=monitor)
-        if verdict.gain and self.runtime.is_main and phase.config.keep == "best":
-            self._best = saving.copy_to_host(active.module, self._best)
-        if self.runtime.agree(verdict.end is not None) and state.phase_step < phase.num_steps:
-            state.extra["ended"] = True
-            self.tracker.note("early stop", step=state.step, phase=phase.name, why=verdict.end)
-            self.tracker.print(f"phase {phase.name} ends early at step {state.step}: {verdict.end}")
+        judgement = judge(metrics, phase, state, monitor=monitor)
+        if judgement.gain and self.runtime.is_main and phase.config.keep == "best":
+            self._best = copy_to_host(active.module, self._best)
+        if self.runtime.agree(judgement.end is not None) and state.phase.step < phase.num_steps:
+            state.phase.ended = True
+            self.tracker.note("early stop", step=state.step, phase=phase.name, why=judgement.end)
+            self.tracker.print(f"phase {phase.name} ends early at step {state.step}: {judgement.end}")
 
     # ---- saving, stopping, finishing
 
@@ -343,16 +340,21 @@ class Trainer:
         if self._window.weight_sum:
             self._mean_loss(active)  # a diverged run must not replace a good checkpoint
         self._spend(active.phase)
-        saving.sync_buffers(active, self.runtime)
-        (total,) = self.runtime.sum_floats(self._window.sum())
-        self.state.extra["window"] = (total, self._window.weight_sum)
+        active.sync_buffers(self.runtime)
+        (self.state.phase.window_loss,) = self.runtime.sum_floats(self._window.sum())
+        self.state.phase.window_weight = self._window.weight_sum
         self._counted.store(self.state, self.runtime)
         self.tracker.sync()
         self.state.history_offset = self.tracker.history_offset
         self.state.wandb_id = self.tracker.wandb_id
         self.state.bad_samples = self.bad_samples.entries
         with self.runtime.together("checkpoint"):
-            self.stall_seconds += saving.save(self.store, self.state, active, self.runtime, best=self._best, config=self.config.to_dict(), wait=wait)
+            if self.runtime.is_main:
+                groups, facts = active.checkpoint_tensors(self.runtime)
+                if self._best:
+                    groups["best"] = self._best
+                facts |= checkpoint_state(self.config, self.state, self.runtime)
+                self.stall_seconds += self.store.save(self.state.step, groups, facts, wait=wait)
         self.deadline.saw_save(self.store.save_seconds)
         self._last_save = time.monotonic()
         self._saved_step = self.state.step
@@ -373,12 +375,12 @@ class Trainer:
         raise Stopped(why, step=self.state.step)
 
     def _finish(self, active: ActivePhase) -> None:
-        """Hand the phase's weights on: those of its best evaluation, of its moving average, or the last."""
+        """Leave the phase's weights in the network: those of its best evaluation, of its moving average, or the last."""
         phase, state = active.phase, self.state
         self.heart.enter("phase", state.step)
-        saving.sync_buffers(active, self.runtime)
-        if state.extra.get("ended") and state.epoch_step:
-            self._tell_epoch(phase)
+        active.sync_buffers(self.runtime)
+        if state.phase.ended and state.epoch_step:
+            self._log_epoch(phase)
         module = active.module
         if phase.config.keep == "best":
             if self.runtime.is_main and self._best:
@@ -393,4 +395,4 @@ class Trainer:
 
     def numbers(self) -> list[dict[str, Any]]:
         """One row a finished phase, for the closing table and status.json."""
-        return list(self.state.extra.get("results", []))
+        return list(self.state.results.phases)

@@ -34,16 +34,10 @@ from dtl.training.step import Stepper
 
 # What torch raises where memory ends; the words of a RuntimeError tell.
 PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)
-_KEY = "micro_batch_sizes"
 _CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
 # Where a device is nearly full, CUDA's libraries have words of their own.
 _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
-
-
-def recall(loaders: DataLoaders, state: TrainState, phase: Phase) -> None:
-    """Begin `phase` with what fitted in an earlier start, or with a rank's whole share."""
-    loaders.micro_batch_size = state.extra.get(_KEY, {}).get(phase.name)
 
 
 def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, say: Callable[[str], None]) -> bool:
@@ -72,7 +66,7 @@ def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalis
         times = f"{layout.accumulation_steps} a step on each of {counted(runtime.world_size, 'process')}"
         say(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {loaders.global_batch_size}")
         if state is not None:
-            state.extra[_KEY] = {**state.extra.get(_KEY, {}), phase.name: size}
+            state.phase.micro_batch_size = size
     return halved
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dtl.checkpoint.resume.state import Best, Kept, TrainState
 from dtl.config import PhaseConfig
 from dtl.errors import UserError
+from dtl.text import counted
 
 # ---- tasks
 
@@ -148,3 +150,59 @@ def plan_phases(phases: Mapping[str, PhaseConfig], *, steps_per_epoch: int, num_
         first_step += num_steps
         first_epoch += -(-num_steps // steps_per_epoch)
     return planned
+
+
+# ---- early stopping, best weights
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an evaluation means for its phase."""
+
+    gain: bool
+    """The best evaluation of the phase so far; among equals, the one with the lower loss."""
+    end: str | None
+    """Why the phase may end early, or None."""
+
+
+def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: str) -> Judgement:
+    """Compare with the best of the phase, and write that, early stopping's counter and the metrics into `state`."""
+    value, loss = float(metrics[monitor]), float(metrics["loss"])
+    best = state.results.best.get(phase.name)
+    assert best is None or best.metric == monitor, "a resume refuses another monitor"
+    better = best is None or (value < best.value if monitor == "loss" else value > best.value)
+    gain = better or (best is not None and value == best.value and loss < best.loss)
+    if gain:
+        state.results.best[phase.name] = Best(metric=monitor, value=value, step=state.step, loss=loss)
+    # A loss that falls for ever at one top1 is no reason to go on.
+    state.phase.evaluations_without_gain = 0 if better else state.phase.evaluations_without_gain + 1
+    if gain or phase.config.keep == "last":
+        epoch, _ = phase.epoch_of(max(0, state.phase.step - 1))
+        state.phase.kept = Kept(state.step, epoch, state.phase.train_loss, metrics)
+    stop = phase.config.early_stop
+    if stop.threshold is not None and (value <= stop.threshold if monitor == "loss" else value >= stop.threshold):
+        return Judgement(gain, f"{monitor} {value:.4f} reached {stop.threshold}")
+    if stop.patience is not None and state.phase.evaluations_without_gain >= stop.patience:
+        return Judgement(gain, f"no better {monitor} in {counted(stop.patience, 'evaluation')}")
+    return Judgement(gain, None)
+
+
+def note_result(phase: Phase, state: TrainState) -> None:
+    """A finished phase's row of the closing table, into `state`; one that went on for more epochs replaces its earlier row.
+
+    Both losses and top1 are of the weights that the phase leaves behind: those of the evaluation after step `kept`.
+    """
+    kept, best = state.phase.kept, state.results.best.get(phase.name)
+    row = {
+        "phase": phase.name,
+        "task": phase.config.task,
+        "epochs": round(state.phase.step / phase.steps_per_epoch, 2),
+        "seconds": max(state.results.seconds.get(phase.name, 0.0), 1e-9),
+        "images_per_second": state.phase.num_images / max(state.phase.train_seconds, 1e-9),
+        "kept_step": None if kept is None else kept.step,
+        "kept_epoch": None if kept is None else kept.epoch,
+        "train_loss": None if kept is None else kept.train_loss,
+        "val": None if kept is None else kept.val,
+        "best": None if best is None else vars(best),
+    }
+    state.results.phases = [*(old for old in state.results.phases if old["phase"] != phase.name), row]

@@ -28,7 +28,7 @@ MakeReport = Callable[[Path, Callable[[str], None]], Path]
 def is_finished(session: Session, state: TrainState, phases: Sequence[Phase]) -> bool:
     """Nothing is left to train, and the last start wrote that down: its model folder is whole."""
     last = phases[-1]
-    at_end = state.phase_index == last.index and (state.phase_step >= last.num_steps or bool(state.extra.get("ended")))
+    at_end = state.phase.index == last.index and (state.phase.step >= last.num_steps or state.phase.ended)
     # A start that failed before it began (a mistyped option) has kept what the status has of the finished run.
     status = read_status(session.folder.path) if session.runtime.is_main else None
     return session.runtime.agree(at_end and "model" in (status or {}))

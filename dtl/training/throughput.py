@@ -1,4 +1,4 @@
-"""What limits an epoch: how fast it went, how long it waited for data, and, when loading is the limit, what to change.
+"""The throughput of an epoch, and what limits it: how fast it went, how long it waited for data, and, when loading is the limit, what to change.
 
 Nothing is guessed: each batch says what it took to make, in its process's wall and CPU time.
 """
@@ -11,10 +11,14 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from dtl.checkpoint.resume.state import TrainState
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.machine import num_cores, peak_bytes
+from dtl.runs.tracker import Tracker
 from dtl.text import counted
+from dtl.training.dataloaders import DataLoaders
+from dtl.training.phases import Phase
 
 GIB = 2**30
 # Less waiting than this is no limit; a shorter epoch measures the start of its loader processes.
@@ -35,7 +39,7 @@ class EpochSpeed:
     computing: float = 0.0
     """CPU seconds among them."""
 
-    def take(self, batches: Iterable[Batch]) -> None:
+    def add(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
             self.images += batch.num_real
             self.loading += batch.seconds[0]
@@ -109,3 +113,54 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     return peak_bytes() / GIB
+
+
+class EpochCount:
+    """How many samples of the epoch the trainer has finished: `seen` slots of this rank, and `damaged` ones among them, at weight 0.
+
+    Each rank counts its own. The sum over ranks goes into each checkpoint, and a resumed run goes on from it.
+    """
+
+    def __init__(self, seen: int = 0, damaged: int = 0) -> None:
+        self.seen, self.damaged = seen, damaged
+
+    @classmethod
+    def restored(cls, state: TrainState, runtime: Runtime) -> EpochCount:
+        """The main process goes on with the sum of all ranks."""
+        return cls(state.phase.epoch_seen, state.phase.epoch_damaged) if runtime.is_main else cls()
+
+    def add(self, batches: Iterable[Batch]) -> None:
+        """A step that is done."""
+        for batch in batches:
+            self.seen += batch.num_real
+            self.damaged += len(batch.bad)
+
+    def store(self, state: TrainState, runtime: Runtime) -> None:
+        """Called by all ranks together, before a checkpoint."""
+        state.phase.epoch_seen, state.phase.epoch_damaged = self._sum(runtime)
+
+    def log(self, phase: Phase, state: TrainState, *, speed: EpochSpeed, loaders: DataLoaders, runtime: Runtime, tracker: Tracker) -> None:
+        """After the last step of an epoch, or of a phase within one (which may be made longer later); all ranks together."""
+        epoch, step = phase.epoch_of(state.phase.step - 1)
+        seen, damaged = self._sum(runtime)
+        expected = loaders.plan(epoch).step_bounds(step)[1]
+        facts = gather(speed, runtime, workers=loaders.workers, image_size=loaders.image_size, short_side=loaders.short_side)
+        tracker.epoch(
+            phase=phase.name,
+            epoch=epoch,
+            step=state.step,
+            expected=expected,
+            seen=seen,
+            damaged=damaged,
+            images_per_second=facts.images_per_second,
+            data_wait=facts.data_wait,
+            memory_gib=facts.memory_gib,
+        )
+        if facts.advice:
+            tracker.advise(phase.name, facts.advice, step=state.step)
+        if state.epoch_step == 0:
+            self.seen = self.damaged = 0
+
+    def _sum(self, runtime: Runtime) -> tuple[int, int]:
+        seen, damaged = runtime.sum(torch.tensor([self.seen, self.damaged], dtype=torch.int64)).tolist()
+        return int(seen), int(damaged)

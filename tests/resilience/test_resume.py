@@ -89,7 +89,21 @@ def test_a_changed_setting_is_refused_by_name_with_the_way_out(tmp_path: Path) -
     assert "started with checkpoint.monitor 'top1', now it is 'loss'; start another run" in job.err(), "other weights would be the best"
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_augmentations"}}, code=2)
     assert "was started with version 2 of the training transforms, this dtl has version 3" in job.err()
+    job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_order"}}, code=2)
+    assert "was started with version 1 of the order of samples, this dtl has version 2: " in job.err()
+    assert job.err().count("\n") == 1
     run([*arguments, "--phases.head.lr", "0.3", "--run.resume", "never"], cwd=tmp_path)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    arguments = ["--config", str(write_recipe(tmp_path))]
+    run(arguments, cwd=tmp_path)
+    for manifest in (tmp_path / "runs/tiny/checkpoints").glob("step-*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, code=2)
+    assert job.err().count("\n") == 1
+    for words in ("older dtl (checkpoint format 1, this dtl reads 2)", "the dtl that started the run", "--run.name NEW", "--run.resume never"):
+        assert words in job.err()
 
 
 def test_resume_must_refuses_to_start_from_nothing(tmp_path: Path) -> None:

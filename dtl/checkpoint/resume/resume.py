@@ -1,4 +1,4 @@
-"""What a start finds of the one before it: its newest checkpoint, what may not have changed since, and what may, but not in silence."""
+"""What a start finds of the one before it: its newest checkpoint, what may not have changed since, and what may, but is logged."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from typing import Any
 
 import torch
 
-from dtl.checkpoint.resume.state import TrainState, config_conflicts
+from dtl.checkpoint.resume.state import OTHERWISE, TrainState, config_conflicts
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, config_from_dict
+from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.text import counted
 
-Say = Callable[[str], None]
 # Settings that may change between two starts of one run: they do not change its result. Of these precision, data.train and data.val are
 # compared by what they come to; run.device and data.micro_batch_size change roundings and batch statistics, as the number of ranks does,
-# and are told. Keys of `checkpoint` stand here one by one: `monitor` says which weights are kept.
+# and are logged. Keys of `checkpoint` stand here one by one: `monitor` says which weights are kept.
 FREE_SETTINGS = (
     "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.timeout_minutes", "tracking.*", "precision",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.deadline_seconds", "checkpoint.max_failures", "checkpoint.keep", "checkpoint.async",
     "data.workers", "data.micro_batch_size", "data.cache_dir", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
     "data.cache_gb", "data.retries", "data.timeout", "data.allow_pipe",
 )  # fmt: skip
-_OTHERWISE = "start another run with --run.name NEW, or this one afresh with --run.resume never"
 
 
 def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
@@ -48,26 +47,39 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, tr
             _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)
             _check_precision(str(checkpoint.state["precision"]), runtime.precision)
             check_transforms(checkpoint.state, store.folder.parent)
+            check_plan(checkpoint.state, store.folder.parent)
     return checkpoint, state
 
 
-def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainState, runtime: Runtime, say: Say) -> None:
-    """What may change between two starts, but not go unsaid; then the state takes this start's facts."""
+def checkpoint_state(config: Config, state: TrainState, runtime: Runtime) -> dict[str, Any]:
+    """What a checkpoint stores for `find_checkpoint`: the state, and all that a resume compares."""
+    return {
+        "train": state.to_json(),
+        "config": config.to_dict(),
+        "precision": runtime.precision,
+        "device": runtime.device.type,
+        "transforms": VERSIONS,
+        "plan": PLAN_VERSION,
+    }
+
+
+def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainState, runtime: Runtime, log: Callable[[str], None]) -> None:
+    """Log what has changed since the last start and may change; then the state takes this start's facts."""
     threads = torch.get_num_threads()
     if checkpoint is not None:
         if state.world_size != runtime.world_size:
-            say(
+            log(
                 f"this run was on {counted(state.world_size, 'process')} and goes on with {runtime.world_size}: the same samples in the same global "
                 "batches; batch norm statistics and the rounding of sums may differ"
             )
         elif state.num_threads != threads:
-            say(f"this run used {counted(state.num_threads, 'thread')} a process and goes on with {threads}: the rounding of sums may differ")
+            log(f"this run used {counted(state.num_threads, 'thread')} a process and goes on with {threads}: the rounding of sums may differ")
         device = checkpoint.state.get("device", runtime.device.type)  # an older dtl did not write it
         if device != runtime.device.type:
-            say(f"this run was on {device} and goes on with {runtime.device.type}: the rounding of sums may differ")
+            log(f"this run was on {device} and goes on with {runtime.device.type}: the rounding of sums may differ")
         before, now = checkpoint.state["config"].get("data", {}).get("micro_batch_size", "auto"), config.data.micro_batch_size
         if before != now:
-            say(
+            log(
                 f"this run had data.micro_batch_size {before} and goes on with {now}: the same global batches; batch norm statistics, "
                 "dropout and the rounding of sums may differ"
             )
@@ -81,8 +93,18 @@ def check_transforms(state: dict[str, Any], run: Path) -> None:
         if before != now:
             raise UserError(
                 f"{run} was started with version {before} of the {split} transforms, this dtl has version {now}: the same images would give other "
-                f"pixels; go on with the dtl that started it, or {_OTHERWISE}"
+                f"pixels; go on with the dtl that started it, or {OTHERWISE}"
             )
+
+
+def check_plan(state: dict[str, Any], run: Path) -> None:
+    """The same position must give the same sample: with another order an epoch would see some samples twice and others never."""
+    before = state["plan"]
+    if before != PLAN_VERSION:
+        raise UserError(
+            f"{run} was started with version {before} of the order of samples, this dtl has version {PLAN_VERSION}: the same epoch would go on with other "
+            f"samples; go on with the dtl that started it, or {OTHERWISE}"
+        )
 
 
 def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
@@ -94,13 +116,13 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
     if conflicts:
         name, before, after = conflicts[0]
         more = f" (and {len(conflicts) - 1} more settings)" if len(conflicts) > 1 else ""
-        raise UserError(f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{more}; {_OTHERWISE}")
+        raise UserError(f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{more}; {OTHERWISE}")
 
 
 def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
     for split, dataset_id in now.items():
         if state.dataset_ids.get(split) != dataset_id:
-            raise UserError(f"{run} was started with other {split} images (data.{split} has changed); {_OTHERWISE}")
+            raise UserError(f"{run} was started with other {split} images (data.{split} has changed); {OTHERWISE}")
 
 
 def _check_precision(before: str, now: str) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 from dtl.config import flat
 from dtl.errors import UserError
 
-FORMAT = 1
+# Of a checkpoint: its manifest, and its state. 2: phase and results are records of their own, and the version of the plan is stored.
+FORMAT = 2
+OTHERWISE = "start another run with --run.name NEW, or this one afresh with --run.resume never"
 # How torch computes a step, not what it computes: whoever builds the optimizer decides these anew on each machine.
 _EXECUTION_OPTIONS = frozenset({"foreach", "fused", "capturable"})
 
@@ -34,21 +36,70 @@ class Best:
 
 
 @dataclass
+class Kept:
+    """The evaluation whose weights a phase leaves behind."""
+
+    step: int
+    epoch: int
+    train_loss: float | None
+    """Of the last log line before it."""
+    val: dict[str, Any]
+    """Its metrics."""
+
+
+@dataclass
+class PhaseProgress:
+    """How far the phase under way has come. A phase begins with a new one, so nothing of the phase before is left in it."""
+
+    name: str = ""
+    index: int = 0
+    step: int = 0
+    """Steps done within the phase."""
+    ended: bool = False
+    """By early stopping, before its last step."""
+    pending_eval: bool = False
+    """An evaluation is due, or was broken off."""
+    evaluations_without_gain: int = 0
+    """The counter of early stopping."""
+    kept: Kept | None = None
+    num_images: int = 0
+    """Trained on so far, over all ranks."""
+    train_seconds: float = 0.0
+    """Spent in training steps: no evaluation, no checkpoint."""
+    train_loss: float | None = None
+    """Of the last log line."""
+    window_loss: float = 0.0
+    """Sums since the last log line, over all ranks: of the loss, and of the weights of its samples."""
+    window_weight: float = 0.0
+    epoch_seen: int = 0
+    """Samples of the epoch under way that were trained on, over all ranks, and damaged ones among them."""
+    epoch_damaged: int = 0
+    micro_batch_size: int | None = None
+    """What fitted into memory, where a rank's whole share did not."""
+
+
+@dataclass
+class RunResults:
+    """What the phases of the run have come to so far."""
+
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    """One row a finished phase, for the closing table and status.json."""
+    best: dict[str, Best] = field(default_factory=dict)
+    """By phase."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Spent in each phase so far, over all starts."""
+
+
+@dataclass
 class TrainState:
     """Where a run stands. Steps are optimizer updates, counted from 1 when done; `step` and `epoch` count on over all phases."""
 
     step: int = 0
-    phase: str = ""
-    phase_index: int = 0
-    phase_step: int = 0
-    """Steps done within the phase."""
     epoch: int = 0
     epoch_step: int = 0
     """Steps done within the epoch."""
-    best: dict[str, Best] = field(default_factory=dict)
-    """By phase."""
-    evaluations_without_gain: int = 0
-    """The counter of the early stop, within the phase."""
+    phase: PhaseProgress = field(default_factory=PhaseProgress)
+    results: RunResults = field(default_factory=RunResults)
     wandb_id: str | None = None
     dataset_ids: dict[str, str] = field(default_factory=dict)
     """By split."""
@@ -57,31 +108,43 @@ class TrainState:
     """Of each rank: the order in which sums are taken depends on it."""
     history_offset: int = 0
     """Bytes of history.jsonl that belong to this state."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Spent in each phase so far, over all starts."""
     incarnation: int = 0
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Anything else that JSON takes."""
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainState:
-        """Raises UserError for a state that a newer dtl has written, or one with unknown or missing fields."""
+        """Raises UserError for a state that another version of dtl has written, or one with unknown or missing fields."""
         found = value.get("format")
         if not isinstance(found, int):
             raise UserError("the checkpoint's state has no format number: it was not written by dtl")
-        if found > FORMAT:
-            raise UserError(f"the checkpoint's state has format {found}, this dtl knows up to {FORMAT}: update dtl to go on with this run")
-        known = {entry.name for entry in fields(cls)}
-        wrong = sorted(known.symmetric_difference(value.keys() - {"format"}))
-        if wrong:
-            raise UserError(f"the checkpoint's state does not fit this dtl: {', '.join(wrong)} unknown or missing")
-        values = {name: value[name] for name in known}
-        values["best"] = {phase: Best(**best) for phase, best in value["best"].items()}
-        return cls(**values)
+        check_format(found, "the checkpoint's state")
+        values = _fields(cls, {key: inner for key, inner in value.items() if key != "format"})
+        phase, results = _fields(PhaseProgress, values["phase"]), _fields(RunResults, values["results"])
+        if phase["kept"] is not None:
+            phase["kept"] = Kept(**_fields(Kept, phase["kept"]))
+        results["best"] = {name: Best(**_fields(Best, best)) for name, best in results["best"].items()}
+        return cls(**{**values, "phase": PhaseProgress(**phase), "results": RunResults(**results)})
+
+
+def check_format(found: int, what: str) -> None:
+    """UserError where `what` (a path, or a name) has the format of another version of dtl."""
+    if found > FORMAT:
+        raise UserError(f"{what} was written by a newer dtl (checkpoint format {found}, this dtl reads {FORMAT}): update dtl to go on with this run")
+    if found < FORMAT:
+        raise UserError(
+            f"{what} was written by an older dtl (checkpoint format {found}, this dtl reads {FORMAT}): go on with the dtl that started the run, or {OTHERWISE}"
+        )
+
+
+def _fields(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the dataclass `cls`; UserError where the checkpoint has others."""
+    wrong = sorted({entry.name for entry in fields(cls)}.symmetric_difference(value))
+    if wrong:
+        raise UserError(f"the checkpoint's state does not fit this dtl: {', '.join(wrong)} unknown or missing")
+    return dict(value)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

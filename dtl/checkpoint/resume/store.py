@@ -28,9 +28,9 @@ from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
+from dtl.checkpoint.resume.state import FORMAT, check_format
 from dtl.errors import UserError
 
-FORMAT = 1
 _NAME = re.compile(r"(?:step-(\d{8,})|\.step-(\d{8,})\.before)")
 _TEMPORARY = (".writing-", ".deleting-")
 
@@ -291,8 +291,7 @@ def _open(path: Path, step: int) -> tuple[Checkpoint | None, str]:
     """A checkpoint whose every byte was compared with its manifest, or what is wrong with it."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        if manifest["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer dtl (checkpoint format {manifest['format']}, known: {FORMAT}): update dtl")
+        check_format(manifest["format"], str(path))
         if manifest["step"] != step:
             return None, f"its manifest speaks of step {manifest['step']}"
         for name, expected in manifest["files"].items():

@@ -23,7 +23,7 @@ def test_pads_are_no_images() -> None:
     speed = EpochSpeed()
     for slots in ([0, 1, 2, -1], [3, 4, -1, -1]):
         tensors = {"labels": torch.zeros(4, dtype=torch.int64), "weights": torch.ones(4), "samples": torch.zeros(4, dtype=torch.int64)}
-        speed.take([Batch(images=torch.zeros(4, 3, 2, 2, dtype=torch.uint8), slots=torch.tensor(slots), epoch=0, step=0, **tensors)])
+        speed.add([Batch(images=torch.zeros(4, 3, 2, 2, dtype=torch.uint8), slots=torch.tensor(slots), epoch=0, step=0, **tensors)])
     assert speed.images == 5
 
 

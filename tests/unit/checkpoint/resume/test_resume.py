@@ -1,4 +1,4 @@
-"""What may change between two starts of one run: nothing that changes its result, and what changes its rounding is told."""
+"""What may change between two starts of one run: nothing that changes its result, and what changes its rounding is logged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dtl.checkpoint.resume.resume import FREE_SETTINGS, check_transforms, note_changes
+from dtl.checkpoint.resume.resume import FREE_SETTINGS, check_plan, check_transforms, note_changes
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
 from dtl.config.help import sections
+from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -63,3 +64,9 @@ def test_other_transforms_than_the_runs_are_refused(split: str) -> None:
     check_transforms({}, Path("runs/a"))  # an older dtl did not write them
     with pytest.raises(UserError, match=f"runs/a was started with version 99 of the {split} transforms.*--run.resume never"):
         check_transforms({"transforms": {**VERSIONS, split: 99}}, Path("runs/a"))
+
+
+def test_another_order_of_samples_than_the_runs_is_refused() -> None:
+    check_plan({"plan": PLAN_VERSION}, Path("runs/a"))
+    with pytest.raises(UserError, match=r"runs/a was started with version 99 of the order of samples.*--run.name NEW.*--run.resume never"):
+        check_plan({"plan": 99}, Path("runs/a"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtl.checkpoint.resume.state import Best, TrainState, config_conflicts, load_optimizer, optimizer_tensors
+from dtl.checkpoint.resume.state import Best, Kept, PhaseProgress, RunResults, TrainState, config_conflicts, load_optimizer, optimizer_tensors
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.errors import UserError
 
@@ -163,17 +163,13 @@ def test_the_scaler_is_plain_json() -> None:
 def test_train_state_comes_back_through_json() -> None:
     state = TrainState(
         step=7,
-        phase="all",
-        phase_index=1,
-        phase_step=3,
+        phase=PhaseProgress("all", 1, 3, kept=Kept(2, 0, 0.5, {"top1": 0.25, "loss": 1.5}), train_seconds=0.1 + 0.2, micro_batch_size=4),
         epoch=2,
         epoch_step=1,
-        best={"head": Best("top1", 0.1 + 0.2, 4)},
+        results=RunResults([{"phase": "head", "val": None}], {"head": Best("top1", 0.1 + 0.2, 4)}, {"head": 1.5}),
         wandb_id="abc",
         dataset_ids={"train": "x"},
-        seconds={"head": 1.5},
         bad_samples=[{"key": "000001", "reason": "crc"}],
-        extra={"early": [1, 2]},
     )
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
     assert TrainState.from_json(TrainState().to_json()) == TrainState()
@@ -182,7 +178,11 @@ def test_train_state_comes_back_through_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99, this dtl knows up to 1: update dtl"),
+        ({"format": 99}, "newer dtl \\(checkpoint format 99, this dtl reads 2\\): update dtl"),
+        (
+            {"format": 1},
+            "older dtl \\(checkpoint format 1, this dtl reads 2\\): go on with the dtl that started the run, or .*--run.name NEW.*--run.resume never",
+        ),
         ({"format": None}, "no format number"),
         ({"colour": 1}, "colour unknown or missing"),
     ],
@@ -194,6 +194,14 @@ def test_a_state_of_another_kind_is_refused(change: dict[str, Any], message: str
     del value["epoch"]
     with pytest.raises(UserError, match="epoch unknown or missing"):
         TrainState.from_json(value)
+    value = TrainState().to_json()
+    value["phase"]["colour"] = value["results"].pop("best")
+    with pytest.raises(UserError, match="colour unknown or missing"):
+        TrainState.from_json(value)
+
+
+def test_a_phase_begins_with_nothing_of_the_one_before() -> None:
+    assert {name for name, value in vars(PhaseProgress()).items() if value} == set()
 
 
 def test_conflicts_are_named_by_dotted_keys() -> None:

@@ -210,7 +210,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json cannot be read"),
     "strange manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
     "no state": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
-    "other step": (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "step": 7}'), "speaks of step 7"),
+    "other step": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "step": 7}'), "speaks of step 7"),
     "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "manifest.json is missing"),
 }
 
@@ -246,12 +246,19 @@ def test_all_damaged_is_refused_and_none_is_none(make: Callable[..., CheckpointS
         store.at(8)
 
 
-def test_a_newer_format_is_refused_clearly(make: Callable[..., CheckpointStore]) -> None:
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (99, r"newer dtl \(checkpoint format 99, this dtl reads 2\): update dtl"),
+        (1, r"older dtl \(checkpoint format 1, this dtl reads 2\): go on with the dtl that started the run, or .*--run.name NEW, .*--run.resume never"),
+    ],
+)
+def test_another_format_is_refused_clearly(make: Callable[..., CheckpointStore], found: int, message: str) -> None:
     store = make()
     store.save(1, tensors(), {}, wait=True)
     path = store.folder / "step-00000001" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match=r"newer dtl \(checkpoint format 99, known: 1\): update dtl"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": found}))
+    with pytest.raises(UserError, match=message):
         store.newest()
 
 

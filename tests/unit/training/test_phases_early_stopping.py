@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import PhaseConfig
-from dtl.training.early_stopping import judge
-from dtl.training.phases import Phase, plan_phases
+from dtl.training.phases import Phase, judge, plan_phases
 
 VALUES = [0.0, 0.25, 0.5, 0.5, 0.75, 1.0]
 EVALUATIONS = st.lists(st.tuples(st.sampled_from(VALUES), st.sampled_from(VALUES)), min_size=1, max_size=12)  # (top1, loss), with many equals
@@ -26,7 +25,7 @@ def judged(evaluations: list[tuple[float, float]], monitor: str, **values: Any) 
     """What each evaluation, a step after the one before, was a gain and gave as the phase's end."""
     made, state, gains, ends = phase(**values), TrainState(), [], []
     for number, (top1, loss) in enumerate(evaluations, 1):
-        state.step = state.phase_step = number
+        state.step = state.phase.step = number
         verdict = judge({"top1": top1, "loss": loss}, made, state, monitor=monitor)
         gains.append(verdict.gain)
         ends.append(verdict.end)
@@ -69,10 +68,11 @@ def test_what_is_kept(evaluations: list[tuple[float, float]], monitor: str, keep
     for number, gain in enumerate(gains):
         assert gain == (order[number] > max(order[:number], default=(-9.0, -9.0)))
     best = order.index(max(order))
-    assert (state.best["it"].step, state.best["it"].loss) == (best + 1, evaluations[best][1])
+    assert (state.results.best["it"].step, state.results.best["it"].loss) == (best + 1, evaluations[best][1])
     kept = best if keep == "best" else len(evaluations) - 1
-    assert state.extra["kept"]["step"] == kept + 1
-    assert state.extra["val"] == dict(zip(("top1", "loss"), evaluations[kept]))
+    assert state.phase.kept is not None
+    assert state.phase.kept.step == kept + 1
+    assert state.phase.kept.val == dict(zip(("top1", "loss"), evaluations[kept]))
 
 
 @pytest.mark.parametrize("monitor", ["top1", "loss"])
