@@ -28,8 +28,7 @@ def open_files(pid: int) -> int:
 def test_twenty_epochs_grow_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Many shards (more than may be open at once), two loader processes for the whole phase, an evaluation each epoch with its own."""
     from dtl.data.packing.pack import pack
-    from dtl.data.shards.index import Shards
-    from dtl.data.shards.open_files import MAX_OPEN_SHARDS
+    from dtl.data.shards.index import MAX_OPEN_SHARDS, Shards
 
     pack("digits", tmp_path / "digits", shard_bytes=16_000, processes=1, progress=False)
     assert len(Shards.open(tmp_path / "digits/train").shard_sizes) > MAX_OPEN_SHARDS

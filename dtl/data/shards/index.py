@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from dtl.data.remote.address import RemoteOptions, is_remote, shown
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
-from dtl.data.shards.open_files import OpenFiles, pread_all
 from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
 from dtl.errors import DamagedSample, UserError
@@ -63,6 +64,8 @@ _BLOCK = 512  # of a tar
 
 # flags: the low 4 bits are the image's format, 1 + its place in FORMATS.
 FORMAT_FLAGS = {name: number for number, name in enumerate(FORMATS, start=1)}
+
+MAX_OPEN_SHARDS = 128  # of one process
 
 # Neighbours in a shard are read together; two samples of our own are about 2 KB of headers apart.
 _GAP_BYTES = 64 * 1024
@@ -111,7 +114,7 @@ class Shards:
         self.quarantined = np.zeros(0, np.int64) if quarantine is None else quarantine.numbers
         self._map_index()
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
-        self._files = OpenFiles()
+        self._files = _OpenFiles()
         self._tables: dict[str, StringTable | None] = {}
 
     @classmethod
@@ -239,7 +242,7 @@ class Shards:
     def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
         """Up to `size` bytes; fewer at the end of the file."""
         try:
-            return pread_all(self._files.number(shard, self._open), size, start)
+            return _pread_all(self._files.number(shard, self._open), size, start)
         except FileNotFoundError:
             return _Damage("the shard is missing")
         except Unfetched as error:
@@ -322,3 +325,54 @@ def _key_of(header: bytes) -> str | _Damage:
     prefix, name = (field.split(b"\0")[0].decode("utf-8", "surrogateescape") for field in (header[345:500], header[:100]))
     folder, _, base = (f"{prefix}/{name}" if prefix else name).rpartition("/")
     return (f"{folder}/" if folder else "") + base.split(".")[0]
+
+
+def _pread_all(number: int, size: int, start: int) -> bytes:
+    data = os.pread(number, size, start)
+    if len(data) == size or not data:
+        return data
+    parts = [data]  # a signal or a network file system may cut a read short of the file's end
+    got = len(data)
+    while got < size:
+        data = os.pread(number, size - got, start + got)
+        if not data:
+            break
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+class _OpenFiles:
+    """File numbers of the shards read last. A forked child opens its own: it shares neither the lock nor the numbers."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def lock(self) -> threading.Lock:
+        if self._pid != os.getpid():
+            self._reset()  # the parent's numbers stay open in it; ours are copies, closed with the process
+        return self._lock
+
+    def number(self, shard: int, opened: Callable[[int], int]) -> int:
+        """Under the lock only: another thread could close the number."""
+        if shard in self._numbers:
+            self._numbers.move_to_end(shard)
+            return self._numbers[shard]
+        while len(self._numbers) >= MAX_OPEN_SHARDS:
+            os.close(self._numbers.popitem(last=False)[1])
+        self._numbers[shard] = opened(shard)
+        return self._numbers[shard]
+
+    def drop_removed(self) -> None:
+        """Close the files that were removed from their folder: open, they would still fill the disk."""
+        for shard in [shard for shard, number in self._numbers.items() if os.fstat(number).st_nlink == 0]:
+            os.close(self._numbers.pop(shard))
+
+    def _reset(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._numbers: OrderedDict[int, int] = OrderedDict()
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            for number in self._numbers.values():
+                os.close(number)

@@ -1,4 +1,4 @@
-"""From the labels as they stand in foreign shards, numbers or names, to classes in a fixed order."""
+"""From the labels as they stand in the WebDataset shards of others, numbers or names, to classes in a fixed order."""
 
 from __future__ import annotations
 

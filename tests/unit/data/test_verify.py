@@ -11,9 +11,9 @@ from pathlib import Path
 import damage
 import numpy as np
 import pytest
-from foreign_tars import sample as members
-from foreign_tars import write_tar
 from tiny_images import encoded, huge_bmp, image_folder
+from wds_tars import sample as members
+from wds_tars import write_tar
 
 from dtl.commands import verify as command
 from dtl.data.packing.pack import pack

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from bad_server import Server
 from damage import flip_bit
-from foreign_tars import numbered
 from tiny_images import image_folder
+from wds_tars import numbered
 
 import dtl
 from dtl.commands import index, verify, verify_epoch

@@ -14,7 +14,7 @@ import pytest
 from tiny_images import image_folder
 
 from dtl.data.packing.pack import pack
-from dtl.data.shards import open_files
+from dtl.data.shards import index
 from dtl.data.shards.index import Manifest, Shards, check_class_maps
 from dtl.errors import DamagedSample, UserError
 
@@ -96,7 +96,7 @@ def test_neighbours_are_read_together(packed: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_few_files_stay_open(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_files, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(index, "MAX_OPEN_SHARDS", 2)
     before = len(os.listdir("/proc/self/fd"))
     shards = Shards.open(packed)
     for sample in range(0, 120, 7):
@@ -134,7 +134,7 @@ def test_a_forked_child_reads_with_its_own_files(packed: Path) -> None:
 
 
 def test_threads_share_one_reader(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_files, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(index, "MAX_OPEN_SHARDS", 1)
     shards, expected = Shards.open(packed), [image for _, image, _ in members(packed)]
     wrong: list[int] = []
 

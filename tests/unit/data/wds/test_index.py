@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_tars import numbered, sample, with_json, write_tar
 from tiny_images import encoded, huge_bmp, image_folder
+from wds_tars import numbered, sample, with_json, write_tar
 
 from dtl.commands import index as command
 from dtl.data.decoding.decode import decode

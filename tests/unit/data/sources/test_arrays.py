@@ -1,0 +1,117 @@
+"""The built-in digits, and the python batches of CIFAR."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_images import image_folder
+
+from dtl.data.sources.base import Source
+from dtl.data.sources.digits import read_digits
+from dtl.data.sources.open import open_source
+from dtl.errors import UserError
+
+
+def names(source: Source) -> list[str]:
+    return [source.names[sample] for sample in range(source.num_samples)]
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    """The hashes were made from sklearn.datasets.load_digits() of scikit-learn 1.9.1, its 0 ... 16 as 0 ... 255, rounded."""
+    images, labels = read_digits()
+    assert images.shape == (1797, 8, 8)
+    assert (images.min(), images.max()) == (0, 255)
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert images[0].tolist()[0] == [0, 0, 80, 207, 143, 16, 0, 0]  # 0 0 5 13 9 1 0 0 of 16
+    assert images.dtype == np.uint8
+    assert hashlib.sha256(images.tobytes()).hexdigest() == "b41ca9fd335466eee997366c2e6f6bbe0a1b4582afe091fc4eba35f4a254182f"
+    assert hashlib.sha256(labels.astype(np.uint8).tobytes()).hexdigest() == "8ba4f891220f5e4c9c819638d1602d74b83618f167043c6da52a2a247841ddf0"
+
+
+def test_digits_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = open_source("digits")
+    assert source.counts().sum(1).tolist() == [1437, 360]
+    assert source.counts()[1].tolist() == [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
+    image_folder(tmp_path / "digits", {"a": 1, "b": 1})
+    monkeypatch.chdir(tmp_path)
+    assert open_source("digits").classes == ("a", "b"), "a folder of that name goes first"
+
+
+# --- CIFAR
+
+
+def _cifar10(folder: Path) -> Path:
+    """The layout of torchvision's cifar-10-batches-py, with a few images in each batch."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        data = rng.integers(0, 256, (4, 3072), np.uint8)
+        batch = {"data": data, "labels": [0, 1, 2, number % 3], "filenames": [f"{number}_{i}.png" for i in range(4)], "batch_label": "x"}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["airplane", "automobile", "bird"]}, protocol=2))
+    return folder
+
+
+@pytest.mark.parametrize("parent", [False, True])
+def test_cifar10(tmp_path: Path, parent: bool) -> None:
+    folder = _cifar10(tmp_path / "cifar-10-batches-py")
+    source = open_source(tmp_path if parent else folder)
+    assert source.kind == "CIFAR-10"
+    assert source.classes == ("airplane", "automobile", "bird")
+    assert source.split_names == ("train", "val")
+    assert source.counts().sum(1).tolist() == [20, 4]
+    assert names(source)[5] == "data_batch_2/1_1.png"
+    raw = pickle.loads((folder / "data_batch_2").read_bytes())["data"][1]
+    assert source.images is not None
+    np.testing.assert_array_equal(source.images[5], raw.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_cifar100(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, count in [("train", 6), ("test", 2)]:
+        data = np.zeros((count, 3072), np.uint8)
+        fine = [number % 2 for number in range(count)]
+        (folder / name).write_bytes(pickle.dumps({"data": data, "fine_labels": fine, "coarse_labels": [0] * count}, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "baby"], "coarse_label_names": ["x"]}, protocol=2))
+    source = open_source(tmp_path)
+    assert (source.kind, source.classes) == ("CIFAR-100", ("apple", "baby"))
+    assert source.counts().tolist() == [[3, 3], [1, 1]]
+    _cifar10(tmp_path / "cifar-10-batches-py")
+    with pytest.raises(UserError, match="holds CIFAR-10 and CIFAR-100; name one of them"):
+        open_source(tmp_path)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch /tmp/should-not-exist",)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (pickle.dumps(_Evil()), "it asks for (posix|nt).system, which no array needs"),
+        (b"garbage", "is no CIFAR batch"),
+        (pickle.dumps([1]), "it holds a list"),
+        (pickle.dumps({"data": 1}), "it has data, not data and labels"),
+        (pickle.dumps({"data": np.zeros((2, 10), np.uint8), "labels": [0, 1]}), r"data is uint8 \(2, 10\)"),
+        (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [3]}), "labels go from 3 to 3, but there are 3 classes"),
+    ],
+)
+def test_cifar_batches_that_are_refused(tmp_path: Path, batch: bytes, message: str) -> None:
+    folder = _cifar10(tmp_path / "c")
+    (folder / "data_batch_3").write_bytes(batch)
+    with pytest.raises(UserError, match=f"data_batch_3.*{message}"):
+        open_source(folder)
+
+
+def test_a_missing_cifar_batch(tmp_path: Path) -> None:
+    folder = _cifar10(tmp_path / "c")
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(UserError, match=r"data_batch_4 is missing; unpack CIFAR's archive again"):
+        open_source(folder)

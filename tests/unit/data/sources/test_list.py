@@ -1,0 +1,105 @@
+"""List files, as text and as CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_images import encoded, image_folder
+
+from dtl.data.sources.base import Source
+from dtl.data.sources.open import open_source
+from dtl.errors import UserError
+
+
+def names(source: Source) -> list[str]:
+    return [source.names[sample] for sample in range(source.num_samples)]
+
+
+def loose(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name)
+    return root
+
+
+def _listed(root: Path, text: str, name: str = "list.txt") -> Path:
+    image_folder(root, {"ants": 2, "bees": 2})
+    (root / "ants" / "ant photos.jpg").write_bytes(encoded(seed=77))
+    (root / name).write_text(text, encoding="utf-8")
+    return root / name
+
+
+def test_a_line_per_image(tmp_path: Path) -> None:
+    source = open_source(_listed(tmp_path, "ants/0000.jpg ant\n\nants/ant photos.jpg\tant\n  bees/0001.jpg   bee \n"))
+    assert source.classes == ("ant", "bee")
+    assert names(source) == ["ants/0000.jpg", "ants/ant photos.jpg", "bees/0001.jpg"]
+    assert source.labels.tolist() == [0, 0, 1]
+
+
+def test_numbers_sort_as_numbers(tmp_path: Path) -> None:
+    source = open_source(_listed(tmp_path, "ants/0000.jpg 10\nants/0001.jpg 9\nbees/0000.jpg 0\nbees/0001.jpg 10\n"))
+    assert source.classes == ("0", "9", "10")
+    assert source.labels.tolist() == [2, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\nants/0000.jpg,ant\n'ants/ant photos.jpg',ant\nbees/0001.jpg,bee\n".replace("'", '"'),
+        "\ufeffid,Filename,Class\n1,ants/0000.jpg,ant\n2,ants/ant photos.jpg,ant\n3,bees/0001.jpg,bee\n",
+        "class;image\nant;ants/0000.jpg\nant;ants/ant photos.jpg\nbee;bees/0001.jpg\n",
+        "target\tfile\nant\tants/0000.jpg\nant\tants/ant photos.jpg\n\nbee\tbees/0001.jpg\n",
+    ],
+)
+def test_csv_with_a_header(tmp_path: Path, text: str) -> None:
+    source = open_source(_listed(tmp_path, text, "list.csv"))
+    assert names(source) == ["ants/0000.jpg", "ants/ant photos.jpg", "bees/0001.jpg"]
+    assert source.classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lists no images"),
+        ("\n\n", "lists no images"),
+        ("ants/0000.jpg ant\nants/0001.jpg\n", r"list.txt, line 2: no label: `ants/0001.jpg`; a line is `path label`"),
+        ("ants/0000.jpg ant\nants/9.jpg bee\n", r"1 of 2 images do not exist: line 2: ants/9.jpg; paths are relative to"),
+        ("ants/0000.jpg ant\nants/0001.jpg ant\n", "has one class only, 'ant'"),
+        ("path,label\nants/0000.jpg,ant\nants/0001.jpg,\n", r"line 3: no label: `ants/0001.jpg,`"),
+        ("path,label\nants/0000.jpg,ant\n,bee\n", r"line 3: no path: `,bee`"),
+    ],
+)
+def test_lists_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(_listed(tmp_path, text))
+
+
+def test_many_missing_files_are_counted(tmp_path: Path) -> None:
+    text = "".join(f"nowhere/{number}.jpg {number % 2}\n" for number in range(9))
+    with pytest.raises(UserError, match=r"9 of 9 images do not exist: line 1: .*line 3: nowhere/2.jpg; and 6 more"):
+        open_source(_listed(tmp_path, text))
+
+
+def test_csv_without_header_and_a_file_that_is_no_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: a CSV list begins with a header that names a path and a label column"):
+        open_source(_listed(tmp_path, "ants/0000.jpg,ant\n", "list.csv"))
+    with pytest.raises(UserError, match="is not a list: it is no UTF-8 text"):
+        open_source(tmp_path / "ants" / "0000.jpg")
+
+
+def test_a_list_with_given_classes(tmp_path: Path) -> None:
+    path = _listed(tmp_path, "ants/0000.jpg ant\nbees/0000.jpg bee\n")
+    assert open_source(path, classes=["ant", "asp", "bee"]).labels.tolist() == [0, 2]
+    with pytest.raises(UserError, match=r"line 2: class 'bee' is not in the given class list; did you mean 'bees'\?"):
+        open_source(path, classes=["ant", "bees"])
+
+
+@pytest.mark.parametrize("text", ["a b.jpg\nc.jpg\n", "path\na b.jpg\nc.jpg\n", "path,label\na b.jpg,x\nc.jpg,x\n", "a b.jpg x\nc.jpg x\n"])
+def test_lists_without_labels(tmp_path: Path, text: str) -> None:
+    loose(tmp_path, "a b.jpg", "c.jpg")
+    (tmp_path / "list.csv" if text.startswith("path") else tmp_path / "list.txt").write_text(text)
+    source = open_source(next(tmp_path.glob("list.*")), labelled=False)
+    assert (list(source.names), source.labels.tolist()) == (["a b.jpg", "c.jpg"], [0, 0])
+    assert source.classes == (("x",) if " x" in text or ",x" in text else ("unlabelled",))
