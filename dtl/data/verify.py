@@ -156,7 +156,7 @@ def _judge(shards: Shards, number: int, findings: list[Finding], report: VerifyR
             first.setdefault(finding[0], finding)
     whole = [finding for finding in findings if finding[0] == WHOLE]
     if first and len(whole) == 1 and "sha256" in whole[0][2]:
-        whole = []  # its samples have told already
+        whole = []  # its samples are reported already
     report.shards += [(url, offset, reason) for _, offset, reason in whole]
     for sample in sorted(first):
         _, offset, reason = first[sample]
@@ -204,17 +204,17 @@ def _write_quarantine(shards: Shards, report: VerifyReport) -> None:
         report.notes.append(f"no sample is left of {len(lost)} class{'' if len(lost) == 1 else 'es'}: {', '.join(lost[:10])}")
 
 
-def describe(report: VerifyReport, say: Callable[[str], None]) -> None:
+def describe(report: VerifyReport, log: Callable[[str], None]) -> None:
     """A line for each finding, at most ten of one shard, then a summary."""
     for shard, offset, reason in report.shards:
-        say(f"{shard}: at byte {offset}: {reason}")
+        log(f"{shard}: at byte {offset}: {reason}")
     shown: dict[str, int] = {}
     for bad in report.new_samples:
         shown[bad.shard] = shown.get(bad.shard, 0) + 1
         if shown[bad.shard] <= _MOST_LINES:
-            say(str(DamagedSample(shard=bad.shard, key=bad.key, offset=bad.offset, reason=bad.reason)))
+            log(str(DamagedSample(shard=bad.shard, key=bad.key, offset=bad.offset, reason=bad.reason)))
     for shard, count in shown.items():
         if count > _MOST_LINES:
-            say(f"{shard}: {count - _MOST_LINES:,} more damaged samples")
+            log(f"{shard}: {count - _MOST_LINES:,} more damaged samples")
     for note in report.notes:
-        say(note)
+        log(note)

@@ -27,7 +27,7 @@ from typing import Any
 from dtl.errors import UserError
 from dtl.machine import end_process, fresh_python
 
-# Where a whole group is asked to end (Slurm does), a child has ended before its parent knows why: that is not to be told as a fault.
+# Where a whole group is asked to end (Slurm does), a child has ended before its parent knows why: that must not be reported as a fault.
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SECONDS_TO_KNOW = 2.0
 

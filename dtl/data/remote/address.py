@@ -80,7 +80,7 @@ def without_query(url: str) -> str:
         return url
     try:
         parts = urlsplit(url)
-    except ValueError:  # no address; what comes of it is said when it is opened
+    except ValueError:  # no address; the error comes when it is opened
         return url
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 

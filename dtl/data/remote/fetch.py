@@ -44,7 +44,7 @@ class Fetched:
 
 
 def fetch(
-    url: str, file: BinaryIO, *, options: RemoteOptions, size: int | None = None, sha256: str | None = None, say: Callable[[str], None] | None = None
+    url: str, file: BinaryIO, *, options: RemoteOptions, size: int | None = None, sha256: str | None = None, log: Callable[[str], None] | None = None
 ) -> Fetched:
     """Write the bytes of `url` into `file` (open for reading and writing), from its start; raises Unfetched.
 
@@ -67,7 +67,7 @@ def fetch(
                 raise Unfetched(f"{shown(url)} cannot be fetched: {error.reason} ({tries})", missing=error.missing) from None
             wait = min(max(pause * random.uniform(0.75, 1.25), error.after or 0.0), _LONGEST_PAUSE)
             if failures > 1:
-                (say or _tell)(f"{shown(url)}: {error.reason}; try {failures} of {options.retries + 1}, again in {wait:.0f} s")
+                (log or _print)(f"{shown(url)}: {error.reason}; try {failures} of {options.retries + 1}, again in {wait:.0f} s")
             time.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -189,11 +189,11 @@ def _refuse_page(block: bytes, stream: Stream) -> None:
     if text.startswith((b"<!doctype html", b"<html")):
         found = re.search(rb"<title[^>]*>(.*?)</title>", block[:4096], re.IGNORECASE | re.DOTALL)
         title = f" ('{' '.join(found[1].decode('utf-8', 'replace').split())[:80]}')" if found else ""
-        said = f" with status {stream.status}" if stream.status else ""
-        raise FetchError(f"an HTML page{title} came{said}, not the file")
+        status = f" with status {stream.status}" if stream.status else ""
+        raise FetchError(f"an HTML page{title} came{status}, not the file")
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     print(f"dtl: {line}", file=sys.stderr, flush=True)
 
 

@@ -22,12 +22,12 @@ def open_pipe(url: str, start: int, validator: str | None, timeout: float) -> St
     command = url.removeprefix(PIPE).strip()
     bash = shutil.which("bash")
     shell = [bash, "-o", "pipefail", "-c", command] if bash else ["sh", "-c", command]
-    told = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the stream)
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the stream)
     try:
         # A session of its own, so that the whole pipeline can be ended.
-        process = subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told, start_new_session=True)
+        process = subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
     except OSError as error:
-        told.close()
+        errors.close()
         raise FetchError(f"the command cannot be started ({error.strerror})", retry=False) from None
 
     def close() -> None:
@@ -36,12 +36,12 @@ def open_pipe(url: str, start: int, validator: str | None, timeout: float) -> St
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        told.close()
+        errors.close()
 
-    return Stream(0, None, None, None, None, _output(process, told, timeout), close)
+    return Stream(0, None, None, None, None, _output(process, errors, timeout), close)
 
 
-def _output(process: subprocess.Popen[bytes], told: BinaryIO, timeout: float) -> Iterator[bytes]:
+def _output(process: subprocess.Popen[bytes], errors: BinaryIO, timeout: float) -> Iterator[bytes]:
     assert process.stdout is not None
     number = process.stdout.fileno()
     poll = select.poll()
@@ -59,12 +59,12 @@ def _output(process: subprocess.Popen[bytes], told: BinaryIO, timeout: float) ->
         raise FetchError(f"the command closed its output, but did not end within {timeout:g} s") from None
     if status:
         ending = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise FetchError(f"the command {ending}{_last_words(told)}", retry=status not in (126, 127))
+        raise FetchError(f"the command {ending}{_last_line(errors)}", retry=status not in (126, 127))
 
 
-def _last_words(told: BinaryIO) -> str:
-    told.seek(max(0, told.seek(0, os.SEEK_END) - 4096))
-    lines = [line.strip() for line in told.read().decode("utf-8", "replace").splitlines() if line.strip()]
+def _last_line(errors: BinaryIO) -> str:
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
+    lines = [line.strip() for line in errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
     return f": {lines[-1][:300]}" if lines else ""
 
 

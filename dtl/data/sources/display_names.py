@@ -11,7 +11,7 @@ from dtl.errors import UserError
 NAME_FILES = ("cat_to_name.json", "class_names.json", "names.json")
 
 
-def find_display_names(classes: Sequence[str], *, given: str | Path | None, beside: Sequence[Path], told: list[str]) -> dict[str, str]:
+def find_display_names(classes: Sequence[str], *, given: str | Path | None, beside: Sequence[Path], notes: list[str]) -> dict[str, str]:
     """Display names of `classes`, from the file `given`, or from the first of NAME_FILES in the folders `beside` that names any of them."""
     if given is not None:
         path = Path(given).expanduser()
@@ -25,10 +25,10 @@ def find_display_names(classes: Sequence[str], *, given: str | Path | None, besi
         try:
             names = _known(_read(path), classes)
         except UserError as error:
-            told.append(f"display names not used: {error}")
+            notes.append(f"display names not used: {error}")
             continue
         if names:
-            told.append(f"display names from {path}")
+            notes.append(f"display names from {path}")
             return names
     return {}
 

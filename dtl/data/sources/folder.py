@@ -14,7 +14,7 @@ from dtl.errors import UserError
 
 
 @dataclass
-class _Told:
+class _Notes:
     """What was left out, by kind, for one line each at the end."""
 
     hidden: list[str] = field(default_factory=list)
@@ -22,7 +22,7 @@ class _Told:
     loose: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
-    def notes(self) -> list[str]:
+    def all(self) -> list[str]:
         kinds = (
             (self.hidden, "hidden or system file left out", "hidden or system files left out"),
             (self.others, "file without an image's extension left out", "files without an image's extension left out"),
@@ -33,49 +33,49 @@ class _Told:
 
 def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str, labelled: bool = True) -> Source:
     """List an image folder. See `open_source`."""
-    told = _Told()
+    notes = _Notes()
     if not labelled and (not _has_classes(root) if classes is None else tuple(classes) == (UNLABELLED,)):
-        return _open_unlabelled(root, told)
-    parts = _find_splits(root, told)
+        return _open_unlabelled(root, notes)
+    parts = _find_splits(root, notes)
     split_names = tuple(parts)
     builder, order = SourceBuilder(), tuple(classes) if classes is not None else None
     for split, place in enumerate(parts.values()):
-        counts = _add_split(builder, root, place, told, split=split, order=order)
+        counts = _add_split(builder, root, place, notes, split=split, order=order)
         if not any(counts.values()):
-            raise UserError(_why_no_images(root / place, root, told))
+            raise UserError(_why_no_images(root / place, root, notes))
         if order is None:
-            order = _train_classes(root / place, counts, told, drop_empty=on_error == "skip")
+            order = _train_classes(root / place, counts, notes, drop_empty=on_error == "skip")
         else:
             _refuse_unknown(root / place, [name for name, count in counts.items() if count], order, given=classes is not None)
-            _tell_empty(place, counts, order, told)
+            _note_empty(place, counts, order, notes)
     assert order is not None
-    display = find_display_names(order, given=names, beside=[root / parts[split_names[0]], root, root.parent], told=told.lines)
-    return builder.build(kind="image folder", root=root, classes=order, split_names=split_names, display_names=display, notes=told.notes())
+    display = find_display_names(order, given=names, beside=[root / parts[split_names[0]], root, root.parent], notes=notes.lines)
+    return builder.build(kind="image folder", root=root, classes=order, split_names=split_names, display_names=display, notes=notes.all())
 
 
 def _has_classes(root: Path) -> bool:
     """Whether the folder is one for a classifier, so that all phases share what it is packed into."""
-    told = _Told()
-    place = next(iter(_find_splits(root, told, of_classes=False).values()))
-    return len(_class_folders(root / place, root, told)) > 1 and not told.loose
+    notes = _Notes()
+    place = next(iter(_find_splits(root, notes, of_classes=False).values()))
+    return len(_class_folders(root / place, root, notes)) > 1 and not notes.loose
 
 
-def _open_unlabelled(root: Path, told: _Told) -> Source:
+def _open_unlabelled(root: Path, notes: _Notes) -> Source:
     """All images below the root, or below its train/ and val/, as one class."""
-    parts = _find_splits(root, told, of_classes=False)
+    parts = _find_splits(root, notes, of_classes=False)
     builder = SourceBuilder()
     for split, place in enumerate(parts.values()):
-        listed = _images(root, Path(place), told)
+        listed = _images(root, Path(place), notes)
         if not listed:
-            raise UserError(_why_no_images(root / place, root, told))
+            raise UserError(_why_no_images(root / place, root, notes))
         paths, sizes, mtimes = zip(*listed)
         builder.add(paths, label=0, split=split, sizes=sizes, mtimes=mtimes)
     return builder.build(
-        kind="folder of images without labels", root=root, classes=(UNLABELLED,), split_names=tuple(parts), display_names={}, notes=told.notes()
+        kind="folder of images without labels", root=root, classes=(UNLABELLED,), split_names=tuple(parts), display_names={}, notes=notes.all()
     )
 
 
-def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, split: int, order: Sequence[str] | None) -> dict[str, int]:
+def _add_split(builder: SourceBuilder, root: Path, place: str, notes: _Notes, *, split: int, order: Sequence[str] | None) -> dict[str, int]:
     """Add the images of a split class by class, so that no more than one class is held as objects; returns images per class folder.
 
     Without an `order` the classes are the folders that have images, as they come. A folder that `order` lacks is counted, not added.
@@ -83,8 +83,8 @@ def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, s
     counts: dict[str, int] = {}
     labels = None if order is None else {name: label for label, name in enumerate(order)}
     found = 0
-    for name in _class_folders(root / place, root, told):
-        listed = _images(root, Path(place) / name, told)
+    for name in _class_folders(root / place, root, notes):
+        listed = _images(root, Path(place) / name, notes)
         counts[name] = len(listed)
         label = found if labels is None else labels.get(name)
         if not listed or label is None:
@@ -95,16 +95,16 @@ def _add_split(builder: SourceBuilder, root: Path, place: str, told: _Told, *, s
     return counts
 
 
-def _find_splits(root: Path, told: _Told, *, of_classes: bool = True) -> dict[str, str]:
+def _find_splits(root: Path, notes: _Notes, *, of_classes: bool = True) -> dict[str, str]:
     """Split -> its folder under root; {"all": ""} where the root's own folders are the classes, or hold the images.
 
     The folders of the splits may lie in the only folder of the root.
     """
     _entries(root)  # UserError where it cannot be listed
     names = sub_folders(root)
-    parts = _splits_in(root, told, of_classes=of_classes)
+    parts = _splits_in(root, notes, of_classes=of_classes)
     if parts is None and len(names) == 1:
-        inner = _splits_in(root / names[0], told, of_classes=of_classes)
+        inner = _splits_in(root / names[0], notes, of_classes=of_classes)
         parts = inner and {split: f"{names[0]}/{name}" for split, name in inner.items()}
     if parts is not None:
         return parts
@@ -113,7 +113,7 @@ def _find_splits(root: Path, told: _Told, *, of_classes: bool = True) -> dict[st
     return {ALL: ""}
 
 
-def _splits_in(place: Path, told: _Told, *, of_classes: bool) -> dict[str, str] | None:
+def _splits_in(place: Path, notes: _Notes, *, of_classes: bool) -> dict[str, str] | None:
     """The folders in `place` for train, val and test; None where its folders are no splits."""
     names = sub_folders(place)
     folders = group_by_split(name for name in names if split_named(name))
@@ -128,14 +128,14 @@ def _splits_in(place: Path, told: _Told, *, of_classes: bool) -> dict[str, str] 
         return None
     parts = {"train": train, "val": val}
     if train != "train":
-        told.lines.append(f"'{train}' is used for training")
+        notes.lines.append(f"'{train}' is used for training")
     if (test := choose(folders, "test", place)) not in (None, val):
         parts["test"] = str(test)
-        told.lines.append(f"'{val}' is used for validation, '{test}' is kept apart")
+        notes.lines.append(f"'{val}' is used for validation, '{test}' is kept apart")
     elif val != "val":
-        told.lines.append(f"'{val}' is used for validation")
+        notes.lines.append(f"'{val}' is used for validation")
     if others := [name for name in names if name not in parts.values()]:
-        told.lines.append(f"left out beside {train} and {val}: {_few(others)}")
+        notes.lines.append(f"left out beside {train} and {val}: {_few(others)}")
     return {split: _unwrapped(place, name) for split, name in parts.items()}
 
 
@@ -168,19 +168,19 @@ def _refuse_classes_of_splits(root: Path, names: Sequence[str]) -> None:
     raise UserError(f"{root} has the splits {_few(names)}, but {place} has no class folders in it; put each class in a folder of its own ({place}/CLASS/IMAGE)")
 
 
-def _class_folders(place: Path, root: Path, told: _Told) -> list[str]:
+def _class_folders(place: Path, root: Path, notes: _Notes) -> list[str]:
     folders = []
     for entry in _entries(place):
         if is_hidden(entry.name):
-            told.hidden.append(_below(entry.path, root))
+            notes.hidden.append(_below(entry.path, root))
         elif entry.is_dir():
             folders.append(entry.name)
         elif _is_image(entry.name):
-            told.loose.append(_below(entry.path, root))
+            notes.loose.append(_below(entry.path, root))
     return sorted(folders)
 
 
-def _images(root: Path, folder: Path, told: _Told) -> list[tuple[str, int, int]]:
+def _images(root: Path, folder: Path, notes: _Notes) -> list[tuple[str, int, int]]:
     """(path under root, bytes, mtime) of all images in a class folder and the folders in it, sorted by path."""
     listed: list[tuple[str, int, int]] = []
     stack = [(str(folder), frozenset[tuple[int, int]]())]
@@ -193,13 +193,13 @@ def _images(root: Path, folder: Path, told: _Told) -> list[tuple[str, int, int]]
         for entry in _entries(root / place):
             path = entry.name if place == "." else f"{place}/{entry.name}"
             if is_hidden(entry.name):
-                told.hidden.append(path)
+                notes.hidden.append(path)
             elif entry.is_dir():
                 stack.append((path, inside))
             elif _is_image(entry.name):
                 listed.append((path, *_size_and_time(entry)))
             else:
-                told.others.append(path)
+                notes.others.append(path)
     return sorted(listed)
 
 
@@ -211,7 +211,7 @@ def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_empty: bool) -> tuple[str, ...]:
+def _train_classes(place: Path, counts: dict[str, int], notes: _Notes, *, drop_empty: bool) -> tuple[str, ...]:
     order = tuple(name for name, count in counts.items() if count)
     empty = [name for name, count in counts.items() if not count]
     if empty and not drop_empty:
@@ -220,7 +220,7 @@ def _train_classes(place: Path, counts: dict[str, int], told: _Told, *, drop_emp
             f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, or leave it out with --data.on-error skip"
         )
     if empty:
-        told.lines.append(f"class folders without an image left out: {_few(empty)}")
+        notes.lines.append(f"class folders without an image left out: {_few(empty)}")
     if len(order) == 1:
         inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not is_hidden(entry.name))
         hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
@@ -236,14 +236,14 @@ def _refuse_unknown(place: Path, present: Sequence[str], order: Sequence[str], *
         raise UserError(f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: {_few(unknown)}; known are {_few(order)}")
 
 
-def _tell_empty(place: str, counts: dict[str, int], order: Sequence[str], told: _Told) -> None:
+def _note_empty(place: str, counts: dict[str, int], order: Sequence[str], notes: _Notes) -> None:
     without = [name for name in order if not counts.get(name)]
     if without:
-        told.lines.append(f"{place or 'the folder'} has no image of {_count(without, 'class', 'classes')}: {_few(without)}")
+        notes.lines.append(f"{place or 'the folder'} has no image of {_count(without, 'class', 'classes')}: {_few(without)}")
 
 
-def _why_no_images(place: Path, root: Path, told: _Told) -> str:
-    loose, others = ([path for path in paths if (root / path).is_relative_to(place)] for paths in (told.loose, told.others))
+def _why_no_images(place: Path, root: Path, notes: _Notes) -> str:
+    loose, others = ([path for path in paths if (root / path).is_relative_to(place)] for paths in (notes.loose, notes.others))
     if loose:
         return (
             f"{place} has {_count(loose, 'image')} directly in it and no images in class folders; "

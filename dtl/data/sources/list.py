@@ -42,14 +42,14 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
             raise UserError(f"{path}, line {line}: class '{label}' is not in the given class list{nearest(label, order)}")
     sizes, mtimes = _check_files(path, table, lines)
     numbers = np.array([number[label] for label in labels], np.int32)[coded]
-    told: list[str] = []
+    notes: list[str] = []
     builder = SourceBuilder()
     builder.add_table(table, labels=numbers, split=0, sizes=sizes, mtimes=mtimes)
     without = [name for name, count in zip(order, np.bincount(numbers, minlength=len(order))) if not count]
     if without:
-        told.append(f"the list has no image of {len(without)} of {len(order)} classes: {', '.join(without[:5])}")
-    display = find_display_names(order, given=names, beside=[path.parent], told=told)
-    return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=told)
+        notes.append(f"the list has no image of {len(without)} of {len(order)} classes: {', '.join(without[:5])}")
+    display = find_display_names(order, given=names, beside=[path.parent], notes=notes)
+    return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=notes)
 
 
 def _read_columns(path: Path, *, labelled: bool) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:

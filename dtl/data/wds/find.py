@@ -56,7 +56,7 @@ def is_remote_folder(source: str) -> bool:
 def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
     """The tars of `split` that a training source names, or None where it is something else (a folder of images, a list ...).
 
-    A folder may hold the tars of train and val side by side, told apart by their names, or in folders train/ and val/.
+    A folder may hold the tars of train and val side by side, distinguished by their names, or in folders train/ and val/.
     """
     if isinstance(source, str) and is_remote(source):
         return find_shards([source])

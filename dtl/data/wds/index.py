@@ -196,7 +196,7 @@ class _Merged:
     def problems(self, shards: Sequence[Tar]) -> tuple[int, list[tuple[str, str]]]:
         """How many samples cannot be used, and (shard: sample, reason) of the first ones of each shard."""
         listed = [
-            (f"{_told(path)}: sample {shown(key)} at byte {offset}", reason)
+            (f"{_name_of(path)}: sample {shown(key)} at byte {offset}", reason)
             for path, facts in zip(shards, self.facts)
             for key, offset, reason in facts["problems"]
         ]
@@ -207,7 +207,7 @@ class _Merged:
         seen: dict[str, Tar] = {}
         for path, facts in zip(shards, self.facts):
             if facts["labels"] and facts["sha256"] in seen:
-                raise UserError(f"{_told(path)} is a copy of {_told(seen[facts['sha256']])}; each of its samples would count twice")
+                raise UserError(f"{_name_of(path)} is a copy of {_name_of(seen[facts['sha256']])}; each of its samples would count twice")
             seen[facts["sha256"]] = path
 
     def labels(self) -> dict[Label, str]:
@@ -250,11 +250,11 @@ def _write(
     notes: list[str] = []
     first_of, rule = merged.labels(), merged.rule()
     if not first_of:
-        raise UserError(f"no usable sample in {len(shards):,} shard{'' if len(shards) == 1 else 's'} ({_told(shards[0])} ...)")
+        raise UserError(f"no usable sample in {len(shards):,} shard{'' if len(shards) == 1 else 's'} ({_name_of(shards[0])} ...)")
     order, numbers = decide_classes(first_of, rule=rule, given=classes, notes=notes)
     rows, sizes = merged.rows(numbers, as_names=rule == "folder")
     counts = np.bincount(rows["labels"], minlength=len(order))
-    display = find_display_names(order, given=names, beside=[folder], told=notes)
+    display = find_display_names(order, given=names, beside=[folder], notes=notes)
     if count := sum(facts["ignored"][0] for facts in merged.facts):
         first = next(facts["ignored"][1] for facts in merged.facts if facts["ignored"][0])
         notes.append(f"{count:,} members belong to no sample (the first: {shown(first)}): hidden, without an extension, or __named__ so")
@@ -298,7 +298,7 @@ def _write(
     )
 
 
-def _told(path: Tar) -> str:
+def _name_of(path: Tar) -> str:
     """A shard for a message."""
     return shown_address(path) if isinstance(path, str) else str(path)
 
