@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
         print(config.to_yaml(), end="")
         return 0
     if config.run.debug:
-        from dtl.training.debug import debug_config
+        from dtl.training.session import debug_config
 
         config, name = debug_config(config, name)
     from dtl.runs.folder import stopped_under_this_agent

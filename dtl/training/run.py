@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Sequence
 
@@ -14,12 +16,13 @@ from dtl.config import Config
 from dtl.distributed.runtime import Runtime
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
-from dtl.models.build import Network
+from dtl.models.build import Network, forward_logits
+from dtl.models.freeze import freeze
+from dtl.models.normalise import Normalise
 from dtl.runs.bad_samples import BadSamples
 from dtl.text import counted, some
 from dtl.training import build
 from dtl.training.dataloaders import DataLoaders
-from dtl.training.debug import overfit_one_batch
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
 from dtl.training.publish import MakeReport, is_finished, publish, show_result_again
@@ -27,6 +30,8 @@ from dtl.training.session import Result, Session
 
 # From this many starts at one step on, status.json says that there is no progress.
 STARTS_WITHOUT_PROGRESS = 3
+OVERFIT_STEPS = 200
+OVERFIT_IMAGES = 16
 
 
 def run(config: Config, name: str, *, report: MakeReport | None = None, started: float | None = None) -> Result:
@@ -142,3 +147,32 @@ def too_few_threads(runtime: Runtime) -> list[str]:
         f"computing with {counted(threads, 'thread')} a process, and there are {share} cores for each: "
         f"accelerate launch --num_cpu_threads_per_process {share} ..., or OMP_NUM_THREADS={share} before the command"
     ]
+
+
+def overfit_one_batch(trainer: Trainer) -> None:
+    """Fit a copy of the network to one batch: a network, a loss or labels that cannot do even that will not learn anything."""
+    phase = trainer.phases[-1]
+    stream = trainer.loaders.train_steps(phase, 0)
+    with contextlib.closing(stream):  # type: ignore[type-var]
+        batch = next(stream)[0]
+    device = trainer.runtime.device
+    module = copy.deepcopy(trainer.network.module)
+    freeze(module, {name for name, _ in module.named_parameters()})
+    module.train()
+    normalise = Normalise(trainer.network.preprocessing, device, channels_last=trainer.channels_last)
+    few = slice(OVERFIT_IMAGES)
+    images, labels, _ = phase.task.prepare(normalise(batch.images[few]), batch.labels[few].to(device), batch.weights[few].to(device))
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    losses: list[float] = []
+    while len(losses) < OVERFIT_STEPS and not (losses and losses[-1] < 0.5 * losses[0]):
+        logits, _auxiliary = forward_logits(module, images)
+        if logits.shape[1] != phase.num_outputs:
+            trainer.tracker.print("overfit one batch: skipped, the last phase gets its head later")
+            return
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    result = "it can learn" if losses[-1] < 0.5 * losses[0] else "IT DOES NOT LEARN: look at the images, the labels and the network"
+    trainer.tracker.print(f"overfit one batch: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps: {result}")

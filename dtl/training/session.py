@@ -19,16 +19,19 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.config import Config
 from dtl.distributed.deadline import Deadline
-from dtl.distributed.runtime import Runtime
+from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.distributed.same_start import check_same_start
 from dtl.distributed.signals import Stopped, StoppedBeforeFirstStep
 from dtl.distributed.watchdog import Heartbeat, PeerLost, Watchdog
@@ -37,7 +40,6 @@ from dtl.runs.console import Console
 from dtl.runs.folder import RunFolder, read_status
 from dtl.runs.tracker import Tracker
 from dtl.text import to_stderr
-from dtl.training.debug import debug_mode
 
 
 @dataclass(frozen=True)
@@ -219,3 +221,40 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
 def _log(line: str) -> None:
     to_stderr(f"dtl: {line}")
+
+
+# ---- run.debug
+
+
+def debug_config(config: Config, name: str) -> tuple[Config, str]:
+    """The same recipe with few samples, no workers, no tracker, one epoch a phase, in a run folder of its own that starts afresh."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError("run.debug is for one process; launch it with python dtl/train.py")
+    values = config.to_dict()
+    values["run"] |= {"name": f"{name}-debug", "resume": "never"}
+    values["data"]["workers"] = 0
+    values["tracking"] |= {"wandb": "off", "tensorboard": False, "log_every": 1}
+    for phase in values["phases"].values():
+        phase |= {"epochs": 1.0, "steps": None}
+    return Config.model_validate(values), f"{name}-debug"
+
+
+@contextlib.contextmanager
+def debug_mode(wanted: bool) -> Iterator[None]:
+    """Anomaly detection and deterministic algorithms while it lasts; mistakes keep their traceback."""
+    if not wanted:
+        yield
+        return
+    os.environ["DTL_DEBUG"] = "1"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic kernels
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn = torch.backends.cudnn
+    precision, benchmark, tf32 = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
+    use_fast_kernels(False)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32

@@ -15,7 +15,7 @@ import torch
 
 from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.errors import UserError
-from dtl.training.debug import debug_mode
+from dtl.training.session import debug_mode
 
 
 def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
