@@ -106,9 +106,9 @@ def _kind(annotation: Any) -> str:
 HEADER = """\
 # Configuration
 
-Every key of a config file, which is also its option on the command line: `--section.key VALUE`. VALUE is YAML; `--a.b-c` and `--a.b_c` are
-the same; the command line wins over the file. `--print-config` prints what a run would use. Unknown keys are refused.
-This page is made from the models: `python -m dtl.config.help > docs/configuration.md`.
+All keys of a config file. Each key is also an option on the command line: `--section.key VALUE`. VALUE is YAML. `--a.b-c` and `--a.b_c` are
+the same. The command line takes precedence over the file. `--print-config` prints what a run would use. Unknown keys are refused.
+This page is generated from the models: `python -m dtl.config.help > docs/configuration.md`.
 """
 
 FOOTER = """
@@ -116,13 +116,13 @@ FOOTER = """
 
 | variable | |
 |---|---|
-| `DTL_CACHE` | Where image folders are packed and remote shards are kept, if not in `~/.cache/dtl`; `data.cache_dir` wins. |
-| `DTL_DEBUG` | Any value: mistakes come with a traceback, as with `run.debug`. |
-| `DTL_NATIVE` | 0: without the native JPEG extra. |
-| `DTL_TRACE` | A folder: each rank writes the samples of every step there, for comparing two runs. |
-| `WANDB_PROJECT`, `WANDB_ENTITY` | Where runs go: the project (`dtl` by default), and whose. |
-| `WANDB_MODE` | online or offline: what `tracking.wandb: auto` means; disabled: no wandb whatever the config says. |
-| `HF_HOME`, `TORCH_HOME` | Where pretrained weights are kept: timm's and the Hugging Face hub's, torchvision's. |
+| `DTL_CACHE` | Folder for packed image folders and downloaded shards, instead of `~/.cache/dtl`; `data.cache_dir` takes precedence. |
+| `DTL_DEBUG` | Any value: errors are printed with a traceback, as with `run.debug`. |
+| `DTL_NATIVE` | 0: switch off the native JPEG extra. |
+| `DTL_TRACE` | A folder: each rank writes the samples of every step there, to compare two runs. |
+| `WANDB_PROJECT`, `WANDB_ENTITY` | The wandb project (`dtl` by default) and entity. |
+| `WANDB_MODE` | online or offline: what `tracking.wandb: auto` means; disabled: no wandb, whatever the config says. |
+| `HF_HOME`, `TORCH_HOME` | Folders for pretrained weights: of timm and the Hugging Face hub, and of torchvision. |
 """
 
 if __name__ == "__main__":

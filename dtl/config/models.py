@@ -58,21 +58,21 @@ def arguments_checked() -> Iterator[None]:
 
 class RunConfig(Section):
     name: str | None = None
-    """Name of the run's folder; by default the config file's name (digits for the built-in example)."""
+    """Name of the run folder; default: the name of the config file (digits for the built-in example)."""
     dir: str = "runs"
-    """Where run folders lie."""
+    """Folder that contains the run folders."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the data order, the augmentations, the initial values and dropout."""
+    """Seed of the data order, the augmentations, the initial weights and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on where this run stopped; never: start it afresh; must: refuse to start from nothing."""
+    """auto: continue this run where it stopped, or start it; never: start again from the beginning; must: refuse to start without a checkpoint."""
     debug: bool = False
     """One process, no workers, few samples, anomaly detection, deterministic algorithms, no tracker, full traceback; overfits one batch first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     gradient_compression: Literal["no", "bf16", "fp16"] = "no"
-    """Send gradients between processes as 16 bits: half the bytes, for slow networks. Gradients are rounded, so results change a little."""
+    """Communicate gradients between processes in 16 bits: half the bytes, for slow interconnects. Gradients are rounded, so results change a little."""
     timeout_minutes: Positive = 30.0
-    """A run that makes no progress for this long ends, and names the rank that the others waited for, its stage and its samples."""
+    """End a run that makes no progress for this long. The message names the rank that the others waited for, its stage and its samples."""
 
 
 class AugmentConfig(Section):
@@ -83,21 +83,21 @@ class AugmentConfig(Section):
     rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
     """Largest rotation, in degrees to either side; bilinear, black outside of the image."""
     color_jitter: Strength | tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] = 0.0
-    """One strength s for brightness, contrast and saturation (factors within 1 +- s), or four: the same three and hue (up to 0.5 of a turn)."""
+    """One strength s for brightness, contrast and saturation (factors within 1 +- s), or four: these three and hue (up to 0.5 of a turn)."""
     horizontal_flip: bool | None = None
-    """Mirror half of the images; by default the preset decides. Set it to false where left and right differ (digits, text)."""
+    """Flip half of the images horizontally; by default the preset decides. Set it to false if left and right differ (digits, text)."""
     vertical_flip: Fraction = 0.0
-    """Probability of turning an image upside down."""
+    """Probability of flipping an image vertically."""
     grayscale: Fraction = 0.0
-    """Probability of dropping the colours."""
+    """Probability of converting an image to grayscale."""
     erasing: Fraction = 0.0
     """Probability of erasing a random rectangle of 2 % to 33 % of the area (Zhong et al. 2017)."""
     randaugment: tuple[Count, Annotated[int, Field(ge=0, le=30)]] | None = None
-    """[number of operations, magnitude of 30] (Cubuk et al. 2019); [2, 9] is usual."""
+    """[number of operations, magnitude out of 30] (Cubuk et al. 2019); [2, 9] is common."""
     trivial: bool = False
-    """TrivialAugment Wide: one operation of random strength (Mueller and Hutter 2021)."""
+    """TrivialAugment Wide: one operation with random strength (Mueller and Hutter 2021)."""
     reduced_decode: bool = True
-    """Decode large JPEGs at a half, a quarter or an eighth of their size where the random crop is as many times larger than `image_size`."""
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size if the random crop is at least that many times larger than `image_size`."""
 
     @model_validator(mode="after")
     def _one_policy(self) -> AugmentConfig:
@@ -108,103 +108,103 @@ class AugmentConfig(Section):
 
 class DataConfig(Section):
     train: str | None = None
-    """Training data: an image folder (a folder a class), a list file, CIFAR batches, packed shards, WebDataset tars (also remote ones), or the word digits."""
+    """Training data: an image folder (one folder per class), a list file, CIFAR batches, packed shards, WebDataset tars (local or remote), or `digits`."""
     val: str | None = None
-    """Validation data; not needed where `train` holds a train/ and a val/ folder, or with `val_fraction`."""
+    """Validation data; not needed if `train` contains a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the training images to validate on, split by content and stratified by class."""
+    """Share of the training images that is used for validation; split by content, stratified by class."""
     image_size: Annotated[int, Field(ge=8)] = 224
-    """Side of the square that the network sees, in pixels."""
+    """Side of the square input image, in pixels."""
     global_batch_size: Count = 64
-    """Samples a step, all ranks and all accumulation together."""
+    """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Samples that one rank passes forward at once; auto: its whole share of the global batch, halved until it fits into memory."""
+    """Samples per forward pass on one rank; auto: its whole share of the global batch, halved until it fits into memory."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes of each rank; 0: load in the training process."""
+    """Loader processes per rank; 0: load in the training process."""
     decode: Literal["workers", "device"] = "workers"
-    """Where JPEGs become pixels: in the loader processes, or on the GPU (nvJPEG, by torchcodec; crop, resize, flips and erasing follow there)."""
+    """Where JPEGs are decoded: in the loader processes, or on the GPU (nvJPEG through torchcodec; then crop, resize, flips and erasing run there too)."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a damaged sample does: end the run, or keep its place with weight 0."""
+    """What happens at a damaged sample. fail: the run ends; skip: the sample is masked (its weight in the loss is 0) and listed."""
     max_bad: Annotated[int, Field(ge=0)] = 0
-    """With `on_error: skip`: more damaged samples than this end the run."""
+    """With `on_error: skip`: the run ends if there are more damaged samples than this."""
     augment: AugmentConfig = AugmentConfig()
     last: Literal["keep", "drop"] = "keep"
-    """keep: every sample once an epoch, in steps of nearly equal size; drop: leave out what does not fill a global batch."""
+    """keep: every sample once per epoch, in steps of nearly equal size; drop: leave out the samples that do not fill a global batch."""
     window: Count = 65_536
-    """Samples are shuffled within windows of this many, over shards in random order."""
+    """Shards come in random order, and samples are shuffled within windows of this many samples."""
     balance: Literal["none", "sqrt", "uniform"] = "none"
-    """Draw classes alike (uniform), in proportion to the roots of their sizes (sqrt), or each sample once an epoch (none)."""
+    """none: each sample once per epoch; sqrt: draw classes in proportion to the square roots of their sizes; uniform: draw all classes equally often."""
     cache_dir: str | None = None
-    """Where image folders are packed once and remote shards are kept; by default $DTL_CACHE, else the user's cache folder."""
+    """Folder for packed image folders and downloaded shards; default: $DTL_CACHE, or else the user's cache folder."""
     cache_gb: Positive | None = None
-    """The most that remote shards take on each node's disk, in 10^9 bytes; by default all of them are kept."""
+    """Largest size of the downloaded shards on the disk of each node, in 10^9 bytes; by default all shards are kept."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """How often a failed download is tried again, with growing pauses; a try that brought something does not count."""
+    """How often a failed download is retried, with increasing pauses; an attempt that received some data does not count."""
     timeout: Positive = 60.0
-    """Seconds without a byte after which a download counts as failed."""
+    """Seconds without data after which a download counts as failed."""
     allow_pipe: bool = False
-    """Run the `pipe:` commands that a manifest names; those in `train` and `val` themselves are run anyhow."""
+    """Run the `pipe:` commands in a manifest; those in `train` and `val` themselves are always run."""
     names: str | None = None
-    """JSON file of display names of the classes, {folder name: name}."""
+    """JSON file with display names of the classes, {folder name: display name}."""
     crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
-    """Evaluation: the centre crop's share of the resized short side; auto: that of the pretrained weights, or the whole image for `cifar`."""
+    """Evaluation: the centre crop, as a share of the resized short side; auto: that of the pretrained weights, or the whole image for `cifar`."""
 
 
 class ModelConfig(Section):
     name: str = "torchvision/resnet18"
     """torchvision/NAME, timm/NAME, timm/hf-hub:ORG/NAME, dtl/NAME, or package.module:function."""
     init: Literal["default", "xavier", "kaiming"] = "default"
-    """Initial values of new layers; of the whole network only when nothing is transferred."""
+    """Initialisation of new layers, or of the whole network if no weights are transferred."""
     options: dict[str, Any] = {}
     """Keyword arguments for the network's constructor."""
     freeze_norm: bool = True
-    """Normalisation layers of frozen parts keep their statistics; false lets the statistics adapt to the new images."""
+    """Freeze the running statistics of normalisation layers in frozen parts; false: they are updated with the new images."""
     sync_bn: Literal["auto"] | bool = "auto"
-    """Batch statistics over all ranks (GPU only); auto: where norms are trained with fewer than 16 samples a rank."""
+    """SyncBatchNorm: batch statistics over all ranks (GPU only); auto: if norms are trained with fewer than 16 samples per rank."""
     channels_last: Literal["auto"] | bool = "auto"
-    """Memory layout of images and convolutions; auto: channels last where the network has convolutions."""
+    """channels_last memory format for images and convolutions; auto: if the network has convolutions."""
     compile: bool = False
-    """torch.compile the network."""
+    """Compile the network with torch.compile."""
     checkpoint_activations: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass (activation checkpointing): less memory, about a third more time."""
 
 
 class FillConfig(Section):
     conv_bias: Literal["keep", "zero"] = "keep"
-    """Biases of convolutions that the source does not have: keep the initial values, or zero."""
+    """Convolution biases that the source does not have: keep their initial values, or set them to zero."""
 
 
 class TransferSource(Section):
     source: str
-    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, hf-hub:ORG/NAME, or pretrained: the default weights of model.name."""
+    """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, hf-hub:ORG/NAME, or pretrained (the default weights of model.name)."""
     map: str | None = None
-    """YAML or JSON file of names: all of them with `by: map`; with `by: auto` those that settle single layers."""
+    """YAML or JSON file that maps names, target: source. With `by: map` it pairs all layers, with `by: auto` only the layers that it names."""
     source_arch: str | None = None
-    """Name of the network that the source was saved from, where it can be built: settles what the file alone cannot."""
+    """Name of the network that the source was saved from, if dtl can build it. It decides pairs that the file alone cannot decide."""
 
 
 class TransferOptions(Section):
     """How weights are transferred, wherever they come from: what the section `transfer` and `dtl.load_pretrained` have in common."""
 
     by: TransferBy = "auto"
-    """How tensors find each other; strict: by order, of equal sequences of shapes only."""
+    """How tensors are paired; strict: by order, only if both sequences of shapes are equal."""
     assume_order: bool = False
-    """Trust the order of registration where nothing else tells layers of one shape apart."""
+    """Trust the order of registration if nothing else distinguishes layers of the same shape."""
     on_ambiguous: Literal["error", "fresh"] = "error"
-    """What is not certain: refuse the transfer, or leave those layers at their initial values."""
+    """If a pair is not certain. error: refuse the transfer; fresh: leave those layers at their initial values."""
     min_coverage: Fraction = 0.6
-    """Refuse when a smaller share of the network's, or of the source's, convolution and linear layers would be used."""
+    """Refuse the transfer if a smaller share of the convolution and linear layers would be used, of the network or of the source."""
     ignore: tuple[str, ...] = ()
-    """Patterns of names in the source (`decoder.*`) that are not meant: not loaded, and not counted by min_coverage."""
+    """Patterns of names in the source (`decoder.*`) to leave out: not loaded, and not counted by min_coverage."""
     keep_head: Literal["auto", "rows"] | bool = "auto"
-    """auto: the source's head is kept when it is for the very same classes; rows: its rows are chosen by class names."""
+    """auto: load the source's head if it is for exactly the same classes; rows: choose its rows by class names."""
     head_rows: Annotated[str | dict[str, str | tuple[str, ...]] | None, BeforeValidator(_names_as_text)] = None
-    """For keep_head rows: `class here: class of the source`, or a list of classes to average; or a YAML or JSON file of that."""
+    """With `keep_head: rows`: `new class: class of the source`, or a list of classes to average; or a YAML or JSON file with such entries."""
     source_classes: Annotated[str | tuple[str, ...] | None, BeforeValidator(_names_as_text)] = None
-    """Class names of the source's head, where the source does not have them: a list, a file of one name a line, a run, a model folder."""
+    """Class names of the source's head, if the source does not contain them: a list, a file with one name per line, a run or a model folder."""
     fill: FillConfig = FillConfig()
     fold_norms: bool = False
-    """Fold a norm that the network lacks into the convolution before it."""
+    """If the network lacks a norm of the source, fold the norm into the convolution before it."""
 
     @model_validator(mode="after")
     def _rows_belong_to_keep_head(self) -> TransferOptions:
@@ -223,16 +223,16 @@ class TransferConfig(TransferOptions, TransferSource):
 
 class EarlyStopConfig(Section):
     threshold: float | None = None
-    """End the phase once the monitored metric reaches this."""
+    """End the phase when the monitored metric reaches this value."""
     patience: Count | None = None
-    """End the phase after this many evaluations without a better value."""
+    """End the phase after this many evaluations without an improvement."""
 
 
 class PhaseConfig(Section):
     task: Literal["classify", "rotate"] = "classify"
-    """classify: the labels; rotate: which of four rotations an image was given (labels unused)."""
+    """classify: predict the label; rotate: predict which of four rotations was applied to the image (labels are not used)."""
     train: str | tuple[str, ...] = "all"
-    """all, head, last:N (the N last groups of layers, the head counted), or patterns of parameter names."""
+    """all, head, last:N (the last N groups of layers, including the head), or patterns of parameter names."""
     epochs: Positive | None = None
     """Duration in epochs; fractions are allowed."""
     steps: Count | None = None
@@ -242,56 +242,56 @@ class PhaseConfig(Section):
     head_lr_scale: NotNegative = 1.0
     """The head's learning rate, as a multiple of `lr`."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Each group of layers further from the head learns at this share of the next one's rate."""
+    """Layer-wise learning rate decay: each group of layers has this multiple of the learning rate of the next group towards the head."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """How gradients become steps: SGD with momentum, Adam, or AdamW (Adam with weight decay beside the gradient)."""
+    """SGD with momentum, Adam, or AdamW (Adam with decoupled weight decay)."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     nesterov: bool = False
-    """SGD with Nesterov's momentum, which looks a step ahead; needs `momentum` over 0."""
+    """SGD with Nesterov momentum; needs `momentum` above 0."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of Adam and AdamW."""
+    """Betas of Adam and AdamW."""
     weight_decay: NotNegative = 0.0
-    """Pull of the weights towards zero: this times the weight joins its gradient (AdamW: times lr, goes off the weight); not for norms and biases."""
+    """Weight decay: this times the weight is added to its gradient (AdamW: lr times this times the weight is subtracted from it); not for norms and biases."""
     decay_norms_and_biases: bool = False
-    """Weight decay on norms and biases too."""
+    """Apply weight decay to norms and biases too."""
     schedule: Literal["constant", "step", "cosine", "linear", "one_cycle"] = "cosine"
-    """Course of the learning rate over the phase."""
+    """Learning rate schedule of the phase."""
     step_epochs: Positive | tuple[Positive, ...] = 7.0
-    """`schedule: step`: every so many epochs, or at these epochs, the rate is multiplied by `gamma`."""
+    """`schedule: step`: the learning rate is multiplied by `gamma` every this many epochs, or at each epoch of a list."""
     gamma: Positive = 0.1
-    """`schedule: step`: factor on the learning rate at each of its steps."""
+    """`schedule: step`: factor by which the learning rate is multiplied."""
     final_lr: Fraction = 0.0
-    """`schedule: cosine | linear`: last learning rate, as a share of `lr`."""
+    """`schedule: cosine | linear`: final learning rate, as a multiple of `lr`."""
     warmup: NotNegative = 0.0
-    """Epochs over which the learning rate rises from a hundredth of `lr`."""
+    """Warm-up: number of epochs in which the learning rate rises from a hundredth of `lr`."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """What training minimises; focal counts easy images less (Lin et al. 2017). Validation always measures the cross-entropy."""
+    """Training loss; focal gives less weight to easy images (Lin et al. 2017). Validation always reports the cross-entropy."""
     focal_gamma: NotNegative = 2.0
-    """Exponent of the focal loss: the larger, the less easy images count; 0: cross-entropy."""
+    """Exponent of the focal loss: with a larger value easy images count less; 0: cross-entropy."""
     focal_alpha: Positive | tuple[Positive, ...] | None = None
-    """Weight of the focal loss: one number, or one a class."""
+    """Weight of the focal loss: one number, or one per class."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of each target that is spread over all classes alike; 0: off."""
+    """Share of each target that is spread evenly over all classes; 0: off."""
     class_weights: str = "none"
-    """none, inverse, sqrt (of the class counts), or a JSON file {class: weight}."""
+    """Weights of the classes in the loss: none, inverse, sqrt (of the class counts), or a JSON file {class: weight}."""
     mixup: NotNegative = 0.0
     """Alpha of mixup (Zhang et al. 2018); 0: off."""
     cutmix: NotNegative = 0.0
-    """Alpha of cutmix (Yun et al. 2019); 0: off. With both, each pair of images takes one of them."""
+    """Alpha of cutmix (Yun et al. 2019); 0: off. With mixup and cutmix, each pair of images gets one of them."""
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Decay of the moving average of the weights, a step; 0: off. The average is what is evaluated and kept."""
+    """Decay per step of the exponential moving average of the weights; 0: off. The average is evaluated and kept."""
     clip_norm: Positive | None = None
-    """Largest norm of the gradient of all parameters together."""
+    """Gradient clipping: largest norm of the gradients of all parameters together."""
     early_stop: EarlyStopConfig = EarlyStopConfig()
     eval_every: Positive = 1.0
-    """Epochs between evaluations; the phase's end is always evaluated."""
+    """Epochs between evaluations; the end of the phase is always evaluated."""
     cache_features: Literal["auto"] | bool = "auto"
-    """Compute what a frozen backbone gives the head once; auto: where the images are the same each epoch, or with `views`."""
+    """Compute the features of a frozen backbone once; auto: if the images are the same in each epoch, or with `views`."""
     views: Count = 1
-    """Cached features: augmented views of each image, one an epoch, in turn; 1: the images as they are, without augmentation."""
+    """Cached features: number of augmented views of each image, used in turn, one per epoch; 1: the images without augmentation."""
     keep: Literal["best", "last"] = "best"
-    """Which weights the phase hands on: those of its best evaluation, or its last."""
+    """Weights passed to the next phase: those of the best evaluation, or the last ones."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> PhaseConfig:
@@ -306,34 +306,34 @@ class PhaseConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: Count | None = None
-    """Save each so many steps, besides the end of each phase, and each evaluation unless the last save is less than 15 s ago."""
+    """Save every this many steps. Also saved: the end of each phase, and each evaluation unless the last save was less than 15 s ago."""
     every_minutes: Positive | None = 10.0
-    """Save when the last save is this long ago."""
+    """Save if the last save was this many minutes ago."""
     deadline_seconds: Positive | None = None
-    """Stop by itself, with a checkpoint and status 75, so as to have left this long after the start. Slurm's time limit is known without it."""
+    """Save, stop and exit with status 75 in time to have exited this long after the start. Under Slurm the time limit is found without this option."""
     max_failures: Count = 3
-    """How many saves in a row may fail (full disk, vanished folder) before the run ends."""
+    """The run ends after this many failed saves in a row (full disk, deleted folder)."""
     keep: Count = 3
-    """How many checkpoints stay on disk."""
+    """Number of checkpoints kept on the disk."""
     asynchronous: Annotated[bool, Field(alias="async")] = True
-    """Write in the background while training goes on."""
+    """Write checkpoints in the background while training continues."""
     monitor: Literal["top1", "top5", "loss"] = "top1"
-    """The metric of validation that says which weights are best."""
+    """Validation metric that decides which weights are best."""
 
     model_config = ConfigDict(populate_by_name=True)
 
 
 class TrackingConfig(Section):
     wandb: Annotated[Literal["auto", "online", "offline", "off"], _word_of("off")] = "auto"
-    """auto: online where a key is known, else offline; never a prompt."""
+    """auto: online if an API key is found, otherwise offline; never asks for one."""
     wandb_model: bool = False
-    """Give wandb the model folder as an artifact when the run is done."""
+    """Upload the model folder to wandb as an artifact at the end of the run."""
     tensorboard: bool = False
-    """Write TensorBoard files too (needs the package tensorboard)."""
+    """Also write TensorBoard files (needs the package tensorboard)."""
     report: bool = True
-    """Make the pictures and the page in report/ at the end of the run."""
+    """Create the plots and the HTML page in report/ at the end of the run."""
     log_every: Count = 10
-    """Steps between the lines of history.jsonl."""
+    """Steps between lines in history.jsonl."""
 
 
 class Config(Section):
@@ -342,9 +342,9 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     transfer: TransferConfig | None = None
     phases: dict[str, PhaseConfig] = {}
-    """The run, in order: NAME: {task, train, epochs or steps, lr, ...}."""
+    """The phases of the run, in order: NAME: {task, train, epochs or steps, lr, ...}."""
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _word_of("no")] = "auto"
-    """auto: the launch file's value, else bf16 where the hardware has it. What is left in float32 uses TF32 on GPUs (not with run.debug)."""
+    """auto: the value of the launch file, or else bf16 if the hardware supports it. Operations left in float32 use TF32 on GPUs (not with run.debug)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
