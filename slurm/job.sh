@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What all templates share: start the run on all nodes, pass Slurm's warning on, and decide what comes next. Sourced by them, never run.
+# Shared by all templates: start the run on all nodes, forward Slurm's signal, and decide what happens next. The templates source this file.
 #
-# Nothing here names a site. Where yours needs something, see site.example.sh and docs/slurm.md; the variables that may be set there,
-# or before sbatch (it passes the environment on):
-#     DTL_SITE       file that is sourced first (default: slurm/site.sh where it exists): modules, virtual environment, network
+# Nothing here depends on your site. For its settings see site.example.sh and docs/slurm.md. These variables can be set there, or before
+# sbatch (which passes the environment to the job):
+#     DTL_SITE       file that is sourced first (default: slurm/site.sh if it exists): modules, virtual environment, network
 #     DTL_PYTHON     Python that has dtl's packages (default: python)
-#     DTL_WRAP       words before Python on every node, such as `apptainer exec --nv dtl.sif`: the container
-#     DTL_PROCESSES  ranks a node (default: the GPUs that the job has on its first node; 1 where it has none)
+#     DTL_WRAP       command before Python on every node, for example a container: `apptainer exec --nv dtl.sif`
+#     DTL_PROCESSES  ranks per node (default: the job's GPUs on its first node; 1 if it has none)
 #     DTL_LAUNCH     accelerate config file (default: chosen from launch/ by nodes and GPUs)
-#     DTL_CACHE      where packed image folders and fetched shards are kept (default: the node's own disk, see node.sh)
-#     DTL_REQUEUE    off: end with status 75 instead of requeueing (for jobs that you chain yourself)
-#     DTL_MAX_TRIES  rounds in a row that may end without a new checkpoint (default 3): no job fails for ever
+#     DTL_CACHE      folder for packed image folders and downloaded shards (default: on the node's local disk, see node.sh)
+#     DTL_REQUEUE    off: exit with status 75 instead of requeueing (for jobs that you chain yourself)
+#     DTL_MAX_TRIES  the job ends after this many rounds in a row without a new checkpoint (default 3)
 
 run_job() {  # CONFIG [--section.key VALUE ...]
   set_up
@@ -58,8 +58,8 @@ element_name() {  # 2 --phases.all.lr 0.03 --run.seed=1  ->  2-lr0.03-seed1
 # ---- before the start
 
 set_up() {
-  # The name that scancel and scontrol take. An element of an array needs both numbers: the last one has the array's own job id, and
-  # `scontrol requeue` of that id would start all elements again.
+  # The job name for scancel and scontrol. An array element needs both numbers: the job id of the last element is that of the whole array,
+  # and `scontrol requeue` of that id would start all elements again.
   job=$SLURM_JOB_ID
   [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   step='' sender=''
@@ -80,30 +80,30 @@ set_up() {
 find_run_folder() {  # sets `train`, the trainer's arguments, and `run`, the folder that it will work in
   train=("$@")
   [[ $# -eq 0 || $1 == --* ]] || train=(--config "$@")
-  # A mistake in the config or the options is found here, in one line, before anything starts.
+  # Errors in the config or the options are reported here, in one line, before anything starts.
   run=$("${python[@]}" "$DTL_HOME/slurm/run_folder.py" "${train[@]}") || exit $?
 }
 
-open_notes() {  # what the rounds of one job tell each other
+open_notes() {  # files that pass information from one round of the job to the next
   round=${SLURM_RESTART_COUNT:-0} notes=$run/slurm/$SLURM_JOB_ID before=$(status_print)
   mkdir -p "$notes"
   if [[ $round -eq 0 || ! -e $notes/first_status ]]; then
     echo "$before" >"$notes/first_status"
     echo "0 $(newest_checkpoint)" >"$notes/tries"
   elif [[ $before != "$(<"$notes/first_status")" ]]; then
-    train+=(--run.resume auto)  # an earlier round has begun the run: `--run.resume never` must not begin it again
+    train+=(--run.resume auto)  # an earlier round has started the run: `--run.resume never` must not start it again
   fi
 }
 
 count_ranks() {
-  # What the job was given, not what the node has: GPUs that others use may be visible too.
+  # Count the GPUs of the job, not those of the node: GPUs of other jobs may be visible too.
   local gpus=${SLURM_GPUS_ON_NODE:-}
   [[ $gpus =~ ^[0-9]+$ ]] || gpus=$(awk -F, '{print $NF ? NF : 0}' <<<"${CUDA_VISIBLE_DEVICES:-}")
   has_gpus=$((gpus > 0))
   local processes=${DTL_PROCESSES:-$gpus}
   [[ $processes -gt 0 ]] || processes=1
   world=$((processes * SLURM_NNODES))
-  # The number of threads is part of what makes sums come out the same: fixed here, the same in every round.
+  # Floating-point sums depend on the number of threads, so it is fixed here, the same in every round.
   local threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
   export DTL_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
 }
@@ -121,8 +121,8 @@ choose_launch_file() {
 }
 
 choose_port() {
-  # Rank 0's node is this one. Each job id has 16 ports of its own, outside the range that the system gives to outgoing connections;
-  # the first one that nobody listens on is taken, a different one each round.
+  # Rank 0 runs on this node. Each job id has its own 16 ports, outside the range that the system uses for outgoing connections.
+  # Take the first one that is free, starting at a different one in each round.
   local low high from=20000 size=10000
   read -r low high </proc/sys/net/ipv4/ip_local_port_range || { low=32768 high=60999; }
   if [[ $low -lt 30000 ]]; then
@@ -150,13 +150,13 @@ start_step() {
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   [[ $SLURM_NNODES -gt 1 ]] || host=127.0.0.1
   export DTL_WORLD=$world DTL_MAIN_HOST=$host DTL_MAIN_PORT=$port DTL_LAUNCH_FILE=$launch DTL_LOGS=$notes/round-$round
-  # Without it a node that joins a rendezvous again waits for an address that nobody writes (torch's shared store).
+  # Without this, a node that rejoins a rendezvous waits for an address that is never written (torch's shared store).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over by itself
-  unset SLURM_EXPORT_ENV  # after `sbatch --export=NONE` the tasks would have no environment at all
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it from sbatch
+  unset SLURM_EXPORT_ENV  # after `sbatch --export=NONE` the tasks would otherwise have no environment
   say "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
-  # One node's failure ends all: the ranks of the others would wait for it. Success does not, whatever the site's WaitTime: the first node
-  # may be making the report.
+  # If one node fails, end all: the ranks of the others would wait for it. If one succeeds, do not end the others, whatever the site's WaitTime:
+  # the first node may still be writing the report.
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 "$DTL_HOME/slurm/node.sh" "${train[@]}" &
   step=$!
   [[ -z $warned ]] || on_warning
@@ -169,16 +169,16 @@ wait_for_step() {
   [[ -z $sender ]] || kill "$sender" 2>/dev/null || true
 }
 
-on_warning() {  # Slurm's warning (--signal), which only this script gets: time limit, or preemption with a grace time
+on_warning() {  # Slurm's signal (--signal), sent only to this script: time limit, or preemption with a grace time
   warned=1
   [[ -n $step && -z $sender ]] || return 0
   say "warned: the run is asked to save and stop"
-  # Again and again, because a trainer that is still starting does not listen yet (and ignores it: see node.sh).
+  # Repeated, because a trainer that is still starting has no handler yet and ignores the signal (see node.sh).
   (while :; do scancel --signal=USR1 "$job" 2>/dev/null || true; sleep 5; done) &
   sender=$!
 }
 
-on_term() {  # the job ends in KillWait seconds; all its processes got the same signal, so the run is saving already
+on_term() {  # the job ends in KillWait seconds; all its processes got the same signal, so the run is already saving
   say "Slurm ends this round"
 }
 
@@ -187,7 +187,7 @@ on_term() {  # the job ends in KillWait seconds; all its processes got the same 
 decide() {
   local state=unknown why='' after
   after=$(status_print)
-  if [[ $after != "$before" ]]; then  # otherwise it is what an earlier round has left
+  if [[ $after != "$before" ]]; then  # otherwise it was written by an earlier round
     state=$(status_field state) why=$(status_field why)
   fi
   case $state:$why in
@@ -216,8 +216,8 @@ requeue() {  # WHY
     say "$1; the same sbatch command goes on from $newest (DTL_REQUEUE is off)"
     exit 75
   fi
-  # A preempted job is requeued by Slurm, and one that was cancelled shall stay so: both are not running any more. A job that has
-  # reached its time limit is not either, but nobody else starts it again.
+  # Slurm requeues a preempted job itself, and a cancelled job must not be requeued: neither is in state RUNNING any more. A job that has
+  # reached its time limit is not either, but only this script requeues it.
   slurm_says=$(squeue --noheader --jobs="$job" --format='%T %r' 2>/dev/null || true)
   if [[ $slurm_says != RUNNING* && $slurm_says != *TimeLimit ]]; then
     say "$1; Slurm says ${slurm_says:-nothing}, so what comes next is Slurm's"
@@ -237,7 +237,7 @@ newest_checkpoint() {
 
 status_print() { cksum 2>/dev/null <"$run/status.json" || echo none; }
 
-status_field() {  # NAME. The trainer writes one key a line, so that neither Python nor jq is needed here.
+status_field() {  # NAME. The trainer writes one key per line, so neither Python nor jq is needed here.
   sed -n -E 's/^ *"'"$1"'": "(.*)",?$/\1/p' "$run/status.json" 2>/dev/null || true
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Started by srun once on each node (job.sh says with what): starts the node's ranks with accelerate.
+# srun runs this once on each node (see job.sh). It starts the ranks of the node with accelerate.
 set -euo pipefail
 rank=$SLURM_NODEID
 
-# What the run keeps between epochs belongs on the node's own disk, where there is one. It may be empty in the next round.
+# The cache is on the node's local disk, if there is one. It may be empty in the next round.
 disk=${SLURM_TMPDIR:-${TMPDIR:-}}
 if [[ -z ${DTL_CACHE:-} && -n $disk && -d $disk && -w $disk ]]; then
   export DTL_CACHE=$disk/dtl-cache-$UID
@@ -16,17 +16,17 @@ command+=(-m accelerate.commands.launch --config_file "$DTL_LAUNCH_FILE" --num_m
 if [[ $DTL_WORLD -gt 1 ]]; then
   command+=(--main_process_ip "$DTL_MAIN_HOST" --main_process_port "$DTL_MAIN_PORT")
   mkdir -p "$DTL_LOGS/node-$rank"
-  command+=(--tee 3 --log_dir "$DTL_LOGS/node-$rank")  # each rank's output in a file of its own, and in the job's log
+  command+=(--tee 3 --log_dir "$DTL_LOGS/node-$rank")  # the output of each rank goes to its own file, and to the job's log
 fi
-# Slurm has chosen the GPUs (CUDA_VISIBLE_DEVICES): the launch file shall not choose again.
+# Slurm has chosen the GPUs (CUDA_VISIBLE_DEVICES), so the launch file must not choose again.
 grep -q -E '^use_cpu: *true' "$DTL_LAUNCH_FILE" || command+=(--gpu_ids all)
 command+=("$DTL_HOME/dtl/train.py" "$@")
 
-# Signals reach every process of the step. USR1 would end the launcher, and a trainer that has no handler yet: an ignored signal stays
-# ignored across exec, until the trainer sets its own handler.
+# Signals reach every process of the step. USR1 would end the launcher, and a trainer that has no handler yet. So it is ignored here: an ignored
+# signal stays ignored across exec, until the trainer sets its own handler.
 trap '' USR1
-# TERM comes twice when Slurm ends a round. The launcher dies of the second (of the first, with a single rank) and leaves its ranks,
-# which are saving: this script must outlive them, since Slurm kills what is left when it ends.
+# When Slurm ends a round, it sends TERM twice. The second ends the launcher (with a single rank, the first does), while its ranks are still
+# saving. This script must run until they have ended, because Slurm kills all remaining processes when it exits.
 ending=''
 trap 'ending=1' TERM
 status=0

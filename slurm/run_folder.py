@@ -1,6 +1,6 @@
-"""Print the run folder that a training command line will work in; a mistake in it is one line on stderr, and status 2.
+"""Print the run folder of a training command line. An error in it is printed in one line on stderr, with exit status 2.
 
-The templates need the folder to read status.json; this way it follows from the same code as in training.
+The templates need the folder to read status.json. Here it comes from the same code as in training.
 """
 
 from __future__ import annotations
