@@ -65,7 +65,7 @@ def optimizer_step(options: Any, device: torch.device, **how: bool) -> Callable[
 
 
 def normalising(options: Any, device: torch.device) -> dict[str, Callable[[], tuple[float, float]]]:
-    from dtl.models.normalise import Normalise
+    from dtl.models.network import Normalise
     from dtl.models.preprocessing import Preprocessing
 
     preprocessing = Preprocessing()

@@ -61,7 +61,7 @@ class Enough(Exception):
 def raw_loop(case: Case) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     """One step of the plainest loop."""
     from dtl.models.build import build
-    from dtl.models.normalise import Normalise
+    from dtl.models.network import Normalise
 
     network = build(case.model, num_classes=10)
     module = network.module.to(memory_format=torch.channels_last)

@@ -68,7 +68,7 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
-    from dtl.models.normalise import Normalise
+    from dtl.models.network import Normalise
     from dtl.training import build
     from dtl.training.active import enter, set_head
     from dtl.training.lr_range import find_lr

@@ -1,4 +1,4 @@
-"""A network: a module, and what must be known about it to fine-tune it."""
+"""A network: a module, what must be known about it to fine-tune it, and what goes in (`Normalise`) and comes out (`forward_logits`) on its device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtl.models.preprocessing import Preprocessing
 
@@ -30,6 +30,54 @@ class Network:
     @property
     def num_outputs(self) -> int:
         return num_outputs(self.module.get_submodule(self.heads[0]))
+
+
+class Normalise:
+    """Moves uint8 images [B, 3, H, W] to the device and normalises them to float32, in the memory format that the network wants."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, channels_last: bool) -> None:
+        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
+        self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._device = device
+        # Copies on a stream of their own overlap with the computation of the step before.
+        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @property
+    def facts(self) -> list[float]:
+        """Mean and scale [6], for the keys of cached features."""
+        return [*self._mean.flatten().tolist(), *self._scale.flatten().tolist()]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] float32 from uint8. Other types (cached features) are moved to the device and stay as they are."""
+        images = self._moved(images)
+        if images.dtype != torch.uint8:
+            return images
+        if images.is_contiguous(memory_format=torch.channels_last):
+            # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU several times as long.
+            mean, scale = self._as_rows(images.shape[3])
+            rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32).sub_(mean).mul_(scale)
+            made = rows.view(len(rows), images.shape[2], -1, 3).permute(0, 3, 1, 2)
+        else:
+            made = images.to(torch.float32).sub_(self._mean).mul_(self._scale)
+        return made.contiguous(memory_format=self._format)
+
+    def _as_rows(self, width: int) -> tuple[Tensor, Tensor]:
+        """Mean and scale for a row of `width` pixels, each [3 * width]."""
+        if width not in self._rows:
+            self._rows[width] = self._mean.flatten().repeat(width), self._scale.flatten().repeat(width)
+        return self._rows[width]
+
+    def _moved(self, images: Tensor) -> Tensor:
+        if self._copies is None or images.device == self._device:
+            return images.to(self._device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            moved = images.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        moved.record_stream(current)  # the memory belongs to the other stream, which must not use it again before this one is done
+        return moved
 
 
 def forward_logits(module: Callable[[torch.Tensor], Any], images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -15,26 +15,26 @@ from dtl.data.loading.batch import Batch
 
 
 class StepTrace:
-    """Does nothing unless $DTL_TRACE names a folder."""
-
-    def __init__(self, rank: int) -> None:
-        folder = os.environ.get("DTL_TRACE")
-        self._file = (Path(folder) / f"rank-{rank}-{os.getpid()}.jsonl").open("a", buffering=1) if folder else None
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file = (folder / f"rank-{rank}-{os.getpid()}.jsonl").open("a", buffering=1)
 
     def __del__(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def record(self, step: int, batches: list[Batch]) -> None:
         """`step`: of the run, from 1."""
-        if self._file is None:
-            return
         slots = []
         for batch in batches:
             for slot, sample, image in zip(batch.slots.tolist(), batch.samples.tolist(), batch.images, strict=True):
                 if slot >= 0:
                     slots.append((slot, sample, hashlib.blake2b(image.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()))
         self._file.write(json.dumps({"step": step, "slots": slots}) + "\n")
+
+
+def open_trace(rank: int) -> StepTrace | None:
+    """None unless $DTL_TRACE names a folder."""
+    folder = os.environ.get("DTL_TRACE")
+    return StepTrace(Path(folder), rank) if folder else None
 
 
 def read_trace(folder: Path) -> dict[int, dict[int, set[tuple[int, str]]]]:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
-from dtl.models.network import Network, forward_logits, to_device
-from dtl.models.normalise import Normalise
+from dtl.models.network import Network, Normalise, forward_logits, to_device
 from dtl.training.losses import Loss
 from dtl.training.metrics import Sums
 from dtl.training.phases import Task

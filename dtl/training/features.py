@@ -31,8 +31,7 @@ from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample, UserError
 from dtl.files import fsync_folder, temporary_suffix
-from dtl.models.network import Network
-from dtl.models.normalise import Normalise
+from dtl.models.network import Network, Normalise
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders

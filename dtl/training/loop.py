@@ -26,10 +26,10 @@ from dtl.distributed.signals import Stopped
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.build import Network
-from dtl.models.normalise import Normalise
+from dtl.models.network import Normalise
 from dtl.models.strict_load import strict_load
 from dtl.runs.bad_samples import BadSamples
-from dtl.runs.trace import StepTrace
+from dtl.runs.trace import open_trace
 from dtl.runs.tracker import Tracker
 from dtl.training import micro_batch
 from dtl.training.active import ActivePhase, copy_to_host, enter, leave, phase_lines, set_head
@@ -73,7 +73,7 @@ class Trainer:
         """Halve the micro-batch until it fits."""
         self._best: dict[str, Tensor] = {}
         self._counted, self._speed = EpochCount(), EpochSpeed()
-        self._trace = StepTrace(self.runtime.rank)
+        self._trace = open_trace(self.runtime.rank)
         self._logged_stall, self._saved_step = 0.0, -1
         self._window = Window()
         self._last_save = self._clock = self._step_started = time.monotonic()
@@ -168,7 +168,8 @@ class Trainer:
                     micro_batch.explain(error, self.loaders, phase)
                     raise
                 flags = self._settle(exchange, "train", batches)
-                self._trace.record(state.step + 1, batches)
+                if self._trace is not None:
+                    self._trace.record(state.step + 1, batches)
                 self._counted.add(batches)
                 self._speed.add(batches)
                 self._count(phase, num_images)

@@ -15,7 +15,7 @@ from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Flags, Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
-from dtl.models.normalise import Normalise
+from dtl.models.network import Normalise
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.micro_batch import restored_afterwards

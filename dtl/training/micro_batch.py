@@ -25,7 +25,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.freeze import norms_alone
-from dtl.models.normalise import Normalise
+from dtl.models.network import Normalise
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders

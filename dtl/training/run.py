@@ -18,7 +18,7 @@ from dtl.files import write_whole
 from dtl.machine import num_physical_cores
 from dtl.models.build import Network, forward_logits
 from dtl.models.freeze import freeze
-from dtl.models.normalise import Normalise
+from dtl.models.network import Normalise
 from dtl.runs.bad_samples import BadSamples
 from dtl.text import counted, some
 from dtl.training import build

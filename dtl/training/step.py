@@ -20,7 +20,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.keyed import int_key
-from dtl.models.normalise import Normalise
+from dtl.models.network import Normalise
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 

@@ -41,7 +41,7 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     from dtl.config import load_config
     from dtl.distributed.runtime import Runtime
-    from dtl.models.normalise import Normalise
+    from dtl.models.network import Normalise
     from dtl.training import build
     from dtl.training.active import enter
     from dtl.training.lr_range import find_lr

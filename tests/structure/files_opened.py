@@ -1,11 +1,14 @@
-"""`python files_opened.py step|resume|load`: the files of dtl whose functions run in one training step, one resume, one weight load, as a JSON list.
+"""`python files_opened.py step|sample|resume|load`: the files of dtl whose functions run in one of these, as a JSON list.
 
-This is what a reader has to open to follow one of them from its beginning to its end. Counted by running it, in a process of its own.
+This is what a reader has to open to follow one of them from its beginning to its end. Counted by running it, in a process of its own, on its
+main thread (the threads beside it only keep a heartbeat).
 
-step: from the end of one optimizer step to the end of the next, where nothing is due beside it (no log line, evaluation or checkpoint): plan, read,
-    decode, augment, forward, backward, update. In the process itself, without loader processes.
-resume: from `find_checkpoint` to the first step of the run that goes on, its data and network aside.
-load: `dtl.load_pretrained` of a file with renamed layers into a ResNet-18 with another number of classes, refusal and report included.
+step: one optimizer step of the trainer, from the end of one to the end of the next, with loader processes as by default, where nothing is due
+    beside it (no log line, evaluation or checkpoint).
+sample: what a loader process does for the images of a micro-batch: read, check, decode, augment.
+resume: how a stopped run continues: find and check the checkpoint, compare the settings, take up the history, and restore the phase it stopped in.
+    What every start does (data, network, folder) is not part of it.
+load: `dtl.load_pretrained` of a file with renamed layers into a ResNet-18 with another number of classes, report included.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -40,36 +42,21 @@ class Recorder:
 
 def recorded(work: Callable[[Recorder], Any]) -> list[str]:
     recorder = Recorder()
-    threading.setprofile(recorder)
     sys.setprofile(recorder)
     try:
         work(recorder)
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
     return sorted(recorder.files)
 
 
-def train(*arguments: str) -> None:
+def train(*arguments: str, workers: int = 0) -> None:
     from dtl.commands.train import run
 
-    phases = ["--phases.all.train", "all", "--phases.all.steps", "12", "--phases.all.eval-every", "12", "--model.name", "dtl/resnet_tiny"]
-    run(
-        [
-            "--data.workers",
-            "0",
-            "--tracking.log-every",
-            "50",
-            "--tracking.wandb",
-            "off",
-            "--tracking.report",
-            "false",
-            "--run.device",
-            "cpu",
-            *phases,
-            *arguments,
-        ]
-    )
+    phases = ["--phases", "{all: {train: all, steps: 12, eval_every: 12, lr: 0.01}}"]
+    quiet = ["--tracking.log-every", "50", "--tracking.wandb", "off", "--tracking.report", "false", "--run.device", "cpu", "--checkpoint.every-steps", "6"]
+    small = ["--model.name", "torchvision/resnet18", "--data.image-size", "32", "--data.global-batch-size", "16", "--data.workers", str(workers)]
+    assert run([*quiet, *small, *phases, *arguments]) == 0
 
 
 def one_step(recorder: Recorder) -> None:
@@ -82,32 +69,44 @@ def one_step(recorder: Recorder) -> None:
         try:
             return real(self, *given, **named)
         finally:
-            recorder.on = calls[0] == 4  # from the end of the fourth step to the end of the fifth
+            recorder.on = calls[0] == 3  # from the end of the third step to the end of the fourth
 
     Stepper.step = counted  # type: ignore[method-assign]
-    train()
-    assert calls[0] > 5, calls
+    train(workers=1)
+    assert calls[0] == 12, calls
+
+
+def while_in(recorder: Recorder, owner: Any, name: str) -> None:
+    """Record whatever runs in this function."""
+    real = getattr(owner, name)
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        before, recorder.on = recorder.on, True
+        try:
+            return real(*given, **named)
+        finally:
+            recorder.on = before
+
+    setattr(owner, name, wrapped)
+
+
+def one_sample(recorder: Recorder) -> None:
+    from dtl.data.loading.loader import BatchDataset
+
+    while_in(recorder, BatchDataset, "__getitems__")
+    train(workers=0)
 
 
 def one_resume(recorder: Recorder) -> None:
-    from dtl.checkpoint.resume import resume
-    from dtl.training.step import Stepper
+    from dtl.training import run
+    from dtl.training.active import ActivePhase
+    from dtl.training.loop import Trainer
+    from dtl.training.session import Session
 
-    train("--checkpoint.every-steps", "6", "--phases.all.steps", "6")
-    find, step = resume.find_checkpoint, Stepper.step
-
-    def found(*given: Any, **named: Any) -> Any:
-        recorder.on = True
-        return find(*given, **named)
-
-    def stepped(self: Stepper, *given: Any, **named: Any) -> Any:
-        recorder.on = False
-        return step(self, *given, **named)
-
-    for module in [module for module in sys.modules.values() if getattr(module, "find_checkpoint", None) is find]:
-        module.find_checkpoint = found  # type: ignore[attr-defined]
-    Stepper.step = stepped  # type: ignore[method-assign]
-    train("--checkpoint.every-steps", "6")
+    train("--phases", "{all: {train: all, steps: 6, eval_every: 12, lr: 0.01}}")
+    for owner, name in ((run, "find_checkpoint"), (run, "note_changes"), (Session, "open_tracker"), (Trainer, "_restore"), (ActivePhase, "restore")):
+        while_in(recorder, owner, name)
+    train()
 
 
 def one_load(recorder: Recorder) -> None:
@@ -133,6 +132,6 @@ if __name__ == "__main__":
         os.chdir(folder)
         os.environ["DTL_CACHE"] = folder
         out, sys.stdout = sys.stdout, sys.stderr
-        found = recorded({"step": one_step, "resume": one_resume, "load": one_load}[sys.argv[1]])
+        found = recorded({"step": one_step, "sample": one_sample, "resume": one_resume, "load": one_load}[sys.argv[1]])
         os.chdir("/")
     print(json.dumps(found), file=out)

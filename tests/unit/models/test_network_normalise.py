@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from dtl.models.normalise import Normalise
+from dtl.models.network import Normalise
 from dtl.models.preprocessing import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
