@@ -30,6 +30,7 @@ from accelerate import Accelerator
 
 from dtl.checkpoint.resume.state import optimizer_tensors
 from dtl.checkpoint.resume.store import CheckpointStore
+from dtl.config.models import CheckpointConfig
 
 Way = Callable[[int], tuple[float, float]]
 
@@ -51,7 +52,7 @@ def train_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def ways(model: torch.nn.Module, optimizer: Any, accelerator: Accelerator, folder: Path, *, fsync: bool) -> tuple[dict[str, Way], list[CheckpointStore]]:
     def ours(name: str, asynchronous: bool) -> tuple[CheckpointStore, Way]:
-        store = CheckpointStore(folder / name, keep=2, asynchronous=asynchronous)
+        store = CheckpointStore(folder / name, CheckpointConfig(keep=2, asynchronous=asynchronous))
 
         def save(step: int) -> tuple[float, float]:
             started = time.perf_counter()

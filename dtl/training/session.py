@@ -67,10 +67,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self.tracker: Tracker | None = None
         self.store = CheckpointStore(
             self.folder.path / "checkpoints",
-            keep=config.checkpoint.keep,
-            max_failures=config.checkpoint.max_failures,
-            asynchronous=config.checkpoint.asynchronous,
-            say=lambda line: self.console.print(line),
+            config.checkpoint,
+            log=lambda line: self.console.print(line),
             before_write=self.folder.check_incarnation,
         )
         self._state = "done"

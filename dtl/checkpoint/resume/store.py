@@ -29,8 +29,10 @@ from torch import Tensor
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.state import FORMAT, check_format
+from dtl.config.models import CheckpointConfig
 from dtl.errors import UserError
 
+DEFAULTS = CheckpointConfig()
 _NAME = re.compile(r"(?:step-(\d{8,})|\.step-(\d{8,})\.before)")
 _TEMPORARY = (".writing-", ".deleting-")
 
@@ -69,10 +71,10 @@ class _Snapshot:
 class CheckpointStore:
     """Saves and finds the checkpoints in one folder.
 
-    `keep`: how many of the newest stay; older ones go only after a new one is whole.
-    `asynchronous`: write in a thread beside the loop, from a snapshot in host memory (one more copy of the state, reused).
-    `max_failures`: that many saves in a row may fail (full disk, vanished folder); then `save` raises UserError.
-    `say`: takes one line for the user; called from the writing thread too.
+    `options.keep`: how many of the newest stay; older ones go only after a new one is whole.
+    `options.asynchronous`: write in a thread beside the loop, from a snapshot in host memory (one more copy of the state, reused).
+    `options.max_failures`: that many saves in a row may fail (full disk, vanished folder); then `save` raises UserError.
+    `log`: takes one line for the user; called from the writing thread too.
     `before_write`: called before anything is written and again before it counts; raises when this process may not write
     any more, for instance because a newer start of the run has taken over.
     """
@@ -80,20 +82,15 @@ class CheckpointStore:
     def __init__(
         self,
         folder: str | Path,
+        options: CheckpointConfig = DEFAULTS,
         *,
-        keep: int = 3,
-        asynchronous: bool = True,
-        max_failures: int = 3,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        if keep < 1:
-            raise UserError(f"checkpoint.keep is {keep}: at least 1 checkpoint must be kept")
-        self.folder = Path(folder)
-        self.keep, self.asynchronous, self.max_failures = keep, asynchronous, max_failures
+        self.folder, self.options = Path(folder), options
         self.saved_step: int | None = None  # the newest step that this store has put on the disk for certain
         self.save_seconds = 0.0  # the longest that a save has taken until it was on the disk
-        self._say, self._before_write = say, before_write
+        self._log, self._before_write = log, before_write
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failures, self._last_error = 0, ""
@@ -116,7 +113,7 @@ class CheckpointStore:
         # One thread a save, not a daemon: when the program ends, the interpreter waits for it, and never for an idle one.
         self._thread = threading.Thread(target=self._write_safely, args=(snapshot,), name=f"checkpoint-{step}")
         self._thread.start()
-        if wait or not self.asynchronous:
+        if wait or not self.options.asynchronous:
             self._settle()
         return time.perf_counter() - started
 
@@ -138,7 +135,7 @@ class CheckpointStore:
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault
-        if self._failures >= self.max_failures:
+        if self._failures >= self.options.max_failures:
             failures, self._failures = self._failures, 0
             raise UserError(f"{failures} checkpoints in a row could not be written to {self.folder}: {self._last_error}")
 
@@ -175,9 +172,9 @@ class CheckpointStore:
             self._failures += 1
             self._last_error = _reason(error)
             kept = self._numbers()
-            self._say(
+            self._log(
                 f"checkpoint of step {snapshot.step} could not be written to {self.folder}: {self._last_error} "
-                f"({self._failures} in a row of at most {self.max_failures}); "
+                f"({self._failures} in a row of at most {self.options.max_failures}); "
                 + (f"step {kept[0]} is kept; " if kept else "there is none yet; ")
                 + "the next save tries again"
             )
@@ -191,7 +188,7 @@ class CheckpointStore:
     def _write(self, snapshot: _Snapshot) -> None:
         if not self.folder.is_dir():
             if self.saved_step is not None:
-                self._say(f"{self.folder} is gone, with the checkpoints in it: making it anew")
+                self._log(f"{self.folder} is gone, with the checkpoints in it: making it anew")
             # Without parents: a run folder that has vanished (an unmounted disk) must not grow again somewhere else.
             self.folder.mkdir()
         if not self._cleaned:
@@ -226,7 +223,7 @@ class CheckpointStore:
         (it went on from before them, because they were damaged or because it was started afresh)."""
         numbers = self._numbers()
         current = [number for number in numbers if number <= step]
-        for number in set(numbers) - set(current[: self.keep]):
+        for number in set(numbers) - set(current[: self.options.keep]):
             for path in self._paths(number):
                 # Renamed first: a kill while it is being deleted must not leave a torn checkpoint behind.
                 doomed = self.folder / f".deleting-{path.name.strip('.')}-{os.getpid()}"
@@ -254,7 +251,7 @@ class CheckpointStore:
                 if checkpoint is not None:
                     return checkpoint
                 found.append(f"{path.name}: {problem}")
-                self._say(f"checkpoint {path} is damaged and passed over: {problem}")
+                self._log(f"checkpoint {path} is damaged and passed over: {problem}")
         if found:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): mend the disk, or start the run afresh with --run.resume never"

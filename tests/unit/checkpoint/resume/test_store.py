@@ -13,14 +13,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.store import CheckpointStore
+from dtl.config.models import CheckpointConfig
 from dtl.errors import UserError
 
 
@@ -43,8 +46,8 @@ def said() -> Said:
 def make(tmp_path: Path, said: Said) -> Callable[..., CheckpointStore]:
     (tmp_path / "run").mkdir()
 
-    def build(**options: object) -> CheckpointStore:
-        return CheckpointStore(tmp_path / "run" / "checkpoints", say=said, **options)  # type: ignore[arg-type]
+    def build(before_write: Callable[[], None] = lambda: None, **options: Any) -> CheckpointStore:
+        return CheckpointStore(tmp_path / "run" / "checkpoints", CheckpointConfig(**options), log=said, before_write=before_write)
 
     return build
 
@@ -175,7 +178,7 @@ def test_only_the_newest_are_kept_by_number(make: Callable[..., CheckpointStore]
     newest = store.newest()
     assert newest is not None
     assert newest.step == 100_000_000
-    with pytest.raises(UserError, match=r"keep is 0: at least 1"):
+    with pytest.raises(ValidationError, match=r"(?s)keep.*greater than or equal to 1"):
         make(keep=0)
 
 
@@ -346,9 +349,10 @@ KILLED = """
 import os, random, signal, sys, time
 import torch
 from dtl.checkpoint.resume.store import CheckpointStore
+from dtl.config.models import CheckpointConfig
 
 def run(folder, pipe):
-    store = CheckpointStore(folder, keep=2)
+    store = CheckpointStore(folder, CheckpointConfig(keep=2))
     found = store.newest()
     step = 0 if found is None else found.step
     if found is not None:
@@ -393,7 +397,7 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert starts == tuple(sorted(starts))
     assert starts[-1] > 0
     assert sum(leftovers) >= 5, "some of the kills fell into a save"
-    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=2))
     store.save(10**6, tensors(), {}, wait=True)
     assert [name for name in os.listdir(store.folder) if not name.startswith("step-")] == [], "leftovers go at the next save"
 
