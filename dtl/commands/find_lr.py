@@ -96,11 +96,11 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
             micro_batch_size=loaders.layout(phase).micro_batch_size,
             image_size=config.data.image_size,
             sync_bn=config.model.sync_bn,
-            say=log,
+            log=log,
         )
         normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
         if config.data.micro_batch_size == "auto":
-            fit(active, loaders, runtime, normalise=normalise, state=None, say=log)
+            fit(active, loaders, runtime, normalise=normalise, state=None, log=log)
     log(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
     return find_lr(
         active,
@@ -112,7 +112,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         last=options.last,
         num_steps=options.steps,
         stop=lambda: runtime.stop_signal is not None,
-        say=log,
+        log=log,
     )
 
 

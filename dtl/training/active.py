@@ -136,7 +136,7 @@ def enter(
     sync_bn: str | bool = "auto",
     compile_network: bool = False,
     choose_cut: Callable[[frozenset[str]], str | None] = lambda trainable: None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> ActivePhase:
     """Freeze, build the optimizer, wrap. The head must already be the phase's (`set_head`).
 
@@ -146,12 +146,12 @@ def enter(
     trainable = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
     unused = unused_parameters(network, trainable, image_size=image_size)
     if unused:
-        say(f"phase {phase.name}: {counted(len(unused), 'parameter')} without a gradient, left out; the first is {min(unused)}")
+        log(f"phase {phase.name}: {counted(len(unused), 'parameter')} without a gradient, left out; the first is {min(unused)}")
         trainable = trainable - unused
     if not trainable:
         raise UserError(f"phases.{phase.name}.train: nothing is left to train")
     # Before freezing, which marks the modules themselves: a converted norm is a new one.
-    _sync_norms(network.module, trainable, runtime, sync_bn, micro_batch_size, freeze_norm=freeze_norm, say=say)
+    _sync_norms(network.module, trainable, runtime, sync_bn, micro_batch_size, freeze_norm=freeze_norm, log=log)
     freeze(network.module, trainable, freeze_norm=freeze_norm)
     set_train_mode(network.module)
 
@@ -247,7 +247,7 @@ def _sync_norms(
     micro_batch_size: int,
     *,
     freeze_norm: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Let the norms that gather statistics in this phase do so over all ranks; frozen ones evaluate, which is the same either way."""
     norms = {name: m for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -260,7 +260,7 @@ def _sync_norms(
         return
     if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        say(f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)")
+        log(f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)")
 
 
 def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:

@@ -172,7 +172,7 @@ class FeatureCache:
     """Images that a rank passes forward at once."""
     before_step: Callable[[list[Batch]], bool]
     """Makes all ranks agree, takes damaged samples, and says whether to stop."""
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def folder(self, module: nn.Module, cut: str, parts: list[Part], *, frozen: str) -> Path | None:
         """Where the features lie, computed if they are not there. `frozen`: a checksum of the frozen weights. None: stop (on all ranks)."""
@@ -187,7 +187,7 @@ class FeatureCache:
         }
         folder = self.place / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
         if all(self.runtime.gather((folder / FACTS_NAME).is_file())):
-            self.say(f"features are taken from {folder}")
+            self.log(f"features are taken from {folder}")
             return folder
         started = time.monotonic()
         temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{temporary_suffix()}")
@@ -212,7 +212,7 @@ class FeatureCache:
             if writes:
                 shutil.rmtree(temporary, ignore_errors=True)
         num = sum(part.shards.num_samples * len(part.epochs) for part in parts)
-        self.say(f"features of {counted(num, 'image')} computed once in {time.monotonic() - started:.1f} s, kept in {folder}")
+        self.log(f"features of {counted(num, 'image')} computed once in {time.monotonic() - started:.1f} s, kept in {folder}")
         return folder
 
     def _compute(self, module: nn.Module, cut: str, part: Part, folder: Path | None) -> list[Any] | None:
@@ -347,7 +347,7 @@ class PhaseFeatures:
     normalise: Normalise
     seed: int
     cache_dir: Path | None
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def choose_cut(self, phase: Phase, trainable: frozenset[str]) -> str | None:
         """The module that `phase` should train on cached features; None to train on images. The same on all ranks."""
@@ -359,7 +359,7 @@ class PhaseFeatures:
         num_epochs = phase.num_steps / phase.steps_per_epoch
         views, line = decide(phase.name, config, why_not=why_not, fixed=self.loaders.train_transform.is_fixed, num_epochs=num_epochs)
         if line:
-            self.say(f"phase {phase.name}: {line}")
+            self.log(f"phase {phase.name}: {line}")
         return cut if views else None
 
     def fill(self, active: ActivePhase, before_step: Callable[[list[Batch]], bool]) -> bool:
@@ -383,7 +383,7 @@ class PhaseFeatures:
             workers=loaders.workers,
             batch_size=max(_LEAST_BATCH, loaders.layout(phase).micro_batch_size),
             before_step=before_step,
-            say=self.say,
+            log=self.log,
         )
         parts = [Part("train", loaders.train, transform, epochs), Part("val", loaders.val, loaders.val_transform, (0,))]
         folder = cache.folder(self.network.module, active.cut, parts, frozen=active.frozen_checksum)

@@ -106,7 +106,7 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> ActivePhase:
         active = self._enter_once(phase)
-        if self._fit_memory and micro_batch.fit(active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, say=self.tracker.print):
+        if self._fit_memory and micro_batch.fit(active, self.loaders, self.runtime, normalise=self._normalise, state=self.state, log=self.tracker.print):
             # Smaller micro-batches may be a reason to synchronise norms.
             leave(active, self.runtime)
             del active
@@ -128,7 +128,7 @@ class Trainer:
             sync_bn=self.config.model.sync_bn,
             compile_network=self.config.model.compile,
             choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
-            say=self.tracker.print,
+            log=self.tracker.print,
         )
         for line in phase_lines(active, self.runtime):
             self.tracker.print(line)

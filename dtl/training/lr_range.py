@@ -145,13 +145,13 @@ def find_lr(
     num_steps: int = 100,
     heart: Heartbeat | None = None,
     stop: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> LrCurve:
     """Train `num_steps` steps at rates from `first` to `last`, until the loss diverges, and put everything back.
 
     All ranks call it together and get the same curve: losses are those of the global batch, and when to stop is agreed upon.
     Weights, statistics of norms, optimizer, moving average, gradient scaler and generators are afterwards bit for bit as before.
-    `stop` is asked before each step; where it is true on any rank, all raise SweepStopped. `say` gets a line every ten steps or seconds.
+    `stop` is asked before each step; where it is true on any rank, all raise SweepStopped. `log` gets a line every ten steps or seconds.
     Raises UserError for damaged samples, and for rates or steps that make no test.
     """
     if not 0 < first < last:
@@ -175,10 +175,10 @@ def find_lr(
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
             loss = runtime.sum_floats(window.sum())[0] / weight
             if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - told > SECONDS_SILENT:
-                say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
+                log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
                 told = time.monotonic()
             if not runtime.agree(curve.add(lr, loss)):
-                say(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: it diverges, the test is over")
+                log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: it diverges, the test is over")
                 break
     return curve
 

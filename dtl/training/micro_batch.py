@@ -40,7 +40,7 @@ _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_
 _MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
-def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, say: Callable[[str], None]) -> bool:
+def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, log: Callable[[str], None]) -> bool:
     """Halve `loaders.micro_batch_size` until a micro-batch of the phase fits on every rank; True where it had to.
 
     All ranks call it together. Weights, statistics, gradients and generators are afterwards as before. UserError where not even
@@ -61,10 +61,10 @@ def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalis
             )
         loaders.micro_batch_size = max(layout.unit, -(-size // 2))
         halved = True
-        say(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {loaders.micro_batch_size}")
+        log(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {loaders.micro_batch_size}")
     if halved:
         times = f"{layout.accumulation_steps} a step on each of {counted(runtime.world_size, 'process')}"
-        say(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {loaders.global_batch_size}")
+        log(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {loaders.global_batch_size}")
         if state is not None:
             state.phase.micro_batch_size = size
     return halved

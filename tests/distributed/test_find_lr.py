@@ -54,7 +54,7 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     loaders = build.build_dataloaders(config, runtime, train, val, network)
     (phase,) = build.planned(config, loaders)
     active = enter(
-        network, phase, runtime, class_counts=loaders.class_counts, classes=loaders.classes, freeze_norm=True, micro_batch_size=120, image_size=16, say=print
+        network, phase, runtime, class_counts=loaders.class_counts, classes=loaders.classes, freeze_norm=True, micro_batch_size=120, image_size=16, log=print
     )
     settings = {"normalise": Normalise(network.preprocessing, runtime.device, channels_last=False), "seed": 0, "num_steps": 12, "first": 1e-3, "last": 1.0}
     # An optimizer with a state of its own, as in the middle of a phase.

@@ -29,7 +29,7 @@ def runtime() -> Runtime:
 def entered(runtime: Runtime, **values: Any) -> ActivePhase:
     phase = plan_phases({"it": PhaseConfig.model_validate(values)}, steps_per_epoch=PER_EPOCH, num_classes=len(CLASSES))[0]
     options: dict[str, Any] = {"class_counts": [1, 2, 3], "classes": CLASSES, "freeze_norm": True, "micro_batch_size": 4, "image_size": 16}
-    return enter(build("dtl/resnet_tiny", num_classes=len(CLASSES)), phase, runtime, **options, say=lambda line: None)
+    return enter(build("dtl/resnet_tiny", num_classes=len(CLASSES)), phase, runtime, **options, log=lambda line: None)
 
 
 def rates(runtime: Runtime, **values: Any) -> list[float]:

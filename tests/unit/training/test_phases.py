@@ -41,7 +41,7 @@ def active(network: Network, runtime: Runtime, phase: PhaseConfig, **options: ob
     planned = plan_phases({"it": phase}, steps_per_epoch=5, num_classes=3)[0]
     set_head(network, planned, init="default", seed=0)
     values = {"class_counts": [1, 2, 3], "classes": ["a", "b", "c"], "freeze_norm": True, "micro_batch_size": 4, "image_size": 16}
-    return enter(network, planned, runtime, **(values | options), say=lambda line: None)  # type: ignore[arg-type]
+    return enter(network, planned, runtime, **(values | options), log=lambda line: None)  # type: ignore[arg-type]
 
 
 def step(phase: ActivePhase) -> None:
@@ -129,10 +129,10 @@ def test_synchronised_batch_norm_on_a_cpu_is_refused_only_when_asked_for(runtime
     network = build("dtl/resnet_tiny", num_classes=3)
     two_ranks = SimpleNamespace(world_size=2, device=torch.device("cpu"))
     everything = frozenset(name for name, _ in network.module.named_parameters())
-    _sync_norms(network.module, everything, two_ranks, "auto", 4, freeze_norm=True, say=print)  # type: ignore[arg-type]
+    _sync_norms(network.module, everything, two_ranks, "auto", 4, freeze_norm=True, log=print)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="on GPUs only"):
-        _sync_norms(network.module, everything, two_ranks, True, 4, freeze_norm=True, say=print)  # type: ignore[arg-type]
-    _sync_norms(network.module, frozenset(["fc.weight"]), two_ranks, True, 4, freeze_norm=True, say=print)  # type: ignore[arg-type]
+        _sync_norms(network.module, everything, two_ranks, True, 4, freeze_norm=True, log=print)  # type: ignore[arg-type]
+    _sync_norms(network.module, frozenset(["fc.weight"]), two_ranks, True, 4, freeze_norm=True, log=print)  # type: ignore[arg-type]
 
 
 def test_synchronised_batch_norm_is_in_place_before_anything_is_frozen() -> None:
@@ -146,7 +146,7 @@ def test_synchronised_batch_norm_is_in_place_before_anything_is_frozen() -> None
     trainable = select(network, "last:2")
     said: list[str] = []
     two_gpus = SimpleNamespace(world_size=2, device=torch.device("cuda"))
-    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, say=said.append)  # type: ignore[arg-type]
+    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, log=said.append)  # type: ignore[arg-type]
     assert said == ["batch norm statistics are taken over all 2 ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)"]
     freeze(network.module, trainable, freeze_norm=True)
     set_train_mode(network.module)
@@ -154,5 +154,5 @@ def test_synchronised_batch_norm_is_in_place_before_anything_is_frozen() -> None
     norms = {name: module for name, module in network.module.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)}
     assert {module.training for module in norms.values()} == {True, False}
     assert all(module.training == (f"{name}.weight" in trainable) for name, module in norms.items())
-    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, say=said.append)  # type: ignore[arg-type]
+    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, log=said.append)  # type: ignore[arg-type]
     assert len(said) == 1, "a second phase finds them in place"
