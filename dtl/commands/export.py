@@ -75,7 +75,7 @@ def _images_of(run_folder: Path | None) -> ImageInputs | None:
         return None
     try:
         shards = open_split(
-            source, split="val", cache_dir=data.cache_dir, names=data.names, on_error=data.on_error, val_fraction=fraction, say=lambda line: None
+            source, split="val", cache_dir=data.cache_dir, names=data.names, on_error=data.on_error, val_fraction=fraction, log=lambda line: None
         )
         return find_images([str(shards.folder)])
     except UserError:

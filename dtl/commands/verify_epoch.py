@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
         cache_dir=options.cache_dir,
         on_error=options.on_error,
         progress=not options.quiet,
-        say=to_stderr,
+        log=to_stderr,
         remote=RemoteOptions(cache_gb=options.cache_gb),
     )
     plan = plan_epoch(

@@ -1,4 +1,4 @@
-"""Training given an image folder: pack it once into a cache, whoever comes first, and say so. Shards of others are indexed there."""
+"""Training given an image folder: pack it once into a cache, whoever comes first, and log so. Shards of others are indexed there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dtl.data.packing.job import PACK_VERSION, PackOptions
 from dtl.data.packing.pack import PackReport, pack_source
@@ -43,7 +42,7 @@ def ensure_packed(
     labelled: bool = True,
     processes: int | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     remote: RemoteOptions | None = None,
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
@@ -59,10 +58,10 @@ def ensure_packed(
     """
     options = replace(remote or RemoteOptions(), cache_dir=None if cache_dir is None else str(cache_dir))
     if isinstance(source, str) and is_remote_folder(source):
-        return _ensure_mirrored(source, split, cache_dir, options, say)
+        return _ensure_mirrored(source, split, cache_dir, options, log)
     if (ready := packed_folder(source, split)) is not None:
         if val_fraction and split == "train":
-            say(f"{source} is packed: its own splits count, and data.val_fraction does not")
+            log(f"{source} is packed: its own splits count, and data.val_fraction does not")
         return ready
     if (tars := shards_for_training(source, split)) is not None:
         if val_fraction:
@@ -76,7 +75,7 @@ def ensure_packed(
             names=names,
             processes=processes,
             progress=progress,
-            say=say,
+            log=log,
             options=options,
         )
     opened = open_source(source, classes=classes, names=names, on_error=on_error, labelled=labelled)
@@ -89,25 +88,34 @@ def ensure_packed(
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
         return folder
-    with _locked(home.with_name(home.name + ".lock"), f"packs {source}", say):
+    with _locked(home.with_name(home.name + ".lock"), f"packs {source}", log):
         if not (folder / MANIFEST_NAME).exists():
-            say(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
+            log(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
             for note in opened.notes:
-                say(f"  {note}")
+                log(f"  {note}")
             report = pack_source(opened, home, packing, processes=processes, fixed_classes=classes is not None, existing="join", progress=progress)
             for line in describe_trouble(report):
-                say(f"  {line}")
-            say(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
+                log(f"  {line}")
+            log(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
     return folder
 
 
 def open_split(
     source: str | Path,
     *,
-    remote: RemoteOptions | None = None,
+    split: str,
     cache_dir: str | Path | None = None,
+    val_fraction: float = 0.0,
+    on_error: str = "fail",
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    names: str | Path | None = None,
+    labelled: bool = True,
+    processes: int | None = None,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+    remote: RemoteOptions | None = None,
     found: str | Path | None = None,
-    **options: Any,
 ) -> Shards:
     """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `remote.allow_pipe`.
 
@@ -116,17 +124,34 @@ def open_split(
     own = is_remote(source) and kind_of(str(source)) == "pipe"
     far = remote or RemoteOptions()
     far = replace(far, cache_dir=None if cache_dir is None else str(cache_dir), allow_pipe=far.allow_pipe or own)
-    folder = ensure_packed(source, cache_dir=cache_dir, remote=far, **options) if found is None else Path(found)
+    if found is None:
+        folder = ensure_packed(
+            source,
+            split=split,
+            cache_dir=cache_dir,
+            val_fraction=val_fraction,
+            on_error=on_error,
+            seed=seed,
+            classes=classes,
+            names=names,
+            labelled=labelled,
+            processes=processes,
+            progress=progress,
+            log=log,
+            remote=far,
+        )
+    else:
+        folder = Path(found)
     shards = Shards.open(folder, remote=far, checked=found is not None)
     if shards.cache is not None and far.leader and found is None:
         shards.cache.clean()
     return shards
 
 
-def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, say: Callable[[str], None]) -> Path:
+def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, log: Callable[[str], None]) -> Path:
     """The copy of a remote folder's manifest and index, brought up to date."""
     url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
-    return _mirrored(url, text, _cache_place(cache_dir), options, say)
+    return _mirrored(url, text, _cache_place(cache_dir), options, log)
 
 
 def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
@@ -140,10 +165,10 @@ def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
     return [_mirrored(url, text, _cache_place(options.cache_dir), options, lambda line: None) for url, text in found.items()]
 
 
-def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, say: Callable[[str], None]) -> Path:
+def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, log: Callable[[str], None]) -> Path:
     folder = mirror_place(place, url)
     folder.parent.mkdir(exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock"), f"reads {shown(url)}", say):
+    with _locked(folder.with_name(folder.name + ".lock"), f"reads {shown(url)}", log):
         return mirror(url, text, folder, options=options)
 
 
@@ -157,7 +182,7 @@ def _ensure_indexed(
     names: str | Path | None,
     processes: int | None,
     progress: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     options: RemoteOptions,
 ) -> Path:
     """The index of shards made by others, in the cache; their bytes are read where they are."""
@@ -166,10 +191,10 @@ def _ensure_indexed(
     if (folder / MANIFEST_NAME).exists():
         _sign_anew(folder, tars)
         return folder
-    with _locked(folder.with_name(folder.name + ".lock"), f"indexes {source}", say):
+    with _locked(folder.with_name(folder.name + ".lock"), f"indexes {source}", log):
         if (folder / MANIFEST_NAME).exists():
             return folder
-        say(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
+        log(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
         report = index_shards(
             tars,
             out=folder,
@@ -183,8 +208,8 @@ def _ensure_indexed(
             keep=True,
         )
         for line in describe_index(report):
-            say(f"  {line}")
-        say(f"  indexed in {report.seconds:.1f} s; it is used again as long as the shards do not change")
+            log(f"  {line}")
+        log(f"  indexed in {report.seconds:.1f} s; it is used again as long as the shards do not change")
     return folder
 
 

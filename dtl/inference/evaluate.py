@@ -92,7 +92,7 @@ def _open(source: _Source, model: RunningModel, config: Config | None, log: Log)
             on_error=source.on_error,
             cache_dir=None if data is None else data.cache_dir,
             progress=runtime.is_main,
-            say=log if runtime.is_main else to_nobody,
+            log=log if runtime.is_main else to_nobody,
             remote=remote if runtime.local_rank == 0 else replace(remote, leader=False),
             found=found,
         )

@@ -61,30 +61,30 @@ def find(name: str) -> Entry:
     if library in ("", "dtl") and short in PLAIN_RESNETS:
         return Entry(f"dtl/{short}", "dtl", PLAIN_RESNETS[short])
     if library in ("", "torchvision") and short in _torchvision_names():
-        return Entry(f"torchvision/{short}", "torchvision", lambda **options: _construct_torchvision(short, **options))
+        return Entry(f"torchvision/{short}", "torchvision", lambda **arguments: _construct_torchvision(short, **arguments))
     if library == "timm" and importlib.util.find_spec("timm") is None:
         raise UserError(f"model {name!r} needs timm, which is not installed: pip install timm")
     if library in ("", "timm") and short.partition(".")[0] in _timm_names():
         _check_timm_tag(short)
-        return Entry(f"timm/{short}", "timm", lambda **options: _construct_timm(short, **options))
+        return Entry(f"timm/{short}", "timm", lambda **arguments: _construct_timm(short, **arguments))
     raise UserError(_unknown(name))
 
 
-def _construct_torchvision(name: str, **options: Any) -> nn.Module:
+def _construct_torchvision(name: str, **arguments: Any) -> nn.Module:
     import torchvision.models
 
     if name in ("inception_v3", "googlenet"):
         # init_weights is given because its default will change. Both networks were trained with Inception's own normalisation, which
         # torchvision converts inside the network only if it loads the weights itself.
-        options = {"init_weights": True, "transform_input": True, **options}
-    module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        arguments = {"init_weights": True, "transform_input": True, **arguments}
+    module: nn.Module = torchvision.models.get_model(name, weights=None, **arguments)
     return module
 
 
-def _construct_timm(name: str, **options: Any) -> nn.Module:
+def _construct_timm(name: str, **arguments: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, pretrained=False, **options)
+    return timm.create_model(name, pretrained=False, **arguments)
 
 
 def _hub_entry(name: str, repository: str) -> Entry:

@@ -88,7 +88,7 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
             names=data.names,
             labelled=labelled,
             progress=runtime.is_main,
-            say=log if runtime.is_main else to_nobody,
+            log=log if runtime.is_main else to_nobody,
             remote=remote_options(config, leader=runtime.local_rank == 0),
         )
 

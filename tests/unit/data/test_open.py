@@ -28,7 +28,7 @@ def photos(tmp_path: Path) -> Path:
 
 def packed_into(tmp_path: Path, source: Path | str, said: list[str] | None = None, **options: Any) -> Path:
     say = said.append if said is not None else (lambda line: None)
-    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "say": say, **options})
+    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "log": say, **options})
 
 
 def test_packed_once_and_told(tmp_path: Path, photos: Path) -> None:
@@ -137,7 +137,7 @@ def pack(*arguments, **options):
     time.sleep(slow)
     return real(*arguments, **options)
 cache.pack_source = pack
-quiet = {"processes": 1, "progress": False, "say": lambda line: None}
+quiet = {"processes": 1, "progress": False, "log": lambda line: None}
 print(cache.ensure_packed(sys.argv[1], split="train", cache_dir=sys.argv[2], **quiet), flush=True)
 """
 
@@ -178,7 +178,7 @@ def test_two_nodes_without_common_locks_do_no_harm(tmp_path: Path, photos: Path,
     from dtl.data.packing import tasks as pack_tasks
 
     real, nodes = pack_tasks.write_shard, []
-    options = {"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "say": lambda line: None}
+    options = {"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "log": lambda line: None}
 
     def other_node_packs_all(job: Any, split: str, number: int) -> int:
         if not nodes:
@@ -207,7 +207,7 @@ def test_a_cache_without_locks_is_used_with_one_line(
 
     monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
     lines: list[str] = []
-    folder = ensure_packed(photos, split="train", cache_dir=tmp_path / "cache", progress=False, say=lines.append)
+    folder = ensure_packed(photos, split="train", cache_dir=tmp_path / "cache", progress=False, log=lines.append)
     assert [line for line in lines if "without locks" in line] == [
         f"the cache {tmp_path}/cache is on a file system without locks: another process that packs {photos} may do the same work again"
     ]

@@ -7,6 +7,7 @@ no arithmetic done: the module is copied with every tensor replaced by a meta te
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,7 @@ def on_meta(module: nn.Module) -> nn.Module:
         if id(original) in copies:
             known: nn.Module = copies[id(original)]
             return known
-        twin = original.__new__(type(original))
+        twin: nn.Module = copy.copy(original)
         copies[id(original)] = twin
         twin.__dict__ = original.__dict__.copy()
         twin.__dict__["training"] = False

@@ -53,7 +53,7 @@ def test_batches_that_outlive_their_pool_stay_whole() -> None:
 
 
 def test_loader_processes_fill_few_buffers_and_overwrite_nothing_in_use(tmp_path: Path) -> None:
-    shards = Shards.open(ensure_packed("digits", split="val", cache_dir=tmp_path, progress=False, say=lambda line: None))
+    shards = Shards.open(ensure_packed("digits", split="val", cache_dir=tmp_path, progress=False, log=lambda line: None))
 
     def loader(workers: int) -> StepLoader:
         def plan(epoch: int) -> EpochPlan:

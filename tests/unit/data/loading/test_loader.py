@@ -23,7 +23,7 @@ NUM_STEPS = 4
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    folder = ensure_packed("digits", split="val", cache_dir=tmp_path_factory.mktemp("cache"), progress=False, say=lambda line: None)
+    folder = ensure_packed("digits", split="val", cache_dir=tmp_path_factory.mktemp("cache"), progress=False, log=lambda line: None)
     return Shards.open(folder)
 
 

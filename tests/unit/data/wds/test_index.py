@@ -533,7 +533,7 @@ def test_a_lost_table_of_names_only_loses_names(tmp_path: Path) -> None:
 
 
 def given_to_training(tmp_path: Path, source: Path | str, said: list[str], **options: Any) -> Path:
-    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "progress": False, "say": said.append, **options})
+    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "progress": False, "log": said.append, **options})
 
 
 def test_a_folder_of_tars_is_indexed_once_into_the_cache(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
         written = io.BytesIO()
         picture.save(written, "PNG" if number % 5 == 4 else "JPEG", quality=90)
         (folder / f"{number}.{'png' if number % 5 == 4 else 'jpg'}").write_bytes(written.getvalue())
-    packed = ensure_packed(str(source), split="train", cache_dir=tmp_path_factory.mktemp("cache"), progress=False, say=lambda line: None)
+    packed = ensure_packed(str(source), split="train", cache_dir=tmp_path_factory.mktemp("cache"), progress=False, log=lambda line: None)
     return Shards.open(packed)
 
 
