@@ -15,7 +15,7 @@ from dtl.text import OptionParser
 _DESCRIPTION = """\
 What would go wrong here, before it does: versions of PyTorch, CUDA and the driver, GPUs and their links, shared memory, open files,
 memory, disks, the network interface that ranks would meet over, a sum over two real processes, the speed of decoding against that of
-the network, wandb, SLURM. Every finding that is not ok comes with the line that mends it. Nothing is changed.
+the network, wandb, SLURM. Every finding that is not ok comes with the command that fixes it. Nothing is changed.
 """
 _EPILOG = """\
 examples:

@@ -139,7 +139,7 @@ def _report(curve: LrCurve, out: Path, name: str) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     to_stderr(f"{len(curve.lrs)} steps; plot {out / name}.png, numbers {out / name}.json")
-    print(curve.verdict())
+    print(curve.summary())
 
 
 def _parser() -> OptionParser:

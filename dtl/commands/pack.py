@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
             progress=not options.quiet,
         )
     except KeyboardInterrupt:
-        to_stderr(f"stopped; run the same command again to go on, or remove {options.destination}")
+        to_stderr(f"stopped; run the same command again to continue, or remove {options.destination}")
         return 130
     for line in describe_trouble(report):
         to_stderr(line)

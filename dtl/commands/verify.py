@@ -17,7 +17,7 @@ image decodes. Prints what is wrong with shard, key, offset and reason. Exit sta
 """
 _EPILOG = """\
 With --quarantine the damaged samples are listed in quarantine.json beside the manifest, and training leaves them out (which makes it
-another data set: a run that began with them does not go on without them). The shards stay as they are. The status is then 0 if the rest
+another data set: a run that began with them does not resume without them). The shards stay as they are. The status is then 0 if the rest
 is sound. Remove quarantine.json, or verify again after mending the shards, to take the samples back.
 """
 
@@ -48,7 +48,7 @@ def _summary(report: VerifyReport, *, quarantine: bool) -> str:
     if report.in_quarantine:
         parts.append(f"{len(report.in_quarantine):,} in quarantine")
     if new:
-        parts.append(f"{new:,} damaged; mend the shards, or leave these out: dtl verify {report.folder} --quarantine")
+        parts.append(f"{new:,} damaged; repair the shards, or leave these out: dtl verify {report.folder} --quarantine")
     elif report.shards and not report.is_usable:
         parts.append("the shards named above are not those of the manifest")
     elif not report.in_quarantine:

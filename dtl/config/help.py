@@ -14,7 +14,7 @@ usage: accelerate launch [LAUNCH OPTIONS] dtl/train.py [--config FILE] [--sectio
        dtl train [--config FILE] [--section.key VALUE ...]
 
 Train or fine-tune an image classifier, in phases. Without --config: the built-in digits example.
-The same command again goes on where the run stopped. VALUE is YAML; --a.b-c and --a.b_c are the same.
+Run the same command again to resume a run. VALUE is YAML; --a.b-c and --a.b_c are the same.
 
   --config FILE     a YAML file, or a built-in recipe: {recipes}
   --print-config    print the resolved config and leave

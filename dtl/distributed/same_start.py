@@ -40,7 +40,7 @@ def _difference(everyone: Sequence[tuple[str, Mapping[str, Any]]], others: list[
     more = f" ({len(keys) - 1} more differences)" if len(keys) > 1 else ""
     also = f", and {len(others) - 1} more ranks differ" if len(others) > 1 else ""
     return (
-        f"the ranks were not started alike: {keys[0]} is {facts.get(keys[0])!r} on rank {rank} (host {host}), "
+        f"the ranks were not started with the same settings: {keys[0]} is {facts.get(keys[0])!r} on rank {rank} (host {host}), "
         f"{first.get(keys[0])!r} on rank 0 (host {first_host}){more}{also}; give all nodes the same command and the same environment"
     )
 

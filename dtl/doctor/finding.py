@@ -13,7 +13,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`check`: what was looked at, one word; `summary`: what was found; `fix`: the line that mends it, which only what is ok can do without."""
+    """`check`: what was looked at, one word; `summary`: what was found; `fix`: the command that fixes it, which only what is ok can do without."""
 
     check: str
     status: Status
@@ -21,7 +21,7 @@ class Finding:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        assert self.status == "ok" or self.fix, f"a finding without what mends it: {self.check}: {self.summary}"
+        assert self.status == "ok" or self.fix, f"a finding without a fix: {self.check}: {self.summary}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

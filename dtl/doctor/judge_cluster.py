@@ -100,7 +100,7 @@ def judge_wandb(mode: str, why: str, *, installed: bool, reachable: bool | None)
     if mode == "off":
         return Finding("wandb", "ok", "off (by WANDB_MODE or WANDB_DISABLED)")
     if not installed:
-        return Finding("wandb", "warn", "not installed: runs go on without it", "pip install wandb")
+        return Finding("wandb", "warn", "not installed: runs continue without it", "pip install wandb")
     if mode == "offline":
         fix = "wandb login (for online tracking), or wandb sync runs/NAME/wandb/offline-run-* later"
         return Finding("wandb", "ok", why or "no key is known: runs are tracked offline, in runs/NAME/wandb", fix)

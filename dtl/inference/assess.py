@@ -71,7 +71,7 @@ class Assessment:
 
 
 class RankBatches:
-    """The batches of one rank: whole ones, cut alike at any world size, in the order of the shards."""
+    """The batches of one rank: whole ones, split the same way at any world size, in the order of the shards."""
 
     def __init__(self, shards: Shards, transform: Transform, *, batch_size: int, workers: int, runtime: Runtime) -> None:
         self._plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=batch_size, shuffle=False)

@@ -1,6 +1,6 @@
 """Probabilities for images, batch by batch, in the order of the images whatever the number of ranks and workers.
 
-Batches are cut alike at any world size and dealt to the ranks in turn, so that memory stays small and results come out while the rest
+Batches are split the same way at any world size and dealt to the ranks in turn, so that memory stays small and results come out while the rest
 is still being computed. B images, K classes, T best classes asked for.
 """
 

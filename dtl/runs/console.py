@@ -107,7 +107,7 @@ class Console:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, kept_epoch (whose weights it hands on), train_loss,
+    """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, kept_epoch (whose weights it keeps), train_loss,
     val_loss and top1 (0..1) of these;
     what a phase does not have (None or absent, for instance no validation) is shown as a dash."""
     from rich import box

@@ -277,7 +277,7 @@ def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
     ]
     if runtime.world_size > 1 and own:
         norms = counted(len(own), "norm")
-        lines.append(f"phase {phase.name}: the statistics of {norms} are each rank's own in training; rank 0's are evaluated, saved and handed on")
+        lines.append(f"phase {phase.name}: the statistics of {norms} are each rank's own in training; rank 0's are evaluated, saved and passed on")
     return lines
 
 

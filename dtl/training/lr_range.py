@@ -89,7 +89,7 @@ class LrCurve:
             "lr_of_lowest_loss": None if low is None else self.lrs[low],
         }
 
-    def verdict(self) -> str:
+    def summary(self) -> str:
         """One line: what to set, or why nothing can be said."""
         if self.suggestion is None:
             why = "the loss is not finite from the first steps on" if len(self.lrs) < FEWEST_STEPS else "the loss did not fall"

@@ -76,7 +76,7 @@ def explain(error: Exception, loaders: DataLoaders, phase: Phase) -> None:
         size = loaders.layout(phase).micro_batch_size
         raise RuntimeError(
             f"out of memory in a micro-batch of {size}, which fitted before: somebody else may use this device; "
-            f"--data.micro-batch-size {max(1, size // 2)} goes on from the newest checkpoint with the same global batches"
+            f"--data.micro-batch-size {max(1, size // 2)} continues from the newest checkpoint with the same global batches"
         ) from error
 
 

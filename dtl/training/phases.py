@@ -174,7 +174,7 @@ def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: 
     gain = better or (best is not None and value == best.value and loss < best.loss)
     if gain:
         state.results.best[phase.name] = Best(metric=monitor, value=value, step=state.step, loss=loss)
-    # A loss that falls for ever at one top1 is no reason to go on.
+    # A loss that falls for ever at one top1 is no reason to continue.
     state.phase.evaluations_without_gain = 0 if better else state.phase.evaluations_without_gain + 1
     if gain or phase.config.keep == "last":
         epoch, _ = phase.epoch_of(max(0, state.phase.step - 1))

@@ -40,7 +40,7 @@ def show_result_again(session: Session, state: TrainState) -> None:
         return
     folder, console = session.folder, session.console
     status = read_status(folder.path) or {}
-    console.print(f"{folder.path} is finished (step {state.step}); more epochs on the last phase go on with it")
+    console.print(f"{folder.path} is finished (step {state.step}); more epochs on the last phase continue it")
     console.table(table_rows(status.get("phases", [])))
     folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
     page = folder.path / "report" / "index.html"

@@ -118,7 +118,7 @@ def _memory(device: torch.device) -> float:
 class EpochCount:
     """How many samples of the epoch the trainer has finished: `seen` slots of this rank, and `damaged` ones among them, at weight 0.
 
-    Each rank counts its own. The sum over ranks goes into each checkpoint, and a resumed run goes on from it.
+    Each rank counts its own. The sum over ranks goes into each checkpoint, and a resumed run continues from it.
     """
 
     def __init__(self, seen: int = 0, damaged: int = 0) -> None:
@@ -126,7 +126,7 @@ class EpochCount:
 
     @classmethod
     def restored(cls, state: TrainState, runtime: Runtime) -> EpochCount:
-        """The main process goes on with the sum of all ranks."""
+        """The main process continues with the sum of all ranks."""
         return cls(state.phase.epoch_seen, state.phase.epoch_damaged) if runtime.is_main else cls()
 
     def add(self, batches: Iterable[Batch]) -> None:

@@ -61,7 +61,7 @@ def test_what_counts_as_out_of_memory_on_a_cpu(error: BaseException, it_is: bool
 def test_a_step_that_runs_out_of_memory_later_says_what_to_do(tmp_path: Path) -> None:
     arguments = [*recipe(tmp_path, fits=16), "--data.micro-batch-size", "30"]
     job = harness.run(arguments, cwd=tmp_path, code=1)
-    assert "--data.micro-batch-size 15 goes on from the newest checkpoint" in job.err()
+    assert "--data.micro-batch-size 15 continues from the newest checkpoint" in job.err()
     assert harness.status(tmp_path / "runs/tiny")["state"] == "failed"
 
 

@@ -21,7 +21,7 @@ def launch(folder: Path, **own: Any) -> Job:
 def test_another_setting(tmp_path: Path) -> None:
     job = launch(tmp_path, arguments=["--phases.all.lr", "0.5"]).wait(60).check(2)
     assert "Traceback" not in job.err()
-    assert re.search(r"not started alike: phases.all.lr is 0.5 on rank 1 \(host \S+\), 0.05 on rank 0", the_line(job))
+    assert re.search(r"not started with the same settings: phases.all.lr is 0.5 on rank 1 \(host \S+\), 0.05 on rank 0", the_line(job))
     assert not (tmp_path / "runs").exists()
 
 

@@ -68,7 +68,7 @@ def test_more_epochs_on_the_last_phase_go_on(tmp_path: Path) -> None:
     first = status(tmp_path / "runs/tiny")["step"]
     free = ["--data.micro-batch-size", "60", "--checkpoint.keep", "1", "--checkpoint.every-steps", "5", "--checkpoint.async", "false"]
     job = run([*arguments, "--phases.all.epochs", "2", *free], cwd=tmp_path)
-    assert job.err().count("this run had data.micro_batch_size auto and goes on with 60") == 1
+    assert job.err().count("this run had data.micro_batch_size auto and continues with 60") == 1
     after = status(tmp_path / "runs/tiny")
     assert after["state"] == "done"
     (newest,) = (tmp_path / "runs/tiny/checkpoints").glob("step-*/state.json")

@@ -1,4 +1,4 @@
-"""A model folder: what a run hands on, enough to predict, to export, or to transfer from.
+"""A model folder: what a run leaves, enough to predict, to export, or to transfer from.
 
     model/model.safetensors     the module's state dict under its own names
     model/model.json            architecture, classes, preprocessing, metrics, where it came from

@@ -69,18 +69,18 @@ def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainStat
     if checkpoint is not None:
         if state.world_size != runtime.world_size:
             log(
-                f"this run was on {counted(state.world_size, 'process')} and goes on with {runtime.world_size}: the same samples in the same global "
+                f"this run was on {counted(state.world_size, 'process')} and continues with {runtime.world_size}: the same samples in the same global "
                 "batches; batch norm statistics and the rounding of sums may differ"
             )
         elif state.num_threads != threads:
-            log(f"this run used {counted(state.num_threads, 'thread')} a process and goes on with {threads}: the rounding of sums may differ")
+            log(f"this run used {counted(state.num_threads, 'thread')} a process and continues with {threads}: the rounding of sums may differ")
         device = checkpoint.state.get("device", runtime.device.type)  # an older dtl did not write it
         if device != runtime.device.type:
-            log(f"this run was on {device} and goes on with {runtime.device.type}: the rounding of sums may differ")
+            log(f"this run was on {device} and continues with {runtime.device.type}: the rounding of sums may differ")
         before, now = checkpoint.state["config"].get("data", {}).get("micro_batch_size", "auto"), config.data.micro_batch_size
         if before != now:
             log(
-                f"this run had data.micro_batch_size {before} and goes on with {now}: the same global batches; batch norm statistics, "
+                f"this run had data.micro_batch_size {before} and continues with {now}: the same global batches; batch norm statistics, "
                 "dropout and the rounding of sums may differ"
             )
     state.world_size, state.num_threads = runtime.world_size, threads
@@ -93,7 +93,7 @@ def check_transforms(state: dict[str, Any], run: Path) -> None:
         if before != now:
             raise UserError(
                 f"{run} was started with version {before} of the {split} transforms, this dtl has version {now}: the same images would give other "
-                f"pixels; go on with the dtl that started it, or {OTHERWISE}"
+                f"pixels; continue with the dtl that started it, or {OTHERWISE}"
             )
 
 
@@ -102,8 +102,8 @@ def check_plan(state: dict[str, Any], run: Path) -> None:
     before = state["plan"]
     if before != PLAN_VERSION:
         raise UserError(
-            f"{run} was started with version {before} of the order of samples, this dtl has version {PLAN_VERSION}: the same epoch would go on with other "
-            f"samples; go on with the dtl that started it, or {OTHERWISE}"
+            f"{run} was started with version {before} of the order of samples, this dtl has version {PLAN_VERSION}: the same epoch would continue with other "
+            f"samples; continue with the dtl that started it, or {OTHERWISE}"
         )
 
 
@@ -127,7 +127,7 @@ def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
 
 def _check_precision(before: str, now: str) -> None:
     if before != now:
-        raise UserError(f"this run was started with precision {before}, here it would be {now}; go on with --precision {before}")
+        raise UserError(f"this run was started with precision {before}, here it would be {now}; continue with --precision {before}")
 
 
 def _shown(value: object) -> str:

@@ -132,10 +132,10 @@ class TrainState:
 def check_format(found: int, what: str) -> None:
     """UserError where `what` (a path, or a name) has the format of another version of dtl."""
     if found > FORMAT:
-        raise UserError(f"{what} was written by a newer dtl (checkpoint format {found}, this dtl reads {FORMAT}): update dtl to go on with this run")
+        raise UserError(f"{what} was written by a newer dtl (checkpoint format {found}, this dtl reads {FORMAT}): update dtl to continue this run")
     if found < FORMAT:
         raise UserError(
-            f"{what} was written by an older dtl (checkpoint format {found}, this dtl reads {FORMAT}): go on with the dtl that started the run, or {OTHERWISE}"
+            f"{what} was written by an older dtl (checkpoint format {found}, this dtl reads {FORMAT}): use the dtl that started the run, or {OTHERWISE}"
         )
 
 

@@ -253,9 +253,7 @@ class CheckpointStore:
                 found.append(f"{path.name}: {problem}")
                 self._log(f"checkpoint {path} is damaged and passed over: {problem}")
         if found:
-            raise UserError(
-                f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): mend the disk, or start the run afresh with --run.resume never"
-            )
+            raise UserError(f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): repair the disk, or restart the run with --run.resume never")
         return None
 
     def at(self, step: int) -> Checkpoint:

@@ -43,7 +43,7 @@ def prepare_destination(place: Path, existing: Existing) -> Path:
 def working_alone(work: Path, place: Path, *, quiet: bool = False) -> Iterator[None]:
     """Hold the working folder; a second packing into the same destination on this node is refused.
 
-    Without locks it goes on, and prints that unless `quiet`: what two processes write there at the same time may be mixed up.
+    Without locks it continues, and prints that unless `quiet`: what two processes write there at the same time may be mixed up.
     """
     with (work / LOCK_NAME).open("a") as file:
         lock = flock(file, wait=False)

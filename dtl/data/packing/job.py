@@ -1,4 +1,4 @@
-"""The working folder of one packing: all that its processes need, on disk, so that they start empty and an interrupted one goes on.
+"""The working folder of one packing: all that its processes need, on disk, so that they start empty and an interrupted one resumes.
 
     job.json           what is packed and how; another job's folder is not gone on with
     names.bin, labels.npy, [images.npy]     the source's columns, mapped by every process

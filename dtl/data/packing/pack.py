@@ -1,7 +1,7 @@
 """Pack a source into shuffled WebDataset shards with a manifest and an index, once, in parallel.
 
 Two passes over the images: the first finds out what each is (size, checksum, content hash, whether it decodes), the second writes the
-shards. Between them everything is decided, so the bytes do not depend on the number of processes, and an interrupted packing goes on.
+shards. Between them everything is decided, so the bytes do not depend on the number of processes, and an interrupted packing resumes.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def _unreadable_message(unreadable: Sequence[tuple[str, str]], total: int) -> st
     shown = "; ".join(f"{path}: {reason}" for path, reason in unreadable[:10])
     more = f"; and {len(unreadable) - 10:,} more" if len(unreadable) > 10 else ""
     noun = "image" if total == 1 else "images"
-    way_out = "mend or remove them, or leave them out with --on-error skip (training: --data.on-error skip)"
+    way_out = "fix or remove them, or leave them out with --on-error skip (training: --data.on-error skip)"
     return f"{len(unreadable):,} of {total:,} {noun} cannot be read: {shown}{more}; {way_out}"
 
 

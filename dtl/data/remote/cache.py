@@ -1,11 +1,11 @@
 """Remote shards on this node's disk: each fetched once for all its processes, checked, whole or not there at all.
 
 FOLDER/SHA256.tar             a shard, of the manifest's size and sha256
-FOLDER/SHA256.HOST.part       one on its way; it counts with its full size. After a kill the next download goes on from it.
+FOLDER/SHA256.HOST.part       one on its way; it counts with its full size. After a kill the next download continues from it.
 FOLDER/SHA256.HOST.lock       held (flock) by the process that fetches it, so it goes with that process
 FOLDER/SHA256.failed          why it could not be fetched, for the samples that come next; forgotten after some minutes
 
-Files are opened, not kept: one that is given up while another process reads it stays readable there, and is fetched again when next needed.
+Files are opened, not kept: one that is evicted while another process reads it stays readable there, and is fetched again when next needed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ShardCache:
     # ---- the plan
 
     def follow(self, uses: ShardUses | None) -> None:
-        """What decides which shards are given up; without it those that were fetched first."""
+        """What decides which shards are evicted; without it those that were fetched first."""
         self.uses = uses
 
     def at(self, epoch: int, step: int) -> None:
@@ -129,7 +129,7 @@ class ShardCache:
     # ---- fetching
 
     def fetch(self, number: int, *, ahead: bool = False) -> bool:
-        """Have the shard on the disk. `ahead` of its use: False where nothing can be given up for it now. Raises Unfetched."""
+        """Have the shard on the disk. `ahead` of its use: False where nothing can be evicted for it now. Raises Unfetched."""
         self._make()
         url, name, final = self.urls[number], self._name(number), self.path(number)
         assert url is not None
@@ -177,7 +177,7 @@ class ShardCache:
     def _reserve(self, number: int, part: Path, *, ahead: bool) -> bool:
         """Make room and take it, by the part's existence. False where only shards that are needed sooner could go.
 
-        Without locks nothing is given up, since others cannot be asked whether they use it. UserError where that leaves no room.
+        Without locks nothing is evicted, since others cannot be asked whether they use it. UserError where that leaves no room.
         """
         while True:
             with self._folder_lock() as locked:
@@ -185,7 +185,7 @@ class ShardCache:
                 room = sum(int(self.bytes[n]) for n in (*tars, *parts)) + int(self.bytes[number]) - self._limit()
                 if room > 0 and not locked:
                     raise UserError(
-                        f"the cache {self.folder} is on a file system without locks, so no shard can be given up there for another; "
+                        f"the cache {self.folder} is on a file system without locks, so no shard can be evicted there for another; "
                         "name a disk of this node with --data.cache-dir, or keep all shards (without --data.cache-gb)"
                     )
                 for other in [n for n in parts if not self._live(self._name(n))]:
@@ -203,7 +203,7 @@ class ShardCache:
                 return False
             if not parts:
                 raise Unfetched(f"{shown(self.urls[number] or '')}: the cache {self.folder} has no room for it; give a larger --data.cache-gb")
-            time.sleep(_WAIT_SECONDS)  # until those on their way have come, and can be given up
+            time.sleep(_WAIT_SECONDS)  # until those on their way have come, and can be evicted
 
     def _victims(self, tars: list[int], number: int, room: int, *, ahead: bool) -> list[int] | None:
         cached = np.array(tars, np.int64)
@@ -289,7 +289,7 @@ class ShardCache:
         """One line a run and node, not one of each loader process: `clean` at the start takes the mark away."""
         with contextlib.suppress(FileExistsError):
             (self.folder / f".{_host()}.no-locks").touch(exist_ok=False)
-            to_stderr(f"the cache {self.folder} is on a file system without locks: processes may fetch a shard twice, and none is given up")
+            to_stderr(f"the cache {self.folder} is on a file system without locks: processes may fetch a shard twice, and none is evicted")
 
     def _refuse_failed(self, name: str) -> None:
         path = self.folder / f"{name}.failed"

@@ -27,7 +27,7 @@ PARALLEL = 4
 
 def prefetcher(cache: ShardCache, uses: ShardUses, *, first: tuple[int, int], until: int) -> Prefetcher | None:
     """A helper for the stretch from step `first` (epoch, step) to time `until`; None where another process has one, or nothing is to be
-    fetched: all shards are here, and none is ever given up.
+    fetched: all shards are here, and none is ever evicted.
     """
     if not cache.options.leader:
         return None

@@ -190,7 +190,7 @@ class _Merged:
             more = f"; and {total - min(len(listed), 10):,} more" if total > min(len(listed), 10) else ""
             raise UserError(
                 f"{total:,} sample{' is' if total == 1 else 's are'} not usable: {text}{more}; "
-                "mend the shards, or leave such samples out with --on-error skip (training: --data.on-error skip)"
+                "repair the shards, or leave such samples out with --on-error skip (training: --data.on-error skip)"
             )
 
     def problems(self, shards: Sequence[Tar]) -> tuple[int, list[tuple[str, str]]]:

@@ -126,7 +126,7 @@ def test_quarantine_leaves_samples_out_and_gives_them_back(copy: Path, packed: P
     for sample in bad:
         damage.flip_bit(copy, sample)
     assert command.run([str(copy)]) == 2
-    assert "3 damaged; mend the shards, or leave these out: dtl verify" in capsys.readouterr().out
+    assert "3 damaged; repair the shards, or leave these out: dtl verify" in capsys.readouterr().out
     assert command.run([str(copy), "--quarantine"]) == 0
     said = capsys.readouterr()
     assert "3 in quarantine" in said.out

@@ -75,7 +75,7 @@ def test_a_check_that_breaks_or_hangs_is_a_finding() -> None:
     (found,) = examine._guarded("gpu", broken, 5.0)
     assert (found.check, found.status, found.summary) == ("gpu", "warn", "could not be checked (RuntimeError: what a driver may say)")
     assert "--quick" in found.fix
-    with pytest.raises(AssertionError, match="a finding without what mends it"):
+    with pytest.raises(AssertionError, match="a finding without a fix"):
         Finding("gpu", "warn", "something is wrong")
     start = time.monotonic()
     (found,) = examine._guarded("run", lambda: time.sleep(3) or [], 0.1)  # type: ignore[func-returns-value]

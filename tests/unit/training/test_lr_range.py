@@ -32,7 +32,7 @@ def test_the_suggestion_is_in_the_fall_a_tenth_of_the_lowest(noise: float) -> No
     lowest = found.lowest
     assert lowest is not None
     assert 4e-2 < found.lrs[lowest] < 4e-1
-    assert f"--phases.all.lr {found.suggestion:.2g}" in found.verdict()
+    assert f"--phases.all.lr {found.suggestion:.2g}" in found.summary()
 
 
 def test_it_stops_soon_after_the_loss_explodes_and_at_nan() -> None:
@@ -42,7 +42,7 @@ def test_it_stops_soon_after_the_loss_explodes_and_at_nan() -> None:
     assert not found.add(0.2, math.nan)
     assert found.diverged
     assert found.losses == [2.0]
-    assert "not finite from the first steps" in found.verdict()
+    assert "not finite from the first steps" in found.summary()
 
 
 def test_a_loss_that_does_not_fall_gives_no_suggestion() -> None:
@@ -50,7 +50,7 @@ def test_a_loss_that_does_not_fall_gives_no_suggestion() -> None:
     for lr in rising_lrs(1e-7, 1.0, 50):
         flat.add(lr, 2.3)
     assert flat.suggestion is None
-    assert flat.verdict() == "phase head: no suggestion, the loss did not fall; try --from and --to other rates, or more --steps"
+    assert flat.summary() == "phase head: no suggestion, the loss did not fall; try --from and --to other rates, or more --steps"
 
 
 def test_rates_rise_by_one_factor_and_the_json_is_whole() -> None:

@@ -367,7 +367,7 @@ def test_many_unreadable_images_are_counted(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "s", {"a": 2, "b": 2})
     for number in range(14):
         (root / "a" / f"bad{number:02d}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"14 of 18 images cannot be read: .*bad09.jpg: [^;]*; and 4 more; mend"):
+    with pytest.raises(UserError, match=r"14 of 18 images cannot be read: .*bad09.jpg: [^;]*; and 4 more; fix"):
         pack(root, tmp_path / "d")
 
 

@@ -256,13 +256,13 @@ def test_a_full_disk_is_told_with_the_numbers(server: Server, tmp_path: Path, mo
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reason: int) -> None:
-    """All shards can be kept there, with one line that says so; none is given up for another."""
+    """All shards can be kept there, with one line that says so; none is evicted for another."""
     monkeypatch.setattr("dtl.files.fcntl.flock", no_locks(reason))
     cache = cache_of(server, tmp_path)
     for again in (False, True):
         for number in range(8):
             assert len(content(cache, number)) == SIZE
-        assert capfd.readouterr().err.count("is on a file system without locks: processes may fetch a shard twice, and none is given up") == (not again)
+        assert capfd.readouterr().err.count("is on a file system without locks: processes may fetch a shard twice, and none is evicted") == (not again)
     other = cache_of(server, tmp_path)
     assert len(content(other, 3)) == SIZE
     assert "without locks" not in capfd.readouterr().err, "one line a run, not one of each process"
@@ -272,7 +272,7 @@ def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch
     (tmp_path / "small").mkdir()
     small = cache_of(server, tmp_path / "small", cache_gb=2 * SIZE / 1e9)
     content(small, 0), content(small, 1)
-    with pytest.raises(UserError, match=r"no shard can be given up there for another; name a disk of this node with --data.cache-dir, or keep all shards"):
+    with pytest.raises(UserError, match=r"no shard can be evicted there for another; name a disk of this node with --data.cache-dir, or keep all shards"):
         content(small, 2)
     assert sorted(small.here()) == [0, 1]
 
