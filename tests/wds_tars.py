@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import tarfile
@@ -9,7 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from tiny_images import encoded
+
+from dtl.data.shards.index import Shards
+from dtl.data.wds.index import index_shards
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], *, kind: int = tarfile.PAX_FORMAT, **facts: Any) -> Path:
@@ -41,3 +47,25 @@ def numbered(path: Path, start: int, count: int, *, classes: int = 3) -> Path:
 
 def with_json(key: str, fields: dict[str, Any], *, seed: int = 0) -> list[tuple[str, bytes]]:
     return [(f"{key}.jpg", encoded(seed=seed, height=12, width=16)), (f"{key}.json", json.dumps(fields).encode())]
+
+
+def indexed(*sources: Path | str, **options: Any) -> Shards:
+    return Shards.open(index_shards(sources, progress=False, **{"processes": 1, **options}).folder)
+
+
+def as_webdataset_reads(paths: list[Path]) -> list[dict[str, Any]]:
+    import webdataset
+
+    found = list(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False))
+    gc.collect()
+    return found
+
+
+def check_like_webdataset(shards: Shards, paths: list[Path], image: str = "jpg") -> None:
+    expected = as_webdataset_reads(paths)
+    assert [shards.key(number) for number in range(shards.num_samples)] == [one["__key__"] for one in expected]
+    assert shards.read(np.arange(shards.num_samples)) == [one[image] for one in expected]
+    assert shards.shard_sizes.sum() == len(expected)
+
+
+interop = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset 1.0.2 leaves the last tar open

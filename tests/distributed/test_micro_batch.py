@@ -43,21 +43,6 @@ def test_not_even_one_image_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in job.err()
 
 
-@pytest.mark.parametrize(
-    ("error", "it_is"),
-    [
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (RuntimeError("could not create a primitive"), True),  # oneDNN under `ulimit -v`, as seen with torch 2.14
-        (MemoryError(), True),
-        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
-    ],
-)
-def test_what_counts_as_out_of_memory_on_a_cpu(error: BaseException, it_is: bool) -> None:
-    from dtl.training.micro_batch import _is_out_of_memory
-
-    assert _is_out_of_memory(error) == it_is
-
-
 def test_a_step_that_runs_out_of_memory_later_says_what_to_do(tmp_path: Path) -> None:
     arguments = [*recipe(tmp_path, fits=16), "--data.micro-batch-size", "30"]
     job = harness.run(arguments, cwd=tmp_path, code=1)

@@ -1,4 +1,4 @@
-"""The benchmarks are found and can be asked for, and two of them run; the loop's runs in tests/unit/training/test_loop_host_waits.py."""
+"""The benchmarks are found and can be asked for, and two of them run; the loop's runs in tests/unit/training/test_loop.py."""
 
 from __future__ import annotations
 

@@ -136,23 +136,3 @@ def test_a_damaged_sample_keeps_its_place(packed: Path, tmp_path: Path, capsys: 
     assert one["order_hash"] == good["order_hash"]
     assert len(one["damaged"]) == 1
     assert "sample 000009 at byte" in one["damaged"][0]
-
-
-def test_the_table(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run([str(packed), "--image-size", "8", "--workers", "0", "--pixels"]) == 0
-    words = capsys.readouterr().out.split()
-    for word in ("expected", "seen", "duplicated", "missing", "damaged", "batches", "pixels"):
-        assert word in words
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--world", "0"], "--world is at least 1"),
-        (["--workers", "-1"], "--workers is at least 0"),
-        (["--world", "70"], "--global-batch-size 64 is smaller than --world 70"),
-    ],
-)
-def test_bad_options(packed: Path, options: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        command.run([str(packed), *options])

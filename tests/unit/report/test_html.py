@@ -17,7 +17,6 @@ import pytest
 from page_reader import Page
 from report_runs import PHASES, make_config, make_run, write_history
 
-from dtl.errors import UserError
 from dtl.report import make_comparison, make_report
 from dtl.report.html import Cell, Table
 from dtl.report.html import page as page_of
@@ -144,22 +143,6 @@ onload = () => {{  // of the whole: the frame and its images are there
     return found
 
 
-def test_numbers_come_from_at_most_so_many_images_and_seconds(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtl.report.examples import Examples
-    from dtl.report.record import read_run
-    from dtl.report.single import about
-
-    monkeypatch.setenv("DTL_CACHE", str(run.path.parent / "cache"))
-    examples, model = Examples.open(read_run(run.path)), run.path / "model"
-    few = examples.predictions(model, max_images=100, seconds=60.0)
-    assert "100 of 360 validation images, drawn at random" in about(few)
-    assert len(few.labels) == len(few.predicted) == few.metrics["num_samples"] == 100
-    assert few.metrics["top1"] == float((few.labels == few.predicted).mean())
-    quick = examples.predictions(model, max_images=360, seconds=0.0)
-    assert quick.num_seen == 32  # one batch
-    assert quick.labels.tolist() == few.labels[:32].tolist()  # drawn by key: the same images every time
-
-
 def test_a_run_without_its_parts_says_what_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_config("run", train=str(tmp_path / "gone")), model=False)
     said: list[str] = []
@@ -207,43 +190,6 @@ def test_a_run_that_ends_with_the_pretext_task_is_asked_about_rotations(tmp_path
     assert "270°" in page.text
 
 
-def test_a_phase_on_cached_features_is_shown_the_images_that_gave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtl.report.examples import Examples
-    from dtl.report.record import read_run
-
-    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
-    phases = {"head": {"train": "head", "epochs": 1, "cache_features": True}, "all": {"train": "all", "epochs": 1}}
-    examples = Examples.open(read_run(make_run(tmp_path / "run", make_config("run", phases=phases), model=False)))
-    head, everything = examples.training_views(num_tiles=6)
-    assert (head.phases, everything.phases) == (("head",), ("all",))
-    assert head.words == "not augmented, since their features were computed once"
-    assert everything.words == ""
-    samples = examples.loaders.plan(0).step_samples(0)[:6]
-    seen = examples._load(examples.loaders.train, examples.loaders.val_transform, samples, epoch=5).images.permute(0, 2, 3, 1).numpy()
-    assert [tile.pixels.tolist() for tile in head.tiles] == seen.tolist()
-
-
-@pytest.mark.parametrize("mixup", [0.0, 0.4])
-def test_small_batches_fill_the_grid_with_those_that_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixup: float) -> None:
-    """The tutorials train with batches of four. Each picture is what the run's own loader made of that sample in that step."""
-    from dtl.report.examples import Examples
-    from dtl.report.record import read_run
-
-    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
-    config = make_config("run", phases={"all": {"train": "all", "epochs": 1, "mixup": mixup}}, global_batch_size=4)
-    examples = Examples.open(read_run(make_run(tmp_path / "run", config, model=False)))
-    (view,) = examples.training_views(num_tiles=10)
-    assert len(view.tiles) == 10
-    loaders = examples.loaders
-    samples = np.concatenate([loaders.plan(0).step_samples(step) for step in range(3)])[:10]
-    assert len(set(samples.tolist())) == 10
-    if not mixup:
-        drawn = examples._load(loaders.train, loaders.train_transform, samples, epoch=0).images.permute(0, 2, 3, 1).numpy()
-        assert [tile.pixels.tolist() for tile in view.tiles] == drawn.tolist()
-    else:
-        assert any(" + " in tile.caption for tile in view.tiles[4:])
-
-
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -281,28 +227,6 @@ def test_a_comparison_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert words in page.text
     write_history(folders[2], [])
     assert "supervised has no evaluation" in Page.read(make_comparison(folders, out=tmp_path / "again")).text
-
-
-def test_mistakes_of_the_user_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtl.commands.report import run as command
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "comparison").mkdir()
-    run = make_run(tmp_path / "runs/report", model=False)
-    other = make_run(tmp_path / "runs/other", model=False)
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    for arguments, words in (
-        ([str(tmp_path / "no")], "no such run folder"),
-        (["reprt"], "no such run folder; did you mean 'runs/report'"),
-        ([str(run), "--out", str(blocked / "x")], "name another folder with --out"),
-        ([str(run), str(other)], "comparison is here already, and no comparison of runs; name another folder with --out"),
-        ([str(other), str(other)], "is given twice"),
-        ([str(run), "--max-images", "0"], "at least one image"),
-        ([str(run), "--seconds", "-1"], "0 or more"),
-    ):
-        with pytest.raises(UserError, match=words):
-            command(arguments)
 
 
 def test_help_and_comparisons_need_no_torch(tmp_path: Path) -> None:

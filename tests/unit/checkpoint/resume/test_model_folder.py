@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dtl
-from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json, save_model_folder
 from dtl.errors import UserError
 
@@ -61,27 +60,6 @@ def test_others_can_read_it_without_dtl(tmp_path: Path) -> None:
     other.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"))
     assert torch.equal(other[0].weight, net[0].weight)
     assert json.loads((tmp_path / "model" / "model.json").read_text())["format"] == 1
-
-
-def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "model", metrics={"top1": 0.5})
-
-    def full(path: Path, value: object) -> tensors_file.FileFacts:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tensors_file, "write_json", full)
-        with pytest.raises(UserError, match=r"could not be written to .*/model: No space left on device"):
-            save(tmp_path / "model")
-    assert os.listdir(tmp_path) == ["model"]
-    assert read_model_json(tmp_path / "model").metrics == {"top1": 0.5}
-    (tmp_path / ".writing-model-1").mkdir()  # of a killed process
-    save(tmp_path / "model", metrics={"top1": 0.75})
-    assert os.listdir(tmp_path) == ["model"]
-    assert read_model_json(tmp_path / "model").metrics == {"top1": 0.75}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"could not be written to .*/file/model: (File exists|Not a directory)"):
-        save(tmp_path / "file" / "model")
 
 
 def test_killed_between_the_renames_the_old_one_is_found(tmp_path: Path) -> None:

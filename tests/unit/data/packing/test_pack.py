@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import io
-import os
 import resource
 import signal
-import stat
 import subprocess
 import sys
 import tarfile
@@ -23,12 +20,11 @@ import pytest
 from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
-from dtl.commands.pack import parse_size, run
 from dtl.data.decoding.decode import decode
 from dtl.data.packing import tasks as pack_tasks
 from dtl.data.packing.job import Job, PackOptions
 from dtl.data.packing.pack import pack as pack_loudly
-from dtl.data.shards.index import Manifest, Shards
+from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 
 
@@ -132,19 +128,6 @@ def test_webdataset_reads_our_shards(packed: Path) -> None:
     gc.collect()
 
 
-@pytest.mark.parametrize("sizes", [(700, 1), (512, 2), (0, 0), (1025, 600)])
-def test_members_are_written_as_webdataset_writes_them(sizes: tuple[int, int]) -> None:
-    import webdataset
-
-    members = {"jpg": b"x" * sizes[0], "cls": b"3" * sizes[1]}
-    theirs, ours = io.BytesIO(), io.BytesIO()
-    with webdataset.TarWriter(theirs, mtime=0, encoder=False) as tar:
-        tar.write({"__key__": "000001", **members})
-    with tarfile.open(fileobj=ours, mode="w|", format=tarfile.USTAR_FORMAT) as mine:
-        pack_tasks.add_sample(mine, "000001", members)
-    assert ours.getvalue() == theirs.getvalue()
-
-
 # --- determinism, parallel and interrupted
 
 
@@ -175,93 +158,6 @@ def test_shard_size_changes_no_order_and_no_identity(source: Path, packed: Path,
     assert len(Shards.open(tmp_path / "d").manifest.shards) == 1
     assert images_of(tmp_path / "d") == images_of(packed)
     assert Shards.open(tmp_path / "d").dataset_id == Shards.open(packed).dataset_id
-
-
-class _Cut(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 6])
-def test_an_interrupted_packing_goes_on(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
-    """Stopped after some of the 5 chunks of reading or of the shards: it is no data set, and the next call does only what is left."""
-    tasks: list[str] = []
-    real = pack_tasks.run_task
-
-    def counting(job: Job, task: dict[str, Any]) -> int:
-        if len(tasks) == stop_after:
-            raise _Cut
-        tasks.append(task["kind"])
-        return real(job, task)
-
-    monkeypatch.setattr(pack_tasks, "run_task", counting)
-    with pytest.raises(_Cut):
-        pack(source, tmp_path / "d", shard_bytes=50_000)
-    with pytest.raises(UserError, match=r"holds no manifest.json"):
-        Shards.open(tmp_path / "d")
-    monkeypatch.undo()
-
-    read: list[int] = []
-    reading = Job.read
-    monkeypatch.setattr(Job, "read", lambda job, sample: read.append(sample) or reading(job, sample))
-    pack(source, tmp_path / "d", shard_bytes=50_000)
-    assert hashes(tmp_path / "d") == hashes(packed)
-    assert len(read) < 300 or stop_after == 0, "300 is reading everything twice"
-
-
-def test_a_finished_shard_that_was_damaged_is_written_again(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pack_tasks.run_task
-
-    def cut(job: Job, task: dict[str, Any]) -> int:
-        if task["kind"] == "shard" and task["number"] == 2:
-            raise _Cut
-        return real(job, task)
-
-    monkeypatch.setattr(pack_tasks, "run_task", cut)
-    with pytest.raises(_Cut):
-        pack(source, tmp_path / "d", shard_bytes=50_000)
-    monkeypatch.undo()
-    shard = tmp_path / "d" / "shard-00001.tar"
-    data = bytearray(shard.read_bytes())
-    data[1000] ^= 1
-    shard.write_bytes(data)
-    pack(source, tmp_path / "d", shard_bytes=50_000)
-    assert hashes(tmp_path / "d") == hashes(packed)
-
-
-def test_an_interrupted_packing_of_other_options_starts_clean(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pack_tasks.run_task
-
-    def cut(job: Job, task: dict[str, Any]) -> int:
-        if task["kind"] == "shard" and task["number"] == 1:
-            raise _Cut
-        return real(job, task)
-
-    monkeypatch.setattr(pack_tasks, "run_task", cut)
-    with pytest.raises(_Cut):
-        pack(source, tmp_path / "d", shard_bytes=30_000)
-    monkeypatch.undo()
-    pack(source, tmp_path / "d", seed=5)
-    pack(source, tmp_path / "fresh", seed=5)
-    assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
-
-
-@pytest.mark.parametrize("again", ["same options", "other options"])
-def test_interrupted_between_the_manifests_of_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
-    root = image_folder(tmp_path / "s", {"a": 20, "b": 20})
-    real = Manifest.write
-    monkeypatch.setattr(Manifest, "write", lambda manifest, folder: _cut() if folder.name == "val" else real(manifest, folder))
-    with pytest.raises(_Cut):
-        pack(root, tmp_path / "d", val_fraction=0.25)
-    monkeypatch.undo()
-    assert (tmp_path / "d" / "train" / "manifest.json").exists()
-    options: dict[str, Any] = {"val_fraction": 0.25} if again == "same options" else {"val_fraction": 0.5, "shard_bytes": 20_000}
-    pack(root, tmp_path / "d", **options)
-    pack(root, tmp_path / "fresh", **options)
-    assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
-
-
-def _cut() -> None:
-    raise _Cut
 
 
 def test_killed_in_the_middle_then_run_again(source: Path, packed: Path, tmp_path: Path) -> None:
@@ -296,22 +192,6 @@ def _alive(process: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def test_a_child_that_dies_is_a_clear_fault(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtl.data import workers as pack_pool
-
-    monkeypatch.setattr(pack_pool, "fresh_python", lambda *_: [sys.executable, "-c", "import os; os._exit(9)"])
-    with pytest.raises(RuntimeError, match="a packing process ended with status 9"):
-        pack(source, tmp_path / "d", processes=2)
-
-
-def test_two_at_once_into_one_folder(source: Path, tmp_path: Path) -> None:
-    from dtl.data.packing.destination import prepare_destination, working_alone
-
-    folder = prepare_destination(tmp_path / "d", "refuse")
-    with working_alone(folder, tmp_path / "d"), pytest.raises(UserError, match="another process is packing into"):
-        pack(source, tmp_path / "d")
 
 
 def test_a_source_that_changes_while_it_is_packed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,74 +366,6 @@ def test_shrinking(tmp_path: Path, option: dict[str, int], expected: tuple[int, 
 # --- the destination
 
 
-def test_a_packed_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
-    pack(root, tmp_path / "d")
-    first = hashes(tmp_path / "d")
-    with pytest.raises(UserError, match=r"holds a packed data set already; choose another folder, or replace it with --overwrite"):
-        pack(root, tmp_path / "d", seed=1)
-    assert hashes(tmp_path / "d") == first
-    pack(root, tmp_path / "d", existing="replace", val_fraction=0.4)
-    assert sorted(entry.name for entry in (tmp_path / "d").iterdir()) == ["train", "val"]
-    pack(root, tmp_path / "d", existing="replace")
-    assert hashes(tmp_path / "d") == first
-
-
-@pytest.mark.parametrize("existing", ["refuse", "replace"])
-def test_a_folder_with_other_things_is_never_touched(tmp_path: Path, existing: str) -> None:
-    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
-    before = hashes(root)
-    with pytest.raises(UserError, match=r"is not empty \(it holds 'a' and more\); choose a new folder"):
-        pack(root, root, existing=existing)
-    (tmp_path / "d" / "train").mkdir(parents=True)
-    (tmp_path / "d" / "train" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not empty"):
-        pack(root, tmp_path / "d", existing=existing)
-    assert hashes(root) == before
-    assert (tmp_path / "d" / "train" / "thesis.tex").exists()
-
-
-def test_destinations_that_cannot_be(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is a file; the destination must be a folder"):
-        pack(root, tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        pack(root, tmp_path / "file" / "below")
-    with pytest.raises(UserError, match="cannot be written"):
-        pack(root, Path("/proc/dtl-test"))
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_one_line_and_gives_the_space_back(tmp_path: Path, processes: int) -> None:
-    root = image_folder(tmp_path / "s", {"a": 40, "b": 40})
-    code = f"""
-import resource, sys
-from dtl.data.packing.pack import pack
-from dtl.errors import UserError
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a file of more fails, as on a full disk
-try:
-    pack({str(root)!r}, {str(tmp_path / "d")!r}, processes={processes}, progress=False)
-except UserError as error:
-    print(error)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.startswith(f"{tmp_path / 'd'}: the disk is full (File too large)"), out.stdout + out.stderr
-    assert out.stderr == ""
-    assert list((tmp_path / "d").iterdir()) == []
-
-
-def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-    from types import SimpleNamespace
-
-    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"the disk has 0.00 GiB free, packing needs 0.00 GiB"):
-        pack(root, tmp_path / "d")
-    assert not list((tmp_path / "d").glob("*.tar"))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -600,47 +412,6 @@ print((peak() - before) / 200_000)
 # --- the command
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = _with_bad_images(tmp_path / "s")
-    assert run([str(root), str(tmp_path / "d"), "--on-error", "skip", "--val-fraction", "0.25", "--processes", "1"]) == 0
-    captured = capsys.readouterr()
-    assert "image folder, 45 images of 2 classes" in captured.err
-    assert "5 images cannot be read and were left out: " in captured.err
-    lines = captured.out.splitlines()
-    assert lines[0] == f"train  30 images, 1 shard, {_mib(tmp_path / 'd' / 'train')}: {tmp_path / 'd' / 'train'}"
-    assert lines[1].startswith("val    10 images")
-    assert lines[2].endswith("5 images left out")
-
-
-def _mib(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.glob('*.tar')) / 2**20:.1f} MiB"
-
-
-def test_command_packs_val_with_the_classes_of_train(tmp_path: Path) -> None:
-    image_folder(tmp_path / "train", {"a": 3, "b": 3, "c": 3})
-    image_folder(tmp_path / "val", {"c": 2}, seed=1)
-    assert run([str(tmp_path / "train"), str(tmp_path / "d1" / "train"), "--quiet"]) == 0
-    assert run([str(tmp_path / "val"), str(tmp_path / "d2"), "--quiet", "--classes-from", str(tmp_path / "d1")]) == 0
-    assert Shards.open(tmp_path / "d2").labels.tolist() == [2, 2]
-    with pytest.raises(UserError, match=r"holds no manifest.json"):
-        run([str(tmp_path / "val"), str(tmp_path / "d3"), "--classes-from", str(tmp_path / "train")])
-
-
-def test_command_tells_and_leaves_out_hidden_files_and_empty_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = image_folder(tmp_path / "s", {"a": 3, "b": 3, "c": 0})
-    (root / "a" / ".hidden.jpg").write_bytes(b"")
-    assert run([str(root), str(tmp_path / "d")]) == 0
-    told = capsys.readouterr().err
-    assert "class folders without an image left out: 'c'" in told
-    assert "1 hidden or system file left out ('a/.hidden.jpg')" in told
-    assert Shards.open(tmp_path / "d").classes == ("a", "b")
-
-
-def test_quiet_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["digits", str(tmp_path / "d"), "--quiet"]) == 0
-    assert capfd.readouterr() == ("", "")
-
-
 def test_help_is_fast_and_without_torch() -> None:
     code = """
 import sys
@@ -657,20 +428,6 @@ except SystemExit:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun < 0.4
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("128MB", 128_000_000), ("128MiB", 2**27), ("1.5 gib", 3 * 2**29), ("64k", 64_000), ("1000", 1000), ("2G", 2 * 10**9)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-def test_sizes_that_are_refused() -> None:
-    for text in ["", "big", "12 parsec", "-5MB", "i", "5i"]:
-        with pytest.raises(UserError, match="not a size"):
-            parse_size(text)
-
-
 def test_real_sets(tmp_path: Path, real_images: Path) -> None:
     report = pack(real_images / "hymenoptera_data", tmp_path / "h", processes=2)
     assert [split.num_samples for split in report.splits] == [245, 153]
@@ -684,33 +441,3 @@ def test_real_sets(tmp_path: Path, real_images: Path) -> None:
     assert flowers.manifest.display_names["101"] == "trumpet creeper"
     assert flowers.manifest.class_counts == (10,) * 16
     assert PackOptions() == PackOptions(**flowers.manifest.made_by["options"])
-
-
-@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_packing_without_locks_goes_on_with_one_line(
-    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
-) -> None:
-    def refuse(*arguments: Any) -> None:
-        raise OSError(reason, os.strerror(reason))
-
-    monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
-    pack(source, tmp_path / "d", shard_bytes=50_000)
-    assert capsys.readouterr().err.count(f"{tmp_path}/d is on a file system without locks: start no second process that writes there") == 1
-    assert hashes(tmp_path / "d") == hashes(packed)
-
-
-@pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
-def test_packing_into_a_folder_that_cannot_be_synced(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
-    real, refused = os.fsync, []
-
-    def fsync(number: int) -> None:
-        if stat.S_ISDIR(os.fstat(number).st_mode):
-            refused.append(number)
-            raise OSError(reason, os.strerror(reason))
-        real(number)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    pack(source, tmp_path / "d", shard_bytes=50_000)
-    assert refused
-    assert hashes(tmp_path / "d") == hashes(packed)
-    assert Shards.open(tmp_path / "d").num_samples == Shards.open(packed).num_samples

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import multiprocessing
 import os
 import pickle
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,24 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_server import Server
+from cached_shards import NUM, SAMPLES, SIZE, cache_of, content, make, used, uses_of
 from harness import wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtl.data.remote import cache as shard_cache
-from dtl.data.remote import cache_space as cache_room
 from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.address import RemoteOptions
 from dtl.data.remote.cache import ShardCache, open_cache
-from dtl.data.remote.cache_space import Demand, divide
 from dtl.data.remote.fetch import Unfetched
-from dtl.data.remote.prefetch import Prefetcher
-from dtl.data.remote.schedule import ShardUses
 from dtl.data.sampling.plan import EpochPlan
-from dtl.data.shards.manifest import Manifest, Shard
 from dtl.errors import UserError
-
-NUM, SIZE, SAMPLES = 8, 20_000, 10
 
 
 @pytest.fixture(autouse=True)
@@ -43,40 +35,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
 
 
-def make(folder: Path, address: str) -> Manifest:
-    folder.mkdir(exist_ok=True)
-    shards = []
-    for number in range(NUM):
-        data = np.random.default_rng(number).bytes(SIZE)
-        (folder / f"s-{number}.tar").write_bytes(data)
-        shards.append(Shard(f"{address}/s-{number}.tar", SAMPLES, SIZE, hashlib.sha256(data).hexdigest()))
-    return Manifest(1, ("a",), {}, tuple(shards), (NUM * SAMPLES,), "id", "x", {})
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "www") as running:
         make(tmp_path / "www", running.url)
         yield running
-
-
-def cache_of(server: Server, tmp_path: Path, **options: Any) -> ShardCache:
-    made = open_cache(make(tmp_path / "www", server.url), tmp_path, RemoteOptions(cache_dir=str(tmp_path / "cache"), **{"retries": 1, **options}))
-    assert made is not None
-    return made
-
-
-def content(cache: ShardCache, number: int) -> bytes:
-    found = cache.open(number)
-    try:
-        return os.pread(found, 2 * SIZE, 0)
-    finally:
-        os.close(found)
-
-
-def uses_of(*, window: int = SAMPLES, behind: int = 0, shuffle: bool = True) -> ShardUses:
-    plan = EpochPlan(np.full(NUM, SAMPLES), seed=1, epoch=0, global_batch_size=SAMPLES, window=window, shuffle=shuffle)
-    return ShardUses.of(plan, behind=behind)
 
 
 def test_fetched_once_and_read_as_it_is(server: Server, tmp_path: Path) -> None:
@@ -147,10 +110,6 @@ def test_a_failure_is_told_for_a_while_without_asking_again(server: Server, tmp_
 # --- the limit
 
 
-def used(cache: ShardCache) -> int:
-    return sum(path.stat().st_size for path in cache.folder.glob("[0-9a-f]*"))
-
-
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, NUM), st.sampled_from([5, 10, 15, 30]), st.booleans())
 def test_the_limit_is_kept_and_the_fewest_are_fetched(tmp_path_factory: pytest.TempPathFactory, room: int, window: int, shuffle: bool) -> None:
@@ -219,41 +178,6 @@ def test_stale_parts_give_way(server: Server, tmp_path: Path) -> None:
 # --- told before the first step
 
 
-def test_shares_of_a_limit(server: Server, tmp_path: Path) -> None:
-    train, val = cache_of(server, tmp_path), cache_of(server, tmp_path)
-    train_uses, val_uses = uses_of(window=20), uses_of(shuffle=False)
-    assert train_uses.most_at_once(train.bytes, 0) == (2 * SIZE, 2)
-    assert val_uses.most_at_once(val.bytes, 0) == (SIZE, 1)
-    demands = [Demand("data.train", train, train_uses, 3), Demand("data.val", val, val_uses)]
-    divide(demands, None)
-    assert (train.limit, val.limit) == (None, None)
-    divide(demands, 100 * SIZE)
-    assert (train.limit, val.limit) == (NUM * SIZE, NUM * SIZE)
-    needed = [demand.least()[0] for demand in demands]
-    divide(demands, sum(needed))
-    assert [train.limit, val.limit] == needed
-    divide(demands, sum(needed) + 2 * SIZE)
-    assert sum((train.limit or 0, val.limit or 0)) == sum(needed) + 2 * SIZE
-    with pytest.raises(UserError) as caught:
-        divide(demands, sum(needed) - 1)
-    assert f"{needed[0] // SIZE} of 8 shards, {needed[0] / 1e6:.1f} MB, of a window of 20 shuffled samples" in str(caught.value)
-    assert f"give --data.cache-gb {sum(needed) / 1e9:.5f} or more, or a smaller --data.window" in str(caught.value)
-
-
-def test_a_full_disk_is_told_with_the_numbers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Usage:
-        free = 3 * SIZE
-
-    monkeypatch.setattr(cache_room.shutil, "disk_usage", lambda place: Usage)
-    cache = cache_of(server, tmp_path)
-    with pytest.raises(UserError, match=r"data.train: its shards need 0.2 MB more in the cache .*, where 0.1 MB are free; name another disk") as caught:
-        divide([Demand("data.train", cache, uses_of())], None)
-    assert "--data.cache-gb (0.00002 or more)" in str(caught.value)
-    for number in range(5):
-        content(cache, number)
-    divide([Demand("data.train", cache, uses_of())], None)
-
-
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reason: int) -> None:
     """All shards can be kept there, with one line that says so; none is evicted for another."""
@@ -304,32 +228,3 @@ def no_locks(reason: int) -> Callable[..., None]:
         raise OSError(reason, os.strerror(reason))
 
     return refuse
-
-
-# --- the helper
-
-
-def test_the_helper_fetches_in_the_order_of_the_plan_and_ends_with_its_input(server: Server, tmp_path: Path) -> None:
-    cache = cache_of(server, tmp_path, cache_gb=6 * SIZE / 1e9)
-    uses = uses_of()
-    order = uses.order(0, uses.time(1, 0)).tolist()
-    helper = Prefetcher(cache, uses, until=uses.time(1, 0))
-    try:
-        _until(lambda: len(cache.here()) == 6)
-        time.sleep(0.2)
-        assert sorted(cache.here().tolist()) == sorted(order[:6]), "what does not fit waits"
-        helper.at(0, 2)
-        _until(lambda: sorted(cache.here().tolist()) == sorted(order[2:]))
-        assert used(cache) <= 6 * SIZE
-    finally:
-        helper.close()
-    assert helper._process.returncode is not None
-    helper.at(0, 3)  # nobody listens any more, which is no error
-    gc.collect()
-
-
-def _until(condition: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -199,106 +196,6 @@ def test_what_is_missing_is_none(server: Server) -> None:
     assert fetch_bytes(f"{server.url}/a.tar", options=OPTIONS) == DATA
 
 
-def test_a_redirect_is_followed(server: Server) -> None:
-    server.plan["b.tar"] = ["302 a.tar"]
-    assert fetch_bytes(f"{server.url}/b.tar", options=OPTIONS) == DATA
-
-
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("file://{tmp}/secret", "Redirection to url '{address}' is not allowed"),
-        ("file://localhost{tmp}/secret", "Redirection to url '{address}' is not allowed"),
-        ("data:,secret", "Redirection to url '{address}' is not allowed"),
-        ("ftp://127.0.0.1/secret", "unknown url type: ftp"),
-    ],
-)
-def test_a_redirect_never_leads_to_a_local_file(server: Server, tmp_path: Path, address: str, said: str) -> None:
-    (tmp_path / "secret").write_text("secret")
-    address, file = address.format(tmp=tmp_path), io.BytesIO()
-    server.always["a.tar"] = f"302 {address}"
-    with pytest.raises(Unfetched) as caught:
-        fetch(f"{server.url}/a.tar", file, options=OPTIONS)
-    assert str(caught.value).endswith(f"{said.format(address=address)} (1 try)")
-    assert file.getvalue() == b""
-    assert {name for name, _, _ in server.requests} == {"a.tar"}
-
-
-def test_proxies_of_the_environment_are_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", server.url)
-    (server.folder / "http:").mkdir()
-    with pytest.raises(Unfetched, match="HTTP 404"):
-        fetch("http://elsewhere.invalid/a.tar", io.BytesIO(), options=OPTIONS)
-    assert [name for name, _, _ in server.requests] == ["http://elsewhere.invalid/a.tar"]
-
-
-# --- commands
-
-
-def piped(command: str, **facts: object) -> bytes:
-    file = io.BytesIO()
-    fetch(f"pipe:{command}", file, options=RemoteOptions(retries=1, timeout=1.0), **facts)  # type: ignore[arg-type]
-    return file.getvalue()
-
-
-def test_the_output_of_a_command(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(DATA)
-    assert piped(f"cat {tmp_path}/a.tar") == DATA
-    assert piped(f"cat < {tmp_path}/a.tar | cat", size=len(DATA), sha256=SHA) == DATA
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("cat {tmp}/a.tar; exit 3", "the command ended with status 3 (2 tries)"),
-        ("cat {tmp}/a.tar; echo 'no such bucket' >&2; false", "the command ended with status 1: no such bucket (2 tries)"),
-        ("cat {tmp}/nothing | cat", "the command ended with status 1: cat: {tmp}/nothing: No such file or directory (2 tries)"),
-        ("no-such-program", "command not found (1 try)"),
-        ("kill -9 $$", "the command was ended by signal 9 (2 tries)"),
-        ("sleep 20", "the command gave no byte for 1 s (2 tries)"),
-    ],
-)
-def test_a_failing_command_is_an_error(tmp_path: Path, command: str, said: str) -> None:
-    """Webdataset takes its output for whole."""
-    (tmp_path / "a.tar").write_bytes(DATA)
-    with pytest.raises(Unfetched) as caught:
-        piped(command.format(tmp=tmp_path))
-    assert str(caught.value).endswith(said.format(tmp=tmp_path))
-
-
-def test_nothing_is_left_running(tmp_path: Path) -> None:
-    with pytest.raises(Unfetched):
-        piped(f"(sleep 30; echo) & echo $! > {tmp_path}/pid; wait")
-    assert not _runs(int((tmp_path / "pid").read_text()))
-
-
-# --- fsspec
-
-
-def test_what_fsspec_reads(tmp_path: Path) -> None:
-    import fsspec
-
-    with fsspec.open("memory://bucket/a.tar", "wb") as file:
-        file.write(DATA)
-    for url in ("memory://bucket/a.tar", f"file://{tmp_path}/a.tar"):
-        (tmp_path / "a.tar").write_bytes(DATA)
-        for begin in (b"", DATA[:1000]):
-            buffer = io.BytesIO(begin)
-            assert fetch(url, buffer, options=OPTIONS, size=len(DATA), sha256=SHA) == Fetched(len(DATA), SHA)
-            assert buffer.getvalue() == DATA
-    with pytest.raises(Unfetched, match=r"file://.*/b.tar cannot be fetched: it is not there \(1 try\)"):
-        fetch(f"file://{tmp_path}/b.tar", io.BytesIO(), options=OPTIONS)
-
-
-def test_a_file_system_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fsspec.registry import _registry
-
-    monkeypatch.setitem(sys.modules, "gcsfs", None)  # wherever it is installed
-    monkeypatch.delitem(_registry, "gs", raising=False)  # ... and was used
-    with pytest.raises(Unfetched, match=r"reading gs:// needs another package \(Please install gcsfs"):
-        fetch("gs://bucket/a.tar", io.BytesIO(), options=OPTIONS)
-
-
 # --- names
 
 
@@ -311,26 +208,3 @@ def test_names() -> None:
     assert base_name("pipe:aws s3 cp s3://b/t-01.tar -") == "t-01.tar"
     assert without_query("https://u:p@x:8/y?z#w") == "https://x:8/y"
     assert shown("https://u:p@x/y?z") == "https://x/y?..."
-
-
-def test_a_killed_process_leaves_no_command_behind(tmp_path: Path) -> None:
-    code = (
-        "import io; from dtl.data.remote.fetch import fetch; from dtl.data.remote.address import RemoteOptions;"
-        f"fetch('pipe:echo $$ > {tmp_path}/pid; while true; do printf 0123456789; sleep 0.05; done', io.BytesIO(), options=RemoteOptions())"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip(), what="the command")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    number = int((tmp_path / "pid").read_text())
-    assert not _runs(number), "its next write should have ended it"
-
-
-def _runs(number: int) -> bool:
-    """Whether it still does after a while."""
-    stat = Path(f"/proc/{number}/stat")
-    for _ in range(100):
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return False
-        time.sleep(0.02)
-    return True

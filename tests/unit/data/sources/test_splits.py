@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from tiny_images import encoded, image_folder
 
 from dtl.data.open import packed_folder
-from dtl.data.remote.address import RemoteOptions
-from dtl.data.shards import mirror
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.sources.open import open_source
-from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, addresses_to_try, group_by_split, split_in, split_named
+from dtl.data.sources.splits import SPLIT_WORDS, addresses_to_try, group_by_split, split_in, split_named
 from dtl.data.verify import folders_to_verify
 from dtl.data.wds.find import shards_for_training
 from dtl.errors import UserError
@@ -222,12 +220,3 @@ def test_a_class_that_keeps_its_archive_holds_no_shards(tmp_path: Path) -> None:
         (tmp_path / name / "images.tar").touch()
     assert shards_for_training(tmp_path, "train") is None
     assert open_source(tmp_path).classes == ("test_positive", "train_ticket")
-
-
-@pytest.mark.parametrize(("train", "other"), GRID)
-def test_packed_shards_elsewhere(train: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {f"https://host/data/{name}/{MANIFEST_NAME}": name.encode() for name in (train, other)}
-    monkeypatch.setattr(mirror, "fetch_bytes", lambda url, *, options: there.get(url))
-    for split, name in (("train", train), ("val", other)):
-        found = mirror.find_remote_folder("https://host/data", SERVES_AS[split], options=RemoteOptions())
-        assert found == (f"https://host/data/{name}", name.encode())

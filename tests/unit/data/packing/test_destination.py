@@ -1,0 +1,147 @@
+"""The folder that is packed into: what may be there, and errors of the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_images import image_folder
+
+from dtl.data.packing.pack import pack as pack_loudly
+from dtl.data.shards.index import Shards
+from dtl.errors import UserError
+
+
+def pack(source: Path | str, destination: Path, **options: Any) -> Any:
+    return pack_loudly(source, destination, progress=False, **{"processes": 1, **options})
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every file below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("source") / "photos", {"ant": 60, "bee": 50, "cat": 40})
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(source, folder, shard_bytes=50_000)
+    return folder
+
+
+def test_two_at_once_into_one_folder(source: Path, tmp_path: Path) -> None:
+    from dtl.data.packing.destination import prepare_destination, working_alone
+
+    folder = prepare_destination(tmp_path / "d", "refuse")
+    with working_alone(folder, tmp_path / "d"), pytest.raises(UserError, match="another process is packing into"):
+        pack(source, tmp_path / "d")
+
+
+def test_a_packed_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    pack(root, tmp_path / "d")
+    first = hashes(tmp_path / "d")
+    with pytest.raises(UserError, match=r"holds a packed data set already; choose another folder, or replace it with --overwrite"):
+        pack(root, tmp_path / "d", seed=1)
+    assert hashes(tmp_path / "d") == first
+    pack(root, tmp_path / "d", existing="replace", val_fraction=0.4)
+    assert sorted(entry.name for entry in (tmp_path / "d").iterdir()) == ["train", "val"]
+    pack(root, tmp_path / "d", existing="replace")
+    assert hashes(tmp_path / "d") == first
+
+
+@pytest.mark.parametrize("existing", ["refuse", "replace"])
+def test_a_folder_with_other_things_is_never_touched(tmp_path: Path, existing: str) -> None:
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    before = hashes(root)
+    with pytest.raises(UserError, match=r"is not empty \(it holds 'a' and more\); choose a new folder"):
+        pack(root, root, existing=existing)
+    (tmp_path / "d" / "train").mkdir(parents=True)
+    (tmp_path / "d" / "train" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not empty"):
+        pack(root, tmp_path / "d", existing=existing)
+    assert hashes(root) == before
+    assert (tmp_path / "d" / "train" / "thesis.tex").exists()
+
+
+def test_destinations_that_cannot_be(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file; the destination must be a folder"):
+        pack(root, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        pack(root, tmp_path / "file" / "below")
+    with pytest.raises(UserError, match="cannot be written"):
+        pack(root, Path("/proc/dtl-test"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_one_line_and_gives_the_space_back(tmp_path: Path, processes: int) -> None:
+    root = image_folder(tmp_path / "s", {"a": 40, "b": 40})
+    code = f"""
+import resource, sys
+from dtl.data.packing.pack import pack
+from dtl.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a file of more fails, as on a full disk
+try:
+    pack({str(root)!r}, {str(tmp_path / "d")!r}, processes={processes}, progress=False)
+except UserError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith(f"{tmp_path / 'd'}: the disk is full (File too large)"), out.stdout + out.stderr
+    assert out.stderr == ""
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"the disk has 0.00 GiB free, packing needs 0.00 GiB"):
+        pack(root, tmp_path / "d")
+    assert not list((tmp_path / "d").glob("*.tar"))
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_packing_without_locks_goes_on_with_one_line(
+    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert capsys.readouterr().err.count(f"{tmp_path}/d is on a file system without locks: start no second process that writes there") == 1
+    assert hashes(tmp_path / "d") == hashes(packed)
+
+
+@pytest.mark.parametrize("reason", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_packing_into_a_folder_that_cannot_be_synced(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    real, refused = os.fsync, []
+
+    def fsync(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            refused.append(number)
+            raise OSError(reason, os.strerror(reason))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert refused
+    assert hashes(tmp_path / "d") == hashes(packed)
+    assert Shards.open(tmp_path / "d").num_samples == Shards.open(packed).num_samples

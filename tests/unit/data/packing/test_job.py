@@ -1,0 +1,125 @@
+"""An interrupted packing resumes from its working folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_images import image_folder
+
+from dtl.data.packing import tasks as pack_tasks
+from dtl.data.packing.job import Job
+from dtl.data.packing.pack import pack as pack_loudly
+from dtl.data.shards.index import Manifest, Shards
+from dtl.errors import UserError
+
+
+def pack(source: Path | str, destination: Path, **options: Any) -> Any:
+    return pack_loudly(source, destination, progress=False, **{"processes": 1, **options})
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every file below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("source") / "photos", {"ant": 60, "bee": 50, "cat": 40})
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(source, folder, shard_bytes=50_000)
+    return folder
+
+
+class _Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 6])
+def test_an_interrupted_packing_goes_on(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+    """Stopped after some of the 5 chunks of reading or of the shards: it is no data set, and the next call does only what is left."""
+    tasks: list[str] = []
+    real = pack_tasks.run_task
+
+    def counting(job: Job, task: dict[str, Any]) -> int:
+        if len(tasks) == stop_after:
+            raise _Cut
+        tasks.append(task["kind"])
+        return real(job, task)
+
+    monkeypatch.setattr(pack_tasks, "run_task", counting)
+    with pytest.raises(_Cut):
+        pack(source, tmp_path / "d", shard_bytes=50_000)
+    with pytest.raises(UserError, match=r"holds no manifest.json"):
+        Shards.open(tmp_path / "d")
+    monkeypatch.undo()
+
+    read: list[int] = []
+    reading = Job.read
+    monkeypatch.setattr(Job, "read", lambda job, sample: read.append(sample) or reading(job, sample))
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert hashes(tmp_path / "d") == hashes(packed)
+    assert len(read) < 300 or stop_after == 0, "300 is reading everything twice"
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pack_tasks.run_task
+
+    def cut(job: Job, task: dict[str, Any]) -> int:
+        if task["kind"] == "shard" and task["number"] == 2:
+            raise _Cut
+        return real(job, task)
+
+    monkeypatch.setattr(pack_tasks, "run_task", cut)
+    with pytest.raises(_Cut):
+        pack(source, tmp_path / "d", shard_bytes=50_000)
+    monkeypatch.undo()
+    shard = tmp_path / "d" / "shard-00001.tar"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert hashes(tmp_path / "d") == hashes(packed)
+
+
+def test_an_interrupted_packing_of_other_options_starts_clean(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pack_tasks.run_task
+
+    def cut(job: Job, task: dict[str, Any]) -> int:
+        if task["kind"] == "shard" and task["number"] == 1:
+            raise _Cut
+        return real(job, task)
+
+    monkeypatch.setattr(pack_tasks, "run_task", cut)
+    with pytest.raises(_Cut):
+        pack(source, tmp_path / "d", shard_bytes=30_000)
+    monkeypatch.undo()
+    pack(source, tmp_path / "d", seed=5)
+    pack(source, tmp_path / "fresh", seed=5)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("again", ["same options", "other options"])
+def test_interrupted_between_the_manifests_of_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+    root = image_folder(tmp_path / "s", {"a": 20, "b": 20})
+    real = Manifest.write
+    monkeypatch.setattr(Manifest, "write", lambda manifest, folder: _cut() if folder.name == "val" else real(manifest, folder))
+    with pytest.raises(_Cut):
+        pack(root, tmp_path / "d", val_fraction=0.25)
+    monkeypatch.undo()
+    assert (tmp_path / "d" / "train" / "manifest.json").exists()
+    options: dict[str, Any] = {"val_fraction": 0.25} if again == "same options" else {"val_fraction": 0.5, "shard_bytes": 20_000}
+    pack(root, tmp_path / "d", **options)
+    pack(root, tmp_path / "fresh", **options)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
+
+
+def _cut() -> None:
+    raise _Cut
