@@ -8,7 +8,8 @@ traced instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def build(name: str, *, num_classes: int, init: Init = "default", options: dict[
     def construct(count: int) -> nn.Module:
         return _construct(entry, count, arguments)
 
-    module = build_on_meta(lambda: construct(num_classes)) if meta else construct(num_classes)
+    with _named_when_it_raises(entry):
+        module = build_on_meta(lambda: construct(num_classes)) if meta else construct(num_classes)
     preprocessing = entry.preprocessing(module)
     heads = _find_heads(entry, module, construct, options, image_size=preprocessing.image_size)
     network = Network(module=module, name=entry.name, heads=heads, preprocessing=preprocessing, options=options)
@@ -84,13 +86,27 @@ def _construct(entry: catalog.Entry, num_classes: int, arguments: dict[str, Any]
     return module
 
 
+@contextmanager
+def _named_when_it_raises(entry: catalog.Entry) -> Iterator[None]:
+    """Errors of a user's function as UserError. Around `build_on_meta`, which needs to see them as they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if entry.library != "function":
+            raise
+        raise UserError(f"model {entry.name!r}: the function raised {catalog.raised(error)}") from error
+
+
 def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Callable[[int], nn.Module], options: dict[str, Any], *, image_size: int) -> tuple[str, ...]:
     advice = "name its layer with the option head, for instance {head: fc}"
     if "head" in options:
         return _chosen_head(entry.name, module, str(options["head"]))
     heads: tuple[str, ...] = ()
     if entry.takes_num_classes:
-        heads = _known_heads(entry.name, repr(sorted(options.items())), construct)
+        with _named_when_it_raises(entry):
+            heads = _known_heads(entry.name, repr(sorted(options.items())), construct)
     if not heads:
         try:
             heads = _heads_by_tracing(module, image_size)

@@ -153,3 +153,17 @@ def test_mistakes_are_one_clear_line(model: Path, tmp_path: Path, arguments: lis
         run([one.format(model=model, tmp=tmp_path) for one in arguments])
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("**/o.csv"))
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real = tmp_path / "out.csv", Path.open
+    out.write_text("old")
+
+    def full(path: Path, *given: Any, **named: Any) -> Any:
+        return real(Path("/dev/full") if path.name.startswith(".out.csv") else path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"^--out .*out\.csv: cannot be written: No space left on device$"):
+        run([str(model), str(photos), "--out", str(out), "--workers", "0"])
+    assert out.read_text() == "old"
+    assert [one.name for one in tmp_path.glob("*out*")] + [one.name for one in tmp_path.glob(".*")] == ["out.csv"]

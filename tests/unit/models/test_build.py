@@ -130,6 +130,20 @@ class Odd(Fixed):
 
 def nothing(num_classes):
     return "no network"
+
+def broken(num_classes):
+    widths = {}
+    return nn.Linear(widths["last"], num_classes)
+
+def mistyped(num_classes):
+    return nn.Linear("8", num_classes)
+
+def four_only(num_classes):
+    if num_classes != 4:
+        raise ValueError("four classes,\\n or none")
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+
+number = 3
 """
 
 
@@ -166,6 +180,14 @@ def test_a_users_function(mine: str) -> None:
         ("no_such_package:f", {}, "cannot import 'no_such_package'"),
         ("my_networks:count", {}, "has no function 'count'; did you mean counted?"),
         ("my_networks:nothing", {}, "returned a str, not a torch.nn.Module"),
+        ("my_networks:number", {}, "has no function 'number'"),
+        ("my_networks:", {}, "has no function ''"),
+        (":counted", {}, "importing '' raised ValueError: Empty module name"),
+        ("my_networks:broken", {}, r"model 'my_networks:broken': the function raised KeyError: 'last' \(.*my_networks\.py:\d+\)"),
+        ("my_networks:mistyped", {}, r"the function raised TypeError: .*my_networks\.py:\d+\)"),
+        ("my_networks:four_only", {}, r"the function raised ValueError: four classes, or none \(.*my_networks\.py:\d+\)"),
+        ("collections:OrderedDict", {}, "model 'collections:OrderedDict': OrderedDict is a builtin without a signature; give a Python function"),
+        ("builtins:dict", {}, "dict is a builtin without a signature"),
         ("my_networks:Choosy", {}, "its head was not found .* name its layer with the option head"),
         ("my_networks:Odd", {}, "no linear layer or 1x1 convolution gives its output; name its layer with the option head"),
     ],
@@ -173,6 +195,21 @@ def test_a_users_function(mine: str) -> None:
 def test_mistakes_are_told(mine: str, name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message if ".*" in message else re.escape(message)) as caught:
         build(name, num_classes=4, options=options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n1 / 0\n", r"importing 'failing' raised ZeroDivisionError: .*failing\.py:2\)"),
+        ("def f(:\n", r"importing 'failing' raised SyntaxError: .*failing\.py, line 1\)"),
+        ("import sys\nsys.exit(0)\n", r"importing 'failing' raised SystemExit: 0 .*failing\.py:2\)"),
+    ],
+)
+def test_a_module_that_fails_at_its_import(mine: str, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "failing.py").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        build("failing:f", num_classes=4)
     assert "\n" not in str(caught.value)
 
 
