@@ -219,7 +219,7 @@ def _csv_column(lines: Sequence[str]) -> Iterable[str] | None:
 
 def _without_label(line: str) -> str:
     """A training list has a label behind each path; a path may have spaces."""
-    first, _, _ = line.rpartition(" ") if " " in line else line.rpartition("\t")
+    first = line.rsplit(maxsplit=1)[0]
     if not _looks_like_image(line) and _looks_like_image(first):
         line = first
     return line.strip("\"'")

@@ -25,7 +25,10 @@ def write_csv(runs: Sequence[str | Path], file: str | Path) -> int:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}; give a run folder (runs/NAME)") from error
         for line in lines:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # torn by a kill
             if event.get("event") in EVENTS:
                 rows.append({"run": run.name, **{key: value for key, value in event.items() if not isinstance(value, list | dict)}})
     columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]

@@ -1,0 +1,48 @@
+"""Tables of strings: exact on the way to a file and back, and refused where the file is not whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtl.data.shards.strings import StringTable
+from dtl.errors import UserError
+
+NAMES = ["a", "", "ä/ö.jpg", os.fsdecode(b"not-utf8-\xff"), "line\nbreak"]
+
+
+def test_strings_come_back_from_a_file(tmp_path: Path) -> None:
+    StringTable.build(NAMES).write(tmp_path / "names")
+    table = StringTable.read(tmp_path / "names")
+    assert [table[number] for number in range(len(table))] == NAMES
+
+
+@pytest.mark.parametrize("names", [[], [""], ["", "", ""]])
+def test_nothing_but_emptiness(names: list[str], tmp_path: Path) -> None:
+    StringTable.build(names).write(tmp_path / "names")
+    table = StringTable.read(tmp_path / "names")
+    assert [table[number] for number in range(len(table))] == names
+
+
+def test_join_and_take() -> None:
+    joined = StringTable.join([StringTable.build(NAMES[:2]), StringTable.build([]), StringTable.build(NAMES[2:])])
+    assert [joined[number] for number in range(len(joined))] == NAMES
+    taken = joined.take(np.array([4, 0, 4, 1]))
+    assert [taken[number] for number in range(len(taken))] == [NAMES[4], NAMES[0], NAMES[4], NAMES[1]]
+    assert len(StringTable.join([])) == 0
+
+
+def test_a_file_that_is_not_whole_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
+    place = tmp_path / "names"
+    StringTable.build(NAMES).write(place)
+    whole = place.read_bytes()
+    for size in range(len(whole)):
+        place.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"is not a table of names|is cut short|bytes where"):
+            StringTable.read(place)
+    place.write_bytes(whole + b"x")
+    with pytest.raises(UserError, match=f"has {len(whole) + 1} bytes where {len(whole)} are expected"):
+        StringTable.read(place)
