@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dtl.checkpoint.transfer.apply import load_pretrained
 from dtl.checkpoint.transfer.report import TransferReport
 from dtl.config import resolve_config
-from dtl.config.models import AugmentConfig
+from dtl.config.models import AugmentConfig, DataConfig
 from dtl.data.loading.batch import Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.open import open_split
@@ -120,7 +120,7 @@ def build_loader(
     """
     if split not in ("train", "val"):
         raise UserError(f"split is {split!r}; it must be train or val")
-    shards = open_split(source, split=split, cache_dir=cache_dir)
+    shards = open_split(source, DataConfig(cache_dir=None if cache_dir is None else str(cache_dir)), split=split)
     training = split == "train"
     transform = train_transform(image_size=image_size, augment=augment or AugmentConfig()) if training else eval_transform(image_size=image_size)
     return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size, decode_on)

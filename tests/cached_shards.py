@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from bad_server import Server
 
-from dtl.data.remote.address import RemoteOptions
+from dtl.config.models import DataConfig
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.schedule import ShardUses
 from dtl.data.sampling.plan import EpochPlan
@@ -30,7 +30,7 @@ def make(folder: Path, address: str) -> Manifest:
 
 
 def cache_of(server: Server, tmp_path: Path, **options: Any) -> ShardCache:
-    made = open_cache(make(tmp_path / "www", server.url), tmp_path, RemoteOptions(cache_dir=str(tmp_path / "cache"), **{"retries": 1, **options}))
+    made = open_cache(make(tmp_path / "www", server.url), tmp_path, DataConfig(cache_dir=str(tmp_path / "cache"), **{"retries": 1, **options}))
     assert made is not None
     return made
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_images import encoded
 
+from dtl.config.models import DataConfig
 from dtl.data.shards.index import Shards
 from dtl.data.wds.index import index_shards
 
@@ -50,7 +51,8 @@ def with_json(key: str, fields: dict[str, Any], *, seed: int = 0) -> list[tuple[
 
 
 def indexed(*sources: Path | str, **options: Any) -> Shards:
-    return Shards.open(index_shards(sources, progress=False, **{"processes": 1, **options}).folder)
+    data = {key: str(value) if isinstance(value := options.pop(key), Path) else value for key in list(options) if key in DataConfig.model_fields}
+    return Shards.open(index_shards(sources, DataConfig(**data), progress=False, **{"processes": 1, **options}).folder)
 
 
 def as_webdataset_reads(paths: list[Path]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.text import OptionParser
+from dtl.text import OptionParser, to_nobody
 
 if TYPE_CHECKING:
     from dtl.inference.images import ImageInputs
@@ -74,9 +74,7 @@ def _images_of(run_folder: Path | None) -> ImageInputs | None:
     if source is None or "://" in source or source.startswith("pipe:"):
         return None
     try:
-        shards = open_split(
-            source, split="val", cache_dir=data.cache_dir, names=data.names, on_error=data.on_error, val_fraction=fraction, log=lambda line: None
-        )
+        shards = open_split(source, data.model_copy(update={"val_fraction": fraction}), split="val", log=to_nobody)
         return find_images([str(shards.folder)])
     except UserError:
         return None

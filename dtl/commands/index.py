@@ -28,23 +28,21 @@ examples:
 def run(arguments: list[str]) -> int:
     """The command. UserError for whatever is wrong with the shards or the options."""
     options = _parser().parse_args(arguments)
+    from dtl.config.models import DataConfig
     from dtl.data.open import describe_index
-    from dtl.data.remote.address import RemoteOptions
     from dtl.data.wds.index import index_shards
     from dtl.data.wds.labels import read_classes
 
     report = index_shards(
         options.tars,
+        DataConfig(on_error=options.on_error, names=options.names, retries=options.retries, timeout=options.timeout),
         out=options.out,
         image_field=options.image_field,
         label_field=options.label_field,
         classes=read_classes(options.classes) if options.classes else None,
-        names=options.names,
-        on_error=options.on_error,
         processes=options.processes,
         existing="replace" if options.overwrite else "refuse",
         progress=not options.quiet,
-        remote=RemoteOptions(retries=options.retries, timeout=options.timeout),
     )
     lines = describe_index(report)
     for line in lines[1:]:

@@ -25,15 +25,16 @@ is sound. Remove quarantine.json, or verify again after mending the shards, to t
 def run(arguments: list[str]) -> int:
     """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
-    from dtl.data.remote.address import RemoteOptions, is_remote
+    from dtl.config.models import DataConfig
+    from dtl.data.remote.address import is_remote
     from dtl.data.verify import describe, folders_to_verify, verify
 
     if options.quarantine and is_remote(options.shards):
         raise UserError(f"{options.shards}: a quarantine list lies beside the manifest, which is remote; verify a copy of the folder, and put the list there")
-    remote = RemoteOptions(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
+    data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
     usable = True
-    for folder in folders_to_verify(options.shards, remote=remote):
-        report = verify(folder, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine, remote=remote)
+    for folder in folders_to_verify(options.shards, data):
+        report = verify(folder, data, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)
         describe(report, to_stderr)
         if not options.quiet:
             print(_summary(report, quarantine=options.quarantine))

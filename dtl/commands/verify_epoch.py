@@ -37,26 +37,18 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from dtl.checks.epoch import prove_epoch
-    from dtl.config.models import AugmentConfig
+    from dtl.config.models import AugmentConfig, DataConfig
     from dtl.data.loading.processes import PREFETCH
     from dtl.data.open import open_split
     from dtl.data.progress import PackProgress
-    from dtl.data.remote.address import RemoteOptions
+    from dtl.data.remote.cache import limit_in_bytes
     from dtl.data.remote.cache_space import Demand, divide
     from dtl.data.remote.schedule import ShardUses
     from dtl.data.sampling.balance import class_members, plan_epoch
     from dtl.data.transforms.transforms import train_transform
 
-    shards = open_split(
-        options.source,
-        split=options.split,
-        val_fraction=options.val_fraction,
-        cache_dir=options.cache_dir,
-        on_error=options.on_error,
-        progress=not options.quiet,
-        log=to_stderr,
-        remote=RemoteOptions(cache_gb=options.cache_gb),
-    )
+    data = DataConfig(val_fraction=options.val_fraction, on_error=options.on_error, cache_dir=options.cache_dir, cache_gb=options.cache_gb)
+    shards = open_split(options.source, data, split=options.split, progress=not options.quiet, log=to_stderr)
     plan = plan_epoch(
         shards.shard_sizes,
         members=class_members(shards, options.balance, cache_dir=options.cache_dir),
@@ -71,7 +63,7 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"--start {options.start}: the epoch has {plan.num_steps} steps, 0 to {plan.num_steps - 1}")
     if shards.cache is not None:
         steps = -(-max(1, options.workers) * PREFETCH) + 1
-        divide([Demand(options.source, shards.cache, ShardUses.of(plan, behind=steps * plan.largest_step))], shards.cache.options.limit)
+        divide([Demand(options.source, shards.cache, ShardUses.of(plan, behind=steps * plan.largest_step))], limit_in_bytes(data))
     torch.set_num_threads(1)  # as in a loader process
     with PackProgress(visible=not options.quiet) as shown:
         shown.start("loading", plan.num_positions - plan.step_bounds(options.start)[0])

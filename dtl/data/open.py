@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from dtl.config.models import DataConfig
 from dtl.data.packing.job import PACK_VERSION, PackOptions
 from dtl.data.packing.pack import PackReport, pack_source
-from dtl.data.remote.address import RemoteOptions, is_remote, kind_of, shown, without_query
 from dtl.data.remote.address import default_cache_dir as default_cache_dir
+from dtl.data.remote.address import is_remote, kind_of, shown, without_query
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.mirror import find_remote_folder, mirror, mirror_place, refuse_remote_folder
@@ -24,66 +25,52 @@ from dtl.data.wds.find import Tar, is_remote_folder, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
 from dtl.files import flock
-from dtl.text import counted
+from dtl.text import Log, counted, to_nobody
 
 _MOST_LISTED = 10  # images in one line of trouble
 
 
 def ensure_packed(
     source: str | Path,
+    options: DataConfig = DataConfig(),
     *,
     split: str,
-    cache_dir: str | Path | None = None,
-    val_fraction: float = 0.0,
-    on_error: str = "fail",
-    seed: int = 0,
     classes: Sequence[str] | None = None,
-    names: str | Path | None = None,
     labelled: bool = True,
     processes: int | None = None,
     progress: bool = True,
-    log: Callable[[str], None] = print,
-    remote: RemoteOptions | None = None,
+    log: Log = print,
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
+    Of the `options` those count that say how data is found, packed, fetched and kept: `val_fraction`, `on_error`, `names`, `cache_dir` and the like.
+
     Packed or indexed shards, or a folder that holds them under train/ and val/, are used as they are. Tars of others (a folder of them,
     a brace pattern, a list), also remote ones, stay where they are, and are indexed once into the cache. Of a remote folder that dtl has
-    packed the manifest and index are copied there; `remote` says how remote things are fetched. Anything that `open_source` reads is packed
-    once into `cache_dir`/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
+    packed the manifest and index are copied there. Anything that `open_source` reads is packed
+    once into CACHE/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
     or those that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
 
     Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
     nodes on a shared disk write the same bytes by atomic renames.
     """
-    options = replace(remote or RemoteOptions(), cache_dir=None if cache_dir is None else str(cache_dir))
     if isinstance(source, str) and is_remote_folder(source):
-        return _ensure_mirrored(source, split, cache_dir, options, log)
+        url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
+        return _mirrored(url, text, options, log)
     if (ready := packed_folder(source, split)) is not None:
-        if val_fraction and split == "train":
+        if options.val_fraction and split == "train":
             log(f"{source} is packed: its own splits count, and data.val_fraction does not")
         return ready
     if (tars := shards_for_training(source, split)) is not None:
-        if val_fraction:
+        if options.val_fraction:
             raise UserError(f"{source}: no validation samples can be set aside from shards made by others; give --data.val SHARDS")
-        return _ensure_indexed(
-            source,
-            tars,
-            cache_dir=cache_dir,
-            on_error=on_error,
-            classes=classes,
-            names=names,
-            processes=processes,
-            progress=progress,
-            log=log,
-            options=options,
-        )
-    opened = open_source(source, classes=classes, names=names, on_error=on_error, labelled=labelled)
-    if val_fraction and opened.has_splits:
+        return _ensure_indexed(source, tars, options, classes=classes, processes=processes, progress=progress, log=log)
+    opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled)
+    if options.val_fraction and opened.has_splits:
         raise UserError(f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them")
-    wanted = _wanted_split(source, opened, split, val_fraction)
-    place = _cache_place(cache_dir)
-    packing = PackOptions(val_fraction=val_fraction, on_error=on_error, seed=seed)
+    wanted = _wanted_split(source, opened, split, options.val_fraction)
+    place = _cache_place(options)
+    packing = PackOptions(val_fraction=options.val_fraction, on_error=options.on_error)
     home = place / _fingerprint(opened, packing, fixed=classes is not None)
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
@@ -102,59 +89,37 @@ def ensure_packed(
 
 def open_split(
     source: str | Path,
+    options: DataConfig = DataConfig(),
     *,
     split: str,
-    cache_dir: str | Path | None = None,
-    val_fraction: float = 0.0,
-    on_error: str = "fail",
-    seed: int = 0,
     classes: Sequence[str] | None = None,
-    names: str | Path | None = None,
     labelled: bool = True,
     processes: int | None = None,
     progress: bool = True,
-    log: Callable[[str], None] = print,
-    remote: RemoteOptions | None = None,
+    log: Log = print,
+    leads: bool = True,
     found: str | Path | None = None,
 ) -> Shards:
-    """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `remote.allow_pipe`.
+    """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `options.allow_pipe`.
 
+    `leads`: this process acts for its node: it looks whether remote folders have changed, and fetches ahead along the plan.
     `found`: the folder of another process of this node that has opened the same just now, so that nothing is listed, fetched or hashed again.
     """
-    own = is_remote(source) and kind_of(str(source)) == "pipe"
-    far = remote or RemoteOptions()
-    far = replace(far, cache_dir=None if cache_dir is None else str(cache_dir), allow_pipe=far.allow_pipe or own)
+    if is_remote(source) and kind_of(str(source)) == "pipe":
+        options = options.model_copy(update={"allow_pipe": True})
     if found is None:
-        folder = ensure_packed(
-            source,
-            split=split,
-            cache_dir=cache_dir,
-            val_fraction=val_fraction,
-            on_error=on_error,
-            seed=seed,
-            classes=classes,
-            names=names,
-            labelled=labelled,
-            processes=processes,
-            progress=progress,
-            log=log,
-            remote=far,
-        )
+        folder = ensure_packed(source, options, split=split, classes=classes, labelled=labelled, processes=processes, progress=progress, log=log)
     else:
         folder = Path(found)
-    shards = Shards.open(folder, remote=far, checked=found is not None)
-    if shards.cache is not None and far.leader and found is None:
-        shards.cache.clean()
+    shards = Shards.open(folder, options, checked=found is not None)
+    if shards.cache is not None:
+        shards.cache.leads = leads
+        if leads and found is None:
+            shards.cache.clean()
     return shards
 
 
-def _ensure_mirrored(source: str, split: str, cache_dir: str | Path | None, options: RemoteOptions, log: Callable[[str], None]) -> Path:
-    """The copy of a remote folder's manifest and index, brought up to date."""
-    url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
-    return _mirrored(url, text, _cache_place(cache_dir), options, log)
-
-
-def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
+def mirrored_splits(source: str, options: DataConfig) -> list[Path]:
     """Copies of the manifests and indexes of a remote folder, or of all splits below it. UserError where there are none."""
     found: dict[str, bytes] = {}
     for split in SPLIT_WORDS:
@@ -162,32 +127,22 @@ def mirrored_splits(source: str, options: RemoteOptions) -> list[Path]:
             found.update([folder])
     if not found:
         refuse_remote_folder(source, list(SPLIT_WORDS))
-    return [_mirrored(url, text, _cache_place(options.cache_dir), options, lambda line: None) for url, text in found.items()]
+    return [_mirrored(url, text, options, to_nobody) for url, text in found.items()]
 
 
-def _mirrored(url: str, text: bytes, place: Path, options: RemoteOptions, log: Callable[[str], None]) -> Path:
-    folder = mirror_place(place, url)
+def _mirrored(url: str, text: bytes, options: DataConfig, log: Log) -> Path:
+    """The copy of a remote folder's manifest and index, brought up to date."""
+    folder = mirror_place(_cache_place(options), url)
     folder.parent.mkdir(exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock"), f"reads {shown(url)}", log):
         return mirror(url, text, folder, options=options)
 
 
 def _ensure_indexed(
-    source: str | Path,
-    tars: Sequence[Tar],
-    *,
-    cache_dir: str | Path | None,
-    on_error: str,
-    classes: Sequence[str] | None,
-    names: str | Path | None,
-    processes: int | None,
-    progress: bool,
-    log: Callable[[str], None],
-    options: RemoteOptions,
+    source: str | Path, tars: Sequence[Tar], options: DataConfig, *, classes: Sequence[str] | None, processes: int | None, progress: bool, log: Log
 ) -> Path:
     """The index of shards made by others, in the cache; their bytes are read where they are."""
-    place = _cache_place(cache_dir)
-    folder = place / _fingerprint_of_tars(tars, on_error=on_error, classes=classes, names=names)
+    folder = _cache_place(options) / _fingerprint_of_tars(tars, options, classes=classes)
     if (folder / MANIFEST_NAME).exists():
         _sign_anew(folder, tars)
         return folder
@@ -195,18 +150,7 @@ def _ensure_indexed(
         if (folder / MANIFEST_NAME).exists():
             return folder
         log(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
-        report = index_shards(
-            tars,
-            out=folder,
-            on_error=on_error,
-            classes=classes,
-            names=names,
-            processes=processes,
-            progress=progress,
-            existing="join",
-            remote=options,
-            keep=True,
-        )
+        report = index_shards(tars, options, out=folder, classes=classes, processes=processes, progress=progress, existing="join", keep=True)
         for line in describe_index(report):
             log(f"  {line}")
         log(f"  indexed in {report.seconds:.1f} s; it is used again as long as the shards do not change")
@@ -221,8 +165,8 @@ def _sign_anew(folder: Path, tars: Sequence[Tar]) -> None:
         replace(manifest, shards=shards).write(folder)
 
 
-def _fingerprint_of_tars(tars: Sequence[Tar], *, on_error: str, classes: Sequence[str] | None, names: str | Path | None) -> str:
-    digest = hashlib.sha256(json.dumps(["tars", INDEX_VERSION, on_error, classes, str(names)]).encode())
+def _fingerprint_of_tars(tars: Sequence[Tar], options: DataConfig, *, classes: Sequence[str] | None) -> str:
+    digest = hashlib.sha256(json.dumps(["tars", INDEX_VERSION, options.on_error, classes, str(options.names)]).encode())
     for tar in tars:
         if isinstance(tar, str):
             digest.update(json.dumps([without_query(tar)]).encode())
@@ -232,9 +176,9 @@ def _fingerprint_of_tars(tars: Sequence[Tar], *, on_error: str, classes: Sequenc
     return digest.hexdigest()[:20]
 
 
-def _cache_place(cache_dir: str | Path | None) -> Path:
+def _cache_place(options: DataConfig) -> Path:
     """The cache's folder, made if need be."""
-    place = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    place = Path(options.cache_dir).expanduser() if options.cache_dir is not None else default_cache_dir()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -303,7 +247,7 @@ def describe_index(report: IndexReport) -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path, work: str, log: Callable[[str], None]) -> Iterator[None]:
+def _locked(path: Path, work: str, log: Log) -> Iterator[None]:
     """An exclusive lock of this node, freed by the system when its process ends. The file stays: removing it would let two in.
 
     Without locks two processes may do the same `work` at the same time, which is waste, not harm.

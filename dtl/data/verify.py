@@ -6,15 +6,16 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dtl.config.models import DataConfig
 from dtl.data.open import mirrored_splits, packed_splits
 from dtl.data.progress import PackProgress
-from dtl.data.remote.address import RemoteOptions, is_remote, shown
+from dtl.data.remote.address import is_remote, shown
 from dtl.data.shards.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.shards.quarantine import QUARANTINE_NAME, BadSample, Quarantine, left_out_index_name
@@ -58,7 +59,7 @@ class VerifyReport:
         return not self.new_samples and all(shard in explained for shard, _, _ in self.shards)
 
 
-def folders_to_verify(place: str | Path, *, remote: RemoteOptions | None = None) -> list[Path]:
+def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> list[Path]:
     """The folder itself, or those below it that hold packed shards; of a remote one the copies of their manifests and indexes.
 
     UserError where there are none.
@@ -66,7 +67,7 @@ def folders_to_verify(place: str | Path, *, remote: RemoteOptions | None = None)
     if isinstance(place, str) and is_remote(place):
         if not is_remote_folder(place):
             raise UserError(f"{shown(place)}: to verify tars of others, write their index first: dtl index {place!r} --out DIR, then dtl verify DIR")
-        return mirrored_splits(place, remote or RemoteOptions())
+        return mirrored_splits(place, options)
     folder = Path(place).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return [folder]
@@ -77,7 +78,7 @@ def folders_to_verify(place: str | Path, *, remote: RemoteOptions | None = None)
     return found
 
 
-def verify(folder: Path, *, processes: int | None = None, progress: bool = True, quarantine: bool = False, remote: RemoteOptions | None = None) -> VerifyReport:
+def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int | None = None, progress: bool = True, quarantine: bool = False) -> VerifyReport:
     """Check one split: sizes, sha256, tars, index, crc, labels, and decode every image.
 
     With `quarantine` the damaged samples are set aside (see `dtl.data.shards.quarantine`): a list that was there is replaced, or removed where
@@ -86,8 +87,7 @@ def verify(folder: Path, *, processes: int | None = None, progress: bool = True,
     begun = time.monotonic()
     if processes is not None and processes < 1:
         raise UserError(f"processes is at least 1, got {processes}")
-    options = remote or RemoteOptions()
-    shards = Shards.open(folder, whole=True, remote=options)
+    shards = Shards.open(folder, options, whole=True)
     if shards.cache is not None:
         shards.cache.clean()
     before = _old_quarantine(folder, shards, lenient=quarantine)
@@ -97,7 +97,7 @@ def verify(folder: Path, *, processes: int | None = None, progress: bool = True,
     of_images: dict[int, list[Finding]] = {}
     of_shards: dict[int, list[Finding]] = {}
     with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
-        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "remote": asdict(options)}), encoding="utf-8")
+        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "options": options.model_dump(mode="json")}), encoding="utf-8")
         shown.start("verifying", shards.num_samples)
 
         def done(answer: dict[str, Any]) -> None:

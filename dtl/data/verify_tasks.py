@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dtl.config.models import DataConfig
 from dtl.data.decoding.decode import DecodeError, decode
-from dtl.data.remote.address import RemoteOptions
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.index import Shards
@@ -42,7 +42,7 @@ class VerifyJob:
 
 def open_job(folder: Path) -> VerifyJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    shards = Shards.open(facts["split"], whole=True, remote=RemoteOptions(**facts["remote"]))
+    shards = Shards.open(facts["split"], DataConfig.model_validate(facts["options"]), whole=True)
     made_by = shards.manifest.made_by
     rules = Rules(**made_by["rules"]) if "rules" in made_by else Rules(None, "cls")
     return VerifyJob(shards, rules, made_by.get("label_numbers") == "name")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dtl.config import Config
+from dtl.config.models import DataConfig
 from dtl.data.open import open_split
-from dtl.data.remote.address import RemoteOptions
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.inference.assess import RankBatches, assess
@@ -36,7 +36,7 @@ def evaluate(
     with runtime.together("data"):
         config = stored_config(model.run) if model.run is not None else None
         source = _source(model, data, config, on_error)
-    shards = _open(source, model, config, log)
+    shards = _open(source, model, log)
     if workers is None:
         workers = config.data.workers if config is not None else DEFAULT_WORKERS
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
@@ -54,46 +54,38 @@ class _Source:
     """What to evaluate on, and how it is packed: as training packed it, so that its cache is used again."""
 
     place: str
-    on_error: Literal["fail", "skip"]
+    options: DataConfig
     is_own_set: bool = True
     """Its classes must be the model's; else it is a split of the training set, which has them."""
-    val_fraction: float = 0.0
-    names: str | None = None
-    """The file with the display names."""
 
 
 def _source(model: RunningModel, data: str | None, config: Config | None, on_error: Literal["fail", "skip"]) -> _Source:
+    own = DataConfig() if config is None else config.data
     if data is not None:
         # Display names are the model's; those of training need not fit here.
-        return _Source(data, on_error)
+        return _Source(data, own.model_copy(update={"on_error": on_error, "val_fraction": 0.0, "names": None}))
     if config is None:
         raise UserError(f"{model.stored.folder} is a model folder, which knows no data; give it with --data.val SRC, or name its run (runs/NAME)")
-    own = config.data
     if own.val is not None:
-        return _Source(own.val, own.on_error, names=own.names)
+        return _Source(own.val, own.model_copy(update={"val_fraction": 0.0}))
     assert own.train is not None
-    return _Source(own.train, own.on_error, is_own_set=False, val_fraction=own.val_fraction, names=own.names)
+    return _Source(own.train, own, is_own_set=False)
 
 
-def _open(source: _Source, model: RunningModel, config: Config | None, log: Log) -> Shards:
+def _open(source: _Source, model: RunningModel, log: Log) -> Shards:
     """The images, whose labels must mean the model's classes; a folder of images is packed into the cache first."""
     runtime, classes = model.runtime, model.stored.classes
     own_labels = model.stored.task.name == "classify"
-    data = None if config is None else config.data
-    remote = RemoteOptions() if data is None else RemoteOptions(cache_gb=data.cache_gb, retries=data.retries, timeout=data.timeout, allow_pipe=data.allow_pipe)
 
     def opened(found: str | None = None) -> Shards:
         return open_split(
             source.place,
+            source.options,
             split="val",
-            val_fraction=source.val_fraction,
             classes=classes if own_labels and source.is_own_set else None,
-            names=source.names,
-            on_error=source.on_error,
-            cache_dir=None if data is None else data.cache_dir,
             progress=runtime.is_main,
             log=log if runtime.is_main else to_nobody,
-            remote=remote if runtime.local_rank == 0 else replace(remote, leader=False),
+            leads=runtime.local_rank == 0,
             found=found,
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dtl.data.decoding.decode import DecodeError, probe
+from dtl.data.open import packed_splits
 from dtl.data.shards.index import MANIFEST_NAME, Shards
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import IMAGE_EXTENSIONS
@@ -129,7 +130,7 @@ def _group(path: Path) -> Files | PackedImages | None:
 
 
 def _folder(folder: Path) -> Files | PackedImages:
-    held = [name for name in ("train", "val", "test") if (folder / name / MANIFEST_NAME).is_file()]
+    held = [name for names in packed_splits(folder).values() for name in names]
     if held:
         raise UserError(f"{folder} holds packed shards of {', '.join(held)}; name one of them: {folder / held[-1]}")
     paths = StringTable.build(sorted(_walk(folder)))

@@ -16,7 +16,7 @@ from dtl.config import Config
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory
 from dtl.data.open import open_split
-from dtl.data.remote.address import RemoteOptions
+from dtl.data.remote.cache import limit_in_bytes
 from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
 from dtl.data.shards.index import Shards
@@ -76,26 +76,23 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
     assert data.train is not None
     labelled = any(phase.task != "rotate" for phase in config.phases.values())
 
-    def opened_split(source: str, split: str, found: str | None, *, val_fraction: float = 0.0, classes: Sequence[str] | None = None) -> Shards:
+    def opened_split(source: str, split: str, found: str | None, *, classes: Sequence[str] | None = None) -> Shards:
         return open_split(
             source,
+            data,
             split=split,
-            val_fraction=val_fraction,
             classes=classes,
-            found=found,
-            cache_dir=data.cache_dir,
-            on_error=data.on_error,
-            names=data.names,
             labelled=labelled,
             progress=runtime.is_main,
             log=log if runtime.is_main else to_nobody,
-            remote=remote_options(config, leader=runtime.local_rank == 0),
+            leads=runtime.local_rank == 0,
+            found=found,
         )
 
     def opened(found: Sequence[str | None] = (None, None)) -> tuple[Shards, Shards]:
-        train = opened_split(str(data.train), "train", found[0], val_fraction=data.val_fraction)
+        train = opened_split(str(data.train), "train", found[0])
         if data.val is None:
-            return train, opened_split(str(data.train), "val", found[1], val_fraction=data.val_fraction)
+            return train, opened_split(str(data.train), "val", found[1])
         return train, opened_split(data.val, "val", found[1], classes=train.classes)
 
     with runtime.together("data"):
@@ -111,12 +108,6 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
     runtime.same("the training data", train.dataset_id)
     runtime.same("the validation data", val.dataset_id)
     return train, val
-
-
-def remote_options(config: Config, *, leader: bool) -> RemoteOptions:
-    """`leader`: this process acts for its node."""
-    data = config.data
-    return RemoteOptions(data.cache_dir, data.cache_gb, data.retries, data.timeout, data.allow_pipe, leader)
 
 
 def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> DataLoaders:
@@ -167,7 +158,7 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
         loaders.plan(0)
         check_shared_memory(loaders.shared_bytes, ranks=ranks_here, workers=loaders.workers)
         if demands := loaders.cache_demands(planned(config, loaders)):
-            divide(demands, demands[0].cache.options.limit)
+            divide(demands, limit_in_bytes(data))
     return loaders
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -15,28 +14,6 @@ PIPE = "pipe:"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _USER = re.compile(r"://[^/\s]*@")
 _QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """How remote shards are read and kept. Plain values, so that loader processes and helpers can be handed it."""
-
-    cache_dir: str | None = None
-    """Where shards are kept; None: `default_cache_dir()`."""
-    cache_gb: float | None = None
-    """The most that the shards of one run take there, in 10^9 bytes; None: all of them are kept."""
-    retries: int = 5
-    """How often a failed download is tried again without any progress."""
-    timeout: float = 60.0
-    """Seconds without a byte after which a download counts as failed."""
-    allow_pipe: bool = False
-    """Run the `pipe:` commands that a manifest names."""
-    leader: bool = True
-    """This process acts for its node: it looks whether remote folders have changed, and fetches ahead along the plan."""
-
-    @property
-    def limit(self) -> int | None:
-        return None if self.cache_gb is None else int(self.cache_gb * 1e9)
 
 
 def default_cache_dir() -> Path:

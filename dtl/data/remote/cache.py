@@ -17,14 +17,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dtl.data.remote.address import RemoteOptions, default_cache_dir, is_remote, kind_of, shown
+from dtl.config.models import DataConfig
+from dtl.data.remote.address import default_cache_dir, is_remote, kind_of, shown
 from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
 from dtl.data.remote.schedule import ShardUses, victims
 from dtl.data.shards.manifest import Manifest
@@ -41,12 +41,14 @@ _NAME_LENGTH = 32
 class ShardCache:
     """The remote ones of a manifest's shards, by their number in it. Pickles as plain values; nothing is opened or made by making one."""
 
-    def __init__(self, folder: Path, options: RemoteOptions, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]) -> None:
+    def __init__(self, folder: Path, options: DataConfig, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]) -> None:
         """`urls` are None for shards that are local; `sizes` in bytes."""
+        # Acts for its node: cleans up, and fetches ahead along the plan.
+        self.leads = True
         self.options, self.folder = options, folder
         self.urls, self.digests = list(urls), list(digests)
         self.bytes = np.array([size if url else 0 for url, size in zip(urls, sizes)], np.int64)
-        self.limit = options.limit
+        self.limit = limit_in_bytes(options)
         self.uses: ShardUses | None = None
         self._asked = 0
         self._made = False
@@ -55,7 +57,7 @@ class ShardCache:
         """What makes the same cache in another process; `uses` aside."""
         return {
             "folder": str(self.folder),
-            "options": asdict(self.options),
+            "options": self.options.model_dump(mode="json"),
             "urls": self.urls,
             "digests": self.digests,
             "sizes": self.bytes.tolist(),
@@ -65,7 +67,7 @@ class ShardCache:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> ShardCache:
-        options = RemoteOptions(**facts["options"])
+        options = DataConfig.model_validate(facts["options"])
         cache = cls(Path(facts["folder"]), options, urls=facts["urls"], digests=facts["digests"], sizes=facts["sizes"])
         cache.limit, cache._asked = facts["limit"], facts["asked"]
         return cache
@@ -306,7 +308,12 @@ class ShardCache:
             (self.folder / f"{name}.failed").write_text(json.dumps({"reason": reason}), encoding="utf-8")
 
 
-def open_cache(manifest: Manifest, folder: Path, options: RemoteOptions) -> ShardCache | None:
+def limit_in_bytes(options: DataConfig) -> int | None:
+    """The most that the shards of one run take in the cache; None: all of them are kept."""
+    return None if options.cache_gb is None else int(options.cache_gb * 1e9)
+
+
+def open_cache(manifest: Manifest, folder: Path, options: DataConfig) -> ShardCache | None:
     """The cache of a manifest's remote shards, the same for every index of the same shards; None where all are local.
 
     UserError for commands that the user has not allowed.
@@ -325,7 +332,7 @@ def open_cache(manifest: Manifest, folder: Path, options: RemoteOptions) -> Shar
     )
 
 
-def _refuse_commands(manifest: Manifest, folder: Path, options: RemoteOptions) -> None:
+def _refuse_commands(manifest: Manifest, folder: Path, options: DataConfig) -> None:
     """UserError where a manifest would run commands that the user's own config does not know."""
     found = next((shard.url for shard in manifest.shards if kind_of(shard.url) == "pipe"), None)
     if found is not None and not options.allow_pipe:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dtl.data.remote.address import RemoteOptions, kind_of, shown
+from dtl.config.models import DataConfig
+from dtl.data.remote.address import kind_of, shown
 from dtl.data.remote.http import open_http
 from dtl.data.remote.pipe_fsspec import open_fsspec, open_pipe
 from dtl.data.remote.stream import FetchError, Stream, Unfetched
@@ -44,7 +45,7 @@ class Fetched:
 
 
 def fetch(
-    url: str, file: BinaryIO, *, options: RemoteOptions, size: int | None = None, sha256: str | None = None, log: Callable[[str], None] | None = None
+    url: str, file: BinaryIO, *, options: DataConfig, size: int | None = None, sha256: str | None = None, log: Callable[[str], None] | None = None
 ) -> Fetched:
     """Write the bytes of `url` into `file` (open for reading and writing), from its start; raises Unfetched.
 
@@ -72,7 +73,7 @@ def fetch(
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def fetch_bytes(url: str, *, options: RemoteOptions, most: int = 2**28) -> bytes | None:
+def fetch_bytes(url: str, *, options: DataConfig, most: int = 2**28) -> bytes | None:
     """A small file as it is; None where the other side says that it is not there. Raises Unfetched."""
     file = io.BytesIO()
     try:
@@ -89,7 +90,7 @@ def fetch_bytes(url: str, *, options: RemoteOptions, most: int = 2**28) -> bytes
 class _Download:
     """The state over all tries: how many bytes are there, and of which version."""
 
-    def __init__(self, url: str, file: BinaryIO, size: int | None, sha256: str | None, options: RemoteOptions) -> None:
+    def __init__(self, url: str, file: BinaryIO, size: int | None, sha256: str | None, options: DataConfig) -> None:
         self.url, self.file, self.size, self.sha256, self.options = url, file, size, sha256, options
         self.at = 0
         self.validator: str | None = None

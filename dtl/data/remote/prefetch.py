@@ -29,7 +29,7 @@ def prefetcher(cache: ShardCache, uses: ShardUses, *, first: tuple[int, int], un
     """A helper for the stretch from step `first` (epoch, step) to time `until`; None where another process has one, or nothing is to be
     fetched: all shards are here, and none is ever evicted.
     """
-    if not cache.options.leader:
+    if not cache.leads:
         return None
     cache.at(*first)
     keeps_all = cache.limit is None or cache.limit >= cache.num_bytes

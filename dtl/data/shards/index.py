@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl.config.models import DataConfig
 from dtl.data.decoding.decode import FORMATS
-from dtl.data.remote.address import RemoteOptions, is_remote, shown
+from dtl.data.remote.address import is_remote, shown
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
@@ -118,16 +119,16 @@ class Shards:
         self._tables: dict[str, StringTable | None] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, whole: bool = False, remote: RemoteOptions | None = None, checked: bool = False) -> Shards:
+    def open(cls, folder: str | Path, options: DataConfig = DataConfig(), *, whole: bool = False, checked: bool = False) -> Shards:
         """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
 
         Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.
-        `remote` says how shards that lie elsewhere are kept. `checked`: another process of this node has just opened it, and need not
+        `options` say how shards that lie elsewhere are kept. `checked`: another process of this node has just opened it, and need not
         read the whole index again to see that it is sound.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
-        cache = open_cache(manifest, folder, remote or RemoteOptions())
+        cache = open_cache(manifest, folder, options)
         quarantine = None if whole else Quarantine.read(folder, manifest)
         if quarantine is not None:
             manifest = quarantine.applied(manifest)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from dtl.data.remote.address import RemoteOptions, is_remote, join, kind_of, shown, without_query
+from dtl.config.models import DataConfig
+from dtl.data.remote.address import is_remote, join, kind_of, shown, without_query
 from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes, open_for_fetch
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
@@ -25,7 +26,7 @@ def mirror_place(place: Path, url: str) -> Path:
     return place / "folders" / hashlib.sha256(without_query(url).rstrip("/").encode()).hexdigest()[:20]
 
 
-def find_remote_folder(url: str, splits: Sequence[str], *, options: RemoteOptions) -> tuple[str, bytes] | None:
+def find_remote_folder(url: str, splits: Sequence[str], *, options: DataConfig) -> tuple[str, bytes] | None:
     """(address, manifest) of the remote folder `url`, or else of the first folder in it that is named after one of `splits`.
 
     UserError for no connection.
@@ -48,7 +49,7 @@ def refuse_remote_folder(url: str, splits: Sequence[str]) -> NoReturn:
     )
 
 
-def mirror(url: str, text: bytes, folder: Path, *, options: RemoteOptions) -> Path:
+def mirror(url: str, text: bytes, folder: Path, *, options: DataConfig) -> Path:
     """Bring `folder` up to date with the remote folder `url`, whose manifest is `text`; under a lock of the caller's. UserError."""
     for leftover in folder.glob(f".*{temporary_suffix()}"):
         leftover.unlink(missing_ok=True)
@@ -93,7 +94,7 @@ def _shard_url(url: str, name: str) -> str:
     return join(url, name)
 
 
-def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: RemoteOptions) -> None:
+def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: DataConfig) -> None:
     if not _is(folder / INDEX_NAME, manifest.index_sha256):
         _fetch_file(url, folder, INDEX_NAME, manifest.index_sha256, options)
     keys = manifest.made_by.get("keys_sha256")
@@ -109,7 +110,7 @@ def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: RemoteOpt
             raise
 
 
-def _fetch_quarantine(url: str, folder: Path, options: RemoteOptions) -> None:
+def _fetch_quarantine(url: str, folder: Path, options: DataConfig) -> None:
     """Looked for at each start: it is written beside the manifest without changing it."""
     path = folder / QUARANTINE_NAME
     text = fetch_bytes(join(url, QUARANTINE_NAME), options=options)
@@ -128,7 +129,7 @@ def _fetch_quarantine(url: str, folder: Path, options: RemoteOptions) -> None:
     write_whole(path, lambda file: file.write(text))
 
 
-def _fetch_file(url: str, folder: Path, name: str, sha256: str | None, options: RemoteOptions) -> None:
+def _fetch_file(url: str, folder: Path, name: str, sha256: str | None, options: DataConfig) -> None:
     part = folder / f".{name}{temporary_suffix()}"
     with open_for_fetch(part) as file:
         fetch(join(url, name), file, options=options, sha256=sha256)

@@ -8,19 +8,20 @@ import shutil
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dtl.config.models import DataConfig
 from dtl.data.packing.destination import clear_errors, working_alone
 from dtl.data.packing.job import ROWS, write_json
 from dtl.data.progress import PackProgress
-from dtl.data.remote.address import RemoteOptions, is_remote
+from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
-from dtl.data.remote.cache import open_cache
+from dtl.data.remote.cache import limit_in_bytes, open_cache
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, Manifest, Shard, dataset_id, write_index
 from dtl.data.shards.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from dtl.data.shards.strings import StringTable
@@ -56,37 +57,32 @@ class IndexReport:
 
 def index_shards(
     sources: Sequence[Tar],
+    options: DataConfig = DataConfig(),
     *,
     out: str | Path | None = None,
     image_field: str | None = None,
     label_field: str | None = None,
     classes: Sequence[str] | None = None,
-    names: str | Path | None = None,
-    on_error: str = "fail",
     processes: int | None = None,
     existing: str = "refuse",
     progress: bool = True,
-    remote: RemoteOptions | None = None,
     keep: bool = False,
 ) -> IndexReport:
     """Write manifest.json, index.bin and keys.bin for the tars that `sources` name (see `find_shards`).
 
-    They go to `out`, or to the one folder that holds all shards. Remote shards are fetched for it once, as `remote` says; with `keep`
+    They go to `out`, or to the one folder that holds all shards. Remote shards are fetched for it once, as `options` say; with `keep`
     they stay in its cache, for the training that comes next, as many of them as may. `label_field` is a member's extension, a field of the json member
     (dots go into it), or "folder"; without it labels are in `cls`, or else the last folder of the key. `classes` fixes the names and
-    their order. A sample without image or label, or with an image that cannot be read: `on_error="fail"` refuses, naming them, `"skip"`
+    their order. A sample without image or label, or with an image that cannot be read: `options.on_error` "fail" refuses, naming them, "skip"
     leaves them out. Damaged tars are always refused. `existing="replace"` writes over an index that is there, never over a packed set;
     "join" is for a cache.
     """
     begun = time.monotonic()
-    if on_error not in ("fail", "skip"):
-        raise UserError(f"on_error is 'fail' or 'skip', got '{on_error}'")
     if processes is not None and processes < 1:
         raise UserError(f"processes is at least 1, got {processes}")
     shards = find_shards(sources)
     folder = _place(shards, out)
     rules = Rules(_extension(image_field), _extension(label_field))
-    options = remote or RemoteOptions()
     with clear_errors_of_index(folder):
         _check_existing(folder, existing)
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,13 +91,13 @@ def index_shards(
         try:
             with working_alone(work, folder, quiet=existing == "join"):
                 paths = [str(path) if is_remote(path) else os.path.abspath(path) for path in shards]
-                write_json(work / "job.json", {"paths": paths, "rules": asdict(rules), "remote": asdict(options)})
-                limit = 0 if not keep else options.limit
+                write_json(work / "job.json", {"paths": paths, "rules": asdict(rules), "options": options.model_dump(mode="json")})
+                limit = 0 if not keep else limit_in_bytes(options)
                 _read_all(work, shards, processes, progress, limit)
                 merged = _Merged(work, len(shards))
-                merged.refuse_problems(shards, on_error)
+                merged.refuse_problems(shards, options.on_error)
                 merged.refuse_copies(shards)
-                report = _write(folder, shards, merged, rules, classes=classes, names=names, absolute=existing == "join", begun=begun)
+                report = _write(folder, shards, merged, rules, classes=classes, names=options.names, absolute=existing == "join", begun=begun)
                 _keep(work, folder, options)
                 return report
         finally:
@@ -165,11 +161,11 @@ def _read_all(work: Path, shards: Sequence[Tar], processes: int | None, progress
         run_tasks(INDEXING, work, ({"number": number} for number in range(len(shards))), processes=workers, done=done)
 
 
-def _keep(work: Path, folder: Path, options: RemoteOptions) -> None:
+def _keep(work: Path, folder: Path, options: DataConfig) -> None:
     """The remote shards that are here already go into their cache."""
     files = sorted(work.glob("*.tar"))
     if files:
-        cache = open_cache(Manifest.read(folder), folder, replace(options, allow_pipe=True))
+        cache = open_cache(Manifest.read(folder), folder, options.model_copy(update={"allow_pipe": True}))
         assert cache is not None
         for file in files:
             cache.adopt(int(file.stem), file)

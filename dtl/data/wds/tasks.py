@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from dtl.config.models import DataConfig
 from dtl.data.packing.job import ROWS, write_array, write_json
-from dtl.data.remote.address import RemoteOptions, is_remote
+from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
 from dtl.data.shards.index import FORMAT_FLAGS
@@ -39,12 +40,12 @@ class IndexJob:
     folder: Path
     paths: list[str]
     rules: Rules
-    options: RemoteOptions
+    options: DataConfig
 
 
 def open_job(folder: Path) -> IndexJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), RemoteOptions(**facts["remote"]))
+    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), DataConfig.model_validate(facts["options"]))
 
 
 def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
     return {"number": number, "bytes": tar.num_bytes}
 
 
-def _fetched(url: str, path: Path, options: RemoteOptions) -> Path:
+def _fetched(url: str, path: Path, options: DataConfig) -> Path:
     try:
         with open_for_fetch(path) as file:
             fetch(url, file, options=options)

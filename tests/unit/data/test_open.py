@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tiny_images import encoded, image_folder
 
+from dtl.config.models import DataConfig
 from dtl.data.open import default_cache_dir, ensure_packed
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
@@ -28,7 +29,9 @@ def photos(tmp_path: Path) -> Path:
 
 def packed_into(tmp_path: Path, source: Path | str, said: list[str] | None = None, **options: Any) -> Path:
     say = said.append if said is not None else (lambda line: None)
-    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "log": say, **options})
+    data = {key: str(value) if isinstance(value := options.pop(key), Path) else value for key in list(options) if key in DataConfig.model_fields}
+    options = {"split": "train", "processes": 1, "progress": False, "log": say, **options}
+    return ensure_packed(source, DataConfig(**{"cache_dir": str(tmp_path / "cache"), **data}), **options)
 
 
 def test_packed_once_and_told(tmp_path: Path, photos: Path) -> None:
@@ -45,7 +48,7 @@ def test_packed_once_and_told(tmp_path: Path, photos: Path) -> None:
 
 
 def test_a_change_of_source_or_options_packs_anew(tmp_path: Path, photos: Path) -> None:
-    seen = [packed_into(tmp_path, photos), packed_into(tmp_path, photos, on_error="skip"), packed_into(tmp_path, photos, seed=1)]
+    seen = [packed_into(tmp_path, photos), packed_into(tmp_path, photos, on_error="skip"), packed_into(tmp_path, photos, val_fraction=0.25)]
     (photos / "a" / "new.jpg").write_bytes(encoded(seed=5))
     seen.append(packed_into(tmp_path, photos))
     assert len(set(seen)) == 4
@@ -138,7 +141,7 @@ def pack(*arguments, **options):
     return real(*arguments, **options)
 cache.pack_source = pack
 quiet = {"processes": 1, "progress": False, "log": lambda line: None}
-print(cache.ensure_packed(sys.argv[1], split="train", cache_dir=sys.argv[2], **quiet), flush=True)
+print(cache.ensure_packed(sys.argv[1], cache.DataConfig(cache_dir=sys.argv[2]), split="train", **quiet), flush=True)
 """
 
 
@@ -178,20 +181,21 @@ def test_two_nodes_without_common_locks_do_no_harm(tmp_path: Path, photos: Path,
     from dtl.data.packing import tasks as pack_tasks
 
     real, nodes = pack_tasks.write_shard, []
-    options = {"split": "train", "cache_dir": tmp_path / "cache", "processes": 1, "progress": False, "log": lambda line: None}
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    options = {"split": "train", "processes": 1, "progress": False, "log": lambda line: None}
 
     def other_node_packs_all(job: Any, split: str, number: int) -> int:
         if not nodes:
             nodes.append("other")
             monkeypatch.setattr(socket, "gethostname", lambda: "other")
             monkeypatch.setattr("dtl.files.fcntl.flock", lambda *arguments: None)
-            ensure_packed(photos, **options)
+            ensure_packed(photos, data, **options)
             monkeypatch.setattr(socket, "gethostname", lambda: "this")
         return real(job, split, number)
 
     monkeypatch.setattr(socket, "gethostname", lambda: "this")
     monkeypatch.setattr(pack_tasks, "write_shard", other_node_packs_all)
-    folder = ensure_packed(photos, **options)
+    folder = ensure_packed(photos, data, **options)
     assert nodes == ["other"]
     shards = Shards.open(folder)
     assert all(isinstance(one, bytes) for one in shards.read(np.arange(20)))
@@ -207,7 +211,7 @@ def test_a_cache_without_locks_is_used_with_one_line(
 
     monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
     lines: list[str] = []
-    folder = ensure_packed(photos, split="train", cache_dir=tmp_path / "cache", progress=False, log=lines.append)
+    folder = ensure_packed(photos, DataConfig(cache_dir=str(tmp_path / "cache")), split="train", progress=False, log=lines.append)
     assert [line for line in lines if "without locks" in line] == [
         f"the cache {tmp_path}/cache is on a file system without locks: another process that packs {photos} may do the same work again"
     ]

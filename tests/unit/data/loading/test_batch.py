@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtl.config.models import AugmentConfig
+from dtl.config.models import AugmentConfig, DataConfig
 from dtl.data.loading.batch import Batch, BatchBuffers
 from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
@@ -53,7 +53,7 @@ def test_batches_that_outlive_their_pool_stay_whole() -> None:
 
 
 def test_loader_processes_fill_few_buffers_and_overwrite_nothing_in_use(tmp_path: Path) -> None:
-    shards = Shards.open(ensure_packed("digits", split="val", cache_dir=tmp_path, progress=False, log=lambda line: None))
+    shards = Shards.open(ensure_packed("digits", DataConfig(cache_dir=str(tmp_path)), split="val", progress=False, log=lambda line: None))
 
     def loader(workers: int) -> StepLoader:
         def plan(epoch: int) -> EpochPlan:

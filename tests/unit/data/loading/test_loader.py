@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtl.config.models import AugmentConfig
+from dtl.config.models import AugmentConfig, DataConfig
 from dtl.data.loading.batch import Batch
 from dtl.data.loading.loader import StepLoader
 from dtl.data.open import ensure_packed
@@ -23,7 +23,7 @@ NUM_STEPS = 4
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    folder = ensure_packed("digits", split="val", cache_dir=tmp_path_factory.mktemp("cache"), progress=False, log=lambda line: None)
+    folder = ensure_packed("digits", DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache"))), split="val", progress=False, log=lambda line: None)
     return Shards.open(folder)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.config.models import AugmentConfig
+from dtl.config.models import AugmentConfig, DataConfig
 from dtl.data.decoding.crop import SWITCH, native
 from dtl.data.loading import loader as loading
 from dtl.data.loading.batch import Batch
@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
         written = io.BytesIO()
         picture.save(written, "PNG" if number % 5 == 4 else "JPEG", quality=90)
         (folder / f"{number}.{'png' if number % 5 == 4 else 'jpg'}").write_bytes(written.getvalue())
-    packed = ensure_packed(str(source), split="train", cache_dir=tmp_path_factory.mktemp("cache"), progress=False, log=lambda line: None)
+    packed = ensure_packed(str(source), DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache"))), split="train", progress=False, log=lambda line: None)
     return Shards.open(packed)
 
 

@@ -21,9 +21,9 @@ from harness import wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dtl.config.models import DataConfig
 from dtl.data.remote import cache as shard_cache
 from dtl.data.remote import fetch as fetch_module
-from dtl.data.remote.address import RemoteOptions
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.sampling.plan import EpochPlan
@@ -119,7 +119,7 @@ def test_the_limit_is_kept_and_the_fewest_are_fetched(tmp_path_factory: pytest.T
     least = max(uses.most_at_once(np.full(NUM, SIZE), epoch)[1] for epoch in range(2))
     room = max(room, least)
     manifest = make(tmp_path / "www", f"file://{tmp_path}/www")
-    cache = open_cache(manifest, tmp_path, RemoteOptions(cache_dir=str(tmp_path / "cache"), cache_gb=room * SIZE / 1e9))
+    cache = open_cache(manifest, tmp_path, DataConfig(cache_dir=str(tmp_path / "cache"), cache_gb=room * SIZE / 1e9))
     assert cache is not None
     cache.follow(uses)
     fetched = 0

@@ -15,13 +15,14 @@ import pytest
 from bad_server import Server
 from harness import wait_for
 
+from dtl.config.models import DataConfig
 from dtl.data.remote import fetch as fetch_module
-from dtl.data.remote.address import RemoteOptions, base_name, is_remote, join, shown, without_query
+from dtl.data.remote.address import base_name, is_remote, join, shown, without_query
 from dtl.data.remote.fetch import Fetched, Unfetched, fetch, fetch_bytes
 
 DATA = np.random.default_rng(0).bytes(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
-OPTIONS = RemoteOptions(retries=3, timeout=2.0)
+OPTIONS = DataConfig(retries=3, timeout=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-def got(server: Server, *, known: bool = True, options: RemoteOptions = OPTIONS, file: io.BytesIO | None = None) -> bytes:
+def got(server: Server, *, known: bool = True, options: DataConfig = OPTIONS, file: io.BytesIO | None = None) -> bytes:
     file = io.BytesIO() if file is None else file
     facts = {"size": len(DATA), "sha256": SHA} if known else {}
     found = fetch(f"{server.url}/a.tar", file, options=options, **facts)
@@ -64,7 +65,7 @@ def refused(server: Server, **options: object) -> str:
 )
 def test_a_download_survives(server: Server, troubles: list[str], known: bool) -> None:
     server.plan["a.tar"] = list(troubles)
-    options = OPTIONS if "hang" not in troubles else RemoteOptions(retries=3, timeout=0.5)
+    options = OPTIONS if "hang" not in troubles else DataConfig(retries=3, timeout=0.5)
     assert got(server, known=known, options=options) == DATA
     assert len(server.requests) <= len(troubles) + 1
 
@@ -80,7 +81,7 @@ def test_any_number_of_cuts_is_survived_as_long_as_bytes_come(server: Server) ->
     (server.folder / "a.tar").write_bytes(big)
     server.plan["a.tar"] = ["drop 300000"] * 9
     file = io.BytesIO()
-    fetch(f"{server.url}/a.tar", file, options=RemoteOptions(retries=1, timeout=2.0))
+    fetch(f"{server.url}/a.tar", file, options=DataConfig(retries=1, timeout=2.0))
     assert file.getvalue() == big
     assert len(server.requests) == 10
 
@@ -166,7 +167,7 @@ def test_another_file_than_the_manifests(server: Server) -> None:
 def test_a_silent_server_is_given_up(server: Server) -> None:
     server.always["a.tar"] = "hang"
     begun = time.monotonic()
-    assert "the server does not answer in time (2 tries)" in refused(server, options=RemoteOptions(retries=1, timeout=0.3))
+    assert "the server does not answer in time (2 tries)" in refused(server, options=DataConfig(retries=1, timeout=0.3))
     assert time.monotonic() - begun < 3
 
 
@@ -181,7 +182,7 @@ def test_nobody_listens_and_nobody_is_known() -> None:
         ("nothing://x/a.tar", "nothing:// is no address that can be read"),
     ):
         with pytest.raises(Unfetched, match=said.replace("(", r"\(").replace(")", r"\)")):
-            fetch(url, io.BytesIO(), options=RemoteOptions(retries=1, timeout=1.0))
+            fetch(url, io.BytesIO(), options=DataConfig(retries=1, timeout=1.0))
 
 
 def test_passwords_and_signatures_stay_out_of_messages(server: Server) -> None:

@@ -16,10 +16,10 @@ from wds_tars import numbered
 
 import dtl
 from dtl.commands import index, verify, verify_epoch
+from dtl.config.models import DataConfig
 from dtl.data.open import ensure_packed, open_split
 from dtl.data.packing.pack import pack
 from dtl.data.remote import fetch as fetch_module
-from dtl.data.remote.address import RemoteOptions
 from dtl.data.shards.index import Manifest, Shards
 from dtl.errors import UserError
 
@@ -97,7 +97,7 @@ REFUSED = [
 @pytest.mark.parametrize(("source", "said"), REFUSED, ids=[source for source, _ in REFUSED])
 def test_what_is_refused(server: Server, source: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        open_split(source.format(url=server.url), split="train", progress=False, processes=1, remote=RemoteOptions(retries=0))
+        open_split(source.format(url=server.url), DataConfig(retries=0), split="train", progress=False, processes=1)
     assert "\n" not in str(caught.value)
 
 
@@ -160,7 +160,7 @@ def test_commands_need_consent_unless_they_are_the_source(www: Path, tmp_path: P
     assert index.run([command, "--out", str(tmp_path / "index"), "--processes", "1", "--quiet"]) == 0
     with pytest.raises(UserError, match=r"reads its shards by commands .* allow it with --data.allow-pipe true"):
         Shards.open(tmp_path / "index")
-    assert Shards.open(tmp_path / "index", remote=RemoteOptions(allow_pipe=True)).num_samples == 40
+    assert Shards.open(tmp_path / "index", DataConfig(allow_pipe=True)).num_samples == 40
     assert open_split(command, split="train", progress=False, processes=1).num_samples == 40
     listed = tmp_path / "list.txt"
     listed.write_text(f"a.tar\n{command}\n")

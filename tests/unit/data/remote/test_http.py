@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from bad_server import Server
 
+from dtl.config.models import DataConfig
 from dtl.data.remote import fetch as fetch_module
-from dtl.data.remote.address import RemoteOptions
 from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes
 
 DATA = np.random.default_rng(0).bytes(300_000)
 
 
-OPTIONS = RemoteOptions(retries=3, timeout=2.0)
+OPTIONS = DataConfig(retries=3, timeout=2.0)
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from harness import wait_for
 
+from dtl.config.models import DataConfig
 from dtl.data.remote import fetch as fetch_module
-from dtl.data.remote.address import RemoteOptions
 from dtl.data.remote.fetch import Fetched, Unfetched, fetch
 
 DATA = np.random.default_rng(0).bytes(300_000)
@@ -24,7 +24,7 @@ DATA = np.random.default_rng(0).bytes(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
 
 
-OPTIONS = RemoteOptions(retries=3, timeout=2.0)
+OPTIONS = DataConfig(retries=3, timeout=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def piped(command: str, **facts: object) -> bytes:
     file = io.BytesIO()
-    fetch(f"pipe:{command}", file, options=RemoteOptions(retries=1, timeout=1.0), **facts)  # type: ignore[arg-type]
+    fetch(f"pipe:{command}", file, options=DataConfig(retries=1, timeout=1.0), **facts)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -97,8 +97,8 @@ def test_a_file_system_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_killed_process_leaves_no_command_behind(tmp_path: Path) -> None:
     code = (
-        "import io; from dtl.data.remote.fetch import fetch; from dtl.data.remote.address import RemoteOptions;"
-        f"fetch('pipe:echo $$ > {tmp_path}/pid; while true; do printf 0123456789; sleep 0.05; done', io.BytesIO(), options=RemoteOptions())"
+        "import io; from dtl.data.remote.fetch import fetch; from dtl.config.models import DataConfig;"
+        f"fetch('pipe:echo $$ > {tmp_path}/pid; while true; do printf 0123456789; sleep 0.05; done', io.BytesIO(), options=DataConfig())"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip(), what="the command")

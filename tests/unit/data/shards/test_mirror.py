@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from dtl.data.remote.address import RemoteOptions
+from dtl.config.models import DataConfig
 from dtl.data.shards import mirror
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.sources.splits import SERVES_AS
@@ -25,5 +25,5 @@ def test_packed_shards_elsewhere(train: str, other: str, monkeypatch: pytest.Mon
     there = {f"https://host/data/{name}/{MANIFEST_NAME}": name.encode() for name in (train, other)}
     monkeypatch.setattr(mirror, "fetch_bytes", lambda url, *, options: there.get(url))
     for split, name in (("train", train), ("val", other)):
-        found = mirror.find_remote_folder("https://host/data", SERVES_AS[split], options=RemoteOptions())
+        found = mirror.find_remote_folder("https://host/data", SERVES_AS[split], options=DataConfig())
         assert found == (f"https://host/data/{name}", name.encode())

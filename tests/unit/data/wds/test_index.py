@@ -11,6 +11,7 @@ from tiny_images import encoded, image_folder
 from wds_tars import check_like_webdataset, indexed, interop, numbered, sample, write_tar
 
 from dtl.commands import index as command
+from dtl.config.models import DataConfig
 from dtl.data.open import ensure_packed
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Manifest, Shards
@@ -120,7 +121,9 @@ def test_a_lost_table_of_names_only_loses_names(tmp_path: Path) -> None:
 
 
 def given_to_training(tmp_path: Path, source: Path | str, said: list[str], **options: Any) -> Path:
-    return ensure_packed(source, **{"split": "train", "cache_dir": tmp_path / "cache", "progress": False, "log": said.append, **options})
+    data = {key: str(value) if isinstance(value := options.pop(key), Path) else value for key in list(options) if key in DataConfig.model_fields}
+    options = {"split": "train", "progress": False, "log": said.append, **options}
+    return ensure_packed(source, DataConfig(**{"cache_dir": str(tmp_path / "cache"), **data}), **options)
 
 
 def test_a_folder_of_tars_is_indexed_once_into_the_cache(tmp_path: Path) -> None:

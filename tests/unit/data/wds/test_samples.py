@@ -8,6 +8,7 @@ import pytest
 from tiny_images import encoded, huge_bmp
 from wds_tars import check_like_webdataset, indexed, interop, sample, write_tar
 
+from dtl.config.models import DataConfig
 from dtl.data.shards.index import Shards
 from dtl.data.wds.index import index_shards
 from dtl.errors import UserError
@@ -61,7 +62,7 @@ def test_a_sample_that_cannot_be_used(tmp_path: Path, which: str) -> None:
     assert "--on-error skip" in message
     assert not (tmp_path / "manifest.json").exists()
     assert list(tmp_path.iterdir()) == [path], "nothing is left behind"
-    report = index_shards([path], on_error="skip", processes=1, progress=False)
+    report = index_shards([path], DataConfig(on_error="skip"), processes=1, progress=False)
     assert report.num_skipped == 1
     assert reason in report.skipped[0][1]
     shards = Shards.open(tmp_path)
