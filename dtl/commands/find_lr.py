@@ -68,7 +68,6 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
-    from dtl.models.network import Normalise
     from dtl.training import build
     from dtl.training.active import enter, set_head
     from dtl.training.lr_range import find_lr
@@ -81,7 +80,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         loaders = build.build_dataloaders(config, runtime, train, val, network)
         phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)
         build.load_pretrained(config, network, runtime, train, log)
-        channels_last = build.place_network(config, network, runtime)
+        normalise = build.place_network(config, network, runtime)
         set_head(network, phase, init=config.model.init, seed=config.run.seed)
         if options.start is not None:
             with runtime.together("start"):
@@ -98,7 +97,6 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
             sync_bn=config.model.sync_bn,
             log=log,
         )
-        normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
         if config.data.micro_batch_size == "auto":
             fit(active, loaders, runtime, normalise=normalise, state=None, log=log)
     log(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")

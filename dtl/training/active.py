@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ class ActivePhase:
     parameters: list[nn.Parameter]
     cut: str | None = None
     """Name of the module that is trained on cached features, instead of the whole network on images."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """In the main process: the network's state dict at the phase's best evaluation so far, in host memory."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -91,6 +93,8 @@ class ActivePhase:
         groups = {"model": dict(self.module.state_dict()), "optimizer": tensors}
         if self.ema is not None:
             groups["ema"] = self.ema.state_tensors()
+        if self.best:
+            groups["best"] = self.best
         scaler = runtime.accelerator.scaler
         return groups, {
             "optimizer": optimizer,
@@ -99,12 +103,28 @@ class ActivePhase:
         }
 
     def restore(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
-        """Optimizer, moving average and scaler as `checkpoint_tensors` gave them. The weights were loaded before the phase was entered."""
+        """Optimizer, moving average, best weights and scaler as `checkpoint_tensors` gave them. The weights were loaded before the phase was entered."""
         load_optimizer(self.optimizer.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.load(checkpoint.tensors("ema"), num_updates=int(checkpoint.state["ema_updates"]))
+        if runtime.is_main and "best" in checkpoint.groups:
+            self.best = checkpoint.tensors("best")
         if runtime.accelerator.scaler is not None and checkpoint.state["scaler"] is not None:
             runtime.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    def keep_best(self, runtime: Runtime) -> None:
+        """The present weights are the phase's best so far."""
+        if runtime.is_main and self.phase.config.keep == "best":
+            self.best = _copy_to_host(self.module, self.best)
+
+    def take_result(self, runtime: Runtime) -> None:
+        """Put the weights that the phase passes on into the network: those of its best evaluation, of its moving average, or the last."""
+        if self.phase.config.keep == "best":
+            if runtime.is_main and self.best:
+                self.module.load_state_dict(self.best)
+            runtime.sync_tensors([*self.module.parameters(), *self.module.buffers()])
+        elif self.ema is not None:
+            self.ema.copy_to(self.module)
 
     def set_lr(self, phase_step: int) -> float:
         """Learning rate of the step number `phase_step` (from 0) into all groups; returns the phase's own, without group scales."""
@@ -209,7 +229,7 @@ def leave(active: ActivePhase, runtime: Runtime) -> None:
     runtime.accelerator.free_memory()
 
 
-def copy_to_host(module: nn.Module, into: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copy_to_host(module: nn.Module, into: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy of the state dict in host memory, in the buffers of an earlier copy where they fit."""
     copied = {}
     for name, tensor in module.state_dict().items():

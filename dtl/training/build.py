@@ -30,7 +30,7 @@ from dtl.models.build import Network, build
 from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.models.hub import hub_name
-from dtl.models.network import to_device
+from dtl.models.network import Normalise, to_device
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
 from dtl.training.dataloaders import DataLoaders
@@ -182,12 +182,12 @@ def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network
         return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options))
 
 
-def place_network(config: Config, network: Network, runtime: Runtime) -> bool:
-    """Onto the device, channels last where asked; returns whether images should be channels last."""
+def place_network(config: Config, network: Network, runtime: Runtime) -> Normalise:
+    """Onto the device, channels last where asked; returns what makes its input from images."""
     channels_last = to_device(network.module, runtime.device, channels_last=config.model.channels_last)
     if config.model.checkpoint_activations:
         enable_activation_checkpointing(network)
-    return channels_last
+    return Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
 
 
 def load_pretrained(config: Config, network: Network, runtime: Runtime, train: Shards, log: Log) -> TransferReport | None:

@@ -53,7 +53,7 @@ def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> No
     config, folder, runtime, tracker, step = session.config, session.folder, session.runtime, trainer.tracker, trainer.state.step
     session.store.close()
     session.heart.enter("finish")
-    model, results = folder.path / "model", trainer.numbers()
+    model, results = folder.path / "model", trainer.state.results.phases
     with runtime.together("model"):
         if runtime.is_main:
             _save_model(trainer, model, folder, config)
@@ -118,7 +118,7 @@ def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
 
 def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config) -> None:
     network, train = trainer.network, trainer.loaders.train
-    last = trainer.numbers()[-1]
+    last = trainer.state.results.phases[-1]
     save_model_folder(
         model,
         network.module.state_dict(),

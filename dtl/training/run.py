@@ -10,21 +10,16 @@ from collections.abc import Sequence
 import torch
 
 from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
-from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.transfer.report import TransferReport
 from dtl.config import Config
 from dtl.distributed.runtime import Runtime
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
-from dtl.models.build import Network, forward_logits
+from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
-from dtl.models.network import Normalise
-from dtl.runs.bad_samples import BadSamples
 from dtl.text import counted, some
 from dtl.training import build
-from dtl.training.dataloaders import DataLoaders
 from dtl.training.loop import Trainer
-from dtl.training.phases import Phase
 from dtl.training.publish import MakeReport, is_finished, publish, show_result_again
 from dtl.training.session import Result, Session
 
@@ -57,34 +52,14 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
             note_changes(config, checkpoint, state, runtime, log)
             build.check_phases(phases, network, dataloaders, runtime)
             transfer = None if checkpoint else build.load_pretrained(config, network, runtime, train, log)
-            channels_last = build.place_network(config, network, runtime)
-        trainer = _trainer(session, network, phases, dataloaders, state, channels_last=channels_last)
+            normalise = build.place_network(config, network, runtime)
+        trainer = Trainer(session, network, normalise, dataloaders, phases, state)
         _begin(session, trainer, transfer)
         if config.run.debug:
             overfit_one_batch(trainer)
-        trainer.run(checkpoint)
+        trainer.train(checkpoint)
         publish(session, trainer, report)
     return session.result
-
-
-def _trainer(session: Session, network: Network, phases: list[Phase], loaders: DataLoaders, state: TrainState, *, channels_last: bool) -> Trainer:
-    config, runtime, folder = session.config, session.runtime, session.folder
-    tracker = session.open_tracker(state)
-    bad_samples = BadSamples(folder.path / "bad_samples.jsonl", runtime, config.data, known=state.bad_samples)
-    return Trainer(
-        runtime=runtime,
-        network=network,
-        phases=phases,
-        loaders=loaders,
-        state=state,
-        store=session.store,
-        tracker=tracker,
-        bad_samples=bad_samples,
-        config=config,
-        channels_last=channels_last,
-        heart=session.heart,
-        deadline=session.deadline,
-    )
 
 
 def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) -> None:
@@ -159,9 +134,8 @@ def overfit_one_batch(trainer: Trainer) -> None:
     module = copy.deepcopy(trainer.network.module)
     freeze(module, {name for name, _ in module.named_parameters()})
     module.train()
-    normalise = Normalise(trainer.network.preprocessing, device, channels_last=trainer.channels_last)
     few = slice(OVERFIT_IMAGES)
-    images, labels, _ = phase.task.prepare(normalise(batch.images[few]), batch.labels[few].to(device), batch.weights[few].to(device))
+    images, labels, _ = phase.task.prepare(trainer.normalise(batch.images[few]), batch.labels[few].to(device), batch.weights[few].to(device))
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     losses: list[float] = []
     while len(losses) < OVERFIT_STEPS and not (losses and losses[-1] < 0.5 * losses[0]):

@@ -1,11 +1,12 @@
-"""The throughput of an epoch, and what limits it: how fast it went, how long it waited for data, and, when loading is the limit, what to change.
+"""What a run logs about its steps: loss and speed, and at an epoch's end the throughput and what limits it.
 
-Nothing is guessed: each batch says what it took to make, in its process's wall and CPU time.
+When loading is the limit, the advice says what to change. Nothing is guessed: each batch says what it took to make, in its process's wall and CPU time.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
@@ -17,8 +18,11 @@ from dtl.distributed.runtime import Runtime
 from dtl.machine import num_cores, peak_bytes
 from dtl.runs.tracker import Tracker
 from dtl.text import counted
+from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.phases import Phase
+from dtl.training.session import Session
+from dtl.training.step import Window, diverged
 
 GIB = 2**30
 # Less waiting than this is no limit; a shorter epoch measures the start of its loader processes.
@@ -113,6 +117,109 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     return peak_bytes() / GIB
+
+
+class StepLog:
+    """What a run writes down about its steps: a line every so many, a line at an epoch's end, and the seconds of a phase."""
+
+    def __init__(self, session: Session, tracker: Tracker, loaders: DataLoaders, state: TrainState) -> None:
+        self.runtime, self.deadline, self.tracker, self.loaders, self.state = session.runtime, session.deadline, tracker, loaders, state
+        self.window = Window()
+        """Sums since the last line."""
+        self._count, self._speed = EpochCount(), EpochSpeed()
+        self._logged_stall = 0.0
+        self._clock = time.monotonic()
+
+    def begin(self) -> None:
+        """A phase begins."""
+        self.window, self._count = Window(), EpochCount()
+
+    def restore(self) -> None:
+        """A phase continues from a checkpoint, which `state` was read from; the main process continues with the sums of all ranks."""
+        phase = self.state.phase
+        self.window = Window(phase.window_loss if self.runtime.is_main else 0.0, phase.window_weight)
+        self._count = EpochCount.restored(self.state, self.runtime)
+
+    def store(self) -> None:
+        """Into `state`, what a checkpoint keeps of it. Called by all ranks together."""
+        (self.state.phase.window_loss,) = self.runtime.sum_floats(self.window.sum())
+        self.state.phase.window_weight = self.window.weight_sum
+        self._count.store(self.state, self.runtime)
+        self.tracker.sync()
+        self.state.history_offset = self.tracker.history_offset
+        self.state.wandb_id = self.tracker.wandb_id
+
+    # ---- the clock
+
+    def start_clock(self) -> None:
+        self._clock = time.monotonic()
+
+    def spend(self, phase: Phase) -> None:
+        """The seconds since the last time count for the phase."""
+        now = time.monotonic()
+        self.state.results.seconds[phase.name] = self.state.results.seconds.get(phase.name, 0.0) + now - self._clock
+        self._clock = now
+
+    def waited(self, seconds: float) -> None:
+        """For a step's data."""
+        self.window.data_seconds += seconds
+        self._speed.waited += seconds
+
+    def count(self, batches: Iterable[Batch], num_images: int, seconds: float) -> None:
+        """A step is done: this rank's `batches`, of `num_images` over all ranks."""
+        self._count.add(batches)
+        self._speed.add(batches)
+        self.window.num_images += num_images
+        self._took(seconds)
+
+    def _took(self, seconds: float) -> None:
+        self.deadline.saw_step(seconds)
+        self.window.seconds += seconds
+        self._speed.seconds += seconds
+        self.state.phase.train_seconds += seconds
+
+    # ---- lines
+
+    def step(self, active: ActivePhase, lr: float, *, stall_seconds: float) -> None:
+        """The line about the steps since the last one. `stall_seconds`: how long this start has stood still for saving so far."""
+        loss = self._mean_loss(active)
+        window, phase = self.window, active.phase
+        seconds = max(window.seconds, 1e-9)
+        self.tracker.train(
+            phase=phase.name,
+            epoch=phase.epoch_of(self.state.phase.step - 1)[0],
+            step=self.state.step,
+            loss=loss,
+            lr=lr,
+            images_per_second=window.num_images / seconds,
+            data_wait=min(1.0, window.data_seconds / seconds),
+            checkpoint_stall_seconds=round(stall_seconds - self._logged_stall, 4),
+        )
+        self._logged_stall = stall_seconds
+        self.state.phase.train_loss = loss
+        self.spend(phase)
+        self.window = Window()
+
+    def epoch(self, phase: Phase) -> None:
+        """The line at the end of an epoch, or of a phase within one. Called by all ranks together."""
+        self._count.log(phase, self.state, speed=self._speed, loaders=self.loaders, runtime=self.runtime, tracker=self.tracker)
+        self._speed = EpochSpeed()
+
+    def check_loss(self, active: ActivePhase) -> None:
+        """End the run if a loss since the last line is not finite."""
+        if self.window.weight_sum:
+            self._mean_loss(active)
+
+    def _mean_loss(self, active: ActivePhase) -> float:
+        """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
+        window, asked = self.window, time.monotonic()
+        mine = window.sum()
+        self._took(time.monotonic() - asked)  # the steps themselves, where the host had run ahead of a GPU
+        total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
+        loss = total / max(window.weight_sum, 1e-12)
+        if num_bad or loss != loss:
+            raise diverged(active, self.loaders, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
+        return loss
 
 
 class EpochCount:

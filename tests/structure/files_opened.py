@@ -3,11 +3,12 @@
 This is what a reader has to open to follow one of them from its beginning to its end. Counted by running it, in a process of its own, on its
 main thread (the threads beside it only keep a heartbeat).
 
-step: one optimizer step of the trainer, from the end of one to the end of the next, with loader processes as by default, where nothing is due
-    beside it (no log line, evaluation or checkpoint).
+step: one optimizer step of the trainer, from the end of one to the end of the next: take a batch from the loader processes, forward, loss, backward,
+    update, count. Nothing is due beside it (no log line, evaluation or checkpoint), and no option of a phase is on; mixup would add one file.
 sample: what a loader process does for the images of a micro-batch: read, check, decode, augment.
-resume: how a stopped run continues: find and check the checkpoint, compare the settings, take up the history, and restore the phase it stopped in.
-    What every start does (data, network, folder) is not part of it.
+resume: all that runs because there is a checkpoint: claim the folder from the start before, find and check the checkpoint, compare the settings,
+    take up the history and the list of damaged samples, load the weights, and restore the phase. What a first start does as well (data, network) is
+    not part of it.
 load: `dtl.load_pretrained` of a file with renamed layers into a ResNet-18 with another number of classes, report included.
 """
 
@@ -98,13 +99,19 @@ def one_sample(recorder: Recorder) -> None:
 
 
 def one_resume(recorder: Recorder) -> None:
-    from dtl.training import run
+    from dtl.runs.bad_samples import BadSamples
+    from dtl.runs.folder import RunFolder
+    from dtl.training import loop, run
     from dtl.training.active import ActivePhase
-    from dtl.training.loop import Trainer
     from dtl.training.session import Session
+    from dtl.training.throughput import StepLog
 
     train("--phases", "{all: {train: all, steps: 6, eval_every: 12, lr: 0.01}}")
-    for owner, name in ((run, "find_checkpoint"), (run, "note_changes"), (Session, "open_tracker"), (Trainer, "_restore"), (ActivePhase, "restore")):
+    because_of_a_checkpoint = (
+        *((RunFolder, "acquire"), (run, "find_checkpoint"), (run, "note_changes"), (Session, "open_tracker"), (BadSamples, "__init__")),
+        *((loop, "strict_load"), (ActivePhase, "restore"), (StepLog, "restore")),
+    )
+    for owner, name in because_of_a_checkpoint:
         while_in(recorder, owner, name)
     train()
 
