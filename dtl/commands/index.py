@@ -28,14 +28,16 @@ examples:
 def run(arguments: list[str]) -> int:
     """The command. UserError for whatever is wrong with the shards or the options."""
     options = _parser().parse_args(arguments)
-    from dtl.config.models import DataConfig
+    from dtl.config.models import DataConfig, arguments_checked
     from dtl.data.open import describe_index
     from dtl.data.wds.index import index_shards
     from dtl.data.wds.labels import read_classes
 
+    with arguments_checked():
+        data = DataConfig(on_error=options.on_error, names=options.names, retries=options.retries, timeout=options.timeout)
     report = index_shards(
         options.tars,
-        DataConfig(on_error=options.on_error, names=options.names, retries=options.retries, timeout=options.timeout),
+        data,
         out=options.out,
         image_field=options.image_field,
         label_field=options.label_field,

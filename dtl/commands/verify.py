@@ -25,13 +25,14 @@ is sound. Remove quarantine.json, or verify again after mending the shards, to t
 def run(arguments: list[str]) -> int:
     """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
-    from dtl.config.models import DataConfig
+    from dtl.config.models import DataConfig, arguments_checked
     from dtl.data.remote.address import is_remote
     from dtl.data.verify import describe, folders_to_verify, verify
 
     if options.quarantine and is_remote(options.shards):
         raise UserError(f"{options.shards}: a quarantine list lies beside the manifest, which is remote; verify a copy of the folder, and put the list there")
-    data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
+    with arguments_checked():
+        data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
     usable = True
     for folder in folders_to_verify(options.shards, data):
         report = verify(folder, data, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from dtl.checks.epoch import prove_epoch
-    from dtl.config.models import AugmentConfig, DataConfig
+    from dtl.config.models import AugmentConfig, DataConfig, arguments_checked
     from dtl.data.loading.processes import PREFETCH
     from dtl.data.open import open_split
     from dtl.data.progress import PackProgress
@@ -47,7 +47,8 @@ def run(arguments: list[str]) -> int:
     from dtl.data.sampling.balance import class_members, plan_epoch
     from dtl.data.transforms.transforms import train_transform
 
-    data = DataConfig(val_fraction=options.val_fraction, on_error=options.on_error, cache_dir=options.cache_dir, cache_gb=options.cache_gb)
+    with arguments_checked():
+        data = DataConfig(val_fraction=options.val_fraction, on_error=options.on_error, cache_dir=options.cache_dir, cache_gb=options.cache_gb)
     shards = open_split(options.source, data, split=options.split, progress=not options.quiet, log=to_stderr)
     plan = plan_epoch(
         shards.shard_sizes,

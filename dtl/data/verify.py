@@ -97,7 +97,8 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
     of_images: dict[int, list[Finding]] = {}
     of_shards: dict[int, list[Finding]] = {}
     with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
-        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "options": options.model_dump(mode="json")}), encoding="utf-8")
+        far = None if shards.cache is None else options.model_dump(mode="json")
+        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "options": far}), encoding="utf-8")
         shown.start("verifying", shards.num_samples)
 
         def done(answer: dict[str, Any]) -> None:

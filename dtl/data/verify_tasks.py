@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dtl.config.models import DataConfig
 from dtl.data.decoding.decode import DecodeError, decode
 from dtl.data.remote.address import shown as shown_address
-from dtl.data.remote.fetch import Unfetched
+from dtl.data.remote.fetch import Unfetched, options_of_helper
 from dtl.data.shards.index import Shards
 from dtl.data.wds.samples import Ignored, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.wds.tar import DamagedTar, TarFile
@@ -42,7 +41,8 @@ class VerifyJob:
 
 def open_job(folder: Path) -> VerifyJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    shards = Shards.open(facts["split"], DataConfig.model_validate(facts["options"]), whole=True)
+    options = None if facts["options"] is None else options_of_helper(facts["options"])
+    shards = Shards.open(facts["split"], options, whole=True)
     made_by = shards.manifest.made_by
     rules = Rules(**made_by["rules"]) if "rules" in made_by else Rules(None, "cls")
     return VerifyJob(shards, rules, made_by.get("label_numbers") == "name")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 REDUCE_MIB = 8
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def torch_facts(given: dict[str, Any]) -> dict[str, Any]:
@@ -130,13 +129,14 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
 
 def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
     """Up to `limit` images of a folder of images or of packed shards; without any, one that is made up."""
+    import numpy as np
+
     if data:
+        from dtl.data.shards.index import MANIFEST_NAME, Shards
+        from dtl.data.sources.base import IMAGE_EXTENSIONS
+
         folder = Path(data)
-        if (folder / "manifest.json").is_file():
-            import numpy as np
-
-            from dtl.data.shards.index import Shards
-
+        if (folder / MANIFEST_NAME).is_file():
             shards = Shards.open(folder)
             chosen = np.unique(np.linspace(0, shards.num_samples - 1, limit).astype(np.int64))
             found = [one for one in shards.read(chosen) if isinstance(one, bytes)]
@@ -144,13 +144,12 @@ def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
                 return found, f"{len(found)} images of {data}"
         files: list[Path] = []
         for base, _, names in os.walk(folder):
-            files += [Path(base) / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)][:4]
+            files += [Path(base) / name for name in sorted(names) if Path(name).suffix.lower() in IMAGE_EXTENSIONS][:4]
             if len(files) >= limit:
                 break
         if files:
             return [file.read_bytes() for file in files[:limit]], f"{len(files[:limit])} images of {data}"
         raise ValueError(f"{data} holds no images that the doctor could try")
-    import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)

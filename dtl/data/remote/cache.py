@@ -19,18 +19,20 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtl.config.models import DataConfig
 from dtl.data.remote.address import default_cache_dir, is_remote, kind_of, shown
-from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
+from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch, options_of_helper
 from dtl.data.remote.schedule import ShardUses, victims
 from dtl.data.shards.manifest import Manifest
 from dtl.errors import UserError
 from dtl.files import flock, fsync_folder
 from dtl.text import to_stderr
+
+if TYPE_CHECKING:
+    from dtl.config.models import DataConfig
 
 # How long a failure counts for the samples of the same shard.
 _FAILED_SECONDS = 300.0
@@ -67,7 +69,7 @@ class ShardCache:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> ShardCache:
-        options = DataConfig.model_validate(facts["options"])
+        options = options_of_helper(facts["options"])
         cache = cls(Path(facts["folder"]), options, urls=facts["urls"], digests=facts["digests"], sizes=facts["sizes"])
         cache.limit, cache._asked = facts["limit"], facts["asked"]
         return cache
@@ -313,13 +315,14 @@ def limit_in_bytes(options: DataConfig) -> int | None:
     return None if options.cache_gb is None else int(options.cache_gb * 1e9)
 
 
-def open_cache(manifest: Manifest, folder: Path, options: DataConfig) -> ShardCache | None:
+def open_cache(manifest: Manifest, folder: Path, options: DataConfig | None = None) -> ShardCache | None:
     """The cache of a manifest's remote shards, the same for every index of the same shards; None where all are local.
 
     UserError for commands that the user has not allowed.
     """
     if not any(is_remote(shard.url) for shard in manifest.shards):
         return None
+    options = options or options_of_helper({})
     _refuse_commands(manifest, folder, options)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     place = default_cache_dir() if options.cache_dir is None else Path(options.cache_dir).expanduser()

@@ -17,15 +17,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dtl.config.models import DataConfig
 from dtl.data.remote.address import kind_of, shown
 from dtl.data.remote.http import open_http
 from dtl.data.remote.pipe_fsspec import open_fsspec, open_pipe
 from dtl.data.remote.stream import FetchError, Stream, Unfetched
 
-__all__ = ["Fetched", "Unfetched", "fetch", "fetch_bytes"]
+if TYPE_CHECKING:
+    from dtl.config.models import DataConfig
+
+__all__ = ["Fetched", "Unfetched", "fetch", "fetch_bytes", "options_of_helper"]
 
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
@@ -196,6 +198,16 @@ def _refuse_page(block: bytes, stream: Stream) -> None:
 
 def _print(line: str) -> None:
     print(f"dtl: {line}", file=sys.stderr, flush=True)
+
+
+def options_of_helper(facts: dict[str, Any]) -> DataConfig:
+    """The data section of the config, in a helper process that got it as JSON.
+
+    Only where something is remote: without pydantic a helper starts in half the time, so what helpers import does not import the config.
+    """
+    from dtl.config.models import DataConfig
+
+    return DataConfig.model_validate(facts)
 
 
 def open_for_fetch(path: Path) -> Any:

@@ -15,12 +15,11 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dtl.config.models import DataConfig
 from dtl.data.decoding.decode import FORMATS
 from dtl.data.remote.address import is_remote, shown
 from dtl.data.remote.cache import ShardCache, open_cache
@@ -30,6 +29,9 @@ from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
 from dtl.errors import DamagedSample, UserError
 from dtl.files import sha256_of_file, write_whole
+
+if TYPE_CHECKING:
+    from dtl.config.models import DataConfig
 
 __all__ = [
     "INDEX_NAME",
@@ -119,7 +121,7 @@ class Shards:
         self._tables: dict[str, StringTable | None] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, options: DataConfig = DataConfig(), *, whole: bool = False, checked: bool = False) -> Shards:
+    def open(cls, folder: str | Path, options: DataConfig | None = None, *, whole: bool = False, checked: bool = False) -> Shards:
         """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
 
         Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.

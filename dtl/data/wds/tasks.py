@@ -14,20 +14,22 @@ import json
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtl.config.models import DataConfig
 from dtl.data.packing.job import ROWS, write_array, write_json
 from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
-from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch
+from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch, options_of_helper
 from dtl.data.shards.index import FORMAT_FLAGS
 from dtl.data.shards.strings import StringTable
 from dtl.data.wds.samples import Ignored, Label, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.wds.tar import DamagedTar, TarFile
 from dtl.errors import UserError
+
+if TYPE_CHECKING:
+    from dtl.config.models import DataConfig
 
 # Of one shard; more of them are counted only.
 MAX_PROBLEMS = 50
@@ -40,19 +42,21 @@ class IndexJob:
     folder: Path
     paths: list[str]
     rules: Rules
-    options: DataConfig
+    options: DataConfig | None
+    """How remote ones are fetched; None where all are local."""
 
 
 def open_job(folder: Path) -> IndexJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), DataConfig.model_validate(facts["options"]))
+    options = options_of_helper(facts["options"]) if any(map(is_remote, facts["paths"])) else None
+    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), options)
 
 
 def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
     """Index one shard, `{"number"}`; the answer is `{"number", "bytes"}`."""
     number = task["number"]
     path, stem = job.paths[number], job.folder / f"{number:05d}"
-    if is_remote(path):
+    if job.options is not None and is_remote(path):
         tar = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job.rules)
     else:
         tar = _index(stem, Path(path), None, job.rules)

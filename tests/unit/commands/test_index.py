@@ -9,6 +9,7 @@ import pytest
 from wds_tars import numbered
 
 from dtl.commands import index as command
+from dtl.errors import UserError
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,3 +20,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert str(tmp_path) in out
     made_by = json.loads((tmp_path / "manifest.json").read_text())["made_by"]
     assert made_by["source"] == "WebDataset shards"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--retries", "-1"], r"^retries: .* greater than or equal to 0 \(got -1\)$"), (["--timeout", "0"], r"^timeout: .* greater than 0 \(got 0.0\)$")],
+)
+def test_bad_options(tmp_path: Path, options: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        command.run([str(tmp_path), *options])

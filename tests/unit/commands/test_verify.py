@@ -39,6 +39,11 @@ def test_sound_shards_are_all_right(packed: Path, capsys: pytest.CaptureFixture[
     assert said.err == ""
 
 
+def test_bad_options(packed: Path) -> None:
+    with pytest.raises(UserError, match=r"^cache_gb: .* greater than 0 \(got 0.0\)$"):
+        command.run([str(packed), "--cache-gb", "0"])
+
+
 def test_another_index_is_refused(copy: Path, tmp_path: Path) -> None:
     pack(image_folder(tmp_path / "o", {"ant": 20, "bee": 15}, seed=3), tmp_path / "other", shard_bytes=30_000, processes=1, progress=False)
     shutil.copy(tmp_path / "other/index.bin", copy / "index.bin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from tiny_images import image_folder
 
 from dtl.data.packing.pack import pack as pack_loudly
+from dtl.data.verify import VERIFYING
 
 
 def pack(source: Path | str, destination: Path, **options: Any) -> Any:
@@ -27,3 +30,20 @@ def test_a_child_that_dies_is_a_clear_fault(source: Path, tmp_path: Path, monkey
     monkeypatch.setattr(pack_pool, "fresh_python", lambda *_: [sys.executable, "-c", "import os; os._exit(9)"])
     with pytest.raises(RuntimeError, match="a packing process ended with status 9"):
         pack(source, tmp_path / "d", processes=2)
+
+
+@pytest.mark.parametrize("module", ["packing.tasks", "wds.tasks", "verify_tasks", "remote.prefetch"])
+def test_a_helper_starts_without_pydantic(module: str) -> None:
+    """And without torch: that is most of the time that starting takes."""
+    code = f"import sys; import dtl.data.{module}; print(sorted({{'pydantic', 'torch', 'yaml'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_helper_of_local_shards_works_without_pydantic(source: Path, tmp_path: Path) -> None:
+    pack(source, tmp_path / "d")
+    (tmp_path / "job.json").write_text(json.dumps({"split": str(tmp_path / "d"), "options": None}), encoding="utf-8")
+    task = json.dumps({"kind": "images", "shard": 0, "first": 0, "last": 150})
+    code = "import sys; from dtl.data.workers import serve; serve(*sys.argv[1:]); print('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, VERIFYING, str(tmp_path)], input=task + "\n", check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[0]) == {"kind": "done", "answer": {"kind": "images", "shard": 0, "samples": 150, "findings": []}}
+    assert done.stderr == "False\n", "serve keeps stdout for its answers"
