@@ -172,14 +172,14 @@ wait_for_step() {
 on_warning() {  # Slurm's signal (--signal), sent only to this script: time limit, or preemption with a grace time
   warned=1
   [[ -n $step && -z $sender ]] || return 0
-  say "warned: the run is asked to save and stop"
+  say "received Slurm's warning signal: asking the run to save and stop"
   # Repeated, because a trainer that is still starting has no handler yet and ignores the signal (see node.sh).
   (while :; do scancel --signal=USR1 "$job" 2>/dev/null || true; sleep 5; done) &
   sender=$!
 }
 
 on_term() {  # the job ends in KillWait seconds; all its processes got the same signal, so the run is already saving
-  say "Slurm ends this round"
+  say "received SIGTERM: Slurm is ending this round of the job"
 }
 
 # ---- afterwards
@@ -192,39 +192,39 @@ decide() {
   fi
   case $state:$why in
     done:*) say "done: $run"; exit 0 ;;
-    failed:input*) say "not started again, the input is wrong: ${why#input: }"; exit 2 ;;
-    failed:interrupted*) say "interrupted, not started again"; exit 1 ;;
+    failed:input*) say "not requeued, the input is wrong: ${why#input: }"; exit 2 ;;
+    failed:interrupted*) say "interrupted, not requeued"; exit 1 ;;
     stopped:*"before the first step") requeue "stopped before its first step" ;;
     stopped:*) requeue "stopped after saving" ;;
     *)
       if [[ -n $warned ]]; then requeue "stopped before it could save"; fi
-      requeue "ended without saying why, or by a fault (state $state${why:+, $why})" ;;
+      requeue "ended with an error or without a reason in status.json (state $state${why:+, $why})" ;;
   esac
 }
 
 requeue() {  # WHY
-  local tries newest last slurm_says
+  local tries newest last slurm_state
   newest=$(newest_checkpoint)
   read -r tries last <"$notes/tries"
   if [[ $newest == "$last" ]]; then tries=$((tries + 1)); else tries=0; fi
   echo "$tries $newest" >"$notes/tries"
   if [[ $tries -ge ${DTL_MAX_TRIES:-3} ]]; then
-    say "$1; $tries rounds without a new checkpoint (DTL_MAX_TRIES), given up: the same sbatch command goes on from $newest"
+    say "$1; $tries rounds without a new checkpoint (DTL_MAX_TRIES), not requeued: submit the same sbatch command to resume from $newest"
     exit 1
   fi
   if [[ ${DTL_REQUEUE:-on} == off ]]; then
-    say "$1; the same sbatch command goes on from $newest (DTL_REQUEUE is off)"
+    say "$1; not requeued (DTL_REQUEUE is off): submit the same sbatch command to resume from $newest"
     exit 75
   fi
   # Slurm requeues a preempted job itself, and a cancelled job must not be requeued: neither is in state RUNNING any more. A job that has
   # reached its time limit is not either, but only this script requeues it.
-  slurm_says=$(squeue --noheader --jobs="$job" --format='%T %r' 2>/dev/null || true)
-  if [[ $slurm_says != RUNNING* && $slurm_says != *TimeLimit ]]; then
-    say "$1; Slurm says ${slurm_says:-nothing}, so what comes next is Slurm's"
+  slurm_state=$(squeue --noheader --jobs="$job" --format='%T %r' 2>/dev/null || true)
+  if [[ $slurm_state != RUNNING* && $slurm_state != *TimeLimit ]]; then
+    say "$1; not requeued by this script, because Slurm reports the job as ${slurm_state:-unknown}"
     exit 75
   fi
-  say "$1; requeued, to go on from $newest"
-  scontrol requeue "$job" || { say "Slurm did not requeue it: the same sbatch command goes on"; exit 75; }
+  say "$1; requeued, to resume from $newest"
+  scontrol requeue "$job" || { say "Slurm refused to requeue the job: submit the same sbatch command to resume"; exit 75; }
   exit 0
 }
 

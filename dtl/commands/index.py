@@ -64,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-field", metavar="E", help="the extension of the image, where samples have several")
     add("--classes", metavar="FILE", help="class names in the order of their numbers: a line each, JSON, or a folder of packed shards")
     add("--names", metavar="FILE", help="JSON {class name: display name}")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used: refuse, or leave them out and say so (fail)")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used: refuse, or leave them out and report them (fail)")
     add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
     add("--retries", type=int, default=5, metavar="N", help="how often a failed download is tried again (5)")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="seconds without a byte after which a download has failed (60)")
     add("--overwrite", action="store_true", help="replace an index that is there")
-    add("--quiet", action="store_true", help="say nothing but errors and what was left out")
+    add("--quiet", action="store_true", help="print only errors and what was left out")
     return parser

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("--unlabelled", action="store_true", help="SRC may be a folder or list of images without labels (for task: rotate)")
     split.add_argument("--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json and the like beside the images)")
     images = parser.add_argument_group("images")
-    images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and say so (fail)")
+    images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and report them (fail)")
     images.add_argument("--no-verify", dest="verify", action="store_false", help="read the headers only, do not decode every image")
     images.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is over N pixels")
     images.add_argument("--short-side", type=int, metavar="N", help="shrink images whose shorter side is over N pixels")
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     shards.add_argument("--seed", type=int, default=0, help="of the order in which samples are packed (0)")
     shards.add_argument("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
     shards.add_argument("--overwrite", action="store_true", help="replace a packed data set that is in DST")
-    add("--quiet", action="store_true", help="say nothing but errors and what was left out")
+    add("--quiet", action="store_true", help="print only errors and what was left out")
     return parser
 
 

@@ -69,5 +69,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-dir", metavar="DIR", help="where remote shards are kept ($DTL_CACHE, else the user's cache folder)")
     add("--cache-gb", type=float, metavar="GB", help="the most that remote shards take there (all of them are kept)")
     add("--allow-pipe", action="store_true", help="run the pipe: commands that the manifest names")
-    add("--quiet", action="store_true", help="say nothing but what is wrong")
+    add("--quiet", action="store_true", help="print only what is wrong")
     return parser

@@ -134,7 +134,7 @@ class Tracker:
         self._write({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("epoch", phase, epoch, step, speed)
         line = f"{phase}  epoch {epoch}  step {step}  {seen:,} of {expected:,} samples seen"
-        line += f", {damaged:,} of them damaged, at weight 0 (bad_samples.jsonl)" if damaged else ""
+        line += f", {damaged:,} of them damaged and masked with weight 0 (bad_samples.jsonl)" if damaged else ""
         self.print(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
         if seen != expected:
             self.print(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")

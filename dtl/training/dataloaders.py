@@ -174,7 +174,7 @@ class DataLoaders:
         samples = self.step_samples(phase, phase_step)
         mine = samples[len(samples) * self.rank // self.world_size :][: max(1, len(samples) // self.world_size)]
         damaged = self.train.damaged(int(mine[0]), "")
-        return f"{counted(len(mine), 'sample')} from {damaged.key} of {damaged.shard} on"
+        return f"{counted(len(mine), 'sample')} starting at {damaged.key} of {damaged.shard}"
 
     def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
         cached = self.cached.get(split)

@@ -118,7 +118,7 @@ class Backbone:
 
 
 def decide(name: str, config: PhaseConfig, *, why_not: str, fixed: bool, num_epochs: float) -> tuple[int, str]:
-    """(number of cached views, or 0 for none; what to tell). `fixed`: the training images are the same each epoch.
+    """(number of cached views, or 0 for none; what to log). `fixed`: the training images are the same each epoch.
 
     UserError where caching is demanded and cannot be.
     """

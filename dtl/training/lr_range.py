@@ -164,7 +164,7 @@ def find_lr(
     phase = replace(active.phase, num_steps=num_steps)
     stepper = Stepper(sweep, runtime, normalise=normalise, seed=seed, heart=heart or Heartbeat())
     curve = LrCurve(phase.name)
-    told = time.monotonic()
+    last_logged = time.monotonic()
     with restored_afterwards(active, runtime), closing(loaders.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
         for step in range(num_steps):
             batches = next(stream)
@@ -174,9 +174,9 @@ def find_lr(
             weight = normaliser(sweep, loaders.step_labels(phase, step))
             lr = stepper.step(batches, step=step, phase_step=step, normaliser=weight, window=window)
             loss = runtime.sum_floats(window.sum())[0] / weight
-            if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - told > SECONDS_SILENT:
+            if (step + 1) % STEPS_SILENT == 0 or time.monotonic() - last_logged > SECONDS_SILENT:
                 log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
-                told = time.monotonic()
+                last_logged = time.monotonic()
             if not runtime.agree(curve.add(lr, loss)):
                 log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: it diverges, the test is over")
                 break

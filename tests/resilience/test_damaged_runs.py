@@ -129,7 +129,7 @@ def test_skip_goes_on_and_lists_each_sample_once(tmp_path: Path, digits: Path, w
     assert [event for event in events if event["event"] == "val"][-1]["num_samples"] == 359
     told = [(event["expected"], event["seen"], event["damaged"]) for event in events if event["event"] == "epoch"]
     assert told == [(1437, 1437, len(expected))] * 2
-    assert f"1,437 of 1,437 samples seen, {len(expected)} of them damaged, at weight 0" in job.err()
+    assert f"1,437 of 1,437 samples seen, {len(expected)} of them damaged and masked with weight 0" in job.err()
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -68,4 +68,4 @@ def test_damage_and_an_early_end(tmp_path: Path, packed: Path) -> None:
     first, second = epochs(tmp_path)
     assert first == ("all", 0, N, N, 3)
     assert second[:4] == ("all", 1, 718, 718)
-    assert f"{N:,} of {N:,} samples seen, 3 of them damaged, at weight 0 (bad_samples.jsonl)" in job.err()
+    assert f"{N:,} of {N:,} samples seen, 3 of them damaged and masked with weight 0 (bad_samples.jsonl)" in job.err()

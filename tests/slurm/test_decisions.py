@@ -79,26 +79,26 @@ def submit(
     )  # fmt: skip
 
 
-def test_a_run_that_fails_again_and_again_is_given_up(jobs: dict[str, SlurmJob]) -> None:
+def test_a_run_that_fails_again_and_again_is_not_requeued(jobs: dict[str, SlurmJob]) -> None:
     job = jobs["crashes"]
     job.wait_for_state("FAILED")
     assert job.lab.job(job.number)["ExitCode"] == "1:0"
     assert job.rounds == 1
-    assert "2 rounds without a new checkpoint (DTL_MAX_TRIES), given up" in job.log
+    assert "2 rounds without a new checkpoint (DTL_MAX_TRIES), not requeued" in job.log
 
 
 def test_a_fault_after_progress_is_tried_again(jobs: dict[str, SlurmJob]) -> None:
     job = jobs["fails_after_progress"]
     job.wait_for_state("COMPLETED", "FAILED")
     assert (job.state, job.rounds) == ("COMPLETED", 1)
-    assert "by a fault (state failed, fault: no luck); requeued, to go on from step-00000000" in job.log
+    assert "ended with an error or without a reason in status.json (state failed, fault: no luck); requeued, to resume from step-00000000" in job.log
 
 
 def test_a_wrong_input_is_not_tried_again(jobs: dict[str, SlurmJob]) -> None:
     job = jobs["wrong_input"]
     job.wait_for_state("FAILED")
     assert job.lab.job(job.number)["ExitCode"] == "2:0"
-    assert "not started again, the input is wrong: photos/train: no such folder" in job.log
+    assert "not requeued, the input is wrong: photos/train: no such folder" in job.log
 
 
 def test_a_mistake_on_the_command_line_starts_nothing(jobs: dict[str, SlurmJob]) -> None:
@@ -113,7 +113,7 @@ def test_a_mistake_on_the_command_line_starts_nothing(jobs: dict[str, SlurmJob])
 def test_what_an_earlier_run_left_decides_nothing(jobs: dict[str, SlurmJob]) -> None:
     job = jobs["left_done"]
     job.wait_for_state("FAILED", "COMPLETED")
-    assert "ended without saying why, or by a fault (state unknown)" in job.log
+    assert "ended with an error or without a reason in status.json (state unknown)" in job.log
 
 
 def test_a_cancelled_job_stays_cancelled(jobs: dict[str, SlurmJob]) -> None:
@@ -121,7 +121,7 @@ def test_a_cancelled_job_stays_cancelled(jobs: dict[str, SlurmJob]) -> None:
     job.wait("to start", (job.folder / "started").exists)
     job.lab.call("scancel", job.number)
     job.wait_for_state("CANCELLED")
-    job.wait("to end its script", lambda: "what comes next is Slurm's" in job.log)
+    job.wait("to end its script", lambda: "not requeued by this script, because Slurm reports the job as" in job.log)
     assert "stopped after saving" in job.log
     assert (job.state, job.rounds) == ("CANCELLED", 0)
 

@@ -116,10 +116,10 @@ def _place(shards: Sequence[Tar], out: str | Path | None) -> Path:
         return Path(out).expanduser()
     far = next((str(path) for path in shards if is_remote(path)), None)
     if far is not None:
-        raise UserError(f"{shown_address(far)} is remote, so the index cannot go beside it; say where it goes: --out FOLDER")
+        raise UserError(f"{shown_address(far)} is remote, so the index cannot go beside it; choose a folder for it with --out FOLDER")
     folders = sorted({Path(path).parent for path in shards})
     if len(folders) > 1:
-        raise UserError(f"the shards lie in {len(folders)} folders ({folders[0]}, {folders[1]} ...); say where the index goes: --out FOLDER")
+        raise UserError(f"the shards lie in {len(folders)} folders ({folders[0]}, {folders[1]} ...); choose a folder for the index with --out FOLDER")
     return folders[0]
 
 

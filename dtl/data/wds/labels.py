@@ -61,8 +61,8 @@ def decide_classes(first_of: Mapping[Label, str], *, rule: str, given: Sequence[
     if names:
         if rule == FOLDER and len(names) == 1:
             raise UserError(
-                f"all keys have the one folder '{shown(names[0])}', which tells no classes apart; "
-                "say where the labels are (--label-field), or give the class list with --classes FILE"
+                f"all keys have the one folder '{shown(names[0])}', so there is only one class; "
+                "choose the field of the label (--label-field), or give the class list with --classes FILE"
             )
         classes = tuple(sorted(names))
         return classes, {name: number for number, name in enumerate(classes)}
@@ -113,5 +113,5 @@ def one_rule(first_of: Iterable[tuple[str, str]]) -> str:
         seen.setdefault(rule, sample)
     if len(seen) > 1:
         (one, a), (other, b) = list(seen.items())[:2]
-        raise UserError(f"the label of sample {shown(a)} is in its {one}, that of sample {shown(b)} in its {other}; say which one counts: --label-field")
+        raise UserError(f"the label of sample {shown(a)} is in its {one}, that of sample {shown(b)} in its {other}; choose one with --label-field")
     return next(iter(seen), "")

@@ -151,7 +151,7 @@ def _image(group: _Group, rules: Rules) -> Member:
         raise _Problem(f"it has {missing}, only {_names(group)}")
     if len(chosen) > 1:
         dotted = "" if exact else " (a key ends at the first dot of its name)"
-        raise _Problem(f"it has {len(chosen)} images: {', '.join('.' + shown(one) for one in chosen)}{dotted}; say which with --image-field")
+        raise _Problem(f"it has {len(chosen)} images: {', '.join('.' + shown(one) for one in chosen)}{dotted}; choose one with --image-field")
     return group.members[chosen[0]]
 
 
@@ -162,7 +162,7 @@ def _label(group: _Group, rules: Rules) -> tuple[Label, str]:
             return _text_label(group, "cls"), "cls"
         if "json" in group.members:
             fields = ", ".join(shown(str(name)) for name in list(_json(group))[:20])
-            raise _Problem(f"it has no cls; say where its label is: --label-field with a field of its json ({fields}), or --label-field folder")
+            raise _Problem(f"it has no cls; choose the label's field: --label-field with a field of its json ({fields}), or --label-field folder")
         wanted = FOLDER
     if wanted == FOLDER:
         folder = group.key.rpartition("/")[0].rpartition("/")[2]

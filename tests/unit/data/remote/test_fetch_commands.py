@@ -126,7 +126,7 @@ def test_a_damaged_manifest_and_index(server: Server, www: Path) -> None:
 
 def test_index_of_remote_tars(server: Server, www: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pattern = f"{server.url}/theirs/t-{{00..03}}.tar"
-    with pytest.raises(UserError, match=r"t-00.tar is remote, so the index cannot go beside it; say where it goes: --out FOLDER"):
+    with pytest.raises(UserError, match=r"t-00.tar is remote, so the index cannot go beside it; choose a folder for it with --out FOLDER"):
         index.run([pattern])
     server.plan["theirs/t-01.tar"] = ["503", "drop 3000"]
     assert index.run([pattern, "--out", str(tmp_path / "index"), "--processes", "1"]) == 0

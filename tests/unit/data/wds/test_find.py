@@ -39,7 +39,7 @@ REFUSED_SOURCES = [
     ("{tmp}/nothing", "nothing does not exist"),
     ("{tmp}/empty", "holds no tar files"),
     ("{tmp}/t-{{0..3.tar", "does not exist"),
-    ("http://host/t-{{00..01}}.tar", "say where it goes: --out FOLDER"),
+    ("http://host/t-{{00..01}}.tar", "choose a folder for it with --out FOLDER"),
     ("{tmp}/text.tar", "this is no tar header .it looks like text."),
 ]
 

@@ -42,10 +42,10 @@ def broken_samples() -> dict[str, tuple[list[tuple[str, bytes]], str]]:
         "no label": ([("b.jpg", good)], "it has no cls, and no folder in its key that could be its label, only .jpg"),
         "empty image": ([("b.jpg", b""), ("b.cls", b"1")], "its image: the file is empty (0 bytes)"),
         "no picture": ([("b.jpg", b"<html>404</html>"), ("b.cls", b"1")], "its image: not an image (an HTML page)"),
-        "two images": ([("b.jpg", good), ("b.png", good), ("b.cls", b"1")], "it has 2 images: .jpg, .png; say which with --image-field"),
+        "two images": ([("b.jpg", good), ("b.png", good), ("b.cls", b"1")], "it has 2 images: .jpg, .png; choose one with --image-field"),
         "a dotted key": (
             [("b.v1.jpg", good), ("b.v2.jpg", good), ("b.cls", b"1")],
-            "it has 2 images: .v1.jpg, .v2.jpg (a key ends at the first dot of its name); say which with --image-field",
+            "it has 2 images: .v1.jpg, .v2.jpg (a key ends at the first dot of its name); choose one with --image-field",
         ),
     }
 
