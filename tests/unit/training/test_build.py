@@ -1,0 +1,138 @@
+"""From the config to data, network, dataloaders and weights, and what of it is refused early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import torch
+from model_folders import model_folder
+from recipes import write_images
+
+from dtl.config import Config, load_config
+from dtl.data.shards.index import Shards
+from dtl.distributed.runtime import Runtime
+from dtl.errors import UserError
+from dtl.runs.folder import RunFolder
+from dtl.training import build
+
+Pair = tuple[Shards, Shards]
+SMALL = ("--model.name", "networks:small", "--data.image_size", "16", "--data.workers", "0")
+
+
+def config_of(*options: str) -> Config:
+    return load_config([*SMALL, *options])[0]
+
+
+def loaders_of(digits: Pair, runtime: Runtime, config: Config) -> Any:
+    return build.build_dataloaders(config, runtime, *digits, build.build_network(config, 10, runtime))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.name", "networks:smal"), "smal"),
+        (("--transfer.source", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_names_are_refused_before_anything_is_packed(tmp_path: Path, runtime: Runtime, options: tuple[str, ...], message: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        build.check_names(config_of(*options), folder, runtime)
+    build.check_names(config_of(), folder, runtime)
+
+
+def test_a_run_that_resumes_needs_its_source_no_more(tmp_path: Path, runtime: Runtime) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-3").mkdir(parents=True)
+    gone = ("--transfer.source", "nowhere.safetensors")
+    build.check_names(config_of(*gone), folder, runtime)
+    with pytest.raises(UserError, match=r"nowhere\.safetensors"):
+        build.check_names(config_of(*gone, "--run.resume", "never"), folder, runtime)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--phases.all.train", "[nothing.*]"), r"^phase all: .*nothing"),
+        (("--phases.all.class_weights", "weights.json"), r"^phase all: class_weights is 'weights\.json': neither none, inverse or sqrt, nor a file"),
+    ],
+)
+def test_a_mistake_in_the_last_phase_is_refused_first(digits: Pair, runtime: Runtime, options: tuple[str, ...], message: str) -> None:
+    config = config_of(*options)
+    network = build.build_network(config, 10, runtime)
+    loaders = build.build_dataloaders(config, runtime, *digits, network)
+    with pytest.raises(UserError, match=message):
+        build.check_phases(build.planned(config, loaders), network, loaders, runtime)
+
+
+def test_data_that_teaches_nothing_is_refused(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
+    one, two = write_images(tmp_path / "one", {"cat": 4}), write_images(tmp_path / "two", {"cat": 4, "dog": 4})
+
+    def opened(*options: str) -> Pair:
+        return build.open_data(load_config(["--config", "finetune", *SMALL, *options])[0], runtime, lambda line: None)
+
+    with pytest.raises(UserError, match=r"one has one class only, 'cat'; a classifier needs two or more"):
+        opened("--data.train", str(one), "--data.val", str(one))
+    with pytest.raises(UserError, match=r"no validation data; give --data.val FOLDER, or --data.val-fraction 0.1"):
+        opened("--data.train", str(digits[0].folder), "--data.val", str(digits[0].folder))
+    train, val = opened("--data.train", str(two), "--data.val_fraction", "0.25")
+    assert (train.num_samples, val.num_samples, train.classes) == (6, 2, val.classes)
+
+
+def test_more_processes_than_samples_a_step_are_refused(digits: Pair, runtime: Runtime) -> None:
+    runtime.world_size = 3
+    runtime.gather = lambda value: [value] * 3  # type: ignore[method-assign, assignment]
+    with pytest.raises(UserError, match=r"data\.global_batch_size 2 is smaller than the 3 processes"):
+        loaders_of(digits, runtime, config_of("--data.global_batch_size", "2"))
+
+
+def test_dataloaders_follow_the_recipe(digits: Pair, runtime: Runtime) -> None:
+    config = config_of("--data.global_batch_size", "100", "--data.micro_batch_size", "10", "--data.last", "drop")
+    loaders = loaders_of(digits, runtime, config)
+    assert (loaders.steps_per_epoch, loaders.micro_batch_size, loaders.workers) == (14, 10, 0)
+    assert loaders_of(digits, runtime, config_of("--data.micro_batch_size", "auto")).micro_batch_size is None
+    debug = loaders_of(digits, runtime, config_of("--run.debug", "--data.workers", "3"))
+    assert (debug.steps_per_epoch, debug.workers, len(list(debug.val_steps()))) == (build.DEBUG_TRAIN_STEPS, 0, build.DEBUG_VAL_STEPS)
+    phases = build.planned(config, loaders)
+    assert [(phase.name, phase.num_outputs) for phase in phases] == [("pretext", 4), ("head", 10), ("all", 10)]
+
+
+def test_initial_weights_follow_the_seed_alone(runtime: Runtime) -> None:
+    def weights(seed: int, torch_seed: int) -> torch.Tensor:
+        torch.manual_seed(torch_seed)
+        return build.build_network(config_of("--run.seed", str(seed)), 10, runtime).module.state_dict()["0.weight"]
+
+    assert torch.equal(weights(1, 0), weights(1, 5))
+    assert not torch.equal(weights(1, 0), weights(2, 0))
+
+
+def test_a_network_is_placed_channels_last_only_where_asked(runtime: Runtime) -> None:
+    for asked in (True, False):
+        config = config_of("--model.channels_last", str(asked).lower())
+        network = build.build_network(config, 10, runtime)
+        assert build.place_network(config, network, runtime) is asked
+        assert network.module[3].weight.is_contiguous(memory_format=torch.channels_last) is asked
+
+
+def test_pretrained_weights_are_those_of_the_source(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
+    folder = model_folder(tmp_path / "model", seed=4)
+    config = config_of("--transfer.source", str(folder))
+    network = build.build_network(config, 10, runtime)
+    lines: list[str] = []
+    report = build.load_pretrained(config, network, runtime, digits[0], lines.append)
+    assert report is not None
+    assert lines == [str(report)]
+    torch.manual_seed(4)
+    assert torch.equal(network.module.state_dict()["0.weight"], networks.small(3).state_dict()["0.weight"])
+    assert build.load_pretrained(config_of(), network, runtime, digits[0], lines.append) is None
+    assert len(lines) == 1
+
+
+def test_a_network_of_ones_own_has_no_published_weights(digits: Pair, runtime: Runtime) -> None:
+    config = config_of("--transfer.source", "pretrained")
+    network = build.build_network(config, 10, runtime)
+    with pytest.raises(UserError, match=r"transfer\.source is pretrained, but networks:small has no published weights; give a file with --transfer\.source"):
+        build.load_pretrained(config, network, runtime, digits[0], lambda line: None)
