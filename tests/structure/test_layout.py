@@ -43,6 +43,14 @@ SMALL = 120
 ON_ITS_OWN = {"dtl.models.plain_resnet": "a network, and the only one that dtl defines: people look for it by its name"}
 # Tests in tests/unit that belong to no single module.
 OF_THE_WHOLE = {"test_benchmarks"}
+# Modules without a test file of their name, each with the reason.
+WITHOUT_TESTS = {
+    "dtl.__main__": "calls dtl.cli, which test_cli has",
+    "dtl.train": "a script that calls dtl.cli, started by tests/distributed/test_launchers.py",
+    "dtl.version": "one number and no logic at all",
+    "dtl.commands.train": "every test that starts a run goes by it (tests/harness.py)",
+    "dtl.data.verify_tasks": "the work of dtl.data.verify, whose test_verify damages shards in every way",
+}
 # How many files of dtl one has to open to follow one of these (tests/structure/files_opened.py).
 OPENED = {"step": 16, "sample": 8, "resume": 25, "load": 14}
 
@@ -165,8 +173,8 @@ def test_files_and_functions_stay_readable() -> None:
 
 
 def test_exceptions_are_few() -> None:
-    assert len(ON_ITS_OWN) + len(WIDE) + len(OF_THE_WHOLE) <= 10
-    assert all(len(why.split()) > 3 for why in ON_ITS_OWN.values())
+    assert len(ON_ITS_OWN) + len(WIDE) + len(OF_THE_WHOLE) + len(WITHOUT_TESTS) <= 10
+    assert all(len(why.split()) > 3 for why in [*ON_ITS_OWN.values(), *WITHOUT_TESTS.values()])
 
 
 def test_unit_tests_lie_where_the_module_lies() -> None:
@@ -179,6 +187,16 @@ def test_unit_tests_lie_where_the_module_lies() -> None:
         if file.stem != "conftest" and file.stem not in OF_THE_WHOLE and not any(named == name or named.startswith(f"{name}_") for name in names):
             astray.append(str(file.relative_to(ROOT)))
     assert astray == []
+
+
+def test_every_module_has_its_test_file() -> None:
+    """dtl/data/sampling/plan.py has tests/unit/data/sampling/test_plan.py, which has a test in it. An `__init__.py` has no logic."""
+    missing = set()
+    for module, file in MODULES.items():
+        tests = ROOT / "tests/unit" / file.parent.relative_to(PACKAGE) / f"test_{file.stem}.py"
+        if file.name != "__init__.py" and not (tests.is_file() and "def test_" in tests.read_text()):
+            missing.add(module)
+    assert missing == set(WITHOUT_TESTS)
 
 
 @pytest.mark.parametrize("what", sorted(OPENED))

@@ -113,7 +113,9 @@ def test_a_network_is_placed_channels_last_only_where_asked(runtime: Runtime) ->
     for asked in (True, False):
         config = config_of("--model.channels_last", str(asked).lower())
         network = build.build_network(config, 10, runtime)
-        assert build.place_network(config, network, runtime) is asked
+        normalise = build.place_network(config, network, runtime)
+        images = normalise(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        assert images.is_contiguous(memory_format=torch.channels_last) is asked
         assert network.module[3].weight.is_contiguous(memory_format=torch.channels_last) is asked
 
 
