@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtl.data.shards.manifest import MANIFEST_NAME
+from dtl.data.sources.splits import choose, group_by_split, split_folders, split_named, sub_folders
 from dtl.errors import UserError
 
-_IN_FOLDER = ("model.json", "model/model.json", "manifest.json", "train/manifest.json")
+_IN_FOLDER = ("model.json", "model/model.json", MANIFEST_NAME)
 
 
 def read_class_names(given: str | Path | Sequence[str], what: str) -> list[str]:
@@ -38,8 +40,10 @@ def read_head_rows(given: str | Path | Mapping[str, Any], what: str) -> dict[str
 def _from_path(path: Path, what: str) -> list[str]:
     if path.is_dir():
         file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+        if file is None and (split := _split_folder(path)) is not None:
+            return _from_path(split, what)
         if file is None:
-            return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+            return sub_folders(path)
         path = file
     if path.suffix not in (".json", ".yaml", ".yml"):
         return [line.strip() for line in _text(path, what).splitlines() if line.strip()]
@@ -52,6 +56,14 @@ def _from_path(path: Path, what: str) -> list[str]:
     if not isinstance(loaded, list) or not all(isinstance(name, (str, int)) for name in loaded):
         raise UserError(f"{what}: {path} holds no list of class names, no `classes` and no numbered names")
     return list(map(str, loaded))
+
+
+def _split_folder(path: Path) -> Path | None:
+    """The training split below a folder, or else another one: of packed data, or where all subfolders have the names of splits."""
+    names = sub_folders(path)
+    folders = split_folders(path, lambda folder: (folder / MANIFEST_NAME).is_file()) or (group_by_split(names) if all(map(split_named, names)) else {})
+    name = choose(folders, "train", path) or choose(folders, "val", path)
+    return None if name is None else path / name
 
 
 def _text(path: Path, what: str) -> str:
