@@ -13,7 +13,14 @@ def test_a_phase_that_is_not_there_is_named_with_those_that_are() -> None:
         run(["--phase", "hed"])
 
 
-@pytest.mark.parametrize("words", [["--step", "5"], ["--steps", "many"], ["--outt=x"]])
-def test_an_option_that_is_none_ends_before_anything_is_read(words: list[str]) -> None:
-    with pytest.raises((SystemExit, UserError)):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "5"], r"unknown option --step; did you mean --steps\? \(dtl find-lr --help"),
+        (["--steps", "many"], r"argument --steps: invalid int value: 'many'"),
+        (["--outt=x"], r"unknown option --outt; did you mean --out\?"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_before_the_recipe_is_read(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         run([*words, "--config", "nowhere.yaml"])

@@ -72,7 +72,7 @@ def test_ranks_share_a_step(digits: Pair) -> None:
         loaders = loaders_of(digits, rank=rank, world_size=3)
         batches = next(iter(loaders.train_steps(phase, 0)))
         parts += [batch.samples[batch.slots >= 0] for batch in batches]
-        assert loaders.batch_name(phase, 0).startswith(f"{whole.step_size(phase, 0) // 3} samples from ")
+        assert loaders.batch_name(phase, 0).startswith(f"{whole.step_size(phase, 0) // 3} samples starting at ")
     assert torch.cat(parts).tolist() == whole.step_samples(phase, 0).tolist()
 
 
