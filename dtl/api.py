@@ -5,7 +5,6 @@ Everything is as on the command line, in this process: a notebook is one process
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.errors import TransferRefused, UserError
 from dtl.text import to_stderr
+from dtl.untrusted import json_lines
 
 __all__ = [
     "BatchIterable",
@@ -151,7 +151,7 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """history.jsonl: every event, in order."""
-        return [json.loads(line) for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [event for event in json_lines(self.folder / "history.jsonl") if event]
 
 
 def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str, Any] | None = None) -> Run:
@@ -169,8 +169,8 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
         from dtl.training.run import run
 
         run(config, name, report=report_at_end)
-    status = read_status(folder) or {}
-    return Run(folder, str(status.get("state", "unknown")), tuple(status.get("phases", ())))
+    status = read_status(folder)
+    return Run(folder, status.state, status.phases)
 
 
 def evaluate(model: str | Path | Run, data: str | Path | None = None, *, batch_size: int = 64, workers: int = 2, device: str = "auto") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -15,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
+
+from dtl.untrusted import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +54,18 @@ def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -
 
 
 def write_json_whole(path: Path, value: object) -> None:
-    """`write_whole` of a JSON value, indented for people."""
-    text = json.dumps(value, indent=1) + "\n"
+    """`write_whole` of a JSON value, indented for people. Numbers that are not finite become null."""
+    text = json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return [without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def temporary_suffix() -> str:
@@ -109,9 +121,9 @@ def discard(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file as it lies on the disk."""
+    """Size and sha256 of a file as it lies on the disk. UserError for what is no regular file."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)

@@ -2,25 +2,31 @@
 
 Whatever is wrong with them is a UserError of one line that begins with where it was found. Nothing in here runs, deletes or creates anything.
 Limits hold while reading, not afterwards: of a file its kind and its bytes, of a text its depth, its number of values, and its numbers.
+pydantic and yaml are imported by the first text that needs them: helper processes that start in 0.3 s import this module, and read none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
+import re
 import stat
-from collections.abc import Iterable
-from typing import Annotated, Any, BinaryIO, Self
-
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Self, cast, dataclass_transform
 
 from dtl.errors import UserError
 
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import SchemaValidator
+
 MAX_TEXT_BYTES = 64 << 20
-"""Of one JSON file; a manifest of 100,000 shards takes 25 MB."""
+"""Of one JSON file."""
+MAX_VALUES = 2_000_000
+"""Of one JSON file, nested ones included."""
+MAX_LINE_BYTES = 1 << 20
 MAX_YAML_BYTES = 1 << 20
 _MAX_YAML_VALUES, _MAX_YAML_DEPTH = 100_000, 50
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
@@ -64,51 +70,173 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
 # ---- JSON
 
 
-class Record(BaseModel):
-    """The form of a JSON object: a subclass names its fields. Unknown keys are ignored: a later version may have added them."""
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Record:
+    """The form of a JSON object: a subclass names its fields, and is a frozen dataclass of them. Unknown keys are ignored: a later version may have added them.
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+    Only `read` and `parse` check the types; what is made in code is trusted.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    max_bytes: ClassVar[int] = MAX_TEXT_BYTES
+    max_values: ClassVar[int] = MAX_VALUES
+    finite: ClassVar[bool] = True
+    """Whether NaN and infinities are refused."""
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> Self:
+    def read(cls, path: str | os.PathLike[str]) -> Self:
         """UserError where the file is not of this form; OSError where it cannot be read."""
-        return cls.parse(read_regular(path, max_bytes=max_bytes), os.fspath(path))
+        return cls.parse(read_regular(path, max_bytes=cls.max_bytes), os.fspath(path))
 
     @classmethod
     def parse(cls, data: bytes | str, origin: str) -> Self:
         """From JSON text that was read at `origin`."""
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            raise UserError(f"{origin}: {what_is_wrong(error)}") from None
-        except RecursionError:  # of a validator; the parser has a limit of its own
-            raise UserError(f"{origin}: nested too deep") from None
+        return cls.from_values(_json(data, origin, max_values=cls.max_values, finite=cls.finite), origin)
+
+    @classmethod
+    def from_values(cls, value: Any, origin: str) -> Self:
+        """From plain values, as JSON gives them."""
+        made: Self = check_form(cls, value, origin)
+        return made
 
 
-def parse_json(data: bytes | str, origin: str) -> Any:
-    """Plain values of a JSON text whose form the caller checks. No NaN, no infinity, no NUL in a text, at most 200 levels."""
+def check_form(kind: type[Any], value: Any, origin: str) -> Any:
+    """`value`, plain as JSON gives it, as the dataclass `kind`; UserError where a field has not its type."""
+    from pydantic import ValidationError
+
     try:
-        value = from_json(data, allow_inf_nan=False)
+        return _form_of(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {what_is_wrong(error)}") from None
+    except RecursionError:  # of a validator; the parser has a limit of its own
+        raise UserError(f"{origin}: nested too deep") from None
+
+
+_forms: dict[type[Any], SchemaValidator] = {}
+
+
+def _form_of(kind: type[Any]) -> SchemaValidator:
+    from pydantic import TypeAdapter
+    from pydantic_core import SchemaValidator
+
+    if kind not in _forms:
+        schema = TypeAdapter(kind).core_schema
+        _as_json_has_it(schema)
+        _forms[kind] = SchemaValidator(schema)
+    return _forms[kind]
+
+
+def _as_json_has_it(schema: Any) -> None:
+    """Lists may become tuples, objects dataclasses, but no text a number. And the first fault ends it: pydantic keeps a record of each.
+
+    `validate_json` would do the former. But of two million wrong values it takes 3 GB and 20 s, since each record holds what was found as Python values.
+    """
+    rest = [schema]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            if one.get("type") in ("tuple", "list", "dict"):
+                one["fail_fast"] = True
+            elif one.get("type") in ("str", "int", "float", "bool"):
+                one["strict"] = True
+            rest += one.values()
+        elif isinstance(one, list):
+            rest += one
+
+
+def _json(data: bytes | str, origin: str, *, max_values: int, finite: bool = True) -> Any:
+    from pydantic_core import from_json
+
+    _check_count(data, origin, max_values)
+    try:
+        return from_json(data, allow_inf_nan=not finite)
     except ValueError as error:
         raise UserError(f"{origin}: not valid JSON: {error}") from None
-    check_values(value, origin)
+
+
+def _check_count(data: bytes | str, origin: str, most: int) -> None:
+    """More commas than values are allowed: found before any value is made (each takes 30 bytes and more)."""
+    found = data.count(b",") + data.count(b"[") + data.count(b"{") if isinstance(data, bytes) else data.count(",") + data.count("[") + data.count("{")
+    if found > most:
+        raise UserError(f"{origin}: it holds more than {most:,} values")
+
+
+class Check:
+    """In an annotation: `check(value)` returns the value, or raises ValueError. pydantic calls it after its own check of the type."""
+
+    def __init__(self, check: Callable[[Any], Any]) -> None:
+        self.check = check
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def parse_json(data: bytes | str, origin: str, *, finite: bool = True) -> Any:
+    """Plain values of a JSON text whose form the caller checks. No NaN and no infinity where `finite`, no NUL in a text, at most 200 levels."""
+    value = _json(data, origin, max_values=MAX_VALUES, finite=finite)
+    check_values(value, origin, finite=finite)
     return value
 
 
-def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES, finite: bool = True) -> Any:
     """`parse_json` of a regular file; OSError where it cannot be read."""
-    return parse_json(read_regular(path, max_bytes=max_bytes), os.fspath(path))
+    return parse_json(read_regular(path, max_bytes=max_bytes), os.fspath(path), finite=finite)
+
+
+def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The object of each line of a regular file; an empty one for a line that is none (the last of a file that is being written), or has over 1 MiB.
+
+    OSError where the file cannot be read.
+    """
+    with io.BufferedReader(cast(io.RawIOBase, open_regular(path))) as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            whole = line.endswith(b"\n") or len(line) <= MAX_LINE_BYTES
+            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                pass  # the rest of a line that is too long
+            yield json_line(line) if whole else {}
+
+
+def json_line(line: bytes) -> dict[str, Any]:
+    """The object that a line holds; an empty one where it holds none."""
+    try:
+        value = parse_json(line, "")
+    except UserError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def as_utf8(text: str) -> str:
+    r"""A name as JSON can hold it: of one that is not UTF-8 (half a surrogate pair in Python) the bytes are spelled, `\udcff`."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def what_is_wrong(error: ValidationError) -> str:
     """The first fault that pydantic found, in plain words."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
     kind, given = str(first["type"]), str(first["msg"])
-    words = {"missing": "is missing", "json_invalid": f"not valid JSON: {given.removeprefix('Invalid JSON: ')}", "finite_number": "must be a finite number"}
-    for type_name, meant in (("string_", "text"), ("int_", "a whole number"), ("float_", "a number"), ("bool_", "true or false"), ("list_", "a list")):
-        words.setdefault(f"{type_name}type", f"must be {meant}")
-    message = words.get(kind) or given.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input ")
+    words = {
+        "missing": "is missing",
+        "json_invalid": f"not valid JSON: {given.removeprefix('Invalid JSON: ')}",
+        "finite_number": "must be a finite number",
+    }
+    for type_name, meant in (
+        ("string_", "text"),
+        ("int_", "a whole number"),
+        ("float_", "a number"),
+        ("bool_", "true or false"),
+        ("list_", "a list"),
+        ("tuple_", "a list"),
+        ("dict_", "an object"),
+        ("dataclass_", "an object"),
+    ):
+        words[f"{type_name}type"] = f"must be {meant}"
+    message = words.get(kind) or given.removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{place}: {message}" if place and kind != "missing" else f"{place} {message}".strip()
 
 
@@ -130,29 +258,72 @@ def _relative_path(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+def is_sha256(text: str) -> bool:
+    return _SHA256.fullmatch(text) is not None
+
+
+def _sha256(text: str) -> str:
+    if not is_sha256(text):
+        raise ValueError(f"{text[:80]!r} is no SHA-256 of 64 hexadecimal digits")
+    return text
+
+
+def _count(number: int) -> int:
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"{str(number)[:40]} is not a number from 0 to 2^63")
+    return number
+
+
+def _plain(value: Any) -> Any:
+    if fault := _fault_in(value):
+        raise ValueError(fault)
+    return value
+
+
+def _plain_or_nan(value: Any) -> Any:
+    if fault := _fault_in(value, finite=False):
+        raise ValueError(fault)
+    return value
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Text = Annotated[str, Check(_no_nul)]
 """Any text without NUL."""
-Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-FileName = Annotated[str, AfterValidator(_plain_name)]
+Sha256 = Annotated[str, Check(_sha256)]
+Count = Annotated[int, Check(_count)]
+FileName = Annotated[str, Check(_plain_name)]
 """The name of a file in a known folder: no path."""
-RelativePath = Annotated[Text, AfterValidator(_relative_path)]
+RelativePath = Annotated[str, Check(_no_nul), Check(_relative_path)]
 """A path that stays inside the folder it is joined to (links aside)."""
+Plain = Annotated[Any, Check(_plain)]
+"""Any JSON value whose numbers are finite and whose texts hold no NUL."""
+PlainObject = Annotated[dict[str, Any], Check(_plain)]
+NumbersObject = Annotated[dict[str, Any], Check(_plain_or_nan)]
+"""Of a file that may hold numbers that are not finite (`Record.finite`)."""
 
 
-def check_values(value: Any, origin: str) -> None:
-    """UserError for an infinity, a NaN, or a NUL character anywhere in plain values."""
+def check_values(value: Any, origin: str, *, finite: bool = True) -> None:
+    """UserError for an infinity or a NaN (where `finite`), a NUL character, or a number of more than 64 bits anywhere in plain values."""
+    if fault := _fault_in(value, finite=finite):
+        raise UserError(f"{origin}: {fault}")
+
+
+def _fault_in(value: Any, *, finite: bool = True) -> str | None:
     rest = [value]
     while rest:
         one = rest.pop()
-        if isinstance(one, float) and not math.isfinite(one):
-            raise UserError(f"{origin}: {one} is not a finite number")
+        if finite and isinstance(one, float) and not math.isfinite(one):
+            return f"{one} is not a finite number"
+        if isinstance(one, int) and abs(one) >= 1 << 64:
+            return f"{str(one)[:40]}... is too large a number"
         if isinstance(one, str) and "\0" in one:
-            raise UserError(f"{origin}: a text holds a NUL character")
+            return "a text holds a NUL character"
         if isinstance(one, dict):
             rest += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set):
             rest += one
+    return None
 
 
 # ---- YAML
@@ -162,6 +333,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Plain values of a YAML text: at most 1 MiB, 50 levels and 100,000 values, anchors counted as often as they are used."""
     if len(text) > MAX_YAML_BYTES:
         raise UserError(f"{origin}: it has more than the {MAX_YAML_BYTES:,} characters that are read of such a file")
+    import yaml
+
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_growth(yaml.parse(io.StringIO(text), Loader=loader), origin)
@@ -184,6 +357,8 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 def _check_growth(events: Iterable[Any], origin: str) -> None:
     """Count the values as if each alias were written out, before anything is built ("billion laughs" has nine lines of them)."""
+    import yaml
+
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = []  # anchor of each open list or mapping, and the count where it began
     count = 0

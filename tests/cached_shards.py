@@ -25,8 +25,10 @@ def make(folder: Path, address: str) -> Manifest:
     for number in range(NUM):
         data = np.random.default_rng(number).bytes(SIZE)
         (folder / f"s-{number}.tar").write_bytes(data)
-        shards.append(Shard(f"{address}/s-{number}.tar", SAMPLES, SIZE, hashlib.sha256(data).hexdigest()))
-    return Manifest(1, ("a",), {}, tuple(shards), (NUM * SAMPLES,), "id", "x", {})
+        shards.append(Shard(url=f"{address}/s-{number}.tar", samples=SAMPLES, bytes=SIZE, sha256=hashlib.sha256(data).hexdigest()))
+    return Manifest(
+        version=1, classes=("a",), display_names={}, shards=tuple(shards), class_counts=(NUM * SAMPLES,), dataset_id="id", index_sha256="x", made_by={}
+    )
 
 
 def cache_of(server: Server, tmp_path: Path, **options: Any) -> ShardCache:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dtl.checkpoint.resume.model_folder import save_model_folder
+from dtl.files import hash_file
 from dtl.models.build import build
 
 CLASSES = ("bee", "cat", "ant")
@@ -34,6 +38,16 @@ def model_folder(folder: Path, *, name: str = "networks:small", classes: tuple[s
     }
     save_model_folder(folder, network.module.state_dict(), **values)  # type: ignore[arg-type]
     return folder
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Other weights in a model folder, with the hash that belongs to them: as a run that ended so would have written it."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    facts, found = json.loads((folder / "model.json").read_text()), hash_file(folder / "model.safetensors")
+    facts["weights"] = {"bytes": found.size, "sha256": found.sha256}
+    (folder / "model.json").write_text(json.dumps(facts))
 
 
 def write_image(path: Path, seed: int, *, size: tuple[int, int] = (20, 28)) -> Path:

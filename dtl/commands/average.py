@@ -13,7 +13,7 @@ from dtl.text import OptionParser
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtl.checkpoint.resume.model_folder import ModelFacts
+    from dtl.checkpoint.resume.model_json import ModelFacts
 
 _DESCRIPTION = """\
 Average the weights of several models that started from the same pretrained weights (Wortsman et al. 2022, "Model soups",
@@ -35,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     if len(options.models) < 2:
         raise UserError("an average needs two models or more")
     target = Path(options.out)
-    from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json, save_model_folder
+    from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
+    from dtl.checkpoint.resume.model_json import read_model_json
     from dtl.inference.model import find_model
 
     folders = [find_model(place)[0] for place in options.models]

@@ -131,7 +131,7 @@ def _processes(shards: Shards, wanted: int | None) -> int:
 
 def _old_quarantine(folder: Path, shards: Shards, *, lenient: bool) -> frozenset[int]:
     try:
-        found = Quarantine.read(folder, shards.manifest)
+        found = Quarantine.of_folder(folder, shards.manifest)
     except UserError:
         if lenient:
             return frozenset()  # it is about to be replaced

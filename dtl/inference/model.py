@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from dtl import files
-from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
+from dtl.checkpoint.resume.model_folder import load_model_tensors
+from dtl.checkpoint.resume.model_json import ModelFacts, read_model_json
 from dtl.config import Config, config_from_dict
 from dtl.data.transforms.geometry import ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
@@ -20,7 +21,7 @@ from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build
 from dtl.models.strict_load import strict_load
 from dtl.runs.folder import never_began, read_status, why_none_began
-from dtl.text import Log, near_run, to_nobody
+from dtl.text import Log, near_run, to_nobody, to_stderr
 from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import TASKS, Task, task_named
 
@@ -68,7 +69,7 @@ def running_model(place: str | Path, *, device: str = "auto", precision: str | N
     with Runtime(device=device, precision=precision or "auto", trained_in=before) as runtime:
         runtime.signals.release()  # nothing to save: a signal just ends it
         with runtime.together("model"):
-            stored = open_model(folder)
+            stored = open_model(folder, log=log if runtime.is_main else to_nobody)
         if runtime.is_main and before not in (None, runtime.precision):
             log(f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ")
         yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime), runtime)
@@ -86,19 +87,17 @@ def find_model(place: str | Path) -> tuple[Path, Path | None]:
     if never_began(path):
         raise UserError(f"{path} holds no model: {why_none_began(path)}")
     if (path / "config.yaml").is_file():
-        status = read_status(path) or {}
-        raise UserError(
-            f"{path} has no model yet: the run is {status.get('state', 'unknown')} (step {status.get('step', 0)}), and the model is written when it is done"
-        )
+        status = read_status(path)
+        raise UserError(f"{path} has no model yet: the run is {status.state} (step {status.step}), and the model is written when it is done")
     raise UserError(f"{path} is neither a run nor a model folder: it holds no model.json and no model/ folder")
 
 
-def open_model(folder: Path) -> StoredModel:
+def open_model(folder: Path, *, log: Log = to_stderr) -> StoredModel:
     """The network of a model folder. Each tensor of the file must have its place in the network and the other way round."""
     facts = read_model_json(folder)
     architecture = facts.architecture
     network = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
-    tensors = load_model_tensors(folder)
+    tensors = load_model_tensors(folder, log=log)
     strict_load(network.module, tensors, f"{folder}/model.safetensors", name=network.name)
     network.module.eval().requires_grad_(False)
     network.preprocessing = _preprocessing(folder, facts.preprocessing)

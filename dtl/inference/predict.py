@@ -6,6 +6,7 @@ is still being computed. B images, K classes, T best classes asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from dtl.inference.model import RunningModel, StoredModel
 from dtl.training.evaluate import ForwardPass
 
 _ROUNDS_AT_ONCE = 8
+
+
+_NOT_FINITE = "the network gives numbers that are not finite for it; --precision no may help"
 
 
 @dataclass(frozen=True)
@@ -135,5 +139,6 @@ def _predicted(forward: ForwardPass, batch: _Images, top: int) -> list[Predictio
             found.append(Prediction(name, problem=problem))
         else:
             best, values_of = next(rows)
-            found.append(Prediction(name, tuple(best), tuple(values_of)))
+            finite = all(map(math.isfinite, values_of))  # bf16 and fp16 may overflow where the weights are finite
+            found.append(Prediction(name, tuple(best), tuple(values_of)) if finite else Prediction(name, problem=_NOT_FINITE))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from dtl.errors import UserError
@@ -12,10 +13,34 @@ _SHOWN = 3  # names of each kind in the message
 
 
 def strict_load(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, *, name: str = "") -> None:
-    """`module.load_state_dict(tensors)`. UserError with `origin` (the file, the checkpoint) and the network's `name` in it where names or shapes differ."""
+    """`module.load_state_dict(tensors)`. UserError with `origin` (the file, the checkpoint) and the network's `name` in it where names or shapes differ.
+
+    Also where a weight is not a number: such a network computes, and gives class 0 for every image.
+    """
     whose = f"the weights of the network {name}" if name else "this network's weights"
     check_tensors(module.state_dict(), tensors, f"{origin} does not hold {whose}")
     module.load_state_dict(dict(tensors))
+    bad = not_finite(module)
+    if bad is not None:
+        raise UserError(f"{origin}: the tensor {bad} holds values that are not finite (NaN or infinite), as those of a run that diverged do")
+
+
+def not_finite(module: nn.Module) -> str | None:
+    """The first parameter or running statistic that holds a NaN or an infinity; None where there is none. Other buffers may hold infinities (masks do)."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, nn.Parameter) or ".running_" in f".{name}":
+            if not all_finite(tensor.detach()):
+                return name
+        elif tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            return name
+    return None
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity. A finite sum says so at a tenth of the cost of looking at each value."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return True
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dtl.errors import UserError
 from dtl.files import write_whole
+from dtl.untrusted import json_lines
 
 EVENTS = ("train", "val", "epoch")
 FIRST = ("run", "event", "phase", "epoch", "step")
@@ -21,14 +21,10 @@ def write_csv(runs: Sequence[str | Path], file: str | Path) -> int:
     for run in map(Path, runs):
         path = run / "history.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            events = list(json_lines(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}; give a run folder (runs/NAME)") from error
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # torn by a kill
+        for event in events:
             if event.get("event") in EVENTS:
                 rows.append({"run": run.name, **{key: value for key, value in event.items() if not isinstance(value, list | dict)}})
     columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtl.checkpoint.resume.model_folder import ModelFacts, load_model_tensors, read_model_json
+from dtl.checkpoint.resume.model_folder import load_model_tensors
+from dtl.checkpoint.resume.model_json import ModelFacts, read_model_json
 from dtl.config import Config
 from dtl.data.loading.batch import Batch
 from dtl.data.loading.loader import BatchDataset
@@ -108,7 +109,7 @@ class Examples:
         config = _at_home(record.config, record.path)
         runtime = Runtime.alone(config.run.device if device == "auto" else device)
         train, val = build.open_data(config, runtime, log)
-        made_with = (record.model or {}).get("made_by", {}).get("data")
+        made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")
         network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True)
@@ -264,8 +265,8 @@ def draw_samples(num_samples: int, most: int, seed: int) -> Ints:
 
 def _load_network(model: Path, facts: ModelFacts) -> Network:
     architecture = facts.architecture
-    network = build_model(architecture["name"], num_classes=architecture["num_classes"], options=architecture["options"])
-    strict_load(network.module, load_model_tensors(model), str(model))
+    network = build_model(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
+    strict_load(network.module, load_model_tensors(model), f"{model}/model.safetensors")
     return network
 
 

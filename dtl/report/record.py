@@ -5,21 +5,23 @@ Whatever is missing is None or empty, and `missing` says so in words; only a fol
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
+from dtl import files
+from dtl.checkpoint.resume.model_json import ModelFacts
 from dtl.config import Config, config_from_dict
 from dtl.errors import UserError
-from dtl.runs.folder import never_began, why_none_began
+from dtl.runs.folder import Status, never_began, why_none_began
 from dtl.text import counted, near_run
+from dtl.untrusted import Count, Record, Text, json_lines
 
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
@@ -72,6 +74,24 @@ def best_of(values: Column, losses: Column, *, lowest: bool) -> int | None:
     return int(known[order[0]])
 
 
+class Totals(Record):
+    """Of one outcome."""
+
+    tensors: Count = 0
+    parameters: Count = 0
+
+
+class TransferFacts(Record):
+    """What the page shows of transfer.json."""
+
+    source: Text
+    by: Text
+    coverage: float
+    totals: dict[Text, Totals] = field(default_factory=dict)
+    warnings: tuple[Text, ...] = ()
+    notes: tuple[Text, ...] = ()
+
+
 @dataclass
 class RunRecord:
     """One run folder."""
@@ -81,9 +101,9 @@ class RunRecord:
     config_text: str = ""
     phases: list[PhaseRecord] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
-    status: dict[str, Any] = field(default_factory=dict)
-    transfer: dict[str, Any] | None = None
-    model: dict[str, Any] | None = None
+    status: Status = field(default_factory=Status)
+    transfer: TransferFacts | None = None
+    model: ModelFacts | None = None
     """model.json"""
     missing: list[str] = field(default_factory=list)
 
@@ -123,10 +143,10 @@ def read_run(folder: str | Path) -> RunRecord:
     if not any((path / name).exists() for name in ("history.jsonl", "config.yaml", "model")):
         raise UserError(f"{path} is no run folder: it has no history.jsonl, no config.yaml and no model folder")
     record = RunRecord(path)
-    record.model = _json(record, "model/model.json")
+    record.model = _read(record, ModelFacts, files.published(path / "model") / "model.json")
     _read_config(record)
-    record.status = _json(record, "status.json") or {}
-    record.transfer = _json(record, "transfer.json")
+    record.status = _read(record, Status, path / "status.json") or Status()
+    record.transfer = _read(record, TransferFacts, path / "transfer.json")
     _read_history(record)
     if record.model is None:
         record.missing.append("no model folder: predictions, confusion and the numbers per class need one")
@@ -150,25 +170,26 @@ def _settings_text(record: RunRecord, file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        made_by = (record.model or {}).get("made_by")
-        settings = made_by.get("settings") if isinstance(made_by, dict) else None
+        settings = None if record.model is None else record.model.made_by.get("settings")
         if not isinstance(settings, dict):
             raise
         return yaml.safe_dump(settings, sort_keys=False, width=120)
 
 
-def _json(record: RunRecord, name: str) -> dict[str, Any] | None:
+_R = TypeVar("_R", bound=Record)
+
+
+def _read(record: RunRecord, form: type[_R], file: Path) -> _R | None:
+    """A file of the run; None where it is not there, or cannot be used, which `missing` says."""
     try:
-        value = json.loads((record.path / name).read_bytes())
+        return form.read(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        record.missing.append(f"{name} cannot be read: {error}")
-        return None
-    if not isinstance(value, dict):
-        record.missing.append(f"{name} cannot be used: it holds no object")
-        return None
-    return value
+    except OSError as error:
+        record.missing.append(f"{file} cannot be read: {error.strerror or error}")
+    except UserError as error:
+        record.missing.append(f"it cannot be used: {error}")
+    return None
 
 
 # ---- history
@@ -180,7 +201,7 @@ def _read_history(record: RunRecord) -> None:
     columns: dict[str, dict[str, dict[str, list[float]]]] = {}
     unread = 0
     try:
-        for event in _events(file):
+        for event in json_lines(file):
             kind, phase = event.get("event"), event.get("phase")
             if kind == "note":
                 record.notes.append(event)
@@ -193,12 +214,12 @@ def _read_history(record: RunRecord) -> None:
     except FileNotFoundError:
         record.missing.append("no history.jsonl: there are no curves")
         return
-    except OSError as error:
-        record.missing.append(f"history.jsonl cannot be read: {error.strerror}")
+    except (OSError, UserError) as error:
+        record.missing.append(f"history.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
         return
     if unread:
         record.missing.append(f"{counted(unread, 'line')} of history.jsonl that cannot be read, left out")
-    rows = {row.get("phase"): row for row in record.status.get("phases", []) if isinstance(row, dict)}
+    rows = {row["phase"]: row for row in record.status.phases}
     first_step = 0
     for name, kinds in columns.items():
         settings = record.config.phases.get(name) if record.config is not None else None
@@ -209,17 +230,6 @@ def _read_history(record: RunRecord) -> None:
         first_step = phase.last_step
 
 
-def _events(file: Path) -> Iterator[dict[str, Any]]:
-    """Each line's object; an empty one for a line that is none (a run that is being written ends in half a line)."""
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            yield value if isinstance(value, dict) else {}
-
-
 def _empty(names: tuple[str, ...]) -> dict[str, list[float]]:
     return {name: [] for name in names}
 
@@ -228,7 +238,7 @@ def _number(value: Any) -> float:
     """History writes what JSON has no number for as "nan", "inf", "-inf"."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -270,7 +280,7 @@ def _planned_steps_per_epoch(record: RunRecord) -> Iterator[int]:
     """Likely values: from finished phases with a duration in epochs, from the status, from the first evaluation of a phase."""
     for place, phase in enumerate(record.phases):
         settings = record.config.phases.get(phase.name) if record.config is not None else None
-        finished = place < len(record.phases) - 1 or record.status.get("state") == "done"
+        finished = place < len(record.phases) - 1 or record.status.state == "done"
         ended_early = any(note.get("note") == "early stop" and note.get("phase") == phase.name for note in record.notes)
         if settings is not None and settings.epochs and not settings.steps and finished and not ended_early:
             yield max(1, round(phase.num_steps / settings.epochs))

@@ -153,7 +153,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
     metrics = result(record)
     if metrics:
         numbers.append((percent(metrics["top1"], 2), "top-1"))
-        if len((record.model or {}).get("classes", ())) >= _WITHOUT_TOP5:
+        if record.model is not None and len(record.model.classes) >= _WITHOUT_TOP5:
             numbers.append((percent(metrics["top5"], 2), "top-5"))
         numbers.append((f"{metrics['loss']:.4g}", "loss"))
         numbers.append((f"{metrics['num_samples']:,.0f}", "validation images"))
@@ -172,9 +172,9 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
             ("Global batch", counted(config.data.global_batch_size, "image")),
             ("Seed", str(config.run.seed)),
         ]
-    state = record.status.get("state")
-    if state not in (None, "done"):
-        why = f" ({record.status['why']})" if record.status.get("why") else ""
+    state = record.status.state
+    if state not in ("unknown", "done"):
+        why = f" ({record.status.why})" if record.status.why else ""
         facts.append(("State", f"{state} at step {record.last_step:,}{why}"))
     return [*([html.Headline(numbers)] if numbers else []), *([html.Facts(facts)] if facts else [])]
 
@@ -182,7 +182,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
 def result(record: RunRecord) -> dict[str, float] | None:
     """The numbers of the run's weights: the model folder's, or those that the last phase would keep."""
     names = ("top1", "top5", "loss", "num_samples")
-    metrics = (record.model or {}).get("metrics")
+    metrics = None if record.model is None else record.model.metrics
     if isinstance(metrics, dict) and all(isinstance(metrics.get(name), (int, float)) for name in names):
         return {name: float(metrics[name]) for name in names}
     best = record.phases[-1].kept(record.monitor) if record.phases else None
@@ -308,10 +308,9 @@ def _transfer(record: RunRecord) -> html.Section | None:
     found = record.transfer
     if found is None:
         return None
-    totals = found.get("totals") or {}
-    rows = [[Cell(str(name)), Cell(f"{n.get('tensors', 0):,}", number=True), Cell(f"{n.get('parameters', 0):,}", number=True)] for name, n in totals.items()]
-    words = f"From {found.get('source')}, by {found.get('by')}: {percent(float(found.get('coverage') or 0.0))} of the convolution and linear units were loaded."
-    notes = [str(line) for key in ("warnings", "notes") for line in found.get(key) or []]
+    rows = [[Cell(name), Cell(f"{n.tensors:,}", number=True), Cell(f"{n.parameters:,}", number=True)] for name, n in found.totals.items()]
+    words = f"From {found.source}, by {found.by}: {percent(found.coverage)} of the convolution and linear units were loaded."
+    notes = [*found.warnings, *found.notes]
     return html.section(
         "Pretrained weights",
         html.Text(words),

@@ -11,6 +11,7 @@ from dtl.config import DataConfig
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.errors import DamagedSample, UserError
+from dtl.untrusted import as_utf8, json_lines
 
 
 class BadSamples:
@@ -63,21 +64,19 @@ def _entry(split: str, sample: int, damage: DamagedSample) -> dict[str, Any]:
     return {
         "split": split,
         "sample": sample,
-        "shard": damage.shard,
-        "key": damage.key,
+        "shard": as_utf8(damage.shard),
+        "key": as_utf8(damage.key),
         "offset": damage.offset,
-        "reason": damage.reason,
-        "message": str(damage),
+        "reason": as_utf8(damage.reason),
+        "message": as_utf8(str(damage)),
     }
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """A line that is none is left out, such as the torn last one of a killed run: its sample will be met again."""
     entries: dict[tuple[str, int], dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                entries[_place(entry)] = entry
-            except (ValueError, KeyError, TypeError):
-                continue  # the torn last line of a killed run: its sample will be met again
+        for line in json_lines(path):
+            if isinstance(line.get("split"), str) and isinstance(line.get("sample"), int):
+                entries[_place(line)] = line
     return list(entries.values())

@@ -30,17 +30,74 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 from dtl.errors import UserError
 from dtl.files import write_json_whole
 from dtl.machine import pid_space, process_start
 from dtl.text import to_stderr
+from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
 STATES = ("running", "done", "stopped", "failed")
 _LONG_DEAD_SECONDS = 120.0
 _SECONDS_TO_PRINT = 20.0
 _LOCK_NAME = re.compile(r"(\d{8})\.json")
+
+
+class Launcher(Record):
+    """The process that started a run's ranks, and how often it has started them anew."""
+
+    host: Text = ""
+    pid: Count = 0
+    process_start: Text | None = None
+    restarts: Count = 0
+
+
+class Progress(Record):
+    """How many starts in a row have begun at one step."""
+
+    step: Count
+    starts: Count
+
+
+def _phase_row(row: dict[str, Any]) -> dict[str, Any]:
+    numbers = ("epochs", "seconds", "images_per_second", "kept_step", "kept_epoch", "train_loss")
+    val = row.get("val")
+    if not isinstance(row.get("phase"), str) or not isinstance(row.get("task", ""), str):
+        raise ValueError("phase and task must be texts")
+    if not isinstance(val, dict | None):
+        raise ValueError("val must be an object")
+    for name, value in (*((name, row.get(name)) for name in numbers), *(val or {}).items()):
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{name} must be a number")
+    return row
+
+
+class Status(Record):
+    """status.json. Of `phases` each row is a finished phase (see `note_result`), which an older dtl may have written NaN into."""
+
+    finite = False
+    state: Text = "unknown"
+    why: Text = ""
+    step: Count = 0
+    incarnation: Count = 0
+    launcher: Launcher | None = None
+    progress: Progress | None = None
+    phases: tuple[Annotated[NumbersObject, Check(_phase_row)], ...] = ()
+    model: Text | None = None
+
+
+class _Owner(Record):
+    """Who works in a run folder: lock/NUMBER.json. One that cannot be read is empty, and its heartbeat decides."""
+
+    host: Text = "unknown"
+    pid: Count = 0
+    machine: Text | None = None
+    process_start: Text | None = None
+    since: Text = "unknown"
+    slurm: tuple[Text, Text] | None = None
+    elastic: Text | None = None
+    released: bool = False
 
 
 class Superseded(UserError):
@@ -108,9 +165,8 @@ class RunFolder:
 
     def count_starts(self, step: int) -> int:
         """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""
-        before = (read_status(self.path) or {}).get("progress")
-        same = isinstance(before, dict) and before.get("step") == step
-        number = int(before["starts"]) + 1 if same and isinstance(before, dict) else 1
+        before = read_status(self.path).progress
+        number = before.starts + 1 if before is not None and before.step == step else 1
         self.facts["progress"] = {"step": step, "starts": number}
         return number
 
@@ -156,19 +212,19 @@ class RunFolder:
         return True
 
     def _require_stale(self, number: int) -> None:
-        owner = _read_json(self._lock / f"{number:08d}.json")
+        owner = _read_owner(self._lock / f"{number:08d}.json")
         if owner is None:
             time.sleep(0.2)  # its file may have been created a moment ago, and be written now
-            owner = _read_json(self._lock / f"{number:08d}.json") or {}
-        if owner.get("released"):
+            owner = _read_owner(self._lock / f"{number:08d}.json") or _Owner()
+        if owner.released:
             return
-        who = f"host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}"
+        who = f"host {owner.host}, pid {owner.pid or 'unknown'}"
         alive = _lives_here(owner)
         if alive is None:
             alive = not _restarts(owner) and self._beats(number, who)
         if alive:
             raise UserError(
-                f"another run works in {self.path} ({who}, since {owner.get('since', 'unknown')}): wait until it ends, stop it, "
+                f"another run works in {self.path} ({who}, since {owner.since}): wait until it ends, stop it, "
                 "or start this one under another name with --run.name NEW"
             )
 
@@ -228,16 +284,19 @@ def check_incarnation(path: str | Path, incarnation: int) -> None:
     """Raise Superseded when a start newer than `incarnation` has taken the run folder. Costs one listing of a small folder."""
     newest = newest_incarnation(path)
     if newest > incarnation:
-        owner = _read_json(Path(path) / "lock" / f"{newest:08d}.json") or {}
+        owner = _read_owner(Path(path) / "lock" / f"{newest:08d}.json") or _Owner()
         raise Superseded(
             f"this process is of start {incarnation} of the run in {path}, and start {newest} has taken over "
-            f"(host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}): it writes nothing more and ends"
+            f"(host {owner.host}, pid {owner.pid or 'unknown'}): it writes nothing more and ends"
         )
 
 
-def read_status(path: str | Path) -> dict[str, Any] | None:
-    """What status.json of a run folder says; None where there is none."""
-    return _read_json(Path(path) / "status.json")
+def read_status(path: str | Path) -> Status:
+    """What status.json of a run folder says; one of state "unknown" where there is none, or none that can be used: starts must not hang on it."""
+    try:
+        return Status.read(Path(path) / "status.json")
+    except (OSError, UserError):
+        return Status()
 
 
 def stopped_under_this_agent(path: str | Path) -> bool:
@@ -245,12 +304,12 @@ def stopped_under_this_agent(path: str | Path) -> bool:
 
     Called by every rank on its own, before anything that takes seconds; the main process prints why it leaves.
     """
-    status = read_status(path) or {}
-    then, now = status.get("launcher"), _launcher()
-    if status.get("state") != "stopped" or not isinstance(then, dict) or now["restarts"] <= then.get("restarts", 0):
+    status, now = read_status(path), _launcher()
+    then = status.launcher
+    if status.state != "stopped" or then is None or now["restarts"] <= then.restarts:
         return False
     # Another node's agent may have restarted us; on the same one, it must be the very same process.
-    if then.get("host") == now["host"] and then != now | {"restarts": then.get("restarts")}:
+    if then.host == now["host"] and (then.pid, then.process_start) != (now["pid"], now["process_start"]):
         return False
     if os.environ.get("RANK", "0") == "0":
         to_stderr(f"dtl: {path} was stopped, and its launcher has started it again: leaving; the same command resumes")
@@ -268,7 +327,7 @@ def never_began(path: str | Path) -> bool:
 
 def why_none_began(path: str | Path) -> str:
     """In words, for a folder of `never_began`."""
-    return f"its start failed before the first step ({(read_status(path) or {}).get('why') or 'no reason is known'})"
+    return f"its start failed before the first step ({read_status(path).why or 'no reason is known'})"
 
 
 def _describe_self() -> dict[str, Any]:
@@ -294,13 +353,13 @@ def _launcher() -> dict[str, Any]:
     }
 
 
-def _restarts(owner: dict[str, Any]) -> bool:
+def _restarts(owner: _Owner) -> bool:
     """Whether we are the same job as the owner, started anew by Slurm or by the elastic agent."""
     slurm, elastic = _slurm_job(), _elastic_job()
-    before = owner.get("slurm")
+    before = owner.slurm
     # The same job and the same start of it: two programs of one batch script, which must not share a folder.
     requeued = slurm is not None and before is not None and slurm[0] == before[0] and slurm[1] != before[1]
-    return requeued or (elastic is not None and elastic == owner.get("elastic"))
+    return requeued or (elastic is not None and elastic == owner.elastic)
 
 
 def _slurm_job() -> list[str] | None:
@@ -314,24 +373,23 @@ def _elastic_job() -> str | None:
     return None if job == "none" else job
 
 
-def _lives_here(owner: dict[str, Any]) -> bool | None:
+def _lives_here(owner: _Owner) -> bool | None:
     """Whether the owner's process lives on this machine; None when it ran elsewhere, or that cannot be known."""
     machine = pid_space()
-    if machine is None or owner.get("machine") != machine:
+    if machine is None or owner.machine != machine or not owner.pid:
         return None
-    return bool(process_start(int(owner["pid"])) == owner["process_start"])
+    return process_start(owner.pid) == owner.process_start
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_owner(path: Path) -> _Owner | None:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return _Owner.read(path)
+    except (OSError, UserError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _read_text(path: Path) -> str | None:
     try:
-        return path.read_text()
-    except OSError:
+        return read_text(path)
+    except (OSError, UserError):
         return None

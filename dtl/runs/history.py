@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dtl.untrusted import as_utf8, json_line, open_regular
+
 # Once: `json.dumps` with options makes an encoder for each call.
 _as_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
@@ -26,7 +28,7 @@ class History:
         self.last_step = 0
         self._unwritten = b""
         self._logged: set[tuple[object, ...] | None] = set()
-        content = self.path.read_bytes() if self.path.is_file() else b""
+        content = _content(self.path)
         self._keep(content, content.rfind(b"\n") + 1)
 
     def append(self, event: Mapping[str, Any]) -> None:
@@ -48,7 +50,7 @@ class History:
 
         Returns how many bytes of the checkpoint's history are missing (0, but for a disk that lost them).
         """
-        content = self.path.read_bytes() if self.path.is_file() else b""
+        content = _content(self.path)
         fits = 0 <= offset <= len(content) and (offset == 0 or content[offset - 1 : offset] == b"\n")
         if not fits:
             self.truncate_after(step)
@@ -60,10 +62,10 @@ class History:
 
     def truncate_after(self, step: int) -> None:
         """Cut off the lines of steps after `step`, and a torn last line."""
-        content = self.path.read_bytes() if self.path.is_file() else b""
+        content = _content(self.path)
         end = 0
         for line in content.splitlines(keepends=True):
-            found = _read(line).get("step")
+            found = json_line(line).get("step")
             if (isinstance(found, int) and found > step) or not line.endswith(b"\n"):
                 break
             end += len(line)
@@ -86,7 +88,7 @@ class History:
         self._size, self._written, self._unwritten = end, end, b""
         self.last_step, self._logged = 0, set()
         for line in reversed(content[:end].splitlines()):
-            event = _read(line)
+            event = json_line(line)
             step = event.get("step")
             if isinstance(step, int):
                 if step < self.last_step:
@@ -106,27 +108,28 @@ class History:
         self._size = self._written
 
 
+def _content(path: Path) -> bytes:
+    if not path.exists():
+        return b""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def _plain(value: Any) -> Any:
     """As JSON takes it: numbers that it does not know become strings, unknown objects (paths, arrays of one) their own words."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if value is None or isinstance(value, str | bool | int | float):
+    if isinstance(value, str):
+        return as_utf8(value)
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {as_utf8(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
     with suppress(TypeError, ValueError, AttributeError):
         return _plain(value.item())  # numbers of numpy and torch
     return str(value)
-
-
-def _read(line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _identity(event: Mapping[str, Any]) -> tuple[object, ...] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dtl.checkpoint.resume.model_folder import save_model_folder
+from dtl.checkpoint.resume.model_folder import check_model_folder, save_model_folder
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
 from dtl.data.remote.address import redact
@@ -30,19 +30,21 @@ def is_finished(session: Session, state: TrainState, phases: Sequence[Phase]) ->
     last = phases[-1]
     at_end = state.phase.index == last.index and (state.phase.step >= last.num_steps or state.phase.ended)
     # A start that failed before it began (a mistyped option) has kept what the status has of the finished run.
-    status = read_status(session.folder.path) if session.runtime.is_main else None
-    return session.runtime.agree(at_end and "model" in (status or {}))
+    return session.runtime.agree(at_end and session.runtime.is_main and read_status(session.folder.path).model is not None)
 
 
 def show_result_again(session: Session, state: TrainState) -> None:
-    """A finished run started again prints its result and changes nothing (main process)."""
+    """A finished run started again prints its result and changes nothing (main process). UserError where its weights are not those that it wrote."""
+    folder, console = session.folder, session.console
+    with session.runtime.together("model"):
+        if session.runtime.is_main:
+            check_model_folder(folder.path / "model", log=console.print)
     if not session.runtime.is_main:
         return
-    folder, console = session.folder, session.console
-    status = read_status(folder.path) or {}
+    status = read_status(folder.path)
     console.print(f"{folder.path} is finished (step {state.step}); more epochs on the last phase continue it")
-    console.table(table_rows(status.get("phases", [])))
-    folder.write_status("done", step=state.step, **{key: status[key] for key in ("phases", "model") if key in status})
+    console.table(table_rows(status.phases))
+    folder.write_status("done", step=state.step, phases=status.phases, model=status.model)
     page = folder.path / "report" / "index.html"
     for line in next_steps(folder.path, session.config, page if page.is_file() else None):
         console.print(line)

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -210,11 +210,13 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
         `keep_earlier`: with `run.resume: never` and the earlier run still whole nothing is written: a job's next round would resume that one.
         """
-        before = read_status(self.folder.path) or {}
-        if keep_earlier and before and before.get("incarnation") != self.folder.incarnation:
+        before = read_status(self.folder.path)
+        if keep_earlier and before.state != "unknown" and before.incarnation != self.folder.incarnation:
             return
-        kept = {key: before[key] for key in ("phases", "model", "progress") if key in before}
-        self.folder.write_status(state, why=why, step=step or int(before.get("step", 0)), **kept, **more)
+        kept: dict[str, Any] = {"phases": before.phases} if before.phases else {}
+        kept |= {} if before.model is None else {"model": before.model}
+        kept |= {} if before.progress is None else {"progress": asdict(before.progress)}
+        self.folder.write_status(state, why=why, step=step or before.step, **kept, **more)
 
 
 def _log(line: str) -> None:

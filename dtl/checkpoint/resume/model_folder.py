@@ -1,17 +1,17 @@
 """A model folder: what a run leaves, enough to predict, to export, or to transfer from.
 
     model/model.safetensors     the module's state dict under its own names
-    model/model.json            architecture, classes, preprocessing, metrics, where it came from
+    model/model.json            architecture, classes, preprocessing, metrics, where it came from; bytes and SHA-256 of the weights
 
-Replaced as a whole: a reader sees the old folder or the new one, never weights of one with the facts of the other.
+Replaced as a whole: a reader sees the old folder or the new one, never weights of one with the facts of the other. Whoever copies or edits
+one of the two files alone is noticed: the weights are hashed in the pass that reads them, and compared with model.json.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,11 @@ from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
+from dtl.checkpoint.resume.model_json import FORMAT, PREPROCESSING, ModelFacts, read_model_json
 from dtl.errors import UserError
+from dtl.text import Log, to_stderr
+from dtl.untrusted import open_regular
 from dtl.version import __version__
-
-FORMAT = 1
-_PREPROCESSING = ("mean", "std", "image_size", "interpolation", "crop_ratio")
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What model.json says. `order` lists the state dict's names as the module registers them, which a file of tensors forgets."""
-
-    architecture: dict[str, Any]
-    """`name`, `num_classes`, `options`."""
-    classes: tuple[str, ...]
-    display_names: dict[str, str]
-    """By class, where it has one."""
-    preprocessing: dict[str, Any]
-    """`mean`, `std`, `image_size` (pixels), `interpolation`, `crop_ratio`; and `transform`, what evaluation did exactly, where it is known."""
-    metrics: dict[str, Any]
-    made_by: dict[str, Any]
-    order: tuple[str, ...]
 
 
 def save_model_folder(
@@ -63,7 +47,7 @@ def save_model_folder(
     """
     if architecture["num_classes"] != len(classes):
         raise ValueError(f"a model of {architecture['num_classes']} classes with {len(classes)} class names")
-    if missing := [key for key in _PREPROCESSING if key not in preprocessing]:
+    if missing := [key for key in PREPROCESSING if key not in preprocessing]:
         raise ValueError(f"preprocessing lacks {', '.join(missing)}")
     target = Path(folder).absolute()
     facts = {
@@ -82,57 +66,64 @@ def save_model_folder(
         for leftover in target.parent.glob(f".writing-{target.name}-*"):
             files.remove(leftover)
         temporary.mkdir()
-        tensors_file.write_tensors(temporary / "model.safetensors", {name: tensor.detach().cpu() for name, tensor in state_dict.items()})
-        tensors_file.write_json(temporary / "model.json", facts)
+        written = tensors_file.write_tensors(temporary / "model.safetensors", {name: tensor.detach().cpu() for name, tensor in state_dict.items()})
+        facts["weights"] = {"bytes": written.size, "sha256": written.sha256}
+        tensors_file.write_json(temporary / "model.json", files.without_nan(facts))
         files.publish(temporary, target)
     except OSError as error:
         files.discard(temporary)
         raise UserError(f"the model could not be written to {target}: {error.strerror or error}") from error
 
 
-def read_model_json(folder: str | Path) -> ModelFacts:
-    """The facts of a model folder. Raises UserError where it is not one, or was written by a newer dtl."""
-    path = files.published(Path(folder)) / "model.json"
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder} is no model folder: {path} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
-        raise UserError(f"{path} is no model.json of dtl: it has no format number")
-    if value["format"] > FORMAT:
-        raise UserError(f"{path} has format {value['format']}, this dtl knows up to {FORMAT}: update dtl")
-    try:
-        facts = ModelFacts(
-            architecture=dict(value["architecture"]),
-            classes=tuple(value["classes"]),
-            display_names=dict(value["display_names"]),
-            preprocessing={**value["preprocessing"], **{key: value["preprocessing"][key] for key in _PREPROCESSING}},
-            metrics=dict(value["metrics"]),
-            made_by=dict(value["made_by"]),
-            order=tuple(value["order"]),
-        )
-        name, num_classes = facts.architecture["name"], facts.architecture["num_classes"]
-    except KeyError as error:
-        raise UserError(f"{path} is damaged: {error.args[0]!r} is missing") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if num_classes != len(facts.classes):
-        raise UserError(f"{path} is damaged: {name} with {num_classes} outputs, but {len(facts.classes)} classes")
-    return facts
+def load_model_tensors(folder: str | Path, *, log: Log = to_stderr) -> dict[str, Tensor]:
+    """The state dict of a model folder, in the module's order, in host memory. Raises UserError where it is missing or damaged.
 
-
-def load_model_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """The state dict of a model folder, in the module's order, in host memory. Raises UserError where it is missing or damaged."""
-    order = read_model_json(folder).order
+    `log` takes the line about a folder whose model.json records no hash.
+    """
+    facts = read_model_json(folder)
     path = files.published(Path(folder)) / "model.safetensors"
     try:
-        tensors = load_safetensors(path.read_bytes())
+        data, digest = _read_hashed(path)
     except OSError as error:
         raise UserError(f"the weights {path} cannot be read: {error.strerror or error}") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"the weights {path} are damaged: {error}") from error
-    if difference := sorted(tensors.keys() ^ set(order)):
+    check_weights(path, facts, files.FileFacts(len(data), digest), log=log)
+    try:
+        tensors = load_safetensors(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"the weights {path} are damaged: {' '.join(str(error).split())[:200]}") from error
+    if difference := sorted(tensors.keys() ^ set(facts.order)):
         raise UserError(f"{path} and model.json do not belong together: {difference[0]} is in one of them only")
-    return {name: tensors[name] for name in order}
+    return {name: tensors[name] for name in facts.order}
+
+
+def check_weights(path: Path, facts: ModelFacts, found: files.FileFacts, *, log: Log) -> None:
+    """UserError where the weights at `path` are not those that the model.json beside them is about. `found`: what was read."""
+    recorded = facts.weights
+    if recorded is None:
+        log(f"{path.with_name('model.json')} records no SHA-256 of the weights (an older dtl wrote it): they are used unchecked")
+    elif found.size != recorded.bytes:
+        raise UserError(
+            f"the weights {path} are damaged: {found.size:,} bytes, model.json says {recorded.bytes:,}; use a copy that is whole, or train it again"
+        )
+    elif found.sha256 != recorded.sha256:
+        raise UserError(
+            f"the weights {path} are not those of the model.json beside them (another SHA-256): they were damaged or exchanged; "
+            "use a copy that is whole, or train it again"
+        )
+
+
+def check_model_folder(folder: str | Path, *, log: Log = to_stderr) -> None:
+    """UserError where a model folder is not whole. Reads its weights once, and keeps none of them."""
+    facts = read_model_json(folder)
+    path = files.published(Path(folder)) / "model.safetensors"
+    try:
+        check_weights(path, facts, files.hash_file(path), log=log)
+    except OSError as error:
+        raise UserError(f"the weights {path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_hashed(path: Path) -> tuple[bytes, str]:
+    """All bytes of a file and their SHA-256: the file is read once, and hashed in memory."""
+    with open_regular(path) as file:
+        data = file.read()
+    return data, hashlib.sha256(data).hexdigest()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dtl.checkpoint.resume.state import OTHERWISE, TrainState, config_conflicts
+from dtl.checkpoint.resume.state import OTHERWISE, OptimizerFacts, TrainState, config_conflicts
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, config_from_dict
 from dtl.data.sampling.plan import PLAN_VERSION
@@ -17,6 +18,7 @@ from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.text import counted
+from dtl.untrusted import Count, NumbersObject, Record, Text
 
 # Settings that may change between two starts of one run: they do not change its result. Of these precision, data.train and data.val are
 # compared by what they come to; run.device and data.micro_batch_size change roundings and batch statistics, as the number of ranks does,
@@ -27,6 +29,25 @@ FREE_SETTINGS = (
     "data.workers", "data.micro_batch_size", "data.cache_dir", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
     "data.cache_gb", "data.retries", "data.timeout", "data.allow_pipe",
 )  # fmt: skip
+
+
+class _StoredState(Record):
+    """state.json, as `checkpoint_state` and the phase under way have written it."""
+
+    finite = False  # a run's sums may be infinite
+    train: NumbersObject
+    config: NumbersObject
+    precision: Text
+    plan: int
+    device: Text | None = None
+    transforms: dict[Text, int] = field(default_factory=dict)
+    optimizer: OptimizerFacts
+    scaler: dict[Text, float] | None
+    ema_updates: Count | None
+
+
+def _groups_needed(checkpoint: Checkpoint) -> set[str]:
+    return {"model", "optimizer"} | ({"ema"} if checkpoint.state["ema_updates"] is not None else set())
 
 
 def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
@@ -42,6 +63,9 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, tr
                 raise UserError(f"run.resume is must, but {store.folder} holds no whole checkpoint")
             state = TrainState(dataset_ids={"train": train.dataset_id, "val": val.dataset_id})
         else:
+            _StoredState.from_values(checkpoint.state, f"{checkpoint.path}/state.json")
+            if missing := _groups_needed(checkpoint) - set(checkpoint.groups):
+                raise UserError(f"{checkpoint.path} holds no {min(missing)}.safetensors, which its state.json needs; {OTHERWISE}")
             state = TrainState.from_json(checkpoint.state["train"])
             _check_settings(config, checkpoint, store.folder.parent)
             _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtl.config import flat
 from dtl.errors import UserError
+from dtl.untrusted import NumbersObject, Record, Text, check_form
 
 # Of a checkpoint: its manifest, and its state. 2: phase and results are records of their own, and the version of the plan is stored.
 FORMAT = 2
@@ -116,12 +117,13 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainState:
-        """Raises UserError for a state that another version of dtl has written, or one with unknown or missing fields."""
+        """Raises UserError for a state that another version of dtl has written, or one with unknown, missing or wrong fields."""
         found = value.get("format")
         if not isinstance(found, int):
             raise UserError("the checkpoint's state has no format number: it was not written by dtl")
         check_format(found, "the checkpoint's state")
         values = _fields(cls, {key: inner for key, inner in value.items() if key != "format"})
+        check_form(cls, values, "the checkpoint's state")
         phase, results = _fields(PhaseProgress, values["phase"]), _fields(RunResults, values["results"])
         if phase["kept"] is not None:
             phase["kept"] = Kept(**_fields(Kept, phase["kept"]))
@@ -129,22 +131,45 @@ class TrainState:
         return cls(**{**values, "phase": PhaseProgress(**phase), "results": RunResults(**results)})
 
 
+class OtherFormat(UserError):
+    """A checkpoint of another version of dtl: it is whole, so it is not passed over."""
+
+
 def check_format(found: int, what: str) -> None:
     """UserError where `what` (a path, or a name) has the format of another version of dtl."""
     if found > FORMAT:
-        raise UserError(f"{what} was written by a newer dtl (checkpoint format {found}, this dtl reads {FORMAT}): update dtl to continue this run")
+        raise OtherFormat(f"{what} was written by a newer dtl (checkpoint format {found}, this dtl reads {FORMAT}): update dtl to continue this run")
     if found < FORMAT:
-        raise UserError(
+        raise OtherFormat(
             f"{what} was written by an older dtl (checkpoint format {found}, this dtl reads {FORMAT}): use the dtl that started the run, or {OTHERWISE}"
         )
 
 
 def _fields(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the dataclass `cls`; UserError where the checkpoint has others."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"the checkpoint's state does not fit this dtl: {cls.__name__} must be an object")
     wrong = sorted({entry.name for entry in fields(cls)}.symmetric_difference(value))
     if wrong:
         raise UserError(f"the checkpoint's state does not fit this dtl: {', '.join(wrong)} unknown or missing")
     return dict(value)
+
+
+class GroupFacts(Record):
+    """A parameter group: the names of its parameters, and what is set for it."""
+
+    finite = False
+    names: tuple[Text, ...]
+    options: NumbersObject
+
+
+class OptimizerFacts(Record):
+    """What is not a tensor of an optimizer's state. `plain`: by parameter."""
+
+    finite = False
+    optimizer: Text
+    groups: tuple[GroupFacts, ...]
+    plain: dict[Text, NumbersObject]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -172,11 +197,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
     Raises UserError, and leaves the optimizer as it was, where kind, names, shapes or switches (amsgrad, nesterov ...) differ.
     """
+    OptimizerFacts.from_values(meta, "the checkpoint's optimizer")
     if meta["optimizer"] != _kind(optimizer):
         raise UserError(f"the checkpoint holds the state of {meta['optimizer']}, the run uses {_kind(optimizer)}")
     _check_groups(optimizer, meta["groups"])
     parameters = {name: (group, p) for group in optimizer.param_groups for name, p in zip(_names(group), group["params"], strict=True)}
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in meta["plain"].items()}
+    if strangers := state.keys() - parameters.keys():
+        raise UserError(f"the checkpoint has optimizer state for {min(strangers)}, which the optimizer does not train")
     for place, tensor in tensors.items():
         key, _, name = place.partition("/")
         if name not in parameters:
@@ -221,6 +249,8 @@ def _check_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str,
     for group, before in zip(optimizer.param_groups, saved, strict=True):
         for key, value in before["options"].items():
             switch = isinstance(value, bool) and key not in _EXECUTION_OPTIONS
+            if key in group and key not in _EXECUTION_OPTIONS and _is_number(group[key]) != _is_number(value):
+                raise UserError(f"the optimizer's {key} is {group[key]}, and {str(value)[:80]!r} in the checkpoint")
             if switch and key in group and bool(group[key]) != value:
                 raise UserError(f"the optimizer's {key} is {group[key]}, it was {value} when the checkpoint was written")
 
@@ -248,6 +278,10 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Everything of a group but its parameters; a lr that is a tensor becomes a number."""
     plain = {key: value for key, value in group.items() if key not in ("params", "names", "param_names")}
     return {key: value.item() if isinstance(value, Tensor) else value for key, value in plain.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 
 
 def _kind(optimizer: object) -> str:

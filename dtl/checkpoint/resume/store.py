@@ -20,21 +20,49 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
-from dtl.checkpoint.resume.state import FORMAT, check_format
+from dtl.checkpoint.resume.state import FORMAT, OtherFormat, check_format
 from dtl.config.models import CheckpointConfig
 from dtl.errors import UserError
+from dtl.untrusted import Check, Count, FileName, Record, Sha256, Text, read_json
 
 DEFAULTS = CheckpointConfig()
 _NAME = re.compile(r"(?:step-(\d{8,})|\.step-(\d{8,})\.before)")
+_GROUP = re.compile(r"[a-z0-9_]{1,100}")
 _TEMPORARY = (".writing-", ".deleting-")
+
+
+def _group(name: str) -> str:
+    if not _GROUP.fullmatch(name):
+        raise ValueError(f"{name[:80]!r} is no name of a group: a file is named after it, so letters, digits and _ only")
+    return name
+
+
+class _File(Record):
+    size: Count
+    sha256: Sha256
+
+
+class _Manifest(Record):
+    """manifest.json of a checkpoint."""
+
+    step: Count
+    groups: tuple[Annotated[str, Check(_group)], ...]
+    files: dict[FileName, _File]
+    aliases: dict[Text, dict[Text, Text]]
+
+    @property
+    def unlisted(self) -> list[str]:
+        """Files that a checkpoint of these groups consists of, and that the manifest does not protect."""
+        return [name for name in ("state.json", *(f"{group}.safetensors" for group in self.groups)) if name not in self.files]
 
 
 @dataclass(frozen=True)
@@ -52,9 +80,13 @@ class Checkpoint:
         if group not in self.groups:
             raise UserError(f"{self.path} holds no tensors of {group!r}, only of: {', '.join(self.groups) or 'nothing'}")
         # Read, not mapped: a shard of a network disk that vanishes under a mapping kills the process (SIGBUS).
-        tensors = load_safetensors((self.path / f"{group}.safetensors").read_bytes())
-        for name, other in self.aliases.get(group, {}).items():
-            tensors[name] = tensors[other]
+        file = self.path / f"{group}.safetensors"
+        try:
+            tensors = load_safetensors(file.read_bytes())
+            for name, other in self.aliases.get(group, {}).items():
+                tensors[name] = tensors[other]
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
         return tensors
 
 
@@ -147,8 +179,7 @@ class CheckpointStore:
         aliases: dict[str, dict[str, str]] = {}
         devices: set[torch.device] = set()
         for group, members in tensors.items():
-            if not re.fullmatch(r"[a-z0-9_]+", group):
-                raise ValueError(f"group name {group!r}: a file is named after it, so letters, digits and _ only")
+            _group(group)
             copied[group] = {}
             seen: dict[tuple[object, ...], str] = {}
             for name, tensor in members.items():
@@ -285,24 +316,33 @@ class CheckpointStore:
 def _open(path: Path, step: int) -> tuple[Checkpoint | None, str]:
     """A checkpoint whose every byte was compared with its manifest, or what is wrong with it."""
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        check_format(manifest["format"], str(path))
-        if manifest["step"] != step:
-            return None, f"its manifest speaks of step {manifest['step']}"
-        for name, expected in manifest["files"].items():
+        value = read_json(path / "manifest.json")
+        if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+            return None, "manifest.json: it has no format number"
+        check_format(value["format"], str(path))
+        manifest = _Manifest.from_values(value, "manifest.json")
+        if manifest.step != step:
+            return None, f"its manifest speaks of step {manifest.step}"
+        if manifest.unlisted:
+            return None, f"manifest.json: it lists no {manifest.unlisted[0]}, so nothing shows that this file is whole"
+        for name, expected in manifest.files.items():
             facts = files.hash_file(path / name)
-            if facts.size != expected["size"]:
-                return None, f"{name} has {facts.size} bytes, not {expected['size']}"
-            if facts.sha256 != expected["sha256"]:
+            if facts.size != expected.size:
+                return None, f"{name} has {facts.size} bytes, not {expected.size}"
+            if facts.sha256 != expected.sha256:
                 return None, f"the content of {name} has changed (sha256)"
-        state = json.loads((path / "state.json").read_bytes())
-        return Checkpoint(step, path, state, tuple(manifest["groups"]), manifest["aliases"]), ""
+        state = read_json(path / "state.json", finite=False)
+        if not isinstance(state, dict):
+            return None, "state.json: must be an object"
+        return Checkpoint(step, path, state, manifest.groups, manifest.aliases), ""
     except FileNotFoundError as error:
         return None, f"{Path(error.filename).name} is missing"
     except OSError as error:
         return None, _reason(error)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None, "manifest.json cannot be read"
+    except OtherFormat:
+        raise
+    except UserError as error:
+        return None, str(error).removeprefix(f"{path}/")
 
 
 def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:

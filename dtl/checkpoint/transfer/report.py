@@ -13,6 +13,7 @@ from dtl import text
 from dtl.checkpoint.transfer.outcomes import Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan
 from dtl.checkpoint.transfer.source.read import SourceWeights
+from dtl.files import without_nan
 
 _ORDER = ("ambiguous", "fresh", "filled", "kept", "adapted", "loaded", "unused")
 _MOST_ROWS = 60
@@ -78,7 +79,7 @@ class TransferReport:
 
     def to_json(self, path: str | Path) -> None:
         """Write everything the report knows. Outcomes carry target, source, outcome, reason and the evidence."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(without_nan(self.to_dict()), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         facts = {name: value for name, value in self.facts.items() if name in ("architecture", "preprocessing")}

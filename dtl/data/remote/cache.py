@@ -30,6 +30,7 @@ from dtl.data.shards.manifest import Manifest
 from dtl.errors import UserError
 from dtl.files import flock, fsync_folder
 from dtl.text import to_stderr
+from dtl.untrusted import is_sha256
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
@@ -44,7 +45,9 @@ class ShardCache:
     """The remote ones of a manifest's shards, by their number in it. Pickles as plain values; nothing is opened or made by making one."""
 
     def __init__(self, folder: Path, options: DataConfig, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]) -> None:
-        """`urls` are None for shards that are local; `sizes` in bytes."""
+        """`urls` are None for shards that are local; `sizes` in bytes. `digests` become names of files, so they must be hexadecimal."""
+        if not all(map(is_sha256, digests)):
+            raise UserError(f"{folder}: a shard's sha256 is no SHA-256 of 64 hexadecimal digits")
         # Acts for its node: cleans up, and fetches ahead along the plan.
         self.leads = True
         self.options, self.folder = options, folder

@@ -15,7 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
 from dtl.errors import DamagedSample, UserError
 from dtl.files import sha256_of_file, write_whole
+from dtl.untrusted import open_regular
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
@@ -131,7 +132,7 @@ class Shards:
         folder = Path(folder)
         manifest = Manifest.read(folder)
         cache = open_cache(manifest, folder, options)
-        quarantine = None if whole else Quarantine.read(folder, manifest)
+        quarantine = None if whole else Quarantine.of_folder(folder, manifest)
         if quarantine is not None:
             manifest = quarantine.applied(manifest)
         shards = cls(folder, manifest, quarantine, cache)
@@ -219,11 +220,14 @@ class Shards:
     def _map_index(self) -> None:
         path, again = self.index_path, self.again
         try:
-            with path.open("rb") as file:
-                head = file.read(_HEADER.size)
-                size = os.fstat(file.fileno()).st_size
+            with open_regular(path) as file:
+                self._map_columns(file, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; {again}") from None
+
+    def _map_columns(self, file: BinaryIO, size: int) -> None:
+        path, again = self.index_path, self.again
+        head = file.read(_HEADER.size)
         if len(head) < _HEADER.size or head[:8] != _MAGIC:
             raise UserError(f"{path} is not an index of dtl; {again}")
         _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
@@ -232,20 +236,25 @@ class Shards:
         expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
         if size != expected:
             raise UserError(f"{path} has {size} bytes where {expected} are expected; {again}")
-        if [shard.samples for shard in self.manifest.shards] != list(np.fromfile(path, "<i8", num_shards, offset=_HEADER.size)):
-            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); {again}")
         # One mapping for all columns (each costs a file number), as plain arrays: indexing a np.memmap is several times slower.
-        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        data = np.memmap(file, np.uint8, "r").view(np.ndarray)
         at = _HEADER.size
         for name, kind, length in [("shard_sizes", "<i8", num_shards), *((name, kind, num_samples) for name, kind in _COLUMNS)]:
             size = length * np.dtype(kind).itemsize
             setattr(self, name, data[at : at + size].view(kind))
             at += size
+        if num_samples != self.manifest.num_samples or [shard.samples for shard in self.manifest.shards] != self.shard_sizes.tolist():
+            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); {again}")
 
     def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
         """Up to `size` bytes; fewer at the end of the file."""
         try:
-            return _pread_all(self._files.number(shard, self._open), size, start)
+            number = self._files.number(shard, self._open)
+            if size > _READ_BYTES:  # an index may name four gigabytes, and reading takes memory for them before it looks at the file
+                size = min(size, max(0, os.fstat(number).st_size - start))
+            return _pread_all(number, size, start)
+        except OverflowError:
+            return _Damage("the index names a place behind the end of any file")
         except FileNotFoundError:
             return _Damage("the shard is missing")
         except Unfetched as error:

@@ -4,47 +4,85 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dtl.data.remote.address import is_remote
 from dtl.errors import UserError
 from dtl.files import fsync_folder, write_whole
 from dtl.text import some
+from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text, is_sha256
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Shard:
+def _shard_url(text: str) -> str:
+    if not text or text != text.strip() or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        raise ValueError(f"{text[:80]!r} is neither a path nor an address")
+    return text
+
+
+def _dataset_id(text: str) -> str:
+    """It becomes part of file names in the cache."""
+    if not 8 <= len(text) <= 64 or set(text) - set("0123456789abcdef"):
+        raise ValueError(f"{text[:80]!r} is no hexadecimal number")
+    return text
+
+
+def _version(number: int) -> int:
+    if number != MANIFEST_VERSION:
+        raise ValueError(f"format version {number}, this dtl reads version {MANIFEST_VERSION}; pack the data again")
+    return number
+
+
+def _made_by(facts: dict[str, Any]) -> dict[str, Any]:
+    """Free, but for what is used as more than text."""
+    keys, rules = facts.get("keys_sha256"), facts.get("rules")
+    if keys is not None and not (isinstance(keys, str) and is_sha256(keys)):
+        raise ValueError("keys_sha256 is no SHA-256 of 64 hexadecimal digits")
+    if rules is not None and not (
+        isinstance(rules, dict) and set(rules) <= {"image_field", "label_field"} and all(one is None or isinstance(one, str) for one in rules.values())
+    ):
+        raise ValueError("rules must be an object with the texts image_field and label_field")
+    return facts
+
+
+DatasetId = Annotated[str, Check(_dataset_id)]
+
+
+class Shard(Record):
     """One tar. `url` is relative to the manifest, or the address of a remote one."""
 
-    url: str
-    samples: int
-    bytes: int
-    sha256: str
+    url: Annotated[str, Check(_shard_url)]
+    samples: Count
+    bytes: Count
+    sha256: Sha256
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Record):
     """One split: its classes in the order of their labels, its shards, and how it was made.
 
     `dataset_id` is a hash of content (see `dataset_id`), the same wherever the files lie; `index_sha256` ties index.bin to this manifest.
     """
 
-    version: int
-    classes: tuple[str, ...]
-    display_names: dict[str, str]
+    max_bytes = 256 << 20  # of a million shards, 100 TB and more
+    max_values = 8_000_000
+
+    version: Annotated[int, Check(_version)]
+    classes: tuple[Text, ...]
+    display_names: dict[Text, Text]
     shards: tuple[Shard, ...]
-    class_counts: tuple[int, ...]
-    dataset_id: str
-    index_sha256: str
-    made_by: dict[str, Any]
+    class_counts: tuple[Count, ...]
+    dataset_id: DatasetId
+    index_sha256: Sha256
+    made_by: Annotated[PlainObject, Check(_made_by)]
 
     @property
     def num_samples(self) -> int:
@@ -57,54 +95,36 @@ class Manifest:
         fsync_folder(folder)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        path = folder / MANIFEST_NAME
+    def read(cls, path: str | os.PathLike[str]) -> Manifest:
+        """The manifest in the folder `path`."""
+        file = Path(path) / MANIFEST_NAME
         try:
-            return cls.parse(path.read_bytes(), path)
+            return super().read(file)
         except FileNotFoundError:
-            raise UserError(f"{folder} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)") from None
+            raise UserError(f"{path} holds no {MANIFEST_NAME}: it is not a folder of packed shards (make one with `dtl pack SRC DST`)") from None
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
 
     @classmethod
-    def parse(cls, text: bytes, path: Path | str) -> Manifest:
-        """The manifest that `text` is; `path` is what messages call it."""
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-        if not isinstance(raw, dict) or "shards" not in raw:
-            raise UserError(f"{path} is not a manifest of dtl")
-        if raw.get("version") != MANIFEST_VERSION:
-            raise UserError(f"{path} has format version {raw.get('version')}, this dtl reads version {MANIFEST_VERSION}; pack the data again")
-        return cls._parse(raw, path)
-
-    @classmethod
-    def _parse(cls, raw: dict[str, Any], path: Path | str) -> Manifest:
-        wrong = {field.name for field in fields(cls)} ^ set(raw)
-        if wrong:
-            raise UserError(f"{path} has missing or unknown fields: {', '.join(sorted(wrong))}")
-        try:
-            shards = tuple(Shard(url=str(s["url"]), samples=int(s["samples"]), bytes=int(s["bytes"]), sha256=str(s["sha256"])) for s in raw["shards"])
-            manifest = cls(
-                version=MANIFEST_VERSION,
-                classes=tuple(str(name) for name in raw["classes"]),
-                display_names={str(name): str(shown) for name, shown in raw["display_names"].items()},
-                shards=shards,
-                class_counts=tuple(int(count) for count in raw["class_counts"]),
-                dataset_id=str(raw["dataset_id"]),
-                index_sha256=str(raw["index_sha256"]),
-                made_by=dict(raw["made_by"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-        if len(set(manifest.classes)) != len(manifest.classes) or len(manifest.class_counts) != len(manifest.classes):
-            raise UserError(
-                f"{path} is damaged: {len(manifest.classes)} classes, {len(set(manifest.classes))} of them different, {len(manifest.class_counts)} counts"
-            )
-        if sum(manifest.class_counts) != manifest.num_samples:
-            raise UserError(f"{path} is damaged: the classes have {sum(manifest.class_counts)} samples, the shards {manifest.num_samples}")
+    def parse(cls, data: bytes | str, origin: str) -> Manifest:
+        """Also checks what is right field by field and wrong together."""
+        manifest = super().parse(data, origin)
+        if fault := manifest._contradiction():
+            raise UserError(f"{origin} is damaged: {fault}")
         return manifest
+
+    def _contradiction(self) -> str | None:
+        classes, counts = self.classes, self.class_counts
+        if len(set(classes)) != len(classes) or len(counts) != len(classes):
+            return f"{len(classes)} classes, {len(set(classes))} of them different, {len(counts)} counts"
+        if sum(counts) != self.num_samples:
+            return f"the classes have {sum(counts)} samples, the shards {self.num_samples}"
+        if sum(shard.bytes for shard in self.shards) >= 1 << 63:
+            return "its shards have more bytes than there can be"
+        if "keys_sha256" in self.made_by:  # indexed where they lie, by others' hands, which may be anywhere
+            return None
+        outside = next((url for url in (shard.url for shard in self.shards) if not is_remote(url) and (url[0] == "/" or ".." in url.split("/"))), None)
+        return None if outside is None else f"the shard {outside[:80]!r} lies outside its folder"
 
 
 def dataset_id(classes: Sequence[str], *, sizes: npt.NDArray[np.uint32], crcs: npt.NDArray[np.uint32], labels: npt.NDArray[np.int32]) -> str:

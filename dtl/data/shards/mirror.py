@@ -14,10 +14,11 @@ from dtl.data.remote.address import is_remote, join, kind_of, shown, without_que
 from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes, open_for_fetch
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
-from dtl.data.shards.quarantine import QUARANTINE_NAME
+from dtl.data.shards.quarantine import QUARANTINE_NAME, Quarantine
 from dtl.data.sources.splits import SPLIT_WORDS, addresses_to_try
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, temporary_suffix, write_whole
+from dtl.untrusted import read_json
 
 _ORIGIN_NAME = "origin.json"
 
@@ -72,8 +73,8 @@ def mirror(url: str, text: bytes, folder: Path, *, options: DataConfig) -> Path:
 def _origin(folder: Path) -> Any:
     """What the mirror is a copy of. Written last, so what has it is whole."""
     try:
-        return json.loads((folder / _ORIGIN_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / _ORIGIN_NAME)
+    except (OSError, UserError):
         return None
 
 
@@ -117,15 +118,9 @@ def _fetch_quarantine(url: str, folder: Path, options: DataConfig) -> None:
     if text is None:
         path.unlink(missing_ok=True)
         return
-    try:
-        raw = json.loads(text)
-        index, digest = str(raw["index"]), str(raw["index_sha256"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{shown(join(url, QUARANTINE_NAME))} cannot be read; verify the shards again") from None
-    if PurePosixPath(index).name != index:
-        raise UserError(f"{shown(join(url, QUARANTINE_NAME))} names {index[:100]!r} as its index, which does not lie beside it")
-    if not _is(folder / index, digest):
-        _fetch_file(url, folder, index, digest, options)
+    found = Quarantine.parse(text, shown(join(url, QUARANTINE_NAME)))
+    if not _is(folder / found.index, found.index_sha256):
+        _fetch_file(url, folder, found.index, found.index_sha256, options)
     write_whole(path, lambda file: file.write(text))
 
 

@@ -10,42 +10,49 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.shards.manifest import Manifest
+from dtl.data.shards.manifest import DatasetId, Manifest
 from dtl.errors import UserError
 from dtl.files import fsync_folder, write_whole
+from dtl.untrusted import Check, Count, FileName, Record, Sha256, Text, as_utf8
 
 QUARANTINE_NAME = "quarantine.json"
 QUARANTINE_VERSION = 1
 _AGAIN = "run `dtl verify SHARDS --quarantine` again, or remove the file to use all samples"
 
 
-@dataclass(frozen=True)
-class BadSample:
+def _version(number: int) -> int:
+    if number != QUARANTINE_VERSION:
+        raise ValueError(f"format version {number}, this dtl reads version {QUARANTINE_VERSION}")
+    return number
+
+
+class BadSample(Record):
     """One sample that is left out; `sample` is its number in index.bin."""
 
-    sample: int
-    shard: str
-    key: str
-    offset: int
-    reason: str
+    sample: Count
+    shard: Text
+    key: Text
+    offset: Count
+    reason: Text
 
 
-@dataclass(frozen=True)
-class Quarantine:
+class Quarantine(Record):
     """`of` is the dataset id of the manifest it belongs to; `shard_samples` and `class_counts` are those that are left."""
 
-    of: str
-    index: str
-    index_sha256: str
-    shard_samples: tuple[int, ...]
-    class_counts: tuple[int, ...]
+    version: Annotated[int, Check(_version)] = QUARANTINE_VERSION
+    of: DatasetId
+    index: FileName
+    index_sha256: Sha256
+    shard_samples: tuple[Count, ...]
+    class_counts: tuple[Count, ...]
     samples: tuple[BadSample, ...]
 
     @property
@@ -54,35 +61,37 @@ class Quarantine:
         return np.array([bad.sample for bad in self.samples], np.int64)
 
     @classmethod
-    def read(cls, folder: Path, manifest: Manifest) -> Quarantine | None:
+    def of_folder(cls, folder: Path, manifest: Manifest) -> Quarantine | None:
         """None where there is none. UserError where it cannot be read, or is about another data set."""
         path = folder / QUARANTINE_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            found = cls.read(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from None
-        try:
-            if raw["version"] != QUARANTINE_VERSION:
-                raise UserError(f"{path} has format version {raw['version']}, this dtl reads version {QUARANTINE_VERSION}; {_AGAIN}")
-            found = cls(
-                of=str(raw["of"]),
-                index=str(raw["index"]),
-                index_sha256=str(raw["index_sha256"]),
-                shard_samples=tuple(int(count) for count in raw["shard_samples"]),
-                class_counts=tuple(int(count) for count in raw["class_counts"]),
-                samples=tuple(BadSample(**bad) for bad in raw["samples"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__} {error}); {_AGAIN}") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); {_AGAIN}") from None
+        except UserError as error:
+            raise UserError(f"{error}; {_AGAIN}") from None
         if found.of != manifest.dataset_id or len(found.shard_samples) != len(manifest.shards):
             raise UserError(f"{path} is about another data set than the manifest beside it; {_AGAIN}")
+        if fault := found._contradiction(manifest):
+            raise UserError(f"{path} is damaged: {fault}; {_AGAIN}")
         return found
 
+    def _contradiction(self, manifest: Manifest) -> str | None:
+        """What is right field by field, and wrong together."""
+        numbers, left = [bad.sample for bad in self.samples], sum(self.shard_samples)
+        if any(after <= before for before, after in pairwise(numbers)) or (numbers and numbers[-1] >= manifest.num_samples):
+            return "its samples are not numbers of the manifest's samples, each once and growing"
+        if left + len(numbers) != manifest.num_samples or left != sum(self.class_counts) or len(self.class_counts) != len(manifest.classes):
+            return f"{len(numbers)} samples are left out and {left} are left, of {manifest.num_samples}; its classes have {sum(self.class_counts)}"
+        if any(now > before for now, before in zip(self.shard_samples, (shard.samples for shard in manifest.shards))):
+            return "a shard has more samples than the manifest says"
+        return None
+
     def write(self, folder: Path) -> None:
-        value: dict[str, Any] = {"version": QUARANTINE_VERSION, **asdict(self)}
-        text = json.dumps(value, indent=1, ensure_ascii=True) + "\n"
+        samples = [{**asdict(bad), "shard": as_utf8(bad.shard), "key": as_utf8(bad.key)} for bad in self.samples]
+        text = json.dumps({**asdict(self), "samples": samples}, indent=1, ensure_ascii=True) + "\n"
         write_whole(folder / QUARANTINE_NAME, lambda file: file.write(text.encode()))
         fsync_folder(folder)
 

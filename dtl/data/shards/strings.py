@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dtl.errors import UserError
 from dtl.files import write_whole
+from dtl.untrusted import open_regular
 
 _MAGIC = b"DTLSTR01"
 _HEADER = struct.Struct("<8sQ")
@@ -38,19 +39,18 @@ class StringTable:
     @classmethod
     def read(cls, path: Path) -> StringTable:
         """Map a file written by `write`."""
-        with path.open("rb") as file:
-            head = file.read(_HEADER.size)
-        size = path.stat().st_size
-        if len(head) < _HEADER.size or head[:8] != _MAGIC:
-            raise UserError(f"{path} is not a table of names written by dtl")
-        count = _HEADER.unpack(head)[1]
-        start = _HEADER.size + 8 * (count + 1)
-        if size < start:
-            raise UserError(f"{path} is cut short: {size} bytes")
-        offsets: npt.NDArray[np.int64] = np.memmap(path, "<i8", "r", _HEADER.size, (count + 1,))
-        if size != start + int(offsets[-1]):
-            raise UserError(f"{path} has {size} bytes where {start + int(offsets[-1])} are expected")
-        data = np.memmap(path, np.uint8, "r", start, (int(offsets[-1]),)) if offsets[-1] else np.zeros(0, np.uint8)
+        with open_regular(path) as file:
+            head, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+            if len(head) < _HEADER.size or head[:8] != _MAGIC:
+                raise UserError(f"{path} is not a table of names written by dtl")
+            count = _HEADER.unpack(head)[1]
+            start = _HEADER.size + 8 * (count + 1)
+            if size < start:
+                raise UserError(f"{path} is cut short: {size} bytes")
+            offsets: npt.NDArray[np.int64] = np.memmap(file, "<i8", "r", _HEADER.size, (count + 1,))
+            if offsets[0] != 0 or size != start + int(offsets[-1]):
+                raise UserError(f"{path} has {size} bytes where {start + int(offsets[-1])} are expected")
+            data = np.memmap(file, np.uint8, "r", start, (int(offsets[-1]),)) if offsets[-1] else np.zeros(0, np.uint8)
         return cls(offsets, data)
 
     def write(self, path: Path) -> None:
@@ -66,7 +66,10 @@ class StringTable:
 
     def take(self, numbers: npt.NDArray[np.integer]) -> StringTable:
         """The strings at these positions, in this order."""
-        lengths = np.diff(self.offsets)[numbers]
+        lengths = np.diff(self.offsets)
+        if len(lengths) and lengths.min() < 0:
+            raise UserError("a table of names is damaged: its offsets do not grow")
+        lengths = lengths[numbers]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         data = np.empty(int(offsets[-1]), np.uint8)
         for new, old in enumerate(numbers):

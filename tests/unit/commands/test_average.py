@@ -9,7 +9,8 @@ import pytest
 import torch
 from model_folders import CLASSES, model_folder
 
-from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json
+from dtl.checkpoint.resume.model_folder import load_model_tensors
+from dtl.checkpoint.resume.model_json import read_model_json
 from dtl.commands.average import average, run
 from dtl.data.transforms.transforms import eval_transform
 from dtl.errors import UserError

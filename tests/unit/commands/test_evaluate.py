@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_folders import CLASSES, model_folder, write_image
+from model_folders import CLASSES, change_weights, model_folder, write_image
 
 from dtl.commands.evaluate import run
 from dtl.data.decoding.decode import decode
@@ -100,16 +100,46 @@ def test_json_on_standard_output_is_all_there_is(model: Path, photos: Path, caps
     assert json.loads(capsys.readouterr().out)["num_samples"] == 37
 
 
-def test_a_network_that_gives_nan_is_measured_and_stays_json(photos: Path, tmp_path: Path) -> None:
+def test_a_network_that_overflows_is_measured_and_stays_json(photos: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    tensors["9.bias"][0] = math.nan
-    save_file(tensors, folder / "model.safetensors")
+    change_weights(folder, lambda tensors: tensors["9.weight"].fill_(3e38))
     found = evaluated(folder, photos, tmp_path)
-    assert (found["top1"], found["loss"]) == (0.0, None)
-    assert found["num_samples"] == 37
+    assert (found["loss"], found["num_samples"]) == (None, 37)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(photos: Path, tmp_path: Path, value: float) -> None:
+    folder = model_folder(tmp_path / "model")
+    change_weights(folder, lambda tensors: tensors["9.bias"][:1].fill_(value))
+    with pytest.raises(UserError, match=r"model.safetensors: the tensor 9.bias holds values that are not finite"):
+        evaluated(folder, photos, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "64 kB of zeros", "cut short", "another run's"])
+def test_weights_that_are_not_the_models_are_refused(photos: Path, tmp_path: Path, damage: str) -> None:
+    folder = model_folder(tmp_path / "model")
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "a flipped bit":
+        data[len(data) // 2] ^= 1
+    elif damage == "64 kB of zeros":
+        data[len(data) - 4096 :] = bytes(4096)
+    elif damage == "cut short":
+        del data[-8:]
+    else:
+        data[:] = (model_folder(tmp_path / "other", seed=1) / "model.safetensors").read_bytes()
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"the weights .*model.safetensors are (damaged|not those of the model.json)"):
+        evaluated(folder, photos, tmp_path)
+
+
+def test_a_folder_of_an_older_dtl_is_used_with_a_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = model_folder(tmp_path / "model")
+    facts = json.loads((folder / "model.json").read_text())
+    del facts["weights"]
+    (folder / "model.json").write_text(json.dumps(facts))
+    assert evaluated(folder, photos, tmp_path)["num_samples"] == 37
+    assert capsys.readouterr().err.count("records no SHA-256 of the weights") == 1
 
 
 @pytest.mark.parametrize(

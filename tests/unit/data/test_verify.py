@@ -117,10 +117,13 @@ def test_a_quarantine_that_does_not_belong_is_refused(copy: Path) -> None:
     path = copy / "quarantine.json"
     good = path.read_text()
     for text, said in [
-        (good.replace('"of": "', '"of": "x'), "is about another data set"),
-        (good[:50], "cannot be read"),
-        (good.replace('"version": 1', '"version": 9'), "has format version 9"),
-        (good.replace('"key"', '"kex"'), "is damaged"),
+        (good.replace('"of": "', '"of": "0'), "is about another data set"),
+        (good.replace('"of": "', '"of": "x'), "of: .* is no hexadecimal number"),
+        (good[:50], "quarantine.json: not valid JSON"),
+        (good.replace('"version": 1', '"version": 9'), "version: format version 9"),
+        (good.replace('"key"', '"kex"'), "samples.0.key is missing"),
+        (good.replace('"sample": 3', '"sample": 300'), "is damaged: its samples are not numbers"),
+        (good.replace('"index": "', '"index": "../'), "index: .* is no plain file name"),
         (good.replace('"index": "', '"index": "x'), "cannot be read"),
     ]:
         path.write_text(text)

@@ -56,7 +56,7 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path: Path) -> None:
     record = read_run(folder)
     told = "\n".join(record.missing)
     assert "2 lines of history.jsonl that cannot be read, left out" in told
-    assert "status.json cannot be read" in told
+    assert "status.json: not valid JSON" in told
     assert "config.yaml cannot be used" in told
     assert "run.nam" in told
     assert [note["note"] for note in record.notes] == ["early stop"]

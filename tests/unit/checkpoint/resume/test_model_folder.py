@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dtl
-from dtl.checkpoint.resume.model_folder import load_model_tensors, read_model_json, save_model_folder
+from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
+from dtl.checkpoint.resume.model_json import read_model_json
 from dtl.errors import UserError
 
 FACTS: dict[str, Any] = {
@@ -80,12 +81,20 @@ def change(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 7}, r"model.json has format 7, this dtl knows up to 1: update dtl"),
-        ({"format": "drop"}, "it has no format number"),
-        ({"classes": "drop"}, r"model.json is damaged: 'classes' is missing"),
-        ({"preprocessing": {"mean": [1, 2, 3]}}, "'std' is missing"),
+        ({"format": 7}, r"model.json: format: 7, this dtl knows up to 1: update dtl"),
+        ({"format": "drop"}, r"model.json: format is missing"),
+        ({"classes": "drop"}, r"model.json: classes is missing"),
+        ({"classes": "ants"}, r"model.json: classes: must be a list"),
+        ({"classes": ["ants", 3]}, r"model.json: classes.1: must be text"),
+        ({"classes": ["ants", "be\0es"]}, r"model.json: classes.1: holds a NUL character"),
+        ({"preprocessing": {"mean": [1, 2, 3]}}, "preprocessing: std is missing"),
+        ({"preprocessing": FACTS["preprocessing"] | {"image_size": 10**9}}, "preprocessing: image_size 1000000000 is not from 1 to 16384"),
+        ({"preprocessing": FACTS["preprocessing"] | {"mean": "abc"}}, "preprocessing: mean must be three numbers"),
+        ({"architecture": {"name": 3, "num_classes": 2}}, "architecture: must have a name and a positive num_classes"),
+        ({"weights": {"bytes": 1, "sha256": "../x"}}, r"weights.sha256: '../x' is no SHA-256"),
+        ({"made_by": {"step": 10**400}}, r"made_by: 1000.* is too large a number"),
         ({"classes": ["ants"]}, "torchvision/resnet18 with 2 outputs, but 1 classes"),
-        ({"metrics": 3}, r"model.json is damaged"),
+        ({"metrics": 3}, r"model.json: metrics: must be an object"),
         ({"order": ["0.weight"]}, r"model.json do not belong together: .* is in one of them only"),
     ],
 )
@@ -107,7 +116,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the weights .*model.safetensors cannot be read: No such file"):
         load_model_tensors(tmp_path / "model")
     (tmp_path / "model" / "model.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged: it is not JSON"):
+    with pytest.raises(UserError, match=r"model.json: not valid JSON"):
         read_model_json(tmp_path / "model")
 
 

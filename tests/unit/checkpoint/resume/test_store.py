@@ -193,6 +193,16 @@ def test_saving_a_step_again_replaces_it(make: Callable[..., CheckpointStore], k
     assert (found.state, found.tensors("model")["weight"][0, 0]) == ({"turn": 2}, 2)
 
 
+def listed(folder: Path) -> dict[str, Any]:
+    files: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["files"]
+    return files
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    value = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(value | changes))
+
+
 def damage_truncate(folder: Path) -> None:
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(100)
@@ -210,10 +220,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (damage_truncate, r"model.safetensors has 100 bytes, not 4\d\d\d"),
     "flipped bit": (damage_flip, r"the content of optimizer.safetensors has changed"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
-    "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json cannot be read"),
-    "strange manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+    "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), r"manifest.json: not valid JSON"),
+    "strange manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), r"manifest.json: it has no format number"),
     "no state": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
-    "other step": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "step": 7}'), "speaks of step 7"),
+    "other step": (lambda folder: edit(folder, step=7), "speaks of step 7"),
+    "no files listed": (lambda folder: edit(folder, files={}), r"manifest.json: it lists no state.json"),
+    "one file not listed": (lambda folder: edit(folder, files={"state.json": listed(folder)["state.json"]}), r"it lists no model.safetensors"),
+    "a file elsewhere": (lambda folder: edit(folder, files={"../../x": {"size": 1, "sha256": "0" * 64}}), r"files.*no plain file name"),
+    "a digest that is none": (
+        lambda folder: edit(folder, files={"state.json": {"size": 1, "sha256": "/etc"}}),
+        r"state.json.sha256: '/etc' is no SHA-256",
+    ),
+    "a group elsewhere": (lambda folder: edit(folder, groups=["../x"]), r"groups.0: '../x' is no name of a group"),
     "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "manifest.json is missing"),
 }
 
@@ -341,7 +359,7 @@ def test_a_fault_in_the_thread_reaches_the_caller(make: Callable[..., Checkpoint
         store.close()
     with pytest.raises(TypeError, match="not JSON serializable"):
         store.save(2, tensors(), {"bad": object()})
-    with pytest.raises(ValueError, match="group name"):
+    with pytest.raises(ValueError, match="no name of a group"):
         store.save(2, {"../x": {}}, {})
 
 

@@ -106,7 +106,7 @@ def test_a_remote_manifest_names_nothing_of_this_machine(server: Server, www: Pa
     manifest = json.loads((www / "train/manifest.json").read_text())
     manifest["shards"][0]["url"] = name
     (www / "train/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest.json names '.*' as a shard, which"):
+    with pytest.raises(UserError, match=r"manifest.json (names '.*' as a shard, which|is damaged: the shard '.*' lies outside its folder)"):
         open_split(server.url, split="train")
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_manifest_and_index(server: Server, www: Path) -> None:
         open_split(server.url, split="train")
     (www / "train/index.bin").write_bytes(index_bytes)
     (www / "train/manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"train/manifest.json cannot be read"):
+    with pytest.raises(UserError, match=r"train/manifest.json: not valid JSON"):
         open_split(server.url, split="train")
 
 

@@ -14,21 +14,40 @@ from dtl.data.shards.manifest import Manifest, Shard
 from dtl.data.shards.quarantine import QUARANTINE_NAME, BadSample, Quarantine, original_number
 from dtl.errors import UserError
 
-MANIFEST = Manifest(1, ("a", "b"), {}, (Shard("s-0.tar", 4, 100, "0"), Shard("s-1.tar", 3, 90, "1")), (4, 3), "id", "x", {})
-QUARANTINE = Quarantine("id", "index-without.bin", "sha", (3, 2), (3, 2), (BadSample(1, "s-0.tar", "k1", 5, "cut"), BadSample(6, "s-1.tar", "k6", 7, "zero")))
+MANIFEST = Manifest(
+    version=1,
+    classes=("a", "b"),
+    display_names={},
+    shards=(Shard(url="s-0.tar", samples=4, bytes=100, sha256="0" * 64), Shard(url="s-1.tar", samples=3, bytes=90, sha256="1" * 64)),
+    class_counts=(4, 3),
+    dataset_id="1d" * 16,
+    index_sha256="a" * 64,
+    made_by={},
+)
+QUARANTINE = Quarantine(
+    of="1d" * 16,
+    index="index-without.bin",
+    index_sha256="b" * 64,
+    shard_samples=(3, 2),
+    class_counts=(3, 2),
+    samples=(
+        BadSample(sample=1, shard="s-0.tar", key="k1", offset=5, reason="cut"),
+        BadSample(sample=6, shard="s-1.tar", key="k6", offset=7, reason="zero"),
+    ),
+)
 
 
 def test_it_comes_back_as_written(tmp_path: Path) -> None:
-    assert Quarantine.read(tmp_path, MANIFEST) is None
+    assert Quarantine.of_folder(tmp_path, MANIFEST) is None
     QUARANTINE.write(tmp_path)
-    assert Quarantine.read(tmp_path, MANIFEST) == QUARANTINE
+    assert Quarantine.of_folder(tmp_path, MANIFEST) == QUARANTINE
 
 
 def test_what_is_left_is_another_data_set() -> None:
     left = QUARANTINE.applied(MANIFEST)
     assert [shard.samples for shard in left.shards] == [3, 2]
     assert left.class_counts == (3, 2)
-    assert [shard.sha256 for shard in left.shards] == ["0", "1"]
+    assert [shard.sha256 for shard in left.shards] == ["0" * 64, "1" * 64]
     fewer = replace(QUARANTINE, samples=QUARANTINE.samples[:1])
     assert len({MANIFEST.dataset_id, left.dataset_id, fewer.dataset_id()}) == 3
 
@@ -42,11 +61,18 @@ def test_numbers_of_the_samples_that_are_left(left_out: list[int]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has format version 2, this dtl reads version 1"),
-        ({"of": "another"}, "is about another data set"),
+        ({"version": 2}, "version: format version 2, this dtl reads version 1"),
+        ({"of": "2d" * 16}, "is about another data set"),
+        ({"of": "../x"}, "of: '../x' is no hexadecimal number"),
+        ({"index": "../../index.bin"}, "index: .* is no plain file name"),
         ({"shard_samples": [5]}, "is about another data set"),
-        ({"samples": [{"sample": 1}]}, "is damaged"),
-        ({"class_counts": None}, "is damaged"),
+        ({"shard_samples": [5, 0]}, "is damaged: a shard has more samples"),
+        ({"shard_samples": [3, -2]}, "shard_samples.1: -2 is not a number from 0"),
+        ({"samples": [{"sample": 1}]}, "samples.0.shard is missing"),
+        ({"samples": []}, "is damaged: 0 samples are left out and 5 are left, of 7"),
+        ({"samples": [{"sample": n, "shard": "s", "key": "k", "offset": 1, "reason": "r"} for n in (6, 1)]}, "is damaged: its samples are not numbers"),
+        ({"samples": [{"sample": n, "shard": "s", "key": "k", "offset": 1, "reason": "r"} for n in (1, 9)]}, "is damaged: its samples are not numbers"),
+        ({"class_counts": None}, "class_counts: must be a list"),
     ],
 )
 def test_a_file_that_does_not_belong_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -54,8 +80,8 @@ def test_a_file_that_does_not_belong_is_refused(tmp_path: Path, change: dict[str
     place = tmp_path / QUARANTINE_NAME
     place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
     with pytest.raises(UserError, match=message):
-        Quarantine.read(tmp_path, MANIFEST)
+        Quarantine.of_folder(tmp_path, MANIFEST)
     for text in ("[]", "{", "3"):
         place.write_text(text)
-        with pytest.raises(UserError, match=r"is damaged|cannot be read"):
-            Quarantine.read(tmp_path, MANIFEST)
+        with pytest.raises(UserError, match=r"must be an object|not valid JSON"):
+            Quarantine.of_folder(tmp_path, MANIFEST)

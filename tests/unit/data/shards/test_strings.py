@@ -46,3 +46,15 @@ def test_a_file_that_is_not_whole_is_refused_wherever_it_was_cut(tmp_path: Path)
     place.write_bytes(whole + b"x")
     with pytest.raises(UserError, match=f"has {len(whole) + 1} bytes where {len(whole)} are expected"):
         StringTable.read(place)
+
+
+def test_offsets_that_do_not_grow_are_refused_before_anything_is_taken(tmp_path: Path) -> None:
+    place = tmp_path / "names"
+    StringTable.build(["aa", "bb", "cc"]).write(place)
+    data = bytearray(place.read_bytes())
+    data[24:32] = (1 << 40).to_bytes(8, "little")
+    place.write_bytes(data)
+    table = StringTable.read(place)
+    assert [table[number] for number in range(3)] == ["aabbcc", "", "cc"]
+    with pytest.raises(UserError, match="its offsets do not grow"):
+        table.take(np.array([0, 1]))

@@ -1,0 +1,90 @@
+"""model.json: what a model folder's network is, read without torch, and checked field by field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from dtl import files
+from dtl.errors import UserError
+from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text
+
+FORMAT = 1
+PREPROCESSING = ("mean", "std", "image_size", "interpolation", "crop_ratio")
+MAX_IMAGE_SIZE = 1 << 14
+"""Pixels of a side that a model.json may ask for; each image takes that many squared."""
+
+
+def _format(number: int) -> int:
+    if not 1 <= number <= FORMAT:
+        raise ValueError(f"{number}, this dtl knows up to {FORMAT}: update dtl")
+    return number
+
+
+def _architecture(facts: dict[str, Any]) -> dict[str, Any]:
+    name, outputs, options = facts.get("name"), facts.get("num_classes"), facts.get("options", {})
+    if not isinstance(name, str) or not isinstance(outputs, int) or isinstance(outputs, bool) or outputs < 1:
+        raise ValueError("must have a name and a positive num_classes")
+    if not isinstance(options, dict | None):
+        raise ValueError("options must be an object")
+    return facts
+
+
+def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
+    if missing := [key for key in PREPROCESSING if key not in facts]:
+        raise ValueError(f"{missing[0]} is missing")
+    for name in ("mean", "std"):
+        if not isinstance(facts[name], list) or len(facts[name]) != 3 or not all(map(_is_number, facts[name])):
+            raise ValueError(f"{name} must be three numbers")
+    if not _is_number(facts["crop_ratio"]) or not isinstance(facts["interpolation"], str):
+        raise ValueError("crop_ratio must be a number, interpolation a text")
+    rest: list[Any] = [facts]
+    while rest:
+        one = rest.pop()
+        size = one.get("image_size", 1)
+        if any(not _is_number(side) or not 1 <= side <= MAX_IMAGE_SIZE for side in (size if isinstance(size, list) else [size])):
+            raise ValueError(f"image_size {str(size)[:40]} is not from 1 to {MAX_IMAGE_SIZE}")
+        rest += [inner for inner in one.values() if isinstance(inner, dict)]
+    return facts
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class WeightsFile(Record):
+    """What model.safetensors was when the folder was written."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class ModelFacts(Record):
+    """What model.json says. `order` lists the state dict's names as the module registers them, which a file of tensors forgets."""
+
+    format: Annotated[int, Check(_format)]
+    architecture: Annotated[PlainObject, Check(_architecture)]
+    """`name`, `num_classes`, `options`."""
+    classes: tuple[Text, ...]
+    display_names: dict[Text, Text]
+    """By class, where it has one."""
+    preprocessing: Annotated[PlainObject, Check(_preprocessing)]
+    """`mean`, `std`, `image_size` (pixels), `interpolation`, `crop_ratio`; and `transform`, what evaluation did exactly, where it is known."""
+    metrics: PlainObject
+    made_by: PlainObject
+    order: tuple[Text, ...]
+    weights: WeightsFile | None = None
+    """None in folders of dtl 0.1.0: nothing then protects the weights."""
+
+
+def read_model_json(folder: str | Path) -> ModelFacts:
+    """The facts of a model folder. Raises UserError where it is not one, or was written by a newer dtl."""
+    path = files.published(Path(folder)) / "model.json"
+    try:
+        facts = ModelFacts.read(path)
+    except OSError as error:
+        raise UserError(f"{folder} is no model folder: {path} cannot be read ({error.strerror or error})") from error
+    name, num_classes = facts.architecture["name"], facts.architecture["num_classes"]
+    if num_classes != len(facts.classes):
+        raise UserError(f"{path} is damaged: {name} with {num_classes} outputs, but {len(facts.classes)} classes")
+    return facts
