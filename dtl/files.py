@@ -11,13 +11,14 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal
 
-from dtl.untrusted import open_regular
+from dtl.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +28,52 @@ _CHUNK_BYTES = 8 << 20
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+MAX_FILE_BYTES = 1 << 30
+"""Of a file that is read into memory as a whole, unless data.max_file_bytes says otherwise."""
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What a manifest records of a file: its size in bytes and the sha256 of its content."""
 
     size: int
     sha256: str
+
+
+def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file (or a link to one) for reading, unbuffered. Never waits for a writer, and never starts a device.
+
+    Raises UserError for what is no regular file, or is larger than `max_bytes`; OSError where it cannot be opened.
+    """
+    check_regular(path, os.stat(path), max_bytes=max_bytes)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_regular(path, os.fstat(descriptor), max_bytes=max_bytes)  # it may have been exchanged in between
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | os.PathLike[str], facts: os.stat_result, *, max_bytes: int | None = None) -> None:
+    """UserError unless `facts` are those of a regular file of at most `max_bytes`."""
+    if not stat.S_ISREG(facts.st_mode):
+        kind = next((name for is_one, name in _KINDS if is_one(facts.st_mode)), "no file")
+        raise UserError(f"{os.fspath(path)}: it is {kind}, not a regular file")
+    if max_bytes is not None and facts.st_size > max_bytes:
+        raise UserError(f"{os.fspath(path)}: it has {facts.st_size:,} bytes, more than the {max_bytes:,} that are read of such a file")
+
+
+def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
+    """All bytes of a regular file; the limit also holds for one that grows, and for one whose size is not known (as in /proc)."""
+    with open_regular(path, max_bytes=max_bytes) as file:
+        data = bytearray()
+        while len(data) <= max_bytes and (block := file.read(min(1 << 20, max_bytes + 1 - len(data)))):
+            data += block
+    if len(data) > max_bytes:
+        raise UserError(f"{os.fspath(path)}: it has more than the {max_bytes:,} bytes that are read of such a file")
+    return bytes(data)
 
 
 def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -> None:

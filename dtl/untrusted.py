@@ -12,11 +12,13 @@ import io
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Self, cast, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast, dataclass_transform
 
 from dtl.errors import UserError
+from dtl.files import check_regular as check_regular
+from dtl.files import open_regular as open_regular
+from dtl.files import read_regular as read_regular
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -29,42 +31,6 @@ MAX_VALUES = 2_000_000
 MAX_LINE_BYTES = 1 << 20
 MAX_YAML_BYTES = 1 << 20
 _MAX_YAML_VALUES, _MAX_YAML_DEPTH = 100_000, 50
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
-
-
-def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:
-    """Open a regular file (or a link to one) for reading, unbuffered. Never waits for a writer, and never starts a device.
-
-    Raises UserError for what is no regular file, or is larger than `max_bytes`; OSError where it cannot be opened.
-    """
-    check_regular(path, os.stat(path), max_bytes=max_bytes)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        check_regular(path, os.fstat(descriptor), max_bytes=max_bytes)  # it may have been exchanged in between
-        return open(descriptor, "rb", buffering=0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def check_regular(path: str | os.PathLike[str], facts: os.stat_result, *, max_bytes: int | None = None) -> None:
-    """UserError unless `facts` are those of a regular file of at most `max_bytes`."""
-    if not stat.S_ISREG(facts.st_mode):
-        kind = next((name for is_one, name in _KINDS if is_one(facts.st_mode)), "no file")
-        raise UserError(f"{os.fspath(path)}: it is {kind}, not a regular file")
-    if max_bytes is not None and facts.st_size > max_bytes:
-        raise UserError(f"{os.fspath(path)}: it has {facts.st_size:,} bytes, more than the {max_bytes:,} that are read of such a file")
-
-
-def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
-    """All bytes of a regular file; the limit also holds for one that grows, and for one whose size is not known (as in /proc)."""
-    with open_regular(path, max_bytes=max_bytes) as file:
-        data = bytearray()
-        while len(data) <= max_bytes and (block := file.read(min(1 << 20, max_bytes + 1 - len(data)))):
-            data += block
-    if len(data) > max_bytes:
-        raise UserError(f"{os.fspath(path)}: it has more than the {max_bytes:,} bytes that are read of such a file")
-    return bytes(data)
 
 
 # ---- JSON

@@ -24,8 +24,8 @@ from dtl import files
 from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.model_json import FORMAT, PREPROCESSING, ModelFacts, read_model_json
 from dtl.errors import UserError
+from dtl.files import open_regular
 from dtl.text import Log, to_stderr
-from dtl.untrusted import open_regular
 from dtl.version import __version__
 
 

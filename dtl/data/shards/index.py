@@ -28,8 +28,7 @@ from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class
 from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
 from dtl.errors import DamagedSample, UserError
-from dtl.files import sha256_of_file, write_whole
-from dtl.untrusted import open_regular
+from dtl.files import open_regular, sha256_of_file, write_whole
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.errors import UserError
-from dtl.files import write_whole
-from dtl.untrusted import open_regular
+from dtl.files import open_regular, write_whole
 
 _MAGIC = b"DTLSTR01"
 _HEADER = struct.Struct("<8sQ")
