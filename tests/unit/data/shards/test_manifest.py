@@ -55,7 +55,7 @@ def copy(packed: Path, tmp_path: Path) -> Path:
         (lambda f: edit(f, lambda m: m["shards"][0].update(bytes=10**400)), r"shards.0.bytes: 1000.* is not a number from 0"),
         (lambda f: edit(f, lambda m: m["shards"][0].update(samples=-1)), r"shards.0.samples: -1 is not a number"),
         (lambda f: edit(f, lambda m: m["shards"][0].update(samples=True)), r"shards.0.samples: must be a whole number"),
-        (lambda f: edit(f, lambda m: m.update(shards={})), r"shards: must be a list"),
+        (lambda f: edit(f, lambda m: m.update(classes={})), r"classes: must be a list"),
         (lambda f: edit(f, lambda m: m.update(dataset_id="../../x")), r"dataset_id: '../../x' is no hexadecimal number"),
         (lambda f: edit(f, lambda m: m.update(index_sha256="x")), r"index_sha256: 'x' is no SHA-256"),
         (lambda f: edit(f, lambda m: m.update(classes=["a", "b", "c\0"])), r"classes.2: holds a NUL character"),
