@@ -46,14 +46,19 @@ def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) 
 
     Raises UserError for what is no regular file, or is larger than `max_bytes`; OSError where it cannot be opened.
     """
+    return open(path, "rb", buffering=0, opener=lambda *_: open_descriptor(path, max_bytes=max_bytes))
+
+
+def open_descriptor(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> int:
+    """`open_regular` for os.pread; the caller closes it."""
     check_regular(path, os.stat(path), max_bytes=max_bytes)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         check_regular(path, os.fstat(descriptor), max_bytes=max_bytes)  # it may have been exchanged in between
-        return open(descriptor, "rb", buffering=0)
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
 
 
 def check_regular(path: str | os.PathLike[str], facts: os.stat_result, *, max_bytes: int | None = None) -> None:
@@ -63,6 +68,11 @@ def check_regular(path: str | os.PathLike[str], facts: os.stat_result, *, max_by
         raise UserError(f"{os.fspath(path)}: it is {kind}, not a regular file")
     if max_bytes is not None and facts.st_size > max_bytes:
         raise UserError(f"{os.fspath(path)}: it has {facts.st_size:,} bytes, more than the {max_bytes:,} that are read of such a file")
+
+
+def without_path(error: UserError) -> str:
+    """What `open_regular` and `read_regular` complain about, where the message names the file already."""
+    return str(error).rpartition(": ")[2]
 
 
 def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:

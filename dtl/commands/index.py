@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from dtl.commands import add_limits, limits
 from dtl.text import OptionParser, counted
 
 _DESCRIPTION = """\
@@ -34,7 +35,7 @@ def run(arguments: list[str]) -> int:
     from dtl.data.wds.labels import read_classes
 
     with arguments_checked():
-        data = DataConfig(on_error=options.on_error, names=options.names, retries=options.retries, timeout=options.timeout)
+        data = DataConfig(on_error=options.on_error, names=options.names, retries=options.retries, timeout=options.timeout, **limits(options))
     report = index_shards(
         options.tars,
         data,
@@ -69,5 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--retries", type=int, default=5, metavar="N", help="how often a failed download is tried again (5)")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="seconds without a byte after which a download has failed (60)")
     add("--overwrite", action="store_true", help="replace an index that is there")
+    add_limits(parser)
     add("--quiet", action="store_true", help="print only errors and what was left out")
     return parser

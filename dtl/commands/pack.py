@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtl.commands import add_limits, limits
 from dtl.errors import UserError
 from dtl.text import OptionParser, counted, to_stderr
 
@@ -45,8 +46,10 @@ def run(argv: list[str]) -> int:
     like = options.classes_from
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None
     shard_bytes = parse_size(options.shard_size)
+    given = limits(options)
+    limits_of_files = {name: value for name, value in given.items() if name == "max_file_bytes"}
     # An empty class folder is told and left out: who packs reads the notes. A training job has no reader, and refuses.
-    source = open_source(options.source, classes=classes, names=options.names, on_error="skip", labelled=not options.unlabelled)
+    source = open_source(options.source, classes=classes, names=options.names, on_error="skip", labelled=not options.unlabelled, **limits_of_files)
     if not options.quiet:
         to_stderr(
             f"{options.source}: {source.kind}, {counted(source.num_samples, 'image')} of {counted(len(source.classes), 'class')}, {_size(source.num_bytes)}"
@@ -66,6 +69,7 @@ def run(argv: list[str]) -> int:
                 short_side=options.short_side,
                 quality=options.quality,
                 verify=options.verify,
+                **given,
             ),
             processes=options.processes,
             fixed_classes=classes is not None,
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     images = parser.add_argument_group("images")
     images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and report them (fail)")
     images.add_argument("--no-verify", dest="verify", action="store_false", help="read the headers only, do not decode every image")
+    add_limits(images)
     images.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is over N pixels")
     images.add_argument("--short-side", type=int, metavar="N", help="shrink images whose shorter side is over N pixels")
     images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of images that were shrunk (95)")

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
+from dtl.commands import add_limits, limits
 from dtl.errors import UserError
 from dtl.files import write_whole
 from dtl.text import OptionParser, at_least, counted, to_stderr
@@ -43,6 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     """The command; 0 when at least one image could be read."""
     options = _parser().parse_args(list(arguments))
     kind = _format(options)
+    from dtl.config.models import DataConfig
     from dtl.inference.images import ImageInputs, find_images
     from dtl.inference.model import running_model
     from dtl.inference.predict import predict
@@ -52,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         found: ImageInputs | None = None
         with runtime.together("images"):
             if runtime.is_main:
-                found = find_images(options.paths)
+                found = find_images(options.paths, DataConfig(**limits(options)))
         inputs = runtime.agree(found)
         assert inputs is not None
         parts = predict(model, inputs, top=options.top, batch_size=options.batch_size, workers=options.workers)
@@ -153,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=("csv", "jsonl"), help="by default the ending of FILE, csv for -")
     add("--top", type=at_least(1), default=1, metavar="N", help="with JSON lines: a list of the N most probable classes (1)")
     add("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once on each process (64)")
+    add_limits(parser)
     add("--workers", type=at_least(0), default=2, metavar="N", help="loader processes of each process (2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
     add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from shlex import quote
 from typing import TYPE_CHECKING
 
+from dtl.commands import add_limits, limits
 from dtl.errors import UserError
 from dtl.text import OptionParser, counted, to_stderr
 
@@ -32,7 +34,7 @@ def run(arguments: list[str]) -> int:
     if options.quarantine and is_remote(options.shards):
         raise UserError(f"{options.shards}: a quarantine list lies beside the manifest, which is remote; verify a copy of the folder, and put the list there")
     with arguments_checked():
-        data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe)
+        data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe, **limits(options))
     usable = True
     for folder in folders_to_verify(options.shards, data):
         report = verify(folder, data, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)
@@ -50,7 +52,7 @@ def _summary(report: VerifyReport, *, quarantine: bool) -> str:
     if report.in_quarantine:
         parts.append(f"{len(report.in_quarantine):,} in quarantine")
     if new:
-        parts.append(f"{new:,} damaged; repair the shards, or leave these out: dtl verify {report.folder} --quarantine")
+        parts.append(f"{new:,} damaged; repair the shards, or leave these out: dtl verify {quote(str(report.folder))} --quarantine")
     elif report.shards and not report.is_usable:
         parts.append("the shards named above are not those of the manifest")
     elif not report.in_quarantine:
@@ -69,5 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-dir", metavar="DIR", help="where remote shards are kept ($DTL_CACHE, else the user's cache folder)")
     add("--cache-gb", type=float, metavar="GB", help="the most that remote shards take there (all of them are kept)")
     add("--allow-pipe", action="store_true", help="run the pipe: commands that the manifest names")
+    add_limits(parser)
     add("--quiet", action="store_true", help="print only what is wrong")
     return parser

@@ -144,6 +144,10 @@ class DataConfig(Section):
     """Seconds without data after which a download counts as failed."""
     allow_pipe: bool = False
     """Run the `pipe:` commands in a manifest; those in `train` and `val` themselves are always run."""
+    max_pixels: Count = 178_956_970
+    """Largest image in pixels, width times height; larger ones count as damaged. Decoding one takes up to 9 bytes per pixel."""
+    max_file_bytes: Count = 1 << 30
+    """Largest file that is read into memory as a whole: an image (also inside of a tar), a list, a CSV. Larger images count as damaged."""
     names: str | None = None
     """JSON file with display names of the classes, {folder name: display name}."""
     crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"

@@ -65,12 +65,12 @@ def ensure_packed(
         if options.val_fraction:
             raise UserError(f"{source}: no validation samples can be set aside from shards made by others; give --data.val SHARDS")
         return _ensure_indexed(source, tars, options, classes=classes, processes=processes, progress=progress, log=log)
-    opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled)
+    opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled, max_file_bytes=options.max_file_bytes)
     if options.val_fraction and opened.has_splits:
         raise UserError(f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them")
     wanted = _wanted_split(source, opened, split, options.val_fraction)
     place = _cache_place(options)
-    packing = PackOptions(val_fraction=options.val_fraction, on_error=options.on_error)
+    packing = PackOptions(val_fraction=options.val_fraction, on_error=options.on_error, max_pixels=options.max_pixels, max_file_bytes=options.max_file_bytes)
     home = place / _fingerprint(opened, packing, fixed=classes is not None)
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():

@@ -6,8 +6,9 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,14 @@ def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> 
     """
     if isinstance(place, str) and is_remote(place):
         if not is_remote_folder(place):
-            raise UserError(f"{shown(place)}: to verify tars of others, write their index first: dtl index {place!r} --out DIR, then dtl verify DIR")
+            raise UserError(f"{shown(place)}: to verify tars of others, write their index first: dtl index {quote(place)} --out DIR, then dtl verify DIR")
         return mirrored_splits(place, options)
     folder = Path(place).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return [folder]
     found = [folder / name for names in packed_splits(folder).values() for name in names]
     if not found:
-        hint = f"index its tars with `dtl index {folder}`" if folder.is_dir() and any(folder.glob("*.tar")) else "make one with `dtl pack SRC DST`"
+        hint = f"index its tars with `dtl index {quote(str(folder))}`" if folder.is_dir() and any(folder.glob("*.tar")) else "make one with `dtl pack SRC DST`"
         raise UserError(f"{folder} holds no {MANIFEST_NAME}, so there is nothing to check it against; {hint}")
     return found
 
@@ -98,7 +99,7 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
     of_shards: dict[int, list[Finding]] = {}
     with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
         far = None if shards.cache is None else options.model_dump(mode="json")
-        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "options": far}), encoding="utf-8")
+        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "options": far, "limits": asdict(shards.limits)}), encoding="utf-8")
         shown.start("verifying", shards.num_samples)
 
         def done(answer: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.headers import Limits
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched, options_of_helper
 from dtl.data.shards.index import Shards
@@ -43,6 +44,7 @@ def open_job(folder: Path) -> VerifyJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     options = None if facts["options"] is None else options_of_helper(facts["options"])
     shards = Shards.open(facts["split"], options, whole=True)
+    shards.limits = Limits(**facts["limits"])
     made_by = shards.manifest.made_by
     rules = Rules(**made_by["rules"]) if "rules" in made_by else Rules(None, "cls")
     return VerifyJob(shards, rules, made_by.get("label_numbers") == "name")
@@ -74,7 +76,7 @@ def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> st
     if not 0 <= label < shards.num_classes:
         return f"label {label} is not one of {shards.num_classes} classes"
     try:
-        image = decode(data)
+        image = decode(data, max_pixels=shards.limits.max_pixels)
     except DecodeError as error:
         return str(error)
     if image.shape[:2] != (height, width):
@@ -120,7 +122,7 @@ def _compare(job: VerifyJob, number: int, tar: TarFile) -> list[Finding]:
     met = np.zeros(len(rows), bool)
     findings: list[Finding] = []
     strangers = 0
-    for sample in read_samples(tar, job.rules, Ignored()):
+    for sample in read_samples(tar, job.rules, Ignored(), shards.limits):
         place = int(np.searchsorted(offsets, sample.offset, sorter=order))
         known = place < len(rows) and int(offsets[order[place]]) == sample.offset
         if known:

@@ -134,6 +134,7 @@ def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
     if data:
         from dtl.data.shards.index import MANIFEST_NAME, Shards
         from dtl.data.sources.base import IMAGE_EXTENSIONS
+        from dtl.files import MAX_FILE_BYTES, read_regular
 
         folder = Path(data)
         if (folder / MANIFEST_NAME).is_file():
@@ -148,7 +149,7 @@ def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
             if len(files) >= limit:
                 break
         if files:
-            return [file.read_bytes() for file in files[:limit]], f"{len(files[:limit])} images of {data}"
+            return [read_regular(file, max_bytes=MAX_FILE_BYTES) for file in files[:limit]], f"{len(files[:limit])} images of {data}"
         raise ValueError(f"{data} holds no images that the doctor could try")
     from PIL import Image
 

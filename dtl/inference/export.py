@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.decode import DecodeError
 from dtl.data.sources.digits import read_digits
-from dtl.errors import DamagedSample, UserError
+from dtl.errors import UserError
 from dtl.files import write_whole
 from dtl.inference.images import ImageInputs
 from dtl.inference.model import StoredModel
@@ -134,8 +134,8 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
     else:
         for number in range(len(inputs)):
             try:
-                found.append(decode(inputs.read(number)))
-            except (OSError, DamagedSample, DecodeError) as error:
+                found.append(inputs.pixels(number))
+            except DecodeError as error:
                 problem = problem or f"{inputs.name(number)}: {error}"
             if len(found) == NUM_CHECKED:
                 break

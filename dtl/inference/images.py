@@ -6,18 +6,22 @@ import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from dtl.data.decoding.decode import DecodeError, probe
+from dtl.config.models import DataConfig
+from dtl.data.decoding.decode import DecodeError, decode, probe
+from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.open import packed_splits
 from dtl.data.shards.index import MANIFEST_NAME, Shards
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list import PATH_COLUMNS
 from dtl.errors import DamagedSample, UserError
+from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, without_path
 
 _LOOK_BYTES = 65_536
 _SHOWN = 60
@@ -28,6 +32,7 @@ class Files:
     """Image files by path."""
 
     paths: StringTable
+    max_bytes: int = MAX_FILE_BYTES
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -36,9 +41,8 @@ class Files:
         return self.paths[number]
 
     def read(self, number: int) -> bytes:
-        """OSError where it cannot be read."""
-        with open(self.paths[number], "rb") as file:
-            return file.read()
+        """OSError where it cannot be read; UserError where it is no regular file, or too large."""
+        return read_regular(self.paths[number], max_bytes=self.max_bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class ImageInputs:
     """All images that were named, numbered from 0; cheap to pickle, no object an image."""
 
     groups: tuple[Files | PackedImages, ...]
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return sum(map(len, self.groups))
@@ -76,10 +81,18 @@ class ImageInputs:
         group, within = self._at(number)
         return group.name(within)
 
-    def read(self, number: int) -> bytes:
-        """The file's bytes; OSError or DamagedSample where they cannot be had."""
+    def pixels(self, number: int) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3]. DecodeError where the image cannot be had; the message is the reason."""
         group, within = self._at(number)
-        return group.read(within)
+        try:
+            data = group.read(within)
+        except OSError as error:
+            raise DecodeError(error.strerror or str(error)) from None
+        except DamagedSample as damage:
+            raise DecodeError(damage.reason) from None
+        except UserError as error:
+            raise DecodeError(without_path(error)) from None
+        return decode(data, max_pixels=self.max_pixels)
 
     def _at(self, number: int) -> tuple[Files | PackedImages, int]:
         for group in self.groups:
@@ -89,10 +102,10 @@ class ImageInputs:
         raise IndexError(number)
 
 
-def find_images(places: Sequence[str]) -> ImageInputs:
+def find_images(places: Sequence[str], options: DataConfig = DataConfig()) -> ImageInputs:
     """The images of all `places` in the order given: a folder's sorted by path, a list's as its lines come, - for a list on stdin.
 
-    UserError for a place that does not exist or holds no image. A file that a list names is not looked at here.
+    UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
     """
     groups: list[Files | PackedImages] = []
     loose: list[str] = []
@@ -100,33 +113,34 @@ def find_images(places: Sequence[str]) -> ImageInputs:
         if place == "-":
             group: Files | PackedImages | None = _listed("standard input", sys.stdin.read().splitlines(), Path())
         else:
-            group = _group(Path(place).expanduser())
+            group = _group(Path(place).expanduser(), options)
         if group is None:
             loose.append(place)
             continue
         if loose:
-            groups.append(Files(StringTable.build(loose)))
+            groups.append(Files(StringTable.build(loose), options.max_file_bytes))
             loose = []
         groups.append(group)
     if loose:
-        groups.append(Files(StringTable.build(loose)))
-    inputs = ImageInputs(tuple(groups))
+        groups.append(Files(StringTable.build(loose), options.max_file_bytes))
+    limited = (replace(group, max_bytes=options.max_file_bytes) if isinstance(group, Files) else group for group in groups)
+    inputs = ImageInputs(tuple(limited), options.max_pixels)
     if len(inputs) == 0:
         raise UserError(f"no images in {', '.join(places)}")
     return inputs
 
 
-def _group(path: Path) -> Files | PackedImages | None:
+def _group(path: Path, options: DataConfig) -> Files | PackedImages | None:
     """None for a single image file."""
     if path.is_dir():
-        return _packed(path) if (path / MANIFEST_NAME).is_file() else _folder(path)
+        return _packed(path, options) if (path / MANIFEST_NAME).is_file() else _folder(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give images, folders of images, list files or packed shards")
     if path.suffix.lower() == ".tar":
         raise UserError(f"{path} is a tar; give the folder with its {MANIFEST_NAME} (dtl index makes one for tars of others)")
     if path.suffix.lower() in IMAGE_EXTENSIONS:
         return None
-    return _list_file(path)
+    return _list_file(path, options.max_file_bytes)
 
 
 def _folder(folder: Path) -> Files | PackedImages:
@@ -158,8 +172,8 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield os.path.join(place, name)
 
 
-def _packed(folder: Path) -> PackedImages:
-    shards = Shards.open(folder)
+def _packed(folder: Path, options: DataConfig) -> PackedImages:
+    shards = Shards.open(folder, options)
     names = [_sample_name(shards, sample) for sample in range(shards.num_samples)]
     return PackedImages(shards, np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
 
@@ -171,10 +185,10 @@ def _sample_name(shards: Shards, sample: int) -> str:
         return f"{damage.shard}@{damage.offset}"
 
 
-def _list_file(path: Path) -> Files | None:
+def _list_file(path: Path, max_bytes: int) -> Files | None:
     """None where the file is an image after all, whatever its name ends in."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(_LOOK_BYTES)
         probe(start)
         return None
@@ -183,7 +197,7 @@ def _list_file(path: Path) -> Files | None:
     except DecodeError as error:
         reason = str(error)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is neither an image nor a list of images: {reason}") from None
     return _listed(str(path), lines, path.parent)

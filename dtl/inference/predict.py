@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.decode import DecodeError
 from dtl.data.loading.processes import end_processes, start_processes
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
-from dtl.errors import DamagedSample
 from dtl.inference.images import ImageInputs
 from dtl.inference.model import RunningModel, StoredModel
 from dtl.training.evaluate import ForwardPass
@@ -87,11 +86,7 @@ class _Batches(Dataset[_Images]):
 
     def _fill(self, number: int, out: Tensor) -> str | None:
         try:
-            pixels = decode(self.inputs.read(number))
-        except OSError as error:
-            return error.strerror or str(error)
-        except DamagedSample as damage:
-            return damage.reason
+            pixels = self.inputs.pixels(number)
         except DecodeError as error:
             return str(error)
         height, width = pixels.shape[:2]

@@ -6,7 +6,6 @@ numbers int64 [B] or shares float [B,K] (mixup, cutmix), rows adding up to 1.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
 from dtl.errors import UserError
+from dtl.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def _weights_of_file(path: Path, classes: Sequence[str]) -> Tensor:
     if not path.is_file():
         raise UserError(f"class_weights is {str(path)!r}: neither none, inverse or sqrt, nor a file")
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = read_json(path)
+    except OSError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); it must hold {{class name: weight}}") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: must hold {{class name: weight}}, not a {type(given).__name__}")

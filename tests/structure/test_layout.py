@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dtl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each room may import those above it in this list; the rooms of one line do not import each other.
 LAYERS: list[set[str]] = [
-    {"version", "errors", "text", "keyed", "files", "machine", "untrusted"},
+    {"version", "errors", "text", "keyed", "files", "machine", "pickles", "untrusted"},
     {"config"},
     {"data", "models", "optim"},
     {"checkpoint.transfer"},
@@ -52,7 +52,7 @@ WITHOUT_TESTS = {
     "dtl.data.verify_tasks": "the work of dtl.data.verify, whose test_verify damages shards in every way",
 }
 # How many files of dtl one has to open to follow one of these (tests/structure/files_opened.py).
-OPENED = {"step": 16, "sample": 8, "resume": 25, "load": 14}
+OPENED = {"step": 16, "sample": 9, "resume": 25, "load": 16}
 
 
 def module_name(file: Path) -> str:
@@ -226,15 +226,15 @@ def test_importing_dtl_and_its_config_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_nothing_is_unpickled_that_could_run_code() -> None:
-    found = 0
+def test_nothing_is_unpickled() -> None:
+    """Files are read by dtl.pickles; processes of torch's own loaders exchange pickles among themselves."""
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
-                found += 1
-                safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only")
-                assert safe == "True", f"{file}:{node.lineno}: {ast.unparse(node)}"
-    assert found
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("torch.load", "torch.jit.load", "pickle.load", "pickle.loads"), f"{file}:{node.lineno}: {ast.unparse(node)}"
+                assert "Unpickler" not in name, f"{file}:{node.lineno}: {ast.unparse(node)}"
+                assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), f"{file}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_settings_travel_as_types() -> None:

@@ -15,17 +15,14 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, check_size, lean
+from dtl.data.decoding.headers import DecodeError as DecodeError
+
 # What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Pillow's own limit for an error (twice MAX_IMAGE_PIXELS): 537 MB of pixels. Checked before anything is allocated.
-MAX_PIXELS = 178_956_970
-_APP1, _SCAN = 0xE1, 0xDA  # JPEG markers: EXIF, start of the pixels
-# The index keeps width and height as 16-bit numbers.
-MAX_SIDE = 65_535
-
-
-class DecodeError(Exception):
-    """These bytes cannot be used as an image; the message is the reason."""
+# Larger ones are converted in stripes, so that they do not take three times their memory.
+_LARGE = 1 << 24
+_STRIPE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,31 +35,31 @@ class ImageHeader:
     mode: str
 
 
-def probe(data: bytes) -> ImageHeader:
+def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Read the header only. Raises DecodeError if the bytes are not an image, or it is too large (`check_size`)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _open(data) as image:
+        with _open(data, max_pixels) as image:
             # A phone's MPO is a JPEG with more pictures behind it; the first one counts.
             name = "JPEG" if image.format == "MPO" else str(image.format)
             return ImageHeader(width=image.width, height=image.height, format=name, mode=image.mode)
 
 
-def decode(data: bytes, reduction: int = 1) -> npt.NDArray[np.uint8]:
+def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`).
 
     With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, comes whole.
     """
-    pixels = decode_jpeg(data, reduction)
+    pixels = decode_jpeg(data, reduction, max_pixels=max_pixels)
     if pixels is None:
-        pixels = decode_with_pillow(data)
+        pixels = decode_with_pillow(data, max_pixels)
         # What Pillow lets pass is reduced like any other, so that damage outside of a crop does not change the crop's pixels.
-        reduced = decode_jpeg(data, reduction, strict=False) if reduction > 1 else None
+        reduced = decode_jpeg(data, reduction, strict=False, max_pixels=max_pixels) if reduction > 1 else None
         pixels = pixels if reduced is None else reduced
     return pixels
 
 
-def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True) -> npt.NDArray[np.uint8] | None:
+def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8] | None:
     """Pixels [H, W, 3] of a JPEG that libjpeg decodes without a warning, or None: then use Pillow.
 
     simplejpeg 1.9 was bit-equal to Pillow 13 for gray and for every chroma subsampling, baseline and progressive, and for JPEGs stored
@@ -71,9 +68,9 @@ def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True) -> npt.
     """
     if data[:2] != b"\xff\xd8":
         return None
+    check_jpeg(data, max_pixels)
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        check_size(width, height)
         if colorspace in ("CMYK", "YCCK"):
             return None
         # libjpeg's smallest size that is not below these; without them, the whole image.
@@ -84,62 +81,61 @@ def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True) -> npt.
         return None
 
 
-def decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Pixels [H, W, 3] of any of FORMATS."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES was set by other code: cut images would decode as gray; set it to False")
     # Pillow warns of odd palettes and metadata; the pixels are the same as ImageFolder's, which is what counts.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _open(data) as image:
+        with _open(data, max_pixels) as image:
             try:
-                return np.asarray(image.convert("RGB"))
+                return _pixels(image)
             # Broken files reach Pillow's plugins as any of these (struct.error, KeyError ... among them).
             except Exception as error:
                 raise DecodeError(_reason(error)) from error
 
 
-def is_plain_jpeg(data: bytes) -> bool:
+def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
     """A JPEG with a whole header, in RGB, YCbCr or gray: what GPUs decode."""
     try:
+        if data[:2] == b"\xff\xd8":
+            check_jpeg(data, max_pixels)
         return data[:2] == b"\xff\xd8" and simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK")
-    except ValueError:
+    except (ValueError, DecodeError):
         return False
 
 
-def without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF: torchcodec applies the EXIF orientation, ImageFolder and the decoders here do not."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
-        end = at + 1 if data[at + 1] == 0xFF else at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # 0xFF fills
-        if data[at + 1] == _APP1 and data[at + 4 : at + 8] == b"Exif":
-            data = data[:at] + data[end:]
-        else:
-            at = end
-    return data
+def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    if image.width * image.height <= _LARGE:
+        return np.asarray(image.convert("RGB"))
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIPE // image.width)
+    for top in range(0, image.height, rows):
+        stripe = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(stripe.convert("RGB"))
+    return pixels
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
+    data = lean(data, max_pixels)
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many, and has no other way to be told
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise DecodeError(f"not an image ({look(data)})") from None
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels: {error}") from None
+    except MemoryError:
+        raise DecodeError("there is not enough memory for it") from None
     except Exception as error:
         raise DecodeError(_reason(error)) from error
-    check_size(image.width, image.height)
+    check_size(image.width, image.height, max_pixels)
     return image
-
-
-def check_size(width: int, height: int) -> None:
-    """The one limit of an image's size: DecodeError for more than MAX_PIXELS, or a side longer than MAX_SIDE."""
-    if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are allowed")
-    if max(width, height) > MAX_SIDE:
-        raise DecodeError(f"{width} x {height} pixels, a side longer than {MAX_SIDE:,}")
 
 
 def _reason(error: Exception) -> str:

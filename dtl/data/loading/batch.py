@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dtl.data.decoding.crop import Region
-from dtl.data.decoding.decode import is_plain_jpeg, without_exif
+from dtl.data.decoding.decode import is_plain_jpeg
+from dtl.data.decoding.headers import MAX_PIXELS, without_exif
 from dtl.data.sampling.plan import MicroBatch
 from dtl.errors import DamagedSample
 
@@ -83,9 +84,9 @@ class Encoded:
     sizes: list[int] = field(default_factory=list)
     data: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
-    def take(self, row: int, data: bytes, jpegs: list[bytes]) -> bool:
+    def take(self, row: int, data: bytes, jpegs: list[bytes], max_pixels: int = MAX_PIXELS) -> bool:
         """True if the device decodes this image; its bytes are then appended to `jpegs`."""
-        if not is_plain_jpeg(data):
+        if not is_plain_jpeg(data, max_pixels):
             return False
         data = without_exif(data)
         self.rows.append(row)

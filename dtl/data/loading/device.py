@@ -120,7 +120,13 @@ class DeviceDecoder:
             return picture  # type: ignore[no-any-return]
         except RuntimeError:
             try:
-                return torch.from_numpy(decode(piece.numpy().tobytes()).copy()).to(self._device).permute(2, 0, 1)
+                return (
+                    torch.from_numpy(
+                        decode(piece.numpy().tobytes(), max_pixels=1 << 32).copy()  # its size was checked before it came here
+                    )
+                    .to(self._device)
+                    .permute(2, 0, 1)
+                )
             except DecodeError as error:
                 return str(error)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dtl.data.decoding.crop import crop_jpeg
-from dtl.data.decoding.decode import DecodeError, check_size, decode
+from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.headers import MAX_PIXELS, check_size
 from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
 from dtl.data.loading.device import DeviceDecoder
 from dtl.data.loading.processes import PREFETCH, end_processes, start_processes
@@ -65,7 +66,7 @@ class BatchDataset:
             damage = self._damage_before_decoding(int(distinct[i]), data)
             if damage is None:
                 assert isinstance(data, bytes)
-                if encoded is not None and encoded.take(i, data, jpegs):
+                if encoded is not None and encoded.take(i, data, jpegs, shards.limits.max_pixels):
                     continue
                 damage = self._fill(int(distinct[i]), data, views, i, images[i::size])
             if encoded is not None:
@@ -112,7 +113,7 @@ class BatchDataset:
         shards = self.shards
         width, height = int(shards.widths[sample]), int(shards.heights[sample])
         try:
-            check_size(width, height)  # before a rectangle of it is decoded, or a GPU is given it
+            check_size(width, height, shards.limits.max_pixels)  # before a rectangle of it is decoded, or a GPU is given it
         except DecodeError as error:
             return shards.damaged(sample, str(error))
         if not 0 <= int(shards.labels[sample]) < shards.num_classes:
@@ -125,37 +126,39 @@ class BatchDataset:
         height, width = int(shards.heights[sample]), int(shards.widths[sample])
         try:
             if len(views) == 1:
-                decode_into(out[0], data, self.transform, views[0], i, height=height, width=width)
+                decode_into(out[0], data, self.transform, views[0], i, height=height, width=width, max_pixels=shards.limits.max_pixels)
             else:
-                decode_views_into(out, data, self.transform, views, i, height=height, width=width)
+                decode_views_into(out, data, self.transform, views, i, height=height, width=width, max_pixels=shards.limits.max_pixels)
         except DecodeError as error:
             return shards.damaged(sample, str(error))
         return None
 
 
-def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int) -> None:
+def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
     """Decode sample `i` of `draws`, an image of [height, width] pixels, and write it into `out` uint8 [3, S, S]. Raises DecodeError."""
     region = transform.region(draws, i)
     crop = crop_jpeg(data, region, height=height, width=width)
     if crop is not None:
         transform.apply_crop(crop, draws, i, out)
         return
-    transform.apply(_decoded(data, region.reduction, height=height, width=width), draws, i, out)
+    transform.apply(_decoded(data, region.reduction, height=height, width=width, max_pixels=max_pixels), draws, i, out)
 
 
-def decode_views_into(out: Tensor, data: bytes, transform: Transform, views: Sequence[Any], i: int, *, height: int, width: int) -> None:
+def decode_views_into(
+    out: Tensor, data: bytes, transform: Transform, views: Sequence[Any], i: int, *, height: int, width: int, max_pixels: int = MAX_PIXELS
+) -> None:
     """The same for several draws, one row of `out` each. The image is decoded whole, once for each fraction of its size that is needed: two
     rectangles take longer than the image."""
     images: dict[int, np.ndarray] = {}
     for row, draws in zip(out, views, strict=True):
         reduction = transform.region(draws, i).reduction
         if reduction not in images:
-            images[reduction] = _decoded(data, reduction, height=height, width=width)
+            images[reduction] = _decoded(data, reduction, height=height, width=width, max_pixels=max_pixels)
         transform.apply(images[reduction], draws, i, row)
 
 
-def _decoded(data: bytes, reduction: int, *, height: int, width: int) -> np.ndarray:
-    image = decode(data, reduction)
+def _decoded(data: bytes, reduction: int, *, height: int, width: int, max_pixels: int) -> np.ndarray:
+    image = decode(data, reduction, max_pixels=max_pixels)
     if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
         raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}")
     return image

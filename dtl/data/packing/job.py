@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.png import store_png
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import MAX_FILE_BYTES, read_regular, write_whole
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
 
@@ -49,6 +50,8 @@ class PackOptions:
     short_side: int | None = None
     quality: int = 95
     verify: bool = True
+    max_pixels: int = MAX_PIXELS
+    max_file_bytes: int = MAX_FILE_BYTES
 
     def check(self) -> None:
         """UserError for values that are wrong."""
@@ -56,7 +59,7 @@ class PackOptions:
             raise UserError(f"on_error is 'fail' or 'skip', got '{self.on_error}'")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"the validation fraction is a number from 0 to below 1, got {self.val_fraction}")
-        for name in ("max_side", "short_side", "shard_bytes"):
+        for name in ("max_side", "short_side", "shard_bytes", "max_pixels", "max_file_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is at least 1, got {value}")
@@ -108,11 +111,11 @@ class Job:
         return min(max(self.num_samples // 64, 32), 1024)
 
     def read(self, sample: int) -> bytes:
-        """The bytes of one image in the source. OSError where the file cannot be read."""
+        """The bytes of one image in the source. OSError where the file cannot be read; UserError where it is no regular file, or too large."""
         if self.images is not None:
             return store_png(self.images[sample])
         assert self.root is not None
-        return (self.root / self.names[sample]).read_bytes()
+        return read_regular(self.root / self.names[sample], max_bytes=self.options.max_file_bytes)
 
     def split_folder(self, split: str) -> Path:
         """Where a split's shards go: the destination itself where the source has no splits."""

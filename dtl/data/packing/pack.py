@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl import keyed
+from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.packing.destination import Existing, clear_errors, prepare_destination, remove_ours, working_alone
 from dtl.data.packing.job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, PackOptions
 from dtl.data.packing.tasks import SCANNED, load_chunk, shard_name, shrink_factor
@@ -30,7 +31,7 @@ from dtl.data.sources.content_split import split_by_content
 from dtl.data.sources.open import open_source
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import MAX_FILE_BYTES, write_whole
 from dtl.machine import num_cores
 from dtl.version import __version__
 
@@ -75,6 +76,8 @@ def pack(
     short_side: int | None = None,
     quality: int = 95,
     verify: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    max_file_bytes: int = MAX_FILE_BYTES,
     classes: Sequence[str] | None = None,
     names: str | Path | None = None,
     existing: Existing = "refuse",
@@ -96,9 +99,11 @@ def pack(
         short_side=short_side,
         quality=quality,
         verify=verify,
+        max_pixels=max_pixels,
+        max_file_bytes=max_file_bytes,
     )
     options.check()
-    opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error="skip")
+    opened = source if isinstance(source, Source) else open_source(source, classes=classes, names=names, on_error="skip", max_file_bytes=max_file_bytes)
     return pack_source(opened, Path(destination), options, processes=processes, fixed_classes=classes is not None, existing=existing, progress=progress)
 
 

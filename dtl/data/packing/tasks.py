@@ -15,11 +15,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from dtl.data.decoding.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
-from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, write_array, write_json
+from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS
 from dtl.data.sources.content_split import content_hash
 from dtl.errors import UserError
-from dtl.files import sha256_of_file, write_whole
+from dtl.files import sha256_of_file, without_path, write_whole
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
 _BLOCK = 512
@@ -71,14 +71,17 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
     except OSError as error:
         row["state"] = UNREADABLE
         return error.strerror or str(error)
+    except UserError as error:
+        row["state"] = UNREADABLE
+        return without_path(error)
     try:
-        header = probe(data)
+        header = probe(data, job.options.max_pixels)
         width, height = header.width, header.height
         doubtful = False
         if job.options.verify:
-            pixels = decode_jpeg(data)
+            pixels = decode_jpeg(data, max_pixels=job.options.max_pixels)
             if pixels is None:
-                pixels = decode_with_pillow(data)
+                pixels = decode_with_pillow(data, job.options.max_pixels)
                 doubtful = header.format == "JPEG" and header.mode != "CMYK"
             height, width = pixels.shape[:2]
         if len(data) >= 2**32:
@@ -149,6 +152,8 @@ def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, 
         data = job.read(sample)
     except OSError as error:
         raise UserError(f"{job.names[sample]}: {error.strerror} (it could be read a moment ago; the source changed while it was packed)") from None
+    except UserError as error:
+        raise UserError(f"{job.names[sample]}: {without_path(error)} (it could be read a moment ago; the source changed while it was packed)") from None
     if len(data) != scanned["size"] or zlib.crc32(data) != scanned["crc"]:
         raise UserError(f"{job.names[sample]} changed while it was packed; run the same command again when nothing writes to the source")
     height, width = int(scanned["height"]), int(scanned["width"])
@@ -157,7 +162,7 @@ def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, 
     if scale >= 1:
         return data, (height, width, name)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    smaller, name = _shrink(data, size, name, job.options.quality)
+    smaller, name = _shrink(data, size, name, job.options)
     return smaller, (size[1], size[0], name)
 
 
@@ -171,18 +176,21 @@ def shrink_factor(width: npt.ArrayLike, height: npt.ArrayLike, *, max_side: int 
     return factor
 
 
-def _shrink(data: bytes, size: tuple[int, int], name: str, quality: int) -> tuple[bytes, str]:
+def _shrink(data: bytes, size: tuple[int, int], name: str, options: PackOptions) -> tuple[bytes, str]:
     """Lanczos, then JPEG; PNG stays PNG (it is lossless for a reason, or flat graphics)."""
-    pixels = decode_jpeg(data)
-    image = Image.fromarray(decode_with_pillow(data) if pixels is None else pixels)
-    if name == "JPEG" and probe(data).mode == "L":
+    try:
+        pixels = decode_jpeg(data, max_pixels=options.max_pixels)
+        image = Image.fromarray(decode_with_pillow(data, options.max_pixels) if pixels is None else pixels)
+    except DecodeError as error:  # with --no-verify nobody has decoded it yet
+        raise UserError(f"an image cannot be made smaller: {error}; pack without --no-verify to learn which ones") from None
+    if name == "JPEG" and probe(data, options.max_pixels).mode == "L":
         image = image.convert("L")  # R = G = B: the conversion is exact
     image = image.resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     if name == "PNG":
         image.save(out, "PNG")
         return out.getvalue(), "PNG"
-    image.save(out, "JPEG", quality=quality)
+    image.save(out, "JPEG", quality=options.quality)
     return out.getvalue(), "JPEG"
 
 

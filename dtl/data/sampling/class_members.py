@@ -11,6 +11,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def _starts(shards: Shards) -> npt.NDArray[np.int64]:
     if bad:
         raise UserError(
             f"{shards.index_path}: {bad} of {shards.num_samples} labels are not among the {shards.num_classes} classes, and data.balance draws by "
-            f"class; leave these samples out with `dtl verify {shards.folder} --quarantine`"
+            f"class; leave these samples out with `dtl verify {quote(str(shards.folder))} --quarantine`"
         )
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 

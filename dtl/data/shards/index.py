@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.data.decoding.decode import FORMATS
+from dtl.data.decoding.headers import DEFAULT_LIMITS, Limits
 from dtl.data.remote.address import is_remote, shown
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.fetch import Unfetched
@@ -28,7 +29,7 @@ from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class
 from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
 from dtl.errors import DamagedSample, UserError
-from dtl.files import open_regular, sha256_of_file, write_whole
+from dtl.files import open_descriptor, open_regular, sha256_of_file, write_whole
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
@@ -111,9 +112,12 @@ class Shards:
     heights: npt.NDArray[np.uint16]
     flags: npt.NDArray[np.uint8]
 
-    def __init__(self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None, cache: ShardCache | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         """Use `Shards.open`, which also checks that the index belongs to the manifest. `manifest` has the quarantine applied."""
         self.folder, self.manifest, self.quarantine, self.cache = folder, manifest, quarantine, cache
+        self.limits = limits
         self.quarantined = np.zeros(0, np.int64) if quarantine is None else quarantine.numbers
         self._map_index()
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
@@ -125,8 +129,8 @@ class Shards:
         """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
 
         Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.
-        `options` say how shards that lie elsewhere are kept. `checked`: another process of this node has just opened it, and need not
-        read the whole index again to see that it is sound.
+        `options` say how shards that lie elsewhere are kept, and how large an image may be. `checked`: another process of this node has
+        just opened it, and need not read the whole index again to see that it is sound.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
@@ -134,7 +138,8 @@ class Shards:
         quarantine = None if whole else Quarantine.of_folder(folder, manifest)
         if quarantine is not None:
             manifest = quarantine.applied(manifest)
-        shards = cls(folder, manifest, quarantine, cache)
+        limits = DEFAULT_LIMITS if options is None else Limits(options.max_pixels, options.max_file_bytes)
+        shards = cls(folder, manifest, quarantine, cache, limits)
         if not checked and sha256_of_file(shards.index_path) != manifest.index_sha256:
             raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (another sha256); {shards.again}")
         return shards
@@ -176,6 +181,10 @@ class Shards:
         crcs = self.crcs[numbers]
         found: list[bytes | _Damage] = [b""] * len(numbers)
         order = np.lexsort((offsets, shards))
+        if sizes.size and sizes.max() > self.limits.max_file_bytes:
+            for slot in np.flatnonzero(sizes > self.limits.max_file_bytes).tolist():
+                found[slot] = _Damage(f"it has {sizes[slot]:,} bytes, more than the {self.limits.max_file_bytes:,} that are allowed (data.max_file_bytes)")
+            order = order[sizes[order] <= self.limits.max_file_bytes]
         with self._files.lock():
             for run in _runs(order, shards, offsets, sizes):
                 shard, start = int(shards[run[0]]), int(offsets[run[0]])
@@ -214,7 +223,7 @@ class Shards:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shards, (self.folder, self.manifest, self.quarantine, self.cache)
+        return Shards, (self.folder, self.manifest, self.quarantine, self.cache, self.limits)
 
     def _map_index(self) -> None:
         path, again = self.index_path, self.again
@@ -256,7 +265,7 @@ class Shards:
             return _Damage("the index names a place behind the end of any file")
         except FileNotFoundError:
             return _Damage("the shard is missing")
-        except Unfetched as error:
+        except (Unfetched, UserError) as error:
             return _Damage(str(error))
         except OSError as error:
             return _Damage(f"the shard cannot be read ({error.strerror})")
@@ -264,7 +273,7 @@ class Shards:
     def _open(self, shard: int) -> int:
         if self.cache is not None and self.cache.holds(shard):
             return self.cache.open(shard)
-        return os.open(self.folder / self.manifest.shards[shard].url, os.O_RDONLY | os.O_CLOEXEC)
+        return open_descriptor(self.folder / self.manifest.shards[shard].url)
 
     def at(self, epoch: int, step: int) -> None:
         """Whose samples this process reads from now on, for the cache of remote shards."""

@@ -1,13 +1,12 @@
 """Sources whose images come as arrays: the built-in digits, and CIFAR-10 and CIFAR-100 as python batches, the way torchvision keeps them
 (Krizhevsky 2009, "Learning Multiple Layers of Features").
 
-The batches are pickles, and a pickle can run any code when it is loaded. So ours are read by an unpickler that knows NumPy arrays and
-nothing else.
+The batches are pickles, and a pickle can run any code when it is loaded. So they are read by `dtl.pickles`, which calls nothing.
 """
 
 from __future__ import annotations
 
-import pickle
+import io
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -16,31 +15,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl import pickles
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import Source
 from dtl.data.sources.content_split import content_hash, split_by_content
 from dtl.data.sources.digits import DIGITS_VAL_FRACTION, read_digits
 from dtl.data.sources.png import store_png
 from dtl.errors import UserError
+from dtl.untrusted import read_regular
 
 # folder -> (kind, training files, test files, file of class names, its key, key of the labels)
 _LAYOUTS = {
     "cifar-10-batches-py": ("CIFAR-10", [f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label_names", "labels"),
     "cifar-100-python": ("CIFAR-100", ["train"], ["test"], "meta", "fine_label_names", "fine_labels"),
 }
-# What a pickled NumPy array consists of, under NumPy's old and new module names.
-_ALLOWED = {
-    (module, name)
-    for module, name in [
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    ]
-}
+# Of one batch; CIFAR's largest has 160 MB.
+_MAX_BATCH_BYTES = 1 << 30
 
 
 def open_digits() -> Source:
@@ -71,7 +61,7 @@ def cifar_folder(path: Path) -> Path | None:
 def open_cifar(folder: Path) -> Source:
     """Both splits, train and val (CIFAR's test set), in the order of the batches."""
     kind, train, test, meta, names_key, labels_key = _LAYOUTS[_layout(folder) or ""]
-    classes = tuple(str(name) for name in _load(folder / meta)[names_key])
+    classes = tuple(_texts(folder / meta, _load(folder / meta).get(names_key), names_key))
     images, labels, splits, names = [], [], [], []
     for split, files in enumerate((train, test)):
         for file in files:
@@ -80,7 +70,9 @@ def open_cifar(folder: Path) -> Source:
             images.append(pixels)
             labels.append(batch_labels)
             splits.append(np.full(len(batch_labels), split, np.uint8))
-            stems = batch.get("filenames") or [f"{number:05d}.png" for number in range(len(batch_labels))]
+            stems = [f"{number:05d}.png" for number in range(len(batch_labels))]
+            if batch.get("filenames"):
+                stems = _texts(folder / file, batch["filenames"], "filenames", len(stems))
             names += [f"{file}/{stem}" for stem in stems]
     return _from_arrays(
         kind=kind,
@@ -128,14 +120,17 @@ def _layout(folder: Path) -> str | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    names: set[str] = set()
     try:
-        with path.open("rb") as file:
-            found = _ArraysOnly(file, encoding="latin1").load()
+        found = pickles.load(io.BytesIO(read_regular(path, max_bytes=_MAX_BATCH_BYTES)), names=names)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; unpack CIFAR's archive again") from None
-    # A damaged pickle can raise nearly anything.
-    except Exception as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except pickles.BadPickle as error:
         raise UserError(f"{path} is no CIFAR batch: {error}") from None
+    if foreign := sorted(names - {"numpy.ndarray", *pickles.PLAIN}):
+        raise UserError(f"{path} is no CIFAR batch: it asks for {foreign[0]}, which no array needs")
     if not isinstance(found, dict):
         raise UserError(f"{path} is no CIFAR batch: it holds a {type(found).__name__}")
     return found
@@ -145,7 +140,10 @@ def _checked(path: Path, batch: dict[str, Any], labels_key: str, num_classes: in
     """Pixels [N, 32, 32, 3] and labels [N]. A batch holds each image as 3 planes of 32 x 32."""
     if "data" not in batch or labels_key not in batch:
         raise UserError(f"{path} is no CIFAR batch: it has {', '.join(sorted(map(str, batch)))}, not data and {labels_key}")
-    data, labels = np.asarray(batch["data"]), np.asarray(batch[labels_key], np.int32)
+    try:
+        data, labels = _array(batch["data"]), _array(batch[labels_key]).astype(np.int32)
+    except (pickles.BadPickle, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} is no CIFAR batch: {error}") from None
     if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
         raise UserError(f"{path} is no CIFAR batch: data is {data.dtype} {data.shape}, labels are {labels.shape}")
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
@@ -153,8 +151,16 @@ def _checked(path: Path, batch: dict[str, Any], labels_key: str, num_classes: in
     return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
-        return super().find_class(module, name)
+def _texts(path: Path, value: Any, key: str, count: int | None = None) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value) or count not in (None, len(value)):
+        raise UserError(f"{path} is no file of CIFAR: it has no list {key}{'' if count is None else f' of {count:,} names'}")
+    return list(value)
+
+
+def _array(value: Any) -> Any:
+    """An array, or a list of numbers as one."""
+    if isinstance(value, pickles.Array):
+        return value.numpy()
+    if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
+        raise pickles.BadPickle(f"a {type(value).__name__} stands where an array or a list of numbers belongs")
+    return np.array(value, np.int64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dtl.errors import UserError
+from dtl.untrusted import parse_json, read_text
 
 NAME_FILES = ("cat_to_name.json", "class_names.json", "names.json")
 
@@ -35,11 +35,11 @@ def find_display_names(classes: Sequence[str], *, given: str | Path | None, besi
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = parse_json(read_text(path), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; it should be a JSON file {{class name: display name}}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} is no readable JSON: {error.strerror}") from None
     if not isinstance(raw, dict) or not all(isinstance(shown, str) for shown in raw.values()):
         raise UserError(f"{path} is not a JSON object of {{class name: display name}}")
     return raw

@@ -173,7 +173,7 @@ def _class_folders(place: Path, root: Path, notes: _Notes) -> list[str]:
     for entry in _entries(place):
         if is_hidden(entry.name):
             notes.hidden.append(_below(entry.path, root))
-        elif entry.is_dir():
+        elif _is_folder(entry):
             folders.append(entry.name)
         elif _is_image(entry.name):
             notes.loose.append(_below(entry.path, root))
@@ -194,13 +194,20 @@ def _images(root: Path, folder: Path, notes: _Notes) -> list[tuple[str, int, int
             path = entry.name if place == "." else f"{place}/{entry.name}"
             if is_hidden(entry.name):
                 notes.hidden.append(path)
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 stack.append((path, inside))
             elif _is_image(entry.name):
                 listed.append((path, *_size_and_time(entry)))
             else:
                 notes.others.append(path)
     return sorted(listed)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import ALL, UNLABELLED, Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
 from dtl.errors import UserError
+from dtl.files import MAX_FILE_BYTES, read_regular
 from dtl.text import nearest
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
@@ -24,9 +25,9 @@ _NUMBER = re.compile(r"[+-]?\d+")
 _SHOWN_ERRORS = 3
 
 
-def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None, labelled: bool = True) -> Source:
+def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None, labelled: bool = True, max_bytes: int = MAX_FILE_BYTES) -> Source:
     """Read a list. Names sort as text, numbers as numbers (class names "0", "1" ...). See `open_source`."""
-    table, lines, coded, labels = _read_columns(path, labelled=labelled)
+    table, lines, coded, labels = _read_columns(path, labelled=labelled, max_bytes=max_bytes)
     if not lines:
         raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
     numeric = all(_NUMBER.fullmatch(label) for label in labels)
@@ -52,13 +53,13 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
     return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=notes)
 
 
-def _read_columns(path: Path, *, labelled: bool) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
+def _read_columns(path: Path, *, labelled: bool, max_bytes: int) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
     """Paths, line numbers, a code for each label, and the label of each code, in order of appearance; no object stays for a line."""
     lines, coded = array("q"), array("i")
     codes: dict[str, int] = {}
 
     def paths() -> Iterator[str]:
-        for line, name, label in _rows(path, labelled=labelled):
+        for line, name, label in _rows(path, labelled=labelled, max_bytes=max_bytes):
             lines.append(line)
             coded.append(codes.setdefault(label, len(codes)))
             yield name
@@ -67,10 +68,10 @@ def _read_columns(path: Path, *, labelled: bool) -> tuple[StringTable, array[int
     return table, lines, np.frombuffer(coded, np.int32) if coded else np.zeros(0, np.int32), list(codes)
 
 
-def _rows(path: Path, *, labelled: bool) -> Iterator[tuple[int, str, str]]:
+def _rows(path: Path, *, labelled: bool, max_bytes: int) -> Iterator[tuple[int, str, str]]:
     """(line number, path, label). Where labels are not needed, a line may be a path alone, and the header name no other column."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a list: it is no UTF-8 text; a list has a line `path label` for each image") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from dtl.data.sources.base import Source
 from dtl.data.sources.folder import open_folder
 from dtl.data.sources.list import open_list
 from dtl.errors import UserError
+from dtl.files import MAX_FILE_BYTES
 from dtl.text import near_path
 
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -22,6 +23,7 @@ def open_source(
     names: str | Path | None = None,
     on_error: str = "fail",
     labelled: bool = True,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Source:
     """Recognise and list a source. UserError where there is nothing to train on.
 
@@ -37,7 +39,9 @@ def open_source(
         if path.is_file() and path.suffix.lower() in _ARCHIVES:
             raise UserError(f"{path} is an archive; unpack it and give the folder")
         if path.is_file():
-            found = open_list(path, classes=classes, names=names, labelled=labelled)
+            found = open_list(path, classes=classes, names=names, labelled=labelled, max_bytes=max_file_bytes)
+        elif not path.is_dir():
+            raise UserError(f"{path} is neither a folder nor a regular file; give a folder of images, a list file, or the word digits")
         elif (batches := cifar_folder(path)) is not None:
             found = open_cifar(batches)
         else:

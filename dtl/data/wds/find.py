@@ -8,6 +8,7 @@ import glob
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from dtl.data.remote.address import base_name, is_remote, kind_of, shown
@@ -16,6 +17,7 @@ from dtl.data.remote.stream import FetchError
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.splits import SERVES_AS, choose, split_folders, split_in
 from dtl.errors import UserError
+from dtl.files import MAX_FILE_BYTES, open_regular, read_regular
 from dtl.text import near_path
 
 _TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
@@ -87,10 +89,11 @@ def _shards_of(text: str) -> Sequence[Tar]:
             raise UserError(f"{place} holds no tar files")
         if len(groups := _by_split(tars)) > 1:
             split, members = next(iter(groups.items()))
+            out = place / f"{split or 'rest'}-index"
             pattern = f"{place}/{_common_start(members)}*"
             raise UserError(
                 f"{place} holds the shards of {', '.join(name or 'no named split' for name in groups)}; index each split by itself: "
-                f"dtl index '{pattern}' --out {place}/{split or 'rest'}-index"
+                f"dtl index {quote(pattern)} --out {quote(str(out))}"
             )
         return tars
     if place.exists():
@@ -181,7 +184,7 @@ def _common_start(paths: Sequence[Path]) -> str:
 def _is_list(place: Path) -> bool:
     """Whether the first line that says anything names a tar."""
     try:
-        with place.open("rb") as file:
+        with open_regular(place) as file:
             head = file.read(4096)
     except OSError as error:
         raise UserError(f"{place} cannot be read: {error.strerror}") from None
@@ -193,7 +196,7 @@ def _is_list(place: Path) -> bool:
 def _read_list(place: Path) -> list[Tar]:
     """A shard a line, relative to the list, or an address; empty lines and lines from # on are passed over."""
     found: list[Tar] = []
-    for line in place.read_text(encoding="utf-8").splitlines():
+    for line in read_regular(place, max_bytes=MAX_FILE_BYTES).decode("utf-8").splitlines():
         text = line.strip()
         if text.startswith("pipe:"):
             raise UserError(f"{place} names a command ({text[:100]}); commands are run from your own config only: give it with --data.train")

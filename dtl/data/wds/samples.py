@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zlib
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dtl.data.decoding.decode import DecodeError, ImageHeader, probe
+from dtl.data.decoding.headers import DEFAULT_LIMITS, Limits
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.wds.tar import Member, TarFile, refuse_compressed
 from dtl.errors import UserError
+from dtl.files import open_regular
 
 # As webdataset calls them: an extension without its dot, or the plain word.
 IMAGE_FIELDS = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS) | {"img", "image"}
@@ -73,13 +76,15 @@ class _Group:
         return next(iter(self.members.values())).offset
 
 
-def read_samples(tar: TarFile, rules: Rules, ignored: Ignored) -> Iterator[Sample]:
+def read_samples(tar: TarFile, rules: Rules, ignored: Ignored, limits: Limits = DEFAULT_LIMITS) -> Iterator[Sample]:
     """Samples in their order, as webdataset's grouping gives them. Raises DamagedTar; UserError for a member that is there twice."""
     group: _Group | None = None
 
-    def wanted(name: str) -> bool:
+    def wanted(name: str, size: int) -> bool:
         _, extension = split_name(name)
-        return extension is not None and (_is_image(extension, rules) or _may_label(extension, rules))
+        if extension is None:
+            return False
+        return (_is_image(extension, rules) and size <= limits.max_file_bytes) or (_may_label(extension, rules) and size <= _MAX_LABEL_BYTES)
 
     for member in tar.members(wanted):
         key, extension = split_name(member.name)
@@ -89,20 +94,20 @@ def read_samples(tar: TarFile, rules: Rules, ignored: Ignored) -> Iterator[Sampl
             continue
         if group is None or key != group.key:
             if group is not None:
-                yield _sample(group, rules)
+                yield _sample(group, rules, limits)
             group = _Group(key)
         if extension in group.members:
             raise UserError(f"{tar.name}: member {shown(member.name)} at byte {member.offset} is there twice; write the tar again")
         group.members[extension] = member
     if group is not None:
-        yield _sample(group, rules)
+        yield _sample(group, rules, limits)
 
 
 def open_tar(path: Path, name: str | None = None) -> Any:
     """The file, opened for reading. UserError where it is not there, or compressed. `name`: of a remote one, for messages."""
     try:
         refuse_compressed(path, name)
-        return path.open("rb")
+        return io.BufferedReader(open_regular(path), 1 << 17)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -128,14 +133,15 @@ def _may_label(extension: str, rules: Rules) -> bool:
     return extension in (("cls", "json") if rules.label_field is None else (rules.label_field, "json"))
 
 
-def _sample(group: _Group, rules: Rules) -> Sample:
+def _sample(group: _Group, rules: Rules, limits: Limits) -> Sample:
     try:
         image = _image(group, rules)
-        assert image.data is not None
+        if image.data is None:
+            raise _Problem(f"its image has {image.size:,} bytes, more than the {limits.max_file_bytes:,} that are allowed (data.max_file_bytes)")
         label, rule = _label(group, rules)
         if image.size >= 2**32:
             raise _Problem(f"the image has {image.size:,} bytes, more than an index can hold")
-        header = probe(image.data)
+        header = probe(image.data, limits.max_pixels)
     except (_Problem, DecodeError) as error:
         reason = str(error) if isinstance(error, _Problem) else f"its image: {error}"
         return Sample(group.key, group.offset, 0, 0, None, None, "", b"", reason)
@@ -178,9 +184,9 @@ def _label(group: _Group, rules: Rules) -> tuple[Label, str]:
 
 
 def _text_label(group: _Group, extension: str) -> Label:
-    data = group.members[extension].data or b""
-    if len(data) > _MAX_LABEL_BYTES:
-        raise _Problem(f"its .{extension} has {len(data):,} bytes, which is no label")
+    data = group.members[extension].data
+    if data is None:
+        raise _Problem(f"its .{extension} has {group.members[extension].size:,} bytes, which is no label")
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -192,7 +198,9 @@ def _text_label(group: _Group, extension: str) -> Label:
 
 def _json(group: _Group) -> dict[str, Any]:
     try:
-        value = json.loads(group.members["json"].data or b"")
+        if group.members["json"].data is None:
+            raise _Problem(f"its .json has {group.members['json'].size:,} bytes, which is too much for labels")
+        value = json.loads(group.members["json"].data)
     except (ValueError, RecursionError):
         raise _Problem("its .json cannot be read") from None
     if not isinstance(value, dict):

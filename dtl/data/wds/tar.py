@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO
 
 from dtl.data.decoding.decode import look
 from dtl.errors import UserError
+from dtl.files import open_regular
 
 BLOCK = 512
 _READ_BYTES = 2**20
@@ -70,8 +72,8 @@ class TarFile:
     def num_bytes(self) -> int:
         return self._at
 
-    def members(self, wanted: Callable[[str], bool]) -> Iterator[Member]:
-        """Regular files in their order, with the bytes of those whose name is `wanted`. Raises DamagedTar; UserError for links."""
+    def members(self, wanted: Callable[[str, int], bool]) -> Iterator[Member]:
+        """Regular files in their order, with the bytes of those that are `wanted` by name and size. Raises DamagedTar; UserError for links."""
         name: str | None = None  # of the member that follows, from a PAX or GNU header
         size: int | None = None
         if self._size == 0:
@@ -104,7 +106,7 @@ class TarFile:
                     "write the tar again with `tar --dereference --hard-dereference`, or pack the images with `dtl pack`"
                 )
             self._check_fits(length, start, f"member {this}")
-            if wanted(this):
+            if wanted(this, length):
                 data = self._read(_padded(length), f"member {this}")[:length]
                 yield Member(this, self._at - _padded(length), length, data)
             else:
@@ -208,7 +210,7 @@ def _padded(size: int) -> int:
 
 def refuse_compressed(path: Path, name: str | None = None) -> None:
     """UserError with the command that unpacks `path`, where it is a compressed tar. `name`: of a remote one, for messages."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
     for magic, kind, command in _COMPRESSED:
         if start.startswith(magic):
@@ -221,5 +223,5 @@ def refuse_compressed(path: Path, name: str | None = None) -> None:
             plain = plain if plain != path else path.with_name(f"plain-{path.name}")
             raise UserError(
                 f"{path} is compressed ({kind}), so single images cannot be read from it; images hardly shrink anyway: "
-                f"unpack it with `{command} '{path}' > '{plain}'` and index that"
+                f"unpack it with `{command} {quote(str(path))} > {quote(str(plain))}` and index that"
             )

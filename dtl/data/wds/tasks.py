@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtl.data.decoding.headers import Limits
 from dtl.data.packing.job import ROWS, write_array, write_json
 from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
@@ -44,12 +45,13 @@ class IndexJob:
     rules: Rules
     options: DataConfig | None
     """How remote ones are fetched; None where all are local."""
+    limits: Limits
 
 
 def open_job(folder: Path) -> IndexJob:
     facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     options = options_of_helper(facts["options"]) if any(map(is_remote, facts["paths"])) else None
-    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), options)
+    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), options, Limits(facts["options"]["max_pixels"], facts["options"]["max_file_bytes"]))
 
 
 def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +59,9 @@ def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
     number = task["number"]
     path, stem = job.paths[number], job.folder / f"{number:05d}"
     if job.options is not None and is_remote(path):
-        tar = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job.rules)
+        tar = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job)
     else:
-        tar = _index(stem, Path(path), None, job.rules)
+        tar = _index(stem, Path(path), None, job)
     return {"number": number, "bytes": tar.num_bytes}
 
 
@@ -72,13 +74,13 @@ def _fetched(url: str, path: Path, options: DataConfig) -> Path:
     return path
 
 
-def _index(stem: Path, path: Path, name: str | None, rules: Rules) -> TarFile:
+def _index(stem: Path, path: Path, name: str | None, job: IndexJob) -> TarFile:
     """`name`: what messages call the shard, where it is not its path."""
     found = _Shard(name or str(path))
     with open_tar(path, name) as file:
         tar = TarFile(file, name)
         try:
-            for sample in read_samples(tar, rules, found.ignored):
+            for sample in read_samples(tar, job.rules, found.ignored, job.limits):
                 found.add(sample)
         except DamagedTar as error:
             raise UserError(f"{name or path}: damaged at byte {error.offset}: {error.reason}; get the shard anew") from None

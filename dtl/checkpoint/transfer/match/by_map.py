@@ -15,7 +15,6 @@ Where only the other direction (source: target) fits, it is understood so.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dtl.checkpoint.transfer.adapt import TRANSFORMS, is_transform, why_not
 from dtl.checkpoint.transfer.layers.layer import TensorSpec
 from dtl.checkpoint.transfer.match.matching import Clash, Match, Matching
 from dtl.errors import UserError
+from dtl.untrusted import read_json, read_yaml
 
 _WILD = re.compile(r"\{(\w+)\}|\*")
 
@@ -59,18 +59,11 @@ def read_rules(mapping: str | Path | Mapping[str, Any]) -> list[Rule]:
         return _rules(mapping, "the map")
     path = Path(mapping)
     try:
-        text = path.read_text(encoding="utf-8")
+        loaded = read_json(path) if path.suffix == ".json" else read_yaml(path)
     except OSError as error:
         raise UserError(f"map {path}: not readable ({error.strerror})") from error
-    try:
-        if path.suffix == ".json":
-            loaded = json.loads(text)
-        else:
-            import yaml
-
-            loaded = yaml.safe_load(text)
-    except Exception as error:  # both parsers raise their own kinds
-        raise UserError(f"map {path}: not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({' '.join(str(error).split())})") from error
+    except UserError as error:
+        raise UserError(f"map {error}") from error
     if not isinstance(loaded, Mapping) or not loaded:
         raise UserError(f"map {path}: expected lines of `target: source`, found {type(loaded).__name__}")
     return _rules(loaded, f"map {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.sources.splits import choose, group_by_split, split_folders, split_named, sub_folders
 from dtl.errors import UserError
+from dtl.untrusted import parse_json, parse_yaml, read_text
 
 _IN_FOLDER = ("model.json", "model/model.json", MANIFEST_NAME)
 
@@ -68,18 +68,16 @@ def _split_folder(path: Path) -> Path | None:
 
 def _text(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what}: {path} is not readable as class names ({' '.join(str(error).split())})") from error
+        return read_text(path)
+    except OSError as error:
+        raise UserError(f"{what}: {path} is not readable as class names ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"{what}: not readable as class names: {error}") from error
 
 
 def _load(path: Path, what: str) -> Any:
     text = _text(path, what)
     try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml
-
-        return yaml.safe_load(text)
-    except Exception as error:  # both parsers raise their own kinds
-        raise UserError(f"{what}: {path} is not readable as {'JSON' if path.suffix == '.json' else 'YAML'} ({' '.join(str(error).split())})") from error
+        return parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error

@@ -1,19 +1,16 @@
 """Open pretrained weights, wherever they are: one flat dict of names and tensors, and what is known about it.
 
-Nothing is ever unpickled freely: torch files are opened with `weights_only=True`, and what that blocks is named.
+Nothing is ever unpickled: torch files and pickles are read by `torch_file`, which runs nothing of them and drops what is no tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickletools
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,13 +18,12 @@ from torch import nn
 from dtl import files
 from dtl.checkpoint.transfer.layers.layer import looks_sorted, specs_of, strip_wrappers
 from dtl.checkpoint.transfer.source import hubs
+from dtl.checkpoint.transfer.source.torch_file import Read, read_pickled
 from dtl.errors import UserError
 from dtl.models.hub import hub_name
-from dtl.text import counted, near_path, some
+from dtl.text import counted, near_path
+from dtl.untrusted import open_regular
 
-# What a legacy torch file names besides its objects.
-_HARMLESS = ("torch._utils.", "torch.storage.", "torch.Storage", "torch.FloatStorage", "torch.LongStorage", "torch.nn.parameter.",
-             "collections.OrderedDict", "__builtin__.set")  # fmt: skip
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -86,14 +82,14 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     if "://" in named and not named.startswith("file://"):
         raise UserError(f"{named}: weights are fetched from http:// and https:// addresses; download this one and give the file")
     named = named.removeprefix("file://")
-    path, chosen = _split_fragment(named)
+    path, chosen = split_fragment(named)
     return _from_path(path, key=key or chosen)
 
 
 def check_is_there(source: str) -> None:
     """UserError where `source` is meant as a file or folder, and there is none; nothing is read, and nothing fetched."""
     if not (source.startswith(("torchvision:", "timm:")) or hub_name(source) is not None or "://" in source):
-        path = _split_fragment(source)[0].expanduser()
+        path = split_fragment(source)[0].expanduser()
         if not path.exists():
             _from_path(path, key=None)
 
@@ -115,7 +111,8 @@ def _from_cache(cached: hubs.Cached, *, origin: str, key: str | None) -> SourceW
     return replace(read, origin=origin, facts={**read.facts, **cached.facts})
 
 
-def _split_fragment(named: str) -> tuple[Path, str | None]:
+def split_fragment(named: str) -> tuple[Path, str | None]:
+    """`FILE#KEY` as (FILE, KEY)."""
     if "#" in named and not Path(named).exists():
         path, _, chosen = named.rpartition("#")
         return Path(path), chosen
@@ -135,7 +132,9 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
         read = _from_mapping(tensors, origin=str(path), key=key)
         read = replace(read, ordered=ordered)
     else:
-        read = _from_mapping(_read_torch(path), origin=str(path), key=key)
+        found = read_content(path)
+        read = _from_mapping(found.content, origin=str(path), key=key)
+        read = replace(read, passed_over=(*read.passed_over, *found.remarks()))
     return replace(read, tensors=without_wrappers(read.tensors), sha256=files.sha256_of_file(path))
 
 
@@ -179,7 +178,7 @@ def _from_index(path: Path) -> SourceWeights:
         part = path.parent / name
         if not part.is_file():
             raise UserError(f"{path}: names {name}, which is not beside it")
-        parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else _read_torch(part)
+        parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else read_content(part).content
         digest.update(files.sha256_of_file(part).encode())
     missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
     if missing:
@@ -203,23 +202,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
         raise UserError(f"{path}: not readable as safetensors ({_line(error)}); the file is damaged or of another format") from error
 
 
-def _read_torch(path: Path) -> Any:
-    start = _beginning(path)
-    if problem := _no_weights(start):
+def read_content(path: Path) -> Read:
+    """Everything in a file of weights of any format, as plain containers of tensors. UserError where it is none."""
+    if problem := _no_weights(_beginning(path)):
         raise UserError(f"{path}: {problem}")
-    # Only zip files (torch >= 1.6) can be mapped; older ones are read whole.
-    mapped = zipfile.is_zipfile(path)
-    if not mapped and start[:1] == b"\x80" and not is_legacy_torch(path):
-        raise UserError(f"{path}: {_why_pickle(path)}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        raise UserError(f"{path}: {_why_blocked(path, error)}") from error
+    return Read(_read_safetensors(path)[0]) if path.suffix == ".safetensors" else read_pickled(path)
 
 
 def _beginning(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(64)
     except OSError as error:
         raise UserError(f"{path}: not readable ({_line(error)})") from error
@@ -238,70 +230,12 @@ def _no_weights(start: bytes) -> str | None:
     return None
 
 
-def _why_pickle(path: Path) -> str:
-    found = pickled_globals(path)
-    names = f" ({some(found, limit=4)})" if found else ""
-    return (
-        f"a Python pickle{names}, which runs code when opened; where you trust it (detectron2's model zoo), convert it once: "
-        f"python -c \"import pickle, torch; c = pickle.load(open('{path}', 'rb'), encoding='latin1'); "
-        "torch.save({k: torch.as_tensor(v) for k, v in c.get('model', c).items() if hasattr(v, 'shape')}, 'weights.pth')\""
-    )
-
-
-def _why_blocked(path: Path, error: Exception) -> str:
-    text = str(error)
-    if "TorchScript" in text:
-        return (
-            "a TorchScript archive, not a state dict; where you trust it, convert it once: "
-            f"python -c \"import torch; torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')\""
-        )
-    blocked = _unsafe_globals(path)
-    # torch.load(..., weights_only=True) runs nothing but what it is given by name, also where a user trusts the file.
-    by_hand = "save model.state_dict() with the program that wrote it"
-    if any(re.fullmatch(r"[\w.]+", name) is None for name in blocked):  # names are the file's: none may slip into a command
-        return f"holds Python objects of names that Python does not have ({some(blocked, limit=4)}); do not trust it: {by_hand}"
-    if any(name.startswith("torch.nn.modules.") for name in blocked):
-        found = f"a whole pickled module ({some(blocked, limit=4)}), which runs code when opened"
-        if not zipfile.is_zipfile(path):  # torch before 1.6 put the source code in, which only the unsafe way reads
-            return f"{found}, in torch's old format: {by_hand}"
-        return (
-            f"{found}; where you trust it, convert it once, beside its source code: "
-            'python -c "import torch, pydoc; '
-            f"torch.serialization.add_safe_globals([(pydoc.locate(n), n) for n in '{' '.join(blocked)}'.split()]); "
-            f"m = torch.load('{path}', weights_only=True); "
-            "m = m if hasattr(m, 'state_dict') else next(v for v in m.values() if hasattr(v, 'state_dict')); torch.save(m.state_dict(), 'weights.pth')\""
-        )
-    if blocked:
-        return (
-            f"holds Python objects that could run code when opened ({some(blocked, limit=4)}); "
-            "keep the weights only, with empty stand-ins for all but NumPy's: "
-            'python -c "import torch, numpy, pydoc; '
-            "D = type('D', (), dict(__init__=lambda s, *a, **k: None, __setstate__=lambda s, x: None)); "
-            "torch.serialization.add_safe_globals([(pydoc.locate(n) if n.startswith(('numpy.', '_codecs.')) else D, n) "
-            f"for n in '{' '.join(blocked)}'.split()] + [type(numpy.dtype(t)) for t in '?bhilqBHILQefd']); "
-            f"c = torch.load('{path}', weights_only=True); s = c.get('state_dict', c.get('model', c)); "
-            "torch.save({k: torch.as_tensor(v) for k, v in s.items() if hasattr(v, 'shape')}, 'weights.pth')\""
-            f"; or {by_hand}"
-        )
-    if isinstance(error, OSError):
-        return f"not readable ({_line(error)})"
-    return f"not readable as a torch file ({type(error).__name__}); it is damaged, cut short or of another format"
-
-
-def _unsafe_globals(path: Path) -> list[str]:
-    """Names of what `weights_only` blocks, found without executing anything."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # formats before torch 1.6, which torch cannot look into, or damage
-        return [name for name in pickled_globals(path) if not name.startswith(_HARMLESS)]
-
-
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
 # State of other things than the network: never looked into.
-_NOT_WEIGHTS = (
+NOT_WEIGHTS = (
     "optim",
     "sched",
     "scaler",
@@ -380,7 +314,7 @@ def _candidates(loaded: Mapping[Any, Any]) -> dict[str, int]:
         if len(path) >= 6 or tensors > 0.5 * len(mapping):
             return
         for name, value in mapping.items():
-            if isinstance(name, str) and isinstance(value, Mapping) and not name.lower().startswith(_NOT_WEIGHTS):
+            if isinstance(name, str) and isinstance(value, Mapping) and not name.lower().startswith(NOT_WEIGHTS):
                 look(value, (*path, name))
 
     look(loaded, ())
@@ -395,6 +329,12 @@ def _choose(candidates: dict[str, int], origin: str) -> str:
         named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')})" for container in rivals)
         raise UserError(f"{origin}: holds {named}; choose one, for instance source: {origin}#{rivals[0]}")
     return rivals[0]
+
+
+def by_key(content: Any, key: str, origin: str) -> dict[str, torch.Tensor]:
+    """The tensors under a key of the user's, as `find_state_dict` takes it; a prefix of names chooses among the names."""
+    found = find_state_dict(content, key=key, origin=origin)
+    return {name: value for name, value in found.tensors.items() if name.startswith(found.prefix)}
 
 
 def _by_key(candidates: dict[str, int], key: str, origin: str) -> tuple[str, str]:
@@ -424,51 +364,3 @@ def _descend(loaded: Mapping[Any, Any], container: str) -> Mapping[Any, Any]:
 
 def _list(loaded: Mapping[Any, Any]) -> str:
     return ", ".join(repr(key) for key in list(loaded)[:8]) or "none"
-
-
-# The first thing that torch wrote into files before 1.6: a pickled number.
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-_MOST_PICKLES = 5
-
-
-def is_legacy_torch(path: Path) -> bool:
-    """Whether a file begins as `torch.save` began it before torch 1.6."""
-    try:
-        with path.open("rb") as file:
-            return any(argument == _TORCH_MAGIC for _, argument, _ in pickletools.genops(file))
-    except Exception:  # whatever is wrong with the bytes, they are no such file
-        return False
-
-
-def pickled_globals(path: Path) -> list[str]:
-    """Dotted names of the classes and functions that the file's pickles name, sorted; what was found before any damage."""
-    found: set[str] = set()
-    try:
-        with path.open("rb") as file:
-            for _ in range(_MOST_PICKLES):
-                _collect(file, found)
-    except Exception:  # the end of the pickles, or of what is whole
-        pass
-    return sorted(found)
-
-
-def _collect(file: BinaryIO, found: set[str]) -> None:
-    """Names in the next pickle. STACK_GLOBAL takes the two strings before it, which may be in the memo."""
-    strings: list[str] = []
-    memo: dict[int, str | None] = {}
-    last: str | None = None
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "MEMOIZE":
-            memo[len(memo)] = last
-        elif opcode.name in ("BINPUT", "LONG_BINPUT") and isinstance(argument, int):
-            memo[argument] = last
-        elif opcode.name == "GLOBAL":
-            found.add(str(argument).replace(" ", "."))
-            last = None
-        elif opcode.name == "STACK_GLOBAL":
-            found.add(".".join(strings[-2:]))
-            last = None
-        else:
-            last = memo.get(argument) if "BINGET" in opcode.name and isinstance(argument, int) else argument if isinstance(argument, str) else None
-            if last is not None:
-                strings.append(last)

@@ -78,11 +78,25 @@ class _Evil:
         return os.system, ("touch /tmp/should-not-exist",)
 
 
+def _pointers() -> bytes:
+    """A batch whose pickled type turns bytes into pointers to objects: NumPy's own unpickling follows them."""
+
+    def name(module: str, word: str) -> bytes:
+        return b"c" + module.encode() + b"\n" + word.encode() + b"\n"
+
+    dtype = name("numpy", "dtype") + b"U\x02O8\x89\x88\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = name("numpy._core.multiarray", "_reconstruct") + name("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R(K\x01K\x04\x85" + dtype + b"\x89"
+    return b"\x80\x04}(U\x04data" + array + b"C\x20" + b"A" * 32 + b"tbU\x06labels](K\x00K\x01K\x02K\x03eu."
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
         (pickle.dumps(_Evil()), "it asks for (posix|nt).system, which no array needs"),
         (b"garbage", "is no CIFAR batch"),
+        (_pointers(), "is no CIFAR batch: an array has elements of type .O8, which are no numbers"),
+        (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [[0]]}), "a list stands where an array or a list of numbers belongs"),
+        (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0], "filenames": [3]}), "no list filenames of 1 names"),
         (pickle.dumps([1]), "it holds a list"),
         (pickle.dumps({"data": 1}), "it has data, not data and labels"),
         (pickle.dumps({"data": np.zeros((2, 10), np.uint8), "labels": [0, 1]}), r"data is uint8 \(2, 10\)"),
@@ -94,6 +108,27 @@ def test_cifar_batches_that_are_refused(tmp_path: Path, batch: bytes, message: s
     (folder / "data_batch_3").write_bytes(batch)
     with pytest.raises(UserError, match=f"data_batch_3.*{message}"):
         open_source(folder)
+
+
+def test_batches_of_every_protocol_are_read_bit_for_bit(tmp_path: Path) -> None:
+    folder = _cifar10(tmp_path / "c")
+    before = open_source(folder)
+    assert before.images is not None
+    for protocol in range(6):
+        for file in folder.iterdir():
+            file.write_bytes(pickle.dumps(pickle.loads(file.read_bytes()), protocol))
+        found = open_source(folder)
+        assert found.images is not None
+        np.testing.assert_array_equal(found.images, before.images)
+        assert (names(found), found.labels.tolist(), found.fingerprint) == (names(before), before.labels.tolist(), before.fingerprint)
+
+
+def test_class_names_of_cifar_that_are_none(tmp_path: Path) -> None:
+    folder = _cifar10(tmp_path / "c")
+    for content in ({}, {"label_names": 3}, {"label_names": []}):
+        (folder / "batches.meta").write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match=r"batches.meta is no file of CIFAR: it has no list label_names"):
+            open_source(folder)
 
 
 def test_a_missing_cifar_batch(tmp_path: Path) -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import random
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -88,9 +84,8 @@ class Custom(nn.Linear):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {"w": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, "argparse.Namespace.*weights_only=True"),
-        ({"w": torch.zeros(2), "rng": random.Random(0)}, "random.Random"),
-        (small(), "a whole pickled module.*convert it once.*state_dict"),
+        (argparse.Namespace(lr=1), "holds a NoneType, not a state dict"),
+        ({"rng": random.Random(0)}, "holds no tensors .*'rng'"),
         ([1, 2], "holds a list, not a state dict"),
         ({"epoch": 3}, "holds no tensors .*'epoch'"),
     ],
@@ -115,14 +110,6 @@ def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
         read_weights(tmp_path / "none.pth")
     with pytest.raises(UserError, match=r"holds no weights; expected one of model.safetensors"):
         read_weights(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    archive = tmp_path / "w.pt"
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), archive)
-    with pytest.raises(UserError, match=r"TorchScript archive.*torch.jit.load"):
-        read_weights(archive)
 
 
 def test_safetensors_keeps_no_order_but_a_model_folder_does(tmp_path: Path) -> None:
@@ -168,7 +155,7 @@ def test_sharded_index_of_torch_files(tmp_path: Path) -> None:
         read = read_weights(source)
         assert all(torch.equal(read.tensors[name], value) for name, value in state.items())
     torch.save({"0.weight": state["0.weight"], "args": argparse.Namespace()}, tmp_path / "pytorch_model-0.bin")
-    with pytest.raises(UserError, match=r"pytorch_model-0.bin: holds Python objects.*argparse.Namespace"):
+    with pytest.raises(UserError, match=r"pytorch_model-0.bin lacks 0.bias, which the index promises"):
         read_weights(tmp_path)
 
 
@@ -237,74 +224,6 @@ def test_a_folder_that_accelerate_saved(tmp_path: Path, name: str) -> None:
     assert set(read_weights(tmp_path).tensors) == set(state)
 
 
-def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path: Path) -> None:
-    state = small().state_dict()
-    zoo = tmp_path / "R-50.pkl"
-    zoo.write_bytes(pickle.dumps({"model": {n: v.numpy() for n, v in state.items()}, "__author__": "Detectron2"}, protocol=2))
-    with pytest.raises(UserError, match=r"a Python pickle \(.*numpy.*\).*where you trust it") as refused:
-        read_weights(zoo)
-    line = str(refused.value).split('python -c "')[1].rstrip('"')
-    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
-    assert list(read_weights(tmp_path / "weights.pth").tensors) == list(state)
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (Path("executed"),)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_nothing_in_a_file_is_ever_executed(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": small().state_dict(), "evil": Evil()}, "w.pth", _use_new_zipfile_serialization=zipped)
-    Path("raw.pth").write_bytes(pickle.dumps(Evil()))
-    for name in ("w.pth", "raw.pth"):
-        with pytest.raises(UserError, match=r"pathlib.*Path"):
-            read_weights(name)
-    assert not Path("executed").exists()
-
-
-@pytest.mark.parametrize("container", [False, True])
-def test_the_line_that_converts_a_whole_module_works(tmp_path: Path, container: bool) -> None:
-    module = small()
-    torch.save({"epoch": 1, "model": module} if container else module, tmp_path / "whole.pth")
-    with pytest.raises(UserError, match="a whole pickled module") as refused:
-        read_weights(tmp_path / "whole.pth")
-    line = str(refused.value).split('python -c "')[1].rstrip('"')
-    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
-    assert list(read_weights(tmp_path / "weights.pth").tensors) == list(module.state_dict())
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_the_line_that_keeps_the_weights_only_works(tmp_path: Path, zipped: bool) -> None:
-    state = small().state_dict()
-    beside = {"args": argparse.Namespace(lr=1), "rng": random.Random(0), "best": numpy.float64(0.5), "place": Path("x")}
-    torch.save({"state_dict": state, **beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="could run code when opened") as refused:
-        read_weights(tmp_path / "w.pth")
-    line = str(refused.value).split('python -c "')[1].split('"')[0]
-    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
-    found = read_weights(tmp_path / "weights.pth").tensors
-    assert list(found) == list(state)
-    assert all(torch.equal(torch.as_tensor(found[name]), state[name]) for name in state)
-
-
-def test_the_line_that_keeps_the_weights_only_runs_nothing_of_the_file(tmp_path: Path) -> None:
-    torch.save({"state_dict": small().state_dict(), "evil": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="could run code when opened") as refused:
-        read_weights(tmp_path / "w.pth")
-    line = str(refused.value).split('python -c "')[1].split('"')[0]
-    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=False, capture_output=True)  # it may well refuse such a file
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_whole_module_in_the_old_format_has_no_safe_line(tmp_path: Path) -> None:
-    torch.save(small(), tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"a whole pickled module .* in torch's old format: save model.state_dict\(\)") as refused:
-        read_weights(tmp_path / "whole.pth")
-    assert "\n" not in str(refused.value)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -312,7 +231,8 @@ def test_a_whole_module_in_the_old_format_has_no_safe_line(tmp_path: Path) -> No
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html>404</html>", "a web page, not weights"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-        (b"hello", "not readable as a torch file"),
+        (b"hello", "not readable as a torch file or a pickle"),
+        (b"PK\x03\x04hello", "not readable as a torch file or a pickle .a zip archive without its end"),
     ],
 )
 def test_files_that_are_something_else(tmp_path: Path, content: bytes, message: str) -> None:

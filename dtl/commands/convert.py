@@ -1,0 +1,44 @@
+"""`dtl convert FILE OUT.safetensors`: the tensors of any file of weights, without running anything of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dtl.text import OptionParser, counted, to_stderr
+
+_DESCRIPTION = """\
+Write the tensors of a file of weights as safetensors, which every program can open safely.
+
+FILE is a torch file (.pt, .pth, .bin, .ckpt, old or new), a whole pickled module, a TorchScript archive, a pickle with NumPy arrays
+(detectron2's .pkl) or a safetensors file. Nothing in it is run: unknown objects are dropped, and named. Names stay as they are; those of
+nested dicts are joined by dots, and a single dict around all of them (state_dict, model) is left out. FILE#KEY takes one of several.
+"""
+_EPILOG = """\
+examples:
+  dtl convert R-50.pkl R-50.safetensors
+  dtl convert checkpoint.pth#model_ema weights.safetensors
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """The command. UserError where the file holds no tensors, or OUT exists."""
+    options = _parser().parse_args(arguments)
+    from dtl.checkpoint.transfer.source.convert import convert
+
+    done = convert(options.file, Path(options.out).expanduser(), overwrite=options.overwrite)
+    for line in done.dropped:
+        to_stderr(f"left out: {line}")
+    print(f"{done.path}: {counted(done.num_tensors, 'tensor')}, {done.num_bytes / 2**20:.1f} MiB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OptionParser(
+        prog="dtl convert", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a file of weights; FILE#KEY chooses inside")
+    add("out", metavar="OUT", help="the file to write; it ends in .safetensors")
+    add("--overwrite", action="store_true", help="write over OUT if it exists")
+    return parser
