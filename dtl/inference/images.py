@@ -19,7 +19,7 @@ from dtl.data.open import packed_splits
 from dtl.data.shards.index import MANIFEST_NAME, Shards
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import IMAGE_EXTENSIONS
-from dtl.data.sources.list import PATH_COLUMNS
+from dtl.data.sources.list import PATH_COLUMNS, list_text
 from dtl.errors import DamagedSample, UserError
 from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, without_path
 
@@ -197,8 +197,8 @@ def _list_file(path: Path, max_bytes: int) -> Files | None:
     except DecodeError as error:
         reason = str(error)
     try:
-        lines = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
+        lines = list_text(path, max_bytes).splitlines()
+    except ValueError:
         raise UserError(f"{path} is neither an image nor a list of images: {reason}") from None
     return _listed(str(path), lines, path.parent)
 

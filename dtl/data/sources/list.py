@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
     table, lines, coded, labels = _read_columns(path, labelled=labelled, max_bytes=max_bytes)
     if not lines:
         raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
-    numeric = all(_NUMBER.fullmatch(label) for label in labels)
+    numeric = all(_NUMBER.fullmatch(label) and len(label) < 4000 for label in labels)
     if numeric:
         labels = [str(int(label)) for label in labels]
     order = tuple(classes) if classes is not None else tuple(sorted(set(labels), key=int if numeric else None))
@@ -53,6 +54,14 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
     return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=notes)
 
 
+def list_text(path: Path, max_bytes: int) -> str:
+    """The text of a list. ValueError where it is no text; UserError where it is no regular file, or too large."""
+    text = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds NUL characters")
+    return text
+
+
 def _read_columns(path: Path, *, labelled: bool, max_bytes: int) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
     """Paths, line numbers, a code for each label, and the label of each code, in order of appearance; no object stays for a line."""
     lines, coded = array("q"), array("i")
@@ -71,8 +80,8 @@ def _read_columns(path: Path, *, labelled: bool, max_bytes: int) -> tuple[String
 def _rows(path: Path, *, labelled: bool, max_bytes: int) -> Iterator[tuple[int, str, str]]:
     """(line number, path, label). Where labels are not needed, a line may be a path alone, and the header name no other column."""
     try:
-        text = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig")
-    except UnicodeDecodeError:
+        text = list_text(path, max_bytes)
+    except ValueError:
         raise UserError(f"{path} is not a list: it is no UTF-8 text; a list has a line `path label` for each image") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -109,9 +118,9 @@ def _csv_columns(first: str, *, labelled: bool) -> tuple[str, str, str | None] |
 
 def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_column: str | None) -> Iterator[tuple[int, str, str]]:
     reader = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, skipinitialspace=True)
-    header = [cell.strip().lower() for cell in next(reader)]
+    header = [cell.strip().lower() for cell in next(_checked_rows(reader, path))]
     columns = [header.index(name) for name in (path_column, label_column) if name is not None]
-    for row in reader:
+    for row in _checked_rows(reader, path):
         if not any(cell.strip() for cell in row):
             continue
         values = [row[at].strip() if at < len(row) else "" for at in columns]
@@ -119,6 +128,13 @@ def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_col
             if not value:
                 raise UserError(f"{path}, line {reader.line_num}: no {what}: `{delimiter.join(row)[:80]}`")
         yield reader.line_num, values[0], values[1] if label_column is not None else UNLABELLED
+
+
+def _checked_rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not readable as CSV: {error}") from None
 
 
 def _check_files(path: Path, table: StringTable, lines: Sequence[int]) -> tuple[array[int], array[int]]:

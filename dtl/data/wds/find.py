@@ -15,9 +15,10 @@ from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
 from dtl.data.sources.base import IMAGE_EXTENSIONS
+from dtl.data.sources.list import list_text
 from dtl.data.sources.splits import SERVES_AS, choose, split_folders, split_in
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, open_regular, read_regular
+from dtl.files import MAX_FILE_BYTES, open_regular
 from dtl.text import near_path
 
 _TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
@@ -196,7 +197,11 @@ def _is_list(place: Path) -> bool:
 def _read_list(place: Path) -> list[Tar]:
     """A shard a line, relative to the list, or an address; empty lines and lines from # on are passed over."""
     found: list[Tar] = []
-    for line in read_regular(place, max_bytes=MAX_FILE_BYTES).decode("utf-8").splitlines():
+    try:
+        lines = list_text(place, MAX_FILE_BYTES).splitlines()
+    except ValueError as error:
+        raise UserError(f"{place} is no list of shards: it is no UTF-8 text ({error})") from None
+    for line in lines:
         text = line.strip()
         if text.startswith("pipe:"):
             raise UserError(f"{place} names a command ({text[:100]}); commands are run from your own config only: give it with --data.train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.wds.samples import FOLDER, Label, shown
 from dtl.errors import UserError
 from dtl.text import nearest
+from dtl.untrusted import parse_json, read_text
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
@@ -18,15 +18,12 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     if (place / MANIFEST_NAME).is_file():
         return Manifest.read(place).classes
     try:
-        text = place.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}; it should list the classes") from None
+        text = read_text(place)
+    except OSError as error:
+        raise UserError(f"{place} cannot be read: {error.strerror}; it should list the classes") from None
     classes: Sequence[object] = [line.strip() for line in text.splitlines() if line.strip()]
     if place.suffix.lower() == ".json":
-        try:
-            classes = _from_json(json.loads(text), place)
-        except ValueError as error:
-            raise UserError(f"{place} is no readable JSON: {error}") from None
+        classes = _from_json(parse_json(text, str(place)), place)
     names = tuple(str(name) for name in classes)
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if not names or twice:
