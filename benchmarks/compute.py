@@ -24,7 +24,7 @@ def training_step(options: Any, device: torch.device, *, channels_last: bool, bf
 
     torch.manual_seed(0)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    module = build(options.network, num_classes=10).module.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    module = build(options.network, num_classes=10, own=True).module.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     forward: Any = torch.compile(module) if compiled else module
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9, fused=True)
     images = torch.randn(options.batch, 3, options.image_size, options.image_size, device=device).to(memory_format=memory_format)
@@ -48,7 +48,7 @@ def training_step(options: Any, device: torch.device, *, channels_last: bool, bf
 def optimizer_step(options: Any, device: torch.device, **how: bool) -> Callable[[], tuple[float, float]]:
     from dtl.models.build import build
 
-    module = build(options.network, num_classes=10).module.to(device)
+    module = build(options.network, num_classes=10, own=True).module.to(device)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9, **how)
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -26,7 +26,7 @@ from dtl.distributed.runtime import use_fast_kernels
 def trainer(name: str, *, device: torch.device, bf16: bool, channels_last: bool, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], None]:
     from dtl.models.build import build, forward_logits
 
-    network = build(name, num_classes=1000)
+    network = build(name, num_classes=1000, own=True)
     module = network.module.to(device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = module.to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -63,7 +63,7 @@ def raw_loop(case: Case) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     from dtl.models.build import build
     from dtl.models.network import Normalise
 
-    network = build(case.model, num_classes=10)
+    network = build(case.model, num_classes=10, own=True)
     module = network.module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
     normalise = Normalise(network.preprocessing, torch.device("cpu"), channels_last=True)

@@ -46,7 +46,7 @@ def raw_loop(network: str, device: Any, precision: str, *, static_graph: bool = 
 
     from dtl.models.build import build
 
-    module: Any = build(network, num_classes=10).module.to(device, memory_format=torch.channels_last)
+    module: Any = build(network, num_classes=10, own=True).module.to(device, memory_format=torch.channels_last)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         module = nn.parallel.DistributedDataParallel(
             module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, static_graph=static_graph

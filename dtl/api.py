@@ -173,23 +173,28 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
     return Run(folder, status.state, status.phases)
 
 
-def evaluate(model: str | Path | Run, data: str | Path | None = None, *, batch_size: int = 64, workers: int = 2, device: str = "auto") -> dict[str, Any]:
+def evaluate(
+    model: str | Path | Run, data: str | Path | None = None, *, batch_size: int = 64, workers: int = 2, device: str = "auto", trust: bool = False
+) -> dict[str, Any]:
     """Exact metrics of a run or model folder: {top1, top5, loss, num_samples, per_class, confusion, ...}, as `dtl evaluate --json`.
 
     `data`: any source of images; by default the run's own validation data. On several processes each gets the same numbers.
+    `trust`: as `--trust`, call the function that a model.json of others names as its network.
     """
     from dtl.inference.evaluate import evaluate as measure
     from dtl.inference.model import running_model
 
-    with running_model(_place(model), device=device, log=to_stderr) as running:
+    with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
         return measure(running, None if data is None else str(data), batch_size=batch_size, workers=workers, log=to_stderr)
 
 
-def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto") -> list[dict[str, Any]]:
+def predict(
+    model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto", trust: bool = False
+) -> list[dict[str, Any]]:
     """Classes of images, in their order: one {path, label, name, probability} an image, and with `top` > 1 the list `predictions`.
 
     `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead. On several processes
-    the main one gets the predictions, the others an empty list.
+    the main one gets the predictions, the others an empty list. `trust`: as in `evaluate`.
     """
     from dtl.inference.images import find_images
     from dtl.inference.model import running_model
@@ -197,18 +202,21 @@ def predict(model: str | Path | Run, images: Paths, *, top: int = 1, batch_size:
 
     if top < 1:
         raise UserError(f"top is {top}; at least one class is asked for")
-    with running_model(_place(model), device=device) as running:
+    with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
         with running.runtime.together("images"):
             inputs = find_images(_paths(images))
         found = [one for part in predictions(running, inputs, top=top, batch_size=batch_size, workers=workers) for one in part]
         return [one.to_json(running.stored, lists=top > 1) for one in found]
 
 
-def load_model(model: str | Path | Run) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network in eval mode, on the CPU, and what is known of it: classes, display_names, preprocessing, architecture, metrics."""
+def load_model(model: str | Path | Run, *, trust: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network in eval mode, on the CPU, and what is known of it: classes, display_names, preprocessing, architecture, metrics.
+
+    `trust`: as in `evaluate`.
+    """
     from dtl.inference.model import find_model, open_model
 
-    stored = open_model(find_model(_place(model))[0])
+    stored = open_model(find_model(_place(model))[0], trust=trust, log=to_stderr)
     facts = stored.facts
     known = {
         "classes": list(facts.classes),
@@ -220,8 +228,11 @@ def load_model(model: str | Path | Run) -> tuple[nn.Module, dict[str, Any]]:
     return stored.network.module, known
 
 
-def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Paths | None = None) -> Path:
-    """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images; FILE.json lies beside it."""
+def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Paths | None = None, trust: bool = False) -> Path:
+    """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images; FILE.json lies beside it.
+
+    `trust`: as in `evaluate`.
+    """
     from dtl.inference.export import export as write
     from dtl.inference.export import need, real_images
     from dtl.inference.images import find_images
@@ -231,7 +242,7 @@ def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images
         raise UserError(f"to is {to!r}; it must be onnx, torch-export or safetensors")
     if to == "onnx":
         need("onnx", "onnxscript")
-    stored = open_model(find_model(_place(model))[0])
+    stored = open_model(find_model(_place(model))[0], trust=trust, log=to_stderr)
     inputs = None if images is None else find_images(_paths(images))
     return Path(write(stored, Path(out), to=to, images=real_images(stored, inputs)).path)
 

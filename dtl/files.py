@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,10 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
 def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -> None:
     """`write(file)` under a temporary name, then rename; with `sync` the content reaches the disk before the name does, so a power cut leaves the old file.
 
-    Whoever has the old file open or mapped keeps it whole. Raises OSError; the temporary file is then gone.
+    Whoever has the old file open or mapped keeps it whole. Raises OSError; the temporary file is then gone. A device or a pipe is not replaced.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{temporary_suffix()}")
     try:
         with temporary.open("wb") as file:
@@ -119,6 +121,13 @@ def without_nan(value: Any) -> Any:
     return [without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def make_folder(folder: Path) -> None:
+    """A folder of dtl's own inside of somebody else's; OSError where a link of that name leads elsewhere."""
+    folder.mkdir(exist_ok=True)
+    if folder.is_symlink():
+        raise OSError(errno.ENOTDIR, "it is a link, not a folder", str(folder))
+
+
 def temporary_suffix() -> str:
     """The end of temporary names. It names the node, so that its leftovers can be told from what another node is writing."""
     return f".{socket.gethostname()}.tmp"
@@ -137,19 +146,29 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish(temporary: Path, target: Path) -> None:
+def publish(temporary: Path, target: Path, *, made: Collection[str] | None = None) -> None:
     """Give a wholly written folder its name, in place of a folder that may have it now.
 
     A folder cannot be replaced in one step: the present one is set aside, and `published` finds it there
-    should the process be killed between the two renames.
+    should the process be killed between the two renames. `made`: the names that the replaced folder goes with; what else is in it (put there
+    by the user) moves to the new one. Without it the folder goes as a whole.
     """
     fsync_folder(temporary)
     aside = _aside(target)
     if target.exists():
-        remove(aside)
+        _retire(aside, target, made)
         os.rename(target, aside)
     os.rename(temporary, target)
     fsync_folder(target.parent)
+    _retire(aside, target, made)
+
+
+def _retire(aside: Path, target: Path, made: Collection[str] | None) -> None:
+    """Delete a folder that was replaced, but move to `target` what is not `made`."""
+    if made is not None and aside.is_dir() and not aside.is_symlink():
+        for entry in aside.iterdir():
+            if entry.name not in made and not os.path.lexists(target / entry.name):
+                os.rename(entry, target / entry.name)
     remove(aside)
 
 
@@ -160,9 +179,12 @@ def published(target: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder with its content; one that is not there is fine."""
+    """Delete a folder with its content, of a link the link alone; one that is not there is fine."""
     with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
 
 
 def discard(folder: Path) -> None:

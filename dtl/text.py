@@ -20,6 +20,8 @@ _MOST_NAMES = 10_000  # compared with a mistyped one; a folder may hold millions
 _PLURALS = {"process": "processes", "class": "classes", "is": "are"}
 
 
+TRUST = "call the function that a model.json of others names as its network (kept for this function and this file)"
+"""The help of `--trust`, for each command that can meet one."""
 Log = Callable[[str], None]
 """Takes one line for people, such as `to_stderr`."""
 

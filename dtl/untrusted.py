@@ -295,6 +295,10 @@ def _fault_in(value: Any, *, finite: bool = True) -> str | None:
 # ---- YAML
 
 
+class NotYaml(UserError):
+    """A text that breaks YAML's rules (and no limit)."""
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """Plain values of a YAML text: at most 1 MiB, 50 levels and 100,000 values, anchors counted as often as they are used."""
     if len(text) > MAX_YAML_BYTES:
@@ -306,9 +310,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         _check_growth(yaml.parse(io.StringIO(text), Loader=loader), origin)
         value = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise NotYaml(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except (ValueError, OverflowError, TypeError, RecursionError) as error:  # a date that does not exist, a number of 5,000 digits, a key that is a list
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise NotYaml(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     check_values(value, origin)
     return value
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,9 @@ settings.load_profile("dtl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: tests that start processes would fight over them
 # Bit for bit is promised on CPUs, and two processes need no two GPUs there; tests/gpu takes the GPU where there is one.
 os.environ["ACCELERATE_USE_CPU"] = "true"
+# What this user has made and trusts (dtl/config/own.py): nothing yet.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dtl-tests-config-")
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
 

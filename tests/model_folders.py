@@ -13,16 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dtl.checkpoint.resume.model_folder import save_model_folder
+from dtl.config.own import note_made
 from dtl.files import hash_file
 from dtl.models.build import build
 
 CLASSES = ("bee", "cat", "ant")
 
 
-def model_folder(folder: Path, *, name: str = "networks:small", classes: tuple[str, ...] = CLASSES, seed: int = 0, **facts: object) -> Path:
+def model_folder(folder: Path, *, name: str = "networks:small", classes: tuple[str, ...] = CLASSES, seed: int = 0, own: bool = True, **facts: object) -> Path:
     """A model folder with random weights whose norms have seen images, so that they are not what a fresh network has."""
     torch.manual_seed(seed)
-    network = build(name, num_classes=len(classes))
+    network = build(name, num_classes=len(classes), own=True)
     network.module.train()
     with torch.no_grad():
         for _ in range(3):
@@ -37,6 +38,8 @@ def model_folder(folder: Path, *, name: str = "networks:small", classes: tuple[s
         **facts,
     }
     save_model_folder(folder, network.module.state_dict(), **values)  # type: ignore[arg-type]
+    if own:
+        note_made(folder / "model.json", print)
     return folder
 
 
@@ -48,6 +51,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     facts, found = json.loads((folder / "model.json").read_text()), hash_file(folder / "model.safetensors")
     facts["weights"] = {"bytes": found.size, "sha256": found.sha256}
     (folder / "model.json").write_text(json.dumps(facts))
+    note_made(folder / "model.json", print)
 
 
 def write_image(path: Path, seed: int, *, size: tuple[int, int] = (20, 28)) -> Path:

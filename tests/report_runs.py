@@ -12,6 +12,7 @@ import torch
 
 from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.config import Config, config_from_dict
+from dtl.config.own import note_made
 from dtl.data.open import ensure_packed
 from dtl.data.shards.index import Shards
 from dtl.models.build import build
@@ -45,8 +46,10 @@ def make_run(folder: Path, config: Config | None = None, *, model: bool = True, 
     write_history(folder, events)
     rows = [{"phase": name, "epochs": phase.epochs, "seconds": 65.0} for name, phase in config.phases.items()]
     (folder / "status.json").write_text(json.dumps({"state": "done", "step": events[-1]["step"], "phases": rows}))
+    note_made(folder / "config.yaml", print)
     if model:
         make_model(folder, config)
+        note_made(folder / "model" / "model.json", print)
     return folder
 
 
@@ -55,7 +58,7 @@ def make_model(folder: Path, config: Config) -> None:
     torch.manual_seed(0)
     train = Shards.open(ensure_packed("digits", split="train", progress=False, log=lambda line: None))
     classes = ["0°", "90°", "180°", "270°"] if list(config.phases.values())[-1].task == "rotate" else list(train.classes)
-    network = build(config.model.name, num_classes=len(classes))
+    network = build(config.model.name, num_classes=len(classes), own=True)
     save_model_folder(
         folder / "model",
         network.module.state_dict(),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.text import OptionParser
+from dtl.text import OptionParser, to_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     target = Path(options.out)
     from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
     from dtl.checkpoint.resume.model_json import read_model_json
+    from dtl.config.own import is_allowed, is_function, note_made
     from dtl.inference.model import find_model
 
     folders = [find_model(place)[0] for place in options.models]
@@ -61,6 +62,8 @@ def run(arguments: Sequence[str]) -> int:
             **({"precision": precisions.pop()} if len(precisions) == 1 else {}),
         },
     )
+    if is_function(name := first.architecture["name"]) and all(is_allowed(name, one.json_sha256) for one in facts):
+        note_made(target / "model.json", to_stderr)
     print(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
     print(f"  dtl evaluate {target} --data.val SRC")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from dtl.errors import UserError
 from dtl.files import write_whole
-from dtl.text import OptionParser, at_least, to_stderr
+from dtl.text import TRUST, OptionParser, at_least, to_stderr
 
 _DESCRIPTION = """\
 Measure a trained model on validation images: top1, top5, loss, precision, recall and F1 of each class, the confusion matrix, the
@@ -35,8 +35,16 @@ def run(arguments: Sequence[str]) -> int:
     from dtl.inference.evaluate import evaluate
     from dtl.inference.model import running_model
 
-    with running_model(options.model, device=options.device, precision=options.precision, log=to_stderr) as model:
-        values = evaluate(model, options.data_val, batch_size=options.batch_size, workers=options.workers, on_error=options.on_error, log=to_stderr)
+    with running_model(options.model, device=options.device, precision=options.precision, trust=options.trust, log=to_stderr) as model:
+        values = evaluate(
+            model,
+            options.data_val,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            on_error=options.on_error,
+            allow_pipe=options.allow_pipe,
+            log=to_stderr,
+        )
         if model.runtime.is_main:
             _print(values, options.json)
     return 0
@@ -79,10 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="RUN|MODEL", help="a run (runs/NAME: its model, its validation data) or a model folder")
     add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder a class, a list file, packed shards, digits")
+    add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the pipe: commands in the manifest of SRC")
     add("--json", metavar="FILE", help="write all numbers there; - prints them instead of the table")
     add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"images at once on each process ({_DEFAULT_BATCH_SIZE})")
     add("--workers", type=at_least(0), metavar="N", help="loader processes of each process (the run's, else 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
     add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="damaged images: end, or leave them out and list them (fail)")
+    add("--trust", action="store_true", help=TRUST)
     return parser

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.text import OptionParser, to_nobody
+from dtl.text import TRUST, OptionParser, to_nobody, to_stderr
 
 if TYPE_CHECKING:
     from dtl.inference.images import ImageInputs
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.to == "onnx":
         need("onnx", "onnxscript")  # before the work
     folder, run_folder = find_model(options.model)
-    model = open_model(folder)
+    model = open_model(folder, trust=options.trust, log=to_stderr)
     inputs = find_images(options.images) if options.images else _images_of(run_folder)
     done = export(model, target, to=options.to, images=real_images(model, inputs), opset=options.opset)
     of = "images" if options.images else "of the run's validation images" if inputs is not None else "of the built-in digits (--images takes your own)"
@@ -65,11 +65,11 @@ def _images_of(run_folder: Path | None) -> ImageInputs | None:
     """The run's validation images, as it packed them; None for a model folder, and where they cannot be had here any more."""
     if run_folder is None:
         return None
+    from dtl.config.own import stored_config
     from dtl.data.open import open_split
     from dtl.inference.images import find_images
-    from dtl.inference.model import stored_config
 
-    data = stored_config(run_folder).data
+    data = stored_config(run_folder).config.data
     source, fraction = (data.val, 0.0) if data.val is not None else (data.train, data.val_fraction)
     if source is None or "://" in source or source.startswith("pipe:"):
         return None
@@ -91,4 +91,5 @@ def _parser() -> argparse.ArgumentParser:
         "--images", action="append", metavar="PATH",
         help="images to compare on: a folder, a list, shards; may be repeated (by default the run's validation images)",
     )  # fmt: skip
+    add("--trust", action="store_true", help=TRUST)
     return parser

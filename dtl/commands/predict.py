@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from dtl.commands import add_limits, limits
 from dtl.errors import UserError
 from dtl.files import write_whole
-from dtl.text import OptionParser, at_least, counted, to_stderr
+from dtl.text import TRUST, OptionParser, at_least, counted, to_stderr
 
 if TYPE_CHECKING:
     from dtl.inference.model import StoredModel
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     from dtl.inference.model import running_model
     from dtl.inference.predict import predict
 
-    with running_model(options.model, device=options.device, precision=options.precision, log=to_stderr) as model:
+    with running_model(options.model, device=options.device, precision=options.precision, trust=options.trust, log=to_stderr) as model:
         runtime = model.runtime
         found: ImageInputs | None = None
         with runtime.together("images"):
@@ -159,4 +159,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=at_least(0), default=2, metavar="N", help="loader processes of each process (2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
     add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")
+    add("--trust", action="store_true", help=TRUST)
     return parser

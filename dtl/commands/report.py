@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dtl.errors import UserError
-from dtl.text import OptionParser, counted, to_stderr
+from dtl.text import TRUST, OptionParser, counted, to_stderr
 
 _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
@@ -36,7 +36,15 @@ def run(argv: list[str]) -> int:
     from dtl.report import make_comparison, make_report
 
     if len(options.runs) == 1:
-        page = make_report(options.runs[0], out=options.out, device=options.device, max_images=options.max_images, seconds=options.seconds, log=to_stderr)
+        page = make_report(
+            options.runs[0],
+            out=options.out,
+            device=options.device,
+            max_images=options.max_images,
+            seconds=options.seconds,
+            trust=options.trust,
+            log=to_stderr,
+        )
     else:
         page = make_comparison(options.runs, out=options.out, log=to_stderr)
     print(page)
@@ -58,4 +66,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-images", type=int, default=1000, metavar="N", help="show the model at most N validation images, drawn at random (1000)")
     add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (6)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (auto: as the run did)")
+    add("--trust", action="store_true", help=TRUST)
     return parser

@@ -87,10 +87,10 @@ def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> Trans
     from dtl.config.models import FillConfig, TransferOptions, arguments_checked
     from dtl.models.build import build
 
-    network = build(options.model, num_classes=_outputs(options), meta=True)
+    network = build(options.model, num_classes=_outputs(options), meta=True, own=True)
     source_model = None
     if options.source_arch:
-        source_model = build(options.source_arch, num_classes=_source_outputs(options, weights), meta=True).module
+        source_model = build(options.source_arch, num_classes=_source_outputs(options, weights), meta=True, own=True).module
     with arguments_checked():
         transfer = TransferOptions(
             by=by,
@@ -160,8 +160,8 @@ def _verify(options: argparse.Namespace, report: TransferReport, weights: Source
     from dtl.checkpoint.transfer.verify import verify_plan
     from dtl.models.build import build
 
-    target = build(options.model, num_classes=_outputs(options))
-    source = build(options.source_arch, num_classes=_source_outputs(options, weights))
+    target = build(options.model, num_classes=_outputs(options), own=True)
+    source = build(options.source_arch, num_classes=_source_outputs(options, weights), own=True)
     size = options.image_size or target.preprocessing.image_size
     verification = verify_plan(report.plan, source.module, target.module, image_size=size)
     print(verification)

@@ -14,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
 from dtl.config.models import Config, PhaseConfig, Section
 from dtl.errors import UserError
 from dtl.text import some
+from dtl.untrusted import MAX_YAML_BYTES, NotYaml, check_values, parse_yaml
 
 __all__ = ["Config", "PhaseConfig", "Section", "builtin_recipes", "config_from_dict", "load_config", "resolve_config"]
 
@@ -41,8 +41,10 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
     overrides = {dotted.replace("-", "_"): _plain(value) for dotted, value in options.items()}
     if recipe is None:
         _check_digits(overrides)
+    check_values(overrides, "the options")
     if isinstance(recipe, Mapping):
         values, origin, name = _plain(recipe), "the recipe", "notebook"
+        check_values(values, origin)
     else:
         text, origin, name = _read_recipe(str(recipe or "digits"))
         values = _parse_yaml(text, origin)
@@ -52,7 +54,7 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
         _replace_duration(values, dotted, overrides)
     config = _validate(values, origin)
     _check_whole(config, origin)
-    return config, config.run.name or _of_sweep(name)
+    return config, check_run_name(config.run.name if config.run.name is not None else _of_sweep(name))
 
 
 def _plain(value: Any) -> Any:
@@ -62,6 +64,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def check_run_name(name: str) -> str:
+    """The name, which must be that of one folder inside run.dir. UserError for a path, and for what no folder is called."""
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > 200:
+        raise UserError(f"run.name {name!r} is no plain name: it names one folder in run.dir (--run.dir), and has no / and no control characters")
+    return name
 
 
 def _of_sweep(name: str) -> str:
@@ -88,7 +97,8 @@ def _read_recipe(file: str) -> tuple[str, str, str]:
     if not path.exists() and str(file) in builtin:
         return builtin[str(file)], f"the built-in recipe {file}", str(file)
     try:
-        return path.read_text(encoding="utf-8"), str(path), path.stem
+        with path.open("rb") as opened:  # may be a pipe of the shell: --config <(...)
+            return opened.read(4 * MAX_YAML_BYTES + 1).decode("utf-8"), str(path), path.stem
     except FileNotFoundError:
         near = difflib.get_close_matches(path.stem, list(builtin), n=1, cutoff=0.6)
         hint = f"; did you mean --config {near[0]}?" if near else f" (built-in recipes: {', '.join(builtin)})"
@@ -98,10 +108,7 @@ def _read_recipe(file: str) -> tuple[str, str, str]:
 
 
 def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, origin)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -124,8 +131,8 @@ def _read_options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield name, value
             continue
         try:
-            yield name, yaml.safe_load(value)
-        except yaml.YAMLError:
+            yield name, parse_yaml(value, f"--{name}")
+        except NotYaml:
             yield name, value
 
 
@@ -234,13 +241,17 @@ def _section_of(annotation: Any) -> Any:
     return None
 
 
+def check_phase_names(config: Config, origin: str) -> None:
+    for name in config.phases:
+        if not name.replace("-", "_").isidentifier():
+            raise UserError(f"{origin}: {name!r} cannot name a phase; use letters, digits, - and _")
+
+
 def _check_whole(config: Config, origin: str) -> None:
     """Contradictions between sections."""
     if not config.phases:
         raise UserError(f"{origin}: no phases; a run is an ordered list of them, such as `phases: {{all: {{train: all, epochs: 10}}}}`")
-    for name in config.phases:
-        if not name.replace("-", "_").isidentifier():
-            raise UserError(f"{origin}: {name!r} cannot name a phase; use letters, digits, - and _")
+    check_phase_names(config, origin)
     if config.data.train is None:
         raise UserError(f"{origin}: no training data; give --data.train FOLDER")
     if config.data.val is not None and config.data.val_fraction:

@@ -41,7 +41,7 @@ def _names_as_text(value: Any) -> Any:
 class Section(BaseModel):
     """Base of every section: frozen, strict about names, documented by the docstring under each field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from dtl.errors import UserError
+from dtl.untrusted import read_yaml
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def _default_config_file() -> str | None:
 def _read_file(file: str) -> dict[str, Any]:
     """A config file that cannot be read is accelerate's to complain about."""
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        values = read_yaml(file)
+    except (OSError, UserError):
         return {}
     return values if isinstance(values, dict) else {}
 

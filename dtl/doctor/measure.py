@@ -106,7 +106,7 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
 
     name, size, batch = str(given["model"]), int(given["image_size"]), int(given["batch_size"])
     device = torch.device(str(given["device"]))
-    module = build(name, num_classes=10).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = build(name, num_classes=10, own=True).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dtl.config import Config
 from dtl.config.models import DataConfig
+from dtl.config.own import StoredConfig, stored_config
 from dtl.data.open import open_split
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.inference.assess import RankBatches, assess
-from dtl.inference.model import RunningModel, stored_config
+from dtl.inference.model import RunningModel
 from dtl.inference.tables import report
 from dtl.text import Log, some, to_nobody
 
@@ -26,19 +26,21 @@ def evaluate(
     batch_size: int = 64,
     workers: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
+    allow_pipe: bool = False,
     log: Log = to_nobody,
 ) -> dict[str, Any]:
     """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the validation data of the model's run.
 
-    `workers`: loader processes of this rank; None are as many as the run had. UserError for data that does not go with the model.
+    `workers`: loader processes of this rank; None are as many as the run had. `allow_pipe`: run the commands that the manifest of `data` names.
+    UserError for data that does not go with the model.
     """
     runtime, stored = model.runtime, model.stored
     with runtime.together("data"):
-        config = stored_config(model.run) if model.run is not None else None
-        source = _source(model, data, config, on_error)
+        run = stored_config(model.run) if model.run is not None else None
+        source = _source(model, data, run, on_error, allow_pipe)
     shards = _open(source, model, log)
     if workers is None:
-        workers = config.data.workers if config is not None else DEFAULT_WORKERS
+        workers = run.config.data.workers if run is not None else DEFAULT_WORKERS
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
     seen = assess(model.forward, batches, task=stored.task, num_outputs=len(stored.classes), skip_damaged=on_error == "skip")
     return {
@@ -59,16 +61,20 @@ class _Source:
     """Its classes must be the model's; else it is a split of the training set, which has them."""
 
 
-def _source(model: RunningModel, data: str | None, config: Config | None, on_error: Literal["fail", "skip"]) -> _Source:
-    own = DataConfig() if config is None else config.data
+def _source(model: RunningModel, data: str | None, run: StoredConfig | None, on_error: Literal["fail", "skip"], allow_pipe: bool) -> _Source:
+    own = DataConfig() if run is None else run.config.data
+    own = own.model_copy(update={"allow_pipe": own.allow_pipe or allow_pipe})
     if data is not None:
         # Display names are the model's; those of training need not fit here.
         return _Source(data, own.model_copy(update={"on_error": on_error, "val_fraction": 0.0, "names": None}))
-    if config is None:
+    if run is None:
         raise UserError(f"{model.stored.folder} is a model folder, which knows no data; give it with --data.val SRC, or name its run (runs/NAME)")
+    run.require("data.val")
     if own.val is not None:
         return _Source(own.val, own.model_copy(update={"val_fraction": 0.0}))
-    assert own.train is not None
+    run.require("data.train")
+    if own.train is None:
+        raise UserError(f"{run.origin} names no data; give it with --data.val SRC")
     return _Source(own.train, own, is_own_set=False)
 
 

@@ -6,6 +6,7 @@ such an input, and what the classes are, is stored in the file and in a JSON fil
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import warnings
@@ -24,7 +25,7 @@ from dtl.errors import UserError
 from dtl.files import write_whole
 from dtl.inference.images import ImageInputs
 from dtl.inference.model import StoredModel
-from dtl.models.build import build, forward_logits
+from dtl.models.build import forward_logits
 from dtl.models.strict_load import strict_load
 from dtl.version import __version__
 
@@ -213,10 +214,9 @@ def _to_safetensors(model: StoredModel, path: Path, facts: dict[str, Any]) -> tu
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.network.module.state_dict().items()}
     # The library's own writer of files makes them readable by nobody else, whatever the umask is.
     path.write_bytes(save(tensors, metadata={"format": "pt", _METADATA: json.dumps(facts)}))
-    architecture = model.facts.architecture
-    fresh = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
-    strict_load(fresh.module, load_file(str(path)), str(path))
-    return _torch_run(_Logits(fresh.module.eval())), "the state dict under the network's own names"
+    fresh = copy.deepcopy(model.network.module)
+    strict_load(fresh, load_file(str(path)), str(path))
+    return _torch_run(_Logits(fresh.eval())), "the state dict under the network's own names"
 
 
 def _torch_run(module: nn.Module) -> Run:

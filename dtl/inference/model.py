@@ -8,18 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dtl import files
-from dtl.checkpoint.resume.model_folder import load_model_tensors
+from dtl.checkpoint.resume.model_folder import load_network
 from dtl.checkpoint.resume.model_json import ModelFacts, read_model_json
-from dtl.config import Config, config_from_dict
+from dtl.config.own import stored_config
 from dtl.data.transforms.geometry import ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
-from dtl.models.build import Network, Preprocessing, build
-from dtl.models.strict_load import strict_load
+from dtl.models.build import Network, Preprocessing
 from dtl.runs.folder import never_began, read_status, why_none_began
 from dtl.text import Log, near_run, to_nobody, to_stderr
 from dtl.training.evaluate import ForwardPass
@@ -59,17 +56,20 @@ class RunningModel:
 
 
 @contextmanager
-def running_model(place: str | Path, *, device: str = "auto", precision: str | None = None, log: Log = to_nobody) -> Iterator[RunningModel]:
+def running_model(
+    place: str | Path, *, device: str = "auto", precision: str | None = None, trust: bool = False, log: Log = to_nobody
+) -> Iterator[RunningModel]:
     """The model of a run or a model folder, on every rank; afterwards the process is as it was.
 
-    `precision`: auto, no, bf16 or fp16; None is the one that the model was trained in, where it can be. UserError where there is no model.
+    `precision`: auto, no, bf16 or fp16; None is the one that the model was trained in, where it can be. `trust`: see `open_model`.
+    UserError where there is no model.
     """
     folder, run = find_model(place)
     before = _trained_in(folder, run) if precision is None else None
     with Runtime(device=device, precision=precision or "auto", trained_in=before) as runtime:
         runtime.signals.release()  # nothing to save: a signal just ends it
         with runtime.together("model"):
-            stored = open_model(folder, log=log if runtime.is_main else to_nobody)
+            stored = open_model(folder, trust=trust, log=log if runtime.is_main else to_nobody)
         if runtime.is_main and before not in (None, runtime.precision):
             log(f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ")
         yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime), runtime)
@@ -92,13 +92,9 @@ def find_model(place: str | Path) -> tuple[Path, Path | None]:
     raise UserError(f"{path} is neither a run nor a model folder: it holds no model.json and no model/ folder")
 
 
-def open_model(folder: Path, *, log: Log = to_stderr) -> StoredModel:
-    """The network of a model folder. Each tensor of the file must have its place in the network and the other way round."""
-    facts = read_model_json(folder)
-    architecture = facts.architecture
-    network = build(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
-    tensors = load_model_tensors(folder, log=log)
-    strict_load(network.module, tensors, f"{folder}/model.safetensors", name=network.name)
+def open_model(folder: Path, *, trust: bool = False, log: Log = to_stderr) -> StoredModel:
+    """A model folder, opened: see `load_network`."""
+    facts, network = load_network(folder, trust=trust, log=log)
     network.module.eval().requires_grad_(False)
     network.preprocessing = _preprocessing(folder, facts.preprocessing)
     return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))
@@ -111,22 +107,8 @@ def _trained_in(folder: Path, run: Path | None) -> str | None:
         made_by = read_model_json(folder).made_by
         known = [made_by.get("precision"), (made_by.get("settings") or {}).get("precision")]  # an older dtl kept the setting only
         if run is not None:
-            known.append(stored_config(run).precision)
+            known.append(stored_config(run).config.precision)
     return next((value for value in known if value in ("no", "bf16", "fp16")), None)
-
-
-def stored_config(run: Path) -> Config:
-    """The config that a run was started with."""
-    path = run / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no config of dtl")
-    return config_from_dict(values, str(path))
 
 
 def _is_model(folder: Path) -> bool:
@@ -155,7 +137,7 @@ def _transform(folder: Path, facts: ModelFacts) -> Transform:
     described = values.get("transform")
     if described is not None:
         return _described_transform(folder, described)
-    config = stored_config(folder.parent) if (folder.parent / "config.yaml").is_file() else None
+    config = stored_config(folder.parent).config if (folder.parent / "config.yaml").is_file() else None
     return eval_transform(
         image_size=int(values["image_size"]),
         crop_ratio=float(values["crop_ratio"]),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from dtl.errors import UserError
 from dtl.models import catalog
@@ -27,26 +28,45 @@ __all__ = ["Network", "Preprocessing", "build", "forward_logits", "model_names",
 
 # A prime that is no width of any network we know.
 _SENTINEL_CLASSES = 1511
+# Options of a network that only a file names. The largest networks there are have 12,288 features and 3,000 layers.
+_MAX_OPTIONS, _MAX_NUMBER, _MAX_MODULES = 1000, 1 << 14, 100_000
 
 
-def build(name: str, *, num_classes: int, init: Init = "default", options: dict[str, Any] | None = None, meta: bool = False) -> Network:
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    init: Init = "default",
+    options: dict[str, Any] | None = None,
+    meta: bool = False,
+    own: bool = False,
+    max_values: int | None = None,
+) -> Network:
     """Build the network `name`, newly initialised.
 
     `options` go to its constructor, except `head`: the dotted name of the head's layer, for a function whose head is not found.
     With `meta` all tensors are on the meta device: for plans and tables that need no memory.
+    `own`: the user has named it, or trusts who did. Otherwise it must be in a catalogue, and have plain options of sensible size and at most `max_values`
+    parameters.
     """
     if num_classes < 1:
         raise UserError(f"model {name!r}: the number of classes must be at least 1, not {num_classes}")
     if init not in ("default", "xavier", "kaiming"):
         raise UserError(f"model.init must be default, xavier or kaiming, not {init!r}")
-    entry = catalog.find(name)
+    entry = catalog.find(name, own=own)
     options = {**entry.options, **(options or {})}
     arguments = {key: value for key, value in options.items() if key != "head"}
+    bounded = not own and bool(arguments)
+    if bounded:
+        _check_sizes(entry.name, arguments)
 
     def construct(count: int) -> nn.Module:
-        return _construct(entry, count, arguments)
+        with _bounded(entry.name, max_values) if bounded else nullcontext():
+            return _construct(entry, count, arguments)
 
-    with _named_when_it_raises(entry):
+    with _named_when_it_raises(entry, arguments):
+        if bounded and not meta:
+            build_on_meta(lambda: construct(num_classes))  # sizes that no machine has are found before memory is taken
         module = build_on_meta(lambda: construct(num_classes)) if meta else construct(num_classes)
     preprocessing = entry.preprocessing(module)
     heads = _find_heads(entry, module, construct, options, image_size=preprocessing.image_size)
@@ -75,28 +95,70 @@ def replace_head(network: Network, num_outputs: int, *, init: Init = "default") 
 
 def _construct(entry: catalog.Entry, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     count = {"num_classes": num_classes} if entry.takes_num_classes else {}
+    if entry.library != "function" and (loading := [key for key in arguments if key.startswith(("pretrained", "checkpoint", "weights", "cache_dir"))]):
+        raise UserError(f"model {entry.name!r}: the option {loading[0]} would load weights past the section `transfer`: use --transfer.source")
     try:
         module = entry.construct(**count, **arguments)
     except (TypeError, ValueError) as error:
         if not arguments:
             raise
-        raise UserError(f"model {entry.name!r} cannot be built with the options {arguments}: {error}") from error
+        raise UserError(f"model {entry.name!r} cannot be built with the options {str(arguments)[:300]}: {str(error)[:300]}") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"model {entry.name!r}: the function returned a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 
 @contextmanager
-def _named_when_it_raises(entry: catalog.Entry) -> Iterator[None]:
-    """Errors of a user's function as UserError. Around `build_on_meta`, which needs to see them as they are."""
+def _named_when_it_raises(entry: catalog.Entry, arguments: dict[str, Any]) -> Iterator[None]:
+    """Errors of a user's function, and of a network with options, as UserError. Around `build_on_meta`, which needs to see them as they are."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if entry.library != "function":
+        if entry.library == "function":
+            raise UserError(f"model {entry.name!r}: the function raised {catalog.raised(error)}") from error
+        if not arguments:
             raise
-        raise UserError(f"model {entry.name!r}: the function raised {catalog.raised(error)}") from error
+        raise UserError(f"model {entry.name!r} cannot be built with the options {str(arguments)[:300]}: {catalog.raised(error)[:300]}") from error
+
+
+def _check_sizes(name: str, options: dict[str, Any]) -> None:
+    """UserError for options of a file that are too many, or too large for any network."""
+    rest, count = list(options.values()), 0
+    while rest:
+        value, count = rest.pop(), count + 1
+        rest += value if isinstance(value, list | tuple) else [*value, *value.values()] if isinstance(value, dict) else []
+        too_large = isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER
+        if too_large or count > _MAX_OPTIONS:
+            raise UserError(f"model {name!r}: {f'the option value {value:,}' if too_large else 'the number of its options'} is more than any network has")
+
+
+@contextmanager
+def _bounded(name: str, max_values: int | None) -> Iterator[None]:
+    """Refuse a network with too many modules, or more than `max_values` parameters, while it is being built."""
+    modules, values = 0, 0
+
+    def count_module(*_: object) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > _MAX_MODULES:
+            raise UserError(f"model {name!r} with the options that its file gives has more than {_MAX_MODULES:,} modules")
+
+    def count_values(_module: nn.Module, _name: str, value: torch.Tensor | None) -> None:
+        nonlocal values
+        values += 0 if value is None else value.numel()
+        if max_values is not None and values > max_values:
+            raise UserError(f"model {name!r} with the options that its file gives has more parameters than its weights")
+
+    with ExitStack() as stack:
+        for handle in (
+            torch_modules.register_module_module_registration_hook(count_module),
+            torch_modules.register_module_parameter_registration_hook(count_values),
+            torch_modules.register_module_buffer_registration_hook(count_values),
+        ):
+            stack.callback(handle.remove)
+        yield
 
 
 def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Callable[[int], nn.Module], options: dict[str, Any], *, image_size: int) -> tuple[str, ...]:
@@ -105,7 +167,7 @@ def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Callable[[in
         return _chosen_head(entry.name, module, str(options["head"]))
     heads: tuple[str, ...] = ()
     if entry.takes_num_classes:
-        with _named_when_it_raises(entry):
+        with _named_when_it_raises(entry, options):
             heads = _known_heads(entry.name, repr(sorted(options.items())), construct)
     if not heads:
         try:

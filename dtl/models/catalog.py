@@ -1,4 +1,7 @@
-"""Which networks there are, by name: torchvision/NAME, timm/NAME, timm/hf-hub:ORG/NAME, dtl/NAME, package.module:function."""
+"""Which networks there are, by name: torchvision/NAME, timm/NAME, timm/hf-hub:ORG/NAME, dtl/NAME, package.module:function.
+
+A name that a file gives (model.json, a run's config.yaml) builds a network of the catalogues only: no function is called, and nothing fetched.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,18 @@ def model_names() -> list[str]:
     return names + [f"timm/{name}" for name in _timm_names()]
 
 
-def find(name: str) -> Entry:
-    """The network of that name. The library may be left out: dtl's and torchvision's names come first, then timm's."""
+def find(name: str, *, own: bool = False) -> Entry:
+    """The network of that name. The library may be left out: dtl's and torchvision's names come first, then timm's.
+
+    `own`: the user has named it, or trusts who did. UserError for a function and for an address where nobody has said so.
+    """
     if (repository := hub_name(name)) is not None:
+        if not own:
+            raise UserError(f"the network {name!r} would be fetched from the hub, and only a file names it: name it yourself, with --model.name or --model")
         return _hub_entry(name, repository)
     if ":" in name:
+        if not own:
+            raise UserError(f"the network {name!r} is a function, and only a file names it: it is not called; name it yourself, or see --trust")
         return _function_entry(name)
     library, _, short = name.rpartition("/")
     if library not in ("", "dtl", "torchvision", "timm"):

@@ -20,17 +20,18 @@ def make_report(
     device: str = "auto",
     max_images: int = 1000,
     seconds: float = 6.0,
+    trust: bool = False,
     log: Log = to_nobody,
 ) -> Path:
     """Write PNGs and index.html about one run into `out` (default: RUN/report); returns the page.
 
     At most `max_images` validation images are shown to the model, for about `seconds`. What is missing or fails is left out; the
-    page lists it, and so does `log`. One process, no collectives: rank 0 of a launched world may call it alone. Raises UserError where
-    `run_folder` is no run or `out` cannot be written.
+    page lists it, and so does `log`. `trust`: call the function that a model.json of others names as its network.
+    One process, no collectives: rank 0 of a launched world may call it alone. Raises UserError where `run_folder` is no run or `out` cannot be written.
     """
     from dtl.report import single
 
-    return single.make_report(run_folder, out=out, device=device, max_images=max_images, seconds=seconds, log=log)
+    return single.make_report(run_folder, out=out, device=device, max_images=max_images, seconds=seconds, trust=trust, log=log)
 
 
 def report_at_end(run_folder: Path, log: Log) -> Path:

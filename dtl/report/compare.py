@@ -186,7 +186,7 @@ def _identities(record: RunRecord) -> tuple[str, ...]:
     the names of data and sources. The path of a run without a config."""
     if record.config is None:
         return (str(record.path.resolve()),)
-    values = {name: value for name, value in record.config.flat().items() if not name.startswith(_NO_DIFFERENCE)}
+    values = {name: value for name, value in record.settings.items() if not name.startswith(_NO_DIFFERENCE)}
     return tuple(json.dumps({**values, **changed}, sort_keys=True) for changed in ({}, _named_by_seed(values, record.config.run.seed)))
 
 
@@ -196,12 +196,11 @@ def _named_by_seed(values: dict[str, Any], seed: int) -> dict[str, str]:
 
 
 def _shared_settings(group: Group) -> dict[str, Any]:
-    configs = [course.record.config for course in group.courses]
-    first = configs[0]
-    if first is None:
+    first = group.courses[0].record
+    if first.config is None:
         return {}
-    values, others = first.flat(), [config.flat() for config in configs[1:] if config is not None]
-    named = _named_by_seed(values, first.run.seed)
+    values, others = first.settings, [course.record.settings for course in group.courses[1:] if course.record.config is not None]
+    named = _named_by_seed(values, first.config.run.seed)
     return {**values, **{name: name_of for name, name_of in named.items() if any(other.get(name) != values[name] for other in others)}}
 
 

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtl.checkpoint.resume.model_folder import load_model_tensors
+from dtl.checkpoint.resume.model_folder import load_network, may_build
 from dtl.checkpoint.resume.model_json import ModelFacts, read_model_json
 from dtl.config import Config
+from dtl.config.own import is_function
 from dtl.data.loading.batch import Batch
 from dtl.data.loading.loader import BatchDataset
 from dtl.data.sampling.plan import MicroBatch
@@ -27,9 +28,7 @@ from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import permutation, uniform
-from dtl.models.build import Network
 from dtl.models.build import build as build_model
-from dtl.models.strict_load import strict_load
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.text import Log, to_nobody
@@ -96,26 +95,32 @@ class Examples:
     phases: list[Phase]
     names: list[str]
     """Display names of the classes."""
+    trust: bool = False
+    """Call the function that a model.json of others names."""
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.seed = self.config.run.seed
 
     @classmethod
-    def open(cls, record: RunRecord, *, device: str = "auto", log: Log = to_nobody) -> Examples:
+    def open(cls, record: RunRecord, *, device: str = "auto", trust: bool = False, log: Log = to_nobody) -> Examples:
         """UserError where the data is gone, or is not what the run was trained on."""
-        if record.config is None:
+        if record.stored is None:
             raise UserError("the run's config.yaml is missing or cannot be used")
-        config = _at_home(record.config, record.path)
+        record.stored.require("data.train", "data.val")
+        if record.stored.config.data.train is None:
+            raise UserError("the run's config.yaml names no training data")
+        config = _at_home(record.stored.config, record.path)
+        own = record.stored.own or _is_trusted(config.model.name, record.path / "model", trust, log)
         runtime = Runtime.alone(config.run.device if device == "auto" else device)
         train, val = build.open_data(config, runtime, log)
         made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")
-        network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True)
+        network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True, own=own)
         loaders = build.build_dataloaders(config, runtime, train, val, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
-        return cls(config, runtime, loaders, build.planned(config, loaders), names)
+        return cls(config, runtime, loaders, build.planned(config, loaders), names, trust)
 
     # ---- training images
 
@@ -168,7 +173,7 @@ class Examples:
         """Ask the model folder about at most `max_images` validation images, drawn by key, for about `seconds`."""
         facts = read_model_json(model)
         task = self._task_of(facts)
-        forward = ForwardPass.of(_load_network(model, facts), self.runtime)
+        forward = ForwardPass.of(load_network(model, trust=self.trust)[1], self.runtime)
         samples = draw_samples(self.loaders.val.num_samples, max_images, self.seed)
         loss, sums, parts, num_damaged = Loss(), Sums(len(facts.classes), self.runtime.device), list[_Rows](), 0
         for outputs in forward.over(self._batches(samples, seconds), task):
@@ -263,11 +268,12 @@ def draw_samples(num_samples: int, most: int, seed: int) -> Ints:
     return drawn[np.sort(first)][:most]
 
 
-def _load_network(model: Path, facts: ModelFacts) -> Network:
-    architecture = facts.architecture
-    network = build_model(architecture["name"], num_classes=architecture["num_classes"], options=dict(architecture.get("options") or {}))
-    strict_load(network.module, load_model_tensors(model), f"{model}/model.safetensors")
-    return network
+def _is_trusted(function: str, model: Path, trust: bool, log: Log) -> bool:
+    """Whether a function that config.yaml names is the one that model.json names, and may be called."""
+    if not is_function(function) or not (model / "model.json").is_file():
+        return False
+    facts = read_model_json(model)
+    return facts.architecture["name"] == function and may_build(model, facts, trust=trust, log=log)
 
 
 def _at_home(config: Config, run: Path) -> Config:

@@ -17,7 +17,8 @@ import yaml
 
 from dtl import files
 from dtl.checkpoint.resume.model_json import ModelFacts
-from dtl.config import Config, config_from_dict
+from dtl.config import Config
+from dtl.config.own import StoredConfig, is_own, parse_stored, stored_config
 from dtl.errors import UserError
 from dtl.runs.folder import Status, never_began, why_none_began
 from dtl.text import counted, near_run
@@ -97,8 +98,7 @@ class RunRecord:
     """One run folder."""
 
     path: Path
-    config: Config | None = None
-    config_text: str = ""
+    stored: StoredConfig | None = None
     phases: list[PhaseRecord] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
     status: Status = field(default_factory=Status)
@@ -110,6 +110,16 @@ class RunRecord:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @property
+    def config(self) -> Config | None:
+        """In it nothing runs a command or is fetched, unless the run is this user's own."""
+        return self.stored.config if self.stored is not None else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that config.yaml says, for showing, by dotted keys; {} without it."""
+        return {} if self.stored is None else {**self.stored.config.flat(), **self.stored.withheld}
 
     @property
     def monitor(self) -> str:
@@ -154,26 +164,24 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def _read_config(record: RunRecord) -> None:
-    file = record.path / "config.yaml"
+    """config.yaml, or where it is gone the settings that the model folder remembers."""
     try:
-        record.config_text = _settings_text(record, file)
-        values = yaml.safe_load(record.config_text)
-        record.config = config_from_dict(values if isinstance(values, dict) else {}, str(file))
-    except FileNotFoundError:
-        record.missing.append("no config.yaml: what needs the run's data or settings is left out")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+        if (record.path / "config.yaml").exists():
+            record.stored = stored_config(record.path)
+        elif (settings := _settings_of_model(record)) is not None:
+            record.stored = settings
+        else:
+            record.missing.append("no config.yaml: what needs the run's data or settings is left out")
+    except UserError as error:
         record.missing.append(f"config.yaml cannot be used: {' '.join(str(error).split())}")
 
 
-def _settings_text(record: RunRecord, file: Path) -> str:
-    """config.yaml, or where it is gone the settings that the model folder remembers. FileNotFoundError without either."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        settings = None if record.model is None else record.model.made_by.get("settings")
-        if not isinstance(settings, dict):
-            raise
-        return yaml.safe_dump(settings, sort_keys=False, width=120)
+def _settings_of_model(record: RunRecord) -> StoredConfig | None:
+    settings = None if record.model is None else record.model.made_by.get("settings")
+    if record.model is None or not isinstance(settings, dict):
+        return None
+    text = yaml.safe_dump(settings, sort_keys=False, width=120)
+    return parse_stored(text.encode(), f"the settings in {record.path / 'model' / 'model.json'}", own=is_own(record.model.json_sha256))
 
 
 _R = TypeVar("_R", bound=Record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from dtl.report.grids import save_grid
 from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
+from dtl.runs.folder import REPORT_FILE
 from dtl.text import Log, counted
+from dtl.untrusted import open_regular
 from dtl.version import __version__
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ class _Parts:
         return embed_plot(self.out / f"{name}.png", draw, alt=alt, caption=caption, narrow=narrow)
 
 
-def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, log: Log) -> Path:
+def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, trust: bool, log: Log) -> Path:
     """See `dtl.report.make_report`."""
     record = read_run(run_folder)
     parts = _Parts(prepare_folder(record.path / "report" if out is None else Path(out)), log)
@@ -73,7 +76,7 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
         parts.leave_out(words)
     examples = None
     if record.config is not None:
-        examples = parts.attempt("the run's images", lambda: _open_examples(record, device, log))
+        examples = parts.attempt("the run's images", lambda: _open_examples(record, device, trust, log))
     predictions = None
     if examples is not None and record.model is not None:
         model = record.path / "model"
@@ -89,8 +92,8 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
     ]
     if parts.left_out:
         sections.append(html.section("Left out", html.Bullets(parts.left_out)))
-    if record.config_text:
-        sections.append(html.section("Settings", html.Details("config.yaml", record.config_text)))
+    if record.stored is not None:
+        sections.append(html.section("Settings", html.Details("config.yaml", record.stored.text)))
     lead = parts.attempt("the headline", lambda: _lead(record, examples)) or []
     document = html.page(record.name, lead, [found for found in sections if found is not None], footer=footer())
     return write_page(parts.out, document)
@@ -113,15 +116,34 @@ def embed_plot(
 
 
 def prepare_folder(out: Path) -> Path:
-    """The folder for a report, without the pictures of an earlier one (a phase may have gone)."""
+    """The folder for a report, without the pictures of an earlier one (a phase may have gone). UserError for a folder that is no report's."""
     try:
+        if out.is_symlink():
+            raise UserError(f"{out} is a link, and a report replaces files: name the folder itself with --out")
         out.mkdir(parents=True, exist_ok=True)
-        names = ("curves", "curves-narrow", "compare", "compare-narrow", "predictions", "mistakes", "confusion", "classes")
-        for old in (*out.glob("training*.png"), *(out / f"{name}.png" for name in names)):
-            old.unlink(missing_ok=True)
+        found = {entry.name: entry for entry in out.iterdir() if not entry.name.startswith(".")}
+        others = sorted(name for name in found if not REPORT_FILE.fullmatch(name))
+        if others and not _is_report(out / PAGE):
+            raise UserError(f"{out} is not empty (it holds '{others[0]}'), and no report of dtl: name a new folder with --out")
+        if PAGE in found and not _is_report(out / PAGE):
+            raise UserError(f"{out / PAGE} is no report of dtl, and would be replaced: name a new folder with --out")
+        for name, old in found.items():
+            if name != PAGE and REPORT_FILE.fullmatch(name):
+                old.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
     return out
+
+
+def _is_report(page: Path) -> bool:
+    """Whether a page is one that dtl wrote: each ends with `footer`."""
+    try:
+        with open_regular(page) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 4096))
+            return b"Made by dtl " in file.read()
+    except (OSError, UserError):
+        return False
 
 
 def write_page(out: Path, document: str) -> Path:
@@ -139,10 +161,10 @@ def footer() -> str:
     return f"Made by dtl {__version__} on {time.strftime('%Y-%m-%d %H:%M %Z')}."
 
 
-def _open_examples(record: RunRecord, device: str, log: Log) -> Examples:
+def _open_examples(record: RunRecord, device: str, trust: bool, log: Log) -> Examples:
     from dtl.report.examples import Examples
 
-    return Examples.open(record, device=device, log=log)
+    return Examples.open(record, device=device, trust=trust, log=log)
 
 
 # ---- parts
@@ -166,7 +188,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
         images = f" ({examples.loaders.train.num_samples:,} images of {examples.loaders.train.num_classes:,} classes)" if examples else ""
         facts = [
             ("Network", config.model.name),
-            ("Training data", f"{config.data.train}{images}"),
+            ("Training data", f"{record.settings['data.train']}{images}"),
             ("Pretrained weights", config.transfer.source if config.transfer else "none"),
             ("Image size", f"{config.data.image_size} × {config.data.image_size} pixels"),
             ("Global batch", counted(config.data.global_batch_size, "image")),

@@ -15,6 +15,8 @@ May a start take the folder? The owner before it
    ranks again): yes, at once. Should it still live there, it is a ghost;
 4. ran elsewhere, in another job: its heartbeat decides. Unmoved for 2 minutes by the clock of the disk, or for `stale_seconds`
    while we watch: yes. As soon as it moves: no. No clocks of two machines are ever compared.
+
+Only a folder that is new, empty, or a run's already is used (`check_is_run`): dtl replaces and deletes files in it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ from dtl.machine import pid_space, process_start
 from dtl.text import to_stderr
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
+MADE = (
+    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "transfer.json", "checkpoints", "model", "report", "wandb", "tensorboard",
+)  # fmt: skip
+"""What dtl makes in a run folder."""
+REPORT_FILE = re.compile(r"index\.html|(curves|compare|predictions|mistakes|confusion|classes|training(-[\w-]+)?)(-narrow)?\.png")
+"""What a report's folder holds."""
+_CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.before|\.(writing|deleting)-step-\d{8,}.*")
 STATES = ("running", "done", "stopped", "failed")
 _LONG_DEAD_SECONDS = 120.0
 _SECONDS_TO_PRINT = 20.0
@@ -130,9 +139,10 @@ class RunFolder:
     def acquire(self) -> int:
         """Create the folder where needed, and make it ours; returns the number of this start (1 for the first).
 
-        Raises UserError when the folder cannot be written, or when another run works in it.
+        Raises UserError when the folder cannot be written, is not a run's, or when another run works in it.
         """
         try:
+            check_is_run(self.path)
             self._lock.mkdir(parents=True, exist_ok=True)
             while not self._claim(newest_incarnation(self.path)):
                 pass
@@ -157,11 +167,11 @@ class RunFolder:
         write_json_whole(self.path / "status.json", facts | here | self.facts | more)
 
     def clear(self) -> None:
-        """Remove what an earlier run has left here."""
-        for name in ("checkpoints", "model", "report"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("history.jsonl", "bad_samples.jsonl", "transfer.json", "status.json"):
-            (self.path / name).unlink(missing_ok=True)
+        """Remove what an earlier run has left here; what the user has put beside it stays."""
+        _clear(self.path / "checkpoints", _CHECKPOINT)
+        _clear(self.path / "model", re.compile(r"model\.(json|safetensors)"))
+        _clear(self.path / "report", REPORT_FILE)
+        _clear(self.path, re.compile(r"(history|bad_samples)\.jsonl|(transfer|status)\.json|\.model\.before|\.writing-model-\d+"))
 
     def count_starts(self, step: int) -> int:
         """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""
@@ -269,6 +279,39 @@ class RunFolder:
 
     def _file(self, kind: str) -> Path:
         return self._lock / f"{self.incarnation:08d}.{kind}"
+
+
+def check_is_run(path: Path) -> None:
+    """UserError unless a folder is not there, holds nothing (hidden files aside), or is a run of this dtl or an earlier one."""
+    try:
+        entries = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        if path.exists():
+            raise UserError(f"the run folder {path} is a file: choose another name with --run.name NEW") from None
+        raise
+    if entries and not (newest_incarnation(path) or read_status(path).state in STATES or any((path / "checkpoints").glob("step-*/manifest.json"))):
+        raise UserError(
+            f"{path} is not empty (it holds '{entries[0]}'{' and more' if len(entries) > 1 else ''}), and no run of dtl made it: its files would be replaced; "
+            "choose another name with --run.name NEW, or another folder with --run.dir"
+        )
+    for name in MADE:
+        if (path / name).is_symlink():
+            raise UserError(f"{path / name} is a link: dtl writes and deletes inside of the run folder only; link the run folder itself, or use --run.dir")
+
+
+def _clear(folder: Path, made: re.Pattern[str]) -> None:
+    """Delete the entries of these names, and the folder where nothing else is in it. Of a link only the link."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if made.fullmatch(entry.name):
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
+        folder.rmdir()
 
 
 def newest_incarnation(path: str | Path) -> int:

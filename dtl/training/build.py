@@ -49,7 +49,7 @@ def check_names(config: Config, folder: RunFolder, runtime: Runtime) -> None:
     """A mistyped network, or weights that are not there, are refused before hours of packing. A run that resumes needs its source no more."""
     resumes = config.run.resume != "never" and any((folder.path / "checkpoints").glob("step-*"))
     with runtime.together("names"):
-        find(config.model.name)
+        find(config.model.name, own=True)
         if config.transfer is not None and config.transfer.source != "pretrained" and not resumes:
             check_is_there(config.transfer.source)
 
@@ -176,10 +176,10 @@ def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
 
 
 def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network:
-    """The network with its initial values, the same on every rank; no weights transferred yet."""
+    """The network with its initial values, the same on every rank; no weights transferred yet. `config` is the user's own, not one that a run stored."""
     with runtime.together("model"):
         torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
-        return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options))
+        return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options), own=True)
 
 
 def place_network(config: Config, network: Network, runtime: Runtime) -> Normalise:
@@ -219,7 +219,7 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
     source_model = None
     if options.source_arch:
         outputs = num_source_classes(layers_of(specs_of(weights.tensors)), network.num_outputs)
-        source_model = build(options.source_arch, num_classes=outputs, meta=True).module
+        source_model = build(options.source_arch, num_classes=outputs, meta=True, own=True).module
     return plan_weights(
         weights,
         network.module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import torch
 from dtl.checkpoint.resume.model_folder import check_model_folder, save_model_folder
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
+from dtl.config.own import is_function, needs_record, note_made
 from dtl.data.remote.address import redact
 from dtl.models.build import Network
 from dtl.runs.folder import RunFolder, read_status
@@ -41,6 +43,7 @@ def show_result_again(session: Session, state: TrainState) -> None:
             check_model_folder(folder.path / "model", log=console.print)
     if not session.runtime.is_main:
         return
+    _note_own(folder.path, session.config, console.print)
     status = read_status(folder.path)
     console.print(f"{folder.path} is finished (step {state.step}); more epochs on the last phase continue it")
     console.table(table_rows(status.phases))
@@ -48,6 +51,15 @@ def show_result_again(session: Session, state: TrainState) -> None:
     page = folder.path / "report" / "index.html"
     for line in next_steps(folder.path, session.config, page if page.is_file() else None):
         console.print(line)
+
+
+def _note_own(run: Path, config: Config, log: Callable[[str], None]) -> None:
+    """A run of before dtl recorded whose runs are whose: the user has just named all that it names."""
+    with contextlib.suppress(OSError):
+        if needs_record(config) and (run / "config.yaml").read_bytes() == config.to_yaml().encode():
+            note_made(run / "config.yaml", log)
+            if is_function(config.model.name):
+                note_made(run / "model" / "model.json", log)
 
 
 def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> None:
@@ -59,6 +71,8 @@ def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> No
     with runtime.together("model"):
         if runtime.is_main:
             _save_model(trainer, model, folder, config)
+            if is_function(trainer.network.name):
+                note_made(model / "model.json", tracker.print)
             folder.write_status("done", step=step, phases=results, model=str(model))
     # A report, or the network to wandb, may take minutes: the other ranks leave, and nothing that comes can fail or hang for their sake.
     session.heart.part()

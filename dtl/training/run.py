@@ -12,6 +12,7 @@ import torch
 from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
 from dtl.checkpoint.transfer.report import TransferReport
 from dtl.config import Config
+from dtl.config.own import needs_record, note_made
 from dtl.distributed.runtime import Runtime
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
@@ -70,6 +71,8 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     if not runtime.is_main:
         return
     write_whole(folder.path / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
+    if needs_record(config):
+        note_made(folder.path / "config.yaml", log)
     if transfer is not None:
         transfer.to_json(folder.path / "transfer.json")
     stuck = (

@@ -111,3 +111,33 @@ def test_another_failure_of_a_lock_is_raised(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
     with (tmp_path / "lock").open("a") as file, pytest.raises(OSError, match="Input/output"):
         files.flock(file)
+
+
+def test_what_a_user_put_into_a_folder_that_is_replaced_moves_along(tmp_path: Path) -> None:
+    def version(text: str) -> Path:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/ours").write_text(text)
+        return tmp_path / "new"
+
+    target = tmp_path / "model"
+    files.publish(version("1"), target, made=("ours",))
+    (target / "mine").write_text("mine")
+    (target / "folder").mkdir()
+    (target / "folder/mine").write_text("mine")
+    files.publish(version("2"), target, made=("ours",))
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == ["folder", "folder/mine", "mine", "ours"]
+    assert (target / "ours").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # A link is exchanged, and what it led to stays as it was.
+    (tmp_path / "link").symlink_to(target)
+    files.publish(version("3"), tmp_path / "link", made=("ours",))
+    assert (target / "ours").read_text() == "2"
+    assert (tmp_path / "link/ours").read_text() == "3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"]
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        files.write_whole(tmp_path / "pipe", lambda file: file.write(b"x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -23,10 +23,18 @@ from torch import Tensor
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.model_json import FORMAT, PREPROCESSING, ModelFacts, read_model_json
+from dtl.config.own import is_function, may_call
 from dtl.errors import UserError
 from dtl.files import open_regular
+from dtl.models.build import Network, build
+from dtl.models.hub import hub_name
+from dtl.models.strict_load import strict_load
 from dtl.text import Log, to_stderr
 from dtl.version import __version__
+
+FILES = ("model.safetensors", "model.json")
+# Parameters beside those of the file: some networks register one twice, and a head of any size is tried on the meta device.
+_SPARE_VALUES = 200_000_000
 
 
 def save_model_folder(
@@ -69,7 +77,7 @@ def save_model_folder(
         written = tensors_file.write_tensors(temporary / "model.safetensors", {name: tensor.detach().cpu() for name, tensor in state_dict.items()})
         facts["weights"] = {"bytes": written.size, "sha256": written.sha256}
         tensors_file.write_json(temporary / "model.json", files.without_nan(facts))
-        files.publish(temporary, target)
+        files.publish(temporary, target, made=FILES)
     except OSError as error:
         files.discard(temporary)
         raise UserError(f"the model could not be written to {target}: {error.strerror or error}") from error
@@ -127,3 +135,32 @@ def _read_hashed(path: Path) -> tuple[bytes, str]:
     with open_regular(path) as file:
         data = file.read()
     return data, hashlib.sha256(data).hexdigest()
+
+
+def load_network(folder: str | Path, *, trust: bool = False, log: Log = to_stderr) -> tuple[ModelFacts, Network]:
+    """The facts of a model folder, and its network with its weights. Each tensor of the file must have its place in the network and the other way round.
+
+    The network comes from a catalogue. A function that model.json names is called only where a run of this user wrote it, or with `trust`, which is kept.
+    """
+    facts = read_model_json(folder)
+    own = may_build(folder, facts, trust=trust, log=log)
+    tensors = load_model_tensors(folder, log=log)
+    network = build(
+        facts.architecture["name"],
+        num_classes=facts.architecture["num_classes"],
+        options=dict(facts.architecture.get("options") or {}),
+        own=own,
+        max_values=2 * sum(tensor.numel() for tensor in tensors.values()) + _SPARE_VALUES,
+    )
+    strict_load(network.module, tensors, f"{folder}/model.safetensors", name=network.name)
+    return facts, network
+
+
+def may_build(folder: str | Path, facts: ModelFacts, *, trust: bool, log: Log) -> bool:
+    """Whether the network is a function that may be called; False for one of a catalogue, UserError for a function that may not."""
+    name, path = facts.architecture["name"], Path(folder) / "model.json"
+    if not is_function(name) or hub_name(name) is not None:  # what is fetched from the hub has another name in model.json
+        return False
+    arguments = {"num_classes": facts.architecture["num_classes"], **(facts.architecture.get("options") or {})}
+    may_call(name, arguments, file=path, sha256=facts.json_sha256, trust=trust, log=log)
+    return True

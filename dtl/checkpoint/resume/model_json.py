@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from dtl import files
 from dtl.errors import UserError
@@ -75,6 +77,13 @@ class ModelFacts(Record):
     order: tuple[Text, ...]
     weights: WeightsFile | None = None
     """None in folders of dtl 0.1.0: nothing then protects the weights."""
+    json_sha256: str = ""
+    """Of model.json itself, whatever it says: `--trust` is given for it."""
+
+    @classmethod
+    def parse(cls, data: bytes | str, origin: str) -> Self:
+        facts = super().parse(data, origin)
+        return replace(facts, json_sha256=hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest())
 
 
 def read_model_json(folder: str | Path) -> ModelFacts:

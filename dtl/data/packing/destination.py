@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from dtl.data.packing.job import LOCK_NAME
-from dtl.data.shards.index import INDEX_NAME, MANIFEST_NAME, PATHS_NAME
+from dtl.data.shards.index import INDEX_NAME, PATHS_NAME
+from dtl.data.shards.manifest import INDEXED, MANIFEST_NAME
 from dtl.data.sources.splits import SPLIT_WORDS
 from dtl.errors import UserError
-from dtl.files import flock, temporary_suffix
+from dtl.files import flock, make_folder, temporary_suffix
 from dtl.text import to_stderr
+from dtl.untrusted import read_json
 
 Existing = Literal["refuse", "replace", "join"]
 
@@ -29,11 +31,14 @@ def prepare_destination(place: Path, existing: Existing) -> Path:
         raise UserError(f"{place} is a file; the destination must be a folder")
     # A node of its own: two of them may pack into one cache on a shared disk, each with its own results of half the way.
     work = place / f".packing-{socket.gethostname()}"
+    interrupted = work.exists()
     if existing != "join":
-        _make_room(place, work, replace=existing == "replace")
+        _check_room(place, interrupted=interrupted, replace=existing == "replace")
     try:
         place.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
+        make_folder(work)  # before anything goes: what is half deleted is known as ours by it
+        if existing != "join":
+            _make_room(place, interrupted=interrupted)
     except OSError as error:
         raise UserError(f"{place} cannot be written: {error.strerror}") from None
     return work
@@ -75,25 +80,46 @@ def clear_errors(place: Path, *, remove: bool = True, hint: str = "") -> Iterato
         raise
 
 
-def _make_room(place: Path, work: Path, *, replace: bool) -> None:
+def _check_room(place: Path, *, interrupted: bool, replace: bool) -> None:
+    """UserError unless the destination is new, empty, or holds what dtl has packed, whole or (in `interrupted` packing) in parts."""
     packed = [folder for folder in _split_folders(place) if (folder / MANIFEST_NAME).exists()]
     # With our working folder there, a split that is whole already belongs to a packing that was interrupted.
-    if packed and not replace and not work.exists():
+    if packed and not replace and not interrupted:
         raise UserError(f"{place} holds a packed data set already; choose another folder, or replace it with --overwrite")
     strangers = sorted(entry.name for entry in place.iterdir() if not _is_ours(entry)) if place.exists() else []
-    if strangers:
-        raise UserError(f"{place} is not empty (it holds '{strangers[0]}'{' and more' if len(strangers) > 1 else ''}); choose a new folder")
-    for folder in packed:
-        (folder / MANIFEST_NAME).unlink()  # first: from here on it is no data set any more
-    if not work.exists():
+    foreign = [folder for folder in packed if not _is_packed(folder)]
+    # Shards are called so by others too: without a manifest of dtl beside them they are somebody's.
+    begun = any(place.glob(".packing-*"))
+    loose = [] if begun else [entry for folder in _split_folders(place) if folder not in packed for entry in folder.iterdir() if entry.suffix == ".tar"]
+    found = [*strangers, *(MANIFEST_NAME for _ in foreign), *(entry.name for entry in loose)]
+    if found:
+        ours = "" if strangers else " that dtl did not pack"
+        raise UserError(f"{place} is not empty (it holds '{found[0]}'{' and more' if len(found) > 1 else ''}{ours}); choose a new folder")
+
+
+def _make_room(place: Path, *, interrupted: bool) -> None:
+    for folder in _split_folders(place):
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: from here on it is no data set any more
+    if not interrupted:
         remove_ours(place)
 
 
+def _is_packed(folder: Path) -> bool:
+    """Whether a manifest is one that packing wrote: beside an index of tars that others made, the tars are theirs."""
+    try:
+        manifest = read_json(folder / MANIFEST_NAME)
+    except (OSError, UserError):
+        return False
+    return isinstance(manifest, dict) and "dataset_id" in manifest and (manifest.get("made_by") or {}).get("source") != INDEXED
+
+
 def _split_folders(place: Path) -> list[Path]:
-    return [folder for folder in (place, *(place / name for name in SPLIT_WORDS)) if folder.is_dir()]
+    return [folder for folder in (place, *(place / name for name in SPLIT_WORDS)) if folder.is_dir() and (folder == place or not folder.is_symlink())]
 
 
 def _is_ours(entry: Path) -> bool:
+    if entry.is_symlink():
+        return False
     if entry.is_dir():
         split = entry.name in SPLIT_WORDS and all(_is_ours(inner) and not inner.is_dir() for inner in entry.iterdir())
         return split or entry.name.startswith(".packing-")

@@ -21,6 +21,8 @@ from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text, is_sh
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+INDEXED = "WebDataset shards"
+"""`made_by.source` of a manifest for tars that others made, which tells them from what dtl packed."""
 
 
 def _shard_url(text: str) -> str:

@@ -23,7 +23,7 @@ from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.cache import limit_in_bytes, open_cache
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, Manifest, Shard, dataset_id, write_index
-from dtl.data.shards.manifest import MANIFEST_NAME, MANIFEST_VERSION
+from dtl.data.shards.manifest import INDEXED, MANIFEST_NAME, MANIFEST_VERSION
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.display_names import find_display_names
 from dtl.data.wds.find import Tar, find_shards
@@ -31,12 +31,12 @@ from dtl.data.wds.labels import decide_classes, one_rule
 from dtl.data.wds.samples import Label, Rules, shown
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
-from dtl.files import sha256_of_file
+from dtl.files import make_folder, sha256_of_file
 from dtl.machine import num_cores
+from dtl.untrusted import open_regular
 from dtl.version import __version__
 
 INDEX_VERSION = 1  # of what is found in a shard: part of the cache's name
-SOURCE = "WebDataset shards"  # made_by.source, which tells these from what dtl packed
 INDEXING = "dtl.data.wds.tasks"
 
 
@@ -87,7 +87,7 @@ def index_shards(
         _check_existing(folder, existing)
         folder.mkdir(parents=True, exist_ok=True)
         work = folder / f".indexing-{socket.gethostname()}"
-        work.mkdir(exist_ok=True)
+        make_folder(work)
         try:
             with working_alone(work, folder, quiet=existing == "join"):
                 paths = [str(path) if is_remote(path) else os.path.abspath(path) for path in shards]
@@ -125,11 +125,19 @@ def _place(shards: Sequence[Tar], out: str | Path | None) -> Path:
 
 def _check_existing(folder: Path, existing: str) -> None:
     if not (folder / MANIFEST_NAME).exists():
+        for name in (INDEX_NAME, KEYS_NAME):
+            if (folder / name).exists() and not _is_of_dtl(folder / name):
+                raise UserError(f"{folder / name} is no index of dtl, and would be replaced; write the index elsewhere with --out")
         return
-    if Manifest.read(folder).made_by.get("source") != SOURCE:
+    if Manifest.read(folder).made_by.get("source") != INDEXED:
         raise UserError(f"{folder} was packed by dtl and has its index; train on it as it is")
     if existing == "refuse":
         raise UserError(f"{folder} has an index already; write it anew with --overwrite, or elsewhere with --out")
+
+
+def _is_of_dtl(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(3) == b"DTL"  # its files begin with DTLINDEX and DTLSTR01
 
 
 def _extension(name: str | None) -> str | None:
@@ -272,7 +280,7 @@ def _write(
         made_by={
             "dtl": __version__,
             "index_version": INDEX_VERSION,
-            "source": SOURCE,
+            "source": INDEXED,
             "rules": asdict(rules),
             "label": rule,
             "label_numbers": _stored_numbers(numbers, order),

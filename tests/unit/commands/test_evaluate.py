@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 from model_folders import CLASSES, change_weights, model_folder, write_image
+from tiny_images import image_folder
 
+from dtl.cli import main
 from dtl.commands.evaluate import run
+from dtl.config import config_from_dict
+from dtl.config.own import note_made
 from dtl.data.decoding.decode import decode
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
@@ -198,3 +202,46 @@ def test_mistakes_are_one_clear_line(model: Path, tmp_path: Path, arguments: lis
     with pytest.raises(UserError, match=message) as caught:
         run([one.format(model=model, tmp=tmp_path) for one in arguments])
     assert "\n" not in str(caught.value)
+
+
+def test_a_strangers_run_runs_no_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """pipe: in its config.yaml, and allow_pipe there beside a manifest that names commands; the user may name either."""
+    images = image_folder(tmp_path / "photos", dict.fromkeys(sorted(CLASSES), 2))
+    pack(images, tmp_path / "packed", progress=False)
+    shard = next((tmp_path / "packed").glob("shard-*.tar"))
+    command = f"pipe:touch {tmp_path}/ran; cat {shard}"
+    run = tmp_path / "run"
+    model_folder(run / "model", classes=tuple(sorted(CLASSES)))
+
+    def stored(**data: object) -> None:
+        (run / "config.yaml").write_text(config_from_dict({"data": data, "phases": {"all": {}}}, "the test").to_yaml())
+
+    for data in ({"val": command}, {"train": command}, {"val": "http://127.0.0.1:9/x.tar"}):
+        stored(**data)
+        assert main(["evaluate", str(run), "--device", "cpu"]) == 2
+        told = capfd.readouterr().err
+        assert "is not recorded as written by a run of yours" in told
+        assert told.count("\n") == 1
+    stored(train=str(images), allow_pipe=True)
+    manifest = json.loads((tmp_path / "packed/manifest.json").read_text())
+    for one in manifest["shards"]:
+        one["url"] = command
+    (tmp_path / "packed/manifest.json").write_text(json.dumps(manifest))
+    assert main(["evaluate", str(run), "--data.val", str(tmp_path / "packed"), "--device", "cpu"]) == 2
+    assert "allow it with --data.allow-pipe" in capfd.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert main(["evaluate", str(run), "--data.val", str(tmp_path / "packed"), "--data.allow-pipe", "--device", "cpu", "--workers", "0"]) == 0
+    assert (tmp_path / "ran").exists()
+    # A run that this user made, with the same config.
+    note_made(run / "config.yaml", print)
+    assert main(["evaluate", str(run), "--data.val", str(tmp_path / "packed"), "--device", "cpu", "--workers", "0"]) == 0
+
+
+def test_a_strangers_network_needs_trust(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = model_folder(tmp_path / "model", own=False, made_by={"run": "of a stranger", "step": 1})
+    arguments = ["evaluate", str(folder), "--data.val", str(image_folder(tmp_path / "photos", dict.fromkeys(CLASSES, 2))), "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "add --trust" in capfd.readouterr().err
+    assert main([*arguments, "--trust"]) == 0
+    assert "trusted from now on" in capfd.readouterr().err
+    assert main(arguments) == 0

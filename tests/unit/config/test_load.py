@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dtl.config import Config, builtin_recipes, config_from_dict, load_config
+from dtl.config import Config, builtin_recipes, config_from_dict, load_config, resolve_config
 from dtl.errors import UserError
 
 
@@ -130,3 +131,66 @@ def test_a_config_has_one_flat_form() -> None:
     assert values["checkpoint.async"] is True, "under the names of the YAML file"
     assert values["transfer"] is None
     assert "model.options" not in values, "an empty section has no key"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/abs", "../x", "a\nb", "a\x1b[31m", "x\u202e", "x" * 300])
+def test_a_run_name_is_a_plain_name(name: str) -> None:
+    with pytest.raises(UserError, match="is no plain name") as caught:
+        resolve_config("digits", {"run.name": name})
+    assert caught.value.args[0].isprintable()
+
+
+@pytest.mark.parametrize("name", ["digits", "a b", "2-lr0.03", "naïve", "..x", "-x"])
+def test_run_names_that_folders_have(name: str) -> None:
+    assert resolve_config("digits", {"run.name": name})[1] == name
+
+
+def test_a_sweep_cannot_lead_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "../../x")
+    with pytest.raises(UserError, match="is no plain name"):
+        resolve_config("finetune", {"data.train": "photos"})
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_of_options_are_finite(value: str) -> None:
+    with pytest.raises(UserError, match="finite"):
+        load_config(["--phases.head.lr", value])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), [float("-inf")], "a\0b"])
+def test_values_of_python_are_finite_too(value: object) -> None:
+    with pytest.raises(UserError, match=r"finite|NUL"):
+        resolve_config("digits", {"phases.all.lr": value})
+
+
+@pytest.mark.parametrize("value", ["a: b: c", "2024-99-99", "@x", "[", "*", "&"])
+def test_options_that_are_no_yaml_are_text(value: str) -> None:
+    assert load_config(["--config", "finetune", "--data.train", value])[0].data.train == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)), "more than 100,000 values"),
+        ("[" * 3000, "maximum nesting depth|nested deeper"),
+        ("a: " * 60 + "1", "not valid YAML|nested deeper"),
+        ("x: 1\0", "not valid YAML|special characters"),
+        ("# " + "x" * 1_100_000, "1,048,576 characters"),
+    ],
+)
+def test_a_recipe_that_would_grow_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(["--config", str(tmp_path / "r.yaml")])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_may_come_out_of_a_pipe() -> None:
+    """--config <(sed ... recipe.yaml)"""
+    read, write = os.pipe()
+    os.write(write, b"data: {train: photos, val: photos}\nphases: {all: {epochs: 3}}\n")
+    os.close(write)
+    config, _ = load_config(["--config", f"/dev/fd/{read}"])
+    os.close(read)
+    assert config.phases["all"].epochs == 3

@@ -157,13 +157,13 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_users_function(mine: str) -> None:
-    network = build(f"{mine}:Fixed", num_classes=4)
+    network = build(f"{mine}:Fixed", num_classes=4, own=True)
     assert network.heads == ("classifier",)
     assert forward_logits(network.module, torch.rand(2, 3, 16, 16))[0].shape == (2, 4)
-    network = build(f"{mine}:counted", num_classes=4, options={"width": 16, "head": "4"})
+    network = build(f"{mine}:counted", num_classes=4, options={"width": 16, "head": "4"}, own=True)
     assert network.heads == ("4",)
     assert network.module[0].out_channels == 16
-    network = build(f"{mine}:Choosy", num_classes=4, options={"head": "classifier"})
+    network = build(f"{mine}:Choosy", num_classes=4, options={"head": "classifier"}, own=True)
     assert network.num_outputs == 4
 
 
@@ -194,7 +194,7 @@ def test_a_users_function(mine: str) -> None:
 )
 def test_mistakes_are_told(mine: str, name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message if ".*" in message else re.escape(message)) as caught:
-        build(name, num_classes=4, options=options)
+        build(name, num_classes=4, options=options, own=True)
     assert "\n" not in str(caught.value)
 
 
@@ -209,7 +209,7 @@ def test_mistakes_are_told(mine: str, name: str, options: dict[str, object], mes
 def test_a_module_that_fails_at_its_import(mine: str, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "failing.py").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        build("failing:f", num_classes=4)
+        build("failing:f", num_classes=4, own=True)
     assert "\n" not in str(caught.value)
 
 

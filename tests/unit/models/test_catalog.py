@@ -34,7 +34,7 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_name_without_a_library_is_dtls_then_torchvisions_then_timms(name: str, library: str, full: str) -> None:
-    entry = catalog.find(name)
+    entry = catalog.find(name, own=True)
     assert (entry.library, entry.name) == (library, full)
 
 

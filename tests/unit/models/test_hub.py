@@ -52,7 +52,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_of_the_hub_brings_architecture_options_and_preprocessing(hub: Path) -> None:
-    network = build(NAME, num_classes=5)
+    network = build(NAME, num_classes=5, own=True)
     assert (network.name, network.num_outputs, network.heads) == ("timm/resnet10t", 5, ("fc",))
     assert network.options == {"stem_width": 8, "channels": [16, 16, 16, 32]}
     facts = network.preprocessing
@@ -69,7 +69,7 @@ def test_a_repository_has_no_say_in_what_else_is_loaded(hub: Path) -> None:
     config = json.loads((hub / "config.json").read_text())
     config["model_args"] |= {"checkpoint_path": str(hub / "nothing.pth"), "pretrained": True}
     (hub / "config.json").write_text(json.dumps(config))
-    assert build(NAME, num_classes=5).options == {"stem_width": 8, "channels": [16, 16, 16, 32]}
+    assert build(NAME, num_classes=5, own=True).options == {"stem_width": 8, "channels": [16, 16, 16, 32]}
 
 
 def test_a_run_by_such_a_name_is_used_without_the_hub_afterwards(hub: Path, tmp_path: Path) -> None:
@@ -88,18 +88,18 @@ def test_a_run_by_such_a_name_is_used_without_the_hub_afterwards(hub: Path, tmp_
 
 def test_what_the_hub_does_not_hold_is_one_line_at_once(hub: Path) -> None:
     started = time.monotonic()
-    for call in (lambda: build("hf-hub:nobody/nothing", num_classes=2), lambda: read_weights("timm:hf-hub:nobody/nothing")):
+    for call in (lambda: build("hf-hub:nobody/nothing", num_classes=2, own=True), lambda: read_weights("timm:hf-hub:nobody/nothing")):
         with pytest.raises(UserError, match=r"cannot fetch nobody/nothing: the hub cannot be reached from here.*`hf download nobody/nothing`"):
             call()
     with pytest.raises(UserError, match=r"cannot fetch timm/resnet18.*`hf download timm/resnet18"):
         read_weights("timm:resnet18")
     with pytest.raises(UserError, match=r"cannot fetch nobody/nothing@v2: .*`hf download nobody/nothing --revision v2`"):
-        build("hf-hub:nobody/nothing@v2", num_classes=2)
+        build("hf-hub:nobody/nothing@v2", num_classes=2, own=True)
     assert time.monotonic() - started < 10
     config = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps({**config, "architecture": "resnet_of_tomorrow"}))
     with pytest.raises(UserError, match="is a 'resnet_of_tomorrow', which this timm does not have: pip install -U timm"):
-        build(NAME, num_classes=2)
+        build(NAME, num_classes=2, own=True)
     # What is in the cache, but cannot be used, is not told as missing.
     (hub / "config.json").write_text(json.dumps({**config, "num_classes": 4}))
     with pytest.raises(UserError, match=r"cannot use someone/tiny-birds: RuntimeError: .*size mismatch"):

@@ -268,3 +268,60 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, dtl.runs.folder; assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- whose folder it is
+
+
+@pytest.mark.parametrize("entry", ["model/mine.txt", "report/mine.txt", "history.jsonl", "lock/mine", "status.json", "checkpoints/step-1/x", "main.py"])
+def test_a_folder_that_no_run_made_is_refused_and_stays(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "project" / entry
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"is not empty \(it holds '.*no run of dtl made it: .*--run\.name NEW"):
+        RunFolder(tmp_path / "project").acquire()
+    assert path.read_text() == '{"mine": 1}'
+    assert not list((tmp_path / "project/lock").glob("*.json"))
+
+
+def test_new_empty_and_earlier_folders_are_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.DS_Store").write_text("x")
+    (tmp_path / "copied").mkdir()  # of 0.1.0, without its lock
+    (tmp_path / "copied/status.json").write_text('{"state": "done", "why": "", "step": 3, "incarnation": 2}')
+    (tmp_path / "saved/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "saved/checkpoints/step-00000003/manifest.json").write_text("{}")
+    for name in ("new", "empty", "copied", "saved", "new"):
+        with RunFolder(tmp_path / name, log=lambda line: None) as run:
+            assert run.incarnation > 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model", "report", "history.jsonl", "lock"])
+def test_links_out_of_the_run_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with RunFolder(tmp_path / "run", log=lambda line: None) as run:
+        run.write_status("done")
+    (tmp_path / "mine").mkdir()
+    if name == "lock":
+        (tmp_path / "run/lock").rename(tmp_path / "mine/lock")
+        (tmp_path / "run/lock").symlink_to(tmp_path / "mine/lock")
+    else:
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link: dtl writes and deletes inside of the run folder only"):
+        RunFolder(tmp_path / "run").acquire()
+
+
+def test_clear_leaves_what_is_not_of_dtl(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ours = ["checkpoints/step-00000003/state.json", "checkpoints/.writing-step-00000004-9/x", "model/model.json", "model/model.safetensors",
+            "report/index.html", "report/training-head.png", "report/curves-narrow.png", "history.jsonl", "status.json", "transfer.json"]  # fmt: skip
+    mine = ["checkpoints/best.pt", "model/model.onnx", "report/notes.txt", "report/photo.png", "notes.md", "thesis/main.tex"]
+    for name in (*ours, *mine):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "state.json").write_text("x")
+    (run / "checkpoints/step-00000005").symlink_to(outside)
+    RunFolder(run).clear()
+    assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == sorted(mine)
+    assert (outside / "state.json").exists()

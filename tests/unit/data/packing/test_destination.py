@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -145,3 +146,54 @@ def test_packing_into_a_folder_that_cannot_be_synced(source: Path, packed: Path,
     assert refused
     assert hashes(tmp_path / "d") == hashes(packed)
     assert Shards.open(tmp_path / "d").num_samples == Shards.open(packed).num_samples
+
+
+@pytest.mark.parametrize("existing", ["refuse", "replace"])
+def test_shards_of_others_are_not_taken_for_ours(tmp_path: Path, existing: str) -> None:
+    """Others call their tars shard-000000.tar too: alone, under an index that dtl made of them, beside a manifest of another program."""
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    indexed = '{"shards": [], "dataset_id": "x", "made_by": {"source": "WebDataset shards"}}'
+    for case, manifest in (("alone", None), ("indexed", indexed), ("theirs", '{"name": "app"}')):
+        place = tmp_path / case
+        place.mkdir()
+        (place / "shard-000000.tar").write_bytes(b"theirs")
+        if manifest is not None:
+            (place / "manifest.json").write_text(manifest)
+        before = hashes(place)
+        unasked = existing == "refuse" and manifest is not None
+        with pytest.raises(UserError, match="holds a packed data set already" if unasked else "that dtl did not pack"):
+            pack(root, place, existing=existing)
+        assert hashes(place) == before
+
+
+def test_links_in_the_destination_lead_nowhere(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "shard-00000.tar").write_bytes(b"mine")
+    for name in ("train", f".packing-{socket.gethostname()}"):
+        place = tmp_path / f"d{name}"
+        place.mkdir()
+        (place / name).symlink_to(mine)
+        with pytest.raises(UserError, match=r"is not empty|is a link"):
+            pack(root, place, existing="replace", val_fraction=0.4)
+    assert (mine / "shard-00000.tar").read_bytes() == b"mine"
+
+
+def test_half_a_packing_of_ours_gives_room_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while an old data set was being removed: what is left is ours, and the next packing removes it."""
+    from dtl.data.packing import destination
+
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    pack(root, tmp_path / "d")
+
+    def killed(place: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(destination, "remove_ours", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pack(root, tmp_path / "d", existing="replace", seed=1)
+    assert not (tmp_path / "d/manifest.json").exists()
+    pack(root, tmp_path / "d", seed=1)
+    assert Shards.open(tmp_path / "d").num_samples == 6
