@@ -19,7 +19,7 @@ PIECES = ["- ", "? ", ": ", "a: ", "&a ", "*a", "&b ", "*b", "[", "]", "{", "}",
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=40).map("".join)
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=10)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | words,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
     max_leaves=10,
 )

@@ -142,6 +142,7 @@ def test_a_folder_of_an_older_dtl_is_used_with_a_line(photos: Path, tmp_path: Pa
     facts = json.loads((folder / "model.json").read_text())
     del facts["weights"]
     (folder / "model.json").write_text(json.dumps(facts))
+    note_made(folder / "model.json", print)
     assert evaluated(folder, photos, tmp_path)["num_samples"] == 37
     assert capsys.readouterr().err.count("records no SHA-256 of the weights") == 1
 
