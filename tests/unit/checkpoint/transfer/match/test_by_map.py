@@ -239,7 +239,7 @@ def test_mistakes_in_maps_are_refusals(rules: dict[str, str], message: str) -> N
         ("- a\n- b\n", "expected lines of `target: source`, found list"),
         ("a: {from: b}", "a: expected a source"),
         ("a: {source: b, transform: magic}", "no transform called magic"),
-        ("a: [", "not readable as YAML"),
+        ("a: [", "not valid YAML"),
     ],
 )
 def test_mistakes_in_map_files(tmp_path: Path, content: str, message: str) -> None:
