@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from dtl.commands import COMMANDS
+from dtl.credentials import redacted_line
 from dtl.errors import EXIT_WRONG_INPUT, UserError
 from dtl.version import __version__
 
@@ -71,9 +72,9 @@ def usage() -> str:
 def _fail(message: str) -> int:
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
-        print(f"dtl: {message}", file=sys.stderr, flush=True)
+        print(f"dtl: {redacted_line(message)}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
-        print(f"dtl: rank {rank} (host {socket.gethostname()}): {message}", file=sys.stderr, flush=True)
+        print(f"dtl: rank {rank} (host {socket.gethostname()}): {redacted_line(message)}", file=sys.stderr, flush=True)
     return EXIT_WRONG_INPUT
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import threading
 import time
@@ -26,6 +27,8 @@ class Server:
         self.plan: dict[str, list[str]] = {}
         self.always: dict[str, str] = {}
         self.requests: list[tuple[str, int, int]] = []
+        self.lock_with: tuple[str, str] | None = None
+        """(user:password, query) without which nothing is served."""
         self.seconds_per_block = 0.0
         self.validators = True
         self._lock = threading.Lock()
@@ -75,7 +78,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def _may(self) -> bool:
+        if self.owner.lock_with is None:
+            return True
+        user, query = self.owner.lock_with
+        return self.headers.get("Authorization") == "Basic " + base64.b64encode(user.encode()).decode() and self.path.partition("?")[2] == query
+
     def do_GET(self) -> None:
+        if not self._may():
+            return self._answer(401, b"who are you", self.path.partition("?")[0].lstrip("/"), 0, {})
         name = self.path.partition("?")[0].lstrip("/")
         what = self.owner.take(name)
         file = self.owner.folder / name

@@ -7,6 +7,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from dtl.commands import add_limits, limits
+from dtl.credentials import bare
 from dtl.errors import UserError
 from dtl.text import OptionParser, counted, to_stderr
 
@@ -27,6 +28,7 @@ is sound. Remove quarantine.json, or verify again after mending the shards, to t
 def run(arguments: list[str]) -> int:
     """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
+    options.shards = bare(options.shards)
     from dtl.config.models import DataConfig, arguments_checked
     from dtl.data.remote.address import is_remote
     from dtl.data.verify import describe, folders_to_verify, verify

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dtl.credentials import bare
 from dtl.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -21,6 +22,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Strength = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Address = Annotated[str, AfterValidator(bare)]
+"""A source of data or weights. Of a web address the config keeps no password and no token: see dtl.credentials."""
 TransferBy = Literal["auto", "name", "order", "strict", "map"]
 
 
@@ -107,9 +110,9 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    train: str | None = None
+    train: Address | None = None
     """Training data: an image folder (one folder per class), a list file, CIFAR batches, packed shards, WebDataset tars (local or remote), or `digits`."""
-    val: str | None = None
+    val: Address | None = None
     """Validation data; not needed if `train` contains a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images that is used for validation; split by content, stratified by class."""
@@ -148,7 +151,7 @@ class DataConfig(Section):
     """Largest image in pixels, width times height; larger ones count as damaged. Decoding one takes up to 9 bytes per pixel."""
     max_file_bytes: Count = 1 << 30
     """Largest file that is read into memory as a whole: an image (also inside of a tar), a list, a CSV. Larger images count as damaged."""
-    names: str | None = None
+    names: Address | None = None
     """JSON file with display names of the classes, {folder name: display name}."""
     crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
     """Evaluation: the centre crop, as a share of the resized short side; auto: that of the pretrained weights, or the whole image for `cifar`."""
@@ -179,7 +182,7 @@ class FillConfig(Section):
 
 
 class TransferSource(Section):
-    source: str
+    source: Address
     """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, hf-hub:ORG/NAME, or pretrained (the default weights of model.name)."""
     map: str | None = None
     """YAML or JSON file that maps names, target: source. With `by: map` it pairs all layers, with `by: auto` only the layers that it names."""

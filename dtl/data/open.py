@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtl.config.models import DataConfig
+from dtl.credentials import bare
 from dtl.data.packing.job import PACK_VERSION, PackOptions
 from dtl.data.packing.pack import PackReport, pack_source
 from dtl.data.remote.address import default_cache_dir as default_cache_dir
@@ -21,7 +22,7 @@ from dtl.data.shards.mirror import find_remote_folder, mirror, mirror_place, ref
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.open import open_source
 from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folders
-from dtl.data.wds.find import Tar, is_remote_folder, shards_for_training
+from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
 from dtl.files import flock
@@ -54,6 +55,7 @@ def ensure_packed(
     Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
     nodes on a shared disk write the same bytes by atomic renames.
     """
+    source = bare(source) if isinstance(source, str) else source
     if isinstance(source, str) and is_remote_folder(source):
         url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
         return _mirrored(url, text, options, log)
@@ -105,12 +107,14 @@ def open_split(
     `leads`: this process acts for its node: it looks whether remote folders have changed, and fetches ahead along the plan.
     `found`: the folder of another process of this node that has opened the same just now, so that nothing is listed, fetched or hashed again.
     """
+    source = bare(source) if isinstance(source, str) else source
     if is_remote(source) and kind_of(str(source)) == "pipe":
         options = options.model_copy(update={"allow_pipe": True})
     if found is None:
         folder = ensure_packed(source, options, split=split, classes=classes, labelled=labelled, processes=processes, progress=progress, log=log)
     else:
         folder = Path(found)
+        know_listed(source)
     shards = Shards.open(folder, options, checked=found is not None)
     if shards.cache is not None:
         shards.cache.leads = leads

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dtl.config.models import DataConfig
+from dtl.credentials import bare
 from dtl.data.open import mirrored_splits, packed_splits
 from dtl.data.progress import PackProgress
 from dtl.data.remote.address import is_remote, shown
@@ -65,6 +66,7 @@ def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> 
 
     UserError where there are none.
     """
+    place = bare(place) if isinstance(place, str) else place
     if isinstance(place, str) and is_remote(place):
         if not is_remote_folder(place):
             raise UserError(f"{shown(place)}: to verify tars of others, write their index first: dtl index {quote(place)} --out DIR, then dtl verify DIR")

@@ -24,6 +24,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from dtl.credentials import environment
 from dtl.errors import UserError
 from dtl.machine import end_process, fresh_python
 
@@ -85,7 +86,7 @@ class _Child:
     def __init__(self, work: str, folder: Path) -> None:
         command = fresh_python("dtl.data.workers", "serve", work, str(folder))
         # A session of its own: Ctrl-C reaches the parent, which closes the children in good order.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment())
         self._closed = False
 
     def ask(self, task: dict[str, Any]) -> Any:

@@ -11,18 +11,31 @@ import netrc
 import os
 import secrets
 import string
+import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from dtl.credentials import redacted_line
 from dtl.errors import EXIT_STOPPED, UserError
 
 Setting = Literal["auto", "online", "offline", "off"]
 _INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0
 _EXIT_CODES = {"done": 0, "stopped": EXIT_STOPPED}
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """wandb keeps the program's arguments with the run, and uploads them."""
+    before = sys.argv
+    sys.argv = [redacted_line(argument) for argument in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def choose_mode(setting: str, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -137,17 +150,18 @@ class WandbRun:
             "console": "off",  # its capture of stdout would break the bar, and our logs are files already
         }
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has printed about the key
-        run = wandb.init(
-            mode=mode,
-            dir=str(run_dir),
-            id=self.id,
-            resume="allow",
-            name=name,
-            project=os.environ.get("WANDB_PROJECT", "dtl"),
-            config=dict(config),
-            settings=settings,
-        )
+        with _arguments_without_secrets():
+            wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has printed about the key
+            run = wandb.init(
+                mode=mode,
+                dir=str(run_dir),
+                id=self.id,
+                resume="allow",
+                name=name,
+                project=os.environ.get("WANDB_PROJECT", "dtl"),
+                config=dict(config),
+                settings=settings,
+            )
         if mode == "online" and run.resumed:
             self._step = run.step  # the server knows better than we do what arrived
         return run

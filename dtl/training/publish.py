@@ -15,7 +15,7 @@ from dtl.checkpoint.resume.model_folder import check_model_folder, save_model_fo
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
 from dtl.config.own import is_function, needs_record, note_made
-from dtl.data.remote.address import redact
+from dtl.credentials import redact
 from dtl.models.build import Network
 from dtl.runs.folder import RunFolder, read_status
 from dtl.training.loop import Trainer

@@ -30,6 +30,7 @@ import torch
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.config import Config
+from dtl.credentials import redact
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.distributed.same_start import check_same_start
@@ -130,7 +131,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 is_main=self.runtime.is_main,
                 wandb="off" if config.run.debug else tracking.wandb,
                 tensorboard=tracking.tensorboard and not config.run.debug,
-                config=config.to_dict(),
+                config=redact(config.to_dict()),
                 name=self.name,
                 wandb_id=state.wandb_id,
                 console=self.console,

@@ -5,15 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from dtl.credentials import PIPE, is_address
 from dtl.errors import UserError
-
-PIPE = "pipe:"
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_USER = re.compile(r"://[^/\s]*@")
-_QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")
 
 
 def default_cache_dir() -> Path:
@@ -22,7 +17,7 @@ def default_cache_dir() -> Path:
 
 
 def is_remote(source: str | Path) -> bool:
-    return isinstance(source, str) and (source.startswith(PIPE) or bool(_ADDRESS.match(source)))
+    return isinstance(source, str) and (source.startswith(PIPE) or is_address(source))
 
 
 def kind_of(url: str) -> str:
@@ -65,14 +60,3 @@ def without_query(url: str) -> str:
 def shown(url: str) -> str:
     """The address for a message: without passwords and signatures."""
     return without_query(url) + ("?..." if kind_of(url) == "http" and "?" in url else "")
-
-
-def redact(value: Any) -> Any:
-    """Settings as they may leave with a model: URLs without user, password, query and fragment (tokens stand there), `pipe:` without its command."""
-    if isinstance(value, dict):
-        return {key: redact(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [redact(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    return "pipe:" if value.startswith("pipe:") else _QUERY.sub(r"\1", _USER.sub("://", value))

@@ -15,14 +15,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from email.message import Message
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
+from dtl.credentials import of_netrc, redacted_line, user_and_password, with_credentials
 from dtl.data.remote.stream import BLOCK_BYTES, FetchError, Stream
 from dtl.version import __version__
 
 _CONNECT_SECONDS = 20.0
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524)
-_HINTS = {401: "it needs a password", 403: "access is refused, or a signed address has expired", 404: "it is not there", 410: "it is gone"}
+_HINTS = {
+    401: "it needs a password: give it in the address, on the command line or in your --config file, or in ~/.netrc",
+    403: "access is refused, or a signed address has expired",
+    404: "it is not there",
+    410: "it is gone",
+}
 
 
 def open_http(url: str, start: int, validator: str | None, timeout: float) -> Stream:
@@ -65,11 +71,11 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _request(url: str) -> urllib.request.Request:
-    parts = urlsplit(url)
+    parts = urlsplit(with_credentials(url))
     host = parts.netloc.rpartition("@")[2]
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")), headers={"User-Agent": f"dtl/{__version__}"})
-    if parts.username is not None:
-        name_and_password = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    if (known := user_and_password(parts.netloc) or of_netrc(parts.hostname or "")) is not None:
+        name_and_password = ":".join(known)
         # Not redirected: another host must not see it.
         request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(name_and_password.encode()).decode())
     return request
@@ -140,7 +146,7 @@ def _unreachable(reason: object) -> FetchError:
     if isinstance(reason, socket.gaierror):
         return FetchError(f"the host is not known ({reason.strerror})")
     if isinstance(reason, (str, ValueError, http.client.InvalidURL)):
-        return FetchError(str(reason), retry=False)
+        return FetchError(redacted_line(str(reason)), retry=False)
     return FetchError(_words(reason))
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from dtl.data.remote.address import PIPE
+from dtl.credentials import PIPE, bare, redacted_line, with_credentials
 from dtl.data.remote.stream import BLOCK_BYTES, FetchError, Stream
 
 
@@ -86,7 +86,7 @@ def open_fsspec(url: str, start: int, validator: str | None, timeout: float) -> 
 
     def read() -> None:
         try:
-            system, path = fsspec.core.url_to_fs(url)
+            system, path = fsspec.core.url_to_fs(with_credentials(url))
             facts = system.info(path)
             put((facts.get("size"), _version(facts)))
             with system.open(path, "rb", cache_type="none") as file:
@@ -126,8 +126,8 @@ def find_by_fsspec(pattern: str) -> list[str]:
     try:
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(pattern)
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+        system, path = fsspec.core.url_to_fs(with_credentials(pattern))
+        return sorted(bare(system.unstrip_protocol(found)) for found in system.glob(path))
     except Exception as error:
         raise _failed(pattern, error) from None
 
@@ -141,7 +141,7 @@ def _version(facts: dict[str, Any]) -> str | None:
 
 def _failed(url: str, error: BaseException) -> FetchError:
     scheme = url.partition("://")[0]
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = redacted_line(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError):
         return FetchError(f"reading {scheme}:// needs another package ({words})", retry=False)
     if isinstance(error, ValueError) and "Protocol not known" in words:

@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import IO
 
+from dtl import credentials
 from dtl.data.remote.cache import ShardCache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.remote.schedule import ShardUses
@@ -45,7 +46,7 @@ class Prefetcher:
     def __init__(self, cache: ShardCache, uses: ShardUses, *, until: int) -> None:
         """`until`: the time (of `uses`) at which nothing more is needed."""
         command = fresh_python("dtl.data.remote.prefetch", "serve")
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=credentials.environment())
         self._send(json.dumps({"cache": cache.to_json(), "uses": uses.to_json(), "until": until}).encode() + b"\n")
 
     def at(self, epoch: int, step: int) -> None:

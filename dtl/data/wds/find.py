@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NoReturn
 
+from dtl.credentials import bare
 from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
@@ -82,7 +83,7 @@ def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
 
 def _shards_of(text: str) -> Sequence[Tar]:
     if is_remote(text):
-        return _remote_shards(text)
+        return _remote_shards(bare(text))
     place = Path(text).expanduser()
     if place.is_dir():
         tars = _tars_in(place)
@@ -191,7 +192,14 @@ def _is_list(place: Path) -> bool:
         raise UserError(f"{place} cannot be read: {error.strerror}") from None
     lines = [line.strip() for line in head.decode("utf-8", "replace").splitlines()]
     first = next((line for line in lines if line and not line.startswith("#")), "")
-    return "\0" not in first and bool(_TAR.search(first))
+    return "\0" not in first and bool(_TAR.search(first.partition("?")[0] if is_remote(first) else first))
+
+
+def know_listed(source: str | Path) -> None:
+    """Take over the credentials of the addresses in a list of shards, where `source` is one; another process has read it already."""
+    place = Path(source)
+    if not is_remote(str(source)) and place.is_file() and not _TAR.search(place.name) and _is_list(place):
+        _read_list(place)
 
 
 def _read_list(place: Path) -> list[Tar]:

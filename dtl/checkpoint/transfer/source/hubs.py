@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import torch
 
+from dtl.credentials import bare, redacted_line, with_credentials
 from dtl.errors import UserError
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 
@@ -29,6 +30,7 @@ def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
 
     A name without a hash does not identify the content, so such files lie in a folder of their address.
     """
+    address = bare(address)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(address).path).name
     found = torch.hub.HASH_REGEX.search(path.name)
     if found is None:
@@ -37,9 +39,11 @@ def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Writes beside the file and moves it into place, so that a broken download leaves nothing behind.
-            torch.hub.download_url_to_file(address, str(path), found.group(1) if found else None, progress=False)
+            torch.hub.download_url_to_file(with_credentials(address), str(path), found.group(1) if found else None, progress=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"cannot fetch {address} ({error}); without a network, put the file at {path}, where it is looked for first") from error
+            raise UserError(
+                f"cannot fetch {address} ({redacted_line(str(error))}); without a network, put the file at {path}, where it is looked for first"
+            ) from error
     return Cached(path, facts or {})
 
 

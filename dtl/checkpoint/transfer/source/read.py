@@ -19,6 +19,7 @@ from dtl import files
 from dtl.checkpoint.transfer.layers.layer import looks_sorted, specs_of, strip_wrappers
 from dtl.checkpoint.transfer.source import hubs
 from dtl.checkpoint.transfer.source.torch_file import Read, read_pickled
+from dtl.credentials import bare
 from dtl.errors import UserError
 from dtl.models.hub import hub_name
 from dtl.text import counted, near_path
@@ -70,7 +71,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
         source = source.state_dict()
     if isinstance(source, Mapping):
         return _from_mapping(source, origin="a dict", key=key)
-    named = str(source)
+    named = bare(str(source))
     if named.startswith("torchvision:"):
         return _from_cache(hubs.torchvision_file(named.removeprefix("torchvision:")), origin=named, key=key)
     if ":" in named and (named.startswith("timm:") or hub_name(named) is not None):

@@ -17,7 +17,6 @@ from harness import wait_for
 
 from dtl.config.models import DataConfig
 from dtl.data.remote import fetch as fetch_module
-from dtl.data.remote.address import base_name, is_remote, join, shown, without_query
 from dtl.data.remote.fetch import Fetched, Unfetched, fetch, fetch_bytes
 
 DATA = np.random.default_rng(0).bytes(300_000)
@@ -195,17 +194,3 @@ def test_passwords_and_signatures_stay_out_of_messages(server: Server) -> None:
 def test_what_is_missing_is_none(server: Server) -> None:
     assert fetch_bytes(f"{server.url}/none", options=OPTIONS) is None
     assert fetch_bytes(f"{server.url}/a.tar", options=OPTIONS) == DATA
-
-
-# --- names
-
-
-def test_names() -> None:
-    assert all(is_remote(name) for name in ("http://x/y", "s3://x/y", "pipe:cat x", "S3://x"))
-    assert not any(is_remote(name) for name in ("/a/b", "C:/x", Path("http://x")))
-    assert join("http://x/y/?sig=1", "m.json") == "http://x/y/m.json?sig=1"
-    assert join("s3://b/y/", "m.json") == "s3://b/y/m.json"
-    assert base_name("https://x/y/t-01.tar?sig=a/b") == "t-01.tar"
-    assert base_name("pipe:aws s3 cp s3://b/t-01.tar -") == "t-01.tar"
-    assert without_query("https://u:p@x:8/y?z#w") == "https://x:8/y"
-    assert shown("https://u:p@x/y?z") == "https://x/y?..."

@@ -15,12 +15,16 @@ from tiny_images import image_folder
 from wds_tars import numbered
 
 import dtl
+from dtl import credentials
 from dtl.commands import index, verify, verify_epoch
+from dtl.config import resolve_config
 from dtl.config.models import DataConfig
 from dtl.data.open import ensure_packed, open_split
 from dtl.data.packing.pack import pack
 from dtl.data.remote import fetch as fetch_module
+from dtl.data.remote.address import default_cache_dir
 from dtl.data.shards.index import Manifest, Shards
+from dtl.data.verify import verify as verify_split
 from dtl.errors import UserError
 
 
@@ -62,6 +66,34 @@ def test_a_remote_folder_reads_as_the_local_one(server: Server, www: Path) -> No
         assert [far.path(n) for n in range(5)] == [near.path(n) for n in range(5)]
     assert set(server.downloads().values()) == {1}, "four addresses, the same shards"
     assert open_split(server.url, split="val").dataset_id == Shards.open(www / "val").dataset_id
+
+
+def test_passwords_and_tokens_reach_the_server_and_no_file(server: Server, www: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a packed folder, of tars by a pattern and by a list; in this process, and in helpers that index, verify and fetch ahead."""
+    monkeypatch.setattr(credentials, "_known", {})
+    tars = tmp_path / "www/tars"
+    tars.mkdir()
+    numbered(tars / "0.tar", 0, 12)
+    server.lock_with = ("me:geheim42", "token=tok99")
+    locked = server.url.replace("://", "://me:geheim42@")
+    (tmp_path / "list.txt").write_text(f"{locked}/tars/0.tar?token=tok99\n")
+    for address in (f"{locked}/train?token=tok99", f"{locked}/tars/{{0..0}}.tar?token=tok99", str(tmp_path / "list.txt")):
+        far = open_split(address, DataConfig(retries=0), split="train", progress=False)
+        assert all(isinstance(one, bytes) for one in far.read(np.arange(far.num_samples)))
+        assert verify_split(far.folder, DataConfig(retries=0), progress=False, processes=2).is_usable
+        again = open_split(address, DataConfig(retries=0), split="train", progress=False, found=far.folder)
+        assert again.dataset_id == far.dataset_id
+        shutil.rmtree(far.cache.folder)  # type: ignore[union-attr]
+    config = resolve_config("digits", {"data.train": f"{locked}/train?token=tok99"})[0]
+    for text in (config.to_yaml(), repr(config), json.dumps(config.flat())):
+        assert "geheim42" not in text
+        assert "tok99" not in text
+    found = [path for path in default_cache_dir().rglob("*") if path.is_file() and any(word in path.read_bytes() for word in (b"geheim42", b"tok99"))]
+    assert found == []
+    monkeypatch.setattr(credentials, "_known", {})
+    with pytest.raises(UserError, match=r"HTTP 401 Unauthorized \(it needs a password: give it in the address, on the command line") as refused:
+        open_split(f"{server.url}/train", DataConfig(retries=0), split="train", progress=False)
+    assert "geheim42" not in str(refused.value)
 
 
 def test_a_changed_folder_is_noticed_at_the_next_start(server: Server, www: Path, tmp_path: Path) -> None:
