@@ -58,7 +58,7 @@ def test_a_rank_that_sleeps_in_its_loader_is_named_with_its_samples(tmp_path: Pa
     job.wait(60)
     first = next(line for line in job.err().splitlines() if "no progress for" in line and "in stage load" in line)  # on a slow machine it may speak earlier
     for line in (first, the_line(job, RESUMES)):
-        assert re.search(r"waiting for rank 1 \(host \S+, pid \d+\), in stage load of step \d+, 60 samples from", line), line
+        assert re.search(r"waiting for rank 1 \(host \S+, pid \d+\), in stage load of step \d+, 60 samples starting at", line), line
         assert re.search(r"from \d{6} of \S+\.tar on, for \d+ s", line), line
     assert job.codes == [1, 1]
 
@@ -67,4 +67,4 @@ def test_a_single_process_that_hangs_says_where(tmp_path: Path) -> None:
     job = begin(tmp_path, "--run.timeout-minutes", "0.2", world=1, env={"SLEEP_ON": "0"})
     (tmp_path / "sleep").touch()
     job.wait(60)
-    assert re.search(r"nothing has happened for long: rank 0 .* in stage load of step \d+, 120 samples from", the_line(job, RESUMES))
+    assert re.search(r"nothing has happened for long: rank 0 .* in stage load of step \d+, 120 samples starting at", the_line(job, RESUMES))

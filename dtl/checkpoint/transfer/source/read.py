@@ -71,12 +71,14 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
         source = source.state_dict()
     if isinstance(source, Mapping):
         return _from_mapping(source, origin="a dict", key=key)
-    named = bare(str(source))
+    named = str(source)
     if named.startswith("torchvision:"):
         return _from_cache(hubs.torchvision_file(named.removeprefix("torchvision:")), origin=named, key=key)
     if ":" in named and (named.startswith("timm:") or hub_name(named) is not None):
         tensors, facts = hubs.timm_tensors(named.removeprefix("timm:"))
         return SourceWeights(tensors, named, ordered=True, facts=facts)
+    if "://" in named:
+        named = bare(named)
     if named.startswith(("http://", "https://")):
         address, _, chosen_there = named.partition("#")
         return _from_cache(hubs.download(address), origin=named, key=key or chosen_there or None)
