@@ -59,7 +59,7 @@ def test_a_rank_that_sleeps_in_its_loader_is_named_with_its_samples(tmp_path: Pa
     first = next(line for line in job.err().splitlines() if "no progress for" in line and "in stage load" in line)  # on a slow machine it may speak earlier
     for line in (first, the_line(job, RESUMES)):
         assert re.search(r"waiting for rank 1 \(host \S+, pid \d+\), in stage load of step \d+, 60 samples starting at", line), line
-        assert re.search(r"from \d{6} of \S+\.tar on, for \d+ s", line), line
+        assert re.search(r"starting at \d{6} of \S+\.tar, for \d+ s", line), line
     assert job.codes == [1, 1]
 
 
