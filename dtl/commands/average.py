@@ -13,7 +13,7 @@ from dtl.text import OptionParser, to_stderr
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtl.checkpoint.resume.model_json import ModelFacts
+    from dtl.models.model_json import ModelFacts
 
 _DESCRIPTION = """\
 Average the weights of several models that started from the same pretrained weights (Wortsman et al. 2022, "Model soups",
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("an average needs two models or more")
     target = Path(options.out)
     from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
-    from dtl.checkpoint.resume.model_json import read_model_json
+    from dtl.models.model_json import read_model_json
     from dtl.config.own import is_allowed, is_function, note_made
     from dtl.inference.model import find_model
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dtl import files
 from dtl.checkpoint.resume.model_folder import load_network
-from dtl.checkpoint.resume.model_json import ModelFacts, read_model_json
+from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.config.own import stored_config
 from dtl.data.transforms.geometry import ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform

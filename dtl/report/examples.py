@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtl.checkpoint.resume.model_folder import load_network, may_build
-from dtl.checkpoint.resume.model_json import ModelFacts, read_model_json
+from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.config import Config
 from dtl.config.own import is_function
 from dtl.data.loading.batch import Batch

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import yaml
 
 from dtl import files
-from dtl.checkpoint.resume.model_json import ModelFacts
+from dtl.models.model_json import ModelFacts
 from dtl.config import Config
 from dtl.config.own import StoredConfig, is_own, parse_stored, stored_config
 from dtl.errors import UserError
@@ -213,11 +213,11 @@ def _read_history(record: RunRecord) -> None:
             kind, phase = event.get("event"), event.get("phase")
             if kind == "note":
                 record.notes.append(event)
-            elif kind in ("train", "val") and isinstance(phase, str):
+            elif kind in ("train", "val") and isinstance(phase, str) and all(_is_place(event.get(name)) for name in ("step", "epoch")):
                 kinds = columns.setdefault(phase, {"train": _empty(TRAIN_COLUMNS), "val": _empty(VAL_COLUMNS)})
                 for name, values in kinds[kind].items():
                     values.append(_number(event.get(name)))
-            elif not event:
+            elif not event or kind in ("train", "val"):
                 unread += 1
     except FileNotFoundError:
         record.missing.append("no history.jsonl: there are no curves")
@@ -240,6 +240,11 @@ def _read_history(record: RunRecord) -> None:
 
 def _empty(names: tuple[str, ...]) -> dict[str, list[float]]:
     return {name: [] for name in names}
+
+
+def _is_place(value: Any) -> bool:
+    """A step or an epoch."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def _number(value: Any) -> float:

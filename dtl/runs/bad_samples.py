@@ -22,7 +22,7 @@ class BadSamples:
 
     def __init__(self, path: Path, runtime: Runtime, options: DataConfig, known: Sequence[dict[str, Any]] = ()) -> None:
         self.path, self.runtime, self.skip, self.max_bad = path, runtime, options.on_error == "skip", options.max_bad
-        self.entries: list[dict[str, Any]] = _read(path) if runtime.is_main else []
+        self.entries: list[dict[str, Any]] = read_ledger(path) if runtime.is_main else []
         """In the main process: what the ledger holds."""
         if runtime.is_main:
             have = {_place(entry) for entry in self.entries}
@@ -72,7 +72,7 @@ def _entry(split: str, sample: int, damage: DamagedSample) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_ledger(path: Path) -> list[dict[str, Any]]:
     """A line that is none is left out, such as the torn last one of a killed run: its sample will be met again."""
     entries: dict[tuple[str, int], dict[str, Any]] = {}
     if path.exists():

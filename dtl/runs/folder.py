@@ -96,7 +96,7 @@ class Status(Record):
     model: Text | None = None
 
 
-class _Owner(Record):
+class Owner(Record):
     """Who works in a run folder: lock/NUMBER.json. One that cannot be read is empty, and its heartbeat decides."""
 
     host: Text = "unknown"
@@ -225,7 +225,7 @@ class RunFolder:
         owner = _read_owner(self._lock / f"{number:08d}.json")
         if owner is None:
             time.sleep(0.2)  # its file may have been created a moment ago, and be written now
-            owner = _read_owner(self._lock / f"{number:08d}.json") or _Owner()
+            owner = _read_owner(self._lock / f"{number:08d}.json") or Owner()
         if owner.released:
             return
         who = f"host {owner.host}, pid {owner.pid or 'unknown'}"
@@ -327,7 +327,7 @@ def check_incarnation(path: str | Path, incarnation: int) -> None:
     """Raise Superseded when a start newer than `incarnation` has taken the run folder. Costs one listing of a small folder."""
     newest = newest_incarnation(path)
     if newest > incarnation:
-        owner = _read_owner(Path(path) / "lock" / f"{newest:08d}.json") or _Owner()
+        owner = _read_owner(Path(path) / "lock" / f"{newest:08d}.json") or Owner()
         raise Superseded(
             f"this process is of start {incarnation} of the run in {path}, and start {newest} has taken over "
             f"(host {owner.host}, pid {owner.pid or 'unknown'}): it writes nothing more and ends"
@@ -396,7 +396,7 @@ def _launcher() -> dict[str, Any]:
     }
 
 
-def _restarts(owner: _Owner) -> bool:
+def _restarts(owner: Owner) -> bool:
     """Whether we are the same job as the owner, started anew by Slurm or by the elastic agent."""
     slurm, elastic = _slurm_job(), _elastic_job()
     before = owner.slurm
@@ -416,7 +416,7 @@ def _elastic_job() -> str | None:
     return None if job == "none" else job
 
 
-def _lives_here(owner: _Owner) -> bool | None:
+def _lives_here(owner: Owner) -> bool | None:
     """Whether the owner's process lives on this machine; None when it ran elsewhere, or that cannot be known."""
     machine = pid_space()
     if machine is None or owner.machine != machine or not owner.pid:
@@ -424,9 +424,9 @@ def _lives_here(owner: _Owner) -> bool | None:
     return process_start(owner.pid) == owner.process_start
 
 
-def _read_owner(path: Path) -> _Owner | None:
+def _read_owner(path: Path) -> Owner | None:
     try:
-        return _Owner.read(path)
+        return Owner.read(path)
     except (OSError, UserError):
         return None
 

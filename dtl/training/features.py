@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import Phase
+from dtl.untrusted import Count, Record, Text, as_utf8
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
@@ -278,7 +279,7 @@ class FeatureCache:
 
 
 def _facts(damage: DamagedSample) -> dict[str, Any]:
-    return {"shard": damage.shard, "key": damage.key, "offset": damage.offset, "reason": damage.reason}
+    return {"shard": as_utf8(damage.shard), "key": as_utf8(damage.key), "offset": damage.offset, "reason": as_utf8(damage.reason)}
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
@@ -297,14 +298,27 @@ def _take_place(temporary: Path, folder: Path) -> None:
 FACTS_NAME = "facts.json"
 
 
+class _Damage(Record):
+    shard: Text
+    key: Text
+    offset: Count
+    reason: Text
+
+
+class _CachedFacts(Record):
+    """facts.json, as far as it is read again: of each split, the damaged samples of each view."""
+
+    damaged: dict[Text, tuple[tuple[Count, Count, _Damage], ...]]
+
+
 class FeatureDataset:
     """For `StepLoader`: batches whose `images` are features, float32 [B, ...]. The view of an epoch is (epoch - first) modulo V."""
 
     def __init__(self, shards: Shards, folder: Path, split: str, first_epoch: int) -> None:
         self.shards, self.first_epoch = shards, first_epoch
         self.values: Any = np.load(folder / f"{split}.npy", mmap_mode="r")
-        damage = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))["damaged"][split]
-        self.damaged = {(view, sample): DamagedSample(**facts) for view, sample, facts in damage}
+        damage = _CachedFacts.read(folder / FACTS_NAME).damaged[split]
+        self.damaged = {(view, sample): DamagedSample(**asdict(facts)) for view, sample, facts in damage}
 
     def __getitems__(self, request: MicroBatch) -> Batch:
         view = (request.epoch - self.first_epoch) % len(self.values)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
-from dtl.checkpoint.resume.model_json import FORMAT, PREPROCESSING, ModelFacts, read_model_json
+from dtl.models.model_json import FORMAT, PREPROCESSING, ModelFacts, check_weights, read_model_json
 from dtl.config.own import is_function, may_call
 from dtl.errors import UserError
 from dtl.files import open_regular
@@ -102,22 +102,6 @@ def load_model_tensors(folder: str | Path, *, log: Log = to_stderr) -> dict[str,
     if difference := sorted(tensors.keys() ^ set(facts.order)):
         raise UserError(f"{path} and model.json do not belong together: {difference[0]} is in one of them only")
     return {name: tensors[name] for name in facts.order}
-
-
-def check_weights(path: Path, facts: ModelFacts, found: files.FileFacts, *, log: Log) -> None:
-    """UserError where the weights at `path` are not those that the model.json beside them is about. `found`: what was read."""
-    recorded = facts.weights
-    if recorded is None:
-        log(f"{path.with_name('model.json')} records no SHA-256 of the weights (an older dtl wrote it): they are used unchecked")
-    elif found.size != recorded.bytes:
-        raise UserError(
-            f"the weights {path} are damaged: {found.size:,} bytes, model.json says {recorded.bytes:,}; use a copy that is whole, or train it again"
-        )
-    elif found.sha256 != recorded.sha256:
-        raise UserError(
-            f"the weights {path} are not those of the model.json beside them (another SHA-256): they were damaged or exchanged; "
-            "use a copy that is whole, or train it again"
-        )
 
 
 def check_model_folder(folder: str | Path, *, log: Log = to_stderr) -> None:

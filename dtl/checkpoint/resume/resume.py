@@ -31,7 +31,7 @@ FREE_SETTINGS = (
 )  # fmt: skip
 
 
-class _StoredState(Record):
+class StoredState(Record):
     """state.json, as `checkpoint_state` and the phase under way have written it."""
 
     finite = False  # a run's sums may be infinite
@@ -63,7 +63,7 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, tr
                 raise UserError(f"run.resume is must, but {store.folder} holds no whole checkpoint")
             state = TrainState(dataset_ids={"train": train.dataset_id, "val": val.dataset_id})
         else:
-            _StoredState.from_values(checkpoint.state, f"{checkpoint.path}/state.json")
+            StoredState.from_values(checkpoint.state, f"{checkpoint.path}/state.json")
             if missing := _groups_needed(checkpoint) - set(checkpoint.groups):
                 raise UserError(f"{checkpoint.path} holds no {min(missing)}.safetensors, which its state.json needs; {OTHERWISE}")
             state = TrainState.from_json(checkpoint.state["train"])

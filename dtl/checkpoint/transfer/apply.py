@@ -202,7 +202,7 @@ def _casts(values: Iterable[tuple[str, torch.Tensor]], targets: dict[str, torch.
 
 
 def _warnings(plan: TransferPlan, weights: SourceWeights, target_preprocessing: Mapping[str, Any] | None) -> tuple[str, ...]:
-    return _untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
+    return _unchecked(weights) + _untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
 
 
 def _other_preprocessing(source: Any, target: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -215,6 +215,13 @@ def _other_preprocessing(source: Any, target: Mapping[str, Any] | None) -> tuple
         if ours is not None and theirs is not None and any(abs(a - b) > 1e-3 for a, b in zip(ours, theirs)):
             lines.append(f"the source was trained with {name} {list(theirs)}, here it is {list(ours)}")
     return tuple(lines)
+
+
+def _unchecked(weights: SourceWeights) -> tuple[str, ...]:
+    """A model folder of dtl 0.1.0 does not say which weights are its own."""
+    if "format" in weights.facts and weights.facts.get("weights") is None:
+        return (f"the model.json beside {weights.origin} records no SHA-256 of the weights (an older dtl wrote it): they are used unchecked",)
+    return ()
 
 
 def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.png import store_png
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, read_regular, write_whole
+from dtl.untrusted import read_json
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
 
@@ -97,8 +98,8 @@ class Job:
     def is_of(folder: Path, source: Source, options: PackOptions) -> bool:
         """Whether the folder holds a job of this source and these options, to go on with."""
         try:
-            return bool(json.loads((folder / "job.json").read_text(encoding="utf-8")) == job_facts(source, options))
-        except (OSError, ValueError):
+            return bool(read_json(folder / "job.json") == job_facts(source, options))
+        except (OSError, UserError):
             return False
 
     @property

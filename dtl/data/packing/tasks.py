@@ -60,7 +60,7 @@ def load_chunk(path: Path, num_samples: int) -> tuple[Any, list[tuple[int, str]]
     try:
         rows = np.load(path)
         reasons = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, RecursionError):
         return None
     return (rows, reasons) if len(rows) == num_samples and rows.dtype == SCAN else None
 
@@ -200,7 +200,7 @@ def _is_done(target: Path, rows_path: Path, num_samples: int) -> bool:
         if target.stat().st_size != done["bytes"] or len(np.load(rows_path)) != num_samples:
             return False
         return bool(sha256_of_file(target) == done["sha256"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
         return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+bfrom collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
@@ -20,12 +20,11 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     try:
         text = read_text(place)
     except OSError as error:
-        raise UserError(f"{place} cannot be read: {error.strerror}; it should list the classes") from None
-    classes: Sequence[object] = [line.strip() for line in text.splitlines() if line.strip()]
+a    classes: Sequence[object] = [line.strip() for line in text.splitlines() if line.strip()]
     if place.suffix.lower() == ".json":
         classes = _from_json(parse_json(text, str(place)), place)
     names = tuple(str(name) for name in classes)
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if not names or twice:
         raise UserError(f"{place} names class '{twice[0]}' twice" if twice else f"{place} names no class")
     return names

@@ -10,11 +10,11 @@ import torch
 from model_folders import CLASSES, model_folder
 
 from dtl.checkpoint.resume.model_folder import load_model_tensors
-from dtl.checkpoint.resume.model_json import read_model_json
 from dtl.commands.average import average, run
 from dtl.data.transforms.transforms import eval_transform
 from dtl.errors import UserError
 from dtl.inference.model import open_model
+from dtl.models.model_json import read_model_json
 
 
 def test_the_mean_of_three_is_a_model_folder(tmp_path: Path) -> None:

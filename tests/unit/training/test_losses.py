@@ -118,10 +118,10 @@ def test_weights_from_a_file_follow_the_names(tmp_path: Path) -> None:
         ('{"ants": 1, "bees": "much"}', "the weight of class 'bees' is 'much'"),
         ('{"ants": 1, "bees": -1}', "must be a number, 0 or more"),
         ('{"ants": 1, "bees": true}', "must be a number, 0 or more"),
-        ('{"ants": 1, "bees": NaN}', "must be a number, 0 or more"),
+        ('{"ants": 1, "bees": NaN}', "weights.json: not valid JSON"),
         ('{"ants": 0, "bees": 0}', "every weight is 0"),
         ("[1, 2]", "not a list"),
-        ("{", "not readable as JSON"),
+        ("{", "weights.json: not valid JSON"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:

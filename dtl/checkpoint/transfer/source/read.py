@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,14 @@ from dtl.checkpoint.transfer.source.torch_file import Read, read_pickled
 from dtl.credentials import bare
 from dtl.errors import UserError
 from dtl.models.hub import hub_name
+<<<<<<< HEAD
 from dtl.text import counted, near_path
 from dtl.untrusted import open_regular
+=======
+from dtl.models.model_json import check_weights, read_model_json
+from dtl.text import counted, near_path, some, to_nobody
+from dtl.untrusted import FileName, Record, Text, read_json
+>>>>>>> b4e5061 (Transfer checks the hash of a model folder's weights and the hash that a file's name promises; maps, class lists and cached facts go through the one reader; fuzz tests of manifests, indexes, checkpoints and records)
 
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -135,10 +141,27 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
         read = _from_mapping(tensors, origin=str(path), key=key)
         read = replace(read, ordered=ordered)
     else:
+<<<<<<< HEAD
         found = read_content(path)
         read = _from_mapping(found.content, origin=str(path), key=key)
         read = replace(read, passed_over=(*read.passed_over, *found.remarks()))
     return replace(read, tensors=without_wrappers(read.tensors), sha256=files.sha256_of_file(path))
+=======
+        read = _from_mapping(_read_torch(path), origin=str(path), key=key)
+    sha256 = files.sha256_of_file(path)
+    check_promised_hash(path, sha256)
+    return replace(read, tensors=without_wrappers(read.tensors), sha256=sha256)
+
+
+def check_promised_hash(path: Path, sha256: str) -> None:
+    """UserError where a file is named after another content, as torchvision and timm name theirs: `resnet18-f37072fd.pth`. Digits alone may be a date."""
+    promised = re.search(r"-([0-9a-f]{8,64})\.", path.name)
+    if promised is not None and not promised[1].isdigit() and not sha256.startswith(promised[1]):
+        raise UserError(
+            f"{path}: its name promises a content whose SHA-256 begins with {promised[1]}, it begins with {sha256[: len(promised[1])]}: the download is "
+            "damaged or another file; fetch it again, or rename it where the name means something else"
+        )
+>>>>>>> b4e5061 (Transfer checks the hash of a model folder's weights and the hash that a file's name promises; maps, class lists and cached facts go through the one reader; fuzz tests of manifests, indexes, checkpoints and records)
 
 
 def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
@@ -158,31 +181,49 @@ def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
 
 
 def _with_model_facts(read: SourceWeights, facts_file: Path) -> SourceWeights:
-    """A dtl model folder knows its classes, its preprocessing and the order in which the network registered its tensors."""
+    """A dtl model folder knows its classes, its preprocessing, the order in which the network registered its tensors, and the hash of its weights."""
     try:
-        facts = json.loads(facts_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{facts_file}: not readable as JSON ({error})") from error
-    order = facts.pop("order", None)
-    if isinstance(order, list) and sorted(order) == sorted(read.tensors):
-        return replace(read, tensors={name: read.tensors[name] for name in order}, ordered=True, facts=facts)
+        value = read_json(facts_file)
+    except OSError as error:
+        raise UserError(f"{facts_file}: not readable ({_line(error)})") from error
+    if not isinstance(value, dict) or "format" not in value:
+        return read  # of another program
+    known, weights = read_model_json(facts_file.parent), facts_file.with_name("model.safetensors")
+    if read.origin == str(weights) and read.sha256 is not None and known.weights is not None:
+        check_weights(weights, known, files.FileFacts(weights.stat().st_size, read.sha256), log=to_nobody)
+    facts = {name: inner for name, inner in asdict(known).items() if name != "order"}
+    if sorted(known.order) == sorted(read.tensors):
+        return replace(read, tensors={name: read.tensors[name] for name in known.order}, ordered=True, facts=facts)
     return replace(read, facts=facts)
+
+
+class _WeightsIndex(Record):
+    """Tensor -> the file beside the index that holds it."""
+
+    weight_map: dict[Text, FileName]
 
 
 def _from_index(path: Path) -> SourceWeights:
     """Several files and a JSON that maps each tensor to its file (Hugging Face, Accelerate)."""
     try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an index of weights (a JSON object with 'weight_map'): {error!r}") from error
+        where = _WeightsIndex.read(path).weight_map
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({_line(error)})") from error
     parts: dict[str, Mapping[str, Any]] = {}
     digest = hashlib.sha256()
-    for name in sorted(set(map(str, where.values()))):
+    for name in sorted(set(where.values())):
         part = path.parent / name
         if not part.is_file():
             raise UserError(f"{path}: names {name}, which is not beside it")
+<<<<<<< HEAD
         parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else read_content(part).content
         digest.update(files.sha256_of_file(part).encode())
+=======
+        parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else _read_torch(part)
+        sha256 = files.sha256_of_file(part)
+        check_promised_hash(part, sha256)
+        digest.update(sha256.encode())
+>>>>>>> b4e5061 (Transfer checks the hash of a model folder's weights and the hash that a file's name promises; maps, class lists and cached facts go through the one reader; fuzz tests of manifests, indexes, checkpoints and records)
     missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
     if missing:
         raise UserError(f"{path}: {where[missing[0]]} lacks {missing[0]}, which the index promises ({len(missing)} such)")

@@ -14,8 +14,8 @@ from torch import nn
 
 import dtl
 from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
-from dtl.checkpoint.resume.model_json import read_model_json
 from dtl.errors import UserError
+from dtl.models.model_json import read_model_json
 
 FACTS: dict[str, Any] = {
     "architecture": {"name": "torchvision/resnet18", "num_classes": 2, "options": {"stem": 3}},

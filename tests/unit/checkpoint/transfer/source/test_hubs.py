@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dtl.checkpoint.transfer.source import read as read_module
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.errors import UserError
 
@@ -34,6 +35,9 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not cached.exists()
     cached.parent.mkdir(parents=True, exist_ok=True)
     torch.save(models.resnet18().state_dict(), cached)
+    with pytest.raises(UserError, match=r"its name promises a content whose SHA-256 begins with f37072fd"):
+        read_weights("torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    monkeypatch.setattr(read_module, "check_promised_hash", lambda path, sha256: None)
     read = read_weights("torchvision:ResNet18_Weights.IMAGENET1K_V1")
     assert len(read.tensors) == 122
     assert len(read.facts["classes"]) == 1000

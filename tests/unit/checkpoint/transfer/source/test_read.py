@@ -17,6 +17,7 @@ from torch import nn
 from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.errors import TransferRefused, UserError
+from dtl.files import hash_file
 
 
 def small() -> nn.Sequential:
@@ -118,13 +119,61 @@ def test_safetensors_keeps_no_order_but_a_model_folder_does(tmp_path: Path) -> N
     run.mkdir(parents=True)
     save_file(dict(state), run / "model.safetensors")
     assert not read_weights(run / "model.safetensors").ordered
-    facts = {"format": 1, "classes": ["ants", "bees"], "order": list(state)}
+    facts = {
+        "format": 1,
+        "architecture": {"name": "torchvision/resnet18", "num_classes": 2},
+        "classes": ["ants", "bees"],
+        "display_names": {},
+        "preprocessing": {"mean": [0, 0, 0], "std": [1, 1, 1], "image_size": 32, "interpolation": "bilinear", "crop_ratio": 1},
+        "metrics": {},
+        "made_by": {},
+        "order": list(state),
+    }
     (run / "model.json").write_text(json.dumps(facts))
     for folder in (run, tmp_path / "runs" / "a"):
         read = read_weights(folder)
         assert read.ordered
         assert list(read.tensors) == list(state)
-        assert read.facts["classes"] == ["ants", "bees"]
+        assert read.facts["classes"] == ("ants", "bees")
+    (run / "model.json").write_text(json.dumps(facts | {"weights": {"bytes": 1, "sha256": "0" * 64}}))
+    with pytest.raises(UserError, match=r"the weights .*model.safetensors are damaged"):
+        read_weights(run)
+    found = hash_file(run / "model.safetensors")
+    (run / "model.json").write_text(json.dumps(facts | {"weights": {"bytes": found.size, "sha256": found.sha256}}))
+    assert read_weights(run).ordered
+    save_file({name: value + 1 for name, value in state.items()}, run / "model.safetensors")
+    with pytest.raises(UserError, match=r"the weights .*model.safetensors are not those of the model.json beside them"):
+        read_weights(run)
+    (run / "model.json").write_text(json.dumps(facts | {"classes": "ants"}))
+    with pytest.raises(UserError, match=r"model.json: classes: must be a list"):
+        read_weights(run)
+    (run / "model.json").write_text('{"generatedBy": "another program"}')
+    assert read_weights(run).facts == {}
+
+
+@pytest.mark.parametrize("name", ["small-0123abcd.safetensors", "small-0123abcd.pth", "a-b-0123abcdef.v2.pth"])
+def test_a_name_that_promises_a_hash_is_held_to_it(tmp_path: Path, name: str) -> None:
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save(dict(small().state_dict()), tmp_path / name)
+    with pytest.raises(UserError, match=r"its name promises a content whose SHA-256 begins with 0123abcd"):
+        read_weights(tmp_path / name)
+    digest = hash_file(tmp_path / name).sha256
+    for right in (f"small-{digest[:8]}", f"small-{digest}", "small-20251231", "small-cafe", "small_0123abcd"):
+        place = tmp_path / f"{right}{Path(name).suffix}"
+        place.write_bytes((tmp_path / name).read_bytes())
+        assert len(read_weights(place).tensors) == len(small().state_dict())
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\0", 3, ["a"], None])
+def test_an_index_of_weights_names_files_beside_it(tmp_path: Path, name: object) -> None:
+    place = tmp_path / "model.safetensors.index.json"
+    place.write_text(json.dumps({"weight_map": {"fc.weight": name}}))
+    with pytest.raises(UserError, match=r"index.json: weight_map.fc.weight: "):
+        read_weights(place)
+    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map":' + "[" * 5000):
+        place.write_text(text)
+        with pytest.raises(UserError, match=r"index.json: "):
+            read_weights(place)
 
 
 def test_sharded_index(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from dtl import files
 from dtl.errors import UserError
+from dtl.text import Log
 from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text
 
 FORMAT = 1
@@ -97,3 +98,19 @@ def read_model_json(folder: str | Path) -> ModelFacts:
     if num_classes != len(facts.classes):
         raise UserError(f"{path} is damaged: {name} with {num_classes} outputs, but {len(facts.classes)} classes")
     return facts
+
+
+def check_weights(path: Path, facts: ModelFacts, found: files.FileFacts, *, log: Log) -> None:
+    """UserError where the weights at `path` are not those that the model.json beside them is about. `found`: what was read."""
+    recorded = facts.weights
+    if recorded is None:
+        log(f"{path.with_name('model.json')} records no SHA-256 of the weights (an older dtl wrote it): they are used unchecked")
+    elif found.size != recorded.bytes:
+        raise UserError(
+            f"the weights {path} are damaged: {found.size:,} bytes, model.json says {recorded.bytes:,}; use a copy that is whole, or train it again"
+        )
+    elif found.sha256 != recorded.sha256:
+        raise UserError(
+            f"the weights {path} are not those of the model.json beside them (another SHA-256): they were damaged or exchanged; "
+            "use a copy that is whole, or train it again"
+        )

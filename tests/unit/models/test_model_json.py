@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dtl.checkpoint.resume.model_json import read_model_json
 from dtl.errors import UserError
+from dtl.models.model_json import read_model_json
 
 FACTS: dict[str, Any] = {
     "format": 1,
@@ -62,5 +62,5 @@ def test_a_text_that_is_no_model_json(tmp_path: Path, text: str) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, dtl.checkpoint.resume.model_json; sys.exit('torch' in sys.modules)"
+    code = "import sys, dtl.models.model_json; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
