@@ -63,6 +63,21 @@ def test_a_mistake_costs_a_finished_run_nothing(tmp_path: Path) -> None:
     assert status(folder)["state"] == "done"
 
 
+def test_a_finished_run_with_other_weights_is_not_shown_as_if_whole(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, **SHORT)
+    run(["--config", str(recipe)], cwd=tmp_path)
+    path = tmp_path / "runs/tiny/model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    again = run(["--config", str(recipe)], cwd=tmp_path, code=2).err()
+    assert "model.safetensors are not those of the model.json beside them" in again
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "is finished (step 5)" in run(["--config", str(recipe)], cwd=tmp_path).err()
+    assert status(tmp_path / "runs/tiny")["state"] == "done"
+
+
 def test_what_may_not_go_unsaid_is_said_once_at_the_start(tmp_path: Path) -> None:
     """A class that only one split has, and threads that a launcher's default leaves idle."""
     write_images(tmp_path / "train", {"ants": 6, "bees": 6, "cows": 1})

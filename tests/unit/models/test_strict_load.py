@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from dtl.errors import UserError
-from dtl.models.strict_load import strict_load
+from dtl.models.strict_load import all_finite, strict_load
 
 
 def _module() -> nn.Module:
@@ -42,3 +44,21 @@ def test_what_differs_is_named_in_one_line_and_nothing_is_loaded(change: dict[st
         strict_load(module, tensors, "runs/first/model/model.safetensors")
     assert str(refusal.value) == f"runs/first/model/model.safetensors does not hold this network's weights: {message}"
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("0.weight", math.nan), ("0.bias", math.inf), ("1.running_var", math.inf), ("1.running_mean", math.nan)])
+def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    tensors[name].view(-1)[0] = value
+    with pytest.raises(UserError, match=rf"checkpoints/step-3: the tensor {name} holds values that are not finite"):
+        strict_load(module, tensors, "checkpoints/step-3")
+
+
+def test_masks_may_hold_infinities_and_sums_may_overflow() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.full((2, 2), -math.inf))
+    strict_load(module, {"weight": torch.full((2, 2), 3e38), "bias": torch.zeros(2), "mask": module.mask.clone()}, "here")  # type: ignore[operator]
+    assert not all_finite(torch.tensor([1.0, math.inf]))
+    assert all_finite(torch.tensor([3e38, 3e38]))
+    assert all_finite(torch.tensor([1, 2]))
