@@ -163,7 +163,8 @@ def _weights_of_file(path: Path, classes: Sequence[str]) -> Tensor:
     try:
         given = read_json(path)
     except OSError as error:
-a    if not isinstance(given, dict):
+        raise UserError(f"{path}: not readable as JSON ({error}); it must hold {{class name: weight}}") from error
+    if not isinstance(given, dict):
         raise UserError(f"{path}: must hold {{class name: weight}}, not a {type(given).__name__}")
     for what, names in (
         ("has no weight for", [name for name in classes if name not in given]),

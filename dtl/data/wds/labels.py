@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-bfrom collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
@@ -20,7 +21,8 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     try:
         text = read_text(place)
     except OSError as error:
-a    classes: Sequence[object] = [line.strip() for line in text.splitlines() if line.strip()]
+        raise UserError(f"{place} cannot be read: {error.strerror}; it should list the classes") from None
+    classes: Sequence[object] = [line.strip() for line in text.splitlines() if line.strip()]
     if place.suffix.lower() == ".json":
         classes = _from_json(parse_json(text, str(place)), place)
     names = tuple(str(name) for name in classes)

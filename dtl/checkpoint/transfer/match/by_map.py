@@ -25,7 +25,8 @@ from dtl.checkpoint.transfer.adapt import TRANSFORMS, is_transform, why_not
 from dtl.checkpoint.transfer.layers.layer import TensorSpec
 from dtl.checkpoint.transfer.match.matching import Clash, Match, Matching
 from dtl.errors import UserError
-a
+from dtl.untrusted import read_json, read_yaml
+
 _WILD = re.compile(r"\{(\w+)\}|\*")
 
 
@@ -58,7 +59,12 @@ def read_rules(mapping: str | Path | Mapping[str, Any]) -> list[Rule]:
         return _rules(mapping, "the map")
     path = Path(mapping)
     try:
-a    if not isinstance(loaded, Mapping) or not loaded:
+        loaded = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except OSError as error:
+        raise UserError(f"map {path}: not readable ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"map {error}") from error
+    if not isinstance(loaded, Mapping) or not loaded:
         raise UserError(f"map {path}: expected lines of `target: source`, found {type(loaded).__name__}")
     return _rules(loaded, f"map {path}")
 

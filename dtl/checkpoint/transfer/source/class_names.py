@@ -70,8 +70,14 @@ def _text(path: Path, what: str) -> str:
     try:
         return read_text(path)
     except OSError as error:
-a
+        raise UserError(f"{what}: {path} is not readable as class names ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"{what}: not readable as class names: {error}") from error
+
 
 def _load(path: Path, what: str) -> Any:
     text = _text(path, what)
-a
+    try:
+        return parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error

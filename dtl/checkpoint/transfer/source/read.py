@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,14 +23,9 @@ from dtl.checkpoint.transfer.source.torch_file import Read, read_pickled
 from dtl.credentials import bare
 from dtl.errors import UserError
 from dtl.models.hub import hub_name
-<<<<<<< HEAD
-from dtl.text import counted, near_path
-from dtl.untrusted import open_regular
-=======
 from dtl.models.model_json import check_weights, read_model_json
-from dtl.text import counted, near_path, some, to_nobody
-from dtl.untrusted import FileName, Record, Text, read_json
->>>>>>> b4e5061 (Transfer checks the hash of a model folder's weights and the hash that a file's name promises; maps, class lists and cached facts go through the one reader; fuzz tests of manifests, indexes, checkpoints and records)
+from dtl.text import counted, near_path, to_nobody
+from dtl.untrusted import FileName, Record, Text, open_regular, read_json
 
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -141,13 +137,9 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
         read = _from_mapping(tensors, origin=str(path), key=key)
         read = replace(read, ordered=ordered)
     else:
-<<<<<<< HEAD
         found = read_content(path)
         read = _from_mapping(found.content, origin=str(path), key=key)
         read = replace(read, passed_over=(*read.passed_over, *found.remarks()))
-    return replace(read, tensors=without_wrappers(read.tensors), sha256=files.sha256_of_file(path))
-=======
-        read = _from_mapping(_read_torch(path), origin=str(path), key=key)
     sha256 = files.sha256_of_file(path)
     check_promised_hash(path, sha256)
     return replace(read, tensors=without_wrappers(read.tensors), sha256=sha256)
@@ -161,7 +153,6 @@ def check_promised_hash(path: Path, sha256: str) -> None:
             f"{path}: its name promises a content whose SHA-256 begins with {promised[1]}, it begins with {sha256[: len(promised[1])]}: the download is "
             "damaged or another file; fetch it again, or rename it where the name means something else"
         )
->>>>>>> b4e5061 (Transfer checks the hash of a model folder's weights and the hash that a file's name promises; maps, class lists and cached facts go through the one reader; fuzz tests of manifests, indexes, checkpoints and records)
 
 
 def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
@@ -215,15 +206,10 @@ def _from_index(path: Path) -> SourceWeights:
         part = path.parent / name
         if not part.is_file():
             raise UserError(f"{path}: names {name}, which is not beside it")
-<<<<<<< HEAD
         parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else read_content(part).content
-        digest.update(files.sha256_of_file(part).encode())
-=======
-        parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else _read_torch(part)
         sha256 = files.sha256_of_file(part)
         check_promised_hash(part, sha256)
         digest.update(sha256.encode())
->>>>>>> b4e5061 (Transfer checks the hash of a model folder's weights and the hash that a file's name promises; maps, class lists and cached facts go through the one reader; fuzz tests of manifests, indexes, checkpoints and records)
     missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
     if missing:
         raise UserError(f"{path}: {where[missing[0]]} lacks {missing[0]}, which the index promises ({len(missing)} such)")

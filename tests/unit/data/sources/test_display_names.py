@@ -35,7 +35,8 @@ def test_display_names_by_option(tmp_path: Path) -> None:
     file = tmp_path / "shown.json"
     file.write_text('{"1": "one"}')
     assert open_source(tmp_path / "p", names=file).display_names == {"1": "one"}
-a        file.write_text(text)
+    for text, message in [('{"x": "y"}', "names none of the classes"), ("[1]", "is not a JSON object"), ("{", "not valid JSON")]:
+        file.write_text(text)
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / "p", names=file)
     with pytest.raises(UserError, match="does not exist; it should be a JSON file"):
