@@ -36,9 +36,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("an average needs two models or more")
     target = Path(options.out)
     from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
-    from dtl.models.model_json import read_model_json
     from dtl.config.own import is_allowed, is_function, note_made
     from dtl.inference.model import find_model
+    from dtl.models.model_json import read_model_json
 
     folders = [find_model(place)[0] for place in options.models]
     if len({folder.resolve() for folder in folders}) < len(folders):

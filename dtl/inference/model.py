@@ -10,13 +10,13 @@ from typing import Any
 
 from dtl import files
 from dtl.checkpoint.resume.model_folder import load_network
-from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.config.own import stored_config
 from dtl.data.transforms.geometry import ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing
+from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.runs.folder import never_began, read_status, why_none_began
 from dtl.text import Log, near_run, to_nobody, to_stderr
 from dtl.training.evaluate import ForwardPass

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dtl.checkpoint.resume.model_folder import load_network, may_build
-from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.config import Config
 from dtl.config.own import is_function
 from dtl.data.loading.batch import Batch
@@ -29,6 +28,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import build as build_model
+from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.text import Log, to_nobody

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import yaml
 
 from dtl import files
-from dtl.models.model_json import ModelFacts
 from dtl.config import Config
 from dtl.config.own import StoredConfig, is_own, parse_stored, stored_config
 from dtl.errors import UserError
+from dtl.models.model_json import ModelFacts
 from dtl.runs.folder import Status, never_began, why_none_began
 from dtl.text import counted, near_run
 from dtl.untrusted import Count, Record, Text, json_lines

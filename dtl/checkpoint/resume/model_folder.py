@@ -22,12 +22,12 @@ from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
-from dtl.models.model_json import FORMAT, PREPROCESSING, ModelFacts, check_weights, read_model_json
 from dtl.config.own import is_function, may_call
 from dtl.errors import UserError
 from dtl.files import open_regular
 from dtl.models.build import Network, build
 from dtl.models.hub import hub_name
+from dtl.models.model_json import FORMAT, PREPROCESSING, ModelFacts, check_weights, read_model_json
 from dtl.models.strict_load import strict_load
 from dtl.text import Log, to_stderr
 from dtl.version import __version__
