@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     if is_function(name := first.architecture["name"]) and all(is_allowed(name, one.json_sha256) for one in facts):
         note_made(target / "model.json", to_stderr)
     print(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
-    print(f"  dtl evaluate {target} --data.val SRC")
+    print(f"  dtl evaluate {quote(str(target))} --data.val SRC")
     return 0
 
 

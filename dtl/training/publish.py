@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> P
     try:
         return report(run, log)
     except Exception as error:
-        log(f"the report could not be made ({type(error).__name__}: {error}); dtl report {run} tries again")
+        log(f"the report could not be made ({type(error).__name__}: {error}); dtl report {quote(str(run))} tries again")
         return None
 
 
