@@ -53,7 +53,7 @@ def weights_of_another_network(folder: Path) -> list[str]:
 
 
 def weights_that_are_a_pickle(folder: Path) -> list[str]:
-    torch.save({"model": torch.nn.Linear(2, 2)}, folder / "other.pt")
+    torch.save(torch.nn.Flatten(), folder / "other.pt")
     return ["--transfer.source", "other.pt"]
 
 
@@ -67,7 +67,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no validation data": (without_validation, "photos: no validation data; give --data.val FOLDER"),
     "unknown model": (lambda folder: ["--model.name", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'; did you mean torchvision/resnet18"),
     "weights that do not fit": (weights_of_another_network, "transfer from other.pt refused: nothing fits"),
-    "weights that are a pickle": (weights_that_are_a_pickle, "other.pt: a whole pickled module (torch.nn.modules.linear.Linear), which runs code when opened"),
+    "weights that are a pickle": (weights_that_are_a_pickle, "other.pt: holds no tensors, only 1 object of torch.nn.modules.flatten.Flatten"),
     "missing weights": (lambda folder: ["--transfer.source", "gone.pt"], "no pretrained weights at gone.pt; give a file"),
     "unknown key": (lambda folder: ["--data.wrkers", "1"], "unknown config key data.wrkers; did you mean data.workers"),
     "unknown pattern": (lambda folder: ["--phases.head.train", "[layr4.*]"], "phase head: train: the pattern 'layr4.*' matches no parameter"),

@@ -138,6 +138,8 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
         read = replace(read, ordered=ordered)
     else:
         found = read_content(path)
+        if found.content is None:
+            raise UserError(f"{path}: holds no tensors, only {'; '.join(found.remarks()) or 'None'}; nothing of it was run; save `model.state_dict()` instead")
         read = _from_mapping(found.content, origin=str(path), key=key)
         read = replace(read, passed_over=(*read.passed_over, *found.remarks()))
     sha256 = files.sha256_of_file(path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dtl.config.models import AugmentConfig, DataConfig
-from dtl.data.loading.batch import Batch, BatchBuffers
+from dtl.data.loading.batch import Batch, BatchBuffers, Encoded
 from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
 from dtl.data.open import ensure_packed
@@ -84,3 +86,15 @@ def test_a_batch_of_its_own_memory_is_pickled_with_its_pixels() -> None:
     assert torch.equal(other.images, images)
     assert torch.equal(other.weights, batch.weights)
     assert (other.epoch, other.step, other.place) == (1, 2, None)
+
+
+def test_a_device_is_given_no_jpeg_that_asks_for_too_much() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.arange(48 * 64 * 3, dtype=np.int64).astype(np.uint8).reshape(48, 64, 3)).save(out, "JPEG", progressive=True)
+    data, jpegs = out.getvalue(), list[bytes]()
+    encoded = Encoded(None, np.array([48]), np.array([64]))
+    last = data.rindex(b"\xff\xda")
+    assert not encoded.take(0, data[:last] + data[last:-2] * 200 + b"\xff\xd9", jpegs)
+    assert not encoded.take(0, data, jpegs, 48 * 64 - 1)
+    assert encoded.take(0, data, jpegs, 48 * 64)
+    assert jpegs == [data]

@@ -85,7 +85,7 @@ class Custom(nn.Linear):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (argparse.Namespace(lr=1), "holds a NoneType, not a state dict"),
+        (argparse.Namespace(lr=1), "holds no tensors, only 1 object of argparse.Namespace; nothing of it was run"),
         ({"rng": random.Random(0)}, "holds no tensors .*'rng'"),
         ([1, 2], "holds a list, not a state dict"),
         ({"epoch": 3}, "holds no tensors .*'epoch'"),
