@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dtl.config.load import check_phase_names, config_from_dict
-from dtl.config.models import Config
+from dtl.config.models import Config, DataConfig
 from dtl.errors import UserError
 from dtl.files import flock
 from dtl.text import Log
@@ -105,7 +105,7 @@ def needs_record(config: Config) -> bool:
 
 
 def _harmless(config: Config) -> tuple[Config, dict[str, str]]:
-    """The config without commands and addresses, without leave to run commands, without a place to write to, and without too many processes.
+    """The config without commands and addresses, without leave to run commands, without a place to write to, too many processes or larger images.
 
     The section `transfer` stays as it is, for reports: nobody loads weights by a stored config. A function in `model.name` is refused where it is built.
     """
@@ -113,6 +113,8 @@ def _harmless(config: Config) -> tuple[Config, dict[str, str]]:
     withheld = {f"data.{name}": value for name in ("train", "val", "names") if (value := getattr(data, name)) and (value.startswith("pipe:") or "://" in value)}
     changes: dict[str, Any] = {name.partition(".")[2]: None for name in withheld}
     changes |= {"allow_pipe": False, "cache_dir": None, "workers": min(data.workers, _MAX_WORKERS)}
+    usual = DataConfig()
+    changes |= {name: min(getattr(data, name), getattr(usual, name)) for name in ("max_pixels", "max_file_bytes")}
     return config.model_copy(update={"data": data.model_copy(update=changes)}), withheld
 
 

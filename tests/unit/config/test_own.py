@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dtl.config import Config, config_from_dict, own
+from dtl.config import Config, DataConfig, config_from_dict, own
 from dtl.errors import UserError
 
 FUNCTION = "package.module:function"
@@ -110,11 +110,23 @@ def test_lines_that_are_none_are_left_out(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("key", ["train", "val", "names"])
 @pytest.mark.parametrize("value", ["pipe:touch x", "https://host/x.tar", "s3://bucket/{0..9}.tar"])
 def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: str) -> None:
-    found = stored(tmp_path, data={"train": "photos", key: value, "allow_pipe": True, "cache_dir": "/home/victim", "workers": 10_000})
+    found = stored(
+        tmp_path,
+        data={
+            "train": "photos",
+            key: value,
+            "allow_pipe": True,
+            "cache_dir": "/home/victim",
+            "workers": 10_000,
+            "max_pixels": 10**12,
+            "max_file_bytes": 10**15,
+        },
+    )
     assert not found.own
     assert getattr(found.config.data, key) is None
     assert found.withheld == {f"data.{key}": value}
     assert (found.config.data.allow_pipe, found.config.data.cache_dir, found.config.data.workers) == (False, None, 8)
+    assert (found.config.data.max_pixels, found.config.data.max_file_bytes) == (DataConfig().max_pixels, DataConfig().max_file_bytes)
     with pytest.raises(UserError, match=r"config\.yaml names data\..*give the data yourself with --data\.val"):
         found.require("data.train", "data.val", "data.names")
 
