@@ -86,7 +86,7 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
         changed = {key: value for key, value in {**stored["made_by"], **(made_by or {})}.items() if value is not None}
         facts.write_text(json.dumps({**stored, "made_by": changed}))
         file = tmp_path / "evaluation.json"
-        job = run(["runs/tiny", "--json", str(file), "--workers", "0", *arguments], cwd=tmp_path, command="evaluate", by_rank=before)
+        job = run(["runs/tiny", "--json", str(file), "--workers", "0", "--trust", *arguments], cwd=tmp_path, command="evaluate", by_rank=before)
         return json.loads(file.read_text())["precision"], "told" if "was trained in precision" in job.err() else ""
 
     assert asked(before=with_bf16) == ("no", "")
@@ -97,5 +97,5 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
 
     facts.write_text(json.dumps({**stored, "made_by": {"precision": "fp16"}}))
     write_image(tmp_path / "a.jpg", 0)
-    job = run(["runs/tiny", "a.jpg", "--workers", "0"], cwd=tmp_path, command="predict", by_rank=without)
+    job = run(["runs/tiny", "a.jpg", "--workers", "0", "--trust"], cwd=tmp_path, command="predict", by_rank=without)
     assert "was trained in precision fp16, and computes in no here" in job.err()
