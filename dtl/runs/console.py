@@ -34,7 +34,12 @@ class Console:
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
         self._phase, self._first_step, self._num_steps = "", 0, 0
-        self._shown = 0.0
+        self._shown = self._moved = 0.0
+
+    @property
+    def has_bar(self) -> bool:
+        """On a terminal, in the main process."""
+        return self._live
 
     def print(self, message: str) -> None:
         """Print one plain line; a bar stays whole below it. May be called from any thread."""
@@ -81,7 +86,15 @@ class Console:
             self._bar.update(self._task, completed=done, facts=facts)
             self._bar.refresh()
         elif not self._live:
-            self.print(f"{self._phase}  step {done}/{self._num_steps}  {facts}")
+            self.print(f"{self._phase}  step {step}/{self._first_step + self._num_steps}  {facts}")
+
+    def move(self, step: int) -> None:
+        """Move the phase's bar to `step`; plain lines come from `progress` alone. Costs a look at the clock where nothing is due."""
+        if self._bar is None or self._task is None or time.monotonic() - self._moved < _REFRESH_SECONDS:
+            return
+        self._moved = time.monotonic()
+        self._bar.update(self._task, completed=step - self._first_step)
+        self._bar.refresh()
 
     def end_phase(self) -> None:
         """Leave the bar as it stands."""

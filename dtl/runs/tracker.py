@@ -121,20 +121,23 @@ class Tracker:
         expected: int,
         seen: int,
         damaged: int,
+        loss: float | None,
         images_per_second: float,
         data_wait: float,
         memory_gib: float,
     ) -> None:
         """The end of an epoch (or of the part of it that a phase took): the samples that it should have, and those trained on.
 
-        `damaged` ones are among the seen, at weight 0. `data_wait` is a share of the time, 0..1; `memory_gib` the most so far.
+        `damaged` ones are among the seen, at weight 0. `loss`: the mean training loss of the epoch. `data_wait` is a share of the time, 0..1;
+        `memory_gib` the most so far.
         """
         speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory_gib": memory_gib}
-        facts = {"expected": expected, "seen": seen, "damaged": damaged, **speed}
+        facts = {"expected": expected, "seen": seen, "damaged": damaged, "loss": loss, **speed}
         self._write({"event": "epoch", "phase": phase, "epoch": epoch, "step": step, **facts})
-        self._copy("epoch", phase, epoch, step, speed)
+        self._copy("epoch", phase, epoch, step, speed | {"loss": loss})
         line = f"{phase}  epoch {epoch}  step {step}  {seen:,} of {expected:,} samples seen"
         line += f", {damaged:,} of them damaged and masked with weight 0 (bad_samples.jsonl)" if damaged else ""
+        line += "" if loss is None else f", training loss {loss:.4f}"
         self.print(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
         if seen != expected:
             self.print(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")

@@ -52,6 +52,7 @@ class Trainer:
         cache_dir = None if self.config.run.debug else Path(self.config.data.cache_dir or default_cache_dir()).expanduser()
         self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.tracker.print)
         self._trace = open_trace(self.runtime.rank)
+        self._move_bar = session.console.move if session.console.has_bar else None
 
     def train(self, checkpoint: Checkpoint | None) -> None:
         """All phases that are left; `checkpoint` is what `state` was read from. Raises Stopped after a signal."""
@@ -140,6 +141,8 @@ class Trainer:
                     self._trace.record(state.step + 1, batches)
                 self._count(phase, num_images)
                 self._log.count(batches, num_images, time.monotonic() - begun)
+                if self._move_bar is not None:
+                    self._move_bar(state.step)
                 self._after_step(active, lr, save=flags.save)
                 if flags.stop or (self.runtime.world_size == 1 and self._saver.stop_is_due()):
                     self._saver.stop(active)
@@ -150,7 +153,7 @@ class Trainer:
         self.heart.enter("phase", state.step)
         active.sync_buffers(self.runtime)
         if state.phase.ended and state.epoch_step:
-            self._log.epoch(phase)
+            self._log.epoch(active)
         active.take_result(self.runtime)
         leave(active, self.runtime)
         self.loaders.cached = {}
@@ -192,7 +195,7 @@ class Trainer:
         if state.step % self.config.tracking.log_every == 0 or last:
             self._log.step(active, lr, stall_seconds=self._saver.stall_seconds)
         if last or state.epoch_step == 0:
-            self._log.epoch(phase)
+            self._log.epoch(active)
         if phase.eval_due(state.phase.step):
             state.phase.pending_eval = True
             self._evaluate(active)

@@ -182,8 +182,9 @@ class StepLog:
 
     def step(self, active: ActivePhase, lr: float, *, stall_seconds: float) -> None:
         """The line about the steps since the last one. `stall_seconds`: how long this start has stood still for saving so far."""
-        loss = self._mean_loss(active)
+        total = self._total_loss(active)
         window, phase = self.window, active.phase
+        loss = total / max(window.weight_sum, 1e-12)
         seconds = max(window.seconds, 1e-9)
         self.tracker.train(
             phase=phase.name,
@@ -196,30 +197,41 @@ class StepLog:
             checkpoint_stall_seconds=round(stall_seconds - self._logged_stall, 4),
         )
         self._logged_stall = stall_seconds
-        self.state.phase.train_loss = loss
+        self.state.phase.epoch_loss += total
+        self.state.phase.epoch_weight += window.weight_sum
         self.spend(phase)
         self.window = Window()
 
-    def epoch(self, phase: Phase) -> None:
+    def epoch(self, active: ActivePhase) -> None:
         """The line at the end of an epoch, or of a phase within one. Called by all ranks together."""
-        self._count.log(phase, self.state, speed=self._speed, loaders=self.loaders, runtime=self.runtime, tracker=self.tracker)
+        phase, state = active.phase, self.state
+        total = self.check_loss(active)
+        self._count.log(phase, state, speed=self._speed, loaders=self.loaders, runtime=self.runtime, tracker=self.tracker)
         self._speed = EpochSpeed()
+        if state.epoch_step == 0:
+            # The window that is open may reach into the next epoch, which does not count what is in it now.
+            state.phase.epoch_loss, state.phase.epoch_weight = -total, -self.window.weight_sum
 
-    def check_loss(self, active: ActivePhase) -> None:
-        """End the run if a loss since the last line is not finite."""
-        if self.window.weight_sum:
-            self._mean_loss(active)
+    def check_loss(self, active: ActivePhase) -> float:
+        """Note the mean training loss of the epoch so far; end the run if a loss since the last line is not finite.
 
-    def _mean_loss(self, active: ActivePhase) -> float:
-        """Mean loss of the window over all ranks; ends the run when it is not finite. The host waits for the device here."""
+        Called by all ranks together; returns the sum of the losses since the last line.
+        """
+        phase, total = self.state.phase, self._total_loss(active)
+        weight = phase.epoch_weight + self.window.weight_sum
+        if weight > 0:  # just after an epoch's end its own mean stays
+            phase.train_loss = (phase.epoch_loss + total) / weight
+        return total
+
+    def _total_loss(self, active: ActivePhase) -> float:
+        """The sum of the window's losses over all ranks; ends the run when it is not finite. The host waits for the device here."""
         window, asked = self.window, time.monotonic()
         mine = window.sum()
         self._took(time.monotonic() - asked)  # the steps themselves, where the host had run ahead of a GPU
         total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
-        loss = total / max(window.weight_sum, 1e-12)
-        if num_bad or loss != loss:
+        if num_bad or total != total:
             raise diverged(active, self.loaders, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])
-        return loss
+        return float(total)
 
 
 class EpochCount:
@@ -259,6 +271,7 @@ class EpochCount:
             expected=expected,
             seen=seen,
             damaged=damaged,
+            loss=state.phase.train_loss,
             images_per_second=facts.images_per_second,
             data_wait=facts.data_wait,
             memory_gib=facts.memory_gib,

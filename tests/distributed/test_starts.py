@@ -108,7 +108,7 @@ def test_the_closing_row_is_of_the_weights_that_the_phase_hands_on(tmp_path: Pat
     for row in status(folder)["phases"]:
         told = [event for event in events if event["event"] == "val" and event["phase"] == row["phase"]]
         wanted = told[-1] if row["phase"] == "last" else min(told, key=lambda event: (-event["top1"], event["loss"]))
-        (trained,) = [event for event in events if event["event"] == "train" and event["step"] == wanted["step"]]
+        (trained,) = [event for event in events if event["event"] == "epoch" and event["step"] == wanted["step"]]
         assert (row["kept_step"], row["kept_epoch"]) == (wanted["step"], wanted["epoch"])
         assert (row["val"]["top1"], row["val"]["loss"]) == (wanted["top1"], wanted["loss"])
         assert row["train_loss"] == trained["loss"]

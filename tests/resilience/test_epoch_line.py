@@ -69,3 +69,18 @@ def test_damage_and_an_early_end(tmp_path: Path, packed: Path) -> None:
     assert first == ("all", 0, N, N, 3)
     assert second[:4] == ("all", 1, 718, 718)
     assert f"{N:,} of {N:,} samples seen, 3 of them damaged and masked with weight 0 (bad_samples.jsonl)" in job.err()
+
+
+def test_the_training_loss_of_an_epoch_is_the_mean_over_all_its_steps(tmp_path: Path, packed: Path) -> None:
+    """Over all ranks, and however the log lines fall: not the last line's, which is of a few steps, and may be another epoch's."""
+    found = []
+    for log_every in (1, 7):
+        run([*recipe(tmp_path, packed, tracking={"log_every": log_every}), "--run.name", f"every-{log_every}"], cwd=tmp_path, world=2)
+        events = history(tmp_path / f"runs/every-{log_every}")
+        found.append({event["epoch"]: event["loss"] for event in events if event["event"] == "epoch"})
+        steps = [event for event in events if event["event"] == "train"]
+        for epoch, loss in found[0].items():
+            losses = [step["loss"] for step in steps if step["epoch"] == epoch]
+            assert log_every > 1 or loss == pytest.approx(sum(losses) / len(losses), rel=0.01)  # steps differ by one sample in 120
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-9)

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_the_way_out(tmp_path: P
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, code=2)
     assert job.err().count("\n") == 1
-    for words in ("older dtl (checkpoint format 1, this dtl reads 2)", "the dtl that started the run", "--run.name NEW", "--run.resume never"):
+    for words in ("older dtl (checkpoint format 1, this dtl reads 3)", "the dtl that started the run", "--run.name NEW", "--run.resume never"):
         assert words in job.err()
 
 

@@ -18,8 +18,8 @@ from dtl.config import flat
 from dtl.errors import UserError
 from dtl.untrusted import NumbersObject, Record, Text, check_form
 
-# Of a checkpoint: its manifest, and its state. 2: phase and results are records of their own, and the version of the plan is stored.
-FORMAT = 2
+# Of a checkpoint: its manifest, and its state. 3: phase and results are records of their own, the version of the plan and the epoch's loss are stored.
+FORMAT = 3
 OTHERWISE = "start another run with --run.name NEW, or this one afresh with --run.resume never"
 # How torch computes a step, not what it computes: whoever builds the optimizer decides these anew on each machine.
 _EXECUTION_OPTIONS = frozenset({"foreach", "fused", "capturable"})
@@ -43,7 +43,7 @@ class Kept:
     step: int
     epoch: int
     train_loss: float | None
-    """Of the last log line before it."""
+    """Mean over its epoch, up to it."""
     val: dict[str, Any]
     """Its metrics."""
 
@@ -68,7 +68,10 @@ class PhaseProgress:
     train_seconds: float = 0.0
     """Spent in training steps: no evaluation, no checkpoint."""
     train_loss: float | None = None
-    """Of the last log line."""
+    """Mean of the epoch under way when it was last looked at, over all its samples; at an epoch's end of the whole epoch."""
+    epoch_loss: float = 0.0
+    """With the window's the sums of the epoch under way, over all ranks: of the loss, and of the weights of its samples."""
+    epoch_weight: float = 0.0
     window_loss: float = 0.0
     """Sums since the last log line, over all ranks: of the loss, and of the weights of its samples."""
     window_weight: float = 0.0

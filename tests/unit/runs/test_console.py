@@ -28,8 +28,8 @@ def test_a_log_file_gets_few_plain_lines() -> None:
     console.print("100% [bold] plain")
     console.close()
     assert out.getvalue().splitlines() == [
-        "head  step 1/500  epoch 1  loss 0.5000  lr 0.01  1,234 images/s  waiting for data 50%",
-        "head  step 500/500  epoch 1  loss 0.5000  lr 0.01  1,234 images/s  waiting for data 50%",
+        "head  step 101/600  epoch 1  loss 0.5000  lr 0.01  1,234 images/s  waiting for data 50%",
+        "head  step 600/600  epoch 1  loss 0.5000  lr 0.01  1,234 images/s  waiting for data 50%",
         "100% [bold] plain",
     ]
 

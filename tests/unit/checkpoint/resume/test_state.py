@@ -178,10 +178,10 @@ def test_train_state_comes_back_through_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "newer dtl \\(checkpoint format 99, this dtl reads 2\\): update dtl"),
+        ({"format": 99}, "newer dtl \\(checkpoint format 99, this dtl reads 3\\): update dtl"),
         (
             {"format": 1},
-            "older dtl \\(checkpoint format 1, this dtl reads 2\\): use the dtl that started the run, or .*--run.name NEW.*--run.resume never",
+            "older dtl \\(checkpoint format 1, this dtl reads 3\\): use the dtl that started the run, or .*--run.name NEW.*--run.resume never",
         ),
         ({"format": None}, "no format number"),
         ({"colour": 1}, "colour unknown or missing"),

@@ -270,8 +270,8 @@ def test_all_damaged_is_refused_and_none_is_none(make: Callable[..., CheckpointS
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (99, r"newer dtl \(checkpoint format 99, this dtl reads 2\): update dtl"),
-        (1, r"older dtl \(checkpoint format 1, this dtl reads 2\): use the dtl that started the run, or .*--run.name NEW, .*--run.resume never"),
+        (99, r"newer dtl \(checkpoint format 99, this dtl reads 3\): update dtl"),
+        (1, r"older dtl \(checkpoint format 1, this dtl reads 3\): use the dtl that started the run, or .*--run.name NEW, .*--run.resume never"),
     ],
 )
 def test_another_format_is_refused_clearly(make: Callable[..., CheckpointStore], found: int, message: str) -> None:
