@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dtl.commands import COMMANDS
 from dtl.credentials import redacted_line
 from dtl.errors import EXIT_WRONG_INPUT, UserError
+from dtl.text import printable_lines
 from dtl.version import __version__
 
 
@@ -72,9 +73,9 @@ def usage() -> str:
 def _fail(message: str) -> int:
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
-        print(f"dtl: {redacted_line(message)}", file=sys.stderr, flush=True)
+        to_stdout(f"dtl: {redacted_line(message)}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
-        print(f"dtl: rank {rank} (host {socket.gethostname()}): {redacted_line(message)}", file=sys.stderr, flush=True)
+        to_stdout(f"dtl: rank {rank} (host {socket.gethostname()}): {redacted_line(message)}", file=sys.stderr, flush=True)
     return EXIT_WRONG_INPUT
 
 

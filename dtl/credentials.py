@@ -93,7 +93,7 @@ def _covers(name: str, address: str) -> bool:
 def of_netrc(host: str) -> tuple[str, str] | None:
     """User and password of a host in ~/.netrc; None without one, and for a file that others may read or that is damaged."""
     try:
-        found = netrc.netrc().authenticators(host)
+        found = netrc.netrc().hosts.get(host) if host != "default" else None  # not netrc's `default`, which is for any host
     except (OSError, netrc.NetrcParseError, ValueError):
         return None
     return (found[0], found[2]) if found and found[0] and found[2] else None

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import re
+
 # Exit statuses of every command.
 EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # by a signal or the deadline, after saving: run me again
 
 
+# Control characters, line and paragraph separators, what changes the direction of the text after it, and lone surrogates
+# (file names that are not UTF-8), which most encodings refuse.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text that somebody else may have chosen (a file's name, a class, a server's answer) as a piece of one line.
+
+    What would begin a new line, move the cursor, change colours or turn the direction of writing stands there as `\\n`, `\\x1b`, `\\u202e`.
+    Applied where text is printed, so that no caller has to think of it; a second time it changes nothing.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class UserError(Exception):
     """A mistake that the user can fix. `dtl` prints its message once, without a traceback, and exits with status 2."""
+
+    def __init__(self, *lines: str) -> None:
+        """One line; more of them only where a table follows. Each is printable."""
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class TransferRefused(UserError):

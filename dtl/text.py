@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from dtl.errors import UserError
+from dtl.errors import printable as printable
 
 _NO_WRAPPING = 100_000
 _MOST_NAMES = 10_000  # compared with a mistyped one; a folder may hold millions
+# Apostrophes before such a character count too: else one more could not be told from one that was there.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_QUOTED = re.compile('[,;|\t\r\n"]|^ | $')
+_CONTROLS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 _PLURALS = {"process": "processes", "class": "classes", "is": "are"}
 
 
@@ -60,9 +68,11 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
     for column in columns:
         cut = column.most is not None
         side: Literal["right", "left"] = "right" if column.right else "left"
-        made.add_column(Text(column.title), justify=side, min_width=column.least, max_width=column.most, no_wrap=cut, overflow="ellipsis" if cut else "fold")
+        made.add_column(
+            Text(printable(column.title)), justify=side, min_width=column.least, max_width=column.most, no_wrap=cut, overflow="ellipsis" if cut else "fold"
+        )
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     lines = io.StringIO()
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _NO_WRAPPING
     Console(file=lines, width=width, force_terminal=False, color_system=None).print(made)
@@ -71,7 +81,43 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
 
 def to_stderr(line: str) -> None:
     """A line about the work; results go to standard output."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def to_stdout(*lines: str) -> None:
+    """Results. Text of several lines is given line by line, so that no name within it can begin another one."""
+    for line in lines:
+        print(printable(line), flush=True)
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, for text whose line breaks are meant."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def json_line(value: object) -> str:
+    """JSON of one line that can be read on a terminal: letters of all languages as they are, whatever `printable` escapes as \\u202e."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """One line of a CSV file. Text that a spreadsheet would compute (it begins with = + - @, a tab or a line break) gets an apostrophe.
+
+    A reader takes the first apostrophe away from cells that begin with apostrophes and one of these characters: `from_csv_cell`. Numbers
+    stay as they are; None is an empty cell. Also quoted: cells with the separators of other languages' spreadsheets.
+    """
+    return ",".join("" if cell is None else str(cell) if isinstance(cell, int | float | Decimal) else _csv_text(str(cell)) for cell in cells) + "\n"
+
+
+def _csv_text(text: str) -> str:
+    guarded = f"'{text}" if _FORMULA.match(text) else text
+    return '"' + guarded.replace('"', '""') + '"' if _QUOTED.search(guarded) else guarded
+
+
+def from_csv_cell(text: str) -> str:
+    """What `csv_line` was given for this cell."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def to_nobody(line: str) -> None:

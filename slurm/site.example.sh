@@ -9,5 +9,6 @@
 # export DTL_PYTHON=python3
 
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0       # if nodes have several networks: the one that they share
-# export DTL_CACHE=/shared/$USER/dtl-cache                   # a shared cache instead of one on each node's disk
+# export DTL_CACHE=/shared/$USER/dtl-cache                   # one cache for all nodes instead of one on each node's disk
+# A cache that a group shares needs --data.cache-shared true in the recipe or the command; without it, a folder that others may write is refused.
 # export WANDB_MODE=offline                                  # if nodes have no internet access; run `wandb sync` later

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 # The same examples at each run: a test that fails fails for everybody. Machines are busy at times, which is no fault of the code.
 settings.register_profile("dtl", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("soak", settings.get_profile("dtl"), max_examples=5000, derandomize=False)
 settings.load_profile("dtl")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: tests that start processes would fight over them
@@ -29,6 +30,19 @@ os.environ["WANDB_SILENT"] = "true"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=8, help="how often runs are killed in tests/resilience/test_kills.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "soak":
+        settings.load_profile("soak")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`pytest -m soak tests/fuzz`: the same tests, with fifty times as many examples, and others each time."""
+    for item in items:
+        if config.option.markexpr == "soak" and "fuzz" in item.path.parts:
+            item.add_marker("soak")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from dtl.distributed.watchdog import read_stage
 from dtl.errors import UserError
+from dtl.text import to_stderr
 
 TIMES = ("images_per_second", "data_wait", "memory_gib", "seconds", "checkpoint_stall_seconds")
 """Fields of history that two equal runs do not share."""
@@ -103,10 +104,10 @@ class _Run:
         while running.is_alive():
             if time.monotonic() - started > timeout:
                 running.kill()
-                raise UserError(f"a start of the run did not end within {timeout:.0f} s:\n{running.text()[-3000:]}")
+                raise _failed(running, f"a start of the run did not end within {timeout:.0f} s")
             time.sleep(0.02)
         if any(running.codes()):
-            raise UserError(f"a start of the run ended with status {running.codes()}:\n{running.text()[-3000:]}")
+            raise _failed(running, f"a start of the run ended with status {running.codes()}")
         return time.monotonic() - started
 
     def is_writing(self) -> bool:
@@ -127,11 +128,18 @@ class _Run:
             time.sleep(0.0003)
         if not running.is_alive():
             if any(running.codes()):
-                raise UserError(f"a start of the run ended by itself with status {running.codes()}:\n{running.text()[-3000:]}")
+                raise _failed(running, f"a start of the run ended by itself with status {running.codes()}")
             return None
         running.kill()
         stage, step, _, _ = read_stage(stage_file)
         return Killed(stage, step, self.is_writing())
+
+
+def _failed(running: Running, why: str) -> UserError:
+    """The error to raise, after the last lines that the run has printed."""
+    for line in running.text()[-3000:].splitlines():
+        to_stderr(line)
+    return UserError(f"{why}; its last lines are above")
 
 
 def check(

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.text import OptionParser, to_stderr
+from dtl.text import OptionParser, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,8 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     if is_function(name := first.architecture["name"]) and all(is_allowed(name, one.json_sha256) for one in facts):
         note_made(target / "model.json", to_stderr)
-    print(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
-    print(f"  dtl evaluate {quote(str(target))} --data.val SRC")
+    to_stdout(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
+    to_stdout(f"  dtl evaluate {quote(str(target))} --data.val SRC")
     return 0
 
 

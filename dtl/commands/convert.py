@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dtl.text import OptionParser, counted, to_stderr
+from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Write the tensors of a file of weights as safetensors, which every program can open safely.
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     done = convert(options.file, Path(options.out).expanduser(), overwrite=options.overwrite)
     for line in done.dropped:
         to_stderr(f"left out: {line}")
-    print(f"{done.path}: {counted(done.num_tensors, 'tensor')}, {done.num_bytes / 2**20:.1f} MiB")
+    to_stdout(f"{done.path}: {counted(done.num_tensors, 'tensor')}, {done.num_bytes / 2**20:.1f} MiB")
     return 0
 
 

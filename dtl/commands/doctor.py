@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtl.text import OptionParser
+from dtl.text import OptionParser, to_stdout
 
 _DESCRIPTION = """\
 What would go wrong here, before it does: versions of PyTorch, CUDA and the driver, GPUs and their links, shared memory, open files,
@@ -38,13 +38,13 @@ def run(arguments: Sequence[str]) -> int:
     for finding in doctor.findings():
         found.append(finding)
         if not options.json:
-            print(table([finding]), flush=True)
+            to_stdout(*table([finding]).split("\n"))
     status = worst(found)
     if options.json:
         print(json.dumps({"status": status, "findings": [finding.to_json() for finding in found]}, indent=1))
     else:
         counts = {kind: sum(finding.status == kind for finding in found) for kind in ("ok", "warn", "fail")}
-        print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way")
+        to_stdout("", f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way")
     sys.stdout.flush()
     return 1 if status == "fail" else 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dtl.errors import UserError
 from dtl.files import write_whole
-from dtl.text import TRUST, OptionParser, at_least, to_stderr
+from dtl.text import TRUST, OptionParser, at_least, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Measure a trained model on validation images: top1, top5, loss, precision, recall and F1 of each class, the confusion matrix, the
@@ -58,14 +58,14 @@ def _print(values: dict[str, Any], file: str | None) -> None:
         return
     from dtl.inference.tables import table
 
-    print(table(values))
+    to_stdout(*table(values).split("\n"))
     if file is not None:
         try:
             text = json.dumps(values, indent=1, allow_nan=False) + "\n"
             write_whole(Path(file), lambda out: out.write(text.encode()))
         except OSError as error:
             raise UserError(f"--json {file}: cannot be written: {error.strerror or error}") from error
-        print(f"\nall numbers: {file}")
+        to_stdout("", f"all numbers: {file}")
 
 
 def _check_json(path: str | None) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
-from dtl.text import TRUST, OptionParser, to_nobody, to_stderr
+from dtl.text import TRUST, OptionParser, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.inference.images import ImageInputs
@@ -54,10 +53,10 @@ def run(arguments: Sequence[str]) -> int:
     done = export(model, target, to=options.to, images=real_images(model, inputs), opset=options.opset)
     of = "images" if options.images else "of the run's validation images" if inputs is not None else "of the built-in digits (--images takes your own)"
     if done.difference is None:
-        print(f"not checked against PyTorch: {done.note}", file=sys.stderr)
+        to_stderr(f"not checked against PyTorch: {done.note}")
     else:
-        print(f"checked against PyTorch on {done.num_images} {of}: largest difference of a logit {done.difference:.2g}")
-    print(f"{done.path} ({options.to}{'' if done.difference is None else ', ' + done.note}), {done.path}.json")
+        to_stdout(f"checked against PyTorch on {done.num_images} {of}: largest difference of a logit {done.difference:.2g}")
+    to_stdout(f"{done.path} ({options.to}{'' if done.difference is None else ', ' + done.note}), {done.path}.json")
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import EXIT_STOPPED, UserError
-from dtl.text import OptionParser, to_nobody, to_stderr
+from dtl.text import OptionParser, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.config import Config
@@ -137,7 +137,7 @@ def _report(curve: LrCurve, out: Path, name: str) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     to_stderr(f"{len(curve.lrs)} steps; plot {out / name}.png, numbers {out / name}.json")
-    print(curve.summary())
+    to_stdout(curve.summary())
 
 
 def _parser() -> OptionParser:

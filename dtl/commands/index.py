@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from dtl.commands import add_limits, limits
-from dtl.text import OptionParser, counted
+from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
@@ -49,10 +48,10 @@ def run(arguments: list[str]) -> int:
     )
     lines = describe_index(report)
     for line in lines[1:]:
-        print(line, file=sys.stderr)
+        to_stderr(line)
     if not options.quiet:
         shards = counted(report.num_shards, "shard")
-        print(f"{lines[0]} in {shards}, {report.num_bytes / 2**20:,.1f} MiB, indexed in {report.seconds:.1f} s: {report.folder}")
+        to_stdout(f"{lines[0]} in {shards}, {report.num_bytes / 2**20:,.1f} MiB, indexed in {report.seconds:.1f} s: {report.folder}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtl.text import OptionParser
+from dtl.text import OptionParser, to_stdout
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -16,5 +16,5 @@ def run(arguments: Sequence[str]) -> int:
 
     for name in model_names():
         if options.word in name:
-            print(name)
+            to_stdout(name)
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dtl.commands import add_limits, limits
 from dtl.errors import UserError
-from dtl.text import OptionParser, counted, to_stderr
+from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.data.packing.pack import PackReport
@@ -124,8 +124,8 @@ def _print_report(report: PackReport) -> None:
     width = max(len(split.split) for split in report.splits)
     for split in report.splits:
         shards = counted(split.num_shards, "shard")
-        print(f"{split.split:{width}}  {counted(split.num_samples, 'image')}, {shards}, {_size(split.num_bytes)}: {split.folder}")
-    print(f"packed in {report.seconds:.1f} s, {counted(len(report.skipped), 'image')} left out")
+        to_stdout(f"{split.split:{width}}  {counted(split.num_samples, 'image')}, {shards}, {_size(split.num_bytes)}: {split.folder}")
+    to_stdout(f"packed in {report.seconds:.1f} s, {counted(len(report.skipped), 'image')} left out")
 
 
 def _size(num_bytes: int) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from dtl.commands import add_limits, limits
 from dtl.errors import UserError
 from dtl.files import write_whole
-from dtl.text import TRUST, OptionParser, at_least, counted, to_stderr
+from dtl.text import TRUST, OptionParser, at_least, counted, csv_line, json_line, printable, to_stderr
 
 if TYPE_CHECKING:
     from dtl.inference.model import StoredModel
@@ -75,9 +74,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _write_all(file: TextIO, kind: str, model: StoredModel, parts: Iterable[list[Prediction]], *, lists: bool) -> list[Prediction]:
     """Write each part as it comes; returns the images that could not be read."""
-    table = csv.writer(file, lineterminator="\n")
+    terminal = file.isatty()
     if kind == "csv":
-        table.writerow(["path", "label", "name", "probability"])
+        file.write("path,label,name,probability\n")
     unread = []
     for part in parts:
         for one in part:
@@ -85,9 +84,10 @@ def _write_all(file: TextIO, kind: str, model: StoredModel, parts: Iterable[list
             if one.problem is not None:
                 unread.append(one)
             elif kind == "csv":
-                table.writerow([one.path, values["label"], values["name"], f"{values['probability']:.{_DIGITS}f}"])
+                texts = (one.path, values["label"], values["name"])
+                file.write(csv_line([*(map(printable, texts) if terminal else texts), Decimal(f"{values['probability']:.{_DIGITS}f}")]))
             else:
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                file.write(json_line(values) + "\n")
         file.flush()
     return unread
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dtl.errors import UserError
-from dtl.text import TRUST, OptionParser, counted, to_stderr
+from dtl.text import TRUST, OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     if options.csv is not None:
         from dtl.report.csv_file import write_csv
 
-        print(f"{options.csv}: {counted(write_csv(options.runs, options.csv), 'line')}")
+        to_stdout(f"{options.csv}: {counted(write_csv(options.runs, options.csv), 'line')}")
         return 0
     from dtl.report import make_comparison, make_report
 
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
         )
     else:
         page = make_comparison(options.runs, out=options.out, log=to_stderr)
-    print(page)
+    to_stdout(str(page))
     return 0
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.text import OptionParser
+from dtl.text import OptionParser, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.checkpoint.transfer.report import TransferReport
@@ -66,17 +65,17 @@ def run(argv: Sequence[str]) -> int:
     report = _plan(options, by, weights)
     if options.verify and report.plan.ok:
         report = _verify(options, report, weights)
-    print(report)
+    to_stdout(*report.lines())
     if options.save_map:
         from dtl.checkpoint.transfer.report import save_map
 
         save_map(report.plan, options.save_map)
-        print(f"map written to {options.save_map}")
+        to_stdout(f"map written to {options.save_map}")
     if options.report:
         report.to_json(options.report)
     if report.plan.refusals:
         for refusal in report.plan.refusals[:5]:
-            print(f"dtl: transfer refused: {refusal}", file=sys.stderr)
+            to_stderr(f"dtl: transfer refused: {refusal}")
         return 2
     return 0
 
@@ -164,5 +163,5 @@ def _verify(options: argparse.Namespace, report: TransferReport, weights: Source
     source = build(options.source_arch, num_classes=_source_outputs(options, weights), own=True)
     size = options.image_size or target.preprocessing.image_size
     verification = verify_plan(report.plan, source.module, target.module, image_size=size)
-    print(verification)
+    to_stdout(*str(verification).split("\n"))
     return replace(report, verification=verification.to_dict())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dtl.commands import add_limits, limits
 from dtl.credentials import bare
 from dtl.errors import UserError
-from dtl.text import OptionParser, counted, to_stderr
+from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.data.verify import VerifyReport
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
         report = verify(folder, data, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)
         describe(report, to_stderr)
         if not options.quiet:
-            print(_summary(report, quarantine=options.quarantine))
+            to_stdout(_summary(report, quarantine=options.quarantine))
         usable = usable and report.is_usable
     return 0 if usable else 2
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
-from dtl.text import OptionParser, to_stderr
+from dtl.text import OptionParser, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.checks.epoch import EpochProof
@@ -92,16 +92,16 @@ def _report(proof: EpochProof, plan: EpochPlan, options: argparse.Namespace) -> 
         print(json.dumps({**facts, "start": options.start, "steps_per_epoch": plan.num_steps}))
         return
     last = plan.num_steps - 1
-    print(f"epoch {options.epoch}, steps {options.start} to {last} of 0 to {last}, {options.world} ranks of {options.workers} workers each")
-    print(f"expected    {proof.expected:,}")
+    to_stdout(f"epoch {options.epoch}, steps {options.start} to {last} of 0 to {last}, {options.world} ranks of {options.workers} workers each")
+    to_stdout(f"expected    {proof.expected:,}")
     again = "" if options.balance == "none" else f"  ({proof.distinct:,} different samples of {proof.num_samples:,}, data.balance {options.balance})"
-    print(f"seen        {proof.seen:,}{again}")
-    print(f"duplicated  {proof.duplicated:,}")
-    print(f"missing     {proof.missing:,}")
-    print(f"damaged     {len(proof.damaged):,}")
-    print(f"batches     {proof.order_hash}")
+    to_stdout(f"seen        {proof.seen:,}{again}")
+    to_stdout(f"duplicated  {proof.duplicated:,}")
+    to_stdout(f"missing     {proof.missing:,}")
+    to_stdout(f"damaged     {len(proof.damaged):,}")
+    to_stdout(f"batches     {proof.order_hash}")
     if proof.pixel_hash is not None:
-        print(f"pixels      {proof.pixel_hash}")
+        to_stdout(f"pixels      {proof.pixel_hash}")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dtl.checks.resume import Result, check
 from dtl.errors import UserError
-from dtl.text import OptionParser
+from dtl.text import OptionParser, to_stdout
 
 _EPILOG = """All other options are those of `dtl train`. Keep the run short (--phases.all.steps 50): it is done at least twice.
 On a CPU the weights must come out bit-identical; on a GPU only where its kernels are deterministic."""
@@ -47,17 +47,17 @@ def _check(arguments: list[str], folder: Path, options: argparse.Namespace) -> i
     def start(words: Sequence[str], variables: dict[str, str]) -> Ranks:
         return Ranks(words, variables, world=options.processes, log=folder / "output.log")
 
-    result = check(start, arguments, folder, kills=options.kills, world=options.processes, seed=options.seed, log=lambda line: print(line, flush=True))
+    result = check(start, arguments, folder, kills=options.kills, world=options.processes, seed=options.seed, log=to_stdout)
     return report(result)
 
 
 def report(result: Result) -> int:
-    print(f"{len(result.kills)} kills in {result.runs} run(s), in: {result.where()}")
+    to_stdout(f"{len(result.kills)} kills in {result.runs} run(s), in: {result.where()}")
     if result.differences:
         for line in result.differences:
-            print(f"DIFFERENT: {line}")
+            to_stdout(f"DIFFERENT: {line}")
         return 1
-    print(f"the same: weights bit by bit, {result.events} lines of history, {result.slots} samples of {result.steps} steps a run, augmentations included")
+    to_stdout(f"the same: weights bit by bit, {result.events} lines of history, {result.slots} samples of {result.steps} steps a run, augmentations included")
     return 0
 
 

@@ -139,6 +139,8 @@ class DataConfig(Section):
     """none: each sample once per epoch; sqrt: draw classes in proportion to the square roots of their sizes; uniform: draw all classes equally often."""
     cache_dir: str | None = None
     """Folder for packed image folders and downloaded shards; default: $DTL_CACHE, or else the user's cache folder."""
+    cache_shared: bool = False
+    """The cache belongs to several users: downloaded shards are shared, and verified by their SHA-256 before use; packed data stays private in it."""
     cache_gb: Positive | None = None
     """Largest size of the downloaded shards on the disk of each node, in 10^9 bytes; by default all shards are kept."""
     retries: Annotated[int, Field(ge=0)] = 5

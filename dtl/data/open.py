@@ -14,8 +14,8 @@ from dtl.config.models import DataConfig
 from dtl.credentials import bare
 from dtl.data.packing.job import PACK_VERSION, PackOptions
 from dtl.data.packing.pack import PackReport, pack_source
+from dtl.data.remote.address import cache_place, is_remote, kind_of, shown, without_query
 from dtl.data.remote.address import default_cache_dir as default_cache_dir
-from dtl.data.remote.address import is_remote, kind_of, shown, without_query
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.mirror import find_remote_folder, mirror, mirror_place, refuse_remote_folder
@@ -26,7 +26,7 @@ from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_tra
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
 from dtl.files import flock
-from dtl.text import Log, counted, to_nobody
+from dtl.text import Log, counted, to_nobody, to_stdout
 
 _MOST_LISTED = 10  # images in one line of trouble
 
@@ -40,7 +40,7 @@ def ensure_packed(
     labelled: bool = True,
     processes: int | None = None,
     progress: bool = True,
-    log: Log = print,
+    log: Log = to_stdout,
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
@@ -98,7 +98,7 @@ def open_split(
     labelled: bool = True,
     processes: int | None = None,
     progress: bool = True,
-    log: Log = print,
+    log: Log = to_stdout,
     leads: bool = True,
     found: str | Path | None = None,
 ) -> Shards:
@@ -182,12 +182,7 @@ def _fingerprint_of_tars(tars: Sequence[Tar], options: DataConfig, *, classes: S
 
 def _cache_place(options: DataConfig) -> Path:
     """The cache's folder, made if need be."""
-    place = Path(options.cache_dir).expanduser() if options.cache_dir is not None else default_cache_dir()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
-    return place
+    return cache_place(options.cache_dir, shared=options.cache_shared)
 
 
 def packed_folder(source: str | Path, split: str) -> Path | None:

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from dtl.text import to_stderr
+
 _LINE_EVERY_SECONDS = 10.0
 
 
@@ -50,4 +52,4 @@ class PackProgress:
             self._bar.advance(self._task, samples)
         elif self._visible and time.monotonic() - self._said >= _LINE_EVERY_SECONDS:
             self._said = time.monotonic()
-            print(f"{self._pass}: {self._done:,} of {self._total:,} {self._unit}", file=sys.stderr, flush=True)
+            to_stderr(f"{self._pass}: {self._done:,} of {self._total:,} {self._unit}")

@@ -39,5 +39,5 @@ def table(findings: Iterable[Finding]) -> str:
     for one in findings:
         lines.append(text.table(columns, [(marks[one.status], one.check, one.summary)]))
         if one.fix:
-            lines.append(f"{'':20}-> {one.fix}")  # a line of its own that nothing wraps: it is there to be copied
+            lines.append(f"{'':20}-> {text.printable(one.fix)}")  # a line of its own that nothing wraps: it is there to be copied
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dtl import text
 from dtl.data.shards.index import Shards
-from dtl.errors import DamagedSample
+from dtl.errors import DamagedSample, printable
 from dtl.inference.assess import NUM_BINS, Assessment, Hard
 from dtl.text import Column, counted
 
@@ -96,13 +96,13 @@ def table(values: dict[str, Any]) -> str:
         lines += ["", "most often taken for another class"]
         for pair in values["confused_pairs"][:_TABLE_PAIRS]:
             share = f"{pair['count']:,} images, {_percent(pair['share_of_label'])} of its class"
-            lines.append(f"  {shown[pair['label']]} -> {shown[pair['predicted']]}: {share}")
+            lines.append(printable(f"  {shown[pair['label']]} -> {shown[pair['predicted']]}: {share}"))
     if values["hardest"]:
         lines += ["", "hardest images"]
         for hard in values["hardest"][:_TABLE_HARDEST]:
             sure = _percent(hard["confidence"])
             right = f"recognised ({sure})" if hard["label"] == hard["predicted"] else f"taken for {shown[hard['predicted']]} ({sure})"
-            lines.append(f"  loss {_plain(hard['loss'])}  {shown[hard['label']]}, {right}  {hard['path']}")
+            lines.append(printable(f"  loss {_plain(hard['loss'])}  {shown[hard['label']]}, {right}  {hard['path']}"))
     return "\n".join(lines)
 
 

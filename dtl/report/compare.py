@@ -35,6 +35,7 @@ _NO_DIFFERENCE = (
     "checkpoint.",
     "data.workers",
     "data.cache_dir",
+    "data.cache_shared",
 )
 # Settings that may name a file or a run of each seed.
 _NAMED_BY_SEED = ("data.train", "transfer.source")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from dtl.errors import UserError
 from dtl.files import write_whole
+from dtl.text import csv_line
 from dtl.untrusted import json_lines
 
 EVENTS = ("train", "val", "epoch")
@@ -28,12 +27,9 @@ def write_csv(runs: Sequence[str | Path], file: str | Path) -> int:
             if event.get("event") in EVENTS:
                 rows.append({"run": run.name, **{key: value for key, value in event.items() if not isinstance(value, list | dict)}})
     columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    text = "".join([csv_line(columns), *(csv_line([row.get(column) for column in columns]) for row in rows)])
     try:
-        write_whole(Path(file), lambda out: out.write(text.getvalue().encode()))
+        write_whole(Path(file), lambda out: out.write(text.encode("utf-8", "surrogateescape")))
     except OSError as error:
         raise UserError(f"--csv {file}: cannot be written: {error.strerror or error}") from error
     return len(rows)

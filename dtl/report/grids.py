@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtl.errors import printable
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
@@ -66,7 +68,8 @@ def _draw_tile(sheet: Image, draw: ImageDraw, tile: Tile, left: int, top: int) -
 
 
 def fitting(draw: ImageDraw, text: str, width: int) -> str:
-    """The text, cut with an ellipsis where it would be wider than `width` pixels."""
+    """The text in one line, cut with an ellipsis where it would be wider than `width` pixels."""
+    text = printable(text)
     if draw.textlength(text, font=_font()) <= width:
         return text
     low, high = 0, len(text)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import jinja2
 
 from dtl.report.grids import MARKS, tile_image
+from dtl.text import printable_lines
 
 if TYPE_CHECKING:
     from dtl.report.examples import Tile
@@ -164,10 +165,20 @@ def page(title: str, lead: Sequence[Block], sections: Sequence[Block], *, footer
     return _template().render(title=title, lead=lead, sections=sections, footer=footer)
 
 
+def _shown(value: object) -> object:
+    """What the template puts into the page: names of others without control characters; what is HTML already, as it is."""
+    return printable_lines(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
 @lru_cache(1)
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     return environment.get_template("page.html.j2")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtl.errors import UserError
+from dtl.errors import UserError, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,5 +107,6 @@ def percent(share: float, decimals: int = 1) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text, or its beginning and an ellipsis, in at most `limit` characters."""
+    """A name of others, or its beginning and an ellipsis, in at most `limit` characters of one line."""
+    text = printable(text)
     return text if len(text) <= limit else text[: max(0, limit - 1)].rstrip() + "…"

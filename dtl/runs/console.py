@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
+
+from dtl.text import printable
 
 if TYPE_CHECKING:
     import rich.console
@@ -45,10 +46,11 @@ class Console:
         """Print one plain line; a bar stays whole below it. May be called from any thread."""
         if not self._is_main:
             return
+        message = printable(message)
         if self._live:
             self._rich().print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            builtins.print(message, file=self._stream, flush=True)
+            print(message, file=self._stream, flush=True)
 
     def start_phase(self, phase: str, *, first_step: int, num_steps: int, step: int | None = None) -> None:
         """Show the bar of a phase that does steps `first_step + 1` to `first_step + num_steps`; it stands at `step`."""
@@ -59,14 +61,14 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=self._rich(), auto_refresh=False, expand=True, redirect_stdout=False, redirect_stderr=False)
-        self._task = self._bar.add_task(phase, total=num_steps, completed=(step or first_step) - first_step, facts="")
+        self._task = self._bar.add_task(printable(phase), total=num_steps, completed=(step or first_step) - first_step, facts="")
         self._bar.start()
 
     def progress(self, *, step: int, epoch: int, loss: float, lr: float, images_per_second: float, data_wait: float = 0.0) -> None:
@@ -125,6 +127,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     what a phase does not have (None or absent, for instance no validation) is shown as a dash."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.ASCII2)
     formats = {"epochs": "{:g}", "seconds": "{:.1f}", "images/s": "{:,.0f}", "train loss": "{:.4f}", "val loss": "{:.4f}", "top1": "{:.2%}"}
@@ -132,5 +135,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
         values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in _COLUMNS]
-        table.add_row(*("-" if value is None else formats.get(column, "{}").format(value) for column, value in zip(_COLUMNS, values, strict=True)))
+        table.add_row(
+            *(Text("-" if value is None else printable(formats.get(column, "{}").format(value))) for column, value in zip(_COLUMNS, values, strict=True))
+        )
     return table

@@ -37,7 +37,7 @@ from typing import Annotated, Any
 from dtl.errors import UserError
 from dtl.files import write_json_whole
 from dtl.machine import pid_space, process_start
-from dtl.text import to_stderr
+from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
 MADE = (
@@ -125,7 +125,7 @@ class RunFolder:
         *,
         stale_seconds: float = 30.0,
         beat_seconds: float = 5.0,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = to_stdout,
     ) -> None:
         self.path = Path(path)
         self.incarnation = 0  # 0: not acquired

@@ -149,7 +149,7 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             window=data.window,
             drop_last=data.last == "drop",
             balance=data.balance,
-            members=runtime.main_first(lambda: class_members(train, data.balance, cache_dir=data.cache_dir)),
+            members=runtime.main_first(lambda: class_members(train, data.balance, cache_dir=data.cache_dir, shared=data.cache_shared)),
             pin_memory=runtime.device.type == "cuda",
             decode_on=runtime.device if data.decode == "device" else None,
             max_train_steps=DEBUG_TRAIN_STEPS if config.run.debug else None,

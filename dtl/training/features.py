@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dtl.config import PhaseConfig
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
+from dtl.data.remote.address import own_folder
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
@@ -389,7 +390,7 @@ class PhaseFeatures:
         else:
             epochs, transform = tuple(range(phase.first_epoch, phase.first_epoch + phase.config.views)), loaders.train_transform
         cache = FeatureCache(
-            place=self.cache_dir / "features",
+            place=own_folder(self.cache_dir) / "features",
             runtime=self.runtime,
             normalise=self.normalise,
             seed=self.seed,

@@ -8,14 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any
 
 from dtl.checkpoint.resume.resume import checkpoint_state
 from dtl.checkpoint.resume.state import PhaseProgress, TrainState
 from dtl.checkpoint.resume.store import Checkpoint
 from dtl.data.loading.batch import Batch
-from dtl.data.remote.address import default_cache_dir
+from dtl.data.remote.address import private_cache
 from dtl.distributed.runtime import Exchange, Flags
 from dtl.distributed.signals import Stopped
 from dtl.errors import UserError
@@ -49,7 +48,8 @@ class Trainer:
         self._bad_samples = BadSamples(session.folder.path / "bad_samples.jsonl", self.runtime, self.config.data, known=state.bad_samples)
         self._log = StepLog(session, self.tracker, loaders, state)
         self._saver = Saver(session, self._log, self._bad_samples, state)
-        cache_dir = None if self.config.run.debug else Path(self.config.data.cache_dir or default_cache_dir()).expanduser()
+        data = self.config.data
+        cache_dir = None if self.config.run.debug else private_cache(data.cache_dir, shared=data.cache_shared)
         self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.tracker.print)
         self._trace = open_trace(self.runtime.rank)
         self._move_bar = session.console.move if session.console.has_bar else None

@@ -17,3 +17,9 @@ def test_a_damaged_sample_survives_another_process(key: str, named: str) -> None
     assert isinstance(again, UserError)
     assert str(again) == str(error) == f"s.tar: {named} at byte 512 is damaged: cut"
     assert (again.shard, again.key, again.offset, again.reason) == ("s.tar", key, 512, "cut")
+
+
+def test_names_in_a_message_cannot_begin_a_line_or_move_the_cursor() -> None:
+    error = UserError("photos/x\n\x1b[2K\rdtl: all is well\n.png: cannot be read")
+    assert str(error) == "photos/x\\n\\x1b[2K\\rdtl: all is well\\n.png: cannot be read"
+    assert str(UserError("first", "a table\n")) == "first\na table\\n"

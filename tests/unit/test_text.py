@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtl.cli import main
-from dtl.text import Column, counted, near_path, near_run, some, table
+from dtl.text import Column, counted, csv_line, near_path, near_run, printable, some, table
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,24 @@ def test_a_table_is_plain_text_and_wraps_on_a_terminal_only(monkeypatch: pytest.
     wrapped = table(columns, rows).splitlines()
     assert len(wrapped) > 5
     assert max(map(len, wrapped)) <= 60
+
+
+def test_a_class_name_cannot_forge_a_row_of_a_table() -> None:
+    lines = table([Column("class"), Column("images")], [("x\n\x1b[2Kall is well", "3")]).splitlines()
+    assert [line.split() for line in lines] == [["class", "images"], ["x\\n\\x1b[2Kall", "is", "well", "3"]]
+
+
+def test_letters_of_all_languages_stay_as_they_are() -> None:
+    assert printable("Löwenzahn 蒲公英 هندباء 👩‍🌾") == "Löwenzahn 蒲公英 هندباء 👩‍🌾"
+
+
+@pytest.mark.parametrize(
+    ("cells", "line"),
+    [
+        (["=1+1.png", "-1", -1, 0.25, None], "'=1+1.png,'-1,-1,0.25,\n"),
+        (["'=x", "a;=1", 'say "a"', "a,b"], '\'\'=x,"a;=1","say ""a""","a,b"\n'),
+        (["@SUM(A1)", "\tx", "plain", "x=1"], "'@SUM(A1),\"'\tx\",plain,x=1\n"),
+    ],
+)
+def test_csv_cells_are_text_or_numbers_but_no_formulas(cells: list[object], line: str) -> None:
+    assert csv_line(cells) == line

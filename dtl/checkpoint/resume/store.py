@@ -32,6 +32,7 @@ from dtl.checkpoint.resume import tensors_file
 from dtl.checkpoint.resume.state import FORMAT, OtherFormat, check_format
 from dtl.config.models import CheckpointConfig
 from dtl.errors import UserError
+from dtl.text import to_stdout
 from dtl.untrusted import Check, Count, FileName, Record, Sha256, Text, read_json
 
 DEFAULTS = CheckpointConfig()
@@ -116,7 +117,7 @@ class CheckpointStore:
         folder: str | Path,
         options: CheckpointConfig = DEFAULTS,
         *,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = to_stdout,
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.options = Path(folder), options

@@ -88,7 +88,7 @@ def apply_plan(
     """Copy what the plan says into the model. Raises TransferRefused before the first change when anything is wrong."""
     report = TransferReport.of(plan, weights)
     if plan.refusals:
-        raise TransferRefused(report.refusal())
+        raise TransferRefused(*report.refusal())
     targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     values = _values(plan, weights, targets)
     _agree_on_ties(targets, values)

@@ -13,6 +13,7 @@ from dtl import text
 from dtl.checkpoint.transfer.outcomes import Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan
 from dtl.checkpoint.transfer.source.read import SourceWeights
+from dtl.errors import printable
 from dtl.files import without_nan
 
 _ORDER = ("ambiguous", "fresh", "filled", "kept", "adapted", "loaded", "unused")
@@ -68,14 +69,14 @@ class TransferReport:
         """Names of target tensors that keep their initial values."""
         return self.plan.fresh
 
-    def refusal(self) -> str:
+    def refusal(self) -> list[str]:
         """The first reason in the first line, the others and the table below it."""
         first, *others = self.plan.refusals
         lines = [f"transfer from {self.source} refused: {first}"]
         lines += [f"  also: {other}" for other in others[:5]]
         if len(others) > 5:
             lines.append(f"  and {len(others) - 5} reasons more")
-        return "\n".join([*lines, str(self)])
+        return [*lines, *self.lines()]
 
     def to_json(self, path: str | Path) -> None:
         """Write everything the report knows. Outcomes carry target, source, outcome, reason and the evidence."""
@@ -107,8 +108,11 @@ class TransferReport:
             "outcomes": [_plain(outcome) for outcome in self.outcomes],
         }
 
+    def lines(self) -> list[str]:
+        return [*map(printable, self._header()), *table(self.outcomes).split("\n")]
+
     def __str__(self) -> str:
-        return "\n".join([*self._header(), table(self.outcomes)])
+        return "\n".join(self.lines())
 
     def _header(self) -> list[str]:
         fresh = sum(o.parameters for o in self.outcomes if o.outcome in ("fresh", "ambiguous"))

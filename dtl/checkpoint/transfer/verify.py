@@ -15,6 +15,7 @@ from torch import nn
 
 from dtl.checkpoint.transfer.adapt import apply_transform
 from dtl.checkpoint.transfer.plan import TransferPlan
+from dtl.errors import printable
 
 _SETTINGS = ("eps", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode")
 TOLERANCE = 1e-3
@@ -44,7 +45,7 @@ class Verification:
         lines += [f"  set up differently: {line}" for line in self.settings[:12]]
         if len(self.settings) > 12:
             lines.append(f"  and {len(self.settings) - 12} layers more")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "settings": list(self.settings)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
@@ -14,6 +15,48 @@ from dtl.errors import UserError
 def default_cache_dir() -> Path:
     """$DTL_CACHE, or ~/.cache/dtl."""
     return Path(os.environ.get("DTL_CACHE") or Path.home() / ".cache" / "dtl").expanduser()
+
+
+def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool = True) -> Path:
+    """The cache folder, made if need be, which nobody else may write: labels and pixels come from it. UserError otherwise.
+
+    `shared`: the user chose a cache that others write too. Then what is verified by its hash each time (remote shards, `own` false) lies in
+    it directly, and all else in a folder of the user's own in it.
+    """
+    place = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser()
+    try:
+        if not shared:
+            return own_folder(place)
+        place.mkdir(parents=True, exist_ok=True)
+        return own_folder(_private_part(place)) if own else place
+    except OSError as error:
+        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+
+
+def private_cache(cache_dir: str | Path | None, *, shared: bool = False) -> Path:
+    """The folder that `cache_place` would give; nothing is made or looked at."""
+    place = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser()
+    return _private_part(place) if shared else place
+
+
+def _private_part(place: Path) -> Path:
+    return place / f"of-user-{os.geteuid()}"
+
+
+def own_folder(place: Path) -> Path:
+    """`place`, or where it leads to if it is a link, of this user and writable by nobody else; what is missing is made so."""
+    for level in reversed([level for level in (place, *place.parents) if not level.exists()]):
+        level.mkdir(mode=0o700, exist_ok=True)
+    real = place.resolve() if place.is_symlink() else place  # which may be turned to elsewhere later
+    facts = real.stat()
+    if facts.st_uid != os.geteuid():
+        raise UserError(
+            f"the cache {place} belongs to another user (id {facts.st_uid}), who could exchange what is in it; "
+            "name one of your own (data.cache_dir or $DTL_CACHE), or choose to share it with --data.cache-shared true"
+        )
+    if stat.S_IMODE(facts.st_mode) & 0o022:
+        raise UserError(f"the cache {place} can be written by other users: chmod 700 {place}, or choose to share it with --data.cache-shared true")
+    return real
 
 
 def is_remote(source: str | Path) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtl.data.remote.address import default_cache_dir, is_remote, kind_of, shown
+from dtl.data.remote.address import cache_place, is_remote, kind_of, shown
 from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch, options_of_helper
 from dtl.data.remote.schedule import ShardUses, victims
 from dtl.data.shards.manifest import Manifest
@@ -57,6 +57,7 @@ class ShardCache:
         self.uses: ShardUses | None = None
         self._asked = 0
         self._made = False
+        self._verified: set[int] = set()
 
     def to_json(self) -> dict[str, Any]:
         """What makes the same cache in another process; `uses` aside."""
@@ -112,10 +113,23 @@ class ShardCache:
             except FileNotFoundError:
                 self.fetch(number)
                 continue
-            if os.fstat(found).st_size == self.bytes[number]:
+            if os.fstat(found).st_size == self.bytes[number] and self._is_right(number, found):
                 return found
             os.close(found)
-            path.unlink(missing_ok=True)  # somebody has cut it
+            path.unlink(missing_ok=True)  # somebody has cut it, or exchanged it
+
+    def _is_right(self, number: int, found: int) -> bool:
+        """In a cache that others write, each process compares a shard's hash when it first opens it; in one's own it was compared as it came."""
+        if not self.options.cache_shared or number in self._verified:
+            return True
+        digest, at = hashlib.sha256(), 0
+        while block := os.pread(found, 2**20, at):
+            digest.update(block)
+            at += len(block)
+        if digest.hexdigest() != self.digests[number]:
+            return False
+        self._verified.add(number)
+        return True
 
     def local(self, number: int) -> Path:
         """The shard's file, fetched first if need be. Raises Unfetched."""
@@ -156,10 +170,10 @@ class ShardCache:
                 part.unlink(missing_ok=True)
                 self._note_failed(name, str(error))
                 raise
-            except BaseException:
-                if not locked:
-                    part.unlink(missing_ok=True)  # a part to go on from has the plain name
-                raise
+            except BaseException as error:
+                if not locked or isinstance(error, OSError):  # of the disk, which may be full
+                    part.unlink(missing_ok=True)
+                raise  # a part to go on from has the plain name
             part.replace(final)
             fsync_folder(self.folder)
             return True
@@ -328,7 +342,7 @@ def open_cache(manifest: Manifest, folder: Path, options: DataConfig | None = No
     options = options or options_of_helper({})
     _refuse_commands(manifest, folder, options)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
-    place = default_cache_dir() if options.cache_dir is None else Path(options.cache_dir).expanduser()
+    place = cache_place(options.cache_dir, shared=options.cache_shared, own=False)
     return ShardCache(
         place / "remote" / digest[:20],
         options,

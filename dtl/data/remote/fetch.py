@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +22,18 @@ from dtl.data.remote.address import kind_of, shown
 from dtl.data.remote.http import open_http
 from dtl.data.remote.pipe_fsspec import open_fsspec, open_pipe
 from dtl.data.remote.stream import FetchError, Stream, Unfetched
+from dtl.files import temporary_suffix
+from dtl.text import to_stderr
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
 
-__all__ = ["Fetched", "Unfetched", "fetch", "fetch_bytes", "options_of_helper"]
+__all__ = ["Fetched", "Unfetched", "fetch", "fetch_bytes", "fetch_file", "options_of_helper"]
+
+MAX_MANIFEST_BYTES = 256 << 20
+"""Of manifest.json and quarantine.json: the manifest of a million shards."""
+MAX_FILE_BYTES = 256 << 30
+"""Of a tar or a file of weights whose size nobody has stated."""
 
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
@@ -35,6 +41,8 @@ _LONGEST_PAUSE = 30.0
 _PROGRESS_BYTES = 2**18
 # A server that sends a byte now and then is as good as silent.
 _SLOWEST_BYTES = 1024
+# Left free on a disk of any size, or a fiftieth of a small one; looked at after so many bytes.
+_RESERVE_BYTES, _LOOK_EVERY = 2**30, 2**26
 _OPEN: dict[str, Callable[[str, int, str | None, float], Stream]] = {"http": open_http, "pipe": open_pipe, "fsspec": open_fsspec}
 
 
@@ -47,13 +55,21 @@ class Fetched:
 
 
 def fetch(
-    url: str, file: BinaryIO, *, options: DataConfig, size: int | None = None, sha256: str | None = None, log: Callable[[str], None] | None = None
+    url: str,
+    file: BinaryIO,
+    *,
+    options: DataConfig,
+    size: int | None = None,
+    sha256: str | None = None,
+    most: int = MAX_FILE_BYTES,
+    log: Callable[[str], None] | None = None,
 ) -> Fetched:
     """Write the bytes of `url` into `file` (open for reading and writing), from its start; raises Unfetched.
 
-    What `file` holds already is taken for the beginning where `sha256` will tell whether it was, and replaced otherwise.
+    What `file` holds already is taken for the beginning where `sha256` will tell whether it was, and replaced otherwise. Never more than
+    `size` bytes are written, or `most` where it is not known, and never so many that the disk is full.
     """
-    download = _Download(url, file, size, sha256, options)
+    download = _Download(url, file, size, sha256, most, options)
     failures, pause = 0, _FIRST_PAUSE
     while True:
         before = download.at
@@ -75,26 +91,38 @@ def fetch(
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def fetch_bytes(url: str, *, options: DataConfig, most: int = 2**28) -> bytes | None:
+def fetch_bytes(url: str, *, options: DataConfig, most: int = MAX_MANIFEST_BYTES) -> bytes | None:
     """A small file as it is; None where the other side says that it is not there. Raises Unfetched."""
     file = io.BytesIO()
     try:
-        found = fetch(url, file, options=options)
+        fetch(url, file, options=options, most=most)
     except Unfetched as error:
         if error.missing:
             return None
         raise
-    if found.size > most:
-        raise Unfetched(f"{shown(url)} has {found.size:,} bytes, which is no manifest")
     return file.getvalue()
+
+
+def fetch_file(url: str, path: Path, *, options: DataConfig, size: int | None = None, sha256: str | None = None, most: int = MAX_FILE_BYTES) -> Fetched:
+    """`fetch` into a file of this name, of which nothing is left unless all went well."""
+    part = path.with_name(f".{path.name}{temporary_suffix()}")
+    try:
+        with open_for_fetch(part) as file:
+            found = fetch(url, file, options=options, size=size, sha256=sha256, most=most)
+        part.replace(path)
+        return found
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class _Download:
     """The state over all tries: how many bytes are there, and of which version."""
 
-    def __init__(self, url: str, file: BinaryIO, size: int | None, sha256: str | None, options: DataConfig) -> None:
-        self.url, self.file, self.size, self.sha256, self.options = url, file, size, sha256, options
+    def __init__(self, url: str, file: BinaryIO, size: int | None, sha256: str | None, most: int, options: DataConfig) -> None:
+        self.url, self.file, self.size, self.sha256, self.most, self.options = url, file, size, sha256, most, options
         self.at = 0
+        self._disk = _Disk(file)
         self.validator: str | None = None
         self._digest = hashlib.sha256()
         self._known_start = False  # the first bytes were looked at
@@ -137,6 +165,8 @@ class _Download:
             self.restart()
         if self.validator is None:
             self.validator = stream.validator
+        if self.size is None and stream.total is not None and stream.total > self.most:
+            raise FetchError(f"it has {stream.total:,} bytes, more than the {self.most:,} that are read of such a file", retry=False)
         slow = _Slow(self.options.timeout)
         for block in stream.blocks:
             if not self._known_start:
@@ -144,6 +174,9 @@ class _Download:
                 self._known_start = True
             if self.size is not None and self.at + len(block) > self.size:
                 raise FetchError(f"more than the {self.size:,} bytes of the manifest came: it was changed at the server", restart=True)
+            if self.size is None and self.at + len(block) > self.most:
+                raise FetchError(f"it has more than the {self.most:,} bytes that are read of such a file", retry=False)
+            self._disk.check(len(block))
             self.file.write(block)
             self._digest.update(block)
             self.at += len(block)
@@ -167,6 +200,29 @@ class _Download:
             raise FetchError("its sha256 is not the one in the manifest: it was changed at the server, or on its way", restart=True)
         self.file.flush()
         return Fetched(self.at, digest)
+
+
+class _Disk:
+    """Leaves room on the disk that is written to: what a server sends without end must not take it from others."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            self._number: int | None = file.fileno()
+        except OSError:  # in memory
+            self._number = None
+        self._allowed = 0
+
+    def check(self, size: int) -> None:
+        """Before `size` bytes are written. Raises FetchError."""
+        if self._number is None:
+            return
+        if size > self._allowed:
+            facts = os.fstatvfs(self._number)
+            free, reserve = facts.f_bavail * facts.f_frsize, min(_RESERVE_BYTES, facts.f_blocks * facts.f_frsize // 50)
+            if free < reserve + size:
+                raise FetchError(f"the disk has only {free / 1e6:,.0f} MB left", retry=False)
+            self._allowed = min(_LOOK_EVERY, free - reserve)
+        self._allowed -= size
 
 
 class _Slow:
@@ -197,7 +253,7 @@ def _refuse_page(block: bytes, stream: Stream) -> None:
 
 
 def _print(line: str) -> None:
-    print(f"dtl: {line}", file=sys.stderr, flush=True)
+    to_stderr(f"dtl: {line}")
 
 
 def options_of_helper(facts: dict[str, Any]) -> DataConfig:

@@ -1,19 +1,25 @@
 """One answer of an HTTP server, from a given byte on. Retries and checks are `dtl.data.remote.fetch`'s.
 
-The standard library's client: proxies come from the environment (http_proxy, https_proxy, no_proxy), redirects are followed, certificates
-are checked. Timeouts hold for connecting and for each read.
+The standard library's client: proxies come from the environment (http_proxy, https_proxy, no_proxy), certificates are checked. Redirects
+are followed, ten of them, to http and https only, and never from https to http; user and password go to the host that they were given for.
+A server that sends something, but nothing that is of use (headers without end, one byte a minute), is left after the same time as a silent one.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
+import math
 import re
 import socket
 import ssl
+import string
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.message import Message
 from urllib.parse import urlsplit, urlunsplit
 
@@ -22,6 +28,9 @@ from dtl.data.remote.stream import BLOCK_BYTES, FetchError, Stream
 from dtl.version import __version__
 
 _CONNECT_SECONDS = 20.0
+_MOST_REDIRECTS = 10
+_KEPT = ("User-agent", "Range", "If-range")  # by redirects; not what a proxy was told
+_MOST_REASON = 100  # characters of what a server says
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524)
 _HINTS = {
     401: "it needs a password: give it in the address, on the command line or in your --config file, or in ~/.netrc",
@@ -39,35 +48,167 @@ def open_http(url: str, start: int, validator: str | None, timeout: float) -> St
             request.add_header("Range", f"bytes={start}-")
             if validator is not None:
                 request.add_header("If-Range", validator)
-        response = _opener().open(request, timeout=min(timeout, _CONNECT_SECONDS))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _unreachable(error) from None
+    patience = _Patience(timeout)
+    try:
+        response = _opener(patience).open(request, timeout=min(timeout, _CONNECT_SECONDS))
+        return _stream(response, start, validator, patience)
     except urllib.error.HTTPError as error:
+        patience.end()
         with error:
             raise _refused(error, start) from None
     except urllib.error.URLError as error:
-        raise _unreachable(error.reason) from None
+        patience.end()
+        raise (patience.ran_out() or _unreachable(error.reason)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _unreachable(error) from None
-    try:
-        return _stream(response, start, validator, timeout)
+        patience.end()
+        raise (patience.ran_out() or _unreachable(error)) from None
     except BaseException:
-        response.close()
+        patience.end()
         raise
 
 
-def _opener() -> urllib.request.OpenerDirector:
+class _Patience:
+    """Cuts the connection when nothing of use has come for `timeout` seconds, however much else: timeouts of sockets start anew with each byte.
+
+    Begun with a request; `await_more` begins a wait, `rest` ends it, `end` closes all.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._sockets: list[socket.socket] = []
+        self._since = time.monotonic()
+        self._ended, self._cut = threading.Event(), False
+        threading.Thread(target=self._watch, daemon=True, name="dtl-http").start()
+
+    def await_more(self) -> None:
+        self._since = time.monotonic()
+
+    def rest(self) -> None:
+        """While what came is written: no fault of the server's."""
+        self._since = math.inf
+
+    def ran_out(self) -> FetchError | None:
+        """Why the connection broke, if it was cut here."""
+        return FetchError(f"nothing of use came for {self.timeout:g} s") if self._cut else None
+
+    def holds(self, opened: socket.socket) -> None:
+        self._sockets.append(opened.dup())  # TLS takes the socket itself away
+
+    def end(self) -> None:
+        self._ended.set()
+        self._shut()
+        while self._sockets:
+            self._sockets.pop().close()
+
+    def _watch(self) -> None:
+        # A little later than the sockets' own time limits, whose messages are plainer.
+        while not self._ended.wait(min(1.0, self.timeout / 4)):
+            if time.monotonic() - self._since > self.timeout + max(2.0, self.timeout / 4):
+                self._cut = True
+                return self._shut()
+
+    def _shut(self) -> None:
+        for opened in list(self._sockets):
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+
+@lru_cache(1)
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _opener(patience: _Patience) -> urllib.request.OpenerDirector:
     """http and https only: a redirect must not lead to a local file."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
         urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
+        _Plain(patience),
+        _Encrypted(patience),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        _Redirects(patience),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
     return opener
+
+
+def _watched(patience: _Patience, context: ssl.SSLContext | None) -> Callable[..., http.client.HTTPConnection]:
+    """Makes connections whose sockets the patience may cut, from before a proxy's or a TLS handshake on."""
+
+    def make(host: str, *, timeout: float) -> http.client.HTTPConnection:
+        connection = (
+            http.client.HTTPConnection(host, timeout=timeout) if context is None else http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        )
+        connect = connection._create_connection  # type: ignore[attr-defined]
+
+        def create(address: tuple[str, int], timeout: float, source: tuple[str, int] | None = None) -> socket.socket:
+            opened: socket.socket = connect(address, timeout, source)
+            patience.holds(opened)
+            return opened
+
+        connection._create_connection = create  # type: ignore[attr-defined]
+        return connection
+
+    return make
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def __init__(self, patience: _Patience) -> None:
+        super().__init__()
+        self._make = _watched(patience, None)
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._make, req)
+
+
+class _Encrypted(urllib.request.HTTPSHandler):
+    def __init__(self, patience: _Patience) -> None:
+        super().__init__()
+        self._make = _watched(patience, _tls())
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._make, req)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """The library's own reads the whole answer, which may have no end, and follows from https to http."""
+
+    def __init__(self, patience: _Patience) -> None:
+        self._patience = patience
+
+    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        fp.close()
+        place = headers.get("Location") or headers.get("URI")
+        if place is None:
+            raise FetchError(f"HTTP {code} without the address to go to", retry=False)
+        try:
+            parts = urlsplit(urljoin(req.full_url, quote(place, encoding="iso-8859-1", safe=string.punctuation)))
+            here = urlsplit(req.full_url)
+            host = parts.netloc.rpartition("@")[2]
+            shown = urlunsplit((parts.scheme, host, parts.path, "", ""))[:200]
+        except ValueError:
+            raise FetchError(f"HTTP {code} leads to what is no address", retry=False) from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise FetchError(f"HTTP {code} leads to {shown}, and only http and https are followed", retry=False)
+        if here.scheme == "https" and parts.scheme == "http":
+            raise FetchError(f"HTTP {code} leads to {shown}, which is not encrypted as {here.netloc} is", retry=False)
+        self._patience.await_more()
+        hops = getattr(req, "hops", 0) + 1
+        if hops > _MOST_REDIRECTS:
+            raise FetchError(f"HTTP {code} for the {hops}th time in a row (now to {shown}): it leads in a circle", retry=False)
+        further = urllib.request.Request(
+            urlunsplit(parts._replace(netloc=host, fragment="")), headers={name: text for name, text in req.headers.items() if name in _KEPT}
+        )
+        further.hops = hops  # type: ignore[attr-defined]
+        if (here.scheme, here.netloc) == (parts.scheme, host) and req.unredirected_hdrs.get("Authorization"):
+            further.add_unredirected_header("Authorization", req.unredirected_hdrs["Authorization"])
+        return self.parent.open(further, timeout=req.timeout)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _request(url: str) -> urllib.request.Request:
@@ -77,14 +218,15 @@ def _request(url: str) -> urllib.request.Request:
     if (known := user_and_password(parts.netloc) or of_netrc(parts.hostname or "")) is not None:
         name_and_password = ":".join(known)
         # Not redirected: another host must not see it.
-        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(name_and_password.encode()).decode())
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(":".join(known).encode()).decode())
     return request
 
 
-def _stream(response: http.client.HTTPResponse, start: int, validator: str | None, timeout: float) -> Stream:
+def _stream(response: http.client.HTTPResponse, start: int, validator: str | None, patience: _Patience) -> Stream:
+    patience.rest()
     headers = response.headers
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise FetchError(f"the server sends it encoded ({headers['Content-Encoding']}), not as it is", retry=False)
+        raise FetchError(f"the server sends it encoded ({headers['Content-Encoding'][:_MOST_REASON]}), not as it is", retry=False)
     length = _number(headers.get("Content-Length"))
     total, begins = length, 0
     if response.status == 206:
@@ -94,29 +236,38 @@ def _stream(response: http.client.HTTPResponse, start: int, validator: str | Non
         if validator is not None and _validator(headers) not in (None, validator):
             raise FetchError("the file was changed at the server during the download", restart=True)
     elif response.status != 200:
-        raise FetchError(f"HTTP {response.status} {response.reason}")
+        raise FetchError(f"HTTP {response.status} {response.reason[:_MOST_REASON]}")
     ends = None if length is None else begins + length
+
+    def close() -> None:
+        patience.end()
+        response.close()
+
     return Stream(
         start=begins,
         total=total if total is not None else ends,
         ends=ends,
         validator=_validator(headers),
         status=response.status,
-        blocks=_blocks(response, timeout),
-        close=response.close,
+        blocks=_blocks(response, patience),
+        close=close,
     )
 
 
-def _blocks(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
-    _set_timeout(response, timeout)
+def _blocks(response: http.client.HTTPResponse, patience: _Patience) -> Iterator[bytes]:
+    _set_timeout(response, patience.timeout)
     while True:
+        patience.await_more()
         try:
             block = response.read1(BLOCK_BYTES)
         except TimeoutError:
-            raise FetchError(f"no byte came for {timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise FetchError(f"the connection broke ({_words(error)})") from None
+            raise FetchError(f"no byte came for {patience.timeout:g} s") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise (patience.ran_out() or FetchError(f"the connection broke ({_words(error)})")) from None
+        patience.rest()
         if not block:
+            if (cut := patience.ran_out()) is not None:
+                raise cut
             return
         yield block
 
@@ -131,7 +282,7 @@ def _set_timeout(response: http.client.HTTPResponse, timeout: float) -> None:
 
 def _refused(error: urllib.error.HTTPError, start: int) -> FetchError:
     hint = f" ({_HINTS[error.code]})" if error.code in _HINTS else ""
-    reason = f"HTTP {error.code} {error.reason}{hint}"
+    reason = f"HTTP {error.code} {str(error.reason)[:_MOST_REASON]}{hint}"
     if error.code == 416 and start:
         return FetchError(reason, restart=True)
     after = _number(error.headers.get("Retry-After")) if error.headers is not None else None
@@ -155,12 +306,12 @@ def _words(error: object) -> str:
         return error.strerror
     if isinstance(error, http.client.IncompleteRead):
         return "the answer was cut"
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[: 2 * _MOST_REASON] or type(error).__name__
 
 
 def _range(headers: Message) -> tuple[int, int | None]:
     """(first byte, size of the whole file) of a Content-Range."""
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", headers.get("Content-Range", "").strip())
     if found is None:
         raise FetchError("the server answers a range without saying which (no Content-Range)", restart=True)
     return int(found[1]), None if found[2] == "*" else int(found[2])
@@ -168,12 +319,10 @@ def _range(headers: Message) -> tuple[int, int | None]:
 
 def _validator(headers: Message) -> str | None:
     """What If-Range takes: a strong ETag, or else the time of the last change."""
-    tag = headers.get("ETag")
-    if tag is not None and not tag.startswith("W/"):
-        return str(tag)
-    changed = headers.get("Last-Modified")
-    return None if changed is None else str(changed)
+    tag, changed = headers.get("ETag"), headers.get("Last-Modified")
+    found = tag if tag is not None and not tag.startswith("W/") else changed
+    return found if found is not None and re.fullmatch("[ -~]{1,200}", found) else None  # it is sent back as a header
 
 
 def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and text.strip().isdecimal() else None
+    return int(text) if text is not None and re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else None

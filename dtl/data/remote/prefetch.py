@@ -21,6 +21,7 @@ from dtl.data.remote.fetch import Unfetched
 from dtl.data.remote.schedule import ShardUses
 from dtl.errors import UserError
 from dtl.machine import end_process, end_with_parent, fresh_python
+from dtl.text import to_stderr
 
 # Downloads at a time: one connection rarely fills a line.
 PARALLEL = 4
@@ -67,7 +68,7 @@ class Prefetcher:
             self._process.stdin.flush()
         except OSError:
             self._process.stdin.close()
-            print(f"dtl: fetching ahead has ended (status {self._process.wait()}); shards are now fetched when needed", file=sys.stderr, flush=True)
+            to_stderr(f"dtl: fetching ahead has ended (status {self._process.wait()}); shards are now fetched when needed")
 
 
 def serve() -> None:
@@ -125,7 +126,7 @@ class _Ahead:
                 fits = True
                 self._failed.add(number)  # whoever needs it says so
             except (OSError, UserError) as error:
-                print(f"dtl: fetching ahead has ended: {error}", file=sys.stderr, flush=True)
+                to_stderr(f"dtl: fetching ahead has ended: {error}")
                 os._exit(1)
             with self._moved:
                 self._taken.discard(number)

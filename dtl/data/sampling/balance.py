@@ -34,9 +34,9 @@ AnyBalance = Literal["none", "sqrt", "uniform"]
 _ROUNDS = 40
 
 
-def class_members(shards: Shards, balance: AnyBalance, *, cache_dir: str | Path | None = None) -> ClassMembers | None:
+def class_members(shards: Shards, balance: AnyBalance, *, cache_dir: str | Path | None = None, shared: bool = False) -> ClassMembers | None:
     """What `plan_epoch` needs for this balance; None for `none`."""
-    return None if balance == "none" else ClassMembers.of_shards(shards, cache_dir=cache_dir)
+    return None if balance == "none" else ClassMembers.of_shards(shards, cache_dir=cache_dir, shared=shared)
 
 
 def plan_epoch(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.remote.address import default_cache_dir
+from dtl.data.remote.address import cache_place
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.files import write_whole
@@ -48,9 +48,9 @@ class ClassMembers:
         return cls(starts, np.argsort(found, kind="stable").astype(_kind(len(found))))
 
     @classmethod
-    def of_shards(cls, shards: Shards, *, cache_dir: str | Path | None = None) -> ClassMembers:
+    def of_shards(cls, shards: Shards, *, cache_dir: str | Path | None = None, shared: bool = False) -> ClassMembers:
         """From the cache, where it is built if it is missing. UserError if a label is not one of the classes."""
-        place = (Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()) / "by-class"
+        place = cache_place(cache_dir, shared=shared) / "by-class"
         path = place / f"{shards.manifest.index_sha256}.bin"
         starts = _starts(shards)
         found = _read(path, shards.num_samples)

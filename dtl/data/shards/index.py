@@ -76,6 +76,11 @@ _GAP_BYTES = 64 * 1024
 _READ_BYTES = 1024 * 1024  # larger blocks are new pages each time, which cost more than another read
 
 
+def index_bytes(num_shards: int, num_samples: int) -> int:
+    """The size of index.bin."""
+    return _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
+
+
 def write_index(path: Path, shard_sizes: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> str:
     """Write index.bin whole and return its sha256. `columns` are named as in `Shards`."""
     num_samples = int(np.sum(shard_sizes))

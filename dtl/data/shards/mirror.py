@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -11,8 +12,8 @@ from typing import Any, NoReturn
 
 from dtl.config.models import DataConfig
 from dtl.data.remote.address import is_remote, join, kind_of, shown, without_query
-from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes, open_for_fetch
-from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME
+from dtl.data.remote.fetch import MAX_FILE_BYTES, Unfetched, fetch_bytes, fetch_file
+from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME, index_bytes
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.quarantine import QUARANTINE_NAME, Quarantine
 from dtl.data.sources.splits import SPLIT_WORDS, addresses_to_try
@@ -21,6 +22,7 @@ from dtl.files import sha256_of_file, temporary_suffix, write_whole
 from dtl.untrusted import read_json
 
 _ORIGIN_NAME = "origin.json"
+_MOST_NAME_BYTES = 8192  # of a sample's key or path, on average
 
 
 def mirror_place(place: Path, url: str) -> Path:
@@ -57,14 +59,14 @@ def mirror(url: str, text: bytes, folder: Path, *, options: DataConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(text).hexdigest()
     try:
+        manifest = _manifest(url, text)
         if _origin(folder) != {"url": url, "sha256": digest}:
             (folder / _ORIGIN_NAME).unlink(missing_ok=True)
-            manifest = _manifest(url, text)
             _fetch_beside(url, folder, manifest, options)
             manifest.write(folder)
             origin = json.dumps({"url": url, "sha256": digest})
             write_whole(folder / _ORIGIN_NAME, lambda file: file.write(origin.encode()))
-        _fetch_quarantine(url, folder, options)
+        _fetch_quarantine(url, folder, manifest, options)
     except Unfetched as error:
         raise UserError(str(error)) from None
     return folder
@@ -87,31 +89,36 @@ def _manifest(url: str, text: bytes) -> Manifest:
 def _shard_url(url: str, name: str) -> str:
     """A manifest that comes from elsewhere names files below it, or addresses of the same kind: no commands, nothing of this machine."""
     if is_remote(name):
-        if kind_of(name) == "pipe" or (kind_of(name) == "fsspec" and name.partition("://")[0] != url.partition("://")[0]):
+        kinds = name.partition("://")[0].lower(), url.partition("://")[0].lower()
+        if kind_of(name) == "pipe" or (kind_of(name) == "fsspec" and kinds[0] != kinds[1]) or kinds == ("http", "https"):
             raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which a remote manifest must not")
         return name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which does not lie below it")
+    if "::" in name and kind_of(url) == "fsspec":  # a chain of file systems, which may begin on this machine
+        raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which a remote manifest must not")
     return join(url, name)
 
 
 def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: DataConfig) -> None:
     if not _is(folder / INDEX_NAME, manifest.index_sha256):
-        _fetch_file(url, folder, INDEX_NAME, manifest.index_sha256, options)
+        size = index_bytes(len(manifest.shards), manifest.num_samples)
+        _fetch_file(url, folder, INDEX_NAME, manifest.index_sha256, options, size=size)
+    most = _MOST_NAME_BYTES * (manifest.num_samples + 1)
     keys = manifest.made_by.get("keys_sha256")
     if keys is None:
         (folder / KEYS_NAME).unlink(missing_ok=True)
     elif not _is(folder / KEYS_NAME, keys):
-        _fetch_file(url, folder, KEYS_NAME, keys, options)
+        _fetch_file(url, folder, KEYS_NAME, keys, options, most=most)
     try:
-        _fetch_file(url, folder, PATHS_NAME, None, options)  # for reports only
+        _fetch_file(url, folder, PATHS_NAME, None, options, most=most)  # for reports only
     except Unfetched as error:
         (folder / PATHS_NAME).unlink(missing_ok=True)
         if not error.missing:
             raise
 
 
-def _fetch_quarantine(url: str, folder: Path, options: DataConfig) -> None:
+def _fetch_quarantine(url: str, folder: Path, manifest: Manifest, options: DataConfig) -> None:
     """Looked for at each start: it is written beside the manifest without changing it."""
     path = folder / QUARANTINE_NAME
     text = fetch_bytes(join(url, QUARANTINE_NAME), options=options)
@@ -120,15 +127,18 @@ def _fetch_quarantine(url: str, folder: Path, options: DataConfig) -> None:
         return
     found = Quarantine.parse(text, shown(join(url, QUARANTINE_NAME)))
     if not _is(folder / found.index, found.index_sha256):
-        _fetch_file(url, folder, found.index, found.index_sha256, options)
+        _fetch_file(url, folder, found.index, found.index_sha256, options, most=index_bytes(len(manifest.shards), manifest.num_samples))
     write_whole(path, lambda file: file.write(text))
 
 
-def _fetch_file(url: str, folder: Path, name: str, sha256: str | None, options: DataConfig) -> None:
-    part = folder / f".{name}{temporary_suffix()}"
-    with open_for_fetch(part) as file:
-        fetch(join(url, name), file, options=options, sha256=sha256)
-    part.replace(folder / name)
+def _fetch_file(url: str, folder: Path, name: str, sha256: str | None, options: DataConfig, *, size: int | None = None, most: int = MAX_FILE_BYTES) -> None:
+    address = join(url, name)
+    free = shutil.disk_usage(folder).free
+    if (size or 0) > free:
+        raise UserError(
+            f"{shown(address)}: the manifest promises {size:,} bytes, and the cache {folder} has {free:,} left; name another disk with --data.cache-dir"
+        )
+    fetch_file(address, folder / name, options=options, size=size, sha256=sha256, most=min(most, MAX_FILE_BYTES))
 
 
 def _is(path: Path, sha256: str) -> bool:

@@ -22,7 +22,7 @@ from dtl.data.decoding.headers import Limits
 from dtl.data.packing.job import ROWS, write_array, write_json
 from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
-from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch, options_of_helper
+from dtl.data.remote.fetch import Unfetched, fetch_file, options_of_helper
 from dtl.data.shards.index import FORMAT_FLAGS
 from dtl.data.shards.strings import StringTable
 from dtl.data.wds.samples import Ignored, Label, Rules, Sample, open_tar, read_samples, shown
@@ -67,8 +67,7 @@ def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
 
 def _fetched(url: str, path: Path, options: DataConfig) -> Path:
     try:
-        with open_for_fetch(path) as file:
-            fetch(url, file, options=options)
+        fetch_file(url, path, options=options)
     except Unfetched as error:
         raise UserError(str(error)) from None
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import tempfile
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path

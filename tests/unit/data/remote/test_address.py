@@ -1,10 +1,15 @@
-"""Names of what is remote."""
+"""Names of what is remote, and whose caches are used."""
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
-from dtl.data.remote.address import base_name, is_remote, join, shown, without_query
+import pytest
+
+from dtl.data.remote.address import base_name, cache_place, is_remote, join, private_cache, shown, without_query
+from dtl.errors import UserError
 
 
 def test_names() -> None:
@@ -16,3 +21,40 @@ def test_names() -> None:
     assert base_name("pipe:aws s3 cp s3://b/t-01.tar -") == "t-01.tar"
     assert without_query("https://u:p@x:8/y?z#w") == "https://x:8/y"
     assert shown("https://u:p@x/y?z") == "https://x/y?..."
+
+
+def test_a_new_cache_is_private(tmp_path: Path) -> None:
+    place = cache_place(tmp_path / "a/cache")
+    assert place == tmp_path / "a/cache"
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(("mode", "right"), [(0o700, True), (0o755, True), (0o775, False), (0o777, False), (0o1777, False)])
+def test_a_cache_that_others_may_write_is_refused(mode: int, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
+    for named in (tmp_path / "cache", tmp_path / "link", None):
+        if right:
+            assert cache_place(named) == tmp_path / "cache"
+        else:
+            with pytest.raises(UserError, match=r"can be written by other users: chmod 700 .*, or choose to share it with --data.cache-shared true"):
+                cache_place(named)
+
+
+def test_a_cache_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.raises(UserError, match="belongs to another user"):
+        cache_place(tmp_path)
+
+
+def test_of_a_shared_cache_only_what_is_verified_is_shared(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert cache_place(tmp_path, shared=True, own=False) == tmp_path
+    own = cache_place(tmp_path, shared=True)
+    assert own == tmp_path / f"of-user-{os.geteuid()}" == private_cache(tmp_path, shared=True)
+    own.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by other users"):
+        cache_place(tmp_path, shared=True)

@@ -93,6 +93,16 @@ def test_a_cut_file_in_the_cache_is_fetched_again(server: Server, tmp_path: Path
     assert content(cache, 0) == (tmp_path / "www/s-0.tar").read_bytes()
 
 
+def test_in_a_shared_cache_a_shard_that_somebody_exchanged_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    content(cache_of(server, tmp_path), 0)
+    whole = (tmp_path / "www/s-0.tar").read_bytes()
+    cache = cache_of(server, tmp_path)
+    cache.path(0).write_bytes(bytes(len(whole)))
+    assert content(cache, 0) == bytes(len(whole))  # one's own is not hashed again
+    cache.options = cache.options.model_copy(update={"cache_shared": True})
+    assert content(cache, 0) == whole
+
+
 def test_a_failure_is_told_for_a_while_without_asking_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.always["s-1.tar"] = "500"
     cache = cache_of(server, tmp_path)

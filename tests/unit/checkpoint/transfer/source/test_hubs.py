@@ -13,6 +13,7 @@ from torch import nn
 
 from dtl.checkpoint.transfer.source import read as read_module
 from dtl.checkpoint.transfer.source.read import read_weights
+from dtl.data.remote.fetch import Unfetched
 from dtl.errors import UserError
 
 
@@ -24,8 +25,8 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from torchvision import models
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
-    with pytest.raises(UserError, match=r"cannot fetch https://.*resnet18-.*\.pth .*put the file at .*resnet18-.*\.pth"):
+    monkeypatch.setattr(hubs, "fetch_file", _no_network)
+    with pytest.raises(UserError, match=r"https://.*resnet18-.*\.pth cannot be fetched.*put the file at .*resnet18-.*\.pth"):
         read_weights("torchvision:resnet18")
     with pytest.raises(UserError, match=r"no such weights.*resnet18"):
         read_weights("torchvision:resnet81")
@@ -56,7 +57,7 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_network(*_args: object, **_kwargs: object) -> None:
-    raise OSError("no network")
+    raise Unfetched("https://host/resnet18-f37072fd.pth cannot be fetched: no network")
 
 
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             read = read_weights(f"{address}/{folder}/w.pth#net.")
             assert read.prefix == "net."
             assert float(read.tensors["net.0.bias"][0]) == number
-        with pytest.raises(UserError, match=r"cannot fetch .*missing.pth .*404.*put the file at"):
+        with pytest.raises(UserError, match=r"missing.pth cannot be fetched.*404.*put the file at"):
             read_weights(f"{address}/missing.pth")
         server.shutdown()
     assert float(read_weights(f"{address}/b/w.pth").tensors["net.0.bias"][0]) == 1
