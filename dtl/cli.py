@@ -73,9 +73,9 @@ def usage() -> str:
 def _fail(message: str) -> int:
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
-        to_stdout(f"dtl: {redacted_line(message)}", file=sys.stderr, flush=True)
+        print(f"dtl: {printable_lines(redacted_line(message))}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
-        to_stdout(f"dtl: rank {rank} (host {socket.gethostname()}): {redacted_line(message)}", file=sys.stderr, flush=True)
+        print(f"dtl: rank {rank} (host {socket.gethostname()}): {printable_lines(redacted_line(message))}", file=sys.stderr, flush=True)
     return EXIT_WRONG_INPUT
 
 

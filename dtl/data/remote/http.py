@@ -21,7 +21,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from email.message import Message
-from urllib.parse import urlsplit, urlunsplit
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from dtl.credentials import of_netrc, redacted_line, user_and_password, with_credentials
 from dtl.data.remote.stream import BLOCK_BYTES, FetchError, Stream
@@ -216,7 +218,6 @@ def _request(url: str) -> urllib.request.Request:
     host = parts.netloc.rpartition("@")[2]
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")), headers={"User-Agent": f"dtl/{__version__}"})
     if (known := user_and_password(parts.netloc) or of_netrc(parts.hostname or "")) is not None:
-        name_and_password = ":".join(known)
         # Not redirected: another host must not see it.
         request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(":".join(known).encode()).decode())
     return request
@@ -297,7 +298,7 @@ def _unreachable(reason: object) -> FetchError:
     if isinstance(reason, socket.gaierror):
         return FetchError(f"the host is not known ({reason.strerror})")
     if isinstance(reason, (str, ValueError, http.client.InvalidURL)):
-        return FetchError(redacted_line(str(reason)), retry=False)
+        return FetchError(redacted_line(_words(reason)), retry=False)
     return FetchError(_words(reason))
 
 

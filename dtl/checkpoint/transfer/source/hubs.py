@@ -13,7 +13,9 @@ from urllib.parse import urlparse
 
 import torch
 
-from dtl.credentials import bare, redacted_line, with_credentials
+from dtl.config.models import DataConfig
+from dtl.credentials import bare, redacted_line
+from dtl.data.remote.fetch import Unfetched, fetch_file
 from dtl.errors import UserError
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 
@@ -39,12 +41,14 @@ def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Writes beside the file and moves it into place, so that a broken download leaves nothing behind.
-            torch.hub.download_url_to_file(with_credentials(address), str(path), found.group(1) if found else None, progress=False)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cannot fetch {address} ({redacted_line(str(error))}); without a network, put the file at {path}, where it is looked for first"
-            ) from error
+            with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as beside:
+                file = Path(beside) / "weights"
+                fetched = fetch_file(address, file, options=DataConfig(retries=1))
+                if found is not None and not fetched.sha256.startswith(found.group(1)):
+                    raise UserError(f"{address}: its sha256 begins with {fetched.sha256[:8]}, not with {found.group(1)} as its name says")
+                file.replace(path)
+        except (OSError, Unfetched) as error:
+            raise UserError(f"{redacted_line(str(error))}; without a network, put the file at {path}, where it is looked for first") from None
     return Cached(path, facts or {})
 
 

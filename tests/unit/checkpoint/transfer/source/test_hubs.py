@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dtl.checkpoint.transfer.source import hubs
 from dtl.checkpoint.transfer.source import read as read_module
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.data.remote.fetch import Unfetched
