@@ -116,6 +116,7 @@ def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: s
             "train": "photos",
             key: value,
             "allow_pipe": True,
+            "cache_shared": True,
             "cache_dir": "/home/victim",
             "workers": 10_000,
             "max_pixels": 10**12,
@@ -126,6 +127,7 @@ def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: s
     assert getattr(found.config.data, key) is None
     assert found.withheld == {f"data.{key}": value}
     assert (found.config.data.allow_pipe, found.config.data.cache_dir, found.config.data.workers) == (False, None, 8)
+    assert not found.config.data.cache_shared
     assert (found.config.data.max_pixels, found.config.data.max_file_bytes) == (DataConfig().max_pixels, DataConfig().max_file_bytes)
     with pytest.raises(UserError, match=r"config\.yaml names data\..*give the data yourself with --data\.val"):
         found.require("data.train", "data.val", "data.names")
