@@ -28,6 +28,9 @@ packed shards, or - for a list on standard input. The output keeps the order of 
 
 CSV has the columns path,label,name,probability: the most probable class, its display name and its probability. JSON lines have the
 same keys, and with --top N a list `predictions` of the N most probable classes. Images that cannot be read are listed on standard error.
+
+In CSV, a text that a spreadsheet would compute (it begins with = + - @, a tab or a line break) gets an apostrophe in front. To undo it, remove
+the first apostrophe of each cell that begins with apostrophes and one of these characters.
 """
 _EPILOG = """\
 examples:
