@@ -164,7 +164,8 @@ class World:
         return done.stdout.split("\0")[:-1]
 
     def run(self, command: str, arguments: list[str], place: Path, *, world: int = 1) -> harness.Job:
-        return harness.run(arguments, cwd=place, command=command, world=world, env=self.environment)
+        before = {rank: {"before": "published_names:believe"} for rank in range(world)}
+        return harness.run(arguments, cwd=place, command=command, world=world, env=self.environment, by_rank=before)
 
     def launch(self, words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
         """With the real launcher."""
@@ -238,7 +239,7 @@ def _make_weights(world: Path, hub: Path) -> None:
     hub.mkdir(parents=True)
     resnet = _random_weights("torchvision/resnet18", 1000)
     torch.save(resnet, hub / Path(ResNet18_Weights.DEFAULT.url).name)
-    for name in ("weights.pt", "resnet18.pth"):
+    for name in ("weights.pt", "resnet18.pth", "checkpoint.pth"):
         torch.save(resnet, world / name)
     torch.save(_random_weights("torchvision/resnet18", 3), world / "old.pth")
     (world / "old_names.txt").write_text("ant\nbee\ncat\n")
