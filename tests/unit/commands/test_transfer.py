@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.cli import main
 from dtl.models.plain_resnet import resnet_tiny
 
@@ -141,11 +142,15 @@ def test_the_dry_run_looks_at_the_values_too(weights: Path, tmp_path: Path, caps
 
 
 def test_the_dry_run_compares_mean_and_std_with_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import save_file
-
-    state = resnet_tiny(num_classes=4).state_dict()
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
-    facts = {"format": 1, "order": list(state), "preprocessing": {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}}
-    (tmp_path / "model.json").write_text(json.dumps(facts))
-    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path)]) == 0
+    save_model_folder(
+        tmp_path / "model",
+        resnet_tiny(num_classes=4).state_dict(),
+        architecture={"name": "dtl/resnet_tiny", "num_classes": 4, "options": {}},
+        classes=["a", "b", "c", "d"],
+        display_names={},
+        preprocessing={"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225], "image_size": 32, "interpolation": "bilinear", "crop_ratio": 1.0},
+        metrics={},
+        made_by={},
+    )
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path / "model")]) == 0
     assert "warning: the source was trained with mean [0.5, 0.5, 0.5], here it is [0.485, 0.456, 0.406]" in capsys.readouterr().out
