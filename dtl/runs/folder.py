@@ -282,9 +282,11 @@ class RunFolder:
 
 
 def check_is_run(path: Path) -> None:
-    """UserError unless a folder is not there, holds nothing (hidden files aside), or is a run of this dtl or an earlier one."""
+    """UserError unless a folder is not there, holds nothing, or is a run of this dtl or an earlier one. Hidden files are nothing, and so are empty folders:
+    a disk may be mounted at checkpoints/."""
     try:
-        entries = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        with os.scandir(path) as found:
+            entries = sorted(entry.name for entry in found if not entry.name.startswith(".") and not _is_empty_folder(entry))
     except FileNotFoundError:
         return
     except NotADirectoryError:
@@ -299,6 +301,13 @@ def check_is_run(path: Path) -> None:
     for name in MADE:
         if (path / name).is_symlink():
             raise UserError(f"{path / name} is a link: dtl writes and deletes inside of the run folder only; link the run folder itself, or use --run.dir")
+
+
+def _is_empty_folder(entry: os.DirEntry[str]) -> bool:
+    if not entry.is_dir(follow_symlinks=False):
+        return False
+    with os.scandir(entry.path) as inside:
+        return all(one.name == "lost+found" for one in inside)
 
 
 def _clear(folder: Path, made: re.Pattern[str]) -> None:

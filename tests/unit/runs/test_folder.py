@@ -17,7 +17,7 @@ import pytest
 from harness import wait_for
 
 from dtl.errors import UserError
-from dtl.runs.folder import RunFolder, Status, Superseded, check_incarnation, newest_incarnation, read_status
+from dtl.runs.folder import RunFolder, Status, Superseded, check_incarnation, check_is_run, newest_incarnation, read_status
 
 
 @pytest.fixture(autouse=True)
@@ -325,3 +325,12 @@ def test_clear_leaves_what_is_not_of_dtl(tmp_path: Path) -> None:
     RunFolder(run).clear()
     assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == sorted(mine)
     assert (outside / "state.json").exists()
+
+
+def test_a_folder_of_empty_folders_is_empty(tmp_path: Path) -> None:
+    """A disk is mounted at checkpoints/ before the first start; a file in it is somebody's."""
+    (tmp_path / "run/checkpoints/lost+found").mkdir(parents=True)
+    check_is_run(tmp_path / "run")
+    (tmp_path / "run/checkpoints/mine.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty"):
+        check_is_run(tmp_path / "run")

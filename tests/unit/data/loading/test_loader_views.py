@@ -70,7 +70,7 @@ def test_views_are_what_their_epochs_give(shards: Shards, preset: str, workers: 
 def test_an_image_is_decoded_once_for_each_fraction_of_its_size(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bytes, int]] = []
 
-    def decode(data: bytes, reduction: int = 1) -> np.ndarray:
+    def decode(data: bytes, reduction: int = 1, **limits: int) -> np.ndarray:
         seen.append((bytes(data), reduction))
         return real(data, reduction)
 
@@ -85,7 +85,7 @@ def test_an_image_is_decoded_once_for_each_fraction_of_its_size(shards: Shards, 
 def test_a_damaged_sample_is_black_in_all_views(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = shards.read(np.array([2]))[0]
     real = loading.decode
-    monkeypatch.setattr(loading, "decode", lambda data, reduction=1: real(data[: len(data) // 2] if data == broken else data, reduction))
+    monkeypatch.setattr(loading, "decode", lambda data, reduction=1, **limits: real(data[: len(data) // 2] if data == broken else data, reduction, **limits))
     first, *_ = batches(shards, "light", workers=0, epoch=0, views=VIEWS)
     assert [sample for sample, _ in first.bad] == [2]
     assert first.weights.tolist() == [float(slot >= 0 and slot != 2) for slot in first.slots.tolist()]
