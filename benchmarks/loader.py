@@ -152,7 +152,7 @@ def _ours(shards: Path, data: ImageSet, workers: int, *, native: str = "1", **op
 
 def _use_native(switch: str) -> str:
     """What dtl then says of its native extra."""
-    from dtl.data.decoding import crop as decode_crop
+    from dtl.data.decoding import decode as decode_crop
 
     os.environ[decode_crop.SWITCH] = switch
     decode_crop.native.cache_clear()

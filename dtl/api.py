@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtl.checkpoint.transfer.apply import load_pretrained
-from dtl.checkpoint.transfer.report import TransferReport
+from dtl.checkpoint.transfer.apply import TransferReport, load_pretrained
 from dtl.config import resolve_config
 from dtl.config.models import AugmentConfig, DataConfig
 from dtl.data.loading.batch import Transform

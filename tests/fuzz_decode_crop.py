@@ -10,8 +10,7 @@ import sys
 import numpy as np
 from tiny_images import encoded
 
-from dtl.data.decoding.crop import Region, crop_jpeg, native
-from dtl.data.decoding.decode import decode
+from dtl.data.decoding.decode import Region, crop_jpeg, decode, native
 
 HEIGHT, WIDTH = 61, 90
 KINDS = [

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtl.checkpoint.resume.store import CheckpointStore
-    from dtl.checkpoint.transfer.apply import apply_plan, load_pretrained
+    from dtl.checkpoint.transfer.apply import TransferReport, apply_plan, load_pretrained
     from dtl.checkpoint.transfer.outcomes import Outcome
     from dtl.checkpoint.transfer.plan import TransferPlan, plan_transfer
-    from dtl.checkpoint.transfer.report import TransferReport
     from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
 
 _HOMES = {
@@ -18,7 +17,7 @@ _HOMES = {
     "Outcome": "transfer.outcomes",
     "SourceWeights": "transfer.source.read",
     "TransferPlan": "transfer.plan",
-    "TransferReport": "transfer.report",
+    "TransferReport": "transfer.apply",
     "apply_plan": "transfer.apply",
     "load_pretrained": "transfer.apply",
     "plan_transfer": "transfer.plan",

@@ -10,7 +10,7 @@ from dtl.errors import UserError
 from dtl.text import OptionParser, to_stderr, to_stdout
 
 if TYPE_CHECKING:
-    from dtl.checkpoint.transfer.report import TransferReport
+    from dtl.checkpoint.transfer.apply import TransferReport
     from dtl.checkpoint.transfer.source.read import SourceWeights
 
 _EPILOG = """\
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
         report = _verify(options, report, weights)
     to_stdout(*report.lines())
     if options.save_map:
-        from dtl.checkpoint.transfer.report import save_map
+        from dtl.checkpoint.transfer.apply import save_map
 
         save_map(report.plan, options.save_map)
         to_stdout(f"map written to {options.save_map}")

@@ -77,7 +77,7 @@ class Doctor:
         return judge_cluster.judge_network(probe.interfaces(), os.environ, hostname=hostname, resolves_to=address)
 
     def _native(self) -> list[Finding]:
-        from dtl.data.decoding.crop import native
+        from dtl.data.decoding.decode import native
 
         found = native()
         return [judge_machine.judge_native(found.summary, found.fault)]

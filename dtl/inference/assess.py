@@ -22,9 +22,8 @@ from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
-from dtl.training.evaluate import ForwardPass, reduce_sums
+from dtl.training.evaluate import ForwardPass, Sums, first_greatest, reduce_sums
 from dtl.training.losses import Loss
-from dtl.training.metrics import Sums, first_greatest
 from dtl.training.phases import Task
 
 NUM_BINS = 15

@@ -34,9 +34,8 @@ from dtl.report.style import percent
 from dtl.text import Log, to_nobody
 from dtl.training import build
 from dtl.training.dataloaders import DataLoaders
-from dtl.training.evaluate import ForwardPass, Outputs
+from dtl.training.evaluate import ForwardPass, Outputs, Sums
 from dtl.training.losses import Loss
-from dtl.training.metrics import Sums
 from dtl.training.phases import Phase, Task, task_named
 
 Ints = npt.NDArray[np.int64]

@@ -7,10 +7,9 @@ from socket import gethostname
 
 import torch
 
-from dtl.checkpoint.transfer.apply import apply_plan
+from dtl.checkpoint.transfer.apply import TransferReport, apply_plan
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
-from dtl.checkpoint.transfer.report import TransferReport
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, read_weights
 from dtl.config import Config
 from dtl.data.loading import device as device_decode

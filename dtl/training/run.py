@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
-from dtl.checkpoint.transfer.report import TransferReport
+from dtl.checkpoint.transfer.apply import TransferReport
 from dtl.config import Config
 from dtl.config.own import needs_record, note_made
 from dtl.distributed.runtime import Runtime

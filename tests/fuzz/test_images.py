@@ -8,8 +8,7 @@ import numpy as np
 from mutations import bounded, fuzzed, mutated, one_line
 from PIL import Image
 
-from dtl.data.decoding.crop import Region, crop_jpeg
-from dtl.data.decoding.decode import DecodeError, decode, is_plain_jpeg, probe
+from dtl.data.decoding.decode import DecodeError, Region, crop_jpeg, decode, is_plain_jpeg, probe
 from dtl.data.decoding.headers import lean, without_exif
 
 _PIXELS = np.stack([*np.indices((40, 56)), np.arange(40 * 56).reshape(40, 56)], axis=2).astype(np.uint8)

@@ -13,8 +13,7 @@ from math import isqrt
 import torch
 from torch.nn import functional as F
 
-from dtl.checkpoint.transfer.layers.layer import Shape, num_elements, squeezed
-from dtl.checkpoint.transfer.match.matching import is_position_table, is_relative_table
+from dtl.checkpoint.transfer.layers.layer import Shape, is_position_table, is_relative_table, num_elements, squeezed
 from dtl.errors import UserError
 
 

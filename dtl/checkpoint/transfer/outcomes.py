@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
 from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Key, Layer, Shape, TensorSpec, detect_heads, layers_of, num_elements
-from dtl.checkpoint.transfer.match.matching import Match, Matching
+from dtl.checkpoint.transfer.match.evidence import Match, Matching
 from dtl.config.models import TransferOptions
 from dtl.errors import UserError
 from dtl.text import counted

@@ -22,7 +22,7 @@ from dtl.checkpoint.transfer.match.auto import match_auto
 from dtl.checkpoint.transfer.match.by_map import Rule, match_map, read_rules
 from dtl.checkpoint.transfer.match.by_name import Renaming, Trust, kernels, match_names, rename, renamed_specs, trust_names, with_settled
 from dtl.checkpoint.transfer.match.by_order import match_strict_order
-from dtl.checkpoint.transfer.match.matching import Clash, Flag, Match, Matching
+from dtl.checkpoint.transfer.match.evidence import Clash, Flag, Match, Matching
 from dtl.checkpoint.transfer.outcomes import HeadClasses, Outcome, set_aside, settle
 from dtl.checkpoint.transfer.source.class_names import read_class_names, read_head_rows
 from dtl.checkpoint.transfer.source.read import SourceWeights

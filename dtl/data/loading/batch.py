@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtl.data.decoding.crop import Region
-from dtl.data.decoding.decode import is_plain_jpeg
+from dtl.data.decoding.decode import Region, is_plain_jpeg
 from dtl.data.decoding.headers import MAX_PIXELS, without_exif
 from dtl.data.sampling.plan import MicroBatch
 from dtl.errors import DamagedSample

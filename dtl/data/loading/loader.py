@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dtl.data.decoding.crop import crop_jpeg
-from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.decode import DecodeError, crop_jpeg, decode
 from dtl.data.decoding.headers import MAX_PIXELS, check_size
 from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
 from dtl.data.loading.device import DeviceDecoder

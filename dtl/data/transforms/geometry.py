@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
-from dtl.data.decoding.crop import Region
+from dtl.data.decoding.decode import Region
 from dtl.keyed import uniform
 
 Ints = npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from dtl.config.models import AugmentConfig
-from dtl.data.decoding.crop import Region
+from dtl.data.decoding.decode import Region
 from dtl.data.transforms import pixels
 from dtl.data.transforms.geometry import (
     Floats,

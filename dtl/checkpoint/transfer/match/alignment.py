@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtl.checkpoint.transfer.layers.dataflow import Candidates, Dataflow, Link
-from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Layer, num_elements, squeezed
-from dtl.checkpoint.transfer.match.matching import IMAGE_CHANNELS, is_position_table, is_relative_table
+from dtl.checkpoint.transfer.layers.layer import IMAGE_CHANNELS, NORMS, WEIGHTED, Layer, is_position_table, is_relative_table, num_elements, squeezed
 
 TAU = 0.75
 """Alignments within this of the best count as equally good: less than a skipped layer costs."""

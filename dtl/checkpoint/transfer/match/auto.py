@@ -27,11 +27,10 @@ from dtl.checkpoint.transfer.layers.dataflow import (
     producers,
     prune_by_dataflow,
 )
-from dtl.checkpoint.transfer.layers.layer import NORMS, Layer, fuse_projections, loose_signature
+from dtl.checkpoint.transfer.layers.layer import NORMS, Layer, fuse_projections, layer_transform, loose_signature
 from dtl.checkpoint.transfer.match.alignment import Viewed, in_use_order, look
 from dtl.checkpoint.transfer.match.by_name import Trust
-from dtl.checkpoint.transfer.match.evidence import NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
-from dtl.checkpoint.transfer.match.matching import Matching, layer_transform
+from dtl.checkpoint.transfer.match.evidence import Matching, NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
 
 NEW_NAME = "its name is new among names that match: a new layer of that shape, or a renamed one"
 LOST_ORDER = "the source has no order (its names are sorted), and neither names nor numbers place it"

@@ -23,7 +23,7 @@ from typing import Any
 
 from dtl.checkpoint.transfer.adapt import TRANSFORMS, is_transform, why_not
 from dtl.checkpoint.transfer.layers.layer import TensorSpec
-from dtl.checkpoint.transfer.match.matching import Clash, Match, Matching
+from dtl.checkpoint.transfer.match.evidence import Clash, Match, Matching
 from dtl.errors import UserError
 from dtl.untrusted import read_json, read_yaml
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dtl.checkpoint.transfer.layers.layer import WEIGHTED, Key, Layer, Shape, TensorSpec, layers_of, names_speak, strip_wrappers
-from dtl.checkpoint.transfer.match.matching import Clash, Match, Matching, layer_transform
+from dtl.checkpoint.transfer.layers.layer import WEIGHTED, Key, Layer, Shape, TensorSpec, layer_transform, layers_of, names_speak, strip_wrappers
+from dtl.checkpoint.transfer.match.evidence import Clash, Match, Matching
 
 TENSORFLOW_ROLES = {
     "gamma": "weight",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtl.checkpoint.transfer.layers.layer import Layer, TensorSpec, detect_heads, layers_of
-from dtl.checkpoint.transfer.match.matching import Clash, Match, Matching
+from dtl.checkpoint.transfer.match.evidence import Clash, Match, Matching
 
 
 def match_strict_order(source: list[TensorSpec], target: list[TensorSpec], *, heads: Sequence[Layer]) -> Matching:

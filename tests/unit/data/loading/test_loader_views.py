@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dtl.config.models import AugmentConfig, DataConfig
-from dtl.data.decoding.crop import SWITCH, native
+from dtl.data.decoding.decode import SWITCH, native
 from dtl.data.loading import loader as loading
 from dtl.data.loading.batch import Batch
 from dtl.data.loading.loader import StepLoader

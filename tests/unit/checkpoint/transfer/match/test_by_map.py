@@ -16,9 +16,8 @@ from torch import nn
 from transfer_networks import RandomNetwork, Tied, Tokens, Window, edit, random_plan, rename
 
 from dtl.checkpoint.transfer.adapt import TRANSFORMS, apply_transform, why_not
-from dtl.checkpoint.transfer.apply import apply_plan
+from dtl.checkpoint.transfer.apply import apply_plan, save_map
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_transfer
-from dtl.checkpoint.transfer.report import save_map
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.errors import UserError
 

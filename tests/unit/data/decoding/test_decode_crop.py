@@ -18,9 +18,8 @@ from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
 from dtl.config.models import AugmentConfig
-from dtl.data.decoding import crop as decode_crop
-from dtl.data.decoding.crop import Region, crop_jpeg, native
-from dtl.data.decoding.decode import decode, decode_jpeg
+from dtl.data.decoding import decode as decode_crop
+from dtl.data.decoding.decode import Region, crop_jpeg, decode, decode_jpeg, native
 from dtl.data.loading.loader import BatchDataset, decode_into
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import MicroBatch

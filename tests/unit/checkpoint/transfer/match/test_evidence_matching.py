@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dtl.checkpoint.transfer.match.matching import Flag, is_position_table, is_relative_table
+from dtl.checkpoint.transfer.layers.layer import is_position_table, is_relative_table
+from dtl.checkpoint.transfer.match.evidence import Flag
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""dtl.training.metrics: any split of the samples over ranks and batches, with any padding, counts the same."""
+"""Metrics: any split of the samples over ranks and batches, with any padding, counts the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dtl.training.metrics import Sums
+from dtl.training.evaluate import Sums
 
 
 def _data(num_samples: int, num_classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from transfer_networks import TwoConvolutions as Net
 
 from dtl.checkpoint import load_pretrained
-from dtl.checkpoint.transfer.report import fold
+from dtl.checkpoint.transfer.apply import fold
 from dtl.checkpoint.transfer.verify import randomise
 from dtl.errors import TransferRefused
 
