@@ -94,17 +94,18 @@ class Doctor:
         decoding = Measurement("decode", {"image_size": size, "data": self.data, "seconds": 1.5}, seconds=60.0).result()
         batch = self.need.batch_size if device == "cuda" else min(self.need.batch_size, 8)
         given = {"model": self.model, "image_size": size, "batch_size": batch, "device": device, "seconds": 5.0}
-        trained: dict[str, Any] = {}
+        images_s = None
         found = []
         try:
             trained = Measurement("model", given, seconds=90.0).result()
+            images_s = float(trained["images_s"])
             self.need = replace(self.need, parameters=int(trained["parameters"]))
         except Unanswered as error:
             found.append(Finding("model", "warn", f"{self.model} could not be tried: {error}", "a smaller --data.micro-batch-size, or another --model"))
         judged = judge_machine.judge_decode(
             float(decoding["ms_per_image"]),
             machine.core_share(),
-            trained.get("images_s"),
+            images_s,
             model=self.model,
             device="GPU" if device == "cuda" else "cpu",
             ranks=max(1, int(self.torch.get("count") or 0)),

@@ -22,6 +22,7 @@ from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list import PATH_COLUMNS, list_text
 from dtl.errors import DamagedSample, UserError
 from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, without_path
+from dtl.text import from_csv_cell
 
 _LOOK_BYTES = 65_536
 _SHOWN = 60
@@ -225,11 +226,15 @@ def _paths(lines: Sequence[str], folder: Path) -> Iterator[str]:
 def _csv_column(lines: Sequence[str]) -> Iterable[str] | None:
     if not lines or "," not in lines[0]:
         return None
-    header = [cell.strip().lower() for cell in next(csv.reader(lines[:1]))]
-    column = next((header.index(name) for name in PATH_COLUMNS if name in header), None)
-    if column is None:
-        return None
-    return [row[column].strip() for row in csv.reader(lines[1:]) if len(row) > column and row[column].strip()]
+    reader = csv.reader(lines)
+    try:
+        header = [cell.strip().lower() for cell in next(reader)]
+        column = next((header.index(name) for name in PATH_COLUMNS if name in header), None)
+        if column is None:
+            return None
+        return [from_csv_cell(row[column].strip()) for row in reader if len(row) > column and row[column].strip()]
+    except csv.Error as error:
+        raise UserError(f"line {reader.line_num} of the list is not readable as CSV: {error}") from None
 
 
 def _without_label(line: str) -> str:

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -131,7 +132,7 @@ class RunFolder:
         self.incarnation = 0  # 0: not acquired
         self._lock = self.path / "lock"
         self._stale_seconds, self._beat_seconds, self._log = stale_seconds, beat_seconds, log
-        self.facts: dict[str, Any] = {}  # goes into every status.json of this start
+        self._progress: Progress | None = None  # goes into every status.json of this start
         self._owner: dict[str, Any] = {}
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
@@ -163,8 +164,9 @@ class RunFolder:
             raise ValueError(f"state {state!r} is none of {STATES}")
         self.check_incarnation()
         facts = {"state": state, "why": why, "step": step, "incarnation": self.incarnation}
+        progress = {} if self._progress is None else {"progress": asdict(self._progress)}
         here = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "launcher": _launcher()}
-        write_json_whole(self.path / "status.json", facts | here | self.facts | more)
+        write_json_whole(self.path / "status.json", facts | here | progress | more)
 
     def clear(self) -> None:
         """Remove what an earlier run has left here; what the user has put beside it stays."""
@@ -177,7 +179,7 @@ class RunFolder:
         """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""
         before = read_status(self.path).progress
         number = before.starts + 1 if before is not None and before.step == step else 1
-        self.facts["progress"] = {"step": step, "starts": number}
+        self._progress = Progress(step=step, starts=number)
         return number
 
     def release(self) -> None:

@@ -18,7 +18,7 @@ from dtl.data.sources.base import ALL, UNLABELLED, Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, read_regular
-from dtl.text import nearest
+from dtl.text import from_csv_cell, nearest
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
 _LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
@@ -123,7 +123,7 @@ def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_col
     for row in _checked_rows(reader, path):
         if not any(cell.strip() for cell in row):
             continue
-        values = [row[at].strip() if at < len(row) else "" for at in columns]
+        values = [from_csv_cell(row[at].strip()) if at < len(row) else "" for at in columns]
         for value, what in zip(values, ("path", "label")):
             if not value:
                 raise UserError(f"{path}, line {reader.line_num}: no {what}: `{delimiter.join(row)[:80]}`")

@@ -9,8 +9,10 @@ import pytest
 from tiny_images import encoded
 
 from dtl.data.decoding.decode import decode
+from dtl.data.sources.open import open_source
 from dtl.errors import UserError
 from dtl.inference.images import find_images
+from dtl.text import csv_line
 
 
 @pytest.fixture
@@ -70,3 +72,17 @@ def test_what_is_refused(tmp_path: Path, name: str, content: bytes | None, messa
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         find_images([str(tmp_path / name)])
+
+
+def test_a_list_in_csv_is_read_as_dtl_writes_it(tmp_path: Path) -> None:
+    """Cells that a spreadsheet would compute have an apostrophe; a CSV that is none is one line."""
+    for name in ("=1+1.jpg", "plain.jpg"):
+        (tmp_path / name).write_bytes(encoded(seed=1))
+    listed = tmp_path / "list.csv"
+    listed.write_text(csv_line(["path", "label"]) + csv_line(["=1+1.jpg", "-a"]) + csv_line(["plain.jpg", "b"]))
+    assert "'=1+1.jpg" in listed.read_text()
+    assert names([str(listed)], tmp_path) == ["=1+1.jpg", "plain.jpg"]
+    assert open_source(listed).classes == ("-a", "b")
+    listed.write_text('path,label\n"' + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match="line 2 of the list is not readable as CSV: field larger than field limit"):
+        find_images([str(listed)])
