@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 
 from dtl.commands import COMMANDS
-from dtl.credentials import redacted_line
 from dtl.errors import EXIT_WRONG_INPUT, UserError
 from dtl.text import printable_lines
 from dtl.version import __version__
@@ -73,9 +72,9 @@ def usage() -> str:
 def _fail(message: str) -> int:
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
-        print(f"dtl: {printable_lines(redacted_line(message))}", file=sys.stderr, flush=True)
+        print(f"dtl: {printable_lines(message)}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
-        print(f"dtl: rank {rank} (host {socket.gethostname()}): {printable_lines(redacted_line(message))}", file=sys.stderr, flush=True)
+        print(f"dtl: rank {rank} (host {socket.gethostname()}): {printable_lines(message)}", file=sys.stderr, flush=True)
     return EXIT_WRONG_INPUT
 
 

@@ -25,6 +25,11 @@ _OTHER = re.compile(r"(?P<netloc>[^/]*)(?P<path>.*)(?P<query>)(?P<fragment>)", r
 _PATTERN = re.compile(r"[{*\[]")
 _VARIABLE = "DTL_ADDRESS_CREDENTIALS"  # for helper processes of this run; readable by this user only (/proc/PID/environ)
 
+MOST_NAMES = 1_000_000
+"""Of one pattern."""
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+
 # A shorter one is no secret, and stands in many a line.
 _SHORTEST = 6
 
@@ -67,9 +72,10 @@ def _names(clean: str) -> list[str]:
     start = clean[: found.start()]
     if start.count("/") >= 3:
         return [start + "*"]
-    import braceexpand  # a pattern within the name of the host
-
-    return [one.rstrip("/") for one in braceexpand.braceexpand(clean)]
+    try:  # a pattern within the name of the host
+        return [one.rstrip("/") for one in expand_braces(clean)]
+    except ValueError:
+        return []  # whoever opens it finds that it is no pattern
 
 
 def with_credentials(address: str) -> str:
@@ -129,6 +135,23 @@ def redacted_line(text: str) -> str:
         for secret in (query, user.partition(":")[2], unquote(user.partition(":")[2])):
             text = text.replace(secret, "***") if len(secret) >= _SHORTEST else text
     return _QUERY.sub(r"\1", _USER.sub("", text))
+
+
+# ---- patterns
+
+
+def expand_braces(text: str) -> list[str]:
+    """The names of a pattern, as webdataset expands it: train-{0000..0146}.tar, {a,b}.tar. ValueError for braces that do not match, or for too many names."""
+    import braceexpand  # what webdataset itself uses
+
+    number = 1
+    for first, last in _RANGE.findall(text):
+        number *= abs(int(last) - int(first)) + 1
+    for group in _CHOICE.findall(text):
+        number *= group.count(",") + 1
+    if number > MOST_NAMES:  # before any of them is made
+        raise ValueError(f"more than {MOST_NAMES:,} names")
+    return list(braceexpand.braceexpand(text))
 
 
 # ---- helper processes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from dtl.credentials import redacted_line
+
 # Exit statuses of every command.
 EXIT_DONE, EXIT_FAULT, EXIT_WRONG_INPUT = 0, 1, 2
 EXIT_STOPPED = 75  # by a signal or the deadline, after saving: run me again
@@ -27,8 +29,8 @@ class UserError(Exception):
     """A mistake that the user can fix. `dtl` prints its message once, without a traceback, and exits with status 2."""
 
     def __init__(self, *lines: str) -> None:
-        """One line; more of them only where a table follows. Each is printable."""
-        super().__init__(*map(printable, lines))
+        """One line; more of them only where a table follows. Each is printable, and names addresses without their passwords."""
+        super().__init__(*(printable(redacted_line(line)) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(self.args)

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from dtl.credentials import redacted_line
 from dtl.errors import UserError
 from dtl.errors import printable as printable
 
@@ -81,7 +82,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
 
 def to_stderr(line: str) -> None:
     """A line about the work; results go to standard output."""
-    print(printable(line), file=sys.stderr, flush=True)
+    print(printable(redacted_line(line)), file=sys.stderr, flush=True)
 
 
 def to_stdout(*lines: str) -> None:

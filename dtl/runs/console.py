@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dtl.credentials import redacted_line
 from dtl.text import printable
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Console:
         """Print one plain line; a bar stays whole below it. May be called from any thread."""
         if not self._is_main:
             return
-        message = printable(message)
+        message = printable(redacted_line(message))
         if self._live:
             self._rich().print(message, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -30,7 +30,7 @@ import torch
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.config import Config
-from dtl.credentials import redact
+from dtl.credentials import redact, redacted_line
 from dtl.distributed.deadline import Deadline
 from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.distributed.same_start import check_same_start
@@ -217,7 +217,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         kept: dict[str, Any] = {"phases": before.phases} if before.phases else {}
         kept |= {} if before.model is None else {"model": before.model}
         kept |= {} if before.progress is None else {"progress": asdict(before.progress)}
-        self.folder.write_status(state, why=why, step=step or before.step, **kept, **more)
+        self.folder.write_status(state, why=redacted_line(why), step=step or before.step, **kept, **more)
 
 
 def _log(line: str) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtl import credentials
-from dtl.credentials import bare, redact, redacted_line, with_credentials
+from dtl.credentials import bare, expand_braces, redact, redacted_line, with_credentials
+from dtl.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +121,24 @@ def test_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_addresses_lose_what_is_secret_and_nothing_else_changes(given: Any, kept: Any) -> None:
     assert redact(given) == kept
+
+
+@pytest.mark.parametrize(
+    "text", ["{0..9999999999}.tar", "{0..999}{0..999}{0..9}.tar", "{" + ",".join("ab" * 600_000) + "}", "{0..99999}{a,b,c,d,e,f,g,h,i,j,k}"], ids=range(4)
+)
+def test_a_pattern_of_too_many_names_is_refused_before_any_is_made(text: str) -> None:
+    with pytest.raises(ValueError, match="more than 1,000,000 names"):
+        expand_braces(text)
+
+
+def test_patterns() -> None:
+    assert expand_braces("t-{08..11}.tar") == ["t-08.tar", "t-09.tar", "t-10.tar", "t-11.tar"]
+    assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
+    with pytest.raises(ValueError, match=r"."):
+        expand_braces("{a")
+    assert bare("http://me:pw@{0..99999999}/x") == "http://{0..99999999}/x"
+
+
+def test_an_error_names_no_password() -> None:
+    error = UserError("list.txt, line 3: no label: `https://me:geheim42@host/a.tar?token=tok99`")
+    assert str(error) == "list.txt, line 3: no label: `https://host/a.tar"

@@ -317,9 +317,9 @@ class ShardCache:
         try:
             fresh = time.time() - path.stat().st_mtime < _FAILED_SECONDS
             reason = json.loads(path.read_text(encoding="utf-8"))["reason"] if fresh else None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return
-        if reason is not None:
+        if isinstance(reason, str):
             raise Unfetched(reason)
 
     def _note_failed(self, name: str, reason: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NoReturn
 
-from dtl.credentials import bare
+from dtl.credentials import bare, expand_braces
 from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
@@ -139,13 +139,10 @@ def _remote_shards(text: str) -> list[str]:
 
 
 def _expand_braces(text: str) -> list[str]:
-    """As webdataset expands them: train-{0000..0146}.tar, {a,b}.tar."""
-    import braceexpand  # what webdataset itself uses
-
     try:
-        return list(braceexpand.braceexpand(text))
-    except ValueError:
-        raise UserError(f"{text}: its braces do not match") from None
+        return expand_braces(text)
+    except ValueError as error:
+        raise UserError(f"{text[:200]}: its braces do not match{f' ({error})' if 'names' in str(error) else ''}") from None
 
 
 def _is_pattern(text: str) -> bool:
