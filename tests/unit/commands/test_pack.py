@@ -5,26 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_images import encoded, image_folder
+from packed_folders import with_bad_images
+from tiny_images import image_folder
 
 from dtl.commands.pack import parse_size, run
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 
 
-def _with_bad_images(root: Path) -> Path:
-    image_folder(root, {"ant": 20, "bee": 20})
-    good = encoded(height=80, width=80)
-    (root / "ant" / "zero bytes.jpg").write_bytes(b"")
-    (root / "ant" / "text.jpg").write_bytes(b"this is no image")
-    (root / "bee" / "cut.jpg").write_bytes(good[: len(good) // 2])
-    (root / "bee" / "broken link.png").symlink_to(root / "nowhere")
-    (root / "bee" / "page.jpg").write_bytes(b"<html>404</html>")
-    return root
-
-
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = _with_bad_images(tmp_path / "s")
+    root = with_bad_images(tmp_path / "s")
     assert run([str(root), str(tmp_path / "d"), "--on-error", "skip", "--val-fraction", "0.25", "--processes", "1"]) == 0
     captured = capsys.readouterr()
     assert "image folder, 45 images of 2 classes" in captured.err

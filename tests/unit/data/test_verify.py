@@ -9,6 +9,7 @@ from pathlib import Path
 import damage
 import numpy as np
 import pytest
+from packed_folders import small_shards
 from tiny_images import encoded, huge_bmp, image_folder
 from wds_tars import sample as members
 from wds_tars import write_tar
@@ -22,10 +23,7 @@ from dtl.errors import UserError
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = image_folder(tmp_path_factory.mktemp("source"), {"ant": 20, "bee": 15})
-    folder = tmp_path_factory.mktemp("packed") / "shards"
-    pack(root, folder, shard_bytes=30_000, processes=1, progress=False)
-    return folder
+    return small_shards(tmp_path_factory)
 
 
 @pytest.fixture

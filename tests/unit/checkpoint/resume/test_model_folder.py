@@ -5,36 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from saved_models import FACTS, network, save
 
 import dtl
-from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
+from dtl.checkpoint.resume.model_folder import load_model_tensors
 from dtl.errors import UserError
 from dtl.models.model_json import read_model_json
-
-FACTS: dict[str, Any] = {
-    "architecture": {"name": "torchvision/resnet18", "num_classes": 2, "options": {"stem": 3}},
-    "classes": ["ants", "bees"],
-    "display_names": {"ants": "Ameisen"},
-    "preprocessing": {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.1, 0.1), "image_size": 224, "interpolation": "bicubic", "crop_ratio": 0.875},
-    "metrics": {"top1": 0.9375},
-    "made_by": {"run": "digits", "step": 120},
-}
-
-
-def network() -> nn.Module:
-    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2))
-    net[2].weight = net[0].weight  # tied, as some networks are
-    return net
-
-
-def save(folder: Path, net: nn.Module | None = None, **changes: Any) -> None:
-    save_model_folder(folder, (net or network()).state_dict(), **(FACTS | changes))
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:

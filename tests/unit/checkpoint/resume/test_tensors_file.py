@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import nn
+from saved_models import save
 
 from dtl.checkpoint.resume import tensors_file
-from dtl.checkpoint.resume.model_folder import read_model_json, save_model_folder
+from dtl.checkpoint.resume.model_folder import read_model_json
 from dtl.errors import UserError
-
-FACTS: dict[str, Any] = {
-    "architecture": {"name": "torchvision/resnet18", "num_classes": 2, "options": {"stem": 3}},
-    "classes": ["ants", "bees"],
-    "display_names": {"ants": "Ameisen"},
-    "preprocessing": {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.1, 0.1), "image_size": 224, "interpolation": "bicubic", "crop_ratio": 0.875},
-    "metrics": {"top1": 0.9375},
-    "made_by": {"run": "digits", "step": 120},
-}
-
-
-def network() -> nn.Module:
-    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2))
-    net[2].weight = net[0].weight  # tied, as some networks are
-    return net
-
-
-def save(folder: Path, net: nn.Module | None = None, **changes: Any) -> None:
-    save_model_folder(folder, (net or network()).state_dict(), **(FACTS | changes))
 
 
 def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

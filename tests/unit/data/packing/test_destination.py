@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import socket
 import stat
@@ -13,33 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packed_folders import hashes, pack
 from tiny_images import image_folder
 
-from dtl.data.packing.pack import pack as pack_loudly
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
-
-
-def pack(source: Path | str, destination: Path, **options: Any) -> Any:
-    return pack_loudly(source, destination, progress=False, **{"processes": 1, **options})
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Path -> sha256 of every file below."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("source") / "photos", {"ant": 60, "bee": 50, "cat": 40})
-
-
-@pytest.fixture(scope="module")
-def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "shards"
-    pack(source, folder, shard_bytes=50_000)
-    return folder
 
 
 def test_two_at_once_into_one_folder(source: Path, tmp_path: Path) -> None:

@@ -17,25 +17,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed_folders import hashes, pack, with_bad_images
 from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
 from dtl.data.decoding.decode import decode
 from dtl.data.packing import tasks as pack_tasks
 from dtl.data.packing.job import Job, PackOptions
-from dtl.data.packing.pack import pack as pack_loudly
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
-
-
-def pack(source: Path | str, destination: Path, **options: Any) -> Any:
-    return pack_loudly(source, destination, progress=False, **{"processes": 1, **options})
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Path -> sha256 of every file below."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def images_of(folder: Path) -> list[bytes]:
@@ -43,18 +33,6 @@ def images_of(folder: Path) -> list[bytes]:
     found = shards.read(np.arange(shards.num_samples))
     assert all(isinstance(one, bytes) for one in found)
     return found  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("source") / "photos", {"ant": 60, "bee": 50, "cat": 40})
-
-
-@pytest.fixture(scope="module")
-def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "shards"
-    pack(source, folder, shard_bytes=50_000)
-    return folder
 
 
 def test_every_image_once_with_its_own_bytes_and_label(source: Path, packed: Path) -> None:
@@ -210,17 +188,6 @@ def test_a_source_that_changes_while_it_is_packed(source: Path, tmp_path: Path, 
 # --- unreadable images
 
 
-def _with_bad_images(root: Path) -> Path:
-    image_folder(root, {"ant": 20, "bee": 20})
-    good = encoded(height=80, width=80)
-    (root / "ant" / "zero bytes.jpg").write_bytes(b"")
-    (root / "ant" / "text.jpg").write_bytes(b"this is no image")
-    (root / "bee" / "cut.jpg").write_bytes(good[: len(good) // 2])
-    (root / "bee" / "broken link.png").symlink_to(root / "nowhere")
-    (root / "bee" / "page.jpg").write_bytes(b"<html>404</html>")
-    return root
-
-
 BAD = {
     "ant/zero bytes.jpg": "the file is empty (0 bytes)",
     "ant/text.jpg": "not an image (text)",
@@ -233,7 +200,7 @@ BAD = {
 @pytest.mark.parametrize("processes", [1, 2])
 def test_unreadable_images_are_refused_by_name(tmp_path: Path, processes: int) -> None:
     with pytest.raises(UserError) as error:
-        pack(_with_bad_images(tmp_path / "s"), tmp_path / "d", processes=processes)
+        pack(with_bad_images(tmp_path / "s"), tmp_path / "d", processes=processes)
     message = str(error.value)
     assert message.startswith("5 of 45 images cannot be read: ")
     assert message.endswith("--on-error skip (training: --data.on-error skip)")
@@ -252,7 +219,7 @@ def test_many_unreadable_images_are_counted(tmp_path: Path) -> None:
 
 
 def test_skip_leaves_them_out_and_reports_them(tmp_path: Path) -> None:
-    root = _with_bad_images(tmp_path / "s")
+    root = with_bad_images(tmp_path / "s")
     report = pack(root, tmp_path / "d", on_error="skip")
     assert {path for path, _ in report.skipped} == set(BAD)
     assert all(BAD[path] in reason for path, reason in report.skipped)

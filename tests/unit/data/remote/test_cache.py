@@ -23,16 +23,10 @@ from hypothesis import strategies as st
 
 from dtl.config.models import DataConfig
 from dtl.data.remote import cache as shard_cache
-from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.sampling.plan import EpochPlan
 from dtl.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -10,14 +10,8 @@ from bad_server import Server
 from cached_shards import NUM, SIZE, cache_of, content, make, uses_of
 
 from dtl.data.remote import cache_space as cache_room
-from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.cache_space import Demand, divide
 from dtl.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -7,36 +7,18 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from bad_server import Server
 from harness import wait_for
+from served_file import DATA
 
 from dtl.config.models import DataConfig
-from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.fetch import Fetched, Unfetched, fetch, fetch_bytes
 
-DATA = np.random.default_rng(0).bytes(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
 OPTIONS = DataConfig(retries=3, timeout=2.0)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www/a.tar").write_bytes(DATA)
-    with Server(tmp_path / "www") as running:
-        yield running
 
 
 def got(server: Server, *, known: bool = True, options: DataConfig = OPTIONS, file: io.BytesIO | None = None) -> bytes:

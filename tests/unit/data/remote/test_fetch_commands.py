@@ -21,16 +21,10 @@ from dtl.config import resolve_config
 from dtl.config.models import DataConfig
 from dtl.data.open import ensure_packed, open_split
 from dtl.data.packing.pack import pack
-from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.address import default_cache_dir
 from dtl.data.shards.index import Manifest, Shards
 from dtl.data.verify import verify as verify_split
 from dtl.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -12,33 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bad_server
-import numpy as np
 import pytest
 from bad_server import Server
+from served_file import DATA
 
 from dtl.config.models import DataConfig
 from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.fetch import Unfetched, fetch, fetch_bytes, fetch_file
 
-DATA = np.random.default_rng(0).bytes(300_000)
-
-
 OPTIONS = DataConfig(retries=3, timeout=2.0)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www/a.tar").write_bytes(DATA)
-    with Server(tmp_path / "www") as running:
-        yield running
 
 
 def test_a_redirect_is_followed(server: Server) -> None:

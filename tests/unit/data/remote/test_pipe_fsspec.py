@@ -15,7 +15,6 @@ import pytest
 from harness import wait_for
 
 from dtl.config.models import DataConfig
-from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.fetch import Fetched, Unfetched, fetch
 
 DATA = np.random.default_rng(0).bytes(300_000)
@@ -25,13 +24,6 @@ SHA = hashlib.sha256(DATA).hexdigest()
 
 
 OPTIONS = DataConfig(retries=3, timeout=2.0)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def piped(command: str, **facts: object) -> bytes:

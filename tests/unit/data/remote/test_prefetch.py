@@ -12,13 +12,7 @@ import pytest
 from bad_server import Server
 from cached_shards import SIZE, cache_of, make, used, uses_of
 
-from dtl.data.remote import fetch as fetch_module
 from dtl.data.remote.prefetch import Prefetcher
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
