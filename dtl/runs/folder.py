@@ -284,11 +284,11 @@ class RunFolder:
 
 
 def check_is_run(path: Path) -> None:
-    """UserError unless a folder is not there, holds nothing, or is a run of this dtl or an earlier one. Hidden files are nothing, and so are empty folders:
-    a disk may be mounted at checkpoints/."""
+    """UserError unless a folder is not there, holds nothing, or is a run of this dtl or an earlier one. Hidden files are nothing, and so are empty folders
+    (a disk may be mounted at checkpoints/) and the notes of a Slurm job, which it writes before the run starts (slurm/job.sh)."""
     try:
         with os.scandir(path) as found:
-            entries = sorted(entry.name for entry in found if not entry.name.startswith(".") and not _is_empty_folder(entry))
+            entries = sorted(entry.name for entry in found if not entry.name.startswith(".") and not _is_no_content(entry))
     except FileNotFoundError:
         return
     except NotADirectoryError:
@@ -305,9 +305,11 @@ def check_is_run(path: Path) -> None:
             raise UserError(f"{path / name} is a link: dtl writes and deletes inside of the run folder only; link the run folder itself, or use --run.dir")
 
 
-def _is_empty_folder(entry: os.DirEntry[str]) -> bool:
+def _is_no_content(entry: os.DirEntry[str]) -> bool:
     if not entry.is_dir(follow_symlinks=False):
         return False
+    if entry.name == "slurm":  # never deleted by dtl
+        return True
     with os.scandir(entry.path) as inside:
         return all(one.name == "lost+found" for one in inside)
 

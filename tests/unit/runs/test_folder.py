@@ -328,8 +328,10 @@ def test_clear_leaves_what_is_not_of_dtl(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_empty_folders_is_empty(tmp_path: Path) -> None:
-    """A disk is mounted at checkpoints/ before the first start; a file in it is somebody's."""
+    """A disk is mounted at checkpoints/, and a Slurm job writes its notes, before the first start; a file in checkpoints/ is somebody's."""
     (tmp_path / "run/checkpoints/lost+found").mkdir(parents=True)
+    (tmp_path / "run/slurm/17").mkdir(parents=True)
+    (tmp_path / "run/slurm/17/stages").write_text("the job has begun")
     check_is_run(tmp_path / "run")
     (tmp_path / "run/checkpoints/mine.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
