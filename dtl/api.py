@@ -200,7 +200,7 @@ def predict(
     from dtl.inference.predict import predict as predictions
 
     if top < 1:
-        raise UserError(f"top is {top}; at least one class is asked for")
+        raise UserError(f"top is {top}; it must be at least 1")
     with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
         with running.runtime.together("images"):
             inputs = find_images(_paths(images))

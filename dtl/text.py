@@ -167,9 +167,9 @@ class OptionParser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-            message = f"unknown option {word}" if word.startswith("-") else f"{word} is one argument too many"
+            message = f"unknown option {word}" if word.startswith("-") else f"{word} is not expected here"
             hint = self._meant(word)
-        raise UserError(f"{message}{hint} ({self.prog} --help lists what it takes)")
+        raise UserError(f"{message}{hint} ({self.prog} --help lists the options)")
 
     def _meant(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]

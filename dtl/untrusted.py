@@ -214,7 +214,7 @@ def _no_nul(text: str) -> str:
 
 def _plain_name(text: str) -> str:
     if text in ("", ".", "..") or "/" in text or any(ord(letter) < 32 or ord(letter) == 127 for letter in text) or len(os.fsencode(text)) > 255:
-        raise ValueError(f"{text[:80]!r} is no plain file name (a name without a folder)")
+        raise ValueError(f"{text[:80]!r} must be a file name without a folder")
     return text
 
 
@@ -230,7 +230,7 @@ def is_sha256(text: str) -> bool:
 
 def _sha256(text: str) -> str:
     if not is_sha256(text):
-        raise ValueError(f"{text[:80]!r} is no SHA-256 of 64 hexadecimal digits")
+        raise ValueError(f"{text[:80]!r} is not a SHA-256 (64 hexadecimal digits)")
     return text
 
 
@@ -284,7 +284,7 @@ def _fault_in(value: Any, *, finite: bool = True) -> str | None:
         if isinstance(one, int) and abs(one) >= 1 << 64:
             return f"{str(one)[:40]}... is too large a number"
         if isinstance(one, str) and "\0" in one:
-            return "a text holds a NUL character"
+            return "a string holds a NUL character"
         if isinstance(one, dict):
             rest += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set):
@@ -349,7 +349,7 @@ def _check_growth(events: Iterable[Any], origin: str) -> None:
             if anchor:
                 sizes[anchor] = count - before
         if count > _MAX_YAML_VALUES:
-            raise UserError(f"{origin}: more than {_MAX_YAML_VALUES:,} values (aliases counted as often as they are used)")
+            raise UserError(f"{origin}: more than {_MAX_YAML_VALUES:,} values (aliases counted at each use)")
         if len(opened) > _MAX_YAML_DEPTH:
             raise UserError(f"{origin}: nested deeper than {_MAX_YAML_DEPTH} levels")
 

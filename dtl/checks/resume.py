@@ -98,7 +98,7 @@ class _Run:
         return self.start([*self.arguments, "--run.dir", str(self.folder / "runs"), "--run.name", "run", "--tracking.wandb", "off"], variables)
 
     def to_the_end(self, timeout: float) -> float:
-        """One undisturbed start; the seconds that it took."""
+        """One uninterrupted start; the seconds that it took."""
         started = time.monotonic()
         running = self.begin()
         while running.is_alive():
@@ -161,7 +161,7 @@ def check(
     chance, result = random.Random(seed), Result()
     reference = _Run(folder / "reference", start, arguments, fresh_cache)
     seconds = reference.to_the_end(timeout)
-    log(f"undisturbed: {seconds:.1f} s")
+    log(f"uninterrupted: {seconds:.1f} s")
     expected = outcome(reference.path)
     result.steps = int(expected["step"])
     aims = _aims(chance)
@@ -178,7 +178,7 @@ def check(
             finished = killed is None
             if killed is not None:
                 result.kills.append(killed)
-                half = ", a checkpoint half written" if killed.writing else ""
+                half = ", during a checkpoint write" if killed.writing else ""
                 log(f"kill {len(result.kills)} of {kills}: in {killed.stage or 'start'} of step {killed.step}{half}")
         if not finished:
             run.to_the_end(timeout)
@@ -215,14 +215,14 @@ def compare(reference: _Run, run: _Run, result: Result) -> list[str]:
     expected, got = outcome(reference.path), outcome(run.path)
     differences = [f"{name} {got[name]!r}, not {expected[name]!r}" for name in ("state", "step") if got[name] != expected[name]]
     if got["weights"] != expected["weights"]:
-        differences.append(f"the weights are not those of the undisturbed run (sha256 {got['weights'][:12]}, not {expected['weights'][:12]})")
+        differences.append(f"the weights differ from those of the uninterrupted run (sha256 {got['weights'][:12]}, not {expected['weights'][:12]})")
     if got["history"] != expected["history"]:
         differences.append(_first_difference(expected["history"], got["history"]))
     result.events += len(got["history"])
     wanted, seen = read_trace(reference.folder / "trace"), read_trace(run.folder / "trace")
     for step in sorted(wanted.keys() | seen.keys()):
         if wanted.get(step) != seen.get(step):
-            differences.append(f"step {step} was trained on other samples, or other augmentations of them")
+            differences.append(f"step {step} was trained on different samples, or on different augmentations of them")
             break
         result.slots += len(wanted[step])
     return differences

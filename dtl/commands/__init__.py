@@ -18,7 +18,7 @@ COMMANDS = {
     "report": "curves, confusion, example images of one run or several, as PNG and HTML",
     "index": "manifest and index for WebDataset tars made by others",
     "verify": "check packed shards: sizes, checksums, every image decoded",
-    "verify-resume": "kill a recipe at random moments, and compare with an undisturbed run",
+    "verify-resume": "kill a recipe at random moments, and compare with an uninterrupted run",
     "verify-epoch": "prove an epoch: count and hash what the loaders of any world size deliver",
     "find-lr": "a learning rate range test of a phase, on one process or many, with a plot and a suggestion",
     "completion": "a script for bash, zsh or fish that completes commands and options",

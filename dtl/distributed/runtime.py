@@ -93,9 +93,9 @@ class Runtime:
         self.launch = launch
         use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("run.device is cuda, but this machine shows no GPU to PyTorch; use --run.device auto or cpu")
+            raise UserError("run.device is cuda, but PyTorch finds no GPU on this machine; use --run.device auto or cpu")
         if device == "cuda" and launch.use_cpu:
-            raise UserError("run.device is cuda, but the launch asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
+            raise UserError("run.device is cuda, but the launch configuration asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
         _check_gpus(launch, use_cpu)
         if use_cpu:
             _keep_freed_memory()
@@ -319,7 +319,9 @@ def resolve_precision(wanted: str, launch: Launch, use_cpu: bool, trained_in: st
     file is refused."""
     if wanted != "auto":
         if launch.precision not in (None, wanted):
-            raise UserError(f"precision is {wanted}, but the launch says mixed_precision {launch.precision}; make them agree, or use --precision auto")
+            raise UserError(
+                f"precision is {wanted}, but mixed_precision of the launch is {launch.precision}; give both the same value, or use --precision auto"
+            )
         if wanted == "fp16" and use_cpu:
             raise UserError("precision fp16 needs a GPU; use bf16 or no on a CPU")
         return wanted
@@ -403,15 +405,15 @@ def _check_gpus(launch: Launch, use_cpu: bool) -> None:
     if not use_cpu and launch.local_world_size > torch.cuda.device_count():
         raise UserError(
             f"{counted(launch.local_world_size, 'process')} launched on a machine with {counted(torch.cuda.device_count(), 'GPU')}; "
-            "launch one a GPU, or use --run.device cpu"
+            "launch one process per GPU, or use --run.device cpu"
         )
 
 
 def _check_world(launch: Launch, world_size: int) -> None:
-    for number, source in ((launch.world_size, "WORLD_SIZE is"), (launch.asked_for, "the launch asked for")):
+    for number, source in ((launch.world_size, "WORLD_SIZE is"), (launch.asked_for, "the launcher was asked for")):
         if number is not None and number != world_size:
             raise UserError(
-                f"{source} {counted(number, 'process')}, but this one sees a world of {world_size}: they would be separate runs. "
+                f"{source} {counted(number, 'process')}, but WORLD_SIZE in this process is {world_size}: each would train a separate run. "
                 "On CPUs use `accelerate launch --config_file launch/cpu_2.yaml --num_processes N`, or torchrun --nproc-per-node N"
             )
 

@@ -111,7 +111,7 @@ class Note:
     def __str__(self) -> str:
         who = f"rank {self.rank}" + (f" (host {self.host}, pid {self.pid})" if self.host else "")
         if self.count < 0:
-            return f"{who}, which has written nothing yet"
+            return f"{who}, which has sent no heartbeat yet"
         if self.ended not in (None, _LOST):
             return f"{who}, which ended: {self.ended}" if self.ended else f"{who}, which ended"
         where = f"stage {self.stage} of step {self.step}" + (f", {self.what}" if self.what else "")
@@ -140,7 +140,7 @@ class Notes:
         self._machine = pid_space()
 
     def write(self, heart: Heartbeat, *, ended: str | None = None, what: str = "") -> None:
-        """Raises RuntimeError when the store cannot be reached, as `read` does."""
+        """Raises RuntimeError when the rendezvous store cannot be reached, as `read` does."""
         self._count += 1
         note = {
             "count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "machine": self._machine, "stage": heart.stage, "step": heart.step,
@@ -168,7 +168,7 @@ class Notes:
     def _bounded(self, work: Callable[[], T], seconds: float = 5.0) -> T:
         """`work` in a thread: over a cable that was cut, a store's answer may be waited for without an end."""
         if self._worker is not None and self._worker.is_alive():
-            raise RuntimeError("an earlier call is still waiting for the store")
+            raise RuntimeError("an earlier call is still waiting for the rendezvous store")
         results: list[T] = []
         errors: list[Exception] = []
 
@@ -182,7 +182,7 @@ class Notes:
         self._worker.start()
         self._worker.join(seconds)
         if not results:
-            raise RuntimeError("the store cannot be reached") from (errors[0] if errors else None)
+            raise RuntimeError("the rendezvous store cannot be reached") from (errors[0] if errors else None)
         return results[0]
 
 
@@ -199,7 +199,7 @@ def awaited(notes: list[Note]) -> list[Note]:
 def describe(notes: list[Note]) -> str:
     names = [str(note) for note in awaited(notes)]
     if not names:
-        return f"all {len(notes)} ranks are in stage {notes[0].stage} of step {notes[0].step}, and nothing comes through between them (network?)"
+        return f"all {len(notes)} ranks are in stage {notes[0].stage} of step {notes[0].step}, but their collective does not complete (network?)"
     return "waiting for " + "; ".join(names[:4]) + (f"; and {len(names) - 4} more ranks" if len(names) > 4 else "")
 
 
@@ -267,7 +267,7 @@ class Watchdog:
             try:
                 notes = self._notes.read()
             except RuntimeError:
-                return "" if self.rank > 1 else "lost the main process (rank 0), or the network to it: it cannot be reached any more"
+                return "" if self.rank > 1 else "lost the main process (rank 0), or the network connection to it"
             gone = [note for note in notes if note.gone] or [note for note in notes if note.ended == _LOST]
             if gone:
                 reporter = min((note.rank for note in notes if note.rank not in {other.rank for other in gone}), default=self.rank)
@@ -297,7 +297,7 @@ class Watchdog:
         behind = awaited(notes) if len(notes) > 1 else notes
         waiting = [note.rank for note in notes if note not in behind]
         reports = self.rank == min(waiting, default=0)
-        text = describe(notes) if len(notes) > 1 else f"nothing has happened for long: {notes[0]}"
+        text = describe(notes) if len(notes) > 1 else str(notes[0])
         silent = [note for note in behind if note.gone]
         if age > self.limit and (self.heart.stage not in PATIENT or silent):
             self._finish(f"no progress for {age:.0f} s (run.timeout_minutes): {text}", reports)
@@ -312,8 +312,8 @@ class Watchdog:
         if age > self.limit:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             self._finish(
-                f"no progress for {age:.0f} s (run.timeout_minutes), and {place}, where the ranks meet, cannot be reached from rank {self.rank} "
-                f"(host {socket.gethostname()}): rank 0 hangs, or the network between them is cut",
+                f"no progress for {age:.0f} s (run.timeout_minutes), and the rendezvous store at {place} cannot be reached from rank {self.rank} "
+                f"(host {socket.gethostname()}): rank 0 hangs, or the network is down",
                 self.heart.stage != "load",  # else the others wait for this one
             )
 

@@ -40,7 +40,7 @@ def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(facts[name], list) or len(facts[name]) != 3 or not all(map(_is_number, facts[name])):
             raise ValueError(f"{name} must be three numbers")
     if not _is_number(facts["crop_ratio"]) or not isinstance(facts["interpolation"], str):
-        raise ValueError("crop_ratio must be a number, interpolation a text")
+        raise ValueError("crop_ratio must be a number, interpolation a string")
     rest: list[Any] = [facts]
     while rest:
         one = rest.pop()

@@ -88,7 +88,7 @@ def build_optimizer(
     if name not in ("sgd", "adam", "adamw"):
         raise UserError(f"optimizer must be sgd, adam or adamw, not {name!r}")
     if nesterov and momentum == 0:
-        raise UserError("nesterov needs a momentum above 0")
+        raise UserError("nesterov needs momentum above 0")
     refusal = _why_not_fused([parameter for group in groups for parameter in group["params"]])
     if fused is True and refusal:
         raise UserError(f"optimizer: fused=true is not possible: {refusal}")
@@ -118,7 +118,7 @@ def _why_not_fused(parameters: list[nn.Parameter]) -> str:
     supported = ("cuda", "cpu", "mps", "xpu")
     for parameter in parameters:
         if parameter.device.type not in supported:
-            return f"there is none for the device {parameter.device.type}"
+            return f"no fused kernel for the device {parameter.device.type}"
         if not torch.is_floating_point(parameter):
-            return f"there is none for {parameter.dtype}"
+            return f"no fused kernel for {parameter.dtype}"
     return ""

@@ -40,15 +40,15 @@ class Schedule:
         if self.kind == "step":
             self._check_step()
         if self.kind == "one_cycle" and self.warmup_steps:
-            raise UserError("the one_cycle schedule has a warm-up of its own; leave warmup at 0")
+            raise UserError("the one_cycle schedule has its own warm-up; set warmup to 0")
 
     def _check_step(self) -> None:
         if bool(self.every_steps) == bool(self.milestones):
-            raise UserError("the step schedule needs either every N epochs or a list of milestones, and not both")
+            raise UserError("the step schedule needs either every N epochs or a list of milestones, not both")
         if self.every_steps < 0:
             raise UserError(f"the step schedule's period must be positive, not {self.every_steps} steps")
         if any(later <= earlier for earlier, later in pairwise((0, *self.milestones))):
-            raise UserError(f"milestones must be positive and rising, not {list(self.milestones)}")
+            raise UserError(f"milestones must be positive and increasing, not {list(self.milestones)}")
         if self.gamma <= 0:
             raise UserError(f"gamma must be positive, not {self.gamma}")
 

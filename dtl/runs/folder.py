@@ -74,7 +74,7 @@ def _phase_row(row: dict[str, Any]) -> dict[str, Any]:
     numbers = ("epochs", "seconds", "images_per_second", "kept_step", "kept_epoch", "train_loss")
     val = row.get("val")
     if not isinstance(row.get("phase"), str) or not isinstance(row.get("task", ""), str):
-        raise ValueError("phase and task must be texts")
+        raise ValueError("phase and task must be strings")
     if not isinstance(val, dict | None):
         raise ValueError("val must be an object")
     for name, value in (*((name, row.get(name)) for name in numbers), *(val or {}).items()):
@@ -236,8 +236,8 @@ class RunFolder:
             alive = not _restarts(owner) and self._beats(number, who)
         if alive:
             raise UserError(
-                f"another run works in {self.path} ({who}, since {owner.since}): wait until it ends, stop it, "
-                "or start this one under another name with --run.name NEW"
+                f"another process is training in {self.path} ({who}, since {owner.since}): wait until it ends, stop it, "
+                "or give this run another name with --run.name NEW"
             )
 
     def _beats(self, number: int, who: str) -> bool:
@@ -246,7 +246,7 @@ class RunFolder:
         if self._age(beat) > _LONG_DEAD_SECONDS:
             return False
         before, until = _read_text(beat), time.monotonic() + self._stale_seconds
-        self._log(f"{self.path} was in use by {who}: watching up to {self._stale_seconds:.0f} s whether it is alive")
+        self._log(f"{self.path} is locked by {who}: waiting up to {self._stale_seconds:.0f} s for a sign that it is alive")
         while time.monotonic() < until:
             time.sleep(min(1.0, self._stale_seconds / 10))
             # Read, not stat: an open asks the file server, the attributes of a file may be cached for a minute.
@@ -343,7 +343,7 @@ def check_incarnation(path: str | Path, incarnation: int) -> None:
         owner = _read_owner(Path(path) / "lock" / f"{newest:08d}.json") or Owner()
         raise Superseded(
             f"this process is of start {incarnation} of the run in {path}, and start {newest} has taken over "
-            f"(host {owner.host}, pid {owner.pid or 'unknown'}): it writes nothing more and ends"
+            f"(host {owner.host}, pid {owner.pid or 'unknown'}): this one stops"
         )
 
 
@@ -368,7 +368,7 @@ def stopped_under_this_agent(path: str | Path) -> bool:
     if then.host == now["host"] and (then.pid, then.process_start) != (now["pid"], now["process_start"]):
         return False
     if os.environ.get("RANK", "0") == "0":
-        to_stderr(f"dtl: {path} was stopped, and its launcher has started it again: leaving; the same command resumes")
+        to_stderr(f"dtl: {path} was stopped, and its launcher restarted it: exiting; the same command resumes")
     else:
         time.sleep(_SECONDS_TO_PRINT)  # the first to leave makes the launcher end the others, and rank 0 is to print why
     return True
@@ -383,7 +383,7 @@ def never_began(path: str | Path) -> bool:
 
 def why_none_began(path: str | Path) -> str:
     """In words, for a folder of `never_began`."""
-    return f"its start failed before the first step ({read_status(path).why or 'no reason is known'})"
+    return f"its start failed before the first step ({read_status(path).why or 'unknown reason'})"
 
 
 def _describe_self() -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Tracker:
         if resume_step is not None:
             missing = self.history.resume_at(history_offset, step=resume_step)
             if missing:
-                self.print(f"{self.history.path} has lost its last {missing} bytes before step {resume_step}: a gap stays in the history")
+                self.print(f"{self.history.path} lost its last {missing} bytes before step {resume_step}: rows are missing there")
         mode, why = choose_mode(wandb, os.environ)
         if why:
             self.print(why)
@@ -140,7 +140,7 @@ class Tracker:
         line += "" if loss is None else f", training loss {loss:.4f}"
         self.print(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
         if seen != expected:
-            self.print(f"epoch {epoch} of phase {phase} is not exact: {expected:,} samples were expected, {seen:,} were seen; please report this as a bug")
+            self.print(f"epoch {epoch} of phase {phase} trained on {seen:,} samples instead of {expected:,}: please report this bug")
 
     def advise(self, phase: str, advice: str, *, step: int) -> None:
         """What limits the phase, and what to change; printed once a phase."""
@@ -205,7 +205,7 @@ class Tracker:
         except OSError as error:
             if what not in self._failed:
                 self._failed.add(what)
-                self.print(f"{what} cannot be written ({error.strerror or error}): training continues, and it is tried again")
+                self.print(f"{what} cannot be written ({error.strerror or error}): training continues, and the next write tries again")
 
 
 def _pixels(picture: Path) -> Any:

@@ -51,7 +51,7 @@ def choose_mode(setting: str, environ: Mapping[str, str]) -> tuple[str, str]:
     if setting == "auto":
         setting = wanted if wanted in ("online", "offline") else "online" if _key_is_known(environ) else "offline"
     if setting == "online" and not _key_is_known(environ):
-        return "offline", "no wandb key is known (`wandb login` stores one), so it works offline"
+        return "offline", "no wandb key is known (`wandb login` stores one), so wandb works offline"
     return setting, ""
 
 
@@ -129,7 +129,7 @@ class WandbRun:
         ending.start()
         ending.join(_FINISH_SECONDS + 10)
         if ending.is_alive():
-            self._print("wandb is still not done and is left behind: `wandb sync` uploads what is missing")
+            self._print("wandb did not finish in time: `wandb sync` uploads the rest")
         self._wandb = self._run = None
 
     def _finish(self, state: str) -> None:

@@ -276,11 +276,11 @@ def _sync_norms(
         return
     if runtime.device.type != "cuda":
         if wanted is True:
-            raise UserError("model.sync_bn is true, but PyTorch has synchronised batch norm on GPUs only; use auto or false")
+            raise UserError("model.sync_bn is true, but PyTorch supports SyncBatchNorm on GPUs only; use auto or false")
         return
     if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        log(f"batch norm statistics are taken over all {runtime.world_size} ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)")
+        log(f"SyncBatchNorm: batch norm statistics are computed over all {runtime.world_size} ranks (--model.sync-bn false: per rank, without communication)")
 
 
 def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
@@ -297,7 +297,7 @@ def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
     ]
     if runtime.world_size > 1 and own:
         norms = counted(len(own), "norm")
-        lines.append(f"phase {phase.name}: the statistics of {norms} are each rank's own in training; rank 0's are evaluated, saved and passed on")
+        lines.append(f"phase {phase.name}: {norms} keep separate running statistics on each rank; those of rank 0 are evaluated and saved")
     return lines
 
 
@@ -316,7 +316,7 @@ class ExponentialMovingAverage:
 
     def __init__(self, module: nn.Module, *, decay: float, warm_up: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"ema is {decay}; it is a decay, from 0 to below 1")
+            raise UserError(f"ema is {decay}; it must be 0 or more and less than 1")
         self.decay, self.warm_up, self.num_updates = decay, warm_up, 0
         averaged, copied = _names(module)
         tensors = _tensors(module)
@@ -348,7 +348,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], *, num_updates: int) -> None:
         """Go on from `state_tensors()` of an average of the same parameters."""
-        check_tensors(self._kept, tensors, "the saved moving average is of other weights")
+        check_tensors(self._kept, tensors, "the checkpoint's moving average (EMA) belongs to other parameters")
         for name, kept in self._kept.items():
             kept.copy_(tensors[name])
         self.num_updates = num_updates

@@ -98,9 +98,7 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
         # Listing a source, packing it and checking its index are work on all of the data: one process of each node does it.
         train, val = opened(runtime.once_a_node(lambda: [str(shards.folder) for shards in opened()]))
         if labelled and train.num_classes < 2:
-            raise UserError(
-                f"{data.train} has one class only, {train.classes[0]!r}; a classifier needs two or more (without labels, only the task rotate can learn)"
-            )
+            raise UserError(f"{data.train} has only one class, {train.classes[0]!r}; a classifier needs at least two (without labels, use the task rotate)")
         check_class_maps(train.manifest, val.manifest)
         if val.folder == train.folder:
             raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")
@@ -114,7 +112,9 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
     ranks_here = runtime.gather(gethostname()).count(gethostname())
     with runtime.together("batches"):
         if data.global_batch_size < runtime.world_size:
-            raise UserError(f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs a sample a step")
+            raise UserError(
+                f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs at least one sample per step"
+            )
         facts = network.preprocessing
         crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
         train_view = train_transform(

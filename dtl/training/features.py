@@ -61,7 +61,7 @@ def find_cut(network: Network, trainable: Collection[str], *, image_size: int) -
     while "." in cut and {name for name, _ in module.named_parameters() if name.startswith(cut.rpartition(".")[0] + ".")} == own:
         cut = cut.rpartition(".")[0]
     if any(getattr(part, "running_mean", None) is not None and part.training for part in module.modules()):
-        return None, "norms of the backbone adapt to the images (model.freeze_norm is false)"
+        return None, "norm layers of the backbone update their running statistics (model.freeze_norm is false)"
     return _tried(module, cut, image_size)
 
 
@@ -82,9 +82,9 @@ def _tried(module: nn.Module, cut: str, image_size: int) -> tuple[str | None, st
             for part, mode in modes.items():
                 part.training = mode
     if not torch.equal(features, again):
-        return None, "the frozen part draws at random"
+        return None, "the frozen part is random (dropout or stochastic depth)"
     if not isinstance(first.output, Tensor) or first.output.shape != expected.shape or not torch.equal(first.output, expected):
-        return None, f"its output is not that of {cut} alone"
+        return None, f"the output of the network is not the output of {cut}"
     return cut, ""
 
 
@@ -109,10 +109,10 @@ class Backbone:
         finally:
             hook.remove()
         if len(self._inputs) != 1 or len(self._inputs[0]) != 1 or not isinstance(self._inputs[0][0], Tensor):
-            raise _NotCuttable(f"{self.cut} is not called once with one tensor")
+            raise _NotCuttable(f"{self.cut} is not called exactly once with one tensor")
         features: Tensor = self._inputs[0][0]
         if features.shape[0] != images.shape[0]:
-            raise _NotCuttable(f"{self.cut} is not given one row an image")
+            raise _NotCuttable(f"{self.cut} does not get one row per image")
         return features
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ def decide(name: str, config: PhaseConfig, *, why_not: str, fixed: bool, num_epo
     if not why_not and (config.mixup or config.cutmix):
         why_not = "mixup and cutmix mix images"
     if not why_not and config.task != "classify":
-        why_not = f"the task {config.task} makes its own images"
+        why_not = f"the task {config.task} changes the images"
     if why_not:
         if demanded:
             raise UserError(f"phases.{name}.cache_features is true, but {why_not}")
@@ -189,7 +189,7 @@ class FeatureCache:
         }
         folder = self.place / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
         if all(self.runtime.gather((folder / FACTS_NAME).is_file())):
-            self.log(f"features are taken from {folder}")
+            self.log(f"cached features are read from {folder}")
             return folder
         started = time.monotonic()
         temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{temporary_suffix()}")

@@ -308,6 +308,6 @@ class Saver:
             self.save(active, wait=True)
         if not self.runtime.agree(self.store.saved_step == self.state.step):
             raise UserError(
-                f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest whole one is step {self.store.saved_step}"
+                f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest complete one is step {self.store.saved_step}"
             )
         raise Stopped(why, step=self.state.step)

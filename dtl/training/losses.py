@@ -81,7 +81,7 @@ def build_loss(
     if name not in LOSSES:
         raise UserError(f"loss is {name!r}; it must be one of {', '.join(LOSSES)}")
     if not 0 <= smoothing < 1:
-        raise UserError(f"label_smoothing is {smoothing}; it is a share, from 0 to below 1")
+        raise UserError(f"label_smoothing is {smoothing}; it must be 0 or more and less than 1")
     if not (math.isfinite(gamma) and gamma >= 0):
         raise UserError(f"gamma of the focal loss is {gamma}; it must be 0 or more (0 is cross entropy)")
     factors: float | Tensor

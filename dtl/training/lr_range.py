@@ -92,7 +92,7 @@ class LrCurve:
     def summary(self) -> str:
         """One line: what to set, or why nothing can be said."""
         if self.suggestion is None:
-            why = "the loss is not finite from the first steps on" if len(self.lrs) < FEWEST_STEPS else "the loss did not fall"
+            why = "the loss is not finite from the start" if len(self.lrs) < FEWEST_STEPS else "the loss did not fall"
             return f"phase {self.phase}: no suggestion, {why}; try --from and --to other rates, or more --steps"
         low = self.lowest
         assert low is not None
@@ -155,7 +155,7 @@ def find_lr(
     Raises UserError for damaged samples, and for rates or steps that make no test.
     """
     if not 0 < first < last:
-        raise UserError(f"the learning rates must rise from above 0: got {first:g} to {last:g}")
+        raise UserError(f"the learning rates must be above 0 and increase: got {first:g} to {last:g}")
     if num_steps < 10:
         raise UserError(f"{num_steps} steps are too few for a range test; 50 to 200 are usual")
     sweep = _Sweep(**{entry.name: getattr(active, entry.name) for entry in fields(ActivePhase)})
@@ -178,7 +178,7 @@ def find_lr(
                 log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}")
                 last_logged = time.monotonic()
             if not runtime.agree(curve.add(lr, loss)):
-                log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: it diverges, the test is over")
+                log(f"step {step + 1}/{num_steps}  lr {lr:.2e}  loss {loss:.4f}: the loss diverges, the test stops here")
                 break
     return curve
 

@@ -56,14 +56,14 @@ def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalis
         rank = next(i for i, problem in enumerate(problems) if problem)
         if size <= layout.unit:
             raise UserError(
-                f"phase {phase.name}: not even {counted(size, 'image')} at once would fit into memory (rank {rank}: {problems[rank]}); a smaller "
-                "data.image_size or model, model.checkpoint_activations: true, or precision bf16 need less"
+                f"phase {phase.name}: not even {counted(size, 'image')} fits into memory (rank {rank}: {problems[rank]}); "
+                "use a smaller data.image_size or model, model.checkpoint_activations: true, or precision bf16"
             )
         loaders.micro_batch_size = max(layout.unit, -(-size // 2))
         halved = True
-        log(f"phase {phase.name}: {size} images at once do not fit into memory (rank {rank}: {problems[rank]}); trying {loaders.micro_batch_size}")
+        log(f"phase {phase.name}: a micro-batch of {size} images does not fit into memory (rank {rank}: {problems[rank]}); trying {loaders.micro_batch_size}")
     if halved:
-        times = f"{layout.accumulation_steps} a step on each of {counted(runtime.world_size, 'process')}"
+        times = f"{layout.accumulation_steps} per step on each of {counted(runtime.world_size, 'process')}"
         log(f"phase {phase.name}: micro-batches of {size} fit, {times}; the global batch stays {loaders.global_batch_size}")
         if state is not None:
             state.phase.micro_batch_size = size
@@ -75,8 +75,8 @@ def explain(error: Exception, loaders: DataLoaders, phase: Phase) -> None:
     if _is_out_of_memory(error):
         size = loaders.layout(phase).micro_batch_size
         raise RuntimeError(
-            f"out of memory in a micro-batch of {size}, which fitted before: somebody else may use this device; "
-            f"--data.micro-batch-size {max(1, size // 2)} continues from the newest checkpoint with the same global batches"
+            f"out of memory in a micro-batch of {size}, which fitted before: another process may be using this device; "
+            f"--data.micro-batch-size {max(1, size // 2)} resumes from the newest checkpoint with the same global batches"
         ) from error
 
 

@@ -77,7 +77,7 @@ class Rotate:
 
     def prepare(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         num_images, _, height, width = images.shape
-        assert height == width, f"images of {height} x {width} pixels do not fit on themselves when turned"
+        assert height == width, f"images of {height} x {width} pixels cannot be rotated by 90 degrees (the task rotate needs square images)"
         # Filled block by block, so that channels_last stays what it is; torch.cat would fall back to contiguous.
         shape = (4 * num_images, *images.shape[1:])
         turned = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=_memory_format(images))

@@ -46,7 +46,7 @@ def show_result_again(session: Session, state: TrainState) -> None:
         return
     _note_own(folder.path, session.config, console.print)
     status = read_status(folder.path)
-    console.print(f"{folder.path} is finished (step {state.step}); more epochs on the last phase continue it")
+    console.print(f"{folder.path} is finished (step {state.step}); to train longer, raise the epochs of the last phase")
     console.table(table_rows(status.phases))
     folder.write_status("done", step=state.step, phases=status.phases, model=status.model)
     page = folder.path / "report" / "index.html"
@@ -96,7 +96,7 @@ def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> P
     try:
         return report(run, log)
     except Exception as error:
-        log(f"the report could not be made ({type(error).__name__}: {error}); dtl report {quote(str(run))} tries again")
+        log(f"the report could not be made ({type(error).__name__}: {error}); run dtl report {quote(str(run))} to try again")
         return None
 
 
@@ -115,7 +115,7 @@ def fell_behind(results: Sequence[dict[str, Any]], *, lr: float) -> str | None:
     name = last["phase"]
     return (
         f"phase {name} ended below phase {best['phase']} ({100 * last['val']['top1']:.1f} % after {100 * best['val']['top1']:.1f} %): a rate of {lr:g} "
-        f"may be too much for these weights; try --phases.{name}.lr {lr / 10:g}, --phases.{name}.layer-decay 0.7, or the run without {name}"
+        f"may be too high for these weights; try --phases.{name}.lr {lr / 10:g}, --phases.{name}.layer-decay 0.7, or leave out {name}"
     )
 
 

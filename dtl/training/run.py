@@ -79,7 +79,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         ""
         if starts <= STARTS_WITHOUT_PROGRESS
         else (
-            f"start number {starts} in a row at step {state.step}, without a new checkpoint: give each start more time, "
+            f"start number {starts} in a row from step {state.step}, without a new checkpoint: give each start more time, "
             "or save more often (--checkpoint.every_steps)"
         )
     )
@@ -105,11 +105,11 @@ def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Se
     lines = []
     for counts, split, so in (
         (train, "training", "cannot be learned"),
-        (val, "validation", "not measured, and count nowhere in top1"),
+        (val, "validation", "left out of top1"),
     ):
         names = [name for name, count in zip(classes, counts) if not count]
         if names:
-            lines.append(f"{len(names)} of {counted(len(classes), 'class')} without a {split} image, so {so}: {some(names)}")
+            lines.append(f"{len(names)} of {counted(len(classes), 'class')} without a {split} image ({so}): {some(names)}")
     return lines
 
 
@@ -122,7 +122,7 @@ def too_few_threads(runtime: Runtime) -> list[str]:
     if threads >= share or "OMP_NUM_THREADS" not in os.environ:
         return []
     return [
-        f"computing with {counted(threads, 'thread')} a process, and there are {share} cores for each: "
+        f"each process computes with {counted(threads, 'thread')}, but {share} cores per process are available: "
         f"accelerate launch --num_cpu_threads_per_process {share} ..., or OMP_NUM_THREADS={share} before the command"
     ]
 
@@ -144,12 +144,12 @@ def overfit_one_batch(trainer: Trainer) -> None:
     while len(losses) < OVERFIT_STEPS and not (losses and losses[-1] < 0.5 * losses[0]):
         logits, _auxiliary = forward_logits(module, images)
         if logits.shape[1] != phase.num_outputs:
-            trainer.tracker.print("overfit one batch: skipped, the last phase gets its head later")
+            trainer.tracker.print("overfit one batch: skipped, because the head of the last phase is created later")
             return
         loss = torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
-    result = "it can learn" if losses[-1] < 0.5 * losses[0] else "IT DOES NOT LEARN: look at the images, the labels and the network"
+    result = "it can learn" if losses[-1] < 0.5 * losses[0] else "IT DOES NOT LEARN: check the images, the labels and the network"
     trainer.tracker.print(f"overfit one batch: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps: {result}")

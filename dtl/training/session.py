@@ -177,7 +177,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         if self.runtime.is_main:
             self.folder.write_status("stopped", why=why.removeprefix("a "), step=step)
         self.tracker.note(f"stopped by {why}", step=step)
-        self.tracker.print(f"stopped by {why} at step {step}, its checkpoint is on the disk; the same command resumes from it")
+        self.tracker.print(f"stopped by {why} at step {step}, after saving a checkpoint; the same command resumes from it")
         self.tracker.close("stopped")
         self._leave_stopped()
 
@@ -186,7 +186,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         if self.runtime.is_main:
             stage = self.heart.stage
             self._write_end("stopped", f"{why.removeprefix('a ')} before the first step", keep_earlier=self.config.run.resume == "never", stage=stage)
-            kept = "what is packed or fetched is kept, and the same command continues with it" if stage == "data" else "the same command starts it again"
+            kept = "packed and downloaded data is kept; run the same command again" if stage == "data" else "the same command starts it again"
             _log(f"stopped by {why} before the first step (stage {stage}): nothing to save yet; {kept}")
         self._leave_stopped()
 

@@ -92,25 +92,25 @@ def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_s
     if busy < LEAST_BUSY:
         return ""
     each = speed.loading / speed.images
-    measured = f"the loader is the limit ({speed.wait:.0%} of the time is waiting for it): an image takes {1000 * each:.1f} ms"
+    measured = f"data loading is the bottleneck ({speed.wait:.0%} of the time is spent waiting for it): an image takes {1000 * each:.1f} ms"
     measured += f", {counted(workers, 'loader process')} {busy:.0%} busy" if workers else " in the training process itself"
     if speed.computing < LEAST_BUSY * speed.loading:
         stalled = 1 - speed.computing / speed.loading
         more = max(1, 2 * workers)
-        return f"{measured} and wait for the disk (or for a core) {stalled:.0%} of that; put the data on a local disk, or try --data.workers {more}"
+        return f"{measured}, waiting for the disk (or for a free core) {stalled:.0%} of that time; put the data on a local disk, or try --data.workers {more}"
     # As many as would keep up with a training that never waits.
     wanted = max(workers + 1, math.ceil(each * speed.images / max(speed.seconds - speed.waited, 1e-9)))
     most = max(1, cores - 1) if on_cpu else cores
     if workers < most:
-        short = f", of {wanted} that would keep up" if wanted > most else ""
+        short = f"; {wanted} workers would be needed" if wanted > most else ""
         return f"{measured}; --data.workers {min(wanted, most)} (this process has {counted(cores, 'core')}{short})"
     target = round(image_size * 256 / 224)
     if short_side > 1.25 * target:
         return (
-            f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed; the images are {short_side:.0f} pixels at the short side, "
+            f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed; the images are {short_side:.0f} pixels on the short side, "
             f"{target} would do: dtl pack SRC DST --short-side {target}"
         )
-    return f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed: more cores a process, or fewer augmentations"
+    return f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed: use more cores per process, or fewer augmentations"
 
 
 def _memory(device: torch.device) -> float:

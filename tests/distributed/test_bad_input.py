@@ -59,7 +59,7 @@ def weights_that_are_a_pickle(folder: Path) -> list[str]:
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "missing folder": (lambda folder: ["--data.train", "nowhere", "--data.val", "nowhere"], "nowhere does not exist; give a folder of images"),
     "empty folder": (empty_folder, "photos holds no images"),
-    "one class": (one_class, "photos has one class only, 'ants'"),
+    "one class": (one_class, "photos has only one class, 'ants'"),
     "class without image": (class_without_image, "photos: class folder 'cows' holds no image"),
     "truncated image": (truncated_image, "1 of 8 images cannot be read: bees/2.jpg: "),
     "other classes in val": (other_classes_in_val, "b has images of 1 class that the given class list does not know: 'cows'"),
@@ -101,7 +101,7 @@ def test_a_run_folder_that_is_in_use(tmp_path: Path) -> None:
     first = start(["--config", str(recipe), "--phases.all.epochs", "200"], cwd=tmp_path)
     wait_for(lambda: (tmp_path / "runs/tiny/history.jsonl").exists(), what="the first run")
     second = run(["--config", str(recipe), "--phases.all.epochs", "200"], cwd=tmp_path, code=2)
-    assert "another run works in" in the_line(second)
+    assert "another process is training in" in the_line(second)
     assert status(tmp_path / "runs/tiny")["state"] == "running"
     first.kill()
     first.wait()
@@ -156,5 +156,5 @@ def test_a_history_that_cannot_be_written_is_said_and_training_goes_on(tmp_path:
     recipe = write_recipe(tmp_path, model={"name": "obstacles:full_history"})
     run_folder = tmp_path / "runs/tiny"
     job = run(["--config", str(recipe)], cwd=tmp_path)
-    assert "history.jsonl cannot be written (No space left on device): training continues, and it is tried again" in job.err()
+    assert "history.jsonl cannot be written (No space left on device): training continues, and the next write tries again" in job.err()
     assert status(run_folder)["state"] == "done"

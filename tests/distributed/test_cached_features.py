@@ -42,7 +42,7 @@ def test_equal_to_the_uncached_phase(tmp_path: Path, world: int, augment: str) -
     assert "computed once in" in out.err(0)
     equal_to_tolerance(tmp_path / "runs/cached", tmp_path / "runs/plain")
     again = run([*recipe(tmp_path, "again", cache_features="auto", **more)], cwd=tmp_path, world=world)
-    assert ("features are taken from" in again.err(0)) == (augment == "none"), "auto: no gain where each view is seen once"
+    assert ("cached features are read from" in again.err(0)) == (augment == "none"), "auto: no gain where each view is seen once"
     if augment == "none":
         assert weights_hash(tmp_path / "runs/again") == weights_hash(tmp_path / "runs/cached")
 
@@ -65,8 +65,8 @@ def test_what_cannot_be_cached_is_told_or_refused(tmp_path: Path) -> None:
     for name, why, more in [
         ("everything", "more than the head is trained", {"train": "all"}),
         ("mixed", "mixup and cutmix mix images", {"mixup": 0.2}),
-        ("turned", "the task rotate makes its own images", {"task": "rotate"}),
+        ("turned", "the task rotate changes the images", {"task": "rotate"}),
     ]:
         job = run(recipe(tmp_path, name, cache_features=True, **more), cwd=tmp_path, code=2)
-        lines = [line for line in job.err().splitlines() if not line.startswith("computing with")]  # where threads are few
+        lines = [line for line in job.err().splitlines() if not line.startswith("each process computes with")]  # where threads are few
         assert lines[1:] == [f"dtl: phases.head.cache_features is true, but {why}"]

@@ -109,7 +109,7 @@ def test_a_rank_dies_and_all_start_again_then_one_is_stopped_and_all_leave(tmp_p
     assert "lost rank 1" in job.text()
     told = status(tmp_path / "runs/tiny")
     assert (told["state"], told["incarnation"]) == ("stopped", 2)
-    assert job.text().count("was stopped, and its launcher has started it again: leaving") == 2  # of three restarts the first was for the death
+    assert job.text().count("was stopped, and its launcher restarted it: exiting") == 2  # of three restarts the first was for the death
     run(arguments, cwd=tmp_path, world=2, env={"HOLD": "/nonexistent"})
     folder = tmp_path / "reference"
     folder.mkdir()

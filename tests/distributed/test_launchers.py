@@ -37,7 +37,7 @@ def test_a_launch_that_gives_fewer_processes_than_asked_is_refused(tmp_path: Pat
     """accelerate launch --cpu --num_processes 2 starts one process, in silence."""
     done = launch([*ACCELERATE, "--cpu", "--num_processes", "2", SCRIPT, "--config", str(write_recipe(tmp_path, phases=PHASES))], tmp_path)
     assert done.returncode != 0
-    assert "the launch asked for 2 processes, but this one sees a world of 1" in done.stderr
+    assert "the launcher was asked for 2 processes, but WORLD_SIZE in this process is 1" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

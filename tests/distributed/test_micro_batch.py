@@ -25,10 +25,10 @@ def test_it_halves_until_all_ranks_fit_and_trains_as_if_told_so(tmp_path: Path, 
     assert recipes.weights_hash(tmp_path / "runs/auto") == recipes.weights_hash(tmp_path / "runs/told"), "the trials left a trace"
     said = job.err()
     assert said.count("do not fit into memory (rank ") == 3 * len(PHASES)
-    assert f"phase all: micro-batches of {fits} fit, 8 a step on each of {world} process{'es' if world > 1 else ''}; the global batch stays 120" in said
+    assert f"phase all: micro-batches of {fits} fit, 8 per step on each of {world} process{'es' if world > 1 else ''}; the global batch stays 120" in said
     if world == 2:
-        assert "60 images at once do not fit into memory (rank 0: out of memory for 60 images); trying 30" in said
-        assert "15 images at once do not fit into memory (rank 1: out of memory for 15 images); trying 8" in said
+        assert "a micro-batch of 60 images does not fit into memory (rank 0: out of memory for 60 images); trying 30" in said
+        assert "a micro-batch of 15 images does not fit into memory (rank 1: out of memory for 15 images); trying 8" in said
 
     # A longer last phase goes on with what fitted, without trying more.
     longer = harness.run([*arguments, "--run.name", "auto", "--phases.all.steps", "5"], cwd=tmp_path, world=world)
@@ -38,7 +38,7 @@ def test_it_halves_until_all_ranks_fit_and_trains_as_if_told_so(tmp_path: Path, 
 
 def test_not_even_one_image_is_one_line(tmp_path: Path) -> None:
     job = harness.run(recipe(tmp_path, fits=0), cwd=tmp_path, code=2)
-    assert "not even 1 image at once would fit into memory (rank 0: out of memory for 1 images)" in job.err()
+    assert "not even 1 image fits into memory (rank 0: out of memory for 1 images)" in job.err()
     assert "checkpoint_activations" in job.err()
     assert "Traceback" not in job.err()
 

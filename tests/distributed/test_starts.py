@@ -85,11 +85,11 @@ def test_what_may_not_go_unsaid_is_said_once_at_the_start(tmp_path: Path) -> Non
     recipe = write_recipe(tmp_path, phases={"all": {"epochs": 1}}, data={"global_batch_size": 13, "train": "train", "val": "val"})
     job = run(["--config", str(recipe)], cwd=tmp_path, world=2, env={"LOCAL_WORLD_SIZE": "1"})
     lines = job.err(rank=0).splitlines()
-    assert lines.count("1 of 3 classes without a validation image, so not measured, and count nowhere in top1: cows") == 1
+    assert lines.count("1 of 3 classes without a validation image (left out of top1): cows") == 1
     assert any(line.startswith("phase all: classify, 1 epoch of 1 step, ") for line in lines)
     assert any("13 training and 4 validation images of 3 classes, networks:small, 2 processes on cpu" in line for line in lines)
     spare = [line for line in lines if "--num_cpu_threads_per_process" in line]
-    assert [line.partition(",")[0] for line in spare] == ["computing with 1 thread a process"] * (len(os.sched_getaffinity(0)) > 1)
+    assert [line.partition(",")[0] for line in spare] == ["each process computes with 1 thread"] * (len(os.sched_getaffinity(0)) > 1)
 
     shutil.rmtree(tmp_path / "train/cows")
     write_images(tmp_path / "train", {f"class{i}": 1 for i in range(6)}, seed=9)

@@ -49,8 +49,8 @@ def test_a_classifier_does_not_learn_from_images_without_labels(tmp_path: Path) 
     photos = loose_images(tmp_path / "photos", 12)
     recipe = write_recipe(tmp_path, phases={"all": {"train": "all", "steps": 2, "lr": 0.05}}, data={"train": str(photos), "val_fraction": 0.25})
     job = run(["--config", str(recipe)], cwd=tmp_path, code=2)
-    assert "has one class only, '2024'" in job.err()
+    assert "has only one class, '2024'" in job.err()
     run(["photos", "shards", "--unlabelled", "--val-fraction", "0.25"], cwd=tmp_path, command="pack")
     job = run(["--config", str(recipe), "--data.train", "shards", "--data.val-fraction", "0"], cwd=tmp_path, world=2, code=2)
     (line,) = [line for line in job.err().splitlines() if line.startswith("dtl: ")]
-    assert "shards has one class only, 'unlabelled'; a classifier needs two or more" in line
+    assert "shards has only one class, 'unlabelled'; a classifier needs two or more" in line

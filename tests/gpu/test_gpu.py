@@ -79,5 +79,5 @@ if HAS_GPU:
         data = {"image_size": 224, "global_batch_size": 512, "workers": 2}
         recipe = write_recipe(tmp_path, phases=phases, data=data, model={"name": "torchvision/resnet50"})
         job = run(["--config", str(recipe)], cwd=tmp_path, env=HERE, by_rank={0: {"before": "obstacles:little_gpu_memory"}}, timeout=300)
-        assert "images at once do not fit into memory" in job.err()
+        assert "images does not fit into memory" in job.err()
         assert status(tmp_path / "runs/tiny")["state"] == "done"

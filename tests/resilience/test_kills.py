@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, anywhere, again and again; what comes out is what an undisturbed run gives.
+"""SIGKILL at random moments, anywhere, again and again; what comes out is what an uninterrupted run gives.
 
 A few kills in the normal test run; `pytest tests/resilience/test_kills.py --kills 100` for a soak.
 """

@@ -67,4 +67,4 @@ def test_a_single_process_that_hangs_says_where(tmp_path: Path) -> None:
     job = begin(tmp_path, "--run.timeout-minutes", "0.2", world=1, env={"SLEEP_ON": "0"})
     (tmp_path / "sleep").touch()
     job.wait(60)
-    assert re.search(r"nothing has happened for long: rank 0 .* in stage load of step \d+, 120 samples starting at", the_line(job, RESUMES))
+    assert re.search(r"no progress for \d+ s.*: rank 0 .* in stage load of step \d+, 120 samples starting at", the_line(job, RESUMES))

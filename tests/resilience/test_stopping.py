@@ -87,7 +87,7 @@ def test_starts_that_get_nowhere_are_told(tmp_path: Path) -> None:
         job = start(recipe(tmp_path), cwd=tmp_path)
         wait_for(lambda number=number: _starts(tmp_path) == number, what="the start to be counted")
         job.kill()
-    assert status(tmp_path / "runs/tiny")["why"].startswith("start number 4 in a row at step 0, without a new checkpoint")
+    assert status(tmp_path / "runs/tiny")["why"].startswith("start number 4 in a row from step 0, without a new checkpoint")
     run([*recipe(tmp_path), "--checkpoint.deadline-seconds", "6"], cwd=tmp_path, code=75)
     run([*recipe(tmp_path), "--checkpoint.deadline-seconds", "6"], cwd=tmp_path, code=75)
     assert _starts(tmp_path) == 1

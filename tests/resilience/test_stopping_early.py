@@ -75,8 +75,7 @@ def test_a_signal_while_packing(tmp_path: Path, name: str) -> None:
     assert (told["state"], told["why"], told["stage"], told["step"]) == ("stopped", "signal before the first step", "data", 0)
     lines = [line for line in job.err().splitlines() if line.startswith("dtl: ")]
     assert lines == [
-        "dtl: stopped by a signal before the first step (stage data): nothing to save yet; "
-        "what is packed or fetched is kept, and the same command continues with it"
+        "dtl: stopped by a signal before the first step (stage data): nothing to save yet; packed and downloaded data is kept; run the same command again"
     ]
     assert not packers(tmp_path)
     assert not [*(tmp_path / "cache").rglob("*.tmp"), *(tmp_path / "cache").rglob("manifest.json")]

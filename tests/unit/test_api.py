@@ -108,7 +108,7 @@ def test_a_mistake_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(dtl.UserError, match="nowhere does not exist"):
         dtl.predict("nowhere", "a.jpg")
     folder = model_folder(tmp_path / "model")
-    with pytest.raises(dtl.UserError, match="at least one class"):
+    with pytest.raises(dtl.UserError, match="top is 0; it must be at least 1"):
         dtl.predict(folder, "a.jpg", top=0)
     with pytest.raises(dtl.UserError, match="knows no data"):
         dtl.evaluate(folder)

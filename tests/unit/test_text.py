@@ -51,7 +51,7 @@ def test_a_mistyped_path_is_shown_whole_as_it_can_be_typed(tmp_path: Path, monke
     [
         ("evaluate runs/x --data photos", "unknown option --data; did you mean --data.val?"),
         ("predict m p --otu f.csv", "unknown option --otu; did you mean --out?"),
-        ("models a b", "b is one argument too many"),
+        ("models a b", "b is not expected here"),
         ("report", "the following arguments are required: RUN"),
         ("predict m p --zzzzzz", "unknown option --zzzzzz (dtl predict --help lists"),
         ("train --data photos", "data is a section, not a single value (got 'photos'); its settings are data.train, val,"),

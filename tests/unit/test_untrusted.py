@@ -33,11 +33,11 @@ GOOD = {"name": "a.tar", "sha256": "0" * 64, "size": 3}
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"name": "../a.tar"}, "name: '../a.tar' is no plain file name"),
-        ({"name": ".."}, "no plain file name"),
-        ({"name": "a\n.tar"}, "no plain file name"),
-        ({"name": "a\0"}, "no plain file name"),
-        ({"name": "x" * 256}, "no plain file name"),
+        ({"name": "../a.tar"}, "name: '../a.tar' must be a file name without a folder"),
+        ({"name": ".."}, "must be a file name without a folder"),
+        ({"name": "a\n.tar"}, "must be a file name without a folder"),
+        ({"name": "a\0"}, "must be a file name without a folder"),
+        ({"name": "x" * 256}, "must be a file name without a folder"),
         ({"name": 3}, "name: must be text"),
         ({"folder": "/etc"}, "folder: '/etc' leads outside the folder"),
         ({"folder": "a/../../b"}, "leads outside"),

@@ -47,7 +47,7 @@ class ShardCache:
     def __init__(self, folder: Path, options: DataConfig, *, urls: Sequence[str | None], digests: Sequence[str], sizes: Sequence[int]) -> None:
         """`urls` are None for shards that are local; `sizes` in bytes. `digests` become names of files, so they must be hexadecimal."""
         if not all(map(is_sha256, digests)):
-            raise UserError(f"{folder}: a shard's sha256 is no SHA-256 of 64 hexadecimal digits")
+            raise UserError(f"{folder}: a shard's sha256 is not a SHA-256 (64 hexadecimal digits)")
         # Acts for its node: cleans up, and fetches ahead along the plan.
         self.leads = True
         self.options, self.folder = options, folder

@@ -48,7 +48,7 @@ def _made_by(facts: dict[str, Any]) -> dict[str, Any]:
     """Free, but for what is used as more than text."""
     keys, rules = facts.get("keys_sha256"), facts.get("rules")
     if keys is not None and not (isinstance(keys, str) and is_sha256(keys)):
-        raise ValueError("keys_sha256 is no SHA-256 of 64 hexadecimal digits")
+        raise ValueError("keys_sha256 is not a SHA-256 (64 hexadecimal digits)")
     if rules is not None and not (
         isinstance(rules, dict) and set(rules) <= {"image_field", "label_field"} and all(one is None or isinstance(one, str) for one in rules.values())
     ):

@@ -231,7 +231,7 @@ def _train_classes(place: Path, counts: dict[str, int], notes: _Notes, *, drop_e
     if len(order) == 1:
         inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not is_hidden(entry.name))
         hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
-        raise UserError(f"{place} has one class only, '{order[0]}'{hint}; without labels, only the task rotate can learn")
+        raise UserError(f"{place} has only one class, '{order[0]}'{hint}; without labels, use the task rotate")
     return order
 
 
@@ -255,7 +255,7 @@ def _why_no_images(place: Path, root: Path, notes: _Notes) -> str:
         return (
             f"{place} has {_count(loose, 'image')} directly in it and no images in class folders; "
             f"put each class in a folder of its own ({place.name or place}/CLASS/{os.path.basename(loose[0])}), "
-            "or give a list file with a line `path label` for each image; without labels, only the task rotate can learn"
+            "or give a list file with a line `path label` for each image; without labels, use the task rotate"
         )
     if others:
         return f"{place} holds no images, only other files ({_few(others)}); read are {', '.join(sorted(IMAGE_EXTENSIONS))}"

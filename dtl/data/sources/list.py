@@ -36,7 +36,7 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
         labels = [str(int(label)) for label in labels]
     order = tuple(classes) if classes is not None else tuple(sorted(set(labels), key=int if numeric else None))
     if classes is None and len(order) == 1 and labelled:
-        raise UserError(f"{path} has one class only, '{order[0]}'; a classifier needs two or more")
+        raise UserError(f"{path} has only one class, '{order[0]}'; a classifier needs two or more")
     number = {name: position for position, name in enumerate(order)}
     for code, label in enumerate(labels):
         if label not in number:

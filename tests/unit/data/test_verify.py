@@ -121,7 +121,7 @@ def test_a_quarantine_that_does_not_belong_is_refused(copy: Path) -> None:
         (good.replace('"version": 1', '"version": 9'), "version: format version 9"),
         (good.replace('"key"', '"kex"'), "samples.0.key is missing"),
         (good.replace('"sample": 3', '"sample": 300'), "is damaged: its samples are not numbers"),
-        (good.replace('"index": "', '"index": "../'), "index: .* is no plain file name"),
+        (good.replace('"index": "', '"index": "../'), "index: .* must be a file name without a folder"),
         (good.replace('"index": "', '"index": "x'), "cannot be read"),
     ]:
         path.write_text(text)

@@ -83,7 +83,7 @@ class TestPrecision:
         monkeypatch.setattr(runtime, "_cpu_has_bf16", lambda: has_bf16)
         assert runtime.resolve_precision(wanted, launch(given), True, trained_in) == taken
 
-    @pytest.mark.parametrize(("wanted", "given", "message"), [("bf16", "no", "the launch says"), ("fp16", None, "needs a GPU")])
+    @pytest.mark.parametrize(("wanted", "given", "message"), [("bf16", "no", "mixed_precision of the launch is no"), ("fp16", None, "needs a GPU")])
     def test_contradictions_are_refused(self, wanted: str, given: str | None, message: str) -> None:
         from dtl.distributed.runtime import resolve_precision
 

@@ -46,7 +46,7 @@ def test_a_gpu_is_not_looked_for_in_a_launch_for_cpus(monkeypatch: pytest.Monkey
     """Accelerate would train on the CPU without a word."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(UserError, match=r"run\.device is cuda, but the launch asks for CPUs"):
+    with pytest.raises(UserError, match=r"run\.device is cuda, but the launch configuration asks for CPUs"):
         Runtime(device="cuda")
 
 

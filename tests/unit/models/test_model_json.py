@@ -37,7 +37,7 @@ FACTS: dict[str, Any] = {
         ({"classes": ["ants"]}, r"is damaged: torchvision/resnet18 with 2 outputs, but 1 classes"),
         ({"display_names": {"ants": 3}}, r"display_names.ants: must be text"),
         ({"preprocessing": {**FACTS["preprocessing"], "transform": {"geometry": {"image_size": 10**6}}}}, r"image_size 1000000 is not from 1 to 16384"),
-        ({"preprocessing": {**FACTS["preprocessing"], "interpolation": 3}}, r"preprocessing: crop_ratio must be a number, interpolation a text"),
+        ({"preprocessing": {**FACTS["preprocessing"], "interpolation": 3}}, r"preprocessing: crop_ratio must be a number, interpolation a string"),
         ({"order": "fc"}, r"order: must be a list"),
         ({"order": [["fc"]]}, r"order.0: must be text"),
         ({"weights": {"bytes": -1, "sha256": "0" * 64}}, r"weights.bytes: -1 is not a number from 0"),

@@ -123,19 +123,19 @@ def test_mistakes_are_told() -> None:
         build_groups(module, [], layer_groups=LAYERS)
     with pytest.raises(UserError, match="must be sgd, adam or adamw, not 'lion'"):
         build_optimizer(groups, "lion", lr=0.1)
-    with pytest.raises(UserError, match="nesterov needs a momentum"):
+    with pytest.raises(UserError, match="nesterov needs momentum above 0"):
         build_optimizer(groups, "sgd", lr=0.1, momentum=0.0, nesterov=True)
 
 
 def test_fused_is_refused_or_left_out_with_words(caplog: pytest.LogCaptureFixture) -> None:
     module = _network().to("meta")
     groups = build_groups(module, NAMES, layer_groups=LAYERS)
-    with pytest.raises(UserError, match="fused=true is not possible: there is none for the device meta"):
+    with pytest.raises(UserError, match="fused=true is not possible: no fused kernel for the device meta"):
         build_optimizer(groups, "sgd", lr=0.1, fused=True)
     with caplog.at_level("INFO", logger="dtl"):
         optimizer = build_optimizer(groups, "sgd", lr=0.1)
     assert optimizer.defaults["fused"] is False
-    assert "fused kernels not used: there is none for the device meta" in caplog.text
+    assert "fused kernels not used: no fused kernel for the device meta" in caplog.text
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

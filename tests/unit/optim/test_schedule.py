@@ -92,12 +92,12 @@ def test_the_step_schedule_counts_from_the_start_of_the_phase() -> None:
         ({"warmup_steps": -1}, "warmup must not be negative"),
         ({"final_fraction": 1.5}, "final_fraction must be between 0 and 1"),
         ({"kind": "step"}, "either every N epochs or a list of milestones"),
-        ({"kind": "step", "every_steps": 3, "milestones": (4,)}, "and not both"),
+        ({"kind": "step", "every_steps": 3, "milestones": (4,)}, "not both"),
         ({"kind": "step", "every_steps": -3}, "period must be positive"),
-        ({"kind": "step", "milestones": (4, 4)}, "positive and rising"),
-        ({"kind": "step", "milestones": (0, 4)}, "positive and rising"),
+        ({"kind": "step", "milestones": (4, 4)}, "positive and increasing"),
+        ({"kind": "step", "milestones": (0, 4)}, "positive and increasing"),
         ({"kind": "step", "every_steps": 3, "gamma": 0}, "gamma must be positive"),
-        ({"kind": "one_cycle", "warmup_steps": 3}, "a warm-up of its own"),
+        ({"kind": "one_cycle", "warmup_steps": 3}, "its own warm-up"),
     ],
 )
 def test_mistakes_are_told(arguments: dict[str, Any], message: str) -> None:

@@ -88,7 +88,9 @@ def test_status_is_written_whole(folder: Path) -> None:
 
 
 def test_a_second_run_is_refused_with_host_and_pid(folder: Path, other: subprocess.Popen[str]) -> None:
-    with pytest.raises(UserError, match=rf"another run works in .*digits \(host {re.escape(socket.gethostname())}, pid {other.pid}, since 2.*--run.name"):
+    with pytest.raises(
+        UserError, match=rf"another process is training in .*digits \(host {re.escape(socket.gethostname())}, pid {other.pid}, since 2.*--run.name"
+    ):
         start(folder)
     assert newest_incarnation(folder) == 1
 
@@ -106,7 +108,7 @@ def test_another_rank_releases_nothing(folder: Path) -> None:
     other_rank.incarnation = run.incarnation  # told by the main process, to check it
     other_rank.check_incarnation()
     other_rank.release()
-    with pytest.raises(UserError, match="another run works"):
+    with pytest.raises(UserError, match="another process is training"):
         start(folder)
     run.release()
     start(folder).release()
@@ -145,7 +147,7 @@ def test_elsewhere_a_silent_heartbeat_is_watched_then_taken_over(folder: Path) -
     run = RunFolder(folder, stale_seconds=0.4, log=lines.append)
     assert run.acquire() == 2
     assert 0.4 <= time.monotonic() - began < 5
-    assert "was in use by host n7, pid 12: watching up to 0 s whether it is alive" in lines[0]
+    assert "is locked by host n7, pid 12: waiting up to 0 s for a sign that it is alive" in lines[0]
     run.release()
     owner.release()
 
@@ -200,7 +202,7 @@ def test_a_requeued_job_takes_over_at_once_and_the_ghost_writes_nothing(folder: 
 def test_an_elastic_restart_takes_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
     ghost = start(folder)
-    with pytest.raises(UserError, match="another run works"):
+    with pytest.raises(UserError, match="another process is training"):
         start(folder)  # on one machine the agent ends the old process first: two at once are a mistaken launch
     rewrite_owner(folder, machine="another")
     run = start(folder)
@@ -209,7 +211,7 @@ def test_an_elastic_restart_takes_over(folder: Path, monkeypatch: pytest.MonkeyP
     ghost.release()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what static launches are all called
     first = start(folder)
-    with pytest.raises(UserError, match="another run works"):
+    with pytest.raises(UserError, match="another process is training"):
         start(folder)
     first.release()
 

@@ -43,7 +43,7 @@ def test_a_full_disk_keeps_the_lines_for_later(tmp_path: Path) -> None:
     tracker.note("last")
     tracker.close()
     assert [line.get("number", line["note"]) for line in lines(tmp_path / "run" / "history.jsonl")] == ["first", 0, 1, 2, "last"]
-    assert err.getvalue().count("history.jsonl cannot be written (File too large): training continues, and it is tried again") == 1
+    assert err.getvalue().count("history.jsonl cannot be written (File too large): training continues, and the next write tries again") == 1
 
 
 def test_the_keys_of_the_contract(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_which_mode_is_chosen(tmp_path: Path) -> None:
         ("off", key, "off"),
     ]
     assert [choose_mode(setting, environ)[0] for setting, environ, _ in cases] == [mode for _, _, mode in cases]
-    assert choose_mode("online", nothing)[1] == "no wandb key is known (`wandb login` stores one), so it works offline"
+    assert choose_mode("online", nothing)[1] == "no wandb key is known (`wandb login` stores one), so wandb works offline"
     assert choose_mode("auto", nothing)[1] == ""
     netrc.write_text("what is this")
     assert choose_mode("auto", file)[0] == "offline"

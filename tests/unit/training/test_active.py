@@ -119,9 +119,9 @@ def test_buffers_are_the_live_ones_for_a_broadcast() -> None:
 def test_an_average_of_other_weights_is_refused() -> None:
     ema = ExponentialMovingAverage(_module(), decay=0.9)
     tensors = ema.state_tensors()
-    with pytest.raises(UserError, match=r"of other weights: missing: 3\.bias$"):
+    with pytest.raises(UserError, match=r"belongs to other parameters: missing: 3\.bias$"):
         ema.load({name: tensor for name, tensor in tensors.items() if name != "3.bias"}, num_updates=1)
-    with pytest.raises(UserError, match=r"of other weights: wrong shape: 3\.weight has shape \(3, 5\) instead of \(3, 64\)$"):
+    with pytest.raises(UserError, match=r"belongs to other parameters: wrong shape: 3\.weight has shape \(3, 5\) instead of \(3, 64\)$"):
         ema.load({**tensors, "3.weight": torch.zeros(3, 5)}, num_updates=1)
-    with pytest.raises(UserError, match=r"ema is 1\.0; it is a decay"):
+    with pytest.raises(UserError, match=r"ema is 1\.0; it must be 0 or more and less than 1"):
         ExponentialMovingAverage(_module(), decay=1.0)

@@ -74,7 +74,7 @@ def test_data_that_teaches_nothing_is_refused(tmp_path: Path, digits: Pair, runt
     def opened(*options: str) -> Pair:
         return build.open_data(load_config(["--config", "finetune", *SMALL, *options])[0], runtime, lambda line: None)
 
-    with pytest.raises(UserError, match=r"one has one class only, 'cat'; a classifier needs two or more"):
+    with pytest.raises(UserError, match=r"one has only one class, 'cat'; a classifier needs two or more"):
         opened("--data.train", str(one), "--data.val", str(one))
     with pytest.raises(UserError, match=r"no validation data; give --data.val FOLDER, or --data.val-fraction 0.1"):
         opened("--data.train", str(digits[0].folder), "--data.val", str(digits[0].folder))

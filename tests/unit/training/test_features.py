@@ -72,11 +72,11 @@ def test_the_cut_is_the_head_with_its_dropout() -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("random", "the frozen part draws at random"),
-        ("after", "its output is not that of fc alone"),
-        ("twice", "fc is not called once with one tensor"),
-        ("keyword", "fc is not called once with one tensor"),
-        ("rows", "fc is not given one row an image"),
+        ("random", "the frozen part is random (dropout or stochastic depth)"),
+        ("after", "the output of the network is not the output of fc"),
+        ("twice", "fc is not called exactly once with one tensor"),
+        ("keyword", "fc is not called exactly once with one tensor"),
+        ("rows", "fc does not get one row per image"),
     ],
 )
 def test_a_network_that_cannot_be_cut_is_told_with_the_reason(kind: str, why: str) -> None:
@@ -85,7 +85,7 @@ def test_a_network_that_cannot_be_cut_is_told_with_the_reason(kind: str, why: st
 
 def test_what_changes_from_step_to_step_is_not_cached() -> None:
     assert cut_of(Odd("plain"), "fc", "body.2.") == (None, "more than the head is trained")
-    assert cut_of(networks.with_dropout(4), "classifier.1", norms=True)[1].startswith("norms of the backbone adapt to the images")
+    assert cut_of(networks.with_dropout(4), "classifier.1", norms=True)[1].startswith("norm layers of the backbone update their running statistics")
 
 
 def test_looking_for_a_cut_draws_nothing() -> None:
@@ -115,7 +115,7 @@ def test_looking_for_a_cut_draws_nothing() -> None:
         ({}, {"why_not": "it is odd"}, 0, "features are computed each epoch: it is odd"),
         ({}, {"why_not": "more than the head is trained"}, 0, ""),
         ({"mixup": 0.2}, {"fixed": True}, 0, "features are computed each epoch: mixup and cutmix mix images"),
-        ({"task": "rotate"}, {"fixed": True}, 0, "features are computed each epoch: the task rotate makes its own images"),
+        ({"task": "rotate"}, {"fixed": True}, 0, "features are computed each epoch: the task rotate changes the images"),
     ],
 )
 def test_when_features_are_cached(config: dict[str, Any], facts: dict[str, Any], views: int, line: str) -> None:

@@ -42,7 +42,7 @@ def test_it_stops_soon_after_the_loss_explodes_and_at_nan() -> None:
     assert not found.add(0.2, math.nan)
     assert found.diverged
     assert found.losses == [2.0]
-    assert "not finite from the first steps" in found.summary()
+    assert "not finite from the start" in found.summary()
 
 
 def test_a_loss_that_does_not_fall_gives_no_suggestion() -> None:

@@ -147,7 +147,7 @@ def test_synchronised_batch_norm_is_in_place_before_anything_is_frozen() -> None
     said: list[str] = []
     two_gpus = SimpleNamespace(world_size=2, device=torch.device("cuda"))
     _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, log=said.append)  # type: ignore[arg-type]
-    assert said == ["batch norm statistics are taken over all 2 ranks, each norm waiting for the others (--model.sync-bn false: each rank its own)"]
+    assert said == ["SyncBatchNorm: batch norm statistics are computed over all 2 ranks (--model.sync-bn false: per rank, without communication)"]
     freeze(network.module, trainable, freeze_norm=True)
     set_train_mode(network.module)
     network.module.train()

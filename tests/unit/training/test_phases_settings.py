@@ -56,7 +56,7 @@ def test_the_rate_falls_at_these_epochs(runtime: Runtime) -> None:
 
 def test_epochs_that_come_to_one_step_are_refused(runtime: Runtime) -> None:
     """Those that do not rise are the config's to refuse; these rise by less than a step."""
-    with pytest.raises(UserError, match="milestones must be positive and rising"):
+    with pytest.raises(UserError, match="milestones must be positive and increasing"):
         entered(runtime, schedule="step", step_epochs=[2.0, 2.001], epochs=5)
 
 

@@ -58,7 +58,7 @@ def test_a_stop_after_a_checkpoint_is_no_failure(tmp_path: Path, capsys: pytest.
     assert (session.result.state, session.result.exit_status) == ("stopped", EXIT_STOPPED)
     ended = status(tmp_path / "run")
     assert (ended["state"], ended["why"], ended["step"]) == ("stopped", "checkpoint.deadline_seconds", 12)
-    assert "stopped by checkpoint.deadline_seconds at step 12, its checkpoint is on the disk; the same command resumes from it" in capsys.readouterr().err
+    assert "stopped by checkpoint.deadline_seconds at step 12, after saving a checkpoint; the same command resumes from it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fresh", [True, False])

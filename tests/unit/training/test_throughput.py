@@ -29,7 +29,7 @@ def test_pads_are_no_images() -> None:
 
 def test_workers_are_counted_from_the_measured_times() -> None:
     assert advise(STARVED, **USUAL) == (  # type: ignore[arg-type]
-        "the loader is the limit (75% of the time is waiting for it): an image takes 10.0 ms, 2 loader processes 100% busy; "
+        "data loading is the bottleneck (75% of the time is spent waiting for it): an image takes 10.0 ms, 2 loader processes 100% busy; "
         "--data.workers 8 (this process has 16 cores)"
     )
 
@@ -37,13 +37,13 @@ def test_workers_are_counted_from_the_measured_times() -> None:
 @pytest.mark.parametrize(
     ("changes", "speed", "said"),
     [
-        ({"cores": 4}, {}, "--data.workers 4 (this process has 4 cores, of 8 that would keep up)"),
+        ({"cores": 4}, {}, "--data.workers 4 (this process has 4 cores; 8 workers would be needed)"),
         ({"cores": 4, "on_cpu": True}, {}, "--data.workers 3 "),
         ({"workers": 0}, {"loading": 75.0, "computing": 75.0}, "in the training process itself; --data.workers 3 "),
-        ({"cores": 2, "short_side": 3000.0}, {}, "3000 pixels at the short side, 256 would do: dtl pack SRC DST --short-side 256"),
-        ({"cores": 2}, {}, "375 pixels at the short side, 256 would do"),
-        ({"cores": 2, "short_side": 250.0}, {}, "more cores a process, or fewer augmentations"),
-        ({}, {"computing": 20.0}, "wait for the disk (or for a core) 90% of that; put the data on a local disk"),
+        ({"cores": 2, "short_side": 3000.0}, {}, "3000 pixels on the short side, 256 would do: dtl pack SRC DST --short-side 256"),
+        ({"cores": 2}, {}, "375 pixels on the short side, 256 would do"),
+        ({"cores": 2, "short_side": 250.0}, {}, "use more cores per process, or fewer augmentations"),
+        ({}, {"computing": 20.0}, "waiting for the disk (or for a free core) 90% of that time; put the data on a local disk"),
     ],
 )
 def test_the_advice_depends_on_what_is_short(changes: dict[str, object], speed: dict[str, float], said: str) -> None:

@@ -29,9 +29,9 @@ def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     data = {"image_size": 256, "workers": 0, "augment": {"preset": "imagenet", "randaugment": [6, 15], "color_jitter": 0.4}}
     recipe = recipes.write_recipe(tmp_path, data=data, model={"name": "networks:mean_colour"}, phases={"all": {"train": "all", "steps": 6, "lr": 0.05}})
     job = harness.run(["--config", str(recipe)], cwd=tmp_path)
-    said = [line for line in job.err().splitlines() if "the loader is the limit" in line]
+    said = [line for line in job.err().splitlines() if "data loading is the bottleneck" in line]
     assert len(said) == 1, job.err()
-    assert "in the training process itself; --data.workers " in said[0] or "wait for the disk (or for a core)" in said[0]
+    assert "in the training process itself; --data.workers " in said[0] or "waiting for the disk (or for a free core)" in said[0]
     notes = [event for event in harness.history(tmp_path / "runs/tiny", times=True) if event.get("note") == "limit"]
     assert [note["phase"] for note in notes] == ["all"]
 

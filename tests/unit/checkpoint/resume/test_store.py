@@ -226,7 +226,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "other step": (lambda folder: edit(folder, step=7), "speaks of step 7"),
     "no files listed": (lambda folder: edit(folder, files={}), r"manifest.json: it lists no state.json"),
     "one file not listed": (lambda folder: edit(folder, files={"state.json": listed(folder)["state.json"]}), r"it lists no model.safetensors"),
-    "a file elsewhere": (lambda folder: edit(folder, files={"../../x": {"size": 1, "sha256": "0" * 64}}), r"files.*no plain file name"),
+    "a file elsewhere": (lambda folder: edit(folder, files={"../../x": {"size": 1, "sha256": "0" * 64}}), r"files.*must be a file name without a folder"),
     "a digest that is none": (
         lambda folder: edit(folder, files={"state.json": {"size": 1, "sha256": "/etc"}}),
         r"state.json.sha256: '/etc' is no SHA-256",

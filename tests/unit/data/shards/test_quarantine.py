@@ -64,7 +64,7 @@ def test_numbers_of_the_samples_that_are_left(left_out: list[int]) -> None:
         ({"version": 2}, "version: format version 2, this dtl reads version 1"),
         ({"of": "2d" * 16}, "is about another data set"),
         ({"of": "../x"}, "of: '../x' is no hexadecimal number"),
-        ({"index": "../../index.bin"}, "index: .* is no plain file name"),
+        ({"index": "../../index.bin"}, "index: .* must be a file name without a folder"),
         ({"shard_samples": [5]}, "is about another data set"),
         ({"shard_samples": [5, 0]}, "is damaged: a shard has more samples"),
         ({"shard_samples": [3, -2]}, "shard_samples.1: -2 is not a number from 0"),

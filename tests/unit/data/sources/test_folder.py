@@ -182,7 +182,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
     assert open_source(labelled, labelled=False).fingerprint == open_source(labelled).fingerprint, "packed once for both"
     assert open_source(labelled, labelled=False, classes=("unlabelled",)).labels.tolist() == [0, 0], "for the validation of the others"
     for folder in ("flat", "one"):
-        with pytest.raises(UserError, match="without labels, only the task rotate can learn"):
+        with pytest.raises(UserError, match="without labels, use the task rotate"):
             open_source(tmp_path / folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
@@ -237,8 +237,8 @@ def _make(root: Path, case: str) -> Path:
     ("case", "message"),
     [
         ("empty", r"photos holds no images$"),
-        ("one class", r"photos has one class only, 'only'; a classifier needs two or more"),
-        ("train alone", r"has one class only, 'train'; did you mean .*photos/train, which has 2 folders\?"),
+        ("one class", r"photos has only one class, 'only'; a classifier needs two or more"),
+        ("train alone", r"has only one class, 'train'; did you mean .*photos/train, which has 2 folders\?"),
         (
             "loose images",
             r"has 1 image directly in it and no images in class folders; put each class in a folder of its own \(photos/CLASS/1.jpg\)",

@@ -66,7 +66,7 @@ def test_csv_with_a_header(tmp_path: Path, text: str) -> None:
         ("\n\n", "lists no images"),
         ("ants/0000.jpg ant\nants/0001.jpg\n", r"list.txt, line 2: no label: `ants/0001.jpg`; a line is `path label`"),
         ("ants/0000.jpg ant\nants/9.jpg bee\n", r"1 of 2 images do not exist: line 2: ants/9.jpg; paths are relative to"),
-        ("ants/0000.jpg ant\nants/0001.jpg ant\n", "has one class only, 'ant'"),
+        ("ants/0000.jpg ant\nants/0001.jpg ant\n", "has only one class, 'ant'"),
         ("path,label\nants/0000.jpg,ant\nants/0001.jpg,\n", r"line 3: no label: `ants/0001.jpg,`"),
         ("path,label\nants/0000.jpg,ant\n,bee\n", r"line 3: no path: `,bee`"),
     ],
