@@ -71,7 +71,7 @@ def change(folder: Path, **changes: object) -> None:
         ({"preprocessing": FACTS["preprocessing"] | {"image_size": 10**9}}, "preprocessing: image_size 1000000000 is not from 1 to 16384"),
         ({"preprocessing": FACTS["preprocessing"] | {"mean": "abc"}}, "preprocessing: mean must be three numbers"),
         ({"architecture": {"name": 3, "num_classes": 2}}, "architecture: must have a name and a positive num_classes"),
-        ({"weights": {"bytes": 1, "sha256": "../x"}}, r"weights.sha256: '../x' is no SHA-256"),
+        ({"weights": {"bytes": 1, "sha256": "../x"}}, r"weights.sha256: '../x' is not a SHA-256"),
         ({"made_by": {"step": 10**400}}, r"made_by: 1000.* is too large a number"),
         ({"classes": ["ants"]}, "torchvision/resnet18 with 2 outputs, but 1 classes"),
         ({"metrics": 3}, r"model.json: metrics: must be an object"),

@@ -229,7 +229,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file elsewhere": (lambda folder: edit(folder, files={"../../x": {"size": 1, "sha256": "0" * 64}}), r"files.*must be a file name without a folder"),
     "a digest that is none": (
         lambda folder: edit(folder, files={"state.json": {"size": 1, "sha256": "/etc"}}),
-        r"state.json.sha256: '/etc' is no SHA-256",
+        r"state.json.sha256: '/etc' is not a SHA-256",
     ),
     "a group elsewhere": (lambda folder: edit(folder, groups=["../x"]), r"groups.0: '../x' is no name of a group"),
     "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "manifest.json is missing"),
