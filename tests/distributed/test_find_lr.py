@@ -93,7 +93,7 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     ("options", "said"),
     [
         (["--phase", "nothing"], "the recipe has no such phase; its phases: head, all"),
-        (["--from", "1", "--to", "0.1"], "the learning rates must rise"),
+        (["--from", "1", "--to", "0.1"], "the learning rates must be above 0 and increase"),
         (["--steps", "3"], "3 steps are too few"),
         (["--start", "nowhere"], "nowhere does not exist"),
         (["--phse", "head"], "unknown option --phse; did you mean --phase?"),

@@ -24,7 +24,7 @@ def test_it_halves_until_all_ranks_fit_and_trains_as_if_told_so(tmp_path: Path, 
     harness.run([*arguments, "--run.name", "told", "--data.micro-batch-size", str(fits)], cwd=tmp_path, world=world)
     assert recipes.weights_hash(tmp_path / "runs/auto") == recipes.weights_hash(tmp_path / "runs/told"), "the trials left a trace"
     said = job.err()
-    assert said.count("do not fit into memory (rank ") == 3 * len(PHASES)
+    assert said.count("does not fit into memory (rank ") == 3 * len(PHASES)
     assert f"phase all: micro-batches of {fits} fit, 8 per step on each of {world} process{'es' if world > 1 else ''}; the global batch stays 120" in said
     if world == 2:
         assert "a micro-batch of 60 images does not fit into memory (rank 0: out of memory for 60 images); trying 30" in said
@@ -46,7 +46,7 @@ def test_not_even_one_image_is_one_line(tmp_path: Path) -> None:
 def test_a_step_that_runs_out_of_memory_later_says_what_to_do(tmp_path: Path) -> None:
     arguments = [*recipe(tmp_path, fits=16), "--data.micro-batch-size", "30"]
     job = harness.run(arguments, cwd=tmp_path, code=1)
-    assert "--data.micro-batch-size 15 continues from the newest checkpoint" in job.err()
+    assert "--data.micro-batch-size 15 resumes from the newest checkpoint" in job.err()
     assert harness.status(tmp_path / "runs/tiny")["state"] == "failed"
 
 

@@ -120,6 +120,6 @@ def test_whose_statistics_count_is_told_where_ranks_have_their_own(tmp_path: Pat
     steps = {"steps": 1, "lr": 0.05}
     recipe = write_recipe(tmp_path, phases={"head": {"train": "head", **steps}, "all": {"train": "all", **steps}})
     told = {world: run(["--config", str(recipe), "--run.name", f"on-{world}"], cwd=tmp_path, world=world).err() for world in (1, 2)}
-    assert "each rank's own" not in told[1]
-    lines = [line for line in told[2].splitlines() if "each rank's own" in line]
-    assert lines == ["phase all: the statistics of 2 norms are each rank's own in training; rank 0's are evaluated, saved and passed on"]
+    assert "separate running statistics" not in told[1]
+    lines = [line for line in told[2].splitlines() if "separate running statistics" in line]
+    assert lines == ["phase all: 2 norms keep separate running statistics on each rank; those of rank 0 are evaluated and saved"]
