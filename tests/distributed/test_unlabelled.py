@@ -53,4 +53,4 @@ def test_a_classifier_does_not_learn_from_images_without_labels(tmp_path: Path) 
     run(["photos", "shards", "--unlabelled", "--val-fraction", "0.25"], cwd=tmp_path, command="pack")
     job = run(["--config", str(recipe), "--data.train", "shards", "--data.val-fraction", "0"], cwd=tmp_path, world=2, code=2)
     (line,) = [line for line in job.err().splitlines() if line.startswith("dtl: ")]
-    assert "shards has only one class, 'unlabelled'; a classifier needs two or more" in line
+    assert "shards has only one class, 'unlabelled'; a classifier needs at least two" in line
