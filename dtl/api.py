@@ -1,6 +1,6 @@
 """The names that notebooks and scripts use: data, pretrained weights, runs, and the predictions of trained models.
 
-Everything is as on the command line, in this process: a notebook is one process, several are started by `accelerate launch`.
+Everything works as on the command line, but in this process. A notebook is one process; `accelerate launch` starts several.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Run:
     state: str
     """done, or stopped (by a signal, after saving: `dtl.fit` again resumes it)."""
     phases: tuple[dict[str, Any], ...]
-    """One row a finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
+    """One row per finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
 
     @property
     def model(self) -> Path:
@@ -156,8 +156,8 @@ class Run:
 def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str, Any] | None = None) -> Run:
     """Train by a recipe, as `dtl train` does: a config file, a built-in one (digits, finetune, features), or its sections as a dict.
 
-    `options` go on top, under their dotted names: `dtl.fit("finetune", {"data.train": "all_photos", "data.val_fraction": 0.15})`.
-    The same call again resumes a run that stopped, and gives the result of a finished one. Raises UserError as the command does.
+    `options` override the recipe, by their dotted names: `dtl.fit("finetune", {"data.train": "all_photos", "data.val_fraction": 0.15})`.
+    The same call again resumes a run that stopped, and returns the result of a finished one. Raises UserError as the command does.
     """
     config, name = resolve_config(recipe, options or {})
     from dtl.runs.folder import read_status, stopped_under_this_agent
@@ -178,7 +178,7 @@ def evaluate(
     """Exact metrics of a run or model folder: {top1, top5, loss, num_samples, per_class, confusion, ...}, as `dtl evaluate --json`.
 
     `data`: any source of images; by default the run's own validation data. On several processes each gets the same numbers.
-    `trust`: as `--trust`, call the function that a model.json of others names as its network.
+    `trust`: as `--trust`: call the function that builds the network, if the model.json was made by somebody else.
     """
     from dtl.inference.evaluate import evaluate as measure
     from dtl.inference.model import running_model
@@ -190,7 +190,7 @@ def evaluate(
 def predict(
     model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto", trust: bool = False
 ) -> list[dict[str, Any]]:
-    """Classes of images, in their order: one {path, label, name, probability} an image, and with `top` > 1 the list `predictions`.
+    """Classes of images, in their order: one {path, label, name, probability} per image, and with `top` > 1 the list `predictions`.
 
     `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead. On several processes
     the main one gets the predictions, the others an empty list. `trust`: as in `evaluate`.
@@ -209,7 +209,7 @@ def predict(
 
 
 def load_model(model: str | Path | Run, *, trust: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network in eval mode, on the CPU, and what is known of it: classes, display_names, preprocessing, architecture, metrics.
+    """The trained network in eval mode, on the CPU, and its metadata: classes, display_names, preprocessing, architecture, metrics.
 
     `trust`: as in `evaluate`.
     """
@@ -228,7 +228,7 @@ def load_model(model: str | Path | Run, *, trust: bool = False) -> tuple[nn.Modu
 
 
 def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Paths | None = None, trust: bool = False) -> Path:
-    """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images; FILE.json lies beside it.
+    """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images, and FILE.json next to it.
 
     `trust`: as in `evaluate`.
     """

@@ -79,9 +79,9 @@ def _fail(message: str) -> int:
 
 
 def _main_process_waits() -> bool:
-    """A rank that fails before it has met the others: did the main process fail too, and print why, or is it waiting for this one?
+    """For a rank that fails before the rendezvous: did the main process fail too, and print why, or is it waiting for this one?
 
-    Where it failed, the launcher ends this process within the pause, or nothing listens at the rendezvous.
+    If it failed, the launcher ends this process within the pause, or nothing listens at the rendezvous.
     """
     time.sleep(3.0)
     try:

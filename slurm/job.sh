@@ -154,7 +154,7 @@ start_step() {
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it from sbatch
   unset SLURM_EXPORT_ENV  # after `sbatch --export=NONE` the tasks would otherwise have no environment
-  say "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
+  log "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
   # If one node fails, end all: the ranks of the others would wait for it. If one succeeds, do not end the others, whatever the site's WaitTime:
   # the first node may still be writing the report.
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 "$DTL_HOME/slurm/node.sh" "${train[@]}" &
@@ -172,14 +172,14 @@ wait_for_step() {
 on_warning() {  # Slurm's signal (--signal), sent only to this script: time limit, or preemption with a grace time
   warned=1
   [[ -n $step && -z $sender ]] || return 0
-  say "received Slurm's warning signal: asking the run to save and stop"
+  log "received Slurm's warning signal: asking the run to save and stop"
   # Repeated, because a trainer that is still starting has no handler yet and ignores the signal (see node.sh).
   (while :; do scancel --signal=USR1 "$job" 2>/dev/null || true; sleep 5; done) &
   sender=$!
 }
 
 on_term() {  # the job ends in KillWait seconds; all its processes got the same signal, so the run is already saving
-  say "received SIGTERM: Slurm is ending this round of the job"
+  log "received SIGTERM: Slurm is ending this round of the job"
 }
 
 # ---- afterwards
@@ -191,14 +191,15 @@ decide() {
     state=$(status_field state) why=$(status_field why)
   fi
   case $state:$why in
-    done:*) say "done: $run"; exit 0 ;;
-    failed:input*) say "not requeued, the input is wrong: ${why#input: }"; exit 2 ;;
-    failed:interrupted*) say "interrupted, not requeued"; exit 1 ;;
+    done:*) log "done: $run"; exit 0 ;;
+    failed:input*) log "not requeued, the input is wrong: ${why#input: }"; exit 2 ;;
+    failed:interrupted*) log "interrupted, not requeued"; exit 1 ;;
     stopped:*"before the first step") requeue "stopped before its first step" ;;
     stopped:*) requeue "stopped after saving" ;;
     *)
       if [[ -n $warned ]]; then requeue "stopped before it could save"; fi
-      requeue "ended with an error or without a reason in status.json (state $state${why:+, $why})" ;;
+      if [[ $state == failed ]]; then requeue "ended with an error${why:+: $why}"; fi
+      requeue "ended without a result in status.json (state $state${why:+, $why}): it was killed, or the log above has the error" ;;
   esac
 }
 
@@ -209,22 +210,22 @@ requeue() {  # WHY
   if [[ $newest == "$last" ]]; then tries=$((tries + 1)); else tries=0; fi
   echo "$tries $newest" >"$notes/tries"
   if [[ $tries -ge ${DTL_MAX_TRIES:-3} ]]; then
-    say "$1; $tries rounds without a new checkpoint (DTL_MAX_TRIES), not requeued: submit the same sbatch command to resume from $newest"
+    log "$1; $tries rounds without a new checkpoint (DTL_MAX_TRIES), not requeued: submit the same sbatch command to resume from $newest"
     exit 1
   fi
   if [[ ${DTL_REQUEUE:-on} == off ]]; then
-    say "$1; not requeued (DTL_REQUEUE is off): submit the same sbatch command to resume from $newest"
+    log "$1; not requeued (DTL_REQUEUE is off): submit the same sbatch command to resume from $newest"
     exit 75
   fi
   # Slurm requeues a preempted job itself, and a cancelled job must not be requeued: neither is in state RUNNING any more. A job that has
   # reached its time limit is not either, but only this script requeues it.
   slurm_state=$(squeue --noheader --jobs="$job" --format='%T %r' 2>/dev/null || true)
   if [[ $slurm_state != RUNNING* && $slurm_state != *TimeLimit ]]; then
-    say "$1; not requeued by this script, because Slurm reports the job as ${slurm_state:-unknown}"
+    log "$1; not requeued by this script, because Slurm reports the job as ${slurm_state:-unknown}"
     exit 75
   fi
-  say "$1; requeued, to resume from $newest"
-  scontrol requeue "$job" || { say "Slurm refused to requeue the job: submit the same sbatch command to resume"; exit 75; }
+  log "$1; requeued, to resume from $newest"
+  scontrol requeue "$job" || { log "Slurm refused to requeue the job: submit the same sbatch command to resume"; exit 75; }
   exit 0
 }
 
@@ -241,7 +242,7 @@ status_field() {  # NAME. The trainer writes one key per line, so neither Python
   sed -n -E 's/^ *"'"$1"'": "(.*)",?$/\1/p' "$run/status.json" 2>/dev/null || true
 }
 
-say() { echo "slurm/$job $(date '+%F %T'): $*"; }
+log() { echo "slurm/$job $(date '+%F %T'): $*"; }
 
 fail() {
   echo "slurm/$SLURM_JOB_ID: $*" >&2

@@ -1,4 +1,4 @@
-"""`dtl average RUN... --out FOLDER`: the mean of several runs' weights, as a model folder."""
+"""`dtl average RUN... --out FOLDER`: average the weights of several runs into a model folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Average the weights of several models that started from the same pretrained weights (Wortsman et al. 2022, "Model soups",
-arXiv 2203.05482). The result is a model folder like any other: evaluate it, it may be better or worse than its parts.
+arXiv 2203.05482). The result is a model folder like any other. Evaluate it: it may be better or worse than the models it was made from.
 
-The models must have one architecture, one list of classes and one preprocessing. Whole-number tensors are the first model's.
-Statistics of batch normalisation are averaged too, which is an approximation.
+The models must have the same architecture, classes and preprocessing. Integer tensors are taken from the first model.
+The running statistics of batch norm layers are averaged too, which is an approximation.
 """
 _EPILOG = """\
 example:
@@ -31,10 +31,10 @@ example:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command. UserError where the models do not belong together."""
+    """The command. UserError if the models cannot be averaged."""
     options = _parser().parse_args(list(arguments))
     if len(options.models) < 2:
-        raise UserError("an average needs two models or more")
+        raise UserError("averaging needs at least two models")
     target = Path(options.out)
     from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
     from dtl.config.own import is_allowed, is_function, note_made
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def average(models: object, names: Sequence[str]) -> dict[str, Tensor]:
-    """Mean of the floating-point tensors, summed in float64 and given back in the first model's types; the rest are the first model's.
+    """Mean of the floating-point tensors, summed in float64 and returned in the first model's dtypes; the rest are the first model's.
 
     `models` gives one state dict after another: two are in memory at a time. UserError where they do not match.
     """
@@ -83,10 +83,10 @@ def average(models: object, names: Sequence[str]) -> dict[str, Tensor]:
         if not first:
             first = tensors
         if difference := sorted(tensors.keys() ^ first.keys()):
-            raise UserError(f"{names[0]} and {name} do not have the same tensors: {difference[0]} is in one of them only")
+            raise UserError(f"{names[0]} and {name} do not have the same tensors: only one of them has {difference[0]}")
         for key, tensor in tensors.items():
             if tensor.shape != first[key].shape:
-                raise UserError(f"the tensor {key} is {tuple(first[key].shape)} in {names[0]} and {tuple(tensor.shape)} in {name}")
+                raise UserError(f"the tensor {key} has shape {tuple(first[key].shape)} in {names[0]} and {tuple(tensor.shape)} in {name}")
             if tensor.is_floating_point():
                 if not bool(torch.isfinite(tensor).all()):
                     raise UserError(f"{name}: the tensor {key} holds values that are not finite; leave this model out")
@@ -98,17 +98,17 @@ def _check_same(first_folder: Path, first: ModelFacts, folder: Path, other: Mode
     for what, a, b in (
         ("network", first.architecture["name"], other.architecture["name"]),
         ("number of classes", len(first.classes), len(other.classes)),
-        ("options of the network", first.architecture.get("options") or {}, other.architecture.get("options") or {}),
+        ("configuration of the network", first.architecture.get("options") or {}, other.architecture.get("options") or {}),
     ):
         if a != b:
-            raise UserError(f"{first_folder} and {folder} cannot be averaged: the {what} is {a} and {b}")
+            raise UserError(f"{first_folder} and {folder} cannot be averaged: the {what} differs: {a} and {b}")
     for label, (a, b) in enumerate(zip(first.classes, other.classes)):
         if a != b:
             raise UserError(f"{first_folder} and {folder} cannot be averaged: class {label} is '{a}' in one and '{b}' in the other")
     for key in first.preprocessing.keys() | other.preprocessing.keys():
         a, b = (_versioned(facts.preprocessing.get(key)) for facts in (first, other))
         if a != b:
-            raise UserError(f"{first_folder} and {folder} cannot be averaged: their images are prepared with {key} {a} and {b}")
+            raise UserError(f"{first_folder} and {folder} cannot be averaged: their preprocessing differs: {key} is {a} and {b}")
 
 
 def _versioned(value: object) -> object:
@@ -137,5 +137,5 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("models", metavar="RUN", nargs="+", help="runs (runs/NAME) or model folders")
     add("--out", required=True, metavar="FOLDER", help="a new model folder")
-    add("--overwrite", action="store_true", help="replace a model folder that is there")
+    add("--overwrite", action="store_true", help="replace an existing model folder")
     return parser

@@ -19,7 +19,7 @@ Print a script that completes commands, options and files of `dtl`.
   zsh    dtl completion zsh > "${fpath[1]}/_dtl"
   fish   dtl completion fish > ~/.config/fish/completions/dtl.fish
 
-In bash, for the shell at hand only: source <(dtl completion bash)
+In bash, for the current shell only: source <(dtl completion bash)
 """
 # Names of phases are the user's own: those of the built-in recipes stand for them.
 _PHASES = ("head", "all")

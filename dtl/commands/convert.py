@@ -11,8 +11,8 @@ _DESCRIPTION = """\
 Write the tensors of a file of weights as safetensors, which every program can open safely.
 
 FILE is a torch file (.pt, .pth, .bin, .ckpt, old or new), a whole pickled module, a TorchScript archive, a pickle with NumPy arrays
-(detectron2's .pkl) or a safetensors file. Nothing in it is run: unknown objects are dropped, and named. Names stay as they are; those of
-nested dicts are joined by dots, and a single dict around all of them (state_dict, model) is left out. FILE#KEY takes one of several.
+(detectron2's .pkl) or a safetensors file. Nothing in it is run; unknown objects are dropped and listed. Names are kept: keys of nested
+dicts are joined by dots, and a single dict around all tensors (state_dict, model) is left out. FILE#KEY selects one of several.
 """
 _EPILOG = """\
 examples:
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="dtl convert", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("file", metavar="FILE", help="a file of weights; FILE#KEY chooses inside")
+    add("file", metavar="FILE", help="a file of weights; FILE#KEY selects one of several state dicts in it")
     add("out", metavar="OUT", help="the file to write; it ends in .safetensors")
-    add("--overwrite", action="store_true", help="write over OUT if it exists")
+    add("--overwrite", action="store_true", help="overwrite OUT if it exists")
     return parser

@@ -1,4 +1,4 @@
-"""`dtl doctor`: looks at this machine before a run does. The work is `dtl.doctor`."""
+"""`dtl doctor`: checks this machine before a run. The work is `dtl.doctor`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtl.text import OptionParser, to_stdout
+from dtl.text import OptionParser, counted, to_stdout
 
 _DESCRIPTION = """\
-What would go wrong here, before it does: versions of PyTorch, CUDA and the driver, GPUs and their links, shared memory, open files,
-memory, disks, the network interface that ranks would meet over, a sum over two real processes, the speed of decoding against that of
-the network, wandb, SLURM. Every finding that is not ok comes with the command that fixes it. Nothing is changed.
+Check this machine before a run: versions of PyTorch, CUDA and the driver; GPUs and the links between them; shared memory, open files,
+memory and disks; the network interface that ranks would use; an all-reduce between two real processes; whether decoding keeps up with
+the network; wandb; SLURM. Each problem comes with the command that fixes it. Nothing is changed.
 """
 _EPILOG = """\
 examples:
@@ -23,7 +23,7 @@ examples:
   dtl doctor --config configs/finetune.yaml --data photos/train
   srun --jobid 1234 dtl doctor --json
 
-exit status: 0 nothing stands in the way (warnings are not counted), 1 something does, 2 the command line is wrong
+exit status: 0 no check failed (there may be warnings), 1 a check failed, 2 the command line is wrong
 """
 
 
@@ -44,13 +44,13 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps({"status": status, "findings": [finding.to_json() for finding in found]}, indent=1))
     else:
         counts = {kind: sum(finding.status == kind for finding in found) for kind in ("ok", "warn", "fail")}
-        to_stdout("", f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way")
+        to_stdout("", f"{counts['ok']} ok, {counted(counts['warn'], 'warning')}, {counted(counts['fail'], 'failure')}")
     sys.stdout.flush()
     return 1 if status == "fail" else 0
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
-    """What the run would need, from its config where one is given."""
+    """What the run would need, from its config if one is given."""
     from dtl.data.open import default_cache_dir
     from dtl.doctor.judge_machine import Need
 
@@ -81,12 +81,12 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = OptionParser(prog="dtl doctor", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="the recipe that is to run here: its folders, model, batch size and workers are asked for")
-    add("--data", metavar="SRC", help="a folder of images or packed shards, to measure decoding on (default: a made-up photo)")
+    add("--config", metavar="FILE", help="the recipe to check for: its folders, model, batch size and workers are used")
+    add("--data", metavar="SRC", help="a folder of images or packed shards, to measure decoding on (default: a synthetic photo)")
     add("--model", metavar="NAME", help="the network whose speed decoding must keep up with (default: the recipe's, or torchvision/resnet18)")
-    add("--workers", type=int, metavar="N", help="loader processes of each rank (default: the recipe's, or 2)")
+    add("--workers", type=int, metavar="N", help="loader workers per rank (default: those of the recipe, or 2)")
     add("--run-dir", metavar="FOLDER", help="where runs would go (default: the recipe's, or runs)")
     add("--cache-dir", metavar="FOLDER", help="where packed images would go (default: $DTL_CACHE or ~/.cache/dtl)")
-    add("--quick", action="store_true", help="leave out what takes seconds: the sum over two processes, decoding, the network's speed")
+    add("--quick", action="store_true", help="skip the measurements that take seconds: the all-reduce, decoding, the speed of the network")
     add("--json", action="store_true", help="one JSON object {status, findings: [{check, status, summary, fix}]} on standard output")
     return parser

@@ -14,7 +14,7 @@ from dtl.text import TRUST, OptionParser, at_least, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Measure a trained model on validation images: top1, top5, loss, precision, recall and F1 of each class, the confusion matrix, the
-expected calibration error, the classes that are mixed up most, and the images with the greatest loss.
+expected calibration error, the most confused classes, and the images with the largest loss.
 
 The numbers are exact and the same on any number of processes:
   accelerate launch --num_processes 4 -m dtl evaluate runs/NAME
@@ -29,7 +29,7 @@ _DEFAULT_BATCH_SIZE = 64
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command. UserError for a model or data that do not go together."""
+    """The command. UserError if the model or the data cannot be used, or do not fit together."""
     options = _parser().parse_args(list(arguments))
     _check_json(options.json)
     from dtl.inference.evaluate import evaluate
@@ -86,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="RUN|MODEL", help="a run (runs/NAME: its model, its validation data) or a model folder")
-    add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder a class, a list file, packed shards, digits")
-    add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the pipe: commands in the manifest of SRC")
-    add("--json", metavar="FILE", help="write all numbers there; - prints them instead of the table")
-    add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"images at once on each process ({_DEFAULT_BATCH_SIZE})")
-    add("--workers", type=at_least(0), metavar="N", help="loader processes of each process (the run's, else 2)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
-    add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="damaged images: end, or leave them out and list them (fail)")
+    add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder with one folder per class, a list, packed shards, digits")
+    add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the `pipe:` commands in the manifest of SRC")
+    add("--json", metavar="FILE", help="write all numbers to FILE; - prints them instead of the table")
+    add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"batch size per process (default: {_DEFAULT_BATCH_SIZE})")
+    add("--workers", type=at_least(0), metavar="N", help="loader workers per process (default: as in the run, else 2)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto, the GPU if there is one)")
+    add("--precision", choices=("auto", "no", "bf16", "fp16"), help="precision of the computation (default: that of the run, else auto)")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="damaged images: stop, or leave them out and list them (default: fail)")
     add("--trust", action="store_true", help=TRUST)
     return parser

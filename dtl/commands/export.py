@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from dtl.inference.images import ImageInputs
 
 _DESCRIPTION = """\
-Write a trained model for other programs, and compare it with PyTorch on real images before it gets its name.
+Export a trained model for other programs. Its outputs are compared with PyTorch's on real images before the file is kept.
 
-  onnx           one ONNX file (needs the packages onnx and onnxscript; run with onnxruntime where that is installed)
+  onnx           one ONNX file (needs the packages onnx and onnxscript; run with onnxruntime if that is installed)
   torch-export   a graph for torch.export.load, without any code of the network
   safetensors    the state dict alone
 
-Input: float32 images [batch, 3, S, S], normalised; output: logits. How images are prepared, and the classes, are stored in the file
-(ONNX metadata `dtl`, extra file `dtl.json`, safetensors metadata `dtl`) and beside it in FILE.json.
+Input: float32 images [batch, 3, S, S], normalised; output: logits. The preprocessing and the classes are stored in the file
+(ONNX metadata `dtl`, extra file `dtl.json`, safetensors metadata `dtl`) and next to it in FILE.json.
 """
 _EPILOG = """\
 examples:
@@ -31,11 +31,11 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command; nothing is written where the result differs from PyTorch."""
+    """The command; nothing is written if the result differs from PyTorch."""
     options = _parser().parse_args(list(arguments))
     target = Path(options.out)
     if options.opset is not None and options.to != "onnx":
-        raise UserError(f"--opset goes with --to onnx, not with {options.to}")
+        raise UserError(f"--opset needs --to onnx, not {options.to}")
     if not target.absolute().parent.is_dir():
         raise UserError(f"--out {target}: the folder {target.absolute().parent} does not exist")
     if target.is_dir():
@@ -51,17 +51,17 @@ def run(arguments: Sequence[str]) -> int:
     model = open_model(folder, trust=options.trust, log=to_stderr)
     inputs = find_images(options.images) if options.images else _images_of(run_folder)
     done = export(model, target, to=options.to, images=real_images(model, inputs), opset=options.opset)
-    of = "images" if options.images else "of the run's validation images" if inputs is not None else "of the built-in digits (--images takes your own)"
+    of = "images" if options.images else "of the run's validation images" if inputs is not None else "of the built-in digits (use --images for your own)"
     if done.difference is None:
         to_stderr(f"not checked against PyTorch: {done.note}")
     else:
-        to_stdout(f"checked against PyTorch on {done.num_images} {of}: largest difference of a logit {done.difference:.2g}")
+        to_stdout(f"checked against PyTorch on {done.num_images} {of}: largest difference between logits {done.difference:.2g}")
     to_stdout(f"{done.path} ({options.to}{'' if done.difference is None else ', ' + done.note}), {done.path}.json")
     return 0
 
 
 def _images_of(run_folder: Path | None) -> ImageInputs | None:
-    """The run's validation images, as it packed them; None for a model folder, and where they cannot be had here any more."""
+    """The run's validation images, as it packed them; None for a model folder, and if they are not available any more."""
     if run_folder is None:
         return None
     from dtl.config.own import stored_config
@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model folder, or a run (runs/NAME)")
     add("--to", choices=("onnx", "torch-export", "safetensors"), required=True, help="the format")
-    add("--out", required=True, metavar="FILE", help="the file to write; FILE.json is written beside it")
-    add("--opset", type=int, metavar="N", help="version of the ONNX operators (torch's default)")
+    add("--out", required=True, metavar="FILE", help="the file to write; FILE.json is written next to it")
+    add("--opset", type=int, metavar="N", help="ONNX opset version (default: that of torch)")
     add(
         "--images", action="append", metavar="PATH",
-        help="images to compare on: a folder, a list, shards; may be repeated (by default the run's validation images)",
+        help="images for the comparison: a folder, a list, shards; may be repeated (default: the run's validation images)",
     )  # fmt: skip
     add("--trust", action="store_true", help=TRUST)
     return parser

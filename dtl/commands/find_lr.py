@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from dtl.training.lr_range import LrCurve
 
 _DESCRIPTION = """\
-Which learning rate? Trains a phase for a while with a rate that rises exponentially at each step, until the loss diverges, and suggests
-a rate inside the fall of the loss. The options are those of `dtl train`; the phase's own lr is not used, its head_lr_scale and
-layer_decay are. No run folder is read or written. On several processes, with the same curve on each:
+Learning rate range test: train one phase while the learning rate rises exponentially from step to step, until the loss diverges.
+Suggests a rate from the falling part of the loss curve. The options are those of `dtl train`. The phase's own lr is not used, but its
+head_lr_scale and layer_decay are. No run folder is read or written. On several processes, each gets the same curve:
   accelerate launch --config_file launch/gpus.yaml --num_processes 4 -m dtl find-lr --config finetune --data.train photos
 """
 _EPILOG = """\
@@ -32,7 +32,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command. UserError for a recipe or options that make no test."""
+    """The command. UserError if the recipe or the options cannot be used."""
     parser = _parser()
     options, rest = parser.parse_known_args(list(arguments))
     from dtl.config import Config, load_config
@@ -99,7 +99,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         )
         if config.data.micro_batch_size == "auto":
             fit(active, loaders, runtime, normalise=normalise, state=None, log=log)
-    log(f"phase {phase_name}: up to {options.steps} steps from {options.first:g} to {options.last:g}")
+    log(f"phase {phase_name}: up to {options.steps} steps, learning rate from {options.first:g} to {options.last:g}")
     return find_lr(
         active,
         loaders,
@@ -145,11 +145,11 @@ def _parser() -> OptionParser:
         prog="dtl find-lr", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", help="the recipe, and any of its keys as --section.key VALUE (default: the built-in digits)")
+    add("--config", metavar="FILE", help="the recipe; its keys are options too: --section.key VALUE (default: the built-in digits)")
     add("--phase", metavar="NAME", help="the phase to test (default: the last one)")
-    add("--start", metavar="RUN", help="begin with the weights of this run or model folder, instead of the recipe's own start")
-    add("--from", dest="first", type=float, default=1e-6, metavar="LR", help="first learning rate (1e-6)")
-    add("--to", dest="last", type=float, default=10.0, metavar="LR", help="last learning rate (10)")
-    add("--steps", type=int, default=100, metavar="N", help="steps from the first to the last rate (100)")
-    add("--out", metavar="FOLDER", default="find-lr", help="where CONFIG-PHASE.png and .json are written (find-lr)")
+    add("--start", metavar="RUN", help="start from the weights of this run or model folder, instead of those of the recipe")
+    add("--from", dest="first", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)")
+    add("--to", dest="last", type=float, default=10.0, metavar="LR", help="last learning rate (default: 10)")
+    add("--steps", type=int, default=100, metavar="N", help="number of steps from the first to the last rate (default: 100)")
+    add("--out", metavar="FOLDER", default="find-lr", help="where CONFIG-PHASE.png and .json are written (default: find-lr)")
     return parser

@@ -8,11 +8,11 @@ from dtl.commands import add_limits, limits
 from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
-Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are only
-read: each is checked once from end to end (headers, sizes, end marks, every image's header).
+Write manifest.json and index.bin for WebDataset shards made by others, so that dtl trains on them as on its own. The shards are not
+changed. Each is read once from end to end and checked: tar headers, sizes, end-of-archive marks, the header of every image.
 
-TARS are folders of tars, brace patterns, globs, single tars, or text files with a tar a line; also https:// addresses, `pipe:` commands
-and what fsspec reads (s3://, gs:// ...), which are fetched once for it and need --out.
+TARS are folders of tars, brace patterns, globs, single tars, or text files with one tar per line. Remote shards (https:// addresses,
+`pipe:` commands, what fsspec reads: s3://, gs:// ...) are downloaded once for this, and need --out.
 A sample's label is its `cls` (a number or a name), a field of its `json` (--label-field), or the last folder of its key.
 """
 _EPILOG = """\
@@ -26,7 +26,7 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """The command. UserError for whatever is wrong with the shards or the options."""
+    """The command. UserError if something is wrong with the shards or the options."""
     options = _parser().parse_args(arguments)
     from dtl.config.models import DataConfig, arguments_checked
     from dtl.data.open import describe_index
@@ -59,16 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = OptionParser(prog="dtl index", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("tars", metavar="TARS", nargs="+", help="folder, 'train-{000..099}.tar', glob, tar, or list of tars")
-    add("--out", metavar="DIR", help="where the index goes (the folder of the shards; needed for remote ones)")
-    add("--label-field", metavar="F", help="where labels are: an extension (cls), a field of the json member, or the word folder")
-    add("--image-field", metavar="E", help="the extension of the image, where samples have several")
-    add("--classes", metavar="FILE", help="class names in the order of their numbers: a line each, JSON, or a folder of packed shards")
+    add("--out", metavar="DIR", help="folder for the index (default: the folder of the shards; required for remote shards)")
+    add("--label-field", metavar="F", help="where labels are: an extension (cls), a field of the json member, or `folder`, the last folder of the key")
+    add("--image-field", metavar="E", help="extension of the image, if samples have several")
+    add("--classes", metavar="FILE", help="class names in the order of the labels: a file with one name per line, a JSON file, or a folder of packed shards")
     add("--names", metavar="FILE", help="JSON {class name: display name}")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used: refuse, or leave them out and report them (fail)")
-    add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
-    add("--retries", type=int, default=5, metavar="N", help="how often a failed download is tried again (5)")
-    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="seconds without a byte after which a download has failed (60)")
-    add("--overwrite", action="store_true", help="replace an index that is there")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used: stop, or leave them out and list them (default: fail)")
+    add("--processes", type=int, metavar="N", help="number of processes (default: the number of cores)")
+    add("--retries", type=int, default=5, metavar="N", help="how often a failed download is retried (default: 5)")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="seconds without data after which a download counts as failed (default: 60)")
+    add("--overwrite", action="store_true", help="replace an existing index")
     add_limits(parser)
     add("--quiet", action="store_true", help="print only errors and what was left out")
     return parser

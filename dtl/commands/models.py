@@ -1,4 +1,4 @@
-"""`dtl models [WORD]`: the networks that can be named in `model.name`."""
+"""`dtl models [WORD]`: the networks that `model.name` accepts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dtl.text import OptionParser, to_stdout
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = OptionParser(prog="dtl models", description="List the networks that can be named in model.name.")
-    parser.add_argument("word", nargs="?", default="", help="only names that contain this")
+    parser = OptionParser(prog="dtl models", description="List the networks that model.name accepts.")
+    parser.add_argument("word", nargs="?", default="", help="list only names that contain this")
     options = parser.parse_args(list(arguments))
 
     from dtl.models.build import model_names

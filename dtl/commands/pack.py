@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from dtl.data.packing.pack import PackReport
 
 _DESCRIPTION = """\
-Pack images into WebDataset shards with a manifest and an index, once; training then reads them fast and exactly.
+Pack images once into WebDataset shards with a manifest and an index, from which training reads them quickly.
 
 SRC is one of
-  a folder with a folder of images for each class            photos/ants/1.jpg
-  a folder that holds train/ and val/ of such folders        (valid, validation or test will do for val)
-  a list file with a line `path label` for each image, or CSV with a header path,label
-  the python batches of CIFAR-10 or CIFAR-100
+  an image folder, with one folder per class                 photos/ants/1.jpg
+  a folder that contains train/ and val/ image folders       (valid, validation or test instead of val work too)
+  a list file with one line `path label` per image, or CSV with the header path,label
+  the Python batches of CIFAR-10 or CIFAR-100
   digits, the built-in example
-DST is a new folder. It gets manifest.json, index.bin and the shards, or train/ and val/ with these.
+DST is a new folder. It gets manifest.json, index.bin and the shards, or train/ and val/ with these files.
 """
 _EPILOG = """\
 examples:
@@ -35,7 +35,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 
 def run(argv: list[str]) -> int:
-    """The command. UserError for whatever is wrong with the source, the destination or the options."""
+    """The command. UserError if something is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
     from dtl.data.open import describe_trouble, packed_folder
     from dtl.data.packing.job import PackOptions
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     shard_bytes = parse_size(options.shard_size)
     given = limits(options)
     limits_of_files = {name: value for name, value in given.items() if name == "max_file_bytes"}
-    # An empty class folder is told and left out: who packs reads the notes. A training job has no reader, and refuses.
+    # An empty class folder is reported and left out: whoever packs reads the notes. Nobody watches a training job, so it refuses.
     source = open_source(options.source, classes=classes, names=options.names, on_error="skip", labelled=not options.unlabelled, **limits_of_files)
     if not options.quiet:
         to_stderr(
@@ -100,22 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SRC", help="where the images are")
     add("destination", metavar="DST", help="a new folder for the shards")
     split = parser.add_argument_group("splits and classes")
-    split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="set this share aside for validation, by content, from every class (0)")
-    split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards, for a validation set of theirs")
+    split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="share for validation; split by content, stratified by class (default: 0)")
+    split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards (for a validation set that belongs to them)")
     split.add_argument("--unlabelled", action="store_true", help="SRC may be a folder or list of images without labels (for task: rotate)")
-    split.add_argument("--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json and the like beside the images)")
+    split.add_argument("--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json or a similar file next to the images)")
     images = parser.add_argument_group("images")
-    images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: refuse, or leave them out and report them (fail)")
+    images.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="unreadable images: stop, or leave them out and list them (default: fail)")
     images.add_argument("--no-verify", dest="verify", action="store_false", help="read the headers only, do not decode every image")
     add_limits(images)
-    images.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side is over N pixels")
-    images.add_argument("--short-side", type=int, metavar="N", help="shrink images whose shorter side is over N pixels")
-    images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of images that were shrunk (95)")
+    images.add_argument("--max-side", type=int, metavar="N", help="shrink images to a longer side of at most N pixels")
+    images.add_argument("--short-side", type=int, metavar="N", help="shrink images to a shorter side of at most N pixels")
+    images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of images that were shrunk (default: 95)")
     shards = parser.add_argument_group("shards")
-    shards.add_argument("--shard-size", default="128MiB", metavar="SIZE", help="about this many bytes a shard (128MiB)")
-    shards.add_argument("--seed", type=int, default=0, help="of the order in which samples are packed (0)")
-    shards.add_argument("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
-    shards.add_argument("--overwrite", action="store_true", help="replace a packed data set that is in DST")
+    shards.add_argument("--shard-size", default="128MiB", metavar="SIZE", help="approximate size of a shard (default: 128MiB)")
+    shards.add_argument("--seed", type=int, default=0, help="seed of the order in which samples are packed (default: 0)")
+    shards.add_argument("--processes", type=int, metavar="N", help="number of processes (default: the number of cores)")
+    shards.add_argument("--overwrite", action="store_true", help="replace the packed data set in DST")
     add("--quiet", action="store_true", help="print only errors and what was left out")
     return parser
 

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from dtl.inference.predict import Prediction
 
 _DESCRIPTION = """\
-Predict the classes of images with a trained model; images are prepared as they were in its evaluation.
+Predict the classes of images with a trained model. Images are preprocessed as in the model's evaluation.
 
-PATH is an image, a folder of images (with all folders in it), a list file (a path a line, or CSV with a column path), a folder of
-packed shards, or - for a list on standard input. The output keeps the order of the PATHs, and within a folder that of the sorted paths.
+PATH is an image, a folder of images (searched recursively), a list file (one path per line, or CSV with a column path), a folder of
+packed shards, or - for a list on standard input. The output is in the order of the PATHs; images of a folder are sorted by path.
 
 CSV has the columns path,label,name,probability: the most probable class, its display name and its probability. JSON lines have the
 same keys, and with --top N a list `predictions` of the N most probable classes. Images that cannot be read are listed on standard error.
 
-In CSV, a text that a spreadsheet would compute (it begins with = + - @, a tab or a line break) gets an apostrophe in front. To undo it, remove
-the first apostrophe of each cell that begins with apostrophes and one of these characters.
+In CSV, an apostrophe is put before text that a spreadsheet would evaluate as a formula (text that begins with = + - @, a tab or a line
+break). To undo it, remove the first apostrophe of each cell that begins with one or more apostrophes followed by one of these characters.
 """
 _EPILOG = """\
 examples:
@@ -96,7 +96,7 @@ def _write_all(file: TextIO, kind: str, model: StoredModel, parts: Iterable[list
 
 
 def _write(out: str, work: Callable[[TextIO], list[Prediction]]) -> list[Prediction]:
-    """What `work` gives, which writes to standard output, or to a file that gets its name when it is whole."""
+    """Call `work`, which writes to standard output, or to a file that gets its name when it is complete. Returns what `work` returns."""
     if out == "-":
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")
@@ -126,7 +126,7 @@ def _summarise(out: str, count: int, unread: Sequence[Prediction]) -> None:
 
 
 def _format(options: argparse.Namespace) -> str:
-    """csv or jsonl; UserError before any work where the options do not go together."""
+    """csv or jsonl; UserError before any work if the options contradict each other."""
     kind = options.format
     if options.out != "-":
         path = Path(options.out)
@@ -135,11 +135,11 @@ def _format(options: argparse.Namespace) -> str:
         if path.is_dir():
             raise UserError(f"--out {options.out} is a folder; give a file that ends in .csv or .jsonl")
         if kind is None and path.suffix.lower() not in _FORMATS:
-            raise UserError(f"--out {options.out}: the ending of the file gives no format; use .csv or .jsonl, or --format")
+            raise UserError(f"--out {options.out}: the file's extension does not determine the format; use .csv or .jsonl, or --format")
         kind = kind or _FORMATS[path.suffix.lower()]
     kind = kind or "csv"
     if options.top > 1 and kind == "csv":
-        raise UserError(f"--top {options.top}: CSV has one line an image, its best class; write JSON lines (--out FILE.jsonl, --format jsonl)")
+        raise UserError(f"--top {options.top}: CSV has one line per image, with its best class; write JSON lines (--out FILE.jsonl or --format jsonl)")
     return str(kind)
 
 
@@ -155,12 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="a model folder, or a run (runs/NAME)")
     add("paths", metavar="PATH", nargs="+", help="images, folders, list files, packed shards, or -")
     add("--out", default="-", metavar="FILE", help="FILE.csv or FILE.jsonl (default: -, CSV on standard output)")
-    add("--format", choices=("csv", "jsonl"), help="by default the ending of FILE, csv for -")
-    add("--top", type=at_least(1), default=1, metavar="N", help="with JSON lines: a list of the N most probable classes (1)")
-    add("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once on each process (64)")
+    add("--format", choices=("csv", "jsonl"), help="output format (default: by the extension of FILE; csv for -)")
+    add("--top", type=at_least(1), default=1, metavar="N", help="with JSON lines: list the N most probable classes (default: 1)")
+    add("--batch-size", type=at_least(1), default=64, metavar="N", help="batch size per process (default: 64)")
     add_limits(parser)
-    add("--workers", type=at_least(0), default=2, metavar="N", help="loader processes of each process (2)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto: the GPU where there is one)")
-    add("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format of the computation (the run's, else auto)")
+    add("--workers", type=at_least(0), default=2, metavar="N", help="loader workers per process (default: 2)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto, the GPU if there is one)")
+    add("--precision", choices=("auto", "no", "bf16", "fp16"), help="precision of the computation (default: that of the run, else auto)")
     add("--trust", action="store_true", help=TRUST)
     return parser

@@ -1,4 +1,4 @@
-"""`dtl report RUN [RUN ...]`: pictures and a page about one run, or about several side by side. The work is `dtl.report`."""
+"""`dtl report RUN [RUN ...]`: plots and a page about one run, or a comparison of several. The work is `dtl.report`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dtl.errors import UserError
 from dtl.text import TRUST, OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
-Pictures and one self-contained page (index.html) about a run: curves, the images as the network saw them, predictions, confusion,
-numbers by class, what was transferred. Given several runs, one plot and one table that compare them.
+Plots and one self-contained page (index.html) about a run: curves, augmented training images, predictions, confusion matrix, metrics
+per class, transferred weights. For several runs: one plot and one table that compare them.
 
 RUN is a run folder. The page opens without a network connection. What is missing (for example data that has moved) is left out, and the page lists it.
 """
@@ -17,17 +17,17 @@ _EPILOG = """\
 examples:
   dtl report runs/digits                              writes runs/digits/report/index.html and PNGs
   dtl report runs/rotnet runs/supervised              writes comparison/index.html and compare.png
-  dtl report runs/rot-s* runs/sup-s* --out seeds      runs that differ in their seed only become one curve with a band
+  dtl report runs/rot-s* runs/sup-s* --out seeds      runs that differ only in their seed become one curve with a band
 """
 
 
 def run(argv: list[str]) -> int:
-    """The command. UserError where a RUN is no run folder or nothing can be written."""
+    """The command. UserError if a RUN is not a run folder or nothing can be written."""
     options = _parser().parse_args(argv)
     if options.max_images < 1:
-        raise UserError(f"--max-images {options.max_images}: at least one image")
+        raise UserError(f"--max-images must be at least 1, got {options.max_images}")
     if options.seconds < 0:
-        raise UserError(f"--seconds {options.seconds:g}: 0 or more")
+        raise UserError(f"--seconds must be at least 0, got {options.seconds:g}")
     if options.csv is not None:
         from dtl.report.csv_file import write_csv
 
@@ -61,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/digits")
-    add("--out", metavar="FOLDER", help="where to write (RUN/report; for several runs comparison/)")
-    add("--csv", metavar="FILE", help="write the history of the runs as one CSV table instead, a line an event (train, val, epoch)")
-    add("--max-images", type=int, default=1000, metavar="N", help="show the model at most N validation images, drawn at random (1000)")
-    add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (6)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (auto: as the run did)")
+    add("--out", metavar="FOLDER", help="output folder (default: RUN/report, or comparison for several runs)")
+    add("--csv", metavar="FILE", help="write only a CSV table of the runs' history, one line per event (train, val, epoch)")
+    add("--max-images", type=int, default=1000, metavar="N", help="run the model on at most N validation images, chosen at random (default: 1000)")
+    add("--seconds", type=float, default=6.0, metavar="S", help="run the model for about S seconds at most (default: 6)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run the model (default: auto, as in the run)")
     add("--trust", action="store_true", help=TRUST)
     return parser

@@ -1,4 +1,4 @@
-"""`dtl transfer`: what a transfer of pretrained weights would do, tensor by tensor, without allocating the network."""
+"""`dtl transfer`: show what a transfer of pretrained weights would load, tensor by tensor, without allocating the network."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ exit status: 0 the weights would be loaded; 2 they would be refused (the reason 
 
 def parser() -> argparse.ArgumentParser:
     parse = OptionParser(prog="dtl transfer", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--model", required=True, help="the network to fill: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
-    parse.add_argument("--source", required=True, help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY chooses inside")
-    parse.add_argument("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
-    parse.add_argument("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file of one name a line, a folder of class folders, packed data")
-    parse.add_argument("--by", choices=("auto", "name", "order", "strict", "map"), help="how layers are paired (default: auto, or map with --map)")
-    parse.add_argument("--map", metavar="FILE", help="YAML or JSON, target: source; with --by auto it settles single layers")
-    parse.add_argument("--save-map", metavar="FILE", help="write the plan as a map, to edit and to feed back")
-    parse.add_argument("--source-arch", metavar="NAME", help="the network that the weights were made for: its dataflow is then known")
-    parse.add_argument("--source-classes", metavar="NAMES|K", help="classes of the source's head, as --classes, or how many (default: found in the weights)")
-    parse.add_argument("--assume-order", action="store_true", help="accept pairs that only the order of registration tells apart")
-    parse.add_argument("--on-ambiguous", choices=("error", "fresh"), default="error", help="undecided layers: refuse, or leave fresh")
-    parse.add_argument("--min-coverage", type=float, default=0.6, metavar="X", help="least share of layers, of either side, to be used (default: 0.6)")
-    parse.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names in the source that are not meant: 'decoder.*' (repeat it)")
+    add = parse.add_argument
+    add("--model", required=True, help="the network that gets the weights: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
+    add("--source", required=True, help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY selects one of several state dicts")
+    add("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
+    add("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file with one name per line, an image folder, packed shards")
+    add("--by", choices=("auto", "name", "order", "strict", "map"), help="how layers are paired (default: map with --map, else auto)")
+    add("--map", metavar="FILE", help="YAML or JSON file of names, target: source; with --by auto it pairs only the layers that it names")
+    add("--save-map", metavar="FILE", help="write the plan as a map, to edit and to pass to --map")
+    add("--source-arch", metavar="NAME", help="the network that the weights were saved from, to decide uncertain pairs")
+    add("--source-classes", metavar="NAMES|K", help="classes of the source's head, as --classes, or how many (default: found in the weights)")
+    add("--assume-order", action="store_true", help="trust the order of registration if nothing else distinguishes layers")
+    add("--on-ambiguous", choices=("error", "fresh"), default="error", help="uncertain pairs: refuse, or leave layers at initial values (default: error)")
+    add("--min-coverage", type=float, default=0.6, metavar="X", help="refuse if a smaller share of layers, of either side, would be used (default: 0.6)")
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="names in the source to leave out, 'decoder.*' (may be repeated)")
     heads = ("auto", "true", "false", "rows")
-    parse.add_argument("--keep-head", choices=heads, default="auto", help="load the head (default: if it fits), or its rows by class names")
-    rows = "with --keep-head rows: classes of the source for one here, averaged (repeat it)"
-    parse.add_argument("--head-rows", action="append", metavar="NEW=OLD,...|FILE", help=rows)
-    parse.add_argument("--fold-norms", action="store_true", help="fold norms that have no place into their convolutions")
-    parse.add_argument("--zero-conv-bias", action="store_true", help="biases that the source does not have are zero")
-    parse.add_argument("--image-size", type=int, metavar="PIXELS", help="input size for the run on the meta device (default: found)")
-    parse.add_argument("--verify", action="store_true", help="build both networks (--source-arch) and compare what they compute")
-    parse.add_argument("--report", metavar="F.json", help="write the report as JSON")
+    add("--keep-head", choices=heads, default="auto", help="load the source's head (auto: if its classes are the same), or its rows by class names")
+    rows = "with --keep-head rows: classes of the source that are averaged for a new class (may be repeated)"
+    add("--head-rows", action="append", metavar="NEW=OLD,...|FILE", help=rows)
+    add("--fold-norms", action="store_true", help="if the network lacks a norm of the source, fold the norm into the convolution before it")
+    add("--zero-conv-bias", action="store_true", help="set convolution biases that the source does not have to zero")
+    add("--image-size", type=int, metavar="PIXELS", help="input size for the forward pass on the meta device (default: that of the network)")
+    add("--verify", action="store_true", help="build both networks (needs --source-arch) and compare their outputs")
+    add("--report", metavar="F.json", help="write the report as JSON")
     return parse
 
 
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
     options = parser().parse_args(argv)
     if options.verify and not options.source_arch:
-        raise UserError("--verify needs --source-arch, the network that the weights were made for")
+        raise UserError("--verify needs --source-arch, the network that the weights were saved from")
     if options.head_rows and options.keep_head != "rows":
         raise UserError("--head-rows needs --keep-head rows")
     by = options.by or ("map" if options.map else "auto")
@@ -127,7 +128,7 @@ def _outputs(options: argparse.Namespace) -> int:
 
     classes = read_class_names(options.classes, "--classes") if options.classes else None
     if classes and options.num_classes not in (None, len(classes)):
-        raise UserError(f"--num-classes {options.num_classes} beside {len(classes)} names in --classes")
+        raise UserError(f"--num-classes is {options.num_classes}, but --classes has {len(classes)} names")
     return len(classes) if classes else options.num_classes or 1000
 
 

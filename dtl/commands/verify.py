@@ -1,4 +1,4 @@
-"""`dtl verify SHARDS`: is everything still there, whole, and readable. The work is `dtl.data.verify`."""
+"""`dtl verify SHARDS`: check that packed shards are complete, unchanged and readable. The work is `dtl.data.verify`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Check packed or indexed shards: sizes, sha256, the tars' structure, index against tars, the crc of every image, labels, and that every
-image decodes. Prints what is wrong with shard, key, offset and reason. Exit status 0: all right; 2: something is damaged.
+image decodes. Prints each problem with shard, key, offset and reason. Exit status 0: no problems; 2: something is damaged.
 """
 _EPILOG = """\
-With --quarantine the damaged samples are listed in quarantine.json beside the manifest, and training leaves them out (which makes it
-another data set: a run that began with them does not resume without them). The shards stay as they are. The status is then 0 if the rest
-is sound. Remove quarantine.json, or verify again after mending the shards, to take the samples back.
+With --quarantine the damaged samples are listed in quarantine.json next to the manifest, and training leaves them out. That changes the
+data set: a run that was started with them cannot be resumed without them. The shards are not changed. The exit status is then 0 if all
+other samples are undamaged. To use the samples again, remove quarantine.json, or repair the shards and verify them again.
 """
 
 
 def run(arguments: list[str]) -> int:
-    """The command. UserError where the folder holds no manifest or an index that does not belong to it."""
+    """The command. UserError if the folder has no manifest, or an index that does not belong to it."""
     options = _parser().parse_args(arguments)
     options.shards = bare(options.shards)
     from dtl.config.models import DataConfig, arguments_checked
@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     from dtl.data.verify import describe, folders_to_verify, verify
 
     if options.quarantine and is_remote(options.shards):
-        raise UserError(f"{options.shards}: a quarantine list lies beside the manifest, which is remote; verify a copy of the folder, and put the list there")
+        raise UserError(f"{options.shards}: --quarantine writes beside the manifest, which is remote; verify a local copy, then upload its quarantine.json")
     with arguments_checked():
         data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe, **limits(options))
     usable = True
@@ -56,11 +56,11 @@ def _summary(report: VerifyReport, *, quarantine: bool) -> str:
     if new:
         parts.append(f"{new:,} damaged; repair the shards, or leave these out: dtl verify {quote(str(report.folder))} --quarantine")
     elif report.shards and not report.is_usable:
-        parts.append("the shards named above are not those of the manifest")
+        parts.append("the shards named above do not match the manifest")
     elif not report.in_quarantine:
-        parts.append("all right")
+        parts.append("no problems")
     elif quarantine:
-        parts.append("the rest is sound")
+        parts.append("no other problems")
     return "; ".join(parts)
 
 
@@ -69,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="folder with a manifest.json, or with train/ and val/ that have one; also a remote one (https://, s3:// ...)")
     add("--quarantine", action="store_true", help="leave damaged samples out of training from now on")
-    add("--processes", type=int, metavar="N", help="how many work at once (the number of cores)")
-    add("--cache-dir", metavar="DIR", help="where remote shards are kept ($DTL_CACHE, else the user's cache folder)")
-    add("--cache-gb", type=float, metavar="GB", help="the most that remote shards take there (all of them are kept)")
-    add("--allow-pipe", action="store_true", help="run the pipe: commands that the manifest names")
+    add("--processes", type=int, metavar="N", help="number of processes (default: the number of cores)")
+    add("--cache-dir", metavar="DIR", help="folder for downloaded shards (default: $DTL_CACHE, else the user's cache folder)")
+    add("--cache-gb", type=float, metavar="GB", help="largest size of the downloaded shards, in 10^9 bytes (default: all shards are kept)")
+    add("--allow-pipe", action="store_true", help="run the `pipe:` commands in the manifest")
     add_limits(parser)
-    add("--quiet", action="store_true", help="print only what is wrong")
+    add("--quiet", action="store_true", help="print only problems")
     return parser

@@ -19,9 +19,9 @@ Run the training loaders of one epoch without a model, for each of --world ranks
 once. The hash of the sequence of global batches is the same for every world size and every number of workers. With --start it covers the
 remaining steps.
 
-With --balance, each sample is expected as often as the quota of its class gives; a planned repetition does not count as duplicated.
+With --balance, the quota of each class decides how often its samples are expected: planned repetitions do not count as duplicated.
 
-Exit status 0: each sample came once (or as often as planned); 2: a sample is missing, duplicated or damaged.
+Exit status 0: each sample was delivered once (or as often as planned); 2: a sample is missing, duplicated or damaged.
 """
 _EPILOG = """\
 examples:
@@ -92,7 +92,7 @@ def _report(proof: EpochProof, plan: EpochPlan, options: argparse.Namespace) -> 
         print(json.dumps({**facts, "start": options.start, "steps_per_epoch": plan.num_steps}))
         return
     last = plan.num_steps - 1
-    to_stdout(f"epoch {options.epoch}, steps {options.start} to {last} of 0 to {last}, {options.world} ranks of {options.workers} workers each")
+    to_stdout(f"epoch {options.epoch}, steps {options.start} to {last} of 0 to {last}, {options.world} ranks with {options.workers} workers each")
     to_stdout(f"expected    {proof.expected:,}")
     again = "" if options.balance == "none" else f"  ({proof.distinct:,} different samples of {proof.num_samples:,}, data.balance {options.balance})"
     to_stdout(f"seen        {proof.seen:,}{again}")
@@ -108,12 +108,12 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("world", "global_batch_size", "micro_batch_size", "image_size", "window"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("workers", "epoch", "start"):
         if getattr(options, name) < 0:
-            raise UserError(f"--{name} is at least 0, got {getattr(options, name)}")
+            raise UserError(f"--{name} must be at least 0, got {getattr(options, name)}")
     if options.global_batch_size < options.world:
-        raise UserError(f"--global-batch-size {options.global_batch_size} is smaller than --world {options.world}; each rank needs a sample a step")
+        raise UserError(f"--global-batch-size {options.global_batch_size} is smaller than --world {options.world}; each rank needs a sample per step")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,27 +122,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", metavar="SRC", help="packed shards, or anything that data.train takes")
-    who = parser.add_argument_group("who reads what")
-    who.add_argument("--world", type=int, default=1, metavar="N", help="ranks to simulate, one after another (1)")
-    who.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes of each rank (2)")
-    who.add_argument("--micro-batch-size", type=int, metavar="N", help="samples a rank takes at once (its whole share)")
-    which = parser.add_argument_group("which part of the training; the defaults are those of `dtl train`")
-    which.add_argument("--epoch", type=int, default=0, metavar="E", help="which epoch (0)")
-    which.add_argument("--start", type=int, default=0, metavar="STEP", help="first step of the epoch, as after a resume (0)")
-    which.add_argument("--global-batch-size", type=int, default=64, metavar="G", help="samples a step, all ranks together (64)")
-    which.add_argument("--seed", type=int, default=0, help="run.seed (0)")
-    which.add_argument("--window", type=int, default=65_536, metavar="N", help="data.window (65536)")
-    which.add_argument("--balance", choices=("none", "sqrt", "uniform"), default="none", help="data.balance (none)")
-    which.add_argument("--last", choices=("keep", "drop"), default="keep", help="data.last (keep)")
-    which.add_argument("--split", choices=("train", "val"), default="train", help="which split, where SRC has several (train)")
-    which.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="data.val_fraction (0)")
-    which.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="data.on_error, while packing (fail)")
+    who = parser.add_argument_group("ranks and workers")
+    who.add_argument("--world", type=int, default=1, metavar="N", help="ranks to simulate, one after another (default: 1)")
+    who.add_argument("--workers", type=int, default=2, metavar="N", help="loader workers per rank (default: 2)")
+    who.add_argument("--micro-batch-size", type=int, metavar="N", help="samples per forward pass on one rank (default: its whole share)")
+    which = parser.add_argument_group("which epoch, of which data")
+    which.add_argument("--epoch", type=int, default=0, metavar="E", help="which epoch (default: 0)")
+    which.add_argument("--start", type=int, default=0, metavar="STEP", help="first step of the epoch, as after a resume (default: 0)")
+    which.add_argument("--global-batch-size", type=int, default=64, metavar="G", help="samples per step, over all ranks (default: 64)")
+    which.add_argument("--seed", type=int, default=0, help="run.seed (default: 0)")
+    which.add_argument("--window", type=int, default=65_536, metavar="N", help="data.window (default: 65536)")
+    which.add_argument("--balance", choices=("none", "sqrt", "uniform"), default="none", help="data.balance (default: none)")
+    which.add_argument("--last", choices=("keep", "drop"), default="keep", help="data.last (default: keep)")
+    which.add_argument("--split", choices=("train", "val"), default="train", help="which split, if SRC has several (default: train)")
+    which.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="data.val_fraction (default: 0)")
+    which.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="data.on_error, while packing (default: fail)")
     which.add_argument("--cache-dir", metavar="DIR", help="data.cache_dir")
-    which.add_argument("--cache-gb", type=float, metavar="GB", help="data.cache_gb, for remote shards (all of them are kept)")
+    which.add_argument("--cache-gb", type=float, metavar="GB", help="data.cache_gb, for remote shards (default: all are kept)")
     images = parser.add_argument_group("images")
-    images.add_argument("--image-size", type=int, default=224, metavar="N", help="side of the square (224)")
-    images.add_argument("--augment", choices=("imagenet", "cifar", "light", "none"), default="imagenet", help="data.augment.preset (imagenet)")
+    images.add_argument("--image-size", type=int, default=224, metavar="N", help="data.image_size (default: 224)")
+    images.add_argument("--augment", choices=("imagenet", "cifar", "light", "none"), default="imagenet", help="data.augment.preset (default: imagenet)")
     images.add_argument("--pixels", action="store_true", help="hash the augmented pixels too")
     add("--json", action="store_true", help="one JSON object on stdout")
-    add("--quiet", action="store_true", help="no progress")
+    add("--quiet", action="store_true", help="print no progress")
     return parser

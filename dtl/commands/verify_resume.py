@@ -1,4 +1,4 @@
-"""`dtl verify-resume`: kill your own recipe at random moments, and see whether it ends as if nothing had happened."""
+"""`dtl verify-resume`: kill runs of your recipe at random moments, resume them, and compare them with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dtl.checks.resume import Result, check
 from dtl.errors import UserError
 from dtl.text import OptionParser, to_stdout
 
-_EPILOG = """All other options are those of `dtl train`. Keep the run short (--phases.all.steps 50): it is done at least twice.
-On a CPU the weights must come out bit-identical; on a GPU only where its kernels are deterministic."""
+_EPILOG = """All other options are those of `dtl train`. Keep the run short (--phases.all.steps 50): it is trained at least twice.
+On a CPU the weights must come out bit-identical; on a GPU only if its kernels are deterministic."""
 
 
 def run(arguments: Sequence[str]) -> int:
     parser = OptionParser(
         prog="dtl verify-resume", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--kills", type=int, default=6, metavar="N", help="how often a run is killed (default 6)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks on this machine (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at (default 0)")
-    parser.add_argument("--folder", type=Path, help="where the runs are made; must not exist, and is kept (default: a temporary one, removed)")
+    parser.add_argument("--kills", type=int, default=6, metavar="N", help="number of kills (default: 6)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks on this machine (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: 0)")
+    parser.add_argument("--folder", type=Path, help="folder for the runs; must not exist, and is kept (default: a temporary folder, which is removed)")
     options, rest = parser.parse_known_args(list(arguments))
     if options.kills < 1 or options.processes < 1:
         raise UserError("--kills and --processes must be at least 1")
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="dtl-verify-resume-") as folder:
             return _check(rest, Path(folder), options)
     if options.folder.exists():
-        raise UserError(f"--folder {options.folder} exists already: name a new one")
+        raise UserError(f"--folder {options.folder} exists already; give a new folder")
     options.folder.mkdir(parents=True)
     return _check(rest, options.folder.resolve(), options)
 
@@ -52,12 +52,13 @@ def _check(arguments: list[str], folder: Path, options: argparse.Namespace) -> i
 
 
 def report(result: Result) -> int:
-    to_stdout(f"{len(result.kills)} kills in {result.runs} run(s), in: {result.where()}")
+    to_stdout(f"{len(result.kills)} kills in {result.runs} run(s), during: {result.where()}")
     if result.differences:
         for line in result.differences:
             to_stdout(f"DIFFERENT: {line}")
         return 1
-    to_stdout(f"the same: weights bit by bit, {result.events} lines of history, {result.slots} samples of {result.steps} steps a run, augmentations included")
+    samples = f"{result.slots} samples of {result.steps} steps per run, including augmentations"
+    to_stdout(f"the same: weights bit for bit, {result.events} lines of history, {samples}")
     return 0
 
 

@@ -17,8 +17,8 @@ Train or fine-tune an image classifier, in phases. Without --config: the built-i
 Run the same command again to resume a run. VALUE is YAML; --a.b-c and --a.b_c are the same.
 
   --config FILE     a YAML file, or a built-in recipe: {recipes}
-  --print-config    print the resolved config and leave
-  --help            this text
+  --print-config    print the resolved config and exit
+  --help            show this text
 """
 
 
@@ -87,7 +87,7 @@ def _plain(value: Any) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    """`auto|INT`, `FLOAT`, `[FLOAT, ...]`: what a value looks like."""
+    """`auto|INT`, `FLOAT`, `[FLOAT, ...]`: the form of a value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _kind(arguments[0])

@@ -27,7 +27,7 @@ __all__ = ["Config", "PhaseConfig", "Section", "builtin_recipes", "config_from_d
 def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
     """Read `[--config FILE] [--section.key VALUE ...]`; without a file the built-in digits recipe is the base.
 
-    Returns the config and the run's default name. Raises UserError for whatever is wrong with the file or the options.
+    Returns the config and the run's default name. Raises UserError if something is wrong with the file or the options.
     """
     options = dict(_read_options(arguments))
     return resolve_config(options.pop("config", None), options)
@@ -36,7 +36,7 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
 def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any]) -> tuple[Config, str]:
     """The config of a recipe (a file, a built-in one's name, or its sections as plain values) with `options` on top, by their dotted names.
 
-    Without a recipe it is the built-in digits. Returns the config and the run's default name; raises UserError for whatever is wrong.
+    Without a recipe it is the built-in digits. Returns the config and the run's default name; raises UserError if something is wrong.
     """
     overrides = {dotted.replace("-", "_"): _plain(value) for dotted, value in options.items()}
     if recipe is None:
@@ -67,14 +67,14 @@ def _plain(value: Any) -> Any:
 
 
 def check_run_name(name: str) -> str:
-    """The name, which must be that of one folder inside run.dir. UserError for a path, and for what no folder is called."""
+    """The name, if it can name one folder inside run.dir. UserError for a path, or for characters that a folder name cannot have."""
     if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > 200:
-        raise UserError(f"run.name {name!r} is no plain name: it names one folder in run.dir (--run.dir), and has no / and no control characters")
+        raise UserError(f"run.name {name!r} must be the name of one folder in run.dir (--run.dir), without / and control characters")
     return name
 
 
 def _of_sweep(name: str) -> str:
-    """Each trial of a wandb sweep is a run of its own: the agent has given it an id."""
+    """Each trial of a wandb sweep is a separate run: the agent gives it an id."""
     trial = os.environ.get("WANDB_RUN_ID")
     return f"{name}-{trial}" if trial and os.environ.get("WANDB_SWEEP_ID") else name
 
@@ -137,13 +137,13 @@ def _read_options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_digits(overrides: Mapping[str, Any]) -> None:
-    """The base without a file is a recipe for small gray digits: nobody's photos should meet it by accident."""
+    """The base without a file is a recipe for small gray digits: it must not be used on photos by accident."""
     if str(overrides.get("data.train", "digits")) != "digits":
         raise UserError("--data.train without --config would use the digits recipe; give --config finetune (or features, or your own file)")
 
 
 def _check_phase(values: Mapping[str, Any], dotted: str, origin: str) -> None:
-    """An override of a phase that does not exist is a typing error: it would add a phase to the run."""
+    """An override of a phase that does not exist is a typo: it would add a phase to the run."""
     parts = dotted.split(".")
     phases = values.get("phases")
     if parts[0] == "phases" and len(parts) > 2 and isinstance(phases, dict) and phases and parts[1] not in phases:
@@ -166,7 +166,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _replace_duration(values: dict[str, Any], dotted: str, overrides: Mapping[str, Any]) -> None:
-    """`--phases.all.steps 50` takes the place of the recipe's epochs, and the other way round; both as options stay a contradiction."""
+    """`--phases.all.steps 50` takes the place of the recipe's epochs, and the other way round; both as options are refused."""
     *place, last = dotted.split(".")
     other = {"epochs": "steps", "steps": "epochs"}.get(last)
     if overrides[dotted] is not None and len(place) == 2 and place[0] == "phases" and other and ".".join([*place, other]) not in overrides:
@@ -181,7 +181,7 @@ def _validate(values: dict[str, Any], origin: str) -> Config:
 
 
 def _one_line(error: ValidationError, origin: str) -> str:
-    """The first thing that is wrong, in words; an unknown key before anything else, since it often is the cause of the rest."""
+    """The first error, in words; an unknown key before anything else, because it often causes the others."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]
     place = [str(part) for part in first["loc"]]
@@ -244,21 +244,21 @@ def _section_of(annotation: Any) -> Any:
 def check_phase_names(config: Config, origin: str) -> None:
     for name in config.phases:
         if not name.replace("-", "_").isidentifier():
-            raise UserError(f"{origin}: {name!r} cannot name a phase; use letters, digits, - and _")
+            raise UserError(f"{origin}: {name!r} is not a valid phase name; use letters, digits, - and _")
 
 
 def _check_whole(config: Config, origin: str) -> None:
     """Contradictions between sections."""
     if not config.phases:
-        raise UserError(f"{origin}: no phases; a run is an ordered list of them, such as `phases: {{all: {{train: all, epochs: 10}}}}`")
+        raise UserError(f"{origin}: no phases; a recipe needs at least one, such as `phases: {{all: {{train: all, epochs: 10}}}}`")
     check_phase_names(config, origin)
     if config.data.train is None:
         raise UserError(f"{origin}: no training data; give --data.train FOLDER")
     if config.data.val is not None and config.data.val_fraction:
-        raise UserError(f"{origin}: data.val and data.val_fraction are both given; validation data is one or the other")
+        raise UserError(f"{origin}: data.val and data.val_fraction are both given; use one of them")
     micro = config.data.micro_batch_size
     if micro != "auto" and micro > config.data.global_batch_size:
         raise UserError(f"{origin}: data.micro_batch_size {micro} is larger than data.global_batch_size {config.data.global_batch_size}")
     rotated = [name for name, phase in config.phases.items() if phase.task == "rotate"]
     if rotated and list(config.phases)[-1] in rotated and len(config.phases) > len(rotated):
-        raise UserError(f"{origin}: phase {rotated[-1]} (rotate) comes last; pretext phases come before the phases that classify")
+        raise UserError(f"{origin}: phase {rotated[-1]} (rotate) is the last phase; put pretext phases before the phases that classify")

@@ -1,6 +1,6 @@
-"""The configuration of a run: one model a section, each key documented by the text under it.
+"""The configuration of a run: one model per section, each key documented by the text under it.
 
-Only values that are wrong by themselves, or beside another of their section, are refused here; dtl.config reads files and options.
+Only values that are wrong by themselves, or contradict another of their section, are refused here; dtl.config.load reads files and options.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _word_of(word: str) -> BeforeValidator:
 
 
 def _names_as_text(value: Any) -> Any:
-    """Class names that are numbers in YAML (digits) are names all the same."""
+    """Class names that YAML reads as numbers (digits) become text."""
     if isinstance(value, Mapping):
         return {str(name): _names_as_text(old) for name, old in value.items()}
     if isinstance(value, (list, tuple)):
@@ -49,7 +49,7 @@ class Section(BaseModel):
 
 @contextmanager
 def arguments_checked() -> Iterator[None]:
-    """Sections that are made of a caller's arguments: the first that is wrong becomes a UserError."""
+    """For sections that are made from a caller's arguments: the first wrong one becomes a UserError."""
     try:
         yield
     except ValidationError as error:
@@ -105,7 +105,7 @@ class AugmentConfig(Section):
     @model_validator(mode="after")
     def _one_policy(self) -> AugmentConfig:
         if self.randaugment is not None and self.trivial:
-            raise ValueError("randaugment and trivial are both on; take one of them")
+            raise ValueError("randaugment and trivial are both on; use one of them")
         return self
 
 
@@ -193,7 +193,7 @@ class TransferSource(Section):
 
 
 class TransferOptions(Section):
-    """How weights are transferred, wherever they come from: what the section `transfer` and `dtl.load_pretrained` have in common."""
+    """How weights are transferred: the options that the section `transfer` and `dtl.load_pretrained` have in common."""
 
     by: TransferBy = "auto"
     """How tensors are paired; strict: by order, only if both sequences of shapes are equal."""
@@ -225,8 +225,10 @@ class TransferOptions(Section):
 class TransferConfig(TransferOptions, TransferSource):
     @model_validator(mode="after")
     def _map_belongs_to_by_map(self) -> TransferConfig:
-        if (self.by == "map" and self.map is None) or (self.map is not None and self.by not in ("map", "auto")):
-            raise ValueError("`by: map` and `map: FILE` go together; with `by: auto` the file settles single layers")
+        if self.by == "map" and self.map is None:
+            raise ValueError("`by: map` needs `map: FILE`")
+        if self.map is not None and self.by not in ("map", "auto"):
+            raise ValueError(f"`map: FILE` needs `by: map` or `by: auto`, not `by: {self.by}`")
         return self
 
 
@@ -307,9 +309,9 @@ class PhaseConfig(Section):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         if self.task == "rotate" and (self.mixup or self.cutmix):
-            raise ValueError("mixup and cutmix do not go with the rotation task")
+            raise ValueError("mixup and cutmix cannot be used with `task: rotate`")
         if isinstance(self.step_epochs, tuple) and any(later <= earlier for earlier, later in pairwise(self.step_epochs)):
-            raise ValueError(f"step_epochs must rise, not {list(self.step_epochs)}")
+            raise ValueError(f"step_epochs must be increasing, got {list(self.step_epochs)}")
         return self
 
 
@@ -370,7 +372,7 @@ class Config(Section):
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.workers": 2, ...} of nested sections. An empty section has no key; tuples become lists, as JSON gives them back."""
+    """{"data.workers": 2, ...} of nested sections. An empty section has no key; tuples become lists, as in JSON."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": _listed(value)}

@@ -1,13 +1,13 @@
-"""What is the user's own, and what a stranger may have written: the config of a run, and functions that a model.json names.
+"""Which configs and models are the user's own, and which somebody else may have written: config.yaml of a run, and functions that a model.json names.
 
 The user's own are this command line, the file given to `--config`, and the arguments of a Python call. A run's config.yaml and model.json are not, unless
 this user's run wrote them. That is recorded outside of all runs and data, in one file of the user's:
 
     ~/.config/dtl/trusted.jsonl ($XDG_CONFIG_HOME/dtl/trusted.jsonl)
-    {"made": SHA256, "path": PATH}                              this user's run wrote a config.yaml or model.json that is not harmless by itself
+    {"made": SHA256, "path": PATH}                              this user's run wrote a config.yaml or model.json that is trusted only for this reason
     {"function": "package.module:function", "sha256": SHA256}   --trust was given: the function may be called for the model.json of this hash
 
-Files are known by their content: a run that is moved stays the user's, one that is changed does not.
+Files are identified by their content: a run that is moved remains the user's own, one that is changed does not.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _MAX_FILE_BYTES = 64 << 20
 _MAX_WORKERS = 8
 _MAX_IMAGE_SIZE = 4096
 _noted: set[tuple[str, str]] = set()
-"""What this process has recorded: it counts here even where the file cannot be written."""
+"""What this process has recorded: it counts here even if the file cannot be written."""
 
 
 def own_file() -> Path:
-    """Where this user's trust is kept."""
+    """The file that records what this user trusts."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser() / "dtl" / "trusted.jsonl"
 
 
 def is_function(name: str) -> bool:
-    """Whether a network's name is `package.module:function` (or an address), and not one of a catalogue."""
+    """Whether a network's name is `package.module:function` (or an address), and not a name that dtl knows."""
     return ":" in name
 
 
@@ -51,7 +51,7 @@ def is_function(name: str) -> bool:
 
 @dataclass(frozen=True)
 class StoredConfig:
-    """A run's config.yaml. In `config` nothing runs a command, is fetched, or says where to write, unless the run is the user's `own`."""
+    """A run's config.yaml. Unless the run is the user's `own`, `config` has no commands, no addresses and no places to write to."""
 
     config: Config
     text: str
@@ -65,8 +65,8 @@ class StoredConfig:
         for key in keys:
             if key in self.withheld:
                 raise UserError(
-                    f"{self.origin} names {key}: {self.withheld[key]!r}, and is not recorded as written by a run of yours: commands are not run and addresses "
-                    "not fetched because a file names them; give the data yourself with --data.val SRC"
+                    f"{self.origin} was not written by a run of yours, so {key} in it ({self.withheld[key]!r}) is not used: dtl runs no commands and opens no "
+                    "addresses from such a file; give the data with --data.val SRC"
                 )
 
 
@@ -88,26 +88,26 @@ def parse_stored(data: bytes, origin: str, *, own: bool) -> StoredConfig:
         raise UserError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}") from None
     values = parse_yaml(text, origin)
     if not isinstance(values, dict):
-        raise UserError(f"{origin} is no config of dtl")
+        raise UserError(f"{origin} is not a config of dtl")
     config = config_from_dict(values, origin)
     check_phase_names(config, origin)  # reports make file names of them
     if own:
         return StoredConfig(config, text, own, origin)
     if config.data.image_size > _MAX_IMAGE_SIZE:
-        raise UserError(f"{origin}: data.image_size {config.data.image_size:,} is more than {_MAX_IMAGE_SIZE:,}, and the run is not recorded as yours")
+        raise UserError(f"{origin}: data.image_size {config.data.image_size:,} is larger than {_MAX_IMAGE_SIZE:,}, the limit for a config that is not yours")
     safe, withheld = _harmless(config)
     return StoredConfig(safe, text, own, origin, withheld)
 
 
 def needs_record(config: Config) -> bool:
-    """Whether a config holds something that is not taken from a stranger's: a run with it is recorded as the user's own."""
+    """Whether a config contains something that is used only in the user's own: a run with it is recorded."""
     return is_function(config.model.name) or config.data.image_size > _MAX_IMAGE_SIZE or _harmless(config)[0] != config
 
 
 def _harmless(config: Config) -> tuple[Config, dict[str, str]]:
-    """The config without commands and addresses, without leave to run commands, without a place to write to, too many processes or larger images.
+    """The config without commands, addresses, permission to run commands and a place to write to, and with limits for processes and image sizes.
 
-    The section `transfer` stays as it is, for reports: nobody loads weights by a stored config. A function in `model.name` is refused where it is built.
+    The section `transfer` stays as it is, for reports: no command loads weights by a stored config. A function in `model.name` is refused where it is built.
     """
     data = config.data
     withheld = {f"data.{name}": value for name in ("train", "val", "names") if (value := getattr(data, name)) and (value.startswith("pipe:") or "://" in value)}
@@ -127,13 +127,13 @@ def is_own(sha256: str) -> bool:
 
 
 def note_made(path: Path, log: Log) -> None:
-    """Record that a run of this user wrote `path`. Where that cannot be kept, `log` gets a line."""
+    """Record that a run of this user wrote `path`. If that fails, `log` gets a line."""
     try:
         data = read_regular(path, max_bytes=_MAX_FILE_BYTES)
     except OSError as error:
-        log(f"{path} cannot be recorded as this user's: {error.strerror or error}")
+        log(f"{path} cannot be recorded as yours: {error.strerror or error}")
         return
-    _record("made", hashlib.sha256(data).hexdigest(), {"path": str(path.absolute())}, log, f"other commands will not take {path} for yours")
+    _record("made", hashlib.sha256(data).hexdigest(), {"path": str(path.absolute())}, log, f"other commands will treat {path} as somebody else's")
 
 
 def is_allowed(function: str, sha256: str) -> bool:
@@ -142,14 +142,14 @@ def is_allowed(function: str, sha256: str) -> bool:
 
 
 def may_call(function: str, options: Mapping[str, Any], *, file: Path, sha256: str, trust: bool, log: Log) -> None:
-    """UserError unless `function`, which `file` (a model.json of this hash) names, may be called: it is of the user's own run, or trusted now or before."""
+    """UserError unless `function`, which `file` (a model.json of this hash) names, may be called: a run of this user wrote the file, or it is trusted."""
     if is_allowed(function, sha256):
         return
     call = f"{function}({', '.join(f'{name}={value!r}' for name, value in options.items())})"[:500]
     if not trust:
         raise UserError(
-            f"{file} is not of a run of yours, and its network is made by calling the function {call}, which can do anything on this machine: "
-            f"if you trust that code, add --trust (trust=True in Python); it is kept in {own_file()}"
+            f"{file} was not written by a run of yours, and its network is built by calling the function {call}, which can do anything on this machine; "
+            f"if you trust that code, add --trust (trust=True in Python), which is remembered in {own_file()}"
         )
     log(f"{file}: calling {call}, trusted from now on for this model.json ({own_file()})")
     _record(function, sha256, {}, log, "--trust will be needed again")
@@ -160,7 +160,7 @@ def _recorded(what: str, sha256: str) -> bool:
 
 
 def _read() -> set[tuple[str, str]]:
-    """(function, sha256) and ("made", sha256) of all lines; lines that are none are left out."""
+    """(function, sha256) and ("made", sha256) of all lines; other lines are ignored."""
     path, found = own_file(), set()
     try:
         if path.stat().st_uid != os.geteuid():

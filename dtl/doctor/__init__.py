@@ -1,1 +1,1 @@
-"""`dtl doctor`: what would go wrong on this machine, before it does. Probing is apart from judging, so that any machine can be judged."""
+"""`dtl doctor`: checks a machine before a run. Probing is separate from judging, so that any machine can be judged in a test."""

@@ -25,7 +25,7 @@ _WITHOUT = "fix that, or skip the measurements with dtl doctor --quick"
 
 @dataclass
 class Doctor:
-    """What a run would be like, and what has been found out so far."""
+    """What a run needs, and what has been found so far."""
 
     run_dir: Path
     cache_dir: Path
@@ -33,7 +33,7 @@ class Doctor:
     model: str = "torchvision/resnet18"
     data: str | None = None
     measure: bool = True
-    """Run the measurements that cost seconds: the sum over two processes, decoding, the network."""
+    """Run the measurements that take seconds: the all-reduce of two processes, decoding, the network."""
     keep: int = 3
     torch: dict[str, Any] = field(default_factory=dict)
     gpus: list[judge_gpus.Gpu] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Doctor:
             self.torch = looking.result()
         except Unanswered as error:
             fix = "python -c 'import torch; print(torch.cuda.is_available())' shows why; nvidia-smi shows whether the driver answers"
-            return [Finding("gpu", "fail", f"PyTorch does not get as far as its GPUs: {error}", fix)]
+            return [Finding("gpu", "fail", f"PyTorch could not query the GPUs: {error}", fix)]
         return [*judge_gpus.judge_cuda(self.torch, self.gpus, knows), *judge_gpus.judge_links(links)]
 
     def _disk(self, name: str, folder: Path) -> list[Finding]:
@@ -90,7 +90,7 @@ class Doctor:
     def _decode(self) -> list[Finding]:
         device = "cuda" if int(self.torch.get("count") or 0) else "cpu"
         size = self.need.image_size
-        # One after the other: side by side they would take each other's core.
+        # One after the other: at the same time they would compete for cores.
         decoding = Measurement("decode", {"image_size": size, "data": self.data, "seconds": 1.5}, seconds=60.0).result()
         batch = self.need.batch_size if device == "cuda" else min(self.need.batch_size, 8)
         given = {"model": self.model, "image_size": size, "batch_size": batch, "device": device, "seconds": 5.0}
@@ -101,7 +101,7 @@ class Doctor:
             images_s = float(trained["images_s"])
             self.need = replace(self.need, parameters=int(trained["parameters"]))
         except Unanswered as error:
-            found.append(Finding("model", "warn", f"{self.model} could not be tried: {error}", "a smaller --data.micro-batch-size, or another --model"))
+            found.append(Finding("model", "warn", f"{self.model} could not be run: {error}", "use a smaller --data.micro-batch-size, or another --model"))
         judged = judge_machine.judge_decode(
             float(decoding["ms_per_image"]),
             machine.core_share(),

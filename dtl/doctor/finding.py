@@ -1,4 +1,4 @@
-"""One thing that the doctor has found, and how many of them there are to worry about."""
+"""The result of one check, and the worst of several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`check`: what was looked at, one word; `summary`: what was found; `fix`: the command that fixes it, which only what is ok can do without."""
+    """`check`: what was checked, one word; `summary`: the result; `fix`: the command that fixes it (may be empty if the status is ok)."""
 
     check: str
     status: Status

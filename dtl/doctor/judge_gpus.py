@@ -37,7 +37,7 @@ QUERY = "index,name,memory.total,memory.used,driver_version,compute_mode"
 
 
 def read_gpus(text: str) -> list[Gpu]:
-    """The answer to `nvidia-smi --query-gpu=QUERY --format=csv,noheader,nounits`. Lines that are none are left out."""
+    """The answer to `nvidia-smi --query-gpu=QUERY --format=csv,noheader,nounits`. Other lines are ignored."""
     found = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -47,7 +47,7 @@ def read_gpus(text: str) -> list[Gpu]:
 
 
 def driver_cuda(text: str) -> tuple[int, int] | None:
-    """The newest CUDA that the driver knows, from the head of plain `nvidia-smi`."""
+    """The newest CUDA version that the driver supports, from the head of plain `nvidia-smi`."""
     found = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -70,20 +70,20 @@ def read_links(text: str) -> dict[tuple[int, int], str]:
 
 
 def judge_links(links: Mapping[tuple[int, int], str]) -> list[Finding]:
-    """How far apart the GPUs are: the slowest pair sets the pace of every all-reduce."""
+    """How the GPUs are connected: the slowest link limits every all-reduce."""
     if not links:
         return []
     order = list(LINKS)
     far = max(links.values(), key=lambda link: order.index(link) if link in order else len(order))
     pairs = [pair for pair, link in links.items() if link == far]
-    what = f"{len({i for pair in links for i in pair})} GPUs, the furthest pair (GPU {pairs[0][0]} and {pairs[0][1]}) over {LINKS.get(far, far)} ({far})"
+    what = f"{len({i for pair in links for i in pair})} GPUs; the slowest link (GPU {pairs[0][0]} to GPU {pairs[0][1]}) goes over {LINKS.get(far, far)} ({far})"
     if far != "SYS":
         return [Finding("links", "ok", what)]
     near = _largest_near_group(links)
     fix = (
         f"CUDA_VISIBLE_DEVICES={','.join(map(str, near))} keeps a run of {len(near)} GPUs on one socket"
         if len(near) > 1
-        else "all-reduce will cost more here: a larger data.micro_batch_size means fewer of them"
+        else "all-reduces are slower here; a larger data.global_batch_size means fewer of them per epoch"
     )
     return [Finding("links", "warn", what, fix)]
 
@@ -108,10 +108,10 @@ def judge_cuda(facts: Mapping[str, Any], gpus: Sequence[Gpu], driver_knows: tupl
     built, count = facts.get("cuda"), int(facts.get("count") or 0)
     if not gpus and not count:
         kind = f"built for CUDA {built}" if built else "built for CPUs"
-        return [Finding("gpu", "ok", f"none here; torch is {kind}, runs use the CPU")]
+        return [Finding("gpu", "ok", f"no GPU found; torch is {kind}, runs use the CPU")]
     if gpus and not built:
         fix = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cuNNN (NNN: the driver's CUDA)"
-        return [Finding("gpu", "fail", f"{counted(len(gpus), 'GPU')} here, but this torch {facts.get('torch')} is built for CPUs only", fix)]
+        return [Finding("gpu", "fail", f"{counted(len(gpus), 'GPU')} found, but torch {facts.get('torch')} is built for CPUs only", fix)]
     if gpus and not count:
         return [_unseen(facts, gpus, driver_knows)]
     driver = f", driver {gpus[0].driver}" if gpus else ""
@@ -119,26 +119,26 @@ def judge_cuda(facts: Mapping[str, Any], gpus: Sequence[Gpu], driver_knows: tupl
     arch = [str(name) for name in facts.get("arch_list", [])]
     for number, capability in enumerate(facts.get("capabilities", [])):
         if arch and not _runs_on(str(capability), arch):
-            what = f"GPU {number} has compute capability {capability}, for which this torch has no kernels ({', '.join(arch)})"
-            found.append(Finding("gpu", "fail", what, "install a torch whose build has it (pytorch.org/get-started), or use --run.device cpu"))
+            what = f"GPU {number} has compute capability {capability}, for which torch has no kernels ({', '.join(arch)})"
+            found.append(Finding("gpu", "fail", what, "install a torch build that supports it (pytorch.org/get-started), or use --run.device cpu"))
     if count > 1 and not facts.get("nccl"):
-        fix = "install torch for Linux from pytorch.org: its CUDA builds bring NCCL"
-        found.append(Finding("nccl", "fail", "several GPUs, but this torch has no NCCL", fix))
+        fix = "install torch for Linux from pytorch.org: its CUDA builds include NCCL"
+        found.append(Finding("nccl", "fail", "several GPUs, but torch is built without NCCL", fix))
     elif facts.get("nccl"):
         found.append(Finding("nccl", "ok", f"NCCL {facts['nccl']}"))
     return found + judge_use(gpus)
 
 
 def judge_use(gpus: Sequence[Gpu]) -> list[Finding]:
-    """Memory that others hold, and modes that forbid a second process."""
+    """Memory that other processes use, and compute modes that forbid a process."""
     found = []
     for gpu in gpus:
         if gpu.used_mib > BUSY_MIB:
-            fix = "nvidia-smi shows by whom; CUDA_VISIBLE_DEVICES chooses other GPUs"
-            found.append(Finding("gpu", "warn", f"GPU {gpu.index}: {gpu.used_mib:,} of {gpu.total_mib:,} MiB are in use already", fix))
+            fix = "nvidia-smi shows the processes that use it; CUDA_VISIBLE_DEVICES selects other GPUs"
+            found.append(Finding("gpu", "warn", f"GPU {gpu.index}: {gpu.used_mib:,} of {gpu.total_mib:,} MiB are already in use", fix))
         if gpu.compute_mode == "Prohibited":
-            what = f"GPU {gpu.index} is in compute mode Prohibited: nothing may run on it"
-            found.append(Finding("gpu", "fail", what, "an administrator runs nvidia-smi -c DEFAULT"))
+            what = f"GPU {gpu.index} is in compute mode Prohibited: no process may use it"
+            found.append(Finding("gpu", "fail", what, "ask an administrator to run nvidia-smi -c DEFAULT"))
     return found
 
 
@@ -146,14 +146,14 @@ def _unseen(facts: Mapping[str, Any], gpus: Sequence[Gpu], driver_knows: tuple[i
     built = tuple(int(part) for part in str(facts["cuda"]).split(".")[:2])
     visible = facts.get("visible_devices")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-        return Finding("gpu", "fail", f"{counted(len(gpus), 'GPU')} here, but CUDA_VISIBLE_DEVICES={visible!r} hides them", "unset CUDA_VISIBLE_DEVICES")
+        return Finding("gpu", "fail", f"{counted(len(gpus), 'GPU')} found, but CUDA_VISIBLE_DEVICES={visible!r} hides them", "unset CUDA_VISIBLE_DEVICES")
     if driver_knows is not None and driver_knows[0] < built[0]:
         fix = f"install a driver for CUDA {built[0]} or newer, or a torch built for CUDA {driver_knows[0]} (pytorch.org/get-started)"
-        what = f"driver {gpus[0].driver} knows CUDA {driver_knows[0]}.{driver_knows[1]} at most, this torch is built for {facts['cuda']}"
+        what = f"driver {gpus[0].driver} supports CUDA {driver_knows[0]}.{driver_knows[1]} at most, but torch is built for CUDA {facts['cuda']}"
         return Finding("gpu", "fail", what, fix)
     reason = f": {facts['error']}" if facts.get("error") else ""
     fix = "python -c 'import torch; torch.cuda.init()' shows why; in a container: docker run --gpus all"
-    return Finding("gpu", "fail", f"nvidia-smi shows {counted(len(gpus), 'GPU')}, PyTorch sees none{reason}", fix)
+    return Finding("gpu", "fail", f"nvidia-smi shows {counted(len(gpus), 'GPU')}, PyTorch finds none{reason}", fix)
 
 
 def _runs_on(capability: str, arch_list: Sequence[str]) -> bool:

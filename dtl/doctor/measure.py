@@ -1,4 +1,4 @@
-"""What the doctor lets another process measure, so that a hang or a crash there is a finding and not the doctor's end.
+"""Measurements that the doctor runs in another process, so that a hang or a crash is a finding and does not end the doctor.
 
 `python -m dtl.doctor.measure KIND JSON` prints one JSON object as its last line.
 """
@@ -19,7 +19,7 @@ REDUCE_MIB = 8
 
 
 def torch_facts(given: dict[str, Any]) -> dict[str, Any]:
-    """What PyTorch sees of GPUs; touching them is what may hang."""
+    """The GPUs as PyTorch sees them; using them may hang."""
     import torch
 
     facts: dict[str, Any] = {
@@ -44,7 +44,7 @@ def torch_facts(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def reduce(given: dict[str, Any]) -> dict[str, Any]:
-    """One of two ranks that add numbers: rank 0 gives 1, rank 1 gives 2."""
+    """One of two ranks in an all-reduce: rank 0 contributes 1, rank 1 contributes 2."""
     import torch
     import torch.distributed as dist
 
@@ -69,7 +69,7 @@ def reduce(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(given: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of one core for an image, from its bytes to its place in the batch, as a loader process does it."""
+    """Milliseconds per image on one core, from its bytes to its place in the batch, as in a loader process."""
     import numpy as np
     import torch
 
@@ -99,7 +99,7 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model(given: dict[str, Any]) -> dict[str, Any]:
-    """Images/s that training this network takes on this device, alone and with its batch ready; and its number of parameters."""
+    """Images/s of training this network on this device, without data loading; and its number of parameters."""
     import torch
 
     from dtl.models.build import build, forward_logits
@@ -128,7 +128,7 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
-    """Up to `limit` images of a folder of images or of packed shards; without any, one that is made up."""
+    """Up to `limit` images of a folder of images or of packed shards; without `data`, one synthetic image."""
     import numpy as np
 
     if data:
@@ -150,14 +150,14 @@ def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:
                 break
         if files:
             return [read_regular(file, max_bytes=MAX_FILE_BYTES) for file in files[:limit]], f"{len(files[:limit])} images of {data}"
-        raise ValueError(f"{data} holds no images that the doctor could try")
+        raise ValueError(f"{data} has no images that could be read")
     from PIL import Image
 
     rng = np.random.default_rng(0)
     rough = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     rough.save(file, "JPEG", quality=90)
-    return [file.getvalue()], "a made-up JPEG of 500 x 375"
+    return [file.getvalue()], "a synthetic JPEG of 500 x 375"
 
 
 def _wait(device: Any) -> None:

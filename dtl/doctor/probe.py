@@ -1,4 +1,4 @@
-"""Looking at this machine: each function gives plain facts, in bounded time. What they mean is for the judges."""
+"""Facts about this machine: each function returns plain values, in bounded time. The judge_* modules decide what they mean."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Measurement:
 
 
 def answer_of(command: Sequence[str], *, seconds: float = 15.0) -> str:
-    """What a program prints; empty where it is missing, fails or does not answer."""
+    """The output of a program; empty if it is missing, fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -116,7 +116,7 @@ def versions() -> dict[str, str | None]:
 
 
 def disk_of(folder: Path) -> dict[str, Any]:
-    """free, total, filesystem, write_mib_s, problem: of the folder, or of the place where it would be made."""
+    """free, total, filesystem, write_mib_s, problem: of the folder, or of the nearest parent that exists."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -146,7 +146,7 @@ def _write_speed(place: Path, free: int) -> float | None:
 
 
 def _filesystem(place: Path) -> str:
-    """Its type, of the longest mount point that the place lies under."""
+    """The filesystem type of the longest mount point above `place`."""
     best, kind = "", "unknown"
     with suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():
@@ -206,7 +206,7 @@ def _address(interface: str) -> str | None:
 
 
 def own_address() -> tuple[str, str | None]:
-    """This host's name and the IPv4 address that it means here."""
+    """This host's name and the IPv4 address that it resolves to here."""
     name = socket.gethostname()
     try:
         return name, socket.gethostbyname(name)

@@ -81,7 +81,7 @@ def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str, model
 
 def test_the_command_says_that_a_recipe_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(tmp_path, monkeypatch, "--folder", str(tmp_path / "kept")) == 0
-    assert "the same: weights bit by bit" in capsys.readouterr().out
+    assert "the same: weights bit for bit" in capsys.readouterr().out
     assert (tmp_path / "kept/reference/runs/run/status.json").exists()
     with pytest.raises(UserError, match="exists already"):
         verify(tmp_path, monkeypatch, "--folder", str(tmp_path / "kept"))

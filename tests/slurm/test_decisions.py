@@ -91,7 +91,7 @@ def test_a_fault_after_progress_is_tried_again(jobs: dict[str, SlurmJob]) -> Non
     job = jobs["fails_after_progress"]
     job.wait_for_state("COMPLETED", "FAILED")
     assert (job.state, job.rounds) == ("COMPLETED", 1)
-    assert "ended with an error or without a reason in status.json (state failed, fault: no luck); requeued, to resume from step-00000000" in job.log
+    assert "ended with an error: fault: no luck; requeued, to resume from step-00000000" in job.log
 
 
 def test_a_wrong_input_is_not_tried_again(jobs: dict[str, SlurmJob]) -> None:
@@ -113,7 +113,7 @@ def test_a_mistake_on_the_command_line_starts_nothing(jobs: dict[str, SlurmJob])
 def test_what_an_earlier_run_left_decides_nothing(jobs: dict[str, SlurmJob]) -> None:
     job = jobs["left_done"]
     job.wait_for_state("FAILED", "COMPLETED")
-    assert "ended with an error or without a reason in status.json (state unknown)" in job.log
+    assert "ended without a result in status.json (state unknown): it was killed, or the log above has the error" in job.log
 
 
 def test_a_cancelled_job_stays_cancelled(jobs: dict[str, SlurmJob]) -> None:

@@ -253,7 +253,7 @@ PROMISES: dict[str, Any] = {
     "transfer": planned,
     "report": reported,
     "predict": predicted,
-    "verify": lambda place, words, out: _says(out, "all right"),
+    "verify": lambda place, words, out: _says(out, "no problems"),
     "evaluate": lambda place, words, out: _says(out, "top1"),
     "export": lambda place, words, out: _says(out, "checked against PyTorch") or _is_file(place / option(words, "--out")),
     "convert": lambda place, words, out: _is_file(place / words[-1]),

@@ -59,12 +59,12 @@ def test_half_precision_is_summed_in_float64() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"name": "networks:without_norms"}, "the network is networks:small and networks:without_norms"),
-        ({"classes": ("bee", "cat")}, "the number of classes is 3 and 2"),
+        ({"name": "networks:without_norms"}, "the network differs: networks:small and networks:without_norms"),
+        ({"classes": ("bee", "cat")}, "the number of classes differs: 3 and 2"),
         ({"classes": ("bee", "ant", "cat")}, "class 1 is 'cat' in one and 'ant' in the other"),
         (
             {"preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 24, "interpolation": "bilinear", "crop_ratio": 0.8}},
-            "image_size 16 and 24",
+            "image_size is 16 and 24",
         ),
     ],
 )

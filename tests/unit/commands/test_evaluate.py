@@ -221,7 +221,7 @@ def test_a_strangers_run_runs_no_command(tmp_path: Path, capfd: pytest.CaptureFi
         stored(**data)
         assert main(["evaluate", str(run), "--device", "cpu"]) == 2
         told = capfd.readouterr().err
-        assert "is not recorded as written by a run of yours" in told
+        assert "was not written by a run of yours" in told
         assert told.count("\n") == 1
     stored(train=str(images), allow_pipe=True)
     manifest = json.loads((tmp_path / "packed/manifest.json").read_text())

@@ -96,7 +96,7 @@ def test_a_file_that_differs_from_pytorch_is_not_written(model: Path, tmp_path: 
     [
         (["{model}", "--to", "safetensors", "--out", "{tmp}/no/m"], "does not exist"),
         (["{model}", "--to", "safetensors", "--out", "{tmp}"], "is a folder"),
-        (["{model}", "--to", "safetensors", "--out", "{tmp}/m", "--opset", "18"], "--opset goes with --to onnx"),
+        (["{model}", "--to", "safetensors", "--out", "{tmp}/m", "--opset", "18"], "--opset needs --to onnx"),
         (["{tmp}", "--to", "safetensors", "--out", "{tmp}/m"], "neither a run nor a model folder"),
         (["{model}", "--to", "safetensors", "--out", "{tmp}/m", "--images", "{tmp}/bad.jpg"], "can be read"),
     ],

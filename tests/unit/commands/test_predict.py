@@ -140,7 +140,7 @@ def test_nothing_readable_is_an_error(model: Path, tmp_path: Path) -> None:
         (["{model}", "{tmp}/notes.txt", "--out", "{tmp}/o.csv"], "notes.txt is no image, and no list of images: .* .the first is 'Dear diary, today I"),
         (["{model}", "{tmp}", "--out", "{tmp}/o.txt"], "use .csv or .jsonl"),
         (["{model}", "{tmp}", "--out", "{tmp}/no/o.csv"], "does not exist"),
-        (["{model}", "{tmp}", "--out", "{tmp}/o.csv", "--top", "3"], "one line an image"),
+        (["{model}", "{tmp}", "--out", "{tmp}/o.csv", "--top", "3"], "CSV has one line per image"),
         (["{tmp}", "{tmp}", "--out", "{tmp}/o.csv"], "neither a run nor a model folder"),
         (["{tmp}/nothing", "{tmp}", "--out", "{tmp}/o.csv"], "does not exist"),
     ],

@@ -25,8 +25,8 @@ def test_mistakes_of_the_user_are_one_line(tmp_path: Path, monkeypatch: pytest.M
         ([str(run), "--out", str(blocked / "x")], "name another folder with --out"),
         ([str(run), str(other)], "comparison is here already, and no comparison of runs; name another folder with --out"),
         ([str(other), str(other)], "is given twice"),
-        ([str(run), "--max-images", "0"], "at least one image"),
-        ([str(run), "--seconds", "-1"], "0 or more"),
+        ([str(run), "--max-images", "0"], "--max-images must be at least 1, got 0"),
+        ([str(run), "--seconds", "-1"], "--seconds must be at least 0, got -1"),
     ):
         with pytest.raises(UserError, match=words):
             command(arguments)

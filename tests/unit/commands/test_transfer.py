@@ -58,7 +58,7 @@ def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: py
         (["--keep-head", "rows", "--head-rows", "a=b", "--head-rows", "c"], "--head-rows c: expected NEW=OLD"),
         (["--keep-head", "rows"], "the class names of both sides must be known to choose rows"),
         (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", "a,b,c"], "the source has no head of 3 outputs"),
-        (["--classes", "a,b"], "--num-classes 4 beside 2 names in --classes"),
+        (["--classes", "a,b"], "--num-classes is 4, but --classes has 2 names"),
         (["--keep-head", "rows", "--classes", "a,b,c,x", "--source-classes", ",".join("abcdefghij")], "the source has no class 'x'"),
         (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "calls several of its classes 'a'"),
         (["--classes", "nowhere.txt"], "--classes: nowhere.txt is not readable as class names"),

@@ -33,7 +33,7 @@ def test_sound_shards_are_all_right(packed: Path, capsys: pytest.CaptureFixture[
     assert command.run([str(packed), "--processes", "2"]) == 0
     said = capsys.readouterr()
     assert "35 samples in" in said.out
-    assert said.out.rstrip().endswith("all right")
+    assert said.out.rstrip().endswith("no problems")
     assert said.err == ""
 
 
@@ -63,7 +63,7 @@ def test_quarantine_leaves_samples_out_and_gives_them_back(copy: Path, packed: P
     assert command.run([str(copy), "--quarantine"]) == 0
     said = capsys.readouterr()
     assert "3 in quarantine" in said.out
-    assert "the rest is sound" in said.out
+    assert "no other problems" in said.out
     assert command.run([str(copy)]) == 0
 
     left, rest = Shards.open(copy), [sample for sample in range(35) if sample not in bad]
@@ -96,5 +96,5 @@ def test_splits_are_checked_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert command.run([str(tmp_path / "d")]) == 2
     out = capsys.readouterr().out
     assert "d/train: 12 samples" in out
-    assert "all right" in out
+    assert "; no problems" in out
     assert "1 damaged" in out

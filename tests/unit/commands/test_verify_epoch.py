@@ -30,8 +30,8 @@ def test_the_table(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--world", "0"], "--world is at least 1"),
-        (["--workers", "-1"], "--workers is at least 0"),
+        (["--world", "0"], "--world must be at least 1"),
+        (["--workers", "-1"], "--workers must be at least 0"),
         (["--world", "70"], "--global-batch-size 64 is smaller than --world 70"),
         (["--cache-gb", "0"], r"^cache_gb: .* greater than 0 \(got 0.0\)$"),
         (["--val-fraction", "1.5"], r"^val_fraction: .* less than 1 \(got 1.5\)$"),

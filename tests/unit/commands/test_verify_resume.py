@@ -16,7 +16,7 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
         (["--kills", "0"], "--kills and --processes must be at least 1"),
         (["--processes", "0"], "--kills and --processes must be at least 1"),
         (["--data.wrkers", "3"], "unknown config key data.wrkers"),
-        (["--folder", str(tmp_path)], "exists already: name a new one"),
+        (["--folder", str(tmp_path)], "exists already; give a new folder"),
     ):
         with pytest.raises(UserError, match=message):
             run(words)
@@ -26,8 +26,8 @@ def test_a_result_is_a_status_and_a_few_lines(capsys: pytest.CaptureFixture[str]
     kills = [Killed("save", 3, True), Killed("", 0, False), Killed("load", 5, False), Killed("load", 6, False)]
     assert report(Result(kills, runs=2, steps=9, events=30, slots=900)) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "4 kills in 2 run(s), in: load 2, writing a checkpoint 1, starting 1",
-        "the same: weights bit by bit, 30 lines of history, 900 samples of 9 steps a run, augmentations included",
+        "4 kills in 2 run(s), during: load 2, writing a checkpoint 1, starting 1",
+        "the same: weights bit for bit, 30 lines of history, 900 samples of 9 steps per run, including augmentations",
     ]
     assert report(Result(kills, runs=2, differences=["state 'failed', not 'done'"])) == 1
     assert capsys.readouterr().out.splitlines()[1:] == ["DIFFERENT: state 'failed', not 'done'"]

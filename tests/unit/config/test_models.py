@@ -22,7 +22,7 @@ from dtl.errors import UserError
         ({"color_jitter": float("inf")}, "data.augment.color_jitter: Input should be a finite number"),
         ({"randaugment": (0, 9)}, "data.augment.randaugment: Input should be greater than or equal to 1"),
         ({"randaugment": (2, 31)}, "data.augment.randaugment: Input should be less than or equal to 30"),
-        ({"randaugment": (2, 9), "trivial": True}, "data.augment: randaugment and trivial are both on; take one of them"),
+        ({"randaugment": (2, 9), "trivial": True}, "data.augment: randaugment and trivial are both on; use one of them"),
     ],
 )
 def test_bad_augmentation_is_refused_in_one_line(settings: dict[str, object], message: str) -> None:

@@ -129,7 +129,7 @@ def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: s
     assert (found.config.data.allow_pipe, found.config.data.cache_dir, found.config.data.workers) == (False, None, 8)
     assert not found.config.data.cache_shared
     assert (found.config.data.max_pixels, found.config.data.max_file_bytes) == (DataConfig().max_pixels, DataConfig().max_file_bytes)
-    with pytest.raises(UserError, match=r"config\.yaml names data\..*give the data yourself with --data\.val"):
+    with pytest.raises(UserError, match=r"config\.yaml was not written by a run of yours, so data\..*give the data with --data\.val"):
         found.require("data.train", "data.val", "data.names")
 
 
@@ -167,9 +167,9 @@ def test_what_has_to_be_recorded(sections: dict[str, object], needed: bool) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("phases: {'../../x': {}}", "cannot name a phase"),
-        ("data: {image_size: 100000}", "image_size 100,000 is more than"),
-        ("[1, 2]", "is no config of dtl"),
+        ("phases: {'../../x': {}}", "is not a valid phase name"),
+        ("data: {image_size: 100000}", "image_size 100,000 is larger than"),
+        ("[1, 2]", "is not a config of dtl"),
         ("data: {workers: .inf}", "not a finite number"),
         ("a: &a [*a]", "contains itself"),
         ("[" * 100, "nested deeper"),

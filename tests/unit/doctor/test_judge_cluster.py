@@ -25,11 +25,16 @@ def test_the_interface_that_nccl_would_take() -> None:
 @pytest.mark.parametrize(
     ("environ", "address", "status", "said"),
     [
-        ({}, "10.0.0.5", "ok", "gloo takes eth0, NCCL eth0"),
-        ({"GLOO_SOCKET_IFNAME": "lo"}, "127.0.1.1", "ok", "gloo takes lo"),
-        ({"NCCL_SOCKET_IFNAME": "bond0"}, "10.0.0.5", "fail", "NCCL_SOCKET_IFNAME=bond0, but this machine has docker0, eth0, lo"),
-        ({}, None, "warn", "has no address here"),
-        ({}, "127.0.1.1", "warn", "fine on one machine, not on several"),
+        ({}, "10.0.0.5", "ok", "gloo uses eth0, NCCL eth0"),
+        ({"GLOO_SOCKET_IFNAME": "lo"}, "127.0.1.1", "ok", "gloo uses lo"),
+        (
+            {"NCCL_SOCKET_IFNAME": "bond0"},
+            "10.0.0.5",
+            "fail",
+            "NCCL_SOCKET_IFNAME=bond0, but no such interface has an address here; interfaces: docker0, eth0, lo",
+        ),
+        ({}, None, "warn", "cannot be resolved here"),
+        ({}, "127.0.1.1", "warn", "works on one machine, but not on several"),
     ],
 )
 def test_network(environ: dict[str, str], address: str | None, status: str, said: str) -> None:
@@ -43,11 +48,11 @@ def test_network(environ: dict[str, str], address: str | None, status: str, said
 @pytest.mark.parametrize(
     ("environ", "job", "said"),
     [
-        ({}, None, "no SLURM here"),
+        ({}, None, "not installed"),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}, "JobId=7 Requeue=1 TimeLimit=01:00:00", "time limit 01:00:00"),
-        ({"SLURM_JOB_ID": "7"}, "JobId=7 Requeue=0 TimeLimit=01:00:00", "not put back into the queue"),
+        ({"SLURM_JOB_ID": "7"}, "JobId=7 Requeue=0 TimeLimit=01:00:00", "is not requeued after a preemption"),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None, "8 separate runs"),
-        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}, None, "1 CPU(s) each"),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}, None, "1 CPU(s) per task: too few"),
     ],
 )
 def test_slurm(environ: dict[str, str], job: str | None, said: str) -> None:

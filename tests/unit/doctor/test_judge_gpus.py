@@ -79,12 +79,12 @@ def test_no_gpu_is_no_fault() -> None:
     ("changes", "smi", "knows", "said", "fix"),
     [
         ({"cuda": None, "count": 0}, IDLE, (12, 4), "built for CPUs only", "pip install"),
-        ({"cuda": "13.0", "count": 0}, IDLE, (12, 4), "knows CUDA 12.4 at most, this torch is built for 13.0", "install a driver for CUDA 13"),
-        ({"count": 0, "error": "CUDA unknown error"}, IDLE, (12, 6), "PyTorch sees none: CUDA unknown error", "docker run --gpus all"),
+        ({"cuda": "13.0", "count": 0}, IDLE, (12, 4), "supports CUDA 12.4 at most, but torch is built for CUDA 13.0", "install a driver for CUDA 13"),
+        ({"count": 0, "error": "CUDA unknown error"}, IDLE, (12, 6), "PyTorch finds none: CUDA unknown error", "docker run --gpus all"),
         ({"count": 0, "visible_devices": ""}, IDLE, (12, 6), "CUDA_VISIBLE_DEVICES='' hides them", "unset"),
         ({"capabilities": ["6.1", "9.0"]}, IDLE, (12, 6), "GPU 0 has compute capability 6.1", "pytorch.org"),
-        ({"nccl": ""}, IDLE, (12, 6), "no NCCL", "pytorch.org"),
-        ({}, IDLE.replace(" 4,", " 60000,", 1), (12, 6), "GPU 0: 60,000 of 81,559 MiB are in use", "CUDA_VISIBLE_DEVICES"),
+        ({"nccl": ""}, IDLE, (12, 6), "without NCCL", "pytorch.org"),
+        ({}, IDLE.replace(" 4,", " 60000,", 1), (12, 6), "GPU 0: 60,000 of 81,559 MiB are already in use", "CUDA_VISIBLE_DEVICES"),
         ({}, IDLE.replace("Default", "Prohibited", 1), (12, 6), "compute mode Prohibited", "nvidia-smi -c"),
     ],
 )

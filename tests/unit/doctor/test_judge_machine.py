@@ -17,9 +17,9 @@ GOOD = {"torch": "2.14.1+cu130", "torchvision": "0.29.1", "accelerate": "1.15.0"
     [
         ((3, 11, 7), {}, ""),
         ((3, 9, 1), {}, "needs 3.10"),
-        ((3, 11, 7), {"torchvision": "0.28.0"}, "whose is 0.29"),
+        ((3, 11, 7), {"torchvision": "0.28.0"}, "which needs torchvision 0.29"),
         ((3, 11, 7), {"accelerate": None}, "not installed: accelerate"),
-        ((3, 11, 7), {"torch": "2.5.0", "torchvision": "0.20.0"}, "older than 2.9"),
+        ((3, 11, 7), {"torch": "2.5.0", "torchvision": "0.20.0"}, "torch 2.5.0; dtl needs 2.9 or newer"),
     ],
 )
 def test_versions(python: tuple[int, ...], changes: dict[str, str | None], said: str) -> None:
@@ -63,12 +63,12 @@ def test_open_files_memory_and_disks() -> None:
     ("changes", "status", "said"),
     [
         ({}, "ok", "ext4"),
-        ({"problem": "Permission denied"}, "fail", "nothing can be written there (Permission denied)"),
-        ({"free": 100 * MIB}, "fail", "are wanted"),
-        ({"free": GIB}, "warn", "are wanted"),
+        ({"problem": "Permission denied"}, "fail", "is not writable (Permission denied)"),
+        ({"free": 100 * MIB}, "fail", "a run needs about"),
+        ({"free": GIB}, "warn", "a run needs about"),
         ({"write_mib_s": 3.0}, "warn", "a checkpoint would take about"),
-        ({"filesystem": "tmpfs"}, "warn", "lives in memory"),
-        ({"filesystem": "overlay"}, "warn", "gone when the container ends"),
+        ({"filesystem": "tmpfs"}, "warn", "is in memory"),
+        ({"filesystem": "overlay"}, "warn", "deleted when the container ends"),
     ],
 )
 def test_disk(changes: dict[str, Any], status: str, said: str) -> None:

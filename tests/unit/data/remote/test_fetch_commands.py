@@ -228,7 +228,7 @@ def test_a_shard_that_was_changed_at_the_server(server: Server, www: Path) -> No
 
 def test_verify_and_verify_epoch(server: Server, www: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.run([server.url, "--processes", "1", "--quiet"]) == 0
-    with pytest.raises(UserError, match="a quarantine list lies beside the manifest, which is remote"):
+    with pytest.raises(UserError, match="--quarantine writes beside the manifest, which is remote"):
         verify.run([server.url, "--quarantine"])
     with pytest.raises(UserError, match="to verify tars of others, write their index first: dtl index"):
         verify.run([f"{server.url}/theirs/t-{{00..03}}.tar"])
