@@ -30,7 +30,7 @@ MOST_NAMES = 1_000_000
 _RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
-# A shorter one is no secret, and stands in many a line.
+# A shorter one is not a secret, and occurs in many lines.
 _SHORTEST = 6
 
 # Address without them, or its beginning and a star where it is a pattern -> (user and password, query).
@@ -75,7 +75,7 @@ def _names(clean: str) -> list[str]:
     try:  # a pattern within the name of the host
         return [one.rstrip("/") for one in expand_braces(clean)]
     except ValueError:
-        return []  # whoever opens it finds that it is no pattern
+        return []  # whoever opens it finds that it is not a pattern
 
 
 def with_credentials(address: str) -> str:
@@ -163,7 +163,7 @@ def environment() -> dict[str, str]:
 
 
 def _take_over() -> None:
-    """In a helper process: what its parent handed on; not passed to processes of its own."""
+    """In a helper process: the credentials from its parent's environment, which are not passed to its own child processes."""
     for name, (user, query) in json.loads(os.environ.pop(_VARIABLE, "{}")).items():
         _known[name] = (user, query)
 

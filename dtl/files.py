@@ -1,4 +1,4 @@
-"""Files and folders that are whole on the disk or not there at all; the locks and hashes that go with them. No torch in here."""
+"""Files and folders that are complete on the disk or absent; the locks and hashes that go with them. No torch in here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 MAX_FILE_BYTES = 1 << 30
-"""Of a file that is read into memory as a whole, unless data.max_file_bytes says otherwise."""
+"""The default of data.max_file_bytes: the size of a file that is read into memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FileFacts:
 def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:
     """Open a regular file (or a link to one) for reading, unbuffered. Never waits for a writer, and never starts a device.
 
-    Raises UserError for what is no regular file, or is larger than `max_bytes`; OSError where it cannot be opened.
+    Raises UserError for what is not a regular file, or is larger than `max_bytes`; OSError where it cannot be opened.
     """
     return open(path, "rb", buffering=0, opener=lambda *_: open_descriptor(path, max_bytes=max_bytes))
 
@@ -67,7 +67,7 @@ def check_regular(path: str | os.PathLike[str], facts: os.stat_result, *, max_by
         kind = next((name for is_one, name in _KINDS if is_one(facts.st_mode)), "no file")
         raise UserError(f"{os.fspath(path)}: it is {kind}, not a regular file")
     if max_bytes is not None and facts.st_size > max_bytes:
-        raise UserError(f"{os.fspath(path)}: it has {facts.st_size:,} bytes, more than the {max_bytes:,} that are read of such a file")
+        raise UserError(f"{os.fspath(path)}: it has {facts.st_size:,} bytes, more than the {max_bytes:,} that are allowed for such a file")
 
 
 def without_path(error: UserError) -> str:
@@ -82,7 +82,7 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
         while len(data) <= max_bytes and (block := file.read(min(1 << 20, max_bytes + 1 - len(data)))):
             data += block
     if len(data) > max_bytes:
-        raise UserError(f"{os.fspath(path)}: it has more than the {max_bytes:,} bytes that are read of such a file")
+        raise UserError(f"{os.fspath(path)}: it has more than the {max_bytes:,} bytes that are allowed for such a file")
     return bytes(data)
 
 
@@ -92,7 +92,7 @@ def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -
     Whoever has the old file open or mapped keeps it whole. Raises OSError; the temporary file is then gone. A device or a pipe is not replaced.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it exists and is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{temporary_suffix()}")
     try:
         with temporary.open("wb") as file:
@@ -122,14 +122,14 @@ def without_nan(value: Any) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder of dtl's own inside of somebody else's; OSError where a link of that name leads elsewhere."""
+    """A folder of dtl's own inside a folder that is not; OSError where a link of that name leads elsewhere."""
     folder.mkdir(exist_ok=True)
     if folder.is_symlink():
         raise OSError(errno.ENOTDIR, "it is a link, not a folder", str(folder))
 
 
 def temporary_suffix() -> str:
-    """The end of temporary names. It names the node, so that its leftovers can be told from what another node is writing."""
+    """The end of temporary names. It names the node, so that its leftovers are not taken for files that another node is writing."""
     return f".{socket.gethostname()}.tmp"
 
 
@@ -194,7 +194,7 @@ def discard(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file as it lies on the disk. UserError for what is no regular file."""
+    """Size and sha256 of a file as it lies on the disk. UserError for what is not a regular file."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):

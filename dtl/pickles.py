@@ -1,4 +1,4 @@
-"""Pickles of somebody else, read without Python's unpickler: nothing is imported, nothing is called, no object is built from raw state.
+"""Pickles from anywhere, read without Python's unpickler: nothing is imported, nothing is called, no object is built from raw state.
 
 A pickle is a program for a small stack machine. This is that machine with its own values only: numbers, text, bytes, lists, tuples, dicts and
 sets. What a pickle names (`posix.system`) stays a `Name`. What it calls becomes an `Unknown` that keeps the arguments, unless the caller has
@@ -32,7 +32,7 @@ Maker = Callable[[tuple[Any, ...]], Any]
 
 
 class BadPickle(ValueError):
-    """These bytes are no pickle, or one that is not read; the message is the reason."""
+    """These bytes are not a pickle, or one that is not supported; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DType:
     def build(self, state: Any) -> None:
         """NumPy's state: (version, byte order, subtype, names, fields, ...)."""
         if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
-            raise BadPickle("an array's type has fields, or a state that NumPy does not write")
+            raise BadPickle("an array's dtype has fields, or a state that NumPy does not write")
         self.text = ("" if state[1] == "=" else state[1]) + self.text.lstrip("<>|=")
 
 
@@ -85,18 +85,18 @@ class Array:
         """A new array. Raises BadPickle for other elements than numbers, and for a size that is not that of the bytes."""
         name = self.dtype.text if isinstance(self.dtype, DType) else ""
         if name.lstrip("<>|=") not in _ELEMENTS:
-            raise BadPickle(f"an array has elements of type {name or 'unknown'}, which are no numbers")
+            raise BadPickle(f"an array has elements of type {name or 'unknown'}, which are not numbers")
         if not isinstance(self.shape, tuple) or len(self.shape) > 32 or not all(type(side) is int and 0 <= side < 1 << 48 for side in self.shape):
-            raise BadPickle("an array has a shape that no array has")
+            raise BadPickle("an array has an impossible shape")
         # Python 2 kept bytes as text.
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         kind = np.dtype(name)
         if not isinstance(data, (bytes, bytearray)) or math.prod(self.shape) * kind.itemsize != len(data):
-            raise BadPickle(f"an array of shape {self.shape} and type {name} does not have the bytes for it")
+            raise BadPickle(f"the size of an array's data does not fit its shape {self.shape} and dtype {name}")
         try:
             return np.frombuffer(data, kind).reshape(self.shape, order="F" if self.fortran else "C").astype(kind.newbyteorder("="), order="C")
         except ValueError:  # of an empty array, whose other sides are too large
-            raise BadPickle("an array has a shape that no array has") from None
+            raise BadPickle("an array has an impossible shape") from None
 
 
 _ELEMENTS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"))
@@ -104,7 +104,7 @@ _ELEMENTS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2
 
 def _reconstruct(arguments: tuple[Any, ...]) -> Array:
     if not arguments or arguments[0] != Name("numpy.ndarray"):
-        raise BadPickle("an array is of a class of its own")
+        raise BadPickle("an array is of a subclass of numpy.ndarray")
     return Array()
 
 
@@ -117,13 +117,13 @@ def _frombuffer(arguments: tuple[Any, ...]) -> Array:
 
 def _dtype(arguments: tuple[Any, ...]) -> DType:
     if not arguments or not isinstance(arguments[0], str) or len(arguments[0]) > 100:
-        raise BadPickle("an array's type has arguments that NumPy does not write")
+        raise BadPickle("an array's dtype has arguments that NumPy does not write")
     return DType(arguments[0])
 
 
 def _scalar(arguments: tuple[Any, ...]) -> Any:
     if len(arguments) != 2:
-        raise BadPickle("a number of NumPy has arguments that NumPy does not write")
+        raise BadPickle("a NumPy scalar has arguments that NumPy does not write")
     return Array((), arguments[0], False, arguments[1]).numpy().item()
 
 
@@ -165,7 +165,7 @@ PLAIN: dict[str, Maker] = {
 def checked_key(key: Any, depth: int = 0) -> Any:
     """A key of a dict that can be hashed without deep recursion."""
     if isinstance(key, (list, dict, set, bytearray)) or depth > _MAX_KEY_DEPTH:
-        raise BadPickle("a dict has a key that no dict can have")
+        raise BadPickle("a dict has an unhashable key")
     if isinstance(key, (tuple, frozenset)):
         for part in key:
             checked_key(part, depth + 1)
@@ -182,7 +182,7 @@ def load(
 ) -> Any:
     """The value of the pickle at the file's position, which is behind it then. Raises BadPickle.
 
-    `makers` says what may be made of calls; `persistent` gives the values that are kept outside of the pickle. All names go into `names`.
+    `makers` build the results of known calls; `persistent` gives the values that are kept outside of the pickle. All names go into `names`.
     """
     try:
         return _Machine(file, makers, persistent, names, max_bytes).run()
@@ -209,7 +209,7 @@ class _Machine:
                 return self._stack.pop()
             work = _OPCODES.get(code)
             if work is None:
-                raise BadPickle("the pickle ends early" if not code else f"0x{code.hex()} is no opcode of a pickle")
+                raise BadPickle("the pickle ends early" if not code else f"0x{code.hex()} is not a pickle opcode")
             self._left -= 1
             work(self)
         raise BadPickle(f"the pickle has more than {_MAX_OPCODES:,} opcodes")
@@ -218,7 +218,7 @@ class _Machine:
 
     def read(self, size: int) -> bytes:
         if size > self._left:
-            raise BadPickle("the pickle has more bytes than are read of one")
+            raise BadPickle("the pickle is too large")
         # In pieces: a size that is made up must not be allocated.
         parts = []
         while size > 0 and (part := self._file.read(min(size, 1 << 24))):
@@ -250,7 +250,7 @@ class _Machine:
 
     def mark(self) -> None:
         if len(self._marked) >= _MAX_MARKS:
-            raise BadPickle("the pickle is nested too deep")
+            raise BadPickle("the pickle is nested too deeply")
         self._marked.append(self._stack)
         self._stack = []
 
@@ -282,12 +282,12 @@ class _Machine:
     def string(self) -> None:
         text = self.line(_MAX_LINE)
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in b"'\"":
-            raise BadPickle("the pickle holds text without its quotes")
+            raise BadPickle("the pickle holds a string without quotes")
         self.push(codecs.escape_decode(text[1:-1])[0].decode("latin1"))
 
     def name(self, module: Any, name: Any) -> Name:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise BadPickle("a name is no text")
+            raise BadPickle("the name of a global is not a string")
         found = Name(f"{module}.{name}".replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg."))
         self._names.add(found.text)
         return found
@@ -316,7 +316,7 @@ class _Machine:
 
     def tuple_of(self, count: int) -> None:
         if len(self._stack) < count:
-            raise BadPickle("the pickle takes more values than it has")
+            raise BadPickle("the pickle takes more values from its stack than there are")
         items = tuple(self._stack[-count:])
         del self._stack[-count:]
         self.push(items)
@@ -354,11 +354,11 @@ class _Machine:
             target.build(state)
         elif isinstance(target, Unknown):
             target.state = state
-        # Of others (an ordered dict's attributes) nothing is needed.
+        # The state of other objects (an ordered dict's attributes) is not needed.
 
     def persist(self, key: Any) -> None:
         if self._persistent is None:
-            raise BadPickle("the pickle names values that lie outside of it")
+            raise BadPickle("the pickle refers to persistent IDs outside of it")
         self.push(self._persistent(key))
 
     def stack_name(self) -> None:
@@ -373,7 +373,7 @@ def _of(target: Any, kind: type[Any]) -> Any:
 
 
 def _not_read(_: _Machine) -> None:
-    raise BadPickle("the pickle needs buffers or a registry outside of it")
+    raise BadPickle("the pickle needs out-of-band buffers or the extension registry")
 
 
 _OPCODES: dict[bytes, Callable[[_Machine], None]] = {

@@ -1,4 +1,4 @@
-"""Words for people: counted things, and what somebody may have meant who mistyped a name, a path or an option. Nothing heavy in here."""
+"""Text for people: counted things, and suggestions for a mistyped name, path or option. No heavy imports in here."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from dtl.errors import printable as printable
 
 _NO_WRAPPING = 100_000
 _MOST_NAMES = 10_000  # compared with a mistyped one; a folder may hold millions
-# Apostrophes before such a character count too: else one more could not be told from one that was there.
+# Apostrophes before such a character count too: else an added one could not be distinguished from one that was there.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _QUOTED = re.compile('[,;|\t\r\n"]|^ | $')
 _CONTROLS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 _PLURALS = {"process": "processes", "class": "classes", "is": "are"}
 
 
-TRUST = "call the function that a model.json of others names as its network (kept for this function and this file)"
+TRUST = "allow the Python function that a model.json of somebody else names as its network (remembered for this function and this file)"
 """The help of `--trust`, for each command that can meet one."""
 Log = Callable[[str], None]
 """Takes one line for people, such as `to_stderr`."""

@@ -78,7 +78,7 @@ def check_form(kind: type[Any], value: Any, origin: str) -> Any:
     except ValidationError as error:
         raise UserError(f"{origin}: {what_is_wrong(error)}") from None
     except RecursionError:  # of a validator; the parser has a limit of its own
-        raise UserError(f"{origin}: nested too deep") from None
+        raise UserError(f"{origin}: nested too deeply") from None
 
 
 _forms: dict[type[Any], SchemaValidator] = {}
@@ -192,7 +192,7 @@ def what_is_wrong(error: ValidationError) -> str:
         "finite_number": "must be a finite number",
     }
     for type_name, meant in (
-        ("string_", "text"),
+        ("string_", "a string"),
         ("int_", "a whole number"),
         ("float_", "a number"),
         ("bool_", "true or false"),
@@ -236,7 +236,7 @@ def _sha256(text: str) -> str:
 
 def _count(number: int) -> int:
     if not 0 <= number < 1 << 63:
-        raise ValueError(f"{str(number)[:40]} is not a number from 0 to 2^63")
+        raise ValueError(f"{str(number)[:40]} is not an integer from 0 to 2^63")
     return number
 
 
@@ -302,7 +302,7 @@ class NotYaml(UserError):
 def parse_yaml(text: str, origin: str) -> Any:
     """Plain values of a YAML text: at most 1 MiB, 50 levels and 100,000 values, anchors counted as often as they are used."""
     if len(text) > MAX_YAML_BYTES:
-        raise UserError(f"{origin}: it has more than the {MAX_YAML_BYTES:,} characters that are read of such a file")
+        raise UserError(f"{origin}: it has more than the {MAX_YAML_BYTES:,} characters that are allowed for such a file")
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -1,4 +1,4 @@
-"""Training given an image folder: pack it once into a cache, whoever comes first, and log so. Shards of others are indexed there."""
+"""Data for training: an image folder is packed once into the cache, WebDataset shards from other tools are indexed there."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def ensure_packed(
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
-    Of the `options` those count that say how data is found, packed, fetched and kept: `val_fraction`, `on_error`, `names`, `cache_dir` and the like.
+    Only the `options` for finding, packing, downloading and caching data matter here: `val_fraction`, `on_error`, `names`, `cache_dir` ...
 
-    Packed or indexed shards, or a folder that holds them under train/ and val/, are used as they are. Tars of others (a folder of them,
-    a brace pattern, a list), also remote ones, stay where they are, and are indexed once into the cache. Of a remote folder that dtl has
-    packed the manifest and index are copied there. Anything that `open_source` reads is packed
+    Packed or indexed shards, or a folder that holds them under train/ and val/, are used as they are. Tars from other tools (a folder of them,
+    a brace pattern, a list), also remote ones, are not moved; they are indexed once into the cache. The manifest and index of a remote
+    packed folder are copied there. Anything that `open_source` reads is packed
     once into CACHE/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
-    or those that `val_fraction` makes; a source without any is taken whole. Give a validation set the `classes` of its training set.
+    or those that `val_fraction` makes; a source without splits is one split. Give a validation set the `classes` of its training set.
 
     Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
     nodes on a shared disk write the same bytes by atomic renames.
@@ -61,15 +61,17 @@ def ensure_packed(
         return _mirrored(url, text, options, log)
     if (ready := packed_folder(source, split)) is not None:
         if options.val_fraction and split == "train":
-            log(f"{source} is packed: its own splits count, and data.val_fraction does not")
+            log(f"{source} is already packed, so data.val_fraction is ignored")
         return ready
     if (tars := shards_for_training(source, split)) is not None:
         if options.val_fraction:
-            raise UserError(f"{source}: no validation samples can be set aside from shards made by others; give --data.val SHARDS")
+            raise UserError(f"{source}: data.val_fraction cannot split WebDataset shards from other tools; give --data.val SHARDS")
         return _ensure_indexed(source, tars, options, classes=classes, processes=processes, progress=progress, log=log)
     opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled, max_file_bytes=options.max_file_bytes)
     if options.val_fraction and opened.has_splits:
-        raise UserError(f"{source} has splits of its own ({', '.join(opened.split_names)}): leave data.val_fraction out, or give it the folder of one of them")
+        raise UserError(
+            f"{source} already has the splits {', '.join(opened.split_names)}: leave out data.val_fraction, or set data.train to the folder of one split"
+        )
     wanted = _wanted_split(source, opened, split, options.val_fraction)
     place = _cache_place(options)
     packing = PackOptions(val_fraction=options.val_fraction, on_error=options.on_error, max_pixels=options.max_pixels, max_file_bytes=options.max_file_bytes)
@@ -148,12 +150,12 @@ def _ensure_indexed(
     """The index of shards made by others, in the cache; their bytes are read where they are."""
     folder = _cache_place(options) / _fingerprint_of_tars(tars, options, classes=classes)
     if (folder / MANIFEST_NAME).exists():
-        _sign_anew(folder, tars)
+        _refresh_addresses(folder, tars)
         return folder
     with _locked(folder.with_name(folder.name + ".lock"), f"indexes {source}", log):
         if (folder / MANIFEST_NAME).exists():
             return folder
-        log(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; they stay as they are")
+        log(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; the shards themselves are not changed")
         report = index_shards(tars, options, out=folder, classes=classes, processes=processes, progress=progress, existing="join", keep=True)
         for line in describe_index(report):
             log(f"  {line}")
@@ -161,7 +163,7 @@ def _ensure_indexed(
     return folder
 
 
-def _sign_anew(folder: Path, tars: Sequence[Tar]) -> None:
+def _refresh_addresses(folder: Path, tars: Sequence[Tar]) -> None:
     """Addresses may be the same but for a signature that has expired: the manifest takes those of now."""
     manifest = Manifest.read(folder)
     if any(isinstance(tar, str) and tar != shard.url for tar, shard in zip(tars, manifest.shards)):
@@ -181,7 +183,7 @@ def _fingerprint_of_tars(tars: Sequence[Tar], options: DataConfig, *, classes: S
 
 
 def _cache_place(options: DataConfig) -> Path:
-    """The cache's folder, made if need be."""
+    """The cache's folder, created if it does not exist."""
     return cache_place(options.cache_dir, shared=options.cache_shared)
 
 
@@ -223,7 +225,7 @@ def describe_trouble(report: PackReport) -> list[str]:
     """Lines about images that were left out, or that look damaged."""
     kinds = (
         (report.skipped, "image cannot be read and was left out", "images cannot be read and were left out"),
-        (report.doubtful, "image looks damaged, but decodes, and was packed", "images look damaged, but decode, and were packed"),
+        (report.doubtful, "image looks damaged but decodes, and was packed", "images look damaged but decode, and were packed"),
     )
     lines = []
     for found, one, many in kinds:
@@ -238,7 +240,7 @@ def describe_index(report: IndexReport) -> list[str]:
     """Lines about an index: what is in it, what was left out, what should be looked at."""
     lines = [f"{counted(report.num_samples, 'image')} of {counted(len(report.classes), 'class')}", *report.notes]
     if report.num_skipped:
-        left_out = "sample is not usable and was left out" if report.num_skipped == 1 else "samples are not usable and were left out"
+        left_out = "sample cannot be used and was left out" if report.num_skipped == 1 else "samples cannot be used and were left out"
         listed = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:_MOST_LISTED])
         more = f"; and {report.num_skipped - _MOST_LISTED:,} more" if report.num_skipped > _MOST_LISTED else ""
         lines.append(f"{report.num_skipped:,} {left_out}: {listed}{more}")
@@ -254,7 +256,7 @@ def _locked(path: Path, work: str, log: Log) -> Iterator[None]:
     try:
         file = path.open("a")
     except OSError as error:
-        raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+        raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; choose another one (data.cache_dir or $DTL_CACHE)") from None
     with file:
         lock = flock(file, wait=False)
         if lock == "busy":

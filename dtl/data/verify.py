@@ -69,7 +69,7 @@ def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> 
     place = bare(place) if isinstance(place, str) else place
     if isinstance(place, str) and is_remote(place):
         if not is_remote_folder(place):
-            raise UserError(f"{shown(place)}: to verify tars of others, write their index first: dtl index {quote(place)} --out DIR, then dtl verify DIR")
+            raise UserError(f"{shown(place)}: tars need an index before they can be verified: dtl index {quote(place)} --out DIR, then dtl verify DIR")
         return mirrored_splits(place, options)
     folder = Path(place).expanduser()
     if (folder / MANIFEST_NAME).is_file():
@@ -89,14 +89,14 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
     """
     begun = time.monotonic()
     if processes is not None and processes < 1:
-        raise UserError(f"processes is at least 1, got {processes}")
+        raise UserError(f"processes must be at least 1, got {processes}")
     shards = Shards.open(folder, options, whole=True)
     if shards.cache is not None:
         shards.cache.clean()
     before = _old_quarantine(folder, shards, lenient=quarantine)
     report = VerifyReport(folder, shards.num_samples, len(shards.manifest.shards), in_quarantine=before)
     _check_keys(shards, report)
-    # What reading an image finds says more than what the tar's structure does, so it comes first.
+    # The reason from reading an image is more helpful than that from the tar's structure, so it comes first.
     of_images: dict[int, list[Finding]] = {}
     of_shards: dict[int, list[Finding]] = {}
     with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
@@ -148,11 +148,11 @@ def _check_keys(shards: Shards, report: VerifyReport) -> None:
         return
     path = shards.folder / KEYS_NAME
     if not path.is_file() or sha256_of_file(path) != expected:
-        report.shards.append((KEYS_NAME, 0, "it is missing, or not the one that the manifest is about; index the shards again"))
+        report.shards.append((KEYS_NAME, 0, "it is missing, or does not belong to the manifest; index the shards again"))
 
 
 def _judge(shards: Shards, number: int, findings: list[Finding], report: VerifyReport) -> None:
-    """One entry for each damaged sample, the first finding; a shard's own findings where samples do not say as much."""
+    """One entry for each damaged sample, the first finding; a shard's own findings where its samples do not show them."""
     url = shards.manifest.shards[number].url
     first: dict[int, Finding] = {}
     for finding in findings:
@@ -177,7 +177,7 @@ def _set_aside(shards: Shards, report: VerifyReport) -> None:
     else:
         report.in_quarantine = frozenset(bad.sample for bad in report.samples)
         if len(report.samples) == shards.num_samples:
-            raise UserError(f"{folder}: all {shards.num_samples:,} samples are damaged ({report.samples[0].reason}); none would be left to train on")
+            raise UserError(f"{folder}: all {shards.num_samples:,} samples are damaged ({report.samples[0].reason}); no sample would be left to train on")
         _write_quarantine(shards, report)
     used = "" if not report.samples else left_out_index_name([bad.sample for bad in report.samples])
     for old in folder.glob("index-without-*.bin"):

@@ -1,4 +1,4 @@
-"""The work of `dtl verify`, in the processes of pack_pool, without torch: a shard as a whole, and a stretch of its images.
+"""The work of `dtl verify`, in the processes of `dtl.data.workers`, without torch: a shard as a whole, and a stretch of its images.
 
 An answer is {"kind", "shard", "samples" done, "findings": [[sample, offset, reason]]}; sample -1 is about the shard as a whole.
 """
@@ -25,7 +25,7 @@ from dtl.files import sha256_of_file
 WHOLE = -1
 _IMAGES_AT_ONCE = 32
 # Findings about a shard whose index is about something else altogether would be as many as its samples.
-_MAX_STRANGERS = 3
+_MAX_UNKNOWN = 3
 
 Finding = tuple[int, int, str]
 
@@ -80,12 +80,12 @@ def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> st
     except DecodeError as error:
         return str(error)
     if image.shape[:2] != (height, width):
-        return f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}"
+        return f"{image.shape[1]} x {image.shape[0]} pixels, but {width} x {height} according to the index"
     return ""
 
 
 def check_shard(job: VerifyJob, number: int) -> list[Finding]:
-    """Size, sha256, the tar's structure, and whether the index says of each sample what the tar does."""
+    """Size, sha256, the tar's structure, and whether index and tar agree on each sample."""
     shards, shard = job.shards, job.shards.manifest.shards[number]
     path, name = shards.folder / shard.url, None
     findings: list[Finding] = []
@@ -94,7 +94,7 @@ def check_shard(job: VerifyJob, number: int) -> list[Finding]:
             path, name = shards.cache.local(number), shown_address(shard.url)
         size = path.stat().st_size
         if size != shard.bytes:
-            findings.append((WHOLE, min(size, shard.bytes), f"it has {size:,} bytes, the manifest says {shard.bytes:,}"))
+            findings.append((WHOLE, min(size, shard.bytes), f"it has {size:,} bytes, but {shard.bytes:,} according to the manifest"))
         with open_tar(path, name) as file:
             tar = TarFile(file, name)
             try:
@@ -108,7 +108,7 @@ def check_shard(job: VerifyJob, number: int) -> list[Finding]:
     except OSError as error:
         return [*findings, (WHOLE, 0, f"the shard cannot be read ({error.strerror})")]
     if digest != shard.sha256:
-        findings.append((WHOLE, 0, "its sha256 is not the one in the manifest: it was changed, or it is another shard"))
+        findings.append((WHOLE, 0, "its sha256 differs from the one in the manifest: it was changed, or it is another shard"))
     return findings
 
 
@@ -121,7 +121,7 @@ def _compare(job: VerifyJob, number: int, tar: TarFile) -> list[Finding]:
     order = np.argsort(offsets, kind="stable")
     met = np.zeros(len(rows), bool)
     findings: list[Finding] = []
-    strangers = 0
+    unknown = 0
     for sample in read_samples(tar, job.rules, Ignored(), shards.limits):
         place = int(np.searchsorted(offsets, sample.offset, sorter=order))
         known = place < len(rows) and int(offsets[order[place]]) == sample.offset
@@ -131,11 +131,11 @@ def _compare(job: VerifyJob, number: int, tar: TarFile) -> list[Finding]:
             if reason := _differs(job, int(rows[row]), sample):
                 findings.append((int(rows[row]), sample.offset, reason))
         elif not sample.problem:
-            strangers += 1
-            if strangers <= _MAX_STRANGERS:
-                findings.append((WHOLE, sample.offset, f"the tar has sample {shown(sample.key)} there, which the index does not know"))
+            unknown += 1
+            if unknown <= _MAX_UNKNOWN:
+                findings.append((WHOLE, sample.offset, f"the tar has sample {shown(sample.key)} here, which is not in the index"))
     for row in np.flatnonzero(~met).tolist():
-        findings.append((int(rows[row]), int(offsets[row]), "the tar has no image at this place"))
+        findings.append((int(rows[row]), int(offsets[row]), "the tar has no image at this offset"))
     return findings
 
 

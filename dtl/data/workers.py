@@ -102,7 +102,7 @@ class _Child:
             status = self._process.wait()
             if -status in _ENDING_SIGNALS and not self._closed:
                 time.sleep(_SECONDS_TO_KNOW)
-            raise RuntimeError(f"a packing process ended with status {status} during {task}; was it killed for memory?")
+            raise RuntimeError(f"a worker process exited with status {status} during {task}; it may have run out of memory")
         answer = json.loads(line)
         if answer["kind"] == "done":
             return answer["answer"]
@@ -110,7 +110,7 @@ class _Child:
             raise UserError(answer["message"])
         if answer["kind"] == "os":
             raise OSError(answer["errno"], answer["message"], answer["filename"])
-        raise RuntimeError(f"a packing process failed during {task}:\n{answer['message']}")
+        raise RuntimeError(f"a worker process failed during {task}:\n{answer['message']}")
 
     def close(self) -> None:
         """End it at once: whatever it was writing is still under a temporary name."""

@@ -1,7 +1,7 @@
 """Everything that is measured of a finished model in one pass, the same numbers at any world size.
 
 The images are cut into batches that do not depend on the number of ranks, and whole batches fall to ranks, so that every logit is
-computed in the same company anywhere. Counts are integers; the few sums of fractions are integers too, in units of 2^-32, or are added
+computed in the same batch anywhere. Counts are integers; the few sums of fractions are integers too, in units of 2^-32, or are added
 in the order of the batches. B samples, K classes.
 """
 
@@ -139,7 +139,7 @@ class _Seen:
         confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
         correct = real & (predicted == labels) & ~logits.isnan().any(dim=1)
         place = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)
-        # Scaling by a power of two is exact, so these integers lose nothing and add up alike in any order.
+        # Scaling by a power of two is exact, so these integers lose nothing and have the same sum in any order.
         counted = (real.long(), correct.long(), torch.where(real, confidence * _UNIT, 0).long())
         for row, values in zip(self._bins, counted):
             row.index_add_(0, place, values)

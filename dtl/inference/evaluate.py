@@ -68,13 +68,13 @@ def _source(model: RunningModel, data: str | None, run: StoredConfig | None, on_
         # Display names are the model's; those of training need not fit here.
         return _Source(data, own.model_copy(update={"on_error": on_error, "val_fraction": 0.0, "names": None}))
     if run is None:
-        raise UserError(f"{model.stored.folder} is a model folder, which knows no data; give it with --data.val SRC, or name its run (runs/NAME)")
+        raise UserError(f"{model.stored.folder} is a model folder, which does not record its data; give --data.val SRC, or the run itself (runs/NAME)")
     run.require("data.val")
     if own.val is not None:
         return _Source(own.val, own.model_copy(update={"val_fraction": 0.0}))
     run.require("data.train")
     if own.train is None:
-        raise UserError(f"{run.origin} names no data; give it with --data.val SRC")
+        raise UserError(f"{run.origin} has no data.train; give --data.val SRC")
     return _Source(own.train, own, is_own_set=False)
 
 
@@ -113,12 +113,12 @@ def _check_classes(source: str, found: Sequence[str], known: Sequence[str]) -> N
     unknown = [name for name in found if name not in set(known)]
     missing = [name for name in known if name not in set(found)]
     if unknown:
-        what = f"it has {some(unknown, limit=6, quoted=True)}, which the model does not know"
+        what = f"it has {some(unknown, limit=6, quoted=True)}, which the model does not have"
     elif missing:
-        what = f"it was packed without {some(missing, limit=6, quoted=True)}, so its label numbers mean other classes"
+        what = f"it was packed without {some(missing, limit=6, quoted=True)}, so its label numbers stand for other classes"
     else:
         at = next(i for i, (a, b) in enumerate(zip(found, known)) if a != b)
-        what = f"they come in another order: label {at} is '{found[at]}' there and '{known[at]}' in the model"
+        what = f"their order differs: label {at} is '{found[at]}' there and '{known[at]}' in the model"
     raise UserError(
         f"{source}: its classes are not the model's {some(known, limit=6, quoted=True)}: {what}; "
         "give the images themselves, or pack them with the model's classes (`dtl pack SRC DST --classes-from TRAIN_SHARDS`)"

@@ -141,7 +141,7 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
             if len(found) == NUM_CHECKED:
                 break
     if not found:
-        raise UserError(f"none of the images to check with can be read ({problem})")
+        raise UserError(f"none of the images for the check can be read ({problem})")
     size = model.transform.image_size
     pixels = torch.empty((len(found), 3, size, size), dtype=torch.uint8)
     heights, widths = zip(*(image.shape[:2] for image in found))
@@ -168,7 +168,7 @@ def _to_onnx(module: nn.Module, images: Tensor, path: Path, facts: dict[str, Any
     proto = program.model_proto
     written = next(one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
-        raise UserError(f"--opset {opset}: the exporter could only write opset {written} for this network; leave --opset out or take {written}")
+        raise UserError(f"--opset {opset}: the exporter could only write opset {written} for this network; leave out --opset, or use {written}")
     for key, value in {_METADATA: json.dumps(facts), "classes": json.dumps(facts["classes"])}.items():
         proto.metadata_props.add(key=key, value=value)
     try:
@@ -177,7 +177,7 @@ def _to_onnx(module: nn.Module, images: Tensor, path: Path, facts: dict[str, Any
         raise UserError(f"this network is too large for one ONNX file (2 GB): {_first_line(error)}; use --to torch-export") from error
     if importlib.util.find_spec("onnxruntime") is None:
         onnx.checker.check_model(str(path))
-        return None, f"opset {written}; onnxruntime is not installed, so it was not run"
+        return None, f"opset {written}; onnxruntime is not installed, so the file was not run"
     return _onnx_run(path), f"opset {written}"
 
 
@@ -205,18 +205,18 @@ def _exported_program(module: nn.Module, images: Tensor) -> torch.export.Exporte
     try:
         return torch.export.export(module, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     except Exception as error:  # torch raises its users' errors under many classes
-        raise UserError(f"torch.export cannot follow this network: {_first_line(error)}") from error
+        raise UserError(f"this network cannot be exported with torch.export: {_first_line(error)}") from error
 
 
 def _to_safetensors(model: StoredModel, path: Path, facts: dict[str, Any]) -> tuple[Run, str]:
     from safetensors.torch import load_file, save
 
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.network.module.state_dict().items()}
-    # The library's own writer of files makes them readable by nobody else, whatever the umask is.
+    # The library's own writer of files makes them readable only by their owner, whatever the umask is.
     path.write_bytes(save(tensors, metadata={"format": "pt", _METADATA: json.dumps(facts)}))
     fresh = copy.deepcopy(model.network.module)
     strict_load(fresh, load_file(str(path)), str(path))
-    return _torch_run(_Logits(fresh.eval())), "the state dict under the network's own names"
+    return _torch_run(_Logits(fresh.eval())), "a state dict with the network's own parameter names"
 
 
 def _torch_run(module: nn.Module) -> Run:
@@ -228,17 +228,19 @@ def _torch_run(module: nn.Module) -> Run:
 
 
 def _compare(run: Run, images: Tensor, expected: np.ndarray, to: str) -> float:
-    """Largest difference of a logit, all images at once and one alone; UserError where it is no rounding."""
+    """Largest difference of a logit, all images at once and one alone; UserError where it is more than rounding."""
     try:
         together, alone = run(images), run(images[:1])
     except Exception as error:  # whatever the runtime raises, the file is of no use
         raise UserError(f"the exported {to} file does not run: {_first_line(error)}; nothing was written") from error
-    if together.shape != expected.shape or not np.isfinite(together).all():
-        raise UserError(f"the exported {to} file gives {together.shape} logits, PyTorch finite ones of {expected.shape}; nothing was written")
+    if together.shape != expected.shape:
+        raise UserError(f"the exported {to} file gives logits of shape {together.shape}, PyTorch of {expected.shape}; nothing was written")
+    if not np.isfinite(together).all():
+        raise UserError(f"the exported {to} file gives logits that are not finite; nothing was written")
     difference = float(max(np.abs(together - expected).max(), np.abs(alone - expected[:1]).max()))
     limit = SMALLEST + TOLERANCE * float(np.abs(expected).max())
     if difference > limit:
-        raise UserError(f"the exported {to} file differs from PyTorch by {difference:.2g} (over {limit:.2g}); nothing was written")
+        raise UserError(f"the exported {to} file differs from PyTorch by {difference:.2g} (the tolerance is {limit:.2g}); nothing was written")
     return difference
 
 

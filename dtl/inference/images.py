@@ -42,7 +42,7 @@ class Files:
         return self.paths[number]
 
     def read(self, number: int) -> bytes:
-        """OSError where it cannot be read; UserError where it is no regular file, or too large."""
+        """OSError where it cannot be read; UserError where it is not a regular file, or too large."""
         return read_regular(self.paths[number], max_bytes=self.max_bytes)
 
 
@@ -138,7 +138,7 @@ def _group(path: Path, options: DataConfig) -> Files | PackedImages | None:
     if not path.exists():
         raise UserError(f"{path} does not exist; give images, folders of images, list files or packed shards")
     if path.suffix.lower() == ".tar":
-        raise UserError(f"{path} is a tar; give the folder with its {MANIFEST_NAME} (dtl index makes one for tars of others)")
+        raise UserError(f"{path} is a tar; give the folder with its {MANIFEST_NAME} (dtl index makes one for tars from other tools)")
     if path.suffix.lower() in IMAGE_EXTENSIONS:
         return None
     return _list_file(path, options.max_file_bytes)
@@ -147,15 +147,15 @@ def _group(path: Path, options: DataConfig) -> Files | PackedImages | None:
 def _folder(folder: Path) -> Files | PackedImages:
     held = [name for names in packed_splits(folder).values() for name in names]
     if held:
-        raise UserError(f"{folder} holds packed shards of {', '.join(held)}; name one of them: {folder / held[-1]}")
+        raise UserError(f"{folder} holds packed shards of {', '.join(held)}; give one of them: {folder / held[-1]}")
     paths = StringTable.build(sorted(_walk(folder)))
     if len(paths) == 0:
-        raise UserError(f"{folder} holds no images; read are {', '.join(sorted(IMAGE_EXTENSIONS))}")
+        raise UserError(f"{folder} holds no images; the supported extensions are {', '.join(sorted(IMAGE_EXTENSIONS))}")
     return Files(paths)
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Image files at any depth; hidden ones and links back to a folder above are passed by."""
+    """Image files at any depth; hidden ones and links back to a folder above are skipped."""
     seen: set[tuple[int, int]] = set()
 
     def troubled(error: OSError) -> None:
@@ -212,7 +212,7 @@ def _listed(source: str, lines: Sequence[str], folder: Path) -> Files:
     if not any(_looks_like_image(paths[number]) or os.path.isfile(paths[number]) for number in range(len(paths))):
         first = next(line.strip() for line in lines if line.strip())
         shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]} ..."
-        raise UserError(f"{source} is no image, and no list of images: none of its lines is the path of one (the first is '{shown}')")
+        raise UserError(f"{source} is neither an image nor a list of images: no line is the path of an image (the first is '{shown}')")
     return Files(paths)
 
 

@@ -71,7 +71,7 @@ def running_model(
         with runtime.together("model"):
             stored = open_model(folder, trust=trust, log=log if runtime.is_main else to_nobody)
         if runtime.is_main and before not in (None, runtime.precision):
-            log(f"{folder} was trained in precision {before}, and computes in {runtime.precision} here: the last digits may differ")
+            log(f"{folder} was trained with precision {before}, but runs with {runtime.precision} here: results may differ in the last digits")
         yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime), runtime)
 
 
@@ -119,7 +119,7 @@ def _preprocessing(folder: Path, values: dict[str, Any]) -> Preprocessing:
     try:
         mean, std = (tuple(float(number) for number in values[name]) for name in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean {mean} and std {std}")
+            raise ValueError(f"mean {mean} and std {std} must be three numbers each, and std positive")
         return Preprocessing(
             mean=mean,
             std=std,
@@ -160,8 +160,8 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
         raise UserError(f"{path} is damaged: preprocessing.transform: {type(error).__name__} {error}") from error
     if version != EVALUATION_VERSION:
         raise UserError(
-            f"{path}: its images were prepared by version {version} of evaluation's transforms, this dtl has version {EVALUATION_VERSION}; "
-            "use the dtl that trained it, or train it again"
+            f"{path}: it was trained with version {version} of the evaluation transforms, but this dtl has version {EVALUATION_VERSION}; "
+            "use the version of dtl that trained it, or train it again"
         )
     return transform
 

@@ -26,7 +26,7 @@ from dtl.training.evaluate import ForwardPass
 _ROUNDS_AT_ONCE = 8
 
 
-_NOT_FINITE = "the network gives numbers that are not finite for it; --precision no may help"
+_NOT_FINITE = "the network's outputs for it are not finite; try --precision no"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def table(values: dict[str, Any]) -> str:
         lines.append(f"the {_TABLE_CLASSES} of {len(values['per_class'])} classes with the lowest F1; all are in the JSON file (--json)")
     shown = {row["label"]: row["name"] for row in values["per_class"]}
     if values["confused_pairs"]:
-        lines += ["", "most often taken for another class"]
+        lines += ["", "most confused classes"]
         for pair in values["confused_pairs"][:_TABLE_PAIRS]:
             share = f"{pair['count']:,} images, {_percent(pair['share_of_label'])} of its class"
             lines.append(printable(f"  {shown[pair['label']]} -> {shown[pair['predicted']]}: {share}"))
@@ -101,7 +101,7 @@ def table(values: dict[str, Any]) -> str:
         lines += ["", "hardest images"]
         for hard in values["hardest"][:_TABLE_HARDEST]:
             sure = _percent(hard["confidence"])
-            right = f"recognised ({sure})" if hard["label"] == hard["predicted"] else f"taken for {shown[hard['predicted']]} ({sure})"
+            right = f"correct ({sure})" if hard["label"] == hard["predicted"] else f"predicted {shown[hard['predicted']]} ({sure})"
             lines.append(printable(f"  loss {_plain(hard['loss'])}  {shown[hard['label']]}, {right}  {hard['path']}"))
     return "\n".join(lines)
 

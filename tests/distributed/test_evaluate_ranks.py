@@ -87,7 +87,7 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
         facts.write_text(json.dumps({**stored, "made_by": changed}))
         file = tmp_path / "evaluation.json"
         job = run(["runs/tiny", "--json", str(file), "--workers", "0", "--trust", *arguments], cwd=tmp_path, command="evaluate", by_rank=before)
-        return json.loads(file.read_text())["precision"], "told" if "was trained in precision" in job.err() else ""
+        return json.loads(file.read_text())["precision"], "told" if "was trained with precision" in job.err() else ""
 
     assert asked(before=with_bf16) == ("no", "")
     assert asked("--precision", "bf16", before=with_bf16) == ("bf16", "")
@@ -98,4 +98,4 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
     facts.write_text(json.dumps({**stored, "made_by": {"precision": "fp16"}}))
     write_image(tmp_path / "a.jpg", 0)
     job = run(["runs/tiny", "a.jpg", "--workers", "0", "--trust"], cwd=tmp_path, command="predict", by_rank=without)
-    assert "was trained in precision fp16, and computes in no here" in job.err()
+    assert "was trained with precision fp16, but runs with no here" in job.err()

@@ -54,7 +54,7 @@ def test_a_damaged_index_is_refused_once(tmp_path: Path, nodes: int) -> None:
     _, hashed, said = counted(tmp_path, [*words, "--run.name", "damaged"], nodes=nodes, code=2)
     assert hashed == [2, 2 * (nodes - 1)]
     lines = [line for line in said.splitlines() if line.startswith("dtl: ")]
-    assert lines == [f"dtl: {index} does not belong to the manifest.json beside it (another sha256); pack the data again"]
+    assert lines == [f"dtl: {index} does not belong to the manifest.json beside it (its sha256 differs); pack the data again"]
 
 
 def test_a_missing_source_is_told_once(tmp_path: Path) -> None:

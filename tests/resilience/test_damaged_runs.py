@@ -50,11 +50,11 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 # what is done to a sample's image or shard, and what is said
 DAMAGES: dict[str, tuple[Callable[[Path, int], object], str]] = {
-    "one bit": (damage.flip_bit, "the bytes are not those that were packed"),
-    "a zeroed block": (damage.zero_block, "the bytes are not those that were packed"),
+    "one bit": (damage.flip_bit, "the checksum is wrong"),
+    "a zeroed block": (damage.zero_block, "the checksum is wrong"),
     "a truncated shard": (damage.cut_shard, "bytes before the image does"),
     "a cut in a header": (lambda f, n: damage.cut_shard(f, n, in_header=True), "bytes before the image does"),
-    "another shard": (lambda f, n: shutil.copy(damage.shard_path(f, 1400), damage.shard_path(f, n)), "the bytes are not those that were packed"),
+    "another shard": (lambda f, n: shutil.copy(damage.shard_path(f, 1400), damage.shard_path(f, n)), "the checksum is wrong"),
     "a missing shard": (lambda f, n: damage.shard_path(f, n).unlink(), "the shard is missing"),
     "a label out of range": (lambda f, n: damage.rewrite_index(f, n, labels=10), "label 10 is not one of 10 classes"),
     "no image, crc right": (lambda f, n: damage.put_image(f, n, b"nothing"), "not an image"),

@@ -113,9 +113,9 @@ def _size(path: Path) -> int:
 def test_too_small_a_cache_is_told_before_the_first_step(server: Server, tmp_path: Path) -> None:
     job = run(arguments(tmp_path, server.url, "--data.cache-gb", "0.0005"), cwd=tmp_path, code=2)
     line = job.err().strip()
-    assert line.startswith("dtl: data.cache_gb 0.0005 (0.5 MB) is too small for the remote shards that are in use at one time (data.train: ")
-    assert "of a window of 400 shuffled samples and the next one, where they meet; data.val: " in line
-    assert "give --data.cache-gb " in line
+    assert line.startswith("dtl: data.cache_gb 0.0005 (0.5 MB) is too small for the remote shards that are in use at the same time (data.train: ")
+    assert "for a window of 400 shuffled samples and the start of the next one; data.val: " in line
+    assert "use --data.cache-gb " in line
     assert not [name for name, _, _ in server.requests if name.endswith(".tar")]
 
 
@@ -146,7 +146,7 @@ def test_a_shard_that_is_gone(packed: Path, server: Server, tmp_path: Path) -> N
     job = run(arguments(tmp_path, server.url), cwd=tmp_path, world=2, code=2)
     lines = [line for line in job.err().splitlines() if line.startswith("dtl: ")]
     assert len(lines) == 1, job.err()
-    assert f"{server.url}/train/shard-00002.tar cannot be fetched: HTTP 404 Not Found (it is not there) (1 try)" in lines[0]
+    assert f"{server.url}/train/shard-00002.tar cannot be downloaded: HTTP 404 Not Found (check the address) (1 attempt)" in lines[0]
     assert "Traceback" not in job.err()
 
     samples = Manifest.read(packed / "train").shards[2].samples
@@ -186,7 +186,7 @@ def test_a_manifest_from_elsewhere_runs_no_commands(packed: Path, tmp_path: Path
     (www / "train/manifest.json").write_text(manifest)
     with Server(www) as server:
         job = run(arguments(tmp_path, server.url), cwd=tmp_path, code=2)
-    assert "which a remote manifest must not" in job.err()
+    assert "a remote manifest may list only files below it and addresses of its own kind" in job.err()
     job = run(arguments(tmp_path, www), cwd=tmp_path, code=2)
-    assert "such are run from your own config only: if you trust this folder, allow it with --data.allow-pipe true" in job.err()
+    assert "and commands are run only from your own config: if you trust this folder, allow it with --data.allow-pipe true" in job.err()
     assert not os.path.exists(tmp_path / "ran")

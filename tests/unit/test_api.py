@@ -110,7 +110,7 @@ def test_a_mistake_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = model_folder(tmp_path / "model")
     with pytest.raises(dtl.UserError, match="top is 0; it must be at least 1"):
         dtl.predict(folder, "a.jpg", top=0)
-    with pytest.raises(dtl.UserError, match="knows no data"):
+    with pytest.raises(dtl.UserError, match="does not record its data"):
         dtl.evaluate(folder)
     with pytest.raises(dtl.UserError, match="must be onnx"):
         dtl.export(folder, "a.bin", to="tflite")

@@ -138,6 +138,6 @@ def test_what_a_user_put_into_a_folder_that_is_replaced_moves_along(tmp_path: Pa
 
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         files.write_whole(tmp_path / "pipe", lambda file: file.write(b"x"))
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -145,7 +145,7 @@ def test_the_key_and_the_options_set_the_limits(tmp_path: Path, capsys: pytest.C
     photos = image_folder(tmp_path / "photos", {"a": 3, "b": 3})
     largest = max(path.stat().st_size for path in photos.rglob("*.*"))
     assert main(["pack", str(photos), str(tmp_path / "p1"), "--quiet", "--max-file-bytes", str(largest - 1)]) == 2
-    assert f"more than the {largest - 1:,} that are read of such a file" in capsys.readouterr().err
+    assert f"more than the {largest - 1:,} that are allowed for such a file" in capsys.readouterr().err
     assert main(["pack", str(photos), str(tmp_path / "p2"), "--quiet", "--max-pixels", "10"]) == 2
     assert "more than the 10 that are allowed (data.max_pixels)" in capsys.readouterr().err
     assert main(["pack", str(photos), str(tmp_path / "p3"), "--quiet", "--max-file-bytes", str(largest)]) == 0

@@ -87,19 +87,19 @@ def _nested(depth: int) -> bytes:
     [
         (b"", "ends early"),
         (b"hello", "opcode|damaged"),
-        (b"\x80\x04B\xff\xff\xff\xff.", "ends early|more bytes"),
-        (b"\x80\x04\x8e" + struct.pack("<Q", 10 << 30) + b".", "more bytes"),
-        (b"\x80\x05\x96" + struct.pack("<Q", 1 << 62) + b".", "more bytes"),
+        (b"\x80\x04B\xff\xff\xff\xff.", "ends early|too large"),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 10 << 30) + b".", "too large"),
+        (b"\x80\x05\x96" + struct.pack("<Q", 1 << 62) + b".", "too large"),
         (b"\x80\x04\x8b" + struct.pack("<I", 1 << 20) + b"\x01" * (1 << 20) + b".", "number that is too large"),
         (b"I" + b"9" * 60_000 + b"\n.", "damaged"),
         (b"(" * 20_000 + b".", "nested too deep"),
-        (b"}" + _nested(100)[2:-1] + b"Ns.", "a key that no dict can have"),
-        (b"}]Ns.", "a key that no dict can have"),
+        (b"}" + _nested(100)[2:-1] + b"Ns.", "an unhashable key"),
+        (b"}]Ns.", "an unhashable key"),
         (b"Nh\x07.", "damaged"),
         (b"R.", "damaged"),
         (b"K\x01K\x02a.", "adds to a int as if it were a list"),
-        (b"\x82\x01.", "buffers or a registry"),
-        (b"N\x85Q.", "lie outside"),
+        (b"\x82\x01.", "out-of-band buffers or the extension registry"),
+        (b"N\x85Q.", "persistent IDs outside"),
         (b"c" + b"x" * 100_000, "too long"),
     ],
 )
@@ -130,14 +130,14 @@ _PLAIN = (3, "<", None, None, None, -1, -1, 0)
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (lambda: _array("O8", _PLAIN, b"A" * 32), "type <O8, which are no numbers"),
-        (lambda: _array("V8", _PLAIN, b"A" * 32), "no numbers"),
+        (lambda: _array("O8", _PLAIN, b"A" * 32), "type <O8, which are not numbers"),
+        (lambda: _array("V8", _PLAIN, b"A" * 32), "not numbers"),
         (lambda: _array("f8", (3, "|", None, ("a",), {}, 8, 1, 0), b"A" * 32), "a state that NumPy does not write"),
-        (lambda: _array("f8", _PLAIN, b"A" * 31), "does not have the bytes"),
-        (lambda: _array("f8", _PLAIN, b"", (1 << 40, 1 << 40)), "does not have the bytes"),
-        (lambda: _array("f8", _PLAIN, b"", (-1,)), "a shape that no array has"),
-        (lambda: _array("f8", _PLAIN, b"", (1,) * 40), "a shape that no array has"),
-        (lambda: _array("f8", _PLAIN, ["x"]), "does not have the bytes"),  # type: ignore[arg-type]
+        (lambda: _array("f8", _PLAIN, b"A" * 31), "does not fit its shape"),
+        (lambda: _array("f8", _PLAIN, b"", (1 << 40, 1 << 40)), "does not fit its shape"),
+        (lambda: _array("f8", _PLAIN, b"", (-1,)), "an impossible shape"),
+        (lambda: _array("f8", _PLAIN, b"", (1,) * 40), "an impossible shape"),
+        (lambda: _array("f8", _PLAIN, ["x"]), "does not fit its shape"),  # type: ignore[arg-type]
     ],
 )
 def test_arrays_that_are_refused(array: object, reason: str) -> None:

@@ -38,7 +38,7 @@ GOOD = {"name": "a.tar", "sha256": "0" * 64, "size": 3}
         ({"name": "a\n.tar"}, "must be a file name without a folder"),
         ({"name": "a\0"}, "must be a file name without a folder"),
         ({"name": "x" * 256}, "must be a file name without a folder"),
-        ({"name": 3}, "name: must be text"),
+        ({"name": 3}, "name: must be a string"),
         ({"folder": "/etc"}, "folder: '/etc' leads outside the folder"),
         ({"folder": "a/../../b"}, "leads outside"),
         ({"sha256": "/home/me/work"}, "sha256: "),
@@ -191,7 +191,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 def test_the_limit_holds_while_reading(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 11)
     assert read_regular(tmp_path / "file", max_bytes=11) == b"x" * 11
-    with pytest.raises(UserError, match="it has 11 bytes, more than the 10 that are read"):
+    with pytest.raises(UserError, match="it has 11 bytes, more than the 10 that are allowed"):
         read_regular(tmp_path / "file", max_bytes=10)
     with pytest.raises(UserError, match="more than the 5 bytes"):
         read_regular("/proc/self/status", max_bytes=5)  # its size is 0

@@ -52,7 +52,7 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`).
 
-    With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, comes whole.
+    With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, is decoded at full size.
     """
     pixels = decode_jpeg(data, reduction, max_pixels=max_pixels)
     if pixels is None:
@@ -88,7 +88,7 @@ def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True, max_pix
 def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Pixels [H, W, 3] of any of FORMATS."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES was set by other code: cut images would decode as gray; set it to False")
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: truncated images would decode without an error; set it to False")
     # Pillow warns of odd palettes and metadata; the pixels are the same as ImageFolder's, which is what counts.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -101,7 +101,7 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray
 
 
 def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
-    """A JPEG with a whole header, in RGB, YCbCr or gray: what GPUs decode."""
+    """A JPEG with a complete header, in RGB, YCbCr or gray: what GPUs decode."""
     try:
         if data[:2] == b"\xff\xd8":
             check_jpeg(data, max_pixels)
@@ -127,7 +127,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise DecodeError("the file is empty (0 bytes)")
     data = lean(data, max_pixels)
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many, and has no other way to be told
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many, and has no other setting for it
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -135,7 +135,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels: {error}") from None
     except MemoryError:
-        raise DecodeError("there is not enough memory for it") from None
+        raise DecodeError("there is not enough memory to decode it") from None
     except Exception as error:
         raise DecodeError(_reason(error)) from error
     check_size(image.width, image.height, max_pixels)
@@ -204,18 +204,18 @@ class Native:
 def native() -> Native:
     """Checked once in each process, in less than 2 ms."""
     if os.environ.get(SWITCH, "1") == "0":
-        return Native(False, f"whole JPEGs are decoded for each crop: {SWITCH}=0 switches the native extra off")
+        return Native(False, f"each crop decodes the whole JPEG: {SWITCH}=0 switches the native extra off")
     try:
         _jpeg_crop = importlib.import_module("dtl.data.decoding._jpeg_crop")
     except ModuleNotFoundError:
-        return Native(False, "whole JPEGs are decoded for each crop: the native extra was not built (docs/data.md, Speed)")
+        return Native(False, "each crop decodes the whole JPEG: the native extra is not built (docs/data.md, Speed)")
     except ImportError as error:
-        return Native(False, f"whole JPEGs are decoded for each crop: the native extra cannot be loaded ({error})", fault=True)
+        return Native(False, f"each crop decodes the whole JPEG: the native extra cannot be loaded ({error})", fault=True)
     if not _agrees():
-        return Native(False, "whole JPEGs are decoded for each crop: the libjpeg of the native extra gives other pixels", fault=True)
+        return Native(False, "each crop decodes the whole JPEG: the native extra's libjpeg gives different pixels", fault=True)
     number = int(_jpeg_crop.LIBJPEG_TURBO)
     version = f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
-    return Native(True, f"of JPEGs only the crop's rectangle is decoded (libjpeg-turbo {version})")
+    return Native(True, f"only the crop of a JPEG is decoded (native extra, libjpeg-turbo {version})")
 
 
 def crop_jpeg(data: bytes, region: Region, *, height: int, width: int) -> npt.NDArray[np.uint8] | None:

@@ -16,7 +16,7 @@ import numpy as np
 from dtl.files import MAX_FILE_BYTES
 
 MAX_PIXELS = 178_956_970
-"""Unless data.max_pixels says otherwise: what Pillow calls a bomb. Satellite tiles (10,980 x 10,980) and scans of A3 at 600 dpi are smaller."""
+"""The default of data.max_pixels: above it Pillow warns of a decompression bomb. Satellite tiles (10,980 x 10,980) and scans of A3 at 600 dpi are smaller."""
 # The index keeps width and height as 16-bit numbers.
 MAX_SIDE = 65_535
 _MAX_HEADER_BYTES = 32 << 20
@@ -133,7 +133,7 @@ def _check_scans(data: bytes, at: int, pixels: int) -> None:
             raise DecodeError(f"it has more than {_MAX_SCANS} scans" if scans > _MAX_SCANS else f"it has more than {_MAX_SEGMENTS:,} segments")
         at += max(int.from_bytes(data[at : at + 2], "big"), 2)
     if scans * pixels > _VISITS + _VISITS_A_BYTE * len(data):
-        raise DecodeError(f"it has {scans} scans of {pixels:,} pixels in {len(data):,} bytes, which no camera or program writes")
+        raise DecodeError(f"it has {scans} scans of {pixels:,} pixels in {len(data):,} bytes, which no camera or encoder writes")
 
 
 def without_exif(data: bytes) -> bytes:
@@ -174,7 +174,7 @@ def _lean_png(data: bytes) -> bytes:
 
 
 def _lean_gif(data: bytes) -> bytes:
-    """Comments and the like before the first picture are left out; what says which colour is transparent stays."""
+    """Comments and the like before the first picture are left out; the transparent colour is kept."""
     if len(data) < 13:
         return data
     at = start = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
@@ -208,7 +208,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
         width, height = (side & 0x3FFF for side in struct.unpack("<HH", data[26:30]))
     check_size(width, height, max_pixels)
     if width * height > max_pixels // 2:
-        raise DecodeError(f"{width} x {height} pixels, more than the {max_pixels // 2:,} that are allowed of a WebP (half of data.max_pixels)")
+        raise DecodeError(f"{width} x {height} pixels, more than the {max_pixels // 2:,} that are allowed for WebP (half of data.max_pixels)")
 
 
 # ---- TIFF
@@ -240,7 +240,7 @@ class _Tiff:
             scans = self.data.count(b"\xff\xda")
             stored = sum(self._values(found, 279)) + sum(self._values(found, 325))
             if stored > len(self.data) or scans * max(width * height // parts, tile[0] * tile[1]) > _VISITS + _VISITS_A_BYTE * len(self.data):
-                raise DecodeError(f"it has {scans} JPEG scans of {width * height:,} pixels in {len(self.data):,} bytes, which no program writes")
+                raise DecodeError(f"it has {scans} JPEG scans of {width * height:,} pixels in {len(self.data):,} bytes, which no encoder writes")
 
     def _table(self, at: int) -> dict[int, tuple[int, int, int]]:
         """Tag -> (type, count, where its value begins)."""
@@ -288,7 +288,7 @@ def _scaled_ppm(data: bytes) -> bytes:
     kind = int(header[1])
     if kind <= 3:
         if len(data) > _MAX_SLOW_BYTES:
-            raise DecodeError(f"a PPM as text of {len(data):,} bytes, more than the {_MAX_SLOW_BYTES:,} that are allowed")
+            raise DecodeError(f"a plain-text PPM of {len(data):,} bytes, more than the {_MAX_SLOW_BYTES:,} that are allowed")
         return data
     if kind == 4 or header[7] is None:
         return data

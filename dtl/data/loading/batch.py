@@ -3,7 +3,7 @@
 Loader processes write into buffers that are made once, before the processes fork, and used again. A fresh batch of 10 MB is 2,400 pages
 that the kernel has to find and zero, once in the loader process and once more in the shared memory that torch copies it to: a quarter of
 a loader's CPU time for small photos. Buffers save both, and need no space in /dev/shm. A buffer is free again when the last tensor over it
-is gone, views and NumPy arrays included. Whoever keeps batches keeps them whole, and the loader then uses new memory.
+is gone, views and NumPy arrays included. Batches may be kept: the loader then uses new memory.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Batch:
     encoded: Encoded | None = None
     """Only with `data.decode: device`, until the device has decoded: the images that `images` lacks."""
     num_real: int = -1
-    """Slots that are no pad; -1: count them."""
+    """Slots that are not padding; -1: count them."""
 
     def __post_init__(self) -> None:
         if self.num_real < 0:

@@ -1,6 +1,6 @@
 """JPEGs decoded on the device: loader processes send the bytes, nvJPEG (through torchcodec) decodes them, and they are cropped there.
 
-For machines with a strong GPU and few CPU cores. Loader processes decode everything that is no plain JPEG (PNG, CMYK ...). Samples, draws and
+For machines with a strong GPU and few CPU cores. Loader processes decode everything that is not a plain JPEG (PNG, CMYK ...). Samples, draws and
 boxes are the same; pixels differ by the rounding of another decoder and of a resize in float32. It also runs on a CPU, for tests.
 
 nvJPEG's hardware path writes into memory that the caller's stream may still read (torchcodec#1634, vision#9606: seen on an H100). So decoding
@@ -90,7 +90,7 @@ class DeviceDecoder:
                 found: Tensor | str = picture
                 expected = (3, int(encoded.heights[row]), int(encoded.widths[row]))
                 if isinstance(found, Tensor) and tuple(found.shape) != expected:
-                    found = f"{found.shape[2]} x {found.shape[1]} pixels, the index says {expected[2]} x {expected[1]}"
+                    found = f"{found.shape[2]} x {found.shape[1]} pixels, but {expected[2]} x {expected[1]} according to the index"
                 if isinstance(found, str):
                     sample = int(batch.samples[row])
                     batch.weights[row] = 0.0

@@ -1,4 +1,4 @@
-"""Batches of one rank: the plan says which samples, stateless workers read, check, decode and augment them into one uint8 tensor.
+"""Batches of one rank: the plan gives the samples, stateless workers read, check, decode and augment them into one uint8 tensor.
 
 Workers are stateless, without position, generator or epoch: each request names its samples. So any number of workers gives the same
 batches, and a sample counts as seen when the trainer has finished it, not when it was prefetched.
@@ -159,7 +159,7 @@ def decode_views_into(
 def _decoded(data: bytes, reduction: int, *, height: int, width: int, max_pixels: int) -> np.ndarray:
     image = decode(data, reduction, max_pixels=max_pixels)
     if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
-        raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, the index says {width} x {height}")
+        raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, but {width} x {height} according to the index")
     return image
 
 

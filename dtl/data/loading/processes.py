@@ -67,7 +67,7 @@ def process_options(workers: int, pipe: tuple[int, int] | None = None) -> dict[s
     if workers:
         options["worker_init_fn"] = partial(_init_worker, os.getpid(), pipe)
         options["prefetch_factor"] = PREFETCH
-        # Python 3.14's own choice, a fork server, imports torch anew in each (5 s), and keeps them alive after a killed trainer.
+        # Python 3.14's own choice, a fork server, imports torch again in each (5 s), and keeps them alive after a killed trainer.
         options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
     return options
 

@@ -54,9 +54,9 @@ def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path =
     if ranks * needed > free:
         raise UserError(
             f"{folder} has {_shown(free)} free of {_shown(space.f_blocks * space.f_frsize)}, but {counted(ranks, 'process')} "
-            f"with {counted(workers, 'loader process')} each take up to {_shown(ranks * needed)} there: remove what other programs have left in it, "
-            f"give it more (docker run --shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), or load with fewer "
-            "(--data.workers N, 0: in the training process)"
+            f"with {counted(workers, 'loader process')} each need up to {_shown(ranks * needed)} there: delete files that other programs have left in it, "
+            f"make it larger (docker run --shm-size {-(-ranks * needed // 2**30)}g, or --ipc=host), or use fewer loader processes "
+            "(--data.workers N; 0 loads in the training process)"
         )
 
 

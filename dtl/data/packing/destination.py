@@ -29,14 +29,14 @@ def prepare_destination(place: Path, existing: Existing) -> Path:
     """Make the destination ready and return the working folder in it. What is not ours is never removed."""
     if place.exists() and not place.is_dir():
         raise UserError(f"{place} is a file; the destination must be a folder")
-    # A node of its own: two of them may pack into one cache on a shared disk, each with its own results of half the way.
+    # A node of its own: two of them may pack into one cache on a shared disk, each with its own intermediate results.
     work = place / f".packing-{socket.gethostname()}"
     interrupted = work.exists()
     if existing != "join":
         _check_room(place, interrupted=interrupted, replace=existing == "replace")
     try:
         place.mkdir(parents=True, exist_ok=True)
-        make_folder(work)  # before anything goes: what is half deleted is known as ours by it
+        make_folder(work)  # before anything goes: it marks a half-deleted folder as ours
         if existing != "join":
             _make_room(place, interrupted=interrupted)
     except OSError as error:
@@ -55,7 +55,7 @@ def working_alone(work: Path, place: Path, *, quiet: bool = False) -> Iterator[N
         if lock == "busy":
             raise UserError(f"another process is packing into {place} now; wait for it or choose another folder")
         if lock == "none" and not quiet:
-            to_stderr(f"{place} is on a file system without locks: start no second process that writes there")
+            to_stderr(f"{place} is on a file system without locks: do not start a second process that writes there")
         for folder in (work, *_split_folders(place)) if lock == "held" else ():
             for leftover in folder.glob(f".*{temporary_suffix()}"):
                 leftover.unlink(missing_ok=True)
@@ -81,25 +81,25 @@ def clear_errors(place: Path, *, remove: bool = True, hint: str = "") -> Iterato
 
 
 def _check_room(place: Path, *, interrupted: bool, replace: bool) -> None:
-    """UserError unless the destination is new, empty, or holds what dtl has packed, whole or (in `interrupted` packing) in parts."""
+    """UserError unless the destination is new, empty, or holds what dtl has packed, completely or (`interrupted`) in part."""
     packed = [folder for folder in _split_folders(place) if (folder / MANIFEST_NAME).exists()]
-    # With our working folder there, a split that is whole already belongs to a packing that was interrupted.
+    # With our working folder there, a complete split belongs to a packing that was interrupted.
     if packed and not replace and not interrupted:
-        raise UserError(f"{place} holds a packed data set already; choose another folder, or replace it with --overwrite")
-    strangers = sorted(entry.name for entry in place.iterdir() if not _is_ours(entry)) if place.exists() else []
-    foreign = [folder for folder in packed if not _is_packed(folder)]
-    # Shards are called so by others too: without a manifest of dtl beside them they are somebody's.
+        raise UserError(f"{place} already holds a packed data set; choose another folder, or replace it with --overwrite")
+    others = sorted(entry.name for entry in place.iterdir() if not _is_ours(entry)) if place.exists() else []
+    indexed = [folder for folder in packed if not _is_packed(folder)]
+    # Other tools use the same names of shards: without a manifest of dtl beside them they are not ours.
     begun = any(place.glob(".packing-*"))
     loose = [] if begun else [entry for folder in _split_folders(place) if folder not in packed for entry in folder.iterdir() if entry.suffix == ".tar"]
-    found = [*strangers, *(MANIFEST_NAME for _ in foreign), *(entry.name for entry in loose)]
+    found = [*others, *(MANIFEST_NAME for _ in indexed), *(entry.name for entry in loose)]
     if found:
-        ours = "" if strangers else " that dtl did not pack"
+        ours = "" if others else " that dtl did not pack"
         raise UserError(f"{place} is not empty (it holds '{found[0]}'{' and more' if len(found) > 1 else ''}{ours}); choose a new folder")
 
 
 def _make_room(place: Path, *, interrupted: bool) -> None:
     for folder in _split_folders(place):
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: from here on it is no data set any more
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: without it the folder is not a data set
     if not interrupted:
         remove_ours(place)
 

@@ -1,12 +1,12 @@
 """The working folder of one packing: all that its processes need, on disk, so that they start empty and an interrupted one resumes.
 
-    job.json           what is packed and how; another job's folder is not gone on with
+    job.json           what is packed and how; the folder of another job is not resumed
     names.bin, labels.npy, [images.npy]     the source's columns, mapped by every process
     scan-00000.npy     what reading a chunk of images found (SCAN), .json beside it the reasons of the unreadable
     SPLIT.order.npy    sample numbers in packed order, SPLIT.cuts.npy where each shard begins
     SPLIT-00000.npy    index columns of a finished shard (ROWS), .json beside it its bytes and sha256
 
-Every file here and every shard appears under its name only when it is whole. Only shards are flushed to the disk, though: after a power cut
+Every file here and every shard appears under its name only when it is complete. Only shards are flushed to the disk, though: after a power cut
 a result of this folder may be empty, so it is checked when it is used again.
 """
 
@@ -57,15 +57,15 @@ class PackOptions:
     def check(self) -> None:
         """UserError for values that are wrong."""
         if self.on_error not in ("fail", "skip"):
-            raise UserError(f"on_error is 'fail' or 'skip', got '{self.on_error}'")
+            raise UserError(f"on_error must be 'fail' or 'skip', got '{self.on_error}'")
         if not 0 <= self.val_fraction < 1:
-            raise UserError(f"the validation fraction is a number from 0 to below 1, got {self.val_fraction}")
+            raise UserError(f"the validation fraction must be 0 or more and less than 1, got {self.val_fraction}")
         for name in ("max_side", "short_side", "shard_bytes", "max_pixels", "max_file_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         if not 1 <= self.quality <= 100:
-            raise UserError(f"quality is a number from 1 to 100, got {self.quality}")
+            raise UserError(f"quality must be between 1 and 100, got {self.quality}")
 
 
 class Job:
@@ -96,7 +96,7 @@ class Job:
 
     @staticmethod
     def is_of(folder: Path, source: Source, options: PackOptions) -> bool:
-        """Whether the folder holds a job of this source and these options, to go on with."""
+        """Whether the folder holds a job of this source and these options, so that it can be resumed."""
         try:
             return bool(read_json(folder / "job.json") == job_facts(source, options))
         except (OSError, UserError):
@@ -108,11 +108,11 @@ class Job:
 
     @property
     def chunk_samples(self) -> int:
-        """Samples per scan task: a function of N alone, so that an interrupted scan goes on with other processes."""
+        """Samples per scan task: a function of N alone, so that an interrupted scan can resume with another number of processes."""
         return min(max(self.num_samples // 64, 32), 1024)
 
     def read(self, sample: int) -> bytes:
-        """The bytes of one image in the source. OSError where the file cannot be read; UserError where it is no regular file, or too large."""
+        """The bytes of one image in the source. OSError where the file cannot be read; UserError where it is not a regular file, or too large."""
         if self.images is not None:
             return store_png(self.images[sample])
         assert self.root is not None

@@ -85,7 +85,7 @@ def pack(
 ) -> PackReport:
     """Pack `source` (see `open_source`) into the folder `destination`, or into a folder a split in it where there are splits.
 
-    A split folder is whole once its manifest.json is there, which comes last. The same source and options give the same bytes.
+    A split folder is complete once it has a manifest.json, which is written last. The same source and options give the same bytes.
     Unreadable images: `on_error="fail"` refuses, naming them; `"skip"` leaves them out and reports them. `classes` and `names` as in
     `open_source`. `existing` is about a destination that holds a packed set: "replace" removes it; "join" is for several nodes that
     write the same into one cache, and removes nothing.
@@ -121,9 +121,9 @@ def pack_source(
     begun = time.monotonic()
     options.check()
     if processes is not None and processes < 1:
-        raise UserError(f"processes is at least 1, got {processes}")
+        raise UserError(f"processes must be at least 1, got {processes}")
     if options.val_fraction and source.has_splits:
-        raise UserError(f"{source.kind} has splits of its own ({', '.join(source.split_names)}); a validation fraction cannot be taken from it")
+        raise UserError(f"the {source.kind} already has the splits {', '.join(source.split_names)}; leave out the validation fraction")
     place = place.expanduser()
     with clear_errors(place):
         folder = prepare_destination(place, existing)
@@ -191,7 +191,7 @@ class _Packing:
     def refuse_empty_classes(self, members: dict[str, npt.NDArray[np.int64]], num_unreadable: int) -> None:
         """Every class has an image to train on; a validation set with given classes may lack some."""
         first = next(iter(members))
-        why = f" (of {self.job.num_samples:,} images {num_unreadable:,} cannot be read)" if num_unreadable else ""
+        why = f" ({num_unreadable:,} of {self.job.num_samples:,} images cannot be read)" if num_unreadable else ""
         for split, samples in members.items():
             if not len(samples):
                 raise UserError(f"no image is left for {'packing' if split == ALL else split}{why}")
@@ -203,14 +203,14 @@ class _Packing:
             raise UserError(f"no image{'' if first == ALL else ' to train on'} for {len(empty)} of {len(counts)} classes: {', '.join(empty[:10])}{why}")
 
     def check_space(self, scan: npt.NDArray[Any]) -> None:
-        """Say before writing that the disk is too small. Re-encoded images are not known yet; theirs shows while writing."""
+        """UserError before writing if the disk is too small. The size of re-encoded images is not known yet."""
         if self.job.options.max_side or self.job.options.short_side:
             return
         needed = int(np.sum(scan["size"], dtype=np.int64)) + (1536 + 512) * len(scan)
         there = sum(path.stat().st_size for path in self.job.destination.rglob("shard-*.tar"))
         free = shutil.disk_usage(self.job.destination).free + there
         if needed > free:
-            raise UserError(f"{self.job.destination}: the disk has {free / 2**30:.2f} GiB free, packing needs {needed / 2**30:.2f} GiB")
+            raise UserError(f"{self.job.destination}: the disk has {free / 2**30:.2f} GiB free, but packing needs {needed / 2**30:.2f} GiB")
 
     def plan_shards(self, split: str, samples: npt.NDArray[np.int64], scan: npt.NDArray[Any]) -> int:
         """Decide the packed order and where the shards begin; returns their number."""
@@ -230,7 +230,7 @@ class _Packing:
         run_tasks(PACKING, self.job.folder, tasks, processes=min(self.processes, sum(shards.values())), done=self.shown.advance)
 
     def finish_split(self, split: str, num_shards: int) -> PackedSplit:
-        """Write index and paths, then the manifest, which makes the split whole."""
+        """Write index and paths, then the manifest, which makes the split complete."""
         folder, work = self.job.split_folder(split), self.job.folder
         if self.job.is_finished(split):
             return _described(split, folder, Manifest.read(folder))

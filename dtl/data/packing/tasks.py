@@ -92,7 +92,7 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
     row["state"] = DOUBTFUL if doubtful else GOOD
     row["hash"], row["size"], row["crc"] = content_hash(data), len(data), zlib.crc32(data)
     row["width"], row["height"], row["format"] = width, height, FORMAT_FLAGS[header.format]
-    return "libjpeg warns of damage, but it decodes" if doubtful else ""
+    return "libjpeg warns of damage, but the image decodes" if doubtful else ""
 
 
 def write_shard(job: Job, split: str, number: int) -> int:
@@ -182,7 +182,7 @@ def _shrink(data: bytes, size: tuple[int, int], name: str, options: PackOptions)
         pixels = decode_jpeg(data, max_pixels=options.max_pixels)
         image = Image.fromarray(decode_with_pillow(data, options.max_pixels) if pixels is None else pixels)
     except DecodeError as error:  # with --no-verify nobody has decoded it yet
-        raise UserError(f"an image cannot be made smaller: {error}; pack without --no-verify to learn which ones") from None
+        raise UserError(f"an image cannot be resized: {error}; pack without --no-verify to find out which one") from None
     if name == "JPEG" and probe(data, options.max_pixels).mode == "L":
         image = image.convert("L")  # R = G = B: the conversion is exact
     image = image.resize(size, Image.Resampling.LANCZOS)

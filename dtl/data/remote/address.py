@@ -18,7 +18,7 @@ def default_cache_dir() -> Path:
 
 
 def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool = True) -> Path:
-    """The cache folder, made if need be, which nobody else may write: labels and pixels come from it. UserError otherwise.
+    """The cache folder, created if it does not exist. UserError if others may write to it, since labels and pixels come from it.
 
     `shared`: the user chose a cache that others write too. Then what is verified by its hash each time (remote shards, `own` false) lies in
     it directly, and all else in a folder of the user's own in it.
@@ -30,7 +30,7 @@ def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool
         place.mkdir(parents=True, exist_ok=True)
         return own_folder(_private_part(place)) if own else place
     except OSError as error:
-        raise UserError(f"the cache {place} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+        raise UserError(f"the cache {place} cannot be created: {error.strerror}; choose another one (data.cache_dir or $DTL_CACHE)") from None
 
 
 def private_cache(cache_dir: str | Path | None, *, shared: bool = False) -> Path:
@@ -44,18 +44,18 @@ def _private_part(place: Path) -> Path:
 
 
 def own_folder(place: Path) -> Path:
-    """`place`, or where it leads to if it is a link, of this user and writable by nobody else; what is missing is made so."""
+    """`place`, or where it leads to if it is a link, owned by this user and writable only by them; missing folders are created so."""
     for level in reversed([level for level in (place, *place.parents) if not level.exists()]):
         level.mkdir(mode=0o700, exist_ok=True)
     real = place.resolve() if place.is_symlink() else place  # which may be turned to elsewhere later
     facts = real.stat()
     if facts.st_uid != os.geteuid():
         raise UserError(
-            f"the cache {place} belongs to another user (id {facts.st_uid}), who could exchange what is in it; "
-            "name one of your own (data.cache_dir or $DTL_CACHE), or choose to share it with --data.cache-shared true"
+            f"the cache {place} belongs to another user (id {facts.st_uid}), who could replace its files; "
+            "choose one of your own (data.cache_dir or $DTL_CACHE), or share it with --data.cache-shared true"
         )
     if stat.S_IMODE(facts.st_mode) & 0o022:
-        raise UserError(f"the cache {place} can be written by other users: chmod 700 {place}, or choose to share it with --data.cache-shared true")
+        raise UserError(f"the cache {place} is writable by other users: run chmod 700 {place}, or share it with --data.cache-shared true")
     return real
 
 
@@ -73,7 +73,7 @@ def kind_of(url: str) -> str:
 def join(folder: str, name: str) -> str:
     """The address of `name` in a remote folder; a query (as of a signed address) is kept. UserError for a `pipe:` command."""
     if kind_of(folder) == "pipe":
-        raise UserError(f"{shown(folder)}: a command gives one tar, it is no folder; name the shards: pipe:COMMAND {{000..010}}")
+        raise UserError(f"{shown(folder)}: a pipe: command gives one tar, not a folder; list the shards: pipe:COMMAND {{000..010}}")
     if kind_of(folder) == "fsspec":
         return f"{folder.rstrip('/')}/{name}"
     parts = urlsplit(folder)
@@ -90,7 +90,7 @@ def base_name(url: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """What stays the same when an address is signed anew."""
+    """The address without what changes when it is signed again."""
     if kind_of(url) != "http":
         return url
     try:

@@ -1,4 +1,4 @@
-"""Remote shards on this node's disk: each fetched once for all its processes, checked, whole or not there at all.
+"""Remote shards on this node's disk: each fetched once for all its processes, checked, complete or absent.
 
 FOLDER/SHA256.tar             a shard, of the manifest's size and sha256
 FOLDER/SHA256.HOST.part       one on its way; it counts with its full size. After a kill the next download continues from it.
@@ -105,7 +105,7 @@ class ShardCache:
     # ---- reading
 
     def open(self, number: int) -> int:
-        """A file number for reading the shard, which is fetched first if need be. Raises Unfetched; OSError for trouble with the disk."""
+        """A file number for reading the shard, which is fetched first if it is not there. Raises Unfetched; OSError for trouble with the disk."""
         while True:
             path = self.path(number)
             try:
@@ -116,7 +116,7 @@ class ShardCache:
             if os.fstat(found).st_size == self.bytes[number] and self._is_right(number, found):
                 return found
             os.close(found)
-            path.unlink(missing_ok=True)  # somebody has cut it, or exchanged it
+            path.unlink(missing_ok=True)  # it was truncated or replaced
 
     def _is_right(self, number: int, found: int) -> bool:
         """In a cache that others write, each process compares a shard's hash when it first opens it; in one's own it was compared as it came."""
@@ -132,7 +132,7 @@ class ShardCache:
         return True
 
     def local(self, number: int) -> Path:
-        """The shard's file, fetched first if need be. Raises Unfetched."""
+        """The shard's file, fetched first if it is not there. Raises Unfetched."""
         os.close(self.open(number))
         return self.path(number)
 
@@ -173,13 +173,13 @@ class ShardCache:
             except BaseException as error:
                 if not locked or isinstance(error, OSError):  # of the disk, which may be full
                     part.unlink(missing_ok=True)
-                raise  # a part to go on from has the plain name
+                raise  # a part to resume from has the plain name
             part.replace(final)
             fsync_folder(self.folder)
             return True
 
     def adopt(self, number: int, file: Path) -> None:
-        """Take a whole, checked file as the shard; it must lie on the same disk."""
+        """Take a complete, checked file as the shard; it must lie on the same disk."""
         self._make()
         file.replace(self.path(number))
 
@@ -206,8 +206,8 @@ class ShardCache:
                 room = sum(int(self.bytes[n]) for n in (*tars, *parts)) + int(self.bytes[number]) - self._limit()
                 if room > 0 and not locked:
                     raise UserError(
-                        f"the cache {self.folder} is on a file system without locks, so no shard can be evicted there for another; "
-                        "name a disk of this node with --data.cache-dir, or keep all shards (without --data.cache-gb)"
+                        f"the cache {self.folder} is on a file system without locks, so no shard can be evicted from it; "
+                        "choose a local disk with --data.cache-dir, or keep all shards (leave out --data.cache-gb)"
                     )
                 for other in [n for n in parts if not self._live(self._name(n))]:
                     if room > 0:
@@ -223,7 +223,7 @@ class ShardCache:
             if ahead:
                 return False
             if not parts:
-                raise Unfetched(f"{shown(self.urls[number] or '')}: the cache {self.folder} has no room for it; give a larger --data.cache-gb")
+                raise Unfetched(f"{shown(self.urls[number] or '')}: the cache {self.folder} has no room for this shard; use a larger --data.cache-gb")
             time.sleep(_WAIT_SECONDS)  # until those on their way have come, and can be evicted
 
     def _victims(self, tars: list[int], number: int, room: int, *, ahead: bool) -> list[int] | None:
@@ -267,7 +267,7 @@ class ShardCache:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"the cache {self.folder} cannot be made: {error.strerror}; name another one (data.cache_dir or $DTL_CACHE)") from None
+                raise UserError(f"the cache {self.folder} cannot be created: {error.strerror}; choose another one (data.cache_dir or $DTL_CACHE)") from None
             self._made = True
 
     @contextlib.contextmanager
@@ -310,7 +310,7 @@ class ShardCache:
         """One line a run and node, not one of each loader process: `clean` at the start takes the mark away."""
         with contextlib.suppress(FileExistsError):
             (self.folder / f".{_host()}.no-locks").touch(exist_ok=False)
-            to_stderr(f"the cache {self.folder} is on a file system without locks: processes may fetch a shard twice, and none is evicted")
+            to_stderr(f"the cache {self.folder} is on a file system without locks: a shard may be downloaded twice, and none is evicted")
 
     def _refuse_failed(self, name: str) -> None:
         path = self.folder / f"{name}.failed"
@@ -357,7 +357,7 @@ def _refuse_commands(manifest: Manifest, folder: Path, options: DataConfig) -> N
     found = next((shard.url for shard in manifest.shards if kind_of(shard.url) == "pipe"), None)
     if found is not None and not options.allow_pipe:
         raise UserError(
-            f"{folder} reads its shards by commands ({found[:120]}); such are run from your own config only: "
+            f"the manifest in {folder} reads shards with shell commands ({found[:120]}), and commands are run only from your own config: "
             "if you trust this folder, allow it with --data.allow-pipe true"
         )
 

@@ -1,4 +1,4 @@
-"""Is there room for the shards of a run, on the disk and under its limit? Told before the first step, with the numbers."""
+"""Is there room for the shards of a run, on the disk and under its limit? Checked before the first step."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def divide(demands: Sequence[Demand], limit: int | None) -> None:
         if least > limit:
             parts = "; ".join(f"{d.what}: {number} of {len(d.cache.urls)} shards, {_gb(needed)}, {_why(d)}" for d, (needed, number) in zip(demands, needs))
             raise UserError(
-                f"data.cache_gb {limit / 1e9:g} ({_gb(limit)}) is too small for the remote shards that are in use at one time ({parts}): "
-                f"give --data.cache-gb {_up(least)} or more{_or_smaller(demands)}"
+                f"data.cache_gb {limit / 1e9:g} ({_gb(limit)}) is too small for the remote shards that are in use at the same time ({parts}): "
+                f"use --data.cache-gb {_up(least)} or more{_or_smaller(demands)}"
             )
         spare = limit - least
         for at in sorted(range(len(demands)), key=lambda at: demands[at].cache.num_bytes):
@@ -63,18 +63,18 @@ def _check_disk(demand: Demand, needed: int) -> None:
     if wanted - here > free:
         least = f" ({_up(needed)} or more)" if needed - here <= free else ""
         raise UserError(
-            f"{demand.what}: its shards need {_gb(wanted - here)} more in the cache {cache.folder}, where {_gb(free)} are free; "
-            f"name another disk with --data.cache-dir, or keep fewer shards at a time with --data.cache-gb{least}"
+            f"{demand.what}: the shards need {_gb(wanted - here)} more in the cache {cache.folder}, but the disk has only {_gb(free)} free; "
+            f"choose another disk with --data.cache-dir, or keep fewer shards at a time with --data.cache-gb{least}"
         )
 
 
 def _why(demand: Demand) -> str:
     uses = demand.uses
     if uses.everywhere:
-        return "since balanced sampling draws from all shards at any time"
+        return "because balanced sampling draws from all shards at any time"
     if not uses.shuffle:
-        return "with what is read ahead"
-    return f"of a window of {min(uses.window, uses.num_samples):,} shuffled samples and the next one, where they meet"
+        return "including what is read ahead"
+    return f"for a window of {min(uses.window, uses.num_samples):,} shuffled samples and the start of the next one"
 
 
 def _or_smaller(demands: Sequence[Demand]) -> str:

@@ -1,7 +1,7 @@
-"""One remote file into one local file, whole and checked, or an error in one line. Never a hang, never two versions glued together.
+"""One remote file into one local file, complete and checked, or an error in one line. Never a hang, never two versions glued together.
 
-A download that breaks off is continued from its last byte (HTTP Range with If-Range), with growing pauses. What came is checked by size
-and sha256 where they are known; an HTML page that a proxy or a portal sends with status 200 is no shard.
+An interrupted download resumes from its last byte (HTTP Range with If-Range), with growing pauses. What came is checked by size
+and sha256 where they are known; an HTML page that a proxy or a portal sends with status 200 is not accepted.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = ["Fetched", "Unfetched", "fetch", "fetch_bytes", "fetch_file", "option
 MAX_MANIFEST_BYTES = 256 << 20
 """Of manifest.json and quarantine.json: the manifest of a million shards."""
 MAX_FILE_BYTES = 256 << 30
-"""Of a tar or a file of weights whose size nobody has stated."""
+"""Of a tar or a file of weights whose size is not known."""
 
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
-# A try that brought this much has helped, and the count of vain tries begins anew.
+# After an attempt that received this much, the count of failed attempts starts again.
 _PROGRESS_BYTES = 2**18
 # A server that sends a byte now and then is as good as silent.
 _SLOWEST_BYTES = 1024
@@ -66,7 +66,7 @@ def fetch(
 ) -> Fetched:
     """Write the bytes of `url` into `file` (open for reading and writing), from its start; raises Unfetched.
 
-    What `file` holds already is taken for the beginning where `sha256` will tell whether it was, and replaced otherwise. Never more than
+    What `file` holds already is kept as the beginning where `sha256` can verify it, and replaced otherwise. Never more than
     `size` bytes are written, or `most` where it is not known, and never so many that the disk is full.
     """
     download = _Download(url, file, size, sha256, most, options)
@@ -82,17 +82,17 @@ def fetch(
                 failures, pause = 0, _FIRST_PAUSE
             failures += 1
             if not error.retry or failures > options.retries:
-                tries = "1 try" if failures == 1 else f"{failures} tries"
-                raise Unfetched(f"{shown(url)} cannot be fetched: {error.reason} ({tries})", missing=error.missing) from None
+                tries = "1 attempt" if failures == 1 else f"{failures} attempts"
+                raise Unfetched(f"{shown(url)} cannot be downloaded: {error.reason} ({tries})", missing=error.missing) from None
             wait = min(max(pause * random.uniform(0.75, 1.25), error.after or 0.0), _LONGEST_PAUSE)
             if failures > 1:
-                (log or _print)(f"{shown(url)}: {error.reason}; try {failures} of {options.retries + 1}, again in {wait:.0f} s")
+                (log or _print)(f"{shown(url)}: {error.reason} (attempt {failures} of {options.retries + 1}); retrying in {wait:.0f} s")
             time.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def fetch_bytes(url: str, *, options: DataConfig, most: int = MAX_MANIFEST_BYTES) -> bytes | None:
-    """A small file as it is; None where the other side says that it is not there. Raises Unfetched."""
+    """A small file as it is; None where it does not exist. Raises Unfetched."""
     file = io.BytesIO()
     try:
         fetch(url, file, options=options, most=most)
@@ -141,7 +141,7 @@ class _Download:
         """One try, from where the last one ended. Raises FetchError."""
         if not self._complete():
             if self.at and self.validator is None and (self.sha256 is None or kind_of(self.url) == "pipe"):
-                self.restart()  # nothing would tell whether it is still the same file
+                self.restart()  # nothing shows whether it is still the same file
             stream = _OPEN[kind_of(self.url)](self.url, self.at, self.validator, self.options.timeout)
             try:
                 self._take(stream)
@@ -166,16 +166,16 @@ class _Download:
         if self.validator is None:
             self.validator = stream.validator
         if self.size is None and stream.total is not None and stream.total > self.most:
-            raise FetchError(f"it has {stream.total:,} bytes, more than the {self.most:,} that are read of such a file", retry=False)
+            raise FetchError(f"it has {stream.total:,} bytes, more than the {self.most:,} that are allowed for such a file", retry=False)
         slow = _Slow(self.options.timeout)
         for block in stream.blocks:
             if not self._known_start:
                 _refuse_page(block, stream)
                 self._known_start = True
             if self.size is not None and self.at + len(block) > self.size:
-                raise FetchError(f"more than the {self.size:,} bytes of the manifest came: it was changed at the server", restart=True)
+                raise FetchError(f"the server sent more than the {self.size:,} bytes stated in the manifest: the file has changed on the server", restart=True)
             if self.size is None and self.at + len(block) > self.most:
-                raise FetchError(f"it has more than the {self.most:,} bytes that are read of such a file", retry=False)
+                raise FetchError(f"it has more than the {self.most:,} bytes that are allowed for such a file", retry=False)
             self._disk.check(len(block))
             self.file.write(block)
             self._digest.update(block)
@@ -184,7 +184,9 @@ class _Download:
             if self._is_loader and os.getppid() != self._parent:
                 raise SystemExit(1)  # a loader process ends with its trainer, also in the middle of a download
         if self.size is not None and stream.total is not None and stream.total != self.size:
-            raise FetchError(f"it has {stream.total:,} bytes at the server, the manifest says {self.size:,}: it was changed", restart=True)
+            raise FetchError(
+                f"it has {stream.total:,} bytes on the server, but {self.size:,} according to the manifest: it has changed on the server", restart=True
+            )
         ends = stream.ends if stream.ends is not None else self.size
         if ends is not None and self.at < ends:
             raise FetchError(f"the connection ended {ends - self.at:,} bytes early, at {self.at:,} of {ends:,}")
@@ -194,10 +196,10 @@ class _Download:
 
     def _checked(self) -> Fetched:
         if self.size is not None and self.at != self.size:
-            raise FetchError(f"{self.at:,} bytes came, the manifest says {self.size:,}", restart=True)
+            raise FetchError(f"{self.at:,} bytes were received, but it has {self.size:,} according to the manifest", restart=True)
         digest = self._digest.hexdigest()
         if self.sha256 is not None and digest != self.sha256:
-            raise FetchError("its sha256 is not the one in the manifest: it was changed at the server, or on its way", restart=True)
+            raise FetchError("its sha256 differs from the one in the manifest: it was changed on the server or in transit", restart=True)
         self.file.flush()
         return Fetched(self.at, digest)
 
@@ -226,7 +228,7 @@ class _Disk:
 
 
 class _Slow:
-    """Breaks off where fewer than 1 KB/s came over twice the time limit."""
+    """FetchError for fewer than 1 KB/s over twice the time limit."""
 
     def __init__(self, timeout: float) -> None:
         self._span = 2 * timeout
@@ -238,18 +240,18 @@ class _Slow:
         if now - self._since < self._span:
             return
         if self._bytes < _SLOWEST_BYTES * self._span:
-            raise FetchError(f"only {self._bytes:,} bytes came in {now - self._since:.0f} s")
+            raise FetchError(f"only {self._bytes:,} bytes were received in {now - self._since:.0f} s")
         self._since, self._bytes = now, 0
 
 
 def _refuse_page(block: bytes, stream: Stream) -> None:
-    """An error page that says that all is well."""
+    """FetchError for an HTML page, as proxies send with status 200."""
     text = block[:2048].lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         found = re.search(rb"<title[^>]*>(.*?)</title>", block[:4096], re.IGNORECASE | re.DOTALL)
         title = f" ('{' '.join(found[1].decode('utf-8', 'replace').split())[:80]}')" if found else ""
         status = f" with status {stream.status}" if stream.status else ""
-        raise FetchError(f"an HTML page{title} came{status}, not the file")
+        raise FetchError(f"the server sent an HTML page{title}{status} instead of the file")
 
 
 def _print(line: str) -> None:

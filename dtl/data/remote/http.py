@@ -31,14 +31,14 @@ from dtl.version import __version__
 
 _CONNECT_SECONDS = 20.0
 _MOST_REDIRECTS = 10
-_KEPT = ("User-agent", "Range", "If-range")  # by redirects; not what a proxy was told
-_MOST_REASON = 100  # characters of what a server says
+_KEPT = ("User-agent", "Range", "If-range")  # headers that a redirect keeps; not those for a proxy
+_MOST_REASON = 100  # characters of a server's message
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524)
 _HINTS = {
     401: "it needs a password: give it in the address, on the command line or in your --config file, or in ~/.netrc",
     403: "access is refused, or a signed address has expired",
-    404: "it is not there",
-    410: "it is gone",
+    404: "check the address",
+    410: "it was removed from the server",
 }
 
 
@@ -72,7 +72,7 @@ def open_http(url: str, start: int, validator: str | None, timeout: float) -> St
 
 
 class _Patience:
-    """Cuts the connection when nothing of use has come for `timeout` seconds, however much else: timeouts of sockets start anew with each byte.
+    """Cuts the connection when no file data has come for `timeout` seconds, since timeouts of sockets start again with each byte.
 
     Begun with a request; `await_more` begins a wait, `rest` ends it, `end` closes all.
     """
@@ -93,7 +93,7 @@ class _Patience:
 
     def ran_out(self) -> FetchError | None:
         """Why the connection broke, if it was cut here."""
-        return FetchError(f"nothing of use came for {self.timeout:g} s") if self._cut else None
+        return FetchError(f"no file data was received for {self.timeout:g} s") if self._cut else None
 
     def holds(self, opened: socket.socket) -> None:
         self._sockets.append(opened.dup())  # TLS takes the socket itself away
@@ -186,22 +186,22 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         fp.close()
         place = headers.get("Location") or headers.get("URI")
         if place is None:
-            raise FetchError(f"HTTP {code} without the address to go to", retry=False)
+            raise FetchError(f"HTTP {code} redirect without a Location header", retry=False)
         try:
             parts = urlsplit(urljoin(req.full_url, quote(place, encoding="iso-8859-1", safe=string.punctuation)))
             here = urlsplit(req.full_url)
             host = parts.netloc.rpartition("@")[2]
             shown = urlunsplit((parts.scheme, host, parts.path, "", ""))[:200]
         except ValueError:
-            raise FetchError(f"HTTP {code} leads to what is no address", retry=False) from None
+            raise FetchError(f"HTTP {code} redirects to an invalid address", retry=False) from None
         if parts.scheme not in ("http", "https") or not host:
-            raise FetchError(f"HTTP {code} leads to {shown}, and only http and https are followed", retry=False)
+            raise FetchError(f"HTTP {code} redirects to {shown}, but only http and https are followed", retry=False)
         if here.scheme == "https" and parts.scheme == "http":
-            raise FetchError(f"HTTP {code} leads to {shown}, which is not encrypted as {here.netloc} is", retry=False)
+            raise FetchError(f"HTTP {code} redirects from https to {shown}, which is not encrypted", retry=False)
         self._patience.await_more()
         hops = getattr(req, "hops", 0) + 1
         if hops > _MOST_REDIRECTS:
-            raise FetchError(f"HTTP {code} for the {hops}th time in a row (now to {shown}): it leads in a circle", retry=False)
+            raise FetchError(f"HTTP {code} is redirect number {hops} in a row (to {shown}): too many redirects", retry=False)
         further = urllib.request.Request(
             urlunsplit(parts._replace(netloc=host, fragment="")), headers={name: text for name, text in req.headers.items() if name in _KEPT}
         )
@@ -227,15 +227,15 @@ def _stream(response: http.client.HTTPResponse, start: int, validator: str | Non
     patience.rest()
     headers = response.headers
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise FetchError(f"the server sends it encoded ({headers['Content-Encoding'][:_MOST_REASON]}), not as it is", retry=False)
+        raise FetchError(f"the server sends it with Content-Encoding {headers['Content-Encoding'][:_MOST_REASON]}, which is not supported", retry=False)
     length = _number(headers.get("Content-Length"))
     total, begins = length, 0
     if response.status == 206:
         begins, total = _range(headers)
         if begins != start:
-            raise FetchError(f"the server sent bytes from {begins} on, asked for {start}")
+            raise FetchError(f"the server sent bytes from {begins} on, but bytes from {start} were requested")
         if validator is not None and _validator(headers) not in (None, validator):
-            raise FetchError("the file was changed at the server during the download", restart=True)
+            raise FetchError("the file changed on the server during the download", restart=True)
     elif response.status != 200:
         raise FetchError(f"HTTP {response.status} {response.reason[:_MOST_REASON]}")
     ends = None if length is None else begins + length
@@ -262,9 +262,9 @@ def _blocks(response: http.client.HTTPResponse, patience: _Patience) -> Iterator
         try:
             block = response.read1(BLOCK_BYTES)
         except TimeoutError:
-            raise FetchError(f"no byte came for {patience.timeout:g} s") from None
+            raise FetchError(f"no data was received for {patience.timeout:g} s") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise (patience.ran_out() or FetchError(f"the connection broke ({_words(error)})")) from None
+            raise (patience.ran_out() or FetchError(f"the connection was lost ({_words(error)})")) from None
         patience.rest()
         if not block:
             if (cut := patience.ran_out()) is not None:
@@ -296,7 +296,7 @@ def _unreachable(reason: object) -> FetchError:
     if isinstance(reason, TimeoutError):
         return FetchError("the server does not answer in time")
     if isinstance(reason, socket.gaierror):
-        return FetchError(f"the host is not known ({reason.strerror})")
+        return FetchError(f"the host name cannot be resolved ({reason.strerror})")
     if isinstance(reason, (str, ValueError, http.client.InvalidURL)):
         return FetchError(redacted_line(_words(reason)), retry=False)
     return FetchError(_words(reason))
@@ -306,7 +306,7 @@ def _words(error: object) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, http.client.IncompleteRead):
-        return "the answer was cut"
+        return "the response is incomplete"
     return " ".join(str(error).split())[: 2 * _MOST_REASON] or type(error).__name__
 
 
@@ -314,7 +314,7 @@ def _range(headers: Message) -> tuple[int, int | None]:
     """(first byte, size of the whole file) of a Content-Range."""
     found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", headers.get("Content-Range", "").strip())
     if found is None:
-        raise FetchError("the server answers a range without saying which (no Content-Range)", restart=True)
+        raise FetchError("the server sent part of the file without a valid Content-Range", restart=True)
     return int(found[1]), None if found[2] == "*" else int(found[2])
 
 

@@ -48,7 +48,7 @@ def _output(process: subprocess.Popen[bytes], errors: BinaryIO, timeout: float) 
     poll.register(number, select.POLLIN | select.POLLHUP)
     while True:
         if not poll.poll(timeout * 1000):
-            raise FetchError(f"the command gave no byte for {timeout:g} s")
+            raise FetchError(f"the command printed nothing for {timeout:g} s")
         block = os.read(number, BLOCK_BYTES)
         if not block:
             break
@@ -56,9 +56,9 @@ def _output(process: subprocess.Popen[bytes], errors: BinaryIO, timeout: float) 
     try:
         status = process.wait(timeout)
     except subprocess.TimeoutExpired:
-        raise FetchError(f"the command closed its output, but did not end within {timeout:g} s") from None
+        raise FetchError(f"the command closed its output, but did not exit within {timeout:g} s") from None
     if status:
-        ending = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        ending = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         raise FetchError(f"the command {ending}{_last_line(errors)}", retry=status not in (126, 127))
 
 
@@ -104,7 +104,7 @@ def open_fsspec(url: str, start: int, validator: str | None, timeout: float) -> 
         try:
             item = blocks.get(timeout=timeout)
         except queue.Empty:
-            raise FetchError(f"no byte came for {timeout:g} s") from None
+            raise FetchError(f"no data was received for {timeout:g} s") from None
         if isinstance(item, FetchError):
             raise item
         return item
@@ -116,7 +116,7 @@ def open_fsspec(url: str, start: int, validator: str | None, timeout: float) -> 
         raise
     if start and validator is not None and version != validator:
         done.set()
-        raise FetchError("the file was changed during the download", restart=True)
+        raise FetchError("the file changed during the download", restart=True)
     total = int(size) if size is not None else None
     return Stream(start, total, total, version, None, iter(take, b""), done.set)
 
@@ -145,9 +145,9 @@ def _failed(url: str, error: BaseException) -> FetchError:
     if isinstance(error, ImportError):
         return FetchError(f"reading {scheme}:// needs another package ({words})", retry=False)
     if isinstance(error, ValueError) and "Protocol not known" in words:
-        return FetchError(f"{scheme}:// is no address that can be read (http, https, pipe:, or a file system of fsspec)", retry=False)
+        return FetchError(f"{scheme}:// is not supported (use http, https, pipe: or a file system of fsspec)", retry=False)
     if isinstance(error, FileNotFoundError):
-        return FetchError("it is not there", missing=True)
+        return FetchError("file not found", missing=True)
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return FetchError(f"access is refused ({words})", retry=False)
     return FetchError(f"{type(error).__name__}: {words}"[:300])

@@ -1,6 +1,6 @@
-"""Fetching ahead: one process of each node walks the plan and has shards ready before a loader process asks for them.
+"""Prefetching: one process of each node walks the plan and has shards ready before a loader process asks for them.
 
-A fresh python that knows nothing of the training (so no fork of a process with threads, and no share of its time), as in `pack_pool`.
+A fresh python that knows nothing of the training (so no fork of a process with threads, and no share of its time), as in `dtl.data.workers`.
 Its input is the cache and the plan, then a line for each step that the training takes; when its input ends, so does it. Without it
 loader processes fetch what they need by themselves: it is never waited for.
 """
@@ -68,7 +68,7 @@ class Prefetcher:
             self._process.stdin.flush()
         except OSError:
             self._process.stdin.close()
-            to_stderr(f"dtl: fetching ahead has ended (status {self._process.wait()}); shards are now fetched when needed")
+            to_stderr(f"dtl: prefetching of shards stopped (exit status {self._process.wait()}); they are now downloaded when they are needed")
 
 
 def serve() -> None:
@@ -94,7 +94,7 @@ def _listen(source: IO[bytes], ahead: _Ahead) -> None:
     for line in source:
         epoch, step = line.split()
         ahead.at(int(epoch), int(step))
-    os._exit(0)  # parts stay, and are gone on from
+    os._exit(0)  # partial downloads stay, and are resumed
 
 
 class _Ahead:
@@ -116,7 +116,7 @@ class _Ahead:
             with self._moved:
                 number = self._next()
                 if number is None:
-                    # Others may give up or fetch shards meanwhile.
+                    # Others may evict or fetch shards meanwhile.
                     self._moved.wait(1.0)
                     continue
                 self._taken.add(number)
@@ -124,9 +124,9 @@ class _Ahead:
                 fits = self.cache.fetch(number, ahead=True)
             except Unfetched:
                 fits = True
-                self._failed.add(number)  # whoever needs it says so
+                self._failed.add(number)  # reported by the process that needs it
             except (OSError, UserError) as error:
-                to_stderr(f"dtl: fetching ahead has ended: {error}")
+                to_stderr(f"dtl: prefetching of shards stopped: {error}")
                 os._exit(1)
             with self._moved:
                 self._taken.discard(number)

@@ -1,7 +1,7 @@
 """When a run needs which shard: the plan, seen from the cache. Pure arithmetic, the same in every process that has the plan.
 
 A shard is asked for from the first position of its first window to the last one of its last; between epochs not at all. So what a cache
-should give up is known: the shard whose next use is furthest away (Belady 1966), and what it must hold at once is known before the
+should evict is known: the shard whose next use is furthest away (Belady 1966), and what it must hold at once is known before the
 first step.
 """
 
@@ -122,7 +122,7 @@ class ShardUses:
 
 
 def victims(cached: Int, next_use: Int, shard_bytes: Int, *, after: int, room: int) -> list[int] | None:
-    """Which of the `cached` shards to give up for `room` more bytes: those used last, only such as are not needed until `after`.
+    """Which of the `cached` shards to evict for `room` more bytes: those used last, only such as are not needed until `after`.
 
     None where that is not enough. `next_use` and `shard_bytes` are [S]; `room` <= 0 needs nothing.
     """

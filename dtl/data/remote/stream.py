@@ -9,9 +9,9 @@ BLOCK_BYTES = 2**18
 
 
 class FetchError(Exception):
-    """One try failed. `retry`: another one may succeed; `restart`: only from the first byte; `after`: not before so many seconds.
+    """One attempt failed. `retry`: another one may succeed; `restart`: only from the first byte; `after`: not before so many seconds.
 
-    `missing`: the other side says that there is no such file.
+    `missing`: the file does not exist there.
     """
 
     def __init__(self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False) -> None:
@@ -20,7 +20,7 @@ class FetchError(Exception):
 
 
 class Unfetched(Exception):
-    """All tries failed, or none could help; the message is one line with the address, the reason and the number of tries."""
+    """All attempts failed; the message is one line with the address, the reason and the number of attempts."""
 
     def __init__(self, message: str, *, missing: bool = False) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Stream:
     total: int | None
     """Bytes of the whole file, where that is known."""
     ends: int | None
-    """The byte behind the last one that was promised, where that is known."""
+    """The position after the last byte that the server announced, where that is known."""
     validator: str | None
     """Names this version of the file, where the other side does."""
     status: int | None

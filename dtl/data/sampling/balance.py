@@ -2,7 +2,7 @@
 
 An epoch keeps its length, N draws. Class c gets a fixed quota q_c of them, in proportion to 1 (`uniform`) or to the root of its size
 (`sqrt`); fractions go to the largest remainders. Each class has one endless stream of its samples: keyed permutation after keyed
-permutation, and epoch e takes the places e * q_c to (e + 1) * q_c of it. So a class is gone through whole before any of its samples comes
+permutation, and epoch e takes the places e * q_c to (e + 1) * q_c of it. So all samples of a class are drawn before any of them is drawn
 again, also from one epoch to the next: at any epoch's end the samples of a class have been drawn equally often, or one differs by one.
 
 Within an epoch each window of about `window` positions has its share of each quota (to one draw), in keyed order. Nothing here is of

@@ -59,10 +59,10 @@ class ClassMembers:
                 place.mkdir(parents=True, exist_ok=True)
                 write_whole(path, lambda file: _fill(file, shards, starts))
             except OSError as error:
-                raise UserError(f"{path} cannot be written: {error.strerror}; name another cache (data.cache_dir or $DTL_CACHE)") from None
+                raise UserError(f"{path} cannot be written: {error.strerror}; choose another cache (data.cache_dir or $DTL_CACHE)") from None
             found = _read(path, shards.num_samples)
         if found is None:
-            raise UserError(f"{path} was written, but reading it back gives other bytes; check that disk")
+            raise UserError(f"{path} was written, but reading it back gives different bytes; check this disk")
         return cls(starts, found)
 
 

@@ -33,7 +33,7 @@ class EpochPlan:
     `shard_sizes` int64 [number of shards]. Shards come in random order, positions are cut into windows of `window` samples, and each window is
     permuted: with N <= window that is a full shuffle. With `shuffle=False` samples come in the order of the shards (evaluation). An epoch has
     `num_steps` = ceil(N / G) steps of nearly equal size; with `drop_last` floor(N / G) steps of G samples.
-    UserError where that is no step at all.
+    UserError where that is 0.
     """
 
     shard_sizes: Int
@@ -50,8 +50,8 @@ class EpochPlan:
         assert self.window >= 1
         if self.num_steps == 0:
             raise UserError(
-                f"an epoch has no step: {self.num_samples} samples, global batch {self.global_batch_size}"
-                + (", and `last: drop` leaves out what does not fill one" if self.drop_last and self.num_samples else "")
+                f"an epoch has no steps: {self.num_samples} samples, global batch size {self.global_batch_size}"
+                + (", and `last: drop` leaves out an incomplete batch" if self.drop_last and self.num_samples else "")
             )
 
     @cached_property

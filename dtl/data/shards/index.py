@@ -1,4 +1,4 @@
-"""Packed shards, opened: `index.bin` says where each sample lies, so any sample is one `pread` away and damage is noticed.
+"""Packed shards, opened: `index.bin` has the place of each sample, so any sample is one `pread` away and damage is noticed.
 
 index.bin, little-endian: magic, version, number of shards S, number of samples N, then columns one after another:
 samples per shard i64[S], offset u64[N], size u32[N], crc32 u32[N], label i32[N], width u16[N], height u16[N], flags u8[N].
@@ -134,7 +134,7 @@ class Shards:
         """Open a folder written by `dtl pack` or `dtl index`. UserError where the index is missing, short, or of another manifest.
 
         Samples in quarantine (`quarantine.json`, by `dtl verify --quarantine`) are left out, unless the split is wanted `whole`.
-        `options` say how shards that lie elsewhere are kept, and how large an image may be. `checked`: another process of this node has
+        `options`: how remote shards are cached, and how large an image may be. `checked`: another process of this node has
         just opened it, and need not read the whole index again to see that it is sound.
         """
         folder = Path(folder)
@@ -146,7 +146,7 @@ class Shards:
         limits = DEFAULT_LIMITS if options is None else Limits(options.max_pixels, options.max_file_bytes)
         shards = cls(folder, manifest, quarantine, cache, limits)
         if not checked and sha256_of_file(shards.index_path) != manifest.index_sha256:
-            raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (another sha256); {shards.again}")
+            raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (its sha256 differs); {shards.again}")
         return shards
 
     @property
@@ -180,7 +180,7 @@ class Shards:
         """The images' bytes, in the order asked for; what cannot be read or fails its crc32 is a DamagedSample in its slot."""
         numbers = np.asarray(samples, np.int64)
         if numbers.size and (numbers.min() < 0 or numbers.max() >= self.num_samples):
-            raise IndexError(f"samples go from 0 to {self.num_samples - 1}, asked for {numbers.min()} to {numbers.max()}")
+            raise IndexError(f"sample numbers go from 0 to {self.num_samples - 1}, but {numbers.min()} to {numbers.max()} were requested")
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         offsets, sizes = self.offsets[numbers].astype(np.int64), self.sizes[numbers].astype(np.int64)
         crcs = self.crcs[numbers]
@@ -200,7 +200,7 @@ class Shards:
         return [one if isinstance(one, bytes) else self.damaged(int(sample), one.reason) for sample, one in zip(numbers, found)]
 
     def key(self, sample: int) -> str:
-        """The sample's WebDataset key, from its tar header or, for shards of others, from the stored names.
+        """The sample's WebDataset key, from its tar header or, for tars from other tools, from the stored names.
 
         Raises DamagedSample where that is not there; `damaged` does not.
         """
@@ -242,10 +242,10 @@ class Shards:
         path, again = self.index_path, self.again
         head = file.read(_HEADER.size)
         if len(head) < _HEADER.size or head[:8] != _MAGIC:
-            raise UserError(f"{path} is not an index of dtl; {again}")
+            raise UserError(f"{path} is not an index written by dtl; {again}")
         _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, this dtl reads version {FORMAT_VERSION}; {again}")
+            raise UserError(f"{path} has format version {version}, but this dtl reads version {FORMAT_VERSION}; {again}")
         expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
         if size != expected:
             raise UserError(f"{path} has {size} bytes where {expected} are expected; {again}")
@@ -257,7 +257,7 @@ class Shards:
             setattr(self, name, data[at : at + size].view(kind))
             at += size
         if num_samples != self.manifest.num_samples or [shard.samples for shard in self.manifest.shards] != self.shard_sizes.tolist():
-            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (other samples per shard); {again}")
+            raise UserError(f"{path} does not belong to the {MANIFEST_NAME} beside it (the samples per shard differ); {again}")
 
     def _pread(self, shard: int, start: int, size: int) -> bytes | _Damage:
         """Up to `size` bytes; fewer at the end of the file."""
@@ -267,7 +267,7 @@ class Shards:
                 size = min(size, max(0, os.fstat(number).st_size - start))
             return _pread_all(number, size, start)
         except OverflowError:
-            return _Damage("the index names a place behind the end of any file")
+            return _Damage("the index has an impossible offset")
         except FileNotFoundError:
             return _Damage("the shard is missing")
         except (Unfetched, UserError) as error:
@@ -336,7 +336,7 @@ def _cut(block: bytes | _Damage, start: int, size: int, crc: int) -> bytes | _Da
     if len(data) < size:
         return _Damage(f"the shard ends {size - len(data)} bytes before the image does")
     if zlib.crc32(data) != crc:
-        return _Damage(f"the bytes are not those that were packed (crc32 {zlib.crc32(data):08x}, expected {crc:08x})")
+        return _Damage(f"the checksum is wrong (crc32 {zlib.crc32(data):08x}, expected {crc:08x})")
     return data
 
 

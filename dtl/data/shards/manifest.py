@@ -1,4 +1,4 @@
-"""`manifest.json`: what a packed split is. It is written last, so a folder that has one is whole."""
+"""`manifest.json`: what a packed split is. It is written last, so a folder that has one is complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text, is_sh
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 INDEXED = "WebDataset shards"
-"""`made_by.source` of a manifest for tars that others made, which tells them from what dtl packed."""
+"""`made_by.source` of a manifest for tars from other tools, unlike those that dtl packed."""
 
 
 def _shard_url(text: str) -> str:
@@ -34,13 +34,13 @@ def _shard_url(text: str) -> str:
 def _dataset_id(text: str) -> str:
     """It becomes part of file names in the cache."""
     if not 8 <= len(text) <= 64 or set(text) - set("0123456789abcdef"):
-        raise ValueError(f"{text[:80]!r} is no hexadecimal number")
+        raise ValueError(f"{text[:80]!r} is not a hexadecimal number")
     return text
 
 
 def _version(number: int) -> int:
     if number != MANIFEST_VERSION:
-        raise ValueError(f"format version {number}, this dtl reads version {MANIFEST_VERSION}; pack the data again")
+        raise ValueError(f"format version {number}, but this dtl reads version {MANIFEST_VERSION}; pack the data again")
     return number
 
 
@@ -52,7 +52,7 @@ def _made_by(facts: dict[str, Any]) -> dict[str, Any]:
     if rules is not None and not (
         isinstance(rules, dict) and set(rules) <= {"image_field", "label_field"} and all(one is None or isinstance(one, str) for one in rules.values())
     ):
-        raise ValueError("rules must be an object with the texts image_field and label_field")
+        raise ValueError("rules must be an object with the strings image_field and label_field")
     return facts
 
 
@@ -118,12 +118,12 @@ class Manifest(Record):
     def _contradiction(self) -> str | None:
         classes, counts = self.classes, self.class_counts
         if len(set(classes)) != len(classes) or len(counts) != len(classes):
-            return f"{len(classes)} classes, {len(set(classes))} of them different, {len(counts)} counts"
+            return f"{len(classes)} class names ({len(set(classes))} different) and {len(counts)} class counts"
         if sum(counts) != self.num_samples:
-            return f"the classes have {sum(counts)} samples, the shards {self.num_samples}"
+            return f"class_counts add up to {sum(counts)} samples, the shards to {self.num_samples}"
         if sum(shard.bytes for shard in self.shards) >= 1 << 63:
-            return "its shards have more bytes than there can be"
-        if "keys_sha256" in self.made_by:  # indexed where they lie, by others' hands, which may be anywhere
+            return "the sizes of its shards add up to 2^63 bytes or more"
+        if "keys_sha256" in self.made_by:  # tars from other tools, which may lie anywhere
             return None
         outside = next((url for url in (shard.url for shard in self.shards) if not is_remote(url) and (url[0] == "/" or ".." in url.split("/"))), None)
         return None if outside is None else f"the shard {outside[:80]!r} lies outside its folder"
@@ -141,16 +141,16 @@ def check_class_maps(train: Manifest, val: Manifest) -> None:
     """Refuse two splits whose label numbers do not mean the same classes: they would be scored against wrong names in silence."""
     if val.classes == train.classes:
         return
-    again = "pack both together, or val with the classes of train (`dtl pack VAL DST --classes-from TRAIN_SHARDS`)"
+    again = "pack both together, or pack val with the classes of train (`dtl pack VAL DST --classes-from TRAIN_SHARDS`)"
     unknown = [name for name in val.classes if name not in set(train.classes)]
     if unknown:
-        raise UserError(f"validation has {_named(unknown)} which training does not know; training has {_named(train.classes)}; {again}")
+        raise UserError(f"the validation data has {_named(unknown)}, which the training data does not have (it has {_named(train.classes)}); {again}")
     missing = [name for name in train.classes if name not in set(val.classes)]
     if missing:
-        raise UserError(f"validation was packed without {_named(missing)}, so its label numbers mean other classes than training's; {again}")
+        raise UserError(f"the validation data was packed without {_named(missing)}, so its label numbers stand for other classes than in training; {again}")
     at = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes)) if a != b)
     raise UserError(
-        f"training and validation have their classes in another order: label {at} is '{train.classes[at]}' in training "
+        f"training and validation have their classes in different orders: label {at} is '{train.classes[at]}' in training "
         f"and '{val.classes[at]}' in validation; {again}"
     )
 

@@ -47,8 +47,8 @@ def find_remote_folder(url: str, splits: Sequence[str], *, options: DataConfig) 
 def refuse_remote_folder(url: str, splits: Sequence[str]) -> NoReturn:
     names = [name for split in splits for name in SPLIT_WORDS[split]]
     raise UserError(
-        f"{shown(url)} holds no {MANIFEST_NAME}, and neither does {', '.join(f'{name}/' for name in names)} below it; "
-        "name its tars with braces (train-{000..010}.tar), or pack the data with `dtl pack` and copy the folder there"
+        f"{shown(url)} holds no {MANIFEST_NAME}, neither directly nor in {', '.join(f'{name}/' for name in names)}; "
+        "list its tars with braces (train-{000..010}.tar), or pack the data with `dtl pack` and copy the folder there"
     )
 
 
@@ -91,13 +91,17 @@ def _shard_url(url: str, name: str) -> str:
     if is_remote(name):
         kinds = name.partition("://")[0].lower(), url.partition("://")[0].lower()
         if kind_of(name) == "pipe" or (kind_of(name) == "fsspec" and kinds[0] != kinds[1]) or kinds == ("http", "https"):
-            raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which a remote manifest must not")
+            raise _refused(url, name, ": a remote manifest may list only files below it and addresses of its own kind")
         return name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which does not lie below it")
+        raise _refused(url, name, ", which is outside its folder")
     if "::" in name and kind_of(url) == "fsspec":  # a chain of file systems, which may begin on this machine
-        raise UserError(f"{shown(join(url, MANIFEST_NAME))} names {name[:100]!r} as a shard, which a remote manifest must not")
+        raise _refused(url, name, ": a remote manifest may list only files below it and addresses of its own kind")
     return join(url, name)
+
+
+def _refused(url: str, name: str, why: str) -> UserError:
+    return UserError(f"{shown(join(url, MANIFEST_NAME))} lists the shard {name[:100]!r}{why}")
 
 
 def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: DataConfig) -> None:
@@ -136,7 +140,8 @@ def _fetch_file(url: str, folder: Path, name: str, sha256: str | None, options: 
     free = shutil.disk_usage(folder).free
     if (size or 0) > free:
         raise UserError(
-            f"{shown(address)}: the manifest promises {size:,} bytes, and the cache {folder} has {free:,} left; name another disk with --data.cache-dir"
+            f"{shown(address)}: it has {size:,} bytes according to the manifest, but the cache {folder} has only {free:,} free; "
+            "choose another disk with --data.cache-dir"
         )
     fetch_file(address, folder / name, options=options, size=size, sha256=sha256, most=min(most, MAX_FILE_BYTES))
 

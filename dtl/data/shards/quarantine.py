@@ -30,7 +30,7 @@ _AGAIN = "run `dtl verify SHARDS --quarantine` again, or remove the file to use 
 
 def _version(number: int) -> int:
     if number != QUARANTINE_VERSION:
-        raise ValueError(f"format version {number}, this dtl reads version {QUARANTINE_VERSION}")
+        raise ValueError(f"format version {number}, but this dtl reads version {QUARANTINE_VERSION}")
     return number
 
 
@@ -73,7 +73,7 @@ class Quarantine(Record):
         except UserError as error:
             raise UserError(f"{error}; {_AGAIN}") from None
         if found.of != manifest.dataset_id or len(found.shard_samples) != len(manifest.shards):
-            raise UserError(f"{path} is about another data set than the manifest beside it; {_AGAIN}")
+            raise UserError(f"{path} belongs to another data set than the manifest beside it; {_AGAIN}")
         if fault := found._contradiction(manifest):
             raise UserError(f"{path} is damaged: {fault}; {_AGAIN}")
         return found
@@ -82,11 +82,12 @@ class Quarantine(Record):
         """What is right field by field, and wrong together."""
         numbers, left = [bad.sample for bad in self.samples], sum(self.shard_samples)
         if any(after <= before for before, after in pairwise(numbers)) or (numbers and numbers[-1] >= manifest.num_samples):
-            return "its samples are not numbers of the manifest's samples, each once and growing"
+            return f"its sample numbers must be increasing and below {manifest.num_samples}"
         if left + len(numbers) != manifest.num_samples or left != sum(self.class_counts) or len(self.class_counts) != len(manifest.classes):
-            return f"{len(numbers)} samples are left out and {left} are left, of {manifest.num_samples}; its classes have {sum(self.class_counts)}"
+            counts = f"manifest ({manifest.num_samples}) and class_counts ({sum(self.class_counts)})"
+            return f"{len(numbers)} samples left out and {left} kept do not agree with {counts}"
         if any(now > before for now, before in zip(self.shard_samples, (shard.samples for shard in manifest.shards))):
-            return "a shard has more samples than the manifest says"
+            return "a shard has more samples than in the manifest"
         return None
 
     def write(self, folder: Path) -> None:

@@ -45,7 +45,7 @@ class StringTable:
             count = _HEADER.unpack(head)[1]
             start = _HEADER.size + 8 * (count + 1)
             if size < start:
-                raise UserError(f"{path} is cut short: {size} bytes")
+                raise UserError(f"{path} is truncated: {size} bytes")
             offsets: npt.NDArray[np.int64] = np.memmap(file, "<i8", "r", _HEADER.size, (count + 1,))
             if offsets[0] != 0 or size != start + int(offsets[-1]):
                 raise UserError(f"{path} has {size} bytes where {start + int(offsets[-1])} are expected")
@@ -67,7 +67,7 @@ class StringTable:
         """The strings at these positions, in this order."""
         lengths = np.diff(self.offsets)
         if len(lengths) and lengths.min() < 0:
-            raise UserError("a table of names is damaged: its offsets do not grow")
+            raise UserError("a table of names is damaged: its offsets do not increase")
         lengths = lengths[numbers]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         data = np.empty(int(offsets[-1]), np.uint8)

@@ -128,24 +128,24 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except pickles.BadPickle as error:
-        raise UserError(f"{path} is no CIFAR batch: {error}") from None
-    if foreign := sorted(names - {"numpy.ndarray", *pickles.PLAIN}):
-        raise UserError(f"{path} is no CIFAR batch: it asks for {foreign[0]}, which no array needs")
+        raise UserError(f"{path} is not a CIFAR batch: {error}") from None
+    if unexpected := sorted(names - {"numpy.ndarray", *pickles.PLAIN}):
+        raise UserError(f"{path} is not a CIFAR batch: it refers to {unexpected[0]}, which a CIFAR batch does not need")
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no CIFAR batch: it holds a {type(found).__name__}")
+        raise UserError(f"{path} is not a CIFAR batch: it holds a {type(found).__name__}")
     return found
 
 
 def _checked(path: Path, batch: dict[str, Any], labels_key: str, num_classes: int) -> tuple[Any, Any]:
     """Pixels [N, 32, 32, 3] and labels [N]. A batch holds each image as 3 planes of 32 x 32."""
     if "data" not in batch or labels_key not in batch:
-        raise UserError(f"{path} is no CIFAR batch: it has {', '.join(sorted(map(str, batch)))}, not data and {labels_key}")
+        raise UserError(f"{path} is not a CIFAR batch: it has {', '.join(sorted(map(str, batch)))}, not data and {labels_key}")
     try:
         data, labels = _array(batch["data"]), _array(batch[labels_key]).astype(np.int32)
     except (pickles.BadPickle, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is no CIFAR batch: {error}") from None
+        raise UserError(f"{path} is not a CIFAR batch: {error}") from None
     if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
-        raise UserError(f"{path} is no CIFAR batch: data is {data.dtype} {data.shape}, labels are {labels.shape}")
+        raise UserError(f"{path} is not a CIFAR batch: data is {data.dtype} {data.shape}, labels are {labels.shape}")
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise UserError(f"{path}: labels go from {labels.min()} to {labels.max()}, but there are {num_classes} classes")
     return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
@@ -153,7 +153,7 @@ def _checked(path: Path, batch: dict[str, Any], labels_key: str, num_classes: in
 
 def _texts(path: Path, value: Any, key: str, count: int | None = None) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value) or count not in (None, len(value)):
-        raise UserError(f"{path} is no file of CIFAR: it has no list {key}{'' if count is None else f' of {count:,} names'}")
+        raise UserError(f"{path} is not a CIFAR file: it has no list {key}{'' if count is None else f' of {count:,} names'}")
     return list(value)
 
 
@@ -162,5 +162,5 @@ def _array(value: Any) -> Any:
     if isinstance(value, pickles.Array):
         return value.numpy()
     if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
-        raise pickles.BadPickle(f"a {type(value).__name__} stands where an array or a list of numbers belongs")
+        raise pickles.BadPickle(f"expected an array or a list of numbers, found a {type(value).__name__}")
     return np.array(value, np.int64)

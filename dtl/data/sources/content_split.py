@@ -24,7 +24,7 @@ def split_by_content(hashes: npt.NDArray[np.uint64], labels: npt.NDArray[np.int3
     class with two different images or more has at least one on each side.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"the validation fraction is a number between 0 and 1, got {fraction}")
+        raise UserError(f"the validation fraction must be between 0 and 1, got {fraction}")
     # One group per content; its class is the smallest label it appears under.
     order = np.lexsort((labels, hashes))
     first = np.ones(len(order), bool)

@@ -39,7 +39,7 @@ def _read(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; it should be a JSON file {{class name: display name}}") from None
     except OSError as error:
-        raise UserError(f"{path} is no readable JSON: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(raw, dict) or not all(isinstance(shown, str) for shown in raw.values()):
         raise UserError(f"{path} is not a JSON object of {{class name: display name}}")
     return raw

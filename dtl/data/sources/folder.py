@@ -114,7 +114,7 @@ def _find_splits(root: Path, notes: _Notes, *, of_classes: bool = True) -> dict[
 
 
 def _splits_in(place: Path, notes: _Notes, *, of_classes: bool) -> dict[str, str] | None:
-    """The folders in `place` for train, val and test; None where its folders are no splits."""
+    """The folders in `place` for train, val and test; None where its folders are not splits."""
     names = sub_folders(place)
     folders = group_by_split(name for name in names if split_named(name))
     if "train" in folders and len(folders) > 1:
@@ -135,7 +135,7 @@ def _splits_in(place: Path, notes: _Notes, *, of_classes: bool) -> dict[str, str
     elif val != "val":
         notes.lines.append(f"'{val}' is used for validation")
     if others := [name for name in names if name not in parts.values()]:
-        notes.lines.append(f"left out beside {train} and {val}: {_few(others)}")
+        notes.lines.append(f"other folders than {train} and {val} left out: {_few(others)}")
     return {split: _unwrapped(place, name) for split, name in parts.items()}
 
 
@@ -161,11 +161,11 @@ def _unwrapped(place: Path, name: str) -> str:
 def _refuse_classes_of_splits(root: Path, names: Sequence[str]) -> None:
     found = group_by_split(names)
     if "train" not in found:
-        raise UserError(f"{root} has folders for {' and '.join(found)} only ({_few(names)}), and none for training; call that one train")
+        raise UserError(f"{root} has only folders for {' and '.join(found)} ({_few(names)}), and none for training; name the training folder train")
     if len(found) == 1:
-        raise UserError(f"{root} has two folders for training ({_few(names)}); give --data.train the one to train on, and --data.val")
+        raise UserError(f"{root} has two folders for training ({_few(names)}); set --data.train to the one to train on, and give --data.val")
     place = root / found["train"][0]
-    raise UserError(f"{root} has the splits {_few(names)}, but {place} has no class folders in it; put each class in a folder of its own ({place}/CLASS/IMAGE)")
+    raise UserError(f"{root} has the splits {_few(names)}, but {place} has no class folders in it; put each class in its own folder ({place}/CLASS/IMAGE)")
 
 
 def _class_folders(place: Path, root: Path, notes: _Notes) -> list[str]:
@@ -224,7 +224,7 @@ def _train_classes(place: Path, counts: dict[str, int], notes: _Notes, *, drop_e
     if empty and not drop_empty:
         what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         raise UserError(
-            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove what is no class, or leave it out with --data.on-error skip"
+            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove folders that are not classes, or use --data.on-error skip"
         )
     if empty:
         notes.lines.append(f"class folders without an image left out: {_few(empty)}")
@@ -240,7 +240,7 @@ def _refuse_unknown(place: Path, present: Sequence[str], order: Sequence[str], *
     unknown = [name for name in present if name not in known]
     if unknown:
         where = "the given class list" if given else "training"
-        raise UserError(f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not know: {_few(unknown)}; known are {_few(order)}")
+        raise UserError(f"{place} has images of {_count(unknown, 'class', 'classes')} that {where} does not have: {_few(unknown)}; it has {_few(order)}")
 
 
 def _note_empty(place: str, counts: dict[str, int], order: Sequence[str], notes: _Notes) -> None:
@@ -254,11 +254,11 @@ def _why_no_images(place: Path, root: Path, notes: _Notes) -> str:
     if loose:
         return (
             f"{place} has {_count(loose, 'image')} directly in it and no images in class folders; "
-            f"put each class in a folder of its own ({place.name or place}/CLASS/{os.path.basename(loose[0])}), "
+            f"put each class in its own folder ({place.name or place}/CLASS/{os.path.basename(loose[0])}), "
             "or give a list file with a line `path label` for each image; without labels, use the task rotate"
         )
     if others:
-        return f"{place} holds no images, only other files ({_few(others)}); read are {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        return f"{place} holds no images, only other files ({_few(others)}); the supported extensions are {', '.join(sorted(IMAGE_EXTENSIONS))}"
     return f"{place} holds no images"
 
 

@@ -55,7 +55,7 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
 
 
 def list_text(path: Path, max_bytes: int) -> str:
-    """The text of a list. ValueError where it is no text; UserError where it is no regular file, or too large."""
+    """The text of a list. ValueError where it is not text; UserError where it is not a regular file, or too large."""
     text = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig")
     if "\0" in text:
         raise ValueError("it holds NUL characters")
@@ -82,7 +82,7 @@ def _rows(path: Path, *, labelled: bool, max_bytes: int) -> Iterator[tuple[int, 
     try:
         text = list_text(path, max_bytes)
     except ValueError:
-        raise UserError(f"{path} is not a list: it is no UTF-8 text; a list has a line `path label` for each image") from None
+        raise UserError(f"{path} is not a list: it is not UTF-8 text; a list has a line `path label` for each image") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     first = text.lstrip().partition("\n")[0]

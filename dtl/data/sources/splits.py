@@ -24,18 +24,18 @@ def is_hidden(name: str) -> bool:
 
 
 def split_named(name: str) -> str | None:
-    """The split that the whole name says: `Training` is "train"."""
+    """The split that the whole name stands for: `Training` is "train"."""
     return _SPLIT_OF.get(name.lower())
 
 
 def split_in(name: str) -> str | None:
-    """The split that a word of the name says: `seg_train` and `train_set` are "train", `test_positive` is "test"."""
+    """The split that a word of the name stands for: `seg_train` and `train_set` are "train", `test_positive` is "test"."""
     word = _WORD.search(name)
     return _SPLIT_OF[word[1].lower()] if word else None
 
 
 def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
-    """Split -> those of `names` that say it, best first: whole names in the order of SPLIT_WORDS, then names with such a word in them."""
+    """Split -> those of `names` that stand for it, best first: whole names in the order of SPLIT_WORDS, then names with such a word in them."""
     found: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: (_RANK.get(name.lower(), len(_RANK)), name != name.lower(), name)):
         if (split := split_in(name)) is not None:
@@ -48,7 +48,7 @@ def choose(folders: Mapping[str, Sequence[str]], split: str, place: str | Path) 
     for served in SERVES_AS[split]:
         names = folders.get(served, ())
         if len(names) > 1 and split_named(names[0]) is None:
-            raise UserError(f"{place} has {len(names)} folders for {served}: {', '.join(names)}; keep one of them there, or name the folders themselves")
+            raise UserError(f"{place} has {len(names)} folders for {served}: {', '.join(names)}; keep only one of them, or give the folders themselves")
         if names:
             return names[0]
     return None

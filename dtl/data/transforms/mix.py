@@ -126,5 +126,5 @@ def _pairs(slots: Ints) -> Ints:
     following = np.append(slots, -1)[even + 1]
     first: Ints = even[following == slots[even] + 1]
     alone = len(rows) - 2 * len(first)
-    assert alone == 0 or (alone == 1 and len(even) == len(first) + 1), f"slots {slots.tolist()} part a pair of the global batch"
+    assert alone == 0 or (alone == 1 and len(even) == len(first) + 1), f"slots {slots.tolist()} separate a pair of the global batch"
     return first

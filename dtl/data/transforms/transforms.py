@@ -142,7 +142,7 @@ class Transform:
         if image.shape != (height, width, 3):
             factor = self.reduction(draws, i)
             if image.shape != (-(-height // factor), -(-width // factor), 3):
-                raise ValueError(f"decoded to {tuple(image.shape)}, the index says ({height}, {width}, 3); index the shards anew")
+                raise ValueError(f"decoded to {tuple(image.shape)}, but ({height}, {width}, 3) according to the index; index the shards again")
         _, top, left, high, wide = draws.placement.region(i, reduction=factor)
         self.apply_crop(image[top : top + high, left : left + wide], draws, i, out)
 
@@ -253,7 +253,7 @@ def eval_transform(
     if square:
         return Transform(Square(size), interpolation=mode)
     if resize_size is not None and resize_size < 1:
-        raise UserError(f"resize_size is {resize_size}; it is in pixels, 1 or more")
+        raise UserError(f"resize_size is {resize_size}; it must be at least 1 (pixels)")
     return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode)
 
 
@@ -265,13 +265,13 @@ def jitter_strengths(augment: AugmentConfig) -> tuple[float, float, float, float
 
 def _resize_size(image_size: int, crop_ratio: float) -> int:
     if not 0 < crop_ratio <= 1:
-        raise UserError(f"crop_ratio is {crop_ratio}; it is the share of the resized short side that is kept, over 0 and up to 1")
+        raise UserError(f"crop_ratio is {crop_ratio}; it must be above 0 and at most 1 (the fraction of the resized short side that the crop keeps)")
     return round(image_size / crop_ratio)
 
 
 def _checked_size(image_size: int) -> int:
     if image_size < 1:
-        raise UserError(f"image_size is {image_size}; it is in pixels, 1 or more")
+        raise UserError(f"image_size is {image_size}; it must be at least 1 (pixels)")
     return image_size
 
 

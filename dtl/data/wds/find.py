@@ -1,5 +1,5 @@
-"""Which files are meant: folders of tars, brace patterns, globs, lists of shards, remote addresses; and which split a tar's name says it
-belongs to. A shard is a Path, or the address of a remote one as a str.
+"""Which files are meant: folders of tars, brace patterns, globs, lists of shards, remote addresses; and which split a tar belongs
+to by its name. A shard is a Path, or the address of a remote one as a str.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def find_shards(sources: Sequence[Tar]) -> list[Tar]:
     for path in found:
         same = path.resolve() if isinstance(path, Path) else path
         if same in seen:
-            raise UserError(f"{path} is named twice; each of its samples would count twice")
+            raise UserError(f"{path} is given twice, so each of its samples would count twice; give it once")
         seen.add(same)
     return found
 
@@ -94,7 +94,7 @@ def _shards_of(text: str) -> Sequence[Tar]:
             out = place / f"{split or 'rest'}-index"
             pattern = f"{place}/{_common_start(members)}*"
             raise UserError(
-                f"{place} holds the shards of {', '.join(name or 'no named split' for name in groups)}; index each split by itself: "
+                f"{place} holds the shards of {', '.join(name or 'unnamed' for name in groups)}; index each split separately: "
                 f"dtl index {quote(pattern)} --out {quote(str(out))}"
             )
         return tars
@@ -128,11 +128,11 @@ def _remote_shards(text: str) -> list[str]:
             found += matched
             continue
         if kind_of(url) == "http" and "*" in base_name(url):
-            raise UserError(f"{shown(url)}: a web server has no list of its files; name the shards with braces: train-{{000..010}}.tar")
+            raise UserError(f"{shown(url)}: a web server does not list its files; give the shards with braces: train-{{000..010}}.tar")
         if kind_of(url) != "pipe" and not _TAR.search(base_name(url)):
             raise UserError(
-                f"{shown(url)} is no tar; name the shards with braces (train-{{000..010}}.tar). "
-                "A remote folder that dtl has packed is trained on as it is: --data.train ADDRESS"
+                f"{shown(url)} is not a tar; give the shards with braces (train-{{000..010}}.tar). "
+                "A remote folder made by dtl pack needs no index: --data.train ADDRESS"
             )
         found.append(url)
     return found
@@ -171,7 +171,7 @@ def _by_split(tars: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _refuse_split(place: Path, split: str, groups: Iterable[str]) -> NoReturn:
-    raise UserError(f"{place} holds the shards of {', '.join(name or 'no named split' for name in groups)}, but none of {split}")
+    raise UserError(f"{place} holds the shards of {', '.join(name or 'unnamed' for name in groups)}, but none of {split}")
 
 
 def _common_start(paths: Sequence[Path]) -> str:
@@ -181,7 +181,7 @@ def _common_start(paths: Sequence[Path]) -> str:
 
 
 def _is_list(place: Path) -> bool:
-    """Whether the first line that says anything names a tar."""
+    """Whether the first line that is not empty or a comment names a tar."""
     try:
         with open_regular(place) as file:
             head = file.read(4096)
@@ -200,16 +200,16 @@ def know_listed(source: str | Path) -> None:
 
 
 def _read_list(place: Path) -> list[Tar]:
-    """A shard a line, relative to the list, or an address; empty lines and lines from # on are passed over."""
+    """One shard per line, relative to the list, or an address; empty lines and lines that begin with # are skipped."""
     found: list[Tar] = []
     try:
         lines = list_text(place, MAX_FILE_BYTES).splitlines()
     except ValueError as error:
-        raise UserError(f"{place} is no list of shards: it is no UTF-8 text ({error})") from None
+        raise UserError(f"{place} is not a list of shards: it is not UTF-8 text ({error})") from None
     for line in lines:
         text = line.strip()
         if text.startswith("pipe:"):
-            raise UserError(f"{place} names a command ({text[:100]}); commands are run from your own config only: give it with --data.train")
+            raise UserError(f"{place} contains a command ({text[:100]}), and commands are run only from your own config: give it with --data.train")
         if text and not text.startswith("#"):
             found += _shards_of(text if is_remote(text) else str(place.parent / Path(text).expanduser()))
     return found

@@ -1,4 +1,4 @@
-"""Manifest and index for WebDataset shards that others wrote; the shards themselves are only read."""
+"""Manifest and index for WebDataset shards from other tools; the shards themselves are only read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def index_shards(
 ) -> IndexReport:
     """Write manifest.json, index.bin and keys.bin for the tars that `sources` name (see `find_shards`).
 
-    They go to `out`, or to the one folder that holds all shards. Remote shards are fetched for it once, as `options` say; with `keep`
+    They go to `out`, or to the one folder that holds all shards. Remote shards are fetched for it once, by the `options`; with `keep`
     they stay in its cache, for the training that comes next, as many of them as may. `label_field` is a member's extension, a field of the json member
     (dots go into it), or "folder"; without it labels are in `cls`, or else the last folder of the key. `classes` fixes the names and
     their order. A sample without image or label, or with an image that cannot be read: `options.on_error` "fail" refuses, naming them, "skip"
@@ -79,7 +79,7 @@ def index_shards(
     """
     begun = time.monotonic()
     if processes is not None and processes < 1:
-        raise UserError(f"processes is at least 1, got {processes}")
+        raise UserError(f"processes must be at least 1, got {processes}")
     shards = find_shards(sources)
     folder = _place(shards, out)
     rules = Rules(_extension(image_field), _extension(label_field))
@@ -127,12 +127,12 @@ def _check_existing(folder: Path, existing: str) -> None:
     if not (folder / MANIFEST_NAME).exists():
         for name in (INDEX_NAME, KEYS_NAME):
             if (folder / name).exists() and not _is_of_dtl(folder / name):
-                raise UserError(f"{folder / name} is no index of dtl, and would be replaced; write the index elsewhere with --out")
+                raise UserError(f"{folder / name} was not written by dtl and would be replaced; write the index elsewhere with --out")
         return
     if Manifest.read(folder).made_by.get("source") != INDEXED:
-        raise UserError(f"{folder} was packed by dtl and has its index; train on it as it is")
+        raise UserError(f"{folder} was packed by dtl and already has an index; train on it as it is")
     if existing == "refuse":
-        raise UserError(f"{folder} has an index already; write it anew with --overwrite, or elsewhere with --out")
+        raise UserError(f"{folder} already has an index; replace it with --overwrite, or write elsewhere with --out")
 
 
 def _is_of_dtl(path: Path) -> bool:
@@ -193,8 +193,8 @@ class _Merged:
             text = "; ".join(f"{name}: {reason}" for name, reason in listed[:10])
             more = f"; and {total - min(len(listed), 10):,} more" if total > min(len(listed), 10) else ""
             raise UserError(
-                f"{total:,} sample{' is' if total == 1 else 's are'} not usable: {text}{more}; "
-                "repair the shards, or leave such samples out with --on-error skip (training: --data.on-error skip)"
+                f"{total:,} sample{'' if total == 1 else 's'} cannot be used: {text}{more}; "
+                "fix the shards, or leave out such samples with --on-error skip (training: --data.on-error skip)"
             )
 
     def problems(self, shards: Sequence[Tar]) -> tuple[int, list[tuple[str, str]]]:
@@ -211,7 +211,7 @@ class _Merged:
         seen: dict[str, Tar] = {}
         for path, facts in zip(shards, self.facts):
             if facts["labels"] and facts["sha256"] in seen:
-                raise UserError(f"{_name_of(path)} is a copy of {_name_of(seen[facts['sha256']])}; each of its samples would count twice")
+                raise UserError(f"{_name_of(path)} is a copy of {_name_of(seen[facts['sha256']])}, and each sample would count twice; give only one of them")
             seen[facts["sha256"]] = path
 
     def labels(self) -> dict[Label, str]:
@@ -261,7 +261,7 @@ def _write(
     display = find_display_names(order, given=names, beside=[folder], notes=notes)
     if count := sum(facts["ignored"][0] for facts in merged.facts):
         first = next(facts["ignored"][1] for facts in merged.facts if facts["ignored"][0])
-        notes.append(f"{count:,} members belong to no sample (the first: {shown(first)}): hidden, without an extension, or __named__ so")
+        notes.append(f"{count:,} members of the tars belong to no sample (the first: {shown(first)}): hidden, without an extension, or named like __this__")
     (folder / MANIFEST_NAME).unlink(missing_ok=True)  # the old one must not be taken for that of the new index
     columns = {name: rows[name] for name in ROWS.names or ()}
     index_sha256 = write_index(folder / INDEX_NAME, sizes, columns)

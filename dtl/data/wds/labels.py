@@ -1,4 +1,4 @@
-"""From the labels as they stand in the WebDataset shards of others, numbers or names, to classes in a fixed order."""
+"""From the labels in WebDataset shards from other tools, numbers or names, to classes in a fixed order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtl.untrusted import parse_json, read_text
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
-    """Class names in the order of their numbers: a name a line, a JSON list, JSON {name: number}, or packed shards."""
+    """Class names in the order of their numbers: one name per line, a JSON list, JSON {name: number}, or packed shards."""
     place = Path(path).expanduser()
     if (place / MANIFEST_NAME).is_file():
         return Manifest.read(place).classes
@@ -28,7 +28,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     names = tuple(str(name) for name in classes)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if not names or twice:
-        raise UserError(f"{place} names class '{twice[0]}' twice" if twice else f"{place} names no class")
+        raise UserError(f"{place} lists class '{twice[0]}' twice" if twice else f"{place} lists no class")
     return names
 
 
@@ -59,8 +59,8 @@ def decide_classes(first_of: Mapping[Label, str], *, rule: str, given: Sequence[
     if names:
         if rule == FOLDER and len(names) == 1:
             raise UserError(
-                f"all keys have the one folder '{shown(names[0])}', so there is only one class; "
-                "choose the field of the label (--label-field), or give the class list with --classes FILE"
+                f"all keys are in one folder, '{shown(names[0])}', so there is only one class; "
+                "choose where the label is (--label-field), or give the class list with --classes FILE"
             )
         classes = tuple(sorted(names))
         return classes, {name: number for number, name in enumerate(classes)}
@@ -70,17 +70,17 @@ def decide_classes(first_of: Mapping[Label, str], *, rule: str, given: Sequence[
 def _numbered(first_of: Mapping[Label, str], numbers: Sequence[int], notes: list[str]) -> tuple[tuple[str, ...], dict[Label, int]]:
     low, high = min(numbers), max(numbers)
     if low < 0:
-        raise UserError(f"label {low} of sample {shown(first_of[low])} is below 0")
+        raise UserError(f"label {low} of sample {shown(first_of[low])} is negative")
     if high >= 10 * len(numbers) + 1000:
         raise UserError(
-            f"labels go up to {high} (sample {shown(first_of[high])}), but only {len(numbers)} different ones are there; "
-            "are they class numbers? Give the class list with --classes FILE"
+            f"labels go up to {high} (sample {shown(first_of[high])}), but only {len(numbers)} different labels occur; "
+            "if they are not class numbers, give the class list with --classes FILE"
         )
     count = high + 1
     if count > len(numbers):
         one_based = low == 1 and len(numbers) == high
         notes.append(
-            "no sample has label 0: the labels seem to be counted from 1, so class 0 stays empty"
+            "no sample has label 0: the labels seem to start at 1, so class 0 is empty"
             if one_based
             else f"{count - len(numbers)} of the labels 0 to {high} have no sample"
         )
@@ -89,7 +89,7 @@ def _numbered(first_of: Mapping[Label, str], numbers: Sequence[int], notes: list
 
 def _numbers_of_given(first_of: Mapping[Label, str], classes: tuple[str, ...]) -> dict[Label, int]:
     known = {name: number for number, name in enumerate(classes)}
-    # A class may be called "7": then what the list says counts, where it has all of the labels.
+    # A class may be called "7": then the names in the list count, where it has all of the labels.
     if all(str(label) in known for label in first_of):
         return {label: known[str(label)] for label in first_of}
     result: dict[Label, int] = {}

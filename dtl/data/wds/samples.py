@@ -1,4 +1,4 @@
-"""One shard of others: its members grouped into samples as webdataset does it, and the label of each."""
+"""One shard from another tool: its members grouped into samples as webdataset does it, and the label of each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Sample:
-    """`label` and `header` are None where `problem` says why the sample cannot be used; then `offset` is that of its first member."""
+    """`label` and `header` are None where the sample cannot be used, with the reason in `problem`; then `offset` is that of its first member."""
 
     key: str
     offset: int
@@ -56,14 +56,14 @@ class Sample:
 
 @dataclass
 class Ignored:
-    """Members that are no part of any sample."""
+    """Members that belong to no sample."""
 
     count: int = 0
     first: str = ""
 
 
 class _Problem(Exception):
-    """This sample cannot be used; the message says why."""
+    """This sample cannot be used; the message is the reason."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def read_samples(tar: TarFile, rules: Rules, ignored: Ignored, limits: Limits = 
                 yield _sample(group, rules, limits)
             group = _Group(key)
         if extension in group.members:
-            raise UserError(f"{tar.name}: member {shown(member.name)} at byte {member.offset} is there twice; write the tar again")
+            raise UserError(f"{tar.name}: member {shown(member.name)} at byte {member.offset} occurs twice; write the tar again")
         group.members[extension] = member
     if group is not None:
         yield _sample(group, rules, limits)
@@ -113,7 +113,7 @@ def open_tar(path: Path, name: str | None = None) -> Any:
 
 
 def split_name(name: str) -> tuple[str | None, str | None]:
-    """(key, extension in lower case), or (None, None) for what webdataset passes over: no extension, hidden, or `__meta__`."""
+    """(key, extension in lower case), or (None, None) for what webdataset skips: no extension, hidden, or `__meta__`."""
     found = None if _META.match(name) else _NAME.fullmatch(name)
     return (None, None) if found is None else (found[1], found[2].lower())
 
@@ -168,12 +168,12 @@ def _label(group: _Group, rules: Rules) -> tuple[Label, str]:
             return _text_label(group, "cls"), "cls"
         if "json" in group.members:
             fields = ", ".join(shown(str(name)) for name in list(_json(group))[:20])
-            raise _Problem(f"it has no cls; choose the label's field: --label-field with a field of its json ({fields}), or --label-field folder")
+            raise _Problem(f"it has no .cls; choose where the label is: --label-field with a field of its .json ({fields}), or --label-field folder")
         wanted = FOLDER
     if wanted == FOLDER:
         folder = group.key.rpartition("/")[0].rpartition("/")[2]
         if folder in ("", ".", ".."):
-            where = "no cls, and no" if rules.label_field is None else "no"
+            where = "no .cls, and no" if rules.label_field is None else "no"
             raise _Problem(f"it has {where} folder in its key that could be its label, only {_names(group)}")
         return folder, FOLDER
     if wanted in group.members:
@@ -186,25 +186,25 @@ def _label(group: _Group, rules: Rules) -> tuple[Label, str]:
 def _text_label(group: _Group, extension: str) -> Label:
     data = group.members[extension].data
     if data is None:
-        raise _Problem(f"its .{extension} has {group.members[extension].size:,} bytes, which is no label")
+        raise _Problem(f"its .{extension} has {group.members[extension].size:,} bytes, too many for a label")
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError:
         raise _Problem(f"its .{extension} is not text") from None
     if not text or "\n" in text:
-        raise _Problem(f"its .{extension} is empty" if not text else f"its .{extension} has several lines, which is no label")
+        raise _Problem(f"its .{extension} is empty" if not text else f"its .{extension} has several lines; a label has one")
     return _number_or_name(text)
 
 
 def _json(group: _Group) -> dict[str, Any]:
     try:
         if group.members["json"].data is None:
-            raise _Problem(f"its .json has {group.members['json'].size:,} bytes, which is too much for labels")
+            raise _Problem(f"its .json has {group.members['json'].size:,} bytes, too many for labels")
         value = json.loads(group.members["json"].data)
     except (ValueError, RecursionError):
-        raise _Problem("its .json cannot be read") from None
+        raise _Problem("its .json is not valid JSON") from None
     if not isinstance(value, dict):
-        raise _Problem("its .json is not an object with fields")
+        raise _Problem("its .json is not a JSON object")
     return value
 
 

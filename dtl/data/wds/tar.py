@@ -1,7 +1,7 @@
-"""A strict reader of tars that others wrote: ustar, v7, GNU and PAX, in one pass over every byte.
+"""A strict reader of tars from other tools: ustar, v7, GNU and PAX, in one pass over every byte.
 
 Python's tarfile, and webdataset on top of it, end in silence at a damaged header, and at a cut between two members. Here whatever is
-not a whole tar is an error with its offset: header checksums, sizes, the two zero blocks at the end, and nothing behind them.
+not a complete tar is an error with its offset: header checksums, sizes, the two zero blocks at the end, and nothing behind them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OTHER = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": 
 
 
 class DamagedTar(Exception):
-    """Not a whole tar: `offset` is where that shows, `reason` what was found."""
+    """Not a complete tar: `offset` is where that shows, `reason` what was found."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"at byte {offset}: {reason}")
@@ -102,7 +102,7 @@ class TarFile:
             if header.kind not in _REGULAR:
                 what = _OTHER.get(header.kind, f"of type {header.kind!r}")
                 raise UserError(
-                    f"{self.name}: member {this} at byte {start} is {what}, not a file with its own bytes; "
+                    f"{self.name}: member {this} at byte {start} is {what}, not a regular file; "
                     "write the tar again with `tar --dereference --hard-dereference`, or pack the images with `dtl pack`"
                 )
             self._check_fits(length, start, f"member {this}")
@@ -118,8 +118,8 @@ class TarFile:
         self._digest.update(data)
         if len(data) < size:
             if what == "a header" and not data:
-                raise DamagedTar(self._at, "the tar ends without its two zero blocks: it was cut between two members")
-            raise DamagedTar(self._at, f"the file ends {size - len(data)} bytes before {what} does: it was cut")
+                raise DamagedTar(self._at, "the tar ends without two zero blocks: it is truncated between two members")
+            raise DamagedTar(self._at, f"the file ends {size - len(data)} bytes before the end of {what}: it is truncated")
         self._at += size
         return data
 
@@ -129,21 +129,21 @@ class TarFile:
 
     def _check_fits(self, size: int, start: int, what: str, *, limit: int | None = None) -> None:
         if limit is not None and size > limit:
-            raise DamagedTar(start, f"{what} says that it has {size:,} bytes: the header is damaged")
+            raise DamagedTar(start, f"{what} has {size:,} bytes according to its header: the header is damaged")
         missing = self._at + _padded(size) - self._size
         if missing > 0:
-            raise DamagedTar(start, f"{what} says that it has {size:,} bytes, the file ends {missing:,} bytes before that: it was cut")
+            raise DamagedTar(start, f"{what} has {size:,} bytes according to its header, but the file ends {missing:,} bytes earlier: it is truncated")
 
     def _end(self, start: int) -> None:
         """After the first zero block: a second one, and only zeros behind it."""
         if self._size - self._at < BLOCK:
-            raise DamagedTar(start, "the tar ends after one zero block of two: it was cut")
+            raise DamagedTar(start, "the tar ends after one zero block instead of two: it is truncated")
         while rest := min(_READ_BYTES, self._size - self._at):
             at = self._at
             data = self._read(rest, "the padding")
             if data.count(0) != len(data):
                 where = at + len(data) - len(data.lstrip(b"\0"))
-                raise DamagedTar(where, "there are bytes behind the end mark: a zeroed stretch, or several tars in one file")
+                raise DamagedTar(where, "there is data after the end of the tar: a part was overwritten with zeros, or the file holds several tars")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Header:
         signed = unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
         if stored not in (unsigned, signed):
             found = f" (it looks like {look(block)})" if start == 0 and look(block) != "unknown format" else ""
-            raise DamagedTar(start, f"this is no tar header{found}, its checksum is wrong")
+            raise DamagedTar(start, f"not a tar header{found}: its checksum is wrong")
         size = _number(block[124:136])
         if size is None or size < 0:
             raise DamagedTar(start, "the header has no readable size")
@@ -193,7 +193,7 @@ def _pax_records(content: bytes, start: int) -> dict[str, str]:
         records[key.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
         rest = rest[length:]
     if any(key.startswith("GNU.sparse") for key in records):
-        raise DamagedTar(start, "this is a sparse file, which has not all of its bytes in the tar; write the tar again without --sparse")
+        raise DamagedTar(start, "a sparse file, whose bytes are not all in the tar; write the tar again without --sparse")
     return records
 
 
@@ -216,12 +216,12 @@ def refuse_compressed(path: Path, name: str | None = None) -> None:
         if start.startswith(magic):
             if name is not None:
                 raise UserError(
-                    f"{name} is compressed ({kind}), so single images cannot be read from it; images hardly shrink anyway: "
-                    f"unpack it where it lies, or through a command: 'pipe:curl -fsSL ADDRESS | {command}'"
+                    f"{name} is compressed ({kind}), so single images cannot be read from it: "
+                    f"decompress it on the server, or with a command: 'pipe:curl -fsSL ADDRESS | {command}'"
                 )
             plain = path.with_name(path.name.split(".tar")[0].removesuffix(".tgz") + ".tar")
             plain = plain if plain != path else path.with_name(f"plain-{path.name}")
             raise UserError(
-                f"{path} is compressed ({kind}), so single images cannot be read from it; images hardly shrink anyway: "
-                f"unpack it with `{command} {quote(str(path))} > {quote(str(plain))}` and index that"
+                f"{path} is compressed ({kind}), so single images cannot be read from it: "
+                f"decompress it with `{command} {quote(str(path))} > {quote(str(plain))}` and index that"
             )

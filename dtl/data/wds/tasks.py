@@ -1,4 +1,4 @@
-"""The work of `dtl index`, shard by shard, in the processes of pack_pool, without torch.
+"""The work of `dtl index`, shard by shard, in the processes of `dtl.data.workers`, without torch.
 
 job.json           the shards' paths or addresses, and the rules
 00000.tar          a remote shard, while it is read; it stays where the caller wants it
@@ -82,7 +82,7 @@ def _index(stem: Path, path: Path, name: str | None, job: IndexJob) -> TarFile:
             for sample in read_samples(tar, job.rules, found.ignored, job.limits):
                 found.add(sample)
         except DamagedTar as error:
-            raise UserError(f"{name or path}: damaged at byte {error.offset}: {error.reason}; get the shard anew") from None
+            raise UserError(f"{name or path}: damaged at byte {error.offset}: {error.reason}; copy or download the shard again") from None
     found.refuse_double_keys()
     StringTable.build(found.keys).write(stem.with_suffix(".keys"))
     write_array(stem.with_suffix(".npy"), np.frombuffer(bytes(found.rows), ROWS))
@@ -132,7 +132,7 @@ class _Shard:
         if self._usable[first] and self._usable[second]:
             raise UserError(f"{self.path}: two samples have the key {key} (samples {first} and {second} of the shard); write the tar again")
         raise UserError(
-            f"{self.path}: the members of sample {key} are not next to each other, so no WebDataset reader finds the sample whole; "
+            f"{self.path}: the members of sample {key} are not next to each other, so WebDataset readers would split the sample; "
             "write the tar again in the order of its names: tar --sort=name -cf NEW.tar -C FOLDER ."
         )
 

@@ -137,7 +137,7 @@ def test_nothing_readable_is_an_error(model: Path, tmp_path: Path) -> None:
         (["{model}", "{tmp}/none.jpg", "--out", "{tmp}/o.csv"], "does not exist"),
         (["{model}", "{tmp}/x.tar", "--out", "{tmp}/o.csv"], "manifest.json"),
         (["{model}", "{tmp}/data.bin", "--out", "{tmp}/o.csv"], "neither an image nor a list"),
-        (["{model}", "{tmp}/notes.txt", "--out", "{tmp}/o.csv"], "notes.txt is no image, and no list of images: .* .the first is 'Dear diary, today I"),
+        (["{model}", "{tmp}/notes.txt", "--out", "{tmp}/o.csv"], "notes.txt is neither an image nor a list of images: .* .the first is 'Dear diary, today I"),
         (["{model}", "{tmp}", "--out", "{tmp}/o.txt"], "use .csv or .jsonl"),
         (["{model}", "{tmp}", "--out", "{tmp}/no/o.csv"], "does not exist"),
         (["{model}", "{tmp}", "--out", "{tmp}/o.csv", "--top", "3"], "CSV has one line per image"),

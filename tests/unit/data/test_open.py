@@ -66,12 +66,12 @@ def test_both_splits_of_one_source(tmp_path: Path, photos: Path) -> None:
 
 
 def test_a_fraction_of_what_has_splits_is_not_ignored(tmp_path: Path, photos: Path) -> None:
-    with pytest.raises(UserError, match=r"digits has splits of its own \(train, val\): leave data.val_fraction out"):
+    with pytest.raises(UserError, match=r"digits already has the splits train, val: leave out data.val_fraction"):
         packed_into(tmp_path, "digits", val_fraction=0.1)
     pack(photos, tmp_path / "d", val_fraction=0.25, progress=False)
     said: list[str] = []
     packed_into(tmp_path, tmp_path / "d", said, val_fraction=0.5)
-    assert said == [f"{tmp_path / 'd'} is packed: its own splits count, and data.val_fraction does not"]
+    assert said == [f"{tmp_path / 'd'} is already packed, so data.val_fraction is ignored"]
 
 
 def test_validation_takes_the_classes_of_training(tmp_path: Path, photos: Path) -> None:
@@ -81,7 +81,7 @@ def test_validation_takes_the_classes_of_training(tmp_path: Path, photos: Path) 
     assert Shards.open(folder).classes == ("a", "b")
     assert Shards.open(folder).labels.tolist() == [1, 1]
     image_folder(val, {"wasp": 1})
-    with pytest.raises(UserError, match="1 class that the given class list does not know: 'wasp'"):
+    with pytest.raises(UserError, match="1 class that the given class list does not have: 'wasp'"):
         packed_into(tmp_path, val, split="val", classes=classes)
 
 
@@ -123,7 +123,7 @@ def test_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_made(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"the cache .*file/cache cannot be made: Not a directory; name another one"):
+    with pytest.raises(UserError, match=r"the cache .*file/cache cannot be created: Not a directory; choose another one"):
         packed_into(tmp_path, photos, cache_dir=tmp_path / "file" / "cache")
 
 

@@ -52,20 +52,20 @@ def _label_in_tar(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
-    "one bit": (lambda f: damage.flip_bit(f, 9), 1, "the bytes are not those that were packed"),
-    "a zeroed block": (lambda f: damage.zero_block(f, 9), 1, "the bytes are not those that were packed"),
+    "one bit": (lambda f: damage.flip_bit(f, 9), 1, "the checksum is wrong"),
+    "a zeroed block": (lambda f: damage.zero_block(f, 9), 1, "the checksum is wrong"),
     "cut": (lambda f: damage.cut_shard(f, 9), -1, "bytes before the image does"),
     "cut in a header": (lambda f: damage.cut_shard(f, 9, in_header=True), -1, "bytes before the image does"),
     "missing": (lambda f: damage.shard_path(f, 9).unlink(), -1, "the shard is missing"),
-    "a header": (lambda f: damage.damage_header(f, 9), -2, "this is no tar header, its checksum is wrong"),
+    "a header": (lambda f: damage.damage_header(f, 9), -2, "not a tar header: its checksum is wrong"),
     "a label": (lambda f: damage.rewrite_index(f, 9, labels=7), 1, "label 7 is not one of 2 classes"),
     "another label": (_label_in_tar, 1, "in the tar"),
-    "a size in the index": (lambda f: damage.rewrite_index(f, 9, widths=5), 1, "the index says 5 x"),
-    "an offset": (lambda f: damage.rewrite_index(f, 9, offsets=512), 1, "the bytes are not those that were packed"),
+    "a size in the index": (lambda f: damage.rewrite_index(f, 9, widths=5), 1, "but 5 x 12 according to the index"),
+    "an offset": (lambda f: damage.rewrite_index(f, 9, offsets=512), 1, "the checksum is wrong"),
     "no image": (lambda f: damage.put_image(f, 9, b"nothing"), 1, "not an image"),
     "half an image": (lambda f: damage.put_image(f, 9, encoded(height=10, width=12)[:-40]), 1, "image file is truncated"),
     "too large": (lambda f: damage.put_image(f, 9, huge_bmp(), width=60_000, height=60_000), 1, "pixels"),
-    "another shard": (lambda f: shutil.copy(damage.shard_path(f, 34), damage.shard_path(f, 9)), -1, "the bytes are not those that were packed"),
+    "another shard": (lambda f: shutil.copy(damage.shard_path(f, 34), damage.shard_path(f, 9)), -1, "the checksum is wrong"),
 }
 
 
@@ -115,12 +115,12 @@ def test_a_quarantine_that_does_not_belong_is_refused(copy: Path) -> None:
     path = copy / "quarantine.json"
     good = path.read_text()
     for text, said in [
-        (good.replace('"of": "', '"of": "0'), "is about another data set"),
-        (good.replace('"of": "', '"of": "x'), "of: .* is no hexadecimal number"),
+        (good.replace('"of": "', '"of": "0'), "belongs to another data set"),
+        (good.replace('"of": "', '"of": "x'), "of: .* is not a hexadecimal number"),
         (good[:50], "quarantine.json: not valid JSON"),
         (good.replace('"version": 1', '"version": 9'), "version: format version 9"),
         (good.replace('"key"', '"kex"'), "samples.0.key is missing"),
-        (good.replace('"sample": 3', '"sample": 300'), "is damaged: its samples are not numbers"),
+        (good.replace('"sample": 3', '"sample": 300'), "is damaged: its sample numbers must be increasing"),
         (good.replace('"index": "', '"index": "../'), "index: .* must be a file name without a folder"),
         (good.replace('"index": "', '"index": "x'), "cannot be read"),
     ]:

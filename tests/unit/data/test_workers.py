@@ -30,7 +30,7 @@ def test_a_child_that_dies_is_a_clear_fault(source: Path, tmp_path: Path, monkey
     from dtl.data import workers as pack_pool
 
     monkeypatch.setattr(pack_pool, "fresh_python", lambda *_: [sys.executable, "-c", "import os; os._exit(9)"])
-    with pytest.raises(RuntimeError, match="a packing process ended with status 9"):
+    with pytest.raises(RuntimeError, match="a worker process exited with status 9"):
         pack(source, tmp_path / "d", processes=2)
 
 

@@ -38,16 +38,16 @@ def test_numbers_do_not_depend_on_the_batches(model: RunningModel, tmp_path: Pat
 
 
 def test_a_model_folder_knows_no_data(model: RunningModel) -> None:
-    with pytest.raises(UserError, match=r"is a model folder, which knows no data; give it with --data\.val SRC, or name its run"):
+    with pytest.raises(UserError, match=r"is a model folder, which does not record its data; give --data\.val SRC, or the run itself"):
         evaluate(model, workers=0)
 
 
 @pytest.mark.parametrize(
     ("classes", "what"),
     [
-        (("bee", "cat", "dog"), r"it has 'dog', which the model does not know"),
-        (("bee", "cat"), r"it was packed without 'ant', so its label numbers mean other classes"),
-        (CLASSES, r"they come in another order: label 0 is 'ant' there and 'bee' in the model"),
+        (("bee", "cat", "dog"), r"it has 'dog', which the model does not have"),
+        (("bee", "cat"), r"it was packed without 'ant', so its label numbers stand for other classes"),
+        (CLASSES, r"their order differs: label 0 is 'ant' there and 'bee' in the model"),
     ],
 )
 def test_shards_whose_labels_mean_other_classes_are_refused(model: RunningModel, tmp_path: Path, classes: tuple[str, ...], what: str) -> None:

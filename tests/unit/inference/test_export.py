@@ -30,7 +30,7 @@ def test_at_most_eight_readable_images_are_taken(model: StoredModel, tmp_path: P
     assert images.shape == (NUM_CHECKED, 3, 16, 16)
     assert torch.equal(images[:1], real_images(model, find_images([str(paths[1])])))
     assert real_images(model, None).shape == images.shape, "the built-in digits"
-    with pytest.raises(UserError, match=r"none of the images to check with can be read \(.*broken\.jpg: "):
+    with pytest.raises(UserError, match=r"none of the images for the check can be read \(.*broken\.jpg: "):
         real_images(model, find_images([str(paths[0])]))
 
 
@@ -45,8 +45,8 @@ def test_what_was_written_and_how_far_it_is_off(model: StoredModel, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda logits: logits[:, :2], r"gives \(8, 2\) logits, PyTorch finite ones of \(8, 3\)"),
-        (lambda logits: logits * np.nan, "PyTorch finite ones"),
+        (lambda logits: logits[:, :2], r"gives logits of shape \(8, 2\), PyTorch of \(8, 3\)"),
+        (lambda logits: logits * np.nan, "gives logits that are not finite"),
         (lambda logits: logits + (0.5 if len(logits) == 1 else 0.0), r"differs from PyTorch by 0\.5 "),
         (lambda logits: 1 // 0, "file does not run: integer division or modulo by zero"),
     ],

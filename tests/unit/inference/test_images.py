@@ -63,7 +63,7 @@ def test_lists_of_every_kind_name_the_same(photos: Path, text: str) -> None:
         ("none.jpg", None, "does not exist"),
         ("x.tar", b"", "is a tar; give the folder"),
         ("list.txt", b"\n\n", "lists no images"),
-        ("list.txt", b"hello world\n", "none of its lines is the path of one"),
+        ("list.txt", b"hello world\n", "no line is the path of an image"),
         ("data.bin", b"\xff\xfe\x00", "is neither an image nor a list of images"),
     ],
 )

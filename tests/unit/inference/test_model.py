@@ -37,7 +37,7 @@ def test_a_model_opens_whatever_its_training_did_to_the_images(tmp_path: Path, c
 
 
 def test_a_model_whose_images_were_resized_otherwise_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"version 2 of evaluation's transforms, this dtl has version 1; use the dtl that trained it"):
+    with pytest.raises(UserError, match=r"version 2 of the evaluation transforms, but this dtl has version 1; use the version of dtl that trained it"):
         open_model(described(tmp_path / "model", evaluation_version=2))
 
 

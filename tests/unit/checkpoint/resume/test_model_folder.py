@@ -65,7 +65,7 @@ def change(folder: Path, **changes: object) -> None:
         ({"format": "drop"}, r"model.json: format is missing"),
         ({"classes": "drop"}, r"model.json: classes is missing"),
         ({"classes": "ants"}, r"model.json: classes: must be a list"),
-        ({"classes": ["ants", 3]}, r"model.json: classes.1: must be text"),
+        ({"classes": ["ants", 3]}, r"model.json: classes.1: must be a string"),
         ({"classes": ["ants", "be\0es"]}, r"model.json: classes.1: holds a NUL character"),
         ({"preprocessing": {"mean": [1, 2, 3]}}, "preprocessing: std is missing"),
         ({"preprocessing": FACTS["preprocessing"] | {"image_size": 10**9}}, "preprocessing: image_size 1000000000 is not from 1 to 16384"),

@@ -67,7 +67,7 @@ def test_a_jpeg_of_many_scans() -> None:
     huge = bytearray(_scans(progressive, 80))
     at = huge.index(b"\xff\xc2") + 5
     huge[at : at + 4] = struct.pack(">HH", 12_000, 12_000)
-    refused(bytes(huge), r"8\d scans of 144,000,000 pixels in .* bytes, which no camera or program writes")
+    refused(bytes(huge), r"8\d scans of 144,000,000 pixels in .* bytes, which no camera or encoder writes")
 
 
 def test_a_jpeg_of_much_metadata() -> None:
@@ -125,10 +125,10 @@ def test_a_webp_has_half_of_the_pixels(lossless: bool) -> None:
     data = encoded("WEBP", lossless=lossless)
     pixels = 40 * 56
     assert decode(data, max_pixels=2 * pixels).shape == (40, 56, 3)
-    refused(data, r"of a WebP \(half of data.max_pixels\)", max_pixels=2 * pixels - 2)
+    refused(data, r"for WebP \(half of data.max_pixels\)", max_pixels=2 * pixels - 2)
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + (12_999).to_bytes(3, "little") * 2
     huge = b"RIFF" + struct.pack("<I", len(data) + 10) + b"WEBP" + canvas + data[12:]
-    refused(huge, "13000 x 13000 pixels, more than the 89,478,485 that are allowed of a WebP")
+    refused(huge, "13000 x 13000 pixels, more than the 89,478,485 that are allowed for WebP")
 
 
 def _tiff(entries: list[tuple[int, int, int, int]], after: bytes = b"") -> bytes:
@@ -161,7 +161,7 @@ def test_slow_decoders_get_few_bytes() -> None:
     rle = bytearray(encoded("BMP", picture().convert("P")))
     rle[30] = 1
     refused(bytes(rle) + bytes(9 << 20), "a run-length BMP of .* bytes, more than")
-    refused(b"P3\n2000 2000\n255\n" + b"1 " * (5 << 20), "a PPM as text of .* bytes, more than")
+    refused(b"P3\n2000 2000\n255\n" + b"1 " * (5 << 20), "a plain-text PPM of .* bytes, more than")
     refused(b"P5\n#" + b"x" * (1 << 20) + b"\n1 1\n255\n\0", "its header is damaged, or longer than 65,536 bytes")
 
 

@@ -128,7 +128,7 @@ def test_a_jpeg_that_no_decoder_takes_is_named_and_counts_for_nothing(shards: Sh
     samples = batch.samples[batch.slots >= 0].tolist()
     (done,) = DeviceDecoder(transform, DEVICE, shards.damaged).finished(iter([batch]))
     assert [sample for sample, _ in done.bad] == [samples[broken], samples[mistaken]]
-    assert "the index says" in str(done.bad[1][1])
+    assert "according to the index" in str(done.bad[1][1])
     assert done.weights[: len(samples)].tolist() == [float(row not in (broken, mistaken)) for row in range(len(samples))]
     for row in range(len(samples)):
         assert torch.equal(done.images[row], torch.zeros_like(done.images[row]) if row in (broken, mistaken) else expected.images[row])

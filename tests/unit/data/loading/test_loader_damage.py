@@ -80,8 +80,8 @@ def only(folder: Path) -> set[int]:
 
 # what is done, which samples it hits, what is said, and whether the key can still be read
 DAMAGES: dict[str, tuple[Callable[[Path], object], Callable[[Path], set[int]], str, bool]] = {
-    "one bit": (lambda f: damage.flip_bit(f, SAMPLE), only, "the bytes are not those that were packed (crc32 ", True),
-    "a zeroed block": (lambda f: damage.zero_block(f, SAMPLE), only, "the bytes are not those that were packed (crc32 ", True),
+    "one bit": (lambda f: damage.flip_bit(f, SAMPLE), only, "the checksum is wrong (crc32 ", True),
+    "a zeroed block": (lambda f: damage.zero_block(f, SAMPLE), only, "the checksum is wrong (crc32 ", True),
     "a truncated shard": (lambda f: damage.cut_shard(f, SAMPLE), neighbours, "bytes before the image does", True),
     "a cut in a header": (lambda f: damage.cut_shard(f, SAMPLE, in_header=True), neighbours, "bytes before the image does", False),
     "a missing shard": (lambda f: damage.shard_path(f, SAMPLE).unlink(), whole_shard, "the shard is missing", False),
@@ -89,7 +89,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Callable[[Path], set[int]], s
     "half an image, crc right": (lambda f: damage.put_image(f, SAMPLE, encoded(height=10, width=12)[:-40]), only, "image file is truncated", True),
     "60,000 x 60,000": (lambda f: damage.put_image(f, SAMPLE, huge_bmp(), width=60_000, height=60_000), only, "60000 x 60000 pixels", True),
     "more pixels than are decoded": (lambda f: damage.rewrite_index(f, SAMPLE, heights=12_000, widths=15_000), only, "more than the 178,956,970", True),
-    "another size than the index": (lambda f: damage.rewrite_index(f, SAMPLE, heights=99), only, "the index says 12 x 99", True),
+    "another size than the index": (lambda f: damage.rewrite_index(f, SAMPLE, heights=99), only, "but 12 x 99 according to the index", True),
     "a label out of range": (lambda f: damage.rewrite_index(f, SAMPLE, labels=7), only, "label 7 is not one of 2 classes", True),
     "a label below 0": (lambda f: damage.rewrite_index(f, SAMPLE, labels=-3), only, "label -3 is not one of 2 classes", True),
 }

@@ -46,7 +46,7 @@ except Exception as error:
 """
     done = in_namespace(code, "64m")
     assert done.returncode == 0, done.stderr
-    assert "/dev/shm has 64 MiB free of 64 MiB, but 3 processes with 4 loader processes each take up to 90 MiB there" in done.stdout
+    assert "/dev/shm has 64 MiB free of 64 MiB, but 3 processes with 4 loader processes each need up to 90 MiB there" in done.stdout
     assert "--shm-size 1g" in done.stdout
     assert "--data.workers N" in done.stdout
 

@@ -31,7 +31,7 @@ def test_a_packed_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
     pack(root, tmp_path / "d")
     first = hashes(tmp_path / "d")
-    with pytest.raises(UserError, match=r"holds a packed data set already; choose another folder, or replace it with --overwrite"):
+    with pytest.raises(UserError, match=r"already holds a packed data set; choose another folder, or replace it with --overwrite"):
         pack(root, tmp_path / "d", seed=1)
     assert hashes(tmp_path / "d") == first
     pack(root, tmp_path / "d", existing="replace", val_fraction=0.4)
@@ -90,7 +90,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
 
     root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"the disk has 0.00 GiB free, packing needs 0.00 GiB"):
+    with pytest.raises(UserError, match=r"the disk has 0.00 GiB free, but packing needs 0.00 GiB"):
         pack(root, tmp_path / "d")
     assert not list((tmp_path / "d").glob("*.tar"))
 
@@ -104,7 +104,7 @@ def test_packing_without_locks_goes_on_with_one_line(
 
     monkeypatch.setattr("dtl.files.fcntl.flock", refuse)
     pack(source, tmp_path / "d", shard_bytes=50_000)
-    assert capsys.readouterr().err.count(f"{tmp_path}/d is on a file system without locks: start no second process that writes there") == 1
+    assert capsys.readouterr().err.count(f"{tmp_path}/d is on a file system without locks: do not start a second process that writes there") == 1
     assert hashes(tmp_path / "d") == hashes(packed)
 
 
@@ -138,7 +138,7 @@ def test_shards_of_others_are_not_taken_for_ours(tmp_path: Path, existing: str) 
             (place / "manifest.json").write_text(manifest)
         before = hashes(place)
         unasked = existing == "refuse" and manifest is not None
-        with pytest.raises(UserError, match="holds a packed data set already" if unasked else "that dtl did not pack"):
+        with pytest.raises(UserError, match="already holds a packed data set" if unasked else "that dtl did not pack"):
             pack(root, place, existing=existing)
         assert hashes(place) == before
 

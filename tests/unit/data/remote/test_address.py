@@ -39,7 +39,7 @@ def test_a_cache_that_others_may_write_is_refused(mode: int, right: bool, tmp_pa
         if right:
             assert cache_place(named) == tmp_path / "cache"
         else:
-            with pytest.raises(UserError, match=r"can be written by other users: chmod 700 .*, or choose to share it with --data.cache-shared true"):
+            with pytest.raises(UserError, match=r"is writable by other users: run chmod 700 .*, or share it with --data.cache-shared true"):
                 cache_place(named)
 
 
@@ -56,5 +56,5 @@ def test_of_a_shared_cache_only_what_is_verified_is_shared(tmp_path: Path) -> No
     own = cache_place(tmp_path, shared=True)
     assert own == tmp_path / f"of-user-{os.geteuid()}" == private_cache(tmp_path, shared=True)
     own.chmod(0o777)
-    with pytest.raises(UserError, match="can be written by other users"):
+    with pytest.raises(UserError, match="is writable by other users"):
         cache_place(tmp_path, shared=True)

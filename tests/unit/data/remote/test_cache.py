@@ -101,7 +101,7 @@ def test_a_failure_is_told_for_a_while_without_asking_again(server: Server, tmp_
     server.always["s-1.tar"] = "500"
     cache = cache_of(server, tmp_path)
     for _ in range(3):
-        with pytest.raises(Unfetched, match=r"s-1.tar cannot be fetched: HTTP 500 Internal Server Error \(2 tries\)"):
+        with pytest.raises(Unfetched, match=r"s-1.tar cannot be downloaded: HTTP 500 Internal Server Error \(2 attempts\)"):
             cache.open(1)
     assert len(server.requests) == 2
     server.always.clear()
@@ -190,7 +190,7 @@ def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch
     for again in (False, True):
         for number in range(8):
             assert len(content(cache, number)) == SIZE
-        assert capfd.readouterr().err.count("is on a file system without locks: processes may fetch a shard twice, and none is evicted") == (not again)
+        assert capfd.readouterr().err.count("is on a file system without locks: a shard may be downloaded twice, and none is evicted") == (not again)
     other = cache_of(server, tmp_path)
     assert len(content(other, 3)) == SIZE
     assert "without locks" not in capfd.readouterr().err, "one line a run, not one of each process"
@@ -200,7 +200,7 @@ def test_a_file_system_without_locks(server: Server, tmp_path: Path, monkeypatch
     (tmp_path / "small").mkdir()
     small = cache_of(server, tmp_path / "small", cache_gb=2 * SIZE / 1e9)
     content(small, 0), content(small, 1)
-    with pytest.raises(UserError, match=r"no shard can be evicted there for another; name a disk of this node with --data.cache-dir, or keep all shards"):
+    with pytest.raises(UserError, match=r"no shard can be evicted from it; choose a local disk with --data.cache-dir, or keep all shards"):
         content(small, 2)
     assert sorted(small.here()) == [0, 1]
 

@@ -38,8 +38,8 @@ def test_shares_of_a_limit(server: Server, tmp_path: Path) -> None:
     assert sum((train.limit or 0, val.limit or 0)) == sum(needed) + 2 * SIZE
     with pytest.raises(UserError) as caught:
         divide(demands, sum(needed) - 1)
-    assert f"{needed[0] // SIZE} of 8 shards, {needed[0] / 1e6:.1f} MB, of a window of 20 shuffled samples" in str(caught.value)
-    assert f"give --data.cache-gb {sum(needed) / 1e9:.5f} or more, or a smaller --data.window" in str(caught.value)
+    assert f"{needed[0] // SIZE} of 8 shards, {needed[0] / 1e6:.1f} MB, for a window of 20 shuffled samples" in str(caught.value)
+    assert f"use --data.cache-gb {sum(needed) / 1e9:.5f} or more, or a smaller --data.window" in str(caught.value)
 
 
 def test_a_full_disk_is_told_with_the_numbers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_full_disk_is_told_with_the_numbers(server: Server, tmp_path: Path, mo
 
     monkeypatch.setattr(cache_room.shutil, "disk_usage", lambda place: Usage)
     cache = cache_of(server, tmp_path)
-    with pytest.raises(UserError, match=r"data.train: its shards need 0.2 MB more in the cache .*, where 0.1 MB are free; name another disk") as caught:
+    with pytest.raises(UserError, match=r"data.train: the shards need 0.2 MB more in the cache .*, but .* only 0.1 MB free; choose another disk") as caught:
         divide([Demand("data.train", cache, uses_of())], None)
     assert "--data.cache-gb (0.00002 or more)" in str(caught.value)
     for number in range(5):

@@ -33,7 +33,7 @@ def refused(server: Server, **options: object) -> str:
     with pytest.raises(Unfetched) as caught:
         got(server, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"{server.url}/a.tar cannot be fetched: ")
+    assert str(caught.value).startswith(f"{server.url}/a.tar cannot be downloaded: ")
     return str(caught.value)
 
 
@@ -121,9 +121,9 @@ def test_without_a_checksum_nothing_is_taken_over(server: Server) -> None:
     ("trouble", "said", "tries"),
     [
         ("500", "HTTP 500 Internal Server Error", 4),
-        ("404", "HTTP 404 Not Found (it is not there)", 1),
+        ("404", "HTTP 404 Not Found (check the address)", 1),
         ("403", "HTTP 403 Forbidden (access is refused, or a signed address has expired)", 1),
-        ("html", "an HTML page ('Please log in') came with status 200, not the file", 4),
+        ("html", "the server sent an HTML page ('Please log in') with status 200 instead of the file", 4),
         ("short", "the connection ended 1,000 bytes early, at 300,000 of 301,000", 4),
         ("drop 0", "the connection ended 300,000 bytes early, at 0 of 300,000", 4),
     ],
@@ -131,24 +131,24 @@ def test_without_a_checksum_nothing_is_taken_over(server: Server) -> None:
 def test_what_stays_wrong_is_said_in_one_line(server: Server, trouble: str, said: str, tries: int) -> None:
     server.always["a.tar"] = trouble
     known = trouble != "short"
-    count = "1 try" if tries == 1 else f"{tries} tries"
+    count = "1 attempt" if tries == 1 else f"{tries} attempts"
     assert refused(server, known=known).endswith(f"{said} ({count})")
     assert len(server.requests) == tries
 
 
 def test_another_file_than_the_manifests(server: Server) -> None:
     (server.folder / "a.tar").write_bytes(DATA[:-1])
-    assert "it has 299,999 bytes at the server, the manifest says 300,000: it was changed" in refused(server)
+    assert "it has 299,999 bytes on the server, but 300,000 according to the manifest: it has changed" in refused(server)
     (server.folder / "a.tar").write_bytes(DATA + b"x")
-    assert "more than the 300,000 bytes of the manifest came" in refused(server)
+    assert "more than the 300,000 bytes stated in the manifest" in refused(server)
     (server.folder / "a.tar").write_bytes(b"x" * len(DATA))
-    assert "its sha256 is not the one in the manifest" in refused(server)
+    assert "its sha256 differs from the one in the manifest" in refused(server)
 
 
 def test_a_silent_server_is_given_up(server: Server) -> None:
     server.always["a.tar"] = "hang"
     begun = time.monotonic()
-    assert "the server does not answer in time (2 tries)" in refused(server, options=DataConfig(retries=1, timeout=0.3))
+    assert "the server does not answer in time (2 attempts)" in refused(server, options=DataConfig(retries=1, timeout=0.3))
     assert time.monotonic() - begun < 3
 
 
@@ -157,10 +157,10 @@ def test_nobody_listens_and_nobody_is_known() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     for url, said in (
-        (f"http://127.0.0.1:{port}/a.tar", "Connection refused (2 tries)"),
-        ("http://no-such-host.invalid/a.tar", "the host is not known"),
-        ("http://[::1/a.tar", "Invalid IPv6 URL (1 try)"),
-        ("nothing://x/a.tar", "nothing:// is no address that can be read"),
+        (f"http://127.0.0.1:{port}/a.tar", "Connection refused (2 attempts)"),
+        ("http://no-such-host.invalid/a.tar", "the host name cannot be resolved"),
+        ("http://[::1/a.tar", "Invalid IPv6 URL (1 attempt)"),
+        ("nothing://x/a.tar", "nothing:// is not supported"),
     ):
         with pytest.raises(Unfetched, match=said.replace("(", r"\(").replace(")", r"\)")):
             fetch(url, io.BytesIO(), options=DataConfig(retries=1, timeout=1.0))
@@ -170,7 +170,7 @@ def test_passwords_and_signatures_stay_out_of_messages(server: Server) -> None:
     url = server.url.replace("http://", "http://me:secret@") + "/b.tar?signature=abc"
     with pytest.raises(Unfetched) as caught:
         fetch(url, io.BytesIO(), options=OPTIONS)
-    assert str(caught.value).startswith(f"{server.url}/b.tar?... cannot be fetched: HTTP 404")
+    assert str(caught.value).startswith(f"{server.url}/b.tar?... cannot be downloaded: HTTP 404")
 
 
 def test_what_is_missing_is_none(server: Server) -> None:

@@ -112,11 +112,11 @@ def test_quarantine_is_taken_along(server: Server, www: Path) -> None:
 
 
 REFUSED = [
-    ("{url}/nothing", r"/nothing holds no manifest.json, and neither does train/, training/ below it; name its tars with braces"),
-    ("{url}/theirs/t-*.tar", r"a web server has no list of its files; name the shards with braces"),
-    ("{url}/theirs/t-{{00..09}}.tar", r"/theirs/t-04.tar cannot be fetched: HTTP 404 Not Found \(it is not there\) \(1 try\)"),
-    ("http://127.0.0.1:9/x", r"http://127.0.0.1:9/x/manifest.json cannot be fetched: Connection refused \(1 try\)"),
-    ("nope://x/y", r"nope:// is no address that can be read"),
+    ("{url}/nothing", r"/nothing holds no manifest.json, neither directly nor in train/, training/; list its tars with braces"),
+    ("{url}/theirs/t-*.tar", r"a web server does not list its files; give the shards with braces"),
+    ("{url}/theirs/t-{{00..09}}.tar", r"/theirs/t-04.tar cannot be downloaded: HTTP 404 Not Found \(check the address\) \(1 attempt\)"),
+    ("http://127.0.0.1:9/x", r"http://127.0.0.1:9/x/manifest.json cannot be downloaded: Connection refused \(1 attempt\)"),
+    ("nope://x/y", r"nope:// is not supported"),
 ]
 
 
@@ -132,14 +132,17 @@ def test_a_remote_manifest_names_nothing_of_this_machine(server: Server, www: Pa
     manifest = json.loads((www / "train/manifest.json").read_text())
     manifest["shards"][0]["url"] = name
     (www / "train/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest.json (names '.*' as a shard, which|is damaged: the shard '.*' lies outside its folder)"):
+    with pytest.raises(
+        UserError,
+        match=r"manifest.json (lists the shard '.*(: a remote manifest may list only|, which is outside)|is damaged: the shard '.*' lies outside its folder)",
+    ):
         open_split(server.url, split="train")
 
 
 def test_a_damaged_manifest_and_index(server: Server, www: Path) -> None:
     index_bytes = (www / "train/index.bin").read_bytes()
     (www / "train/index.bin").write_bytes(index_bytes[:-1] + b"x")
-    with pytest.raises(UserError, match=r"train/index.bin cannot be fetched: its sha256 is not the one in the manifest"):
+    with pytest.raises(UserError, match=r"train/index.bin cannot be downloaded: its sha256 differs from the one in the manifest"):
         open_split(server.url, split="train")
     (www / "train/index.bin").write_bytes(index_bytes)
     (www / "train/manifest.json").write_text("{")
@@ -169,7 +172,9 @@ def test_index_of_remote_tars(server: Server, www: Path, tmp_path: Path, capsys:
 
 def test_a_page_instead_of_a_tar(server: Server, tmp_path: Path) -> None:
     server.always["theirs/t-02.tar"] = "html"
-    with pytest.raises(UserError, match=r"t-02.tar cannot be fetched: an HTML page \('Please log in'\) came with status 200, not the file \(2 tries\)"):
+    with pytest.raises(
+        UserError, match=r"t-02.tar cannot be downloaded: the server sent an HTML page \('Please log in'\) with status 200 instead of the file \(2 attempts\)"
+    ):
         index.run([f"{server.url}/theirs/t-{{00..03}}.tar", "--out", str(tmp_path / "index"), "--retries", "1", "--processes", "1", "--quiet"])
     assert not (tmp_path / "index/manifest.json").exists()
 
@@ -177,21 +182,21 @@ def test_a_page_instead_of_a_tar(server: Server, tmp_path: Path) -> None:
 def test_a_command_whose_pipe_fails(www: Path, tmp_path: Path) -> None:
     """Cut by a failing command: webdataset would take the samples before the cut, and say nothing."""
     command = f"pipe:head -c 9000 {www}/theirs/t-{{00..03}}.tar; exit 7"
-    with pytest.raises(UserError, match=r"t-00.tar; exit 7 cannot be fetched: the command ended with status 7"):
+    with pytest.raises(UserError, match=r"t-00.tar; exit 7 cannot be downloaded: the command exited with status 7"):
         index.run([command, "--out", str(tmp_path / "index"), "--retries", "0", "--processes", "1", "--quiet"])
 
 
 def test_commands_need_consent_unless_they_are_the_source(www: Path, tmp_path: Path) -> None:
     command = f"pipe:cat {www}/theirs/t-{{00..03}}.tar"
     assert index.run([command, "--out", str(tmp_path / "index"), "--processes", "1", "--quiet"]) == 0
-    with pytest.raises(UserError, match=r"reads its shards by commands .* allow it with --data.allow-pipe true"):
+    with pytest.raises(UserError, match=r"reads shards with shell commands .* allow it with --data.allow-pipe true"):
         Shards.open(tmp_path / "index")
     assert Shards.open(tmp_path / "index", DataConfig(allow_pipe=True)).num_samples == 40
     assert open_split(command, split="train", progress=False, processes=1).num_samples == 40
     listed = tmp_path / "list.txt"
     listed.write_text(f"a.tar\n{command}\n")
     numbered(tmp_path / "a.tar", 900, 3)
-    with pytest.raises(UserError, match=r"list.txt names a command .* commands are run from your own config only"):
+    with pytest.raises(UserError, match=r"list.txt contains a command .* commands are run only from your own config"):
         open_split(listed, split="train", progress=False, processes=1)
 
 
@@ -217,10 +222,10 @@ def test_a_shard_that_was_changed_at_the_server(server: Server, www: Path) -> No
     good, bad = shards.read([0, first])
     assert isinstance(good, bytes)
     assert str(bad).startswith(f"{server.url}/train/shard-00001.tar: a sample at byte ")
-    assert "its sha256 is not the one in the manifest: it was changed at the server, or on its way (6 tries)" in str(bad)
+    assert "its sha256 differs from the one in the manifest: it was changed on the server or in transit (6 attempts)" in str(bad)
     asked = len(server.requests)
     assert len(shards.read(np.arange(first, first + 3))) == 3
-    assert len(server.requests) == asked, "the other samples of the shard are not worth six more tries each"
+    assert len(server.requests) == asked, "the other samples of the shard are not worth six more attempts each"
 
 
 # --- proofs
@@ -230,7 +235,7 @@ def test_verify_and_verify_epoch(server: Server, www: Path, capsys: pytest.Captu
     assert verify.run([server.url, "--processes", "1", "--quiet"]) == 0
     with pytest.raises(UserError, match="--quarantine writes beside the manifest, which is remote"):
         verify.run([server.url, "--quarantine"])
-    with pytest.raises(UserError, match="to verify tars of others, write their index first: dtl index"):
+    with pytest.raises(UserError, match="tars need an index before they can be verified: dtl index"):
         verify.run([f"{server.url}/theirs/t-{{00..03}}.tar"])
     hashes = set()
     for source in (f"{server.url}/train", str(www / "train")):
@@ -241,7 +246,7 @@ def test_verify_and_verify_epoch(server: Server, www: Path, capsys: pytest.Captu
     server.always["train/shard-00001.tar"] = "404"
     shutil.rmtree(Path(open_split(server.url, split="train").cache.folder))  # type: ignore[union-attr]
     assert verify.run([f"{server.url}/train", "--processes", "1"]) == 2
-    assert "shard-00001.tar cannot be fetched: HTTP 404" in capsys.readouterr().err
+    assert "shard-00001.tar cannot be downloaded: HTTP 404" in capsys.readouterr().err
 
 
 def test_in_a_notebook(server: Server) -> None:

@@ -35,14 +35,14 @@ def test_a_redirect_never_leads_to_a_local_file(server: Server, tmp_path: Path, 
     server.always["a.tar"] = f"302 {address}"
     with pytest.raises(Unfetched) as caught:
         fetch(f"{server.url}/a.tar", file, options=OPTIONS)
-    assert str(caught.value).endswith("and only http and https are followed (1 try)")
+    assert str(caught.value).endswith("but only http and https are followed (1 attempt)")
     assert file.getvalue() == b""
     assert {name for name, _, _ in server.requests} == {"a.tar"}
 
 
 def test_redirects_that_lead_in_a_circle_end(server: Server) -> None:
     server.always["a.tar"], server.always["b.tar"] = "302 b.tar?token=x", "302 a.tar"
-    with pytest.raises(Unfetched, match=r"HTTP 302 for the 11th time in a row .* it leads in a circle") as caught:
+    with pytest.raises(Unfetched, match=r"HTTP 302 is redirect number 11 in a row .* too many redirects") as caught:
         fetch_bytes(f"{server.url}/a.tar", options=OPTIONS)
     assert "token" not in str(caught.value)
 
@@ -113,9 +113,9 @@ def test_an_answer_without_end_is_left_at_its_limit(headers: bytes) -> None:
     [
         (OK, b"X-More: 1\r\n", 0.0, "got more than 100 headers"),
         (OK, b"x" * 10_000, 0.0, "header line"),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001, "nothing of use came for 1 s"),
-        (OK, b"x", 0.05, "nothing of use came for 1 s"),
-        (OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n", b"X-Trailer: 1\r\n", 0.001, "nothing of use came for 1 s"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001, "no file data was received for 1 s"),
+        (OK, b"x", 0.05, "no file data was received for 1 s"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n", b"X-Trailer: 1\r\n", 0.001, "no file data was received for 1 s"),
         (b"HTTP/1.1 302 Found\r\nLocation: ftp://x/\r\n\r\n", b"x" * 65536, 0.0, "only http and https are followed"),
     ],
 )

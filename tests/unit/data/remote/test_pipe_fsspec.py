@@ -41,12 +41,12 @@ def test_the_output_of_a_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("cat {tmp}/a.tar; exit 3", "the command ended with status 3 (2 tries)"),
-        ("cat {tmp}/a.tar; echo 'no such bucket' >&2; false", "the command ended with status 1: no such bucket (2 tries)"),
-        ("cat {tmp}/nothing | cat", "the command ended with status 1: cat: {tmp}/nothing: No such file or directory (2 tries)"),
-        ("no-such-program", "command not found (1 try)"),
-        ("kill -9 $$", "the command was ended by signal 9 (2 tries)"),
-        ("sleep 20", "the command gave no byte for 1 s (2 tries)"),
+        ("cat {tmp}/a.tar; exit 3", "the command exited with status 3 (2 attempts)"),
+        ("cat {tmp}/a.tar; echo 'no such bucket' >&2; false", "the command exited with status 1: no such bucket (2 attempts)"),
+        ("cat {tmp}/nothing | cat", "the command exited with status 1: cat: {tmp}/nothing: No such file or directory (2 attempts)"),
+        ("no-such-program", "command not found (1 attempt)"),
+        ("kill -9 $$", "the command was killed by signal 9 (2 attempts)"),
+        ("sleep 20", "the command printed nothing for 1 s (2 attempts)"),
     ],
 )
 def test_a_failing_command_is_an_error(tmp_path: Path, command: str, said: str) -> None:
@@ -74,7 +74,7 @@ def test_what_fsspec_reads(tmp_path: Path) -> None:
             buffer = io.BytesIO(begin)
             assert fetch(url, buffer, options=OPTIONS, size=len(DATA), sha256=SHA) == Fetched(len(DATA), SHA)
             assert buffer.getvalue() == DATA
-    with pytest.raises(Unfetched, match=r"file://.*/b.tar cannot be fetched: it is not there \(1 try\)"):
+    with pytest.raises(Unfetched, match=r"file://.*/b.tar cannot be downloaded: file not found \(1 attempt\)"):
         fetch(f"file://{tmp_path}/b.tar", io.BytesIO(), options=OPTIONS)
 
 

@@ -250,8 +250,8 @@ def test_class_maps(packed: Path) -> None:
     train = Manifest.read(packed)
     check_class_maps(train, train)
     for classes, message in [
-        (("ant", "bee", "dog"), "validation has class 'dog' which training does not know"),
-        (("bee", "ant", "cat"), "another order: label 0 is 'ant' in training and 'bee' in validation"),
+        (("ant", "bee", "dog"), "the validation data has class 'dog', which the training data does not have"),
+        (("bee", "ant", "cat"), "different orders: label 0 is 'ant' in training and 'bee' in validation"),
         (("ant", "cat"), "was packed without class 'bee'"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -41,7 +41,7 @@ def test_a_file_that_is_not_whole_is_refused_wherever_it_was_cut(tmp_path: Path)
     whole = place.read_bytes()
     for size in range(len(whole)):
         place.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"is not a table of names|is cut short|bytes where"):
+        with pytest.raises(UserError, match=r"is not a table of names|is truncated|bytes where"):
             StringTable.read(place)
     place.write_bytes(whole + b"x")
     with pytest.raises(UserError, match=f"has {len(whole) + 1} bytes where {len(whole)} are expected"):
@@ -56,5 +56,5 @@ def test_offsets_that_do_not_grow_are_refused_before_anything_is_taken(tmp_path:
     place.write_bytes(data)
     table = StringTable.read(place)
     assert [table[number] for number in range(3)] == ["aabbcc", "", "cc"]
-    with pytest.raises(UserError, match="its offsets do not grow"):
+    with pytest.raises(UserError, match="its offsets do not increase"):
         table.take(np.array([0, 1]))

@@ -92,10 +92,10 @@ def _pointers() -> bytes:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (pickle.dumps(_Evil()), "it asks for (posix|nt).system, which no array needs"),
-        (b"garbage", "is no CIFAR batch"),
-        (_pointers(), "is no CIFAR batch: an array has elements of type .O8, which are no numbers"),
-        (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [[0]]}), "a list stands where an array or a list of numbers belongs"),
+        (pickle.dumps(_Evil()), "it refers to (posix|nt).system, which a CIFAR batch does not need"),
+        (b"garbage", "is not a CIFAR batch"),
+        (_pointers(), "is not a CIFAR batch: an array has elements of type .O8, which are not numbers"),
+        (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [[0]]}), "expected an array or a list of numbers, found a list"),
         (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0], "filenames": [3]}), "no list filenames of 1 names"),
         (pickle.dumps([1]), "it holds a list"),
         (pickle.dumps({"data": 1}), "it has data, not data and labels"),
@@ -127,7 +127,7 @@ def test_class_names_of_cifar_that_are_none(tmp_path: Path) -> None:
     folder = _cifar10(tmp_path / "c")
     for content in ({}, {"label_names": 3}, {"label_names": []}):
         (folder / "batches.meta").write_bytes(pickle.dumps(content))
-        with pytest.raises(UserError, match=r"batches.meta is no file of CIFAR: it has no list label_names"):
+        with pytest.raises(UserError, match=r"batches.meta is not a CIFAR file: it has no list label_names"):
             open_source(folder)
 
 

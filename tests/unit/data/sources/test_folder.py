@@ -124,7 +124,7 @@ def test_val_goes_before_test_and_is_told(tmp_path: Path) -> None:
     assert source.split_names == ("train", "val", "test")
     assert {name.split("/")[0] for name in names(source)} == {"train", "valid", "test"}
     assert "'valid' is used for validation, 'test' is kept apart" in notes(source)
-    assert "left out beside train and valid: 'extra'" in notes(source)
+    assert "other folders than train and valid left out: 'extra'" in notes(source)
 
 
 def test_classes_that_are_called_train_and_test(tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def test_given_classes_fix_the_numbers(tmp_path: Path) -> None:
     source = open_source(tmp_path, classes=["a", "b", "c"])
     assert source.classes == ("a", "b", "c")
     assert source.labels.tolist() == [0, 2, 2]
-    with pytest.raises(UserError, match="1 class that the given class list does not know: 'c'; known are 'a', 'b'"):
+    with pytest.raises(UserError, match="1 class that the given class list does not have: 'c'; it has 'a', 'b'"):
         open_source(tmp_path, classes=["a", "b"])
 
 
 def test_empty_class_folder_is_refused_or_left_out(tmp_path: Path) -> None:
     image_folder(tmp_path, {"a": 1, "b": 1, "c": 0})
-    with pytest.raises(UserError, match="class folder 'c' holds no image; remove what is no class"):
+    with pytest.raises(UserError, match="class folder 'c' holds no image; remove folders that are not classes"):
         open_source(tmp_path)
     source = open_source(tmp_path, on_error="skip")
     assert source.classes == ("a", "b")
@@ -241,10 +241,10 @@ def _make(root: Path, case: str) -> Path:
         ("train alone", r"has only one class, 'train'; did you mean .*photos/train, which has 2 folders\?"),
         (
             "loose images",
-            r"has 1 image directly in it and no images in class folders; put each class in a folder of its own \(photos/CLASS/1.jpg\)",
+            r"has 1 image directly in it and no images in class folders; put each class in its own folder \(photos/CLASS/1.jpg\)",
         ),
         ("other files", r"holds no images, only other files \('a/x.txt'\)"),
-        ("unknown in val", r"photos/val has images of 1 class that training does not know: 'wasp'; known are 'a', 'b'"),
+        ("unknown in val", r"photos/val has images of 1 class that training does not have: 'wasp'; it has 'a', 'b'"),
         ("empty val", r"photos/val holds no images"),
     ],
 )

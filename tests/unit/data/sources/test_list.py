@@ -85,7 +85,7 @@ def test_many_missing_files_are_counted(tmp_path: Path) -> None:
 def test_csv_without_header_and_a_file_that_is_no_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 1: a CSV list begins with a header that names a path and a label column"):
         open_source(_listed(tmp_path, "ants/0000.jpg,ant\n", "list.csv"))
-    with pytest.raises(UserError, match="is not a list: it is no UTF-8 text"):
+    with pytest.raises(UserError, match="is not a list: it is not UTF-8 text"):
         open_source(tmp_path / "ants" / "0000.jpg")
 
 

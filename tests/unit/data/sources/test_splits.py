@@ -95,7 +95,7 @@ def test_folders_within_folders_of_the_same_name(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert source.classes == ("ants", "bees")
     assert source.split_names == ("train", "val")
-    assert "left out beside seg_train and seg_test: 'seg_pred'" in source.notes
+    assert "other folders than seg_train and seg_test left out: 'seg_pred'" in source.notes
 
 
 @pytest.mark.parametrize(
@@ -132,19 +132,19 @@ def test_splits_never_become_classes(tmp_path: Path, train: str, others: tuple[s
 def test_without_a_folder_for_training(tmp_path: Path, inside: bool) -> None:
     for name in ("val", "Test"):
         classes_in(tmp_path / name) if inside else image_folder(tmp_path, {name: 2})
-    with pytest.raises(UserError, match=r"has folders for val and test only \('Test', 'val'\), and none for training; call that one train"):
+    with pytest.raises(UserError, match=r"has only folders for val and test \('Test', 'val'\), and none for training; name the training folder train"):
         open_source(tmp_path)
 
 
 def test_two_folders_that_might_be_train(tmp_path: Path) -> None:
     for name in ("old_train", "new_train", "new_test"):
         classes_in(tmp_path / name)
-    with pytest.raises(UserError, match=r"has 2 folders for train: new_train, old_train; keep one of them there"):
+    with pytest.raises(UserError, match=r"has 2 folders for train: new_train, old_train; keep only one of them"):
         open_source(tmp_path)
     (tmp_path / "old_train").rename(tmp_path / "train")
     source = open_source(tmp_path)
     assert source.names[0] == "train/ants/1.jpg"
-    assert "left out beside train and new_test: 'new_train'" in source.notes
+    assert "other folders than train and new_test left out: 'new_train'" in source.notes
 
 
 @settings(max_examples=50, deadline=None)

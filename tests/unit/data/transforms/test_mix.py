@@ -124,7 +124,7 @@ def test_memory_format_and_type_stay() -> None:
 @pytest.mark.parametrize("slots", [[1, 2, 3], [0, 2, 3, 5], [0, 1, 2, 4], [0, 2], [1, 0]])
 def test_a_parted_pair_is_our_mistake(slots: list[int]) -> None:
     images, targets = _batch(len(slots))
-    with pytest.raises(AssertionError, match="part a pair"):
+    with pytest.raises(AssertionError, match="separate a pair"):
         mix_batch(images, targets, np.array(slots), mixup=1.0, cutmix=0.0, **KEYS)
 
 

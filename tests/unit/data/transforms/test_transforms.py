@@ -273,7 +273,7 @@ def test_an_image_of_another_size_than_indexed_is_refused() -> None:
     transform = eval_transform(image_size=8)
     draws = transform.draw([0], [20], [10], seed=0, epoch=0)
     out = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"decoded to \(20, 10, 3\), the index says \(10, 20, 3\)"):
+    with pytest.raises(ValueError, match=r"decoded to \(20, 10, 3\), but \(10, 20, 3\) according to the index"):
         transform.apply(np.zeros((20, 10, 3), np.uint8), draws, 0, out)
 
 

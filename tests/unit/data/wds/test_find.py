@@ -40,7 +40,7 @@ REFUSED_SOURCES = [
     ("{tmp}/empty", "holds no tar files"),
     ("{tmp}/t-{{0..3.tar", "does not exist"),
     ("http://host/t-{{00..01}}.tar", "choose a folder for it with --out FOLDER"),
-    ("{tmp}/text.tar", "this is no tar header .it looks like text."),
+    ("{tmp}/text.tar", "not a tar header .it looks like text."),
 ]
 
 
@@ -58,7 +58,7 @@ def test_a_folder_of_several_splits_is_refused_with_the_command(tmp_path: Path) 
     numbered(tmp_path / "in-train-0.tar", 0, 3)
     numbered(tmp_path / "in-train-1.tar", 5, 3)
     numbered(tmp_path / "in-validation-0.tar", 10, 3)
-    with pytest.raises(UserError, match="holds the shards of train, val; index each split by itself") as refused:
+    with pytest.raises(UserError, match="holds the shards of train, val; index each split separately") as refused:
         indexed(tmp_path)
     arguments = str(refused.value).partition("dtl index ")[2].replace("'", "").split()
     assert command.run([*arguments, "--quiet"]) == 0

@@ -63,14 +63,14 @@ def test_keys_and_members_that_are_there_twice(tmp_path: Path) -> None:
     a, b, other = sample("a", 0, seed=1), sample("b", 1, seed=2), sample("a", 1, seed=3)
     with pytest.raises(UserError, match=r"x.tar: two samples have the key a \(samples 0 and 2 of the shard\)"):
         indexed(write_tar(tmp_path / "x.tar", [*a, *b, *other]))
-    with pytest.raises(UserError, match=r"x.tar: member a.jpg at byte \d+ is there twice"):
+    with pytest.raises(UserError, match=r"x.tar: member a.jpg at byte \d+ occurs twice"):
         indexed(write_tar(tmp_path / "x.tar", [a[0], a[0], a[1]]))
 
 
 def test_the_same_shard_twice(tmp_path: Path) -> None:
     path = numbered(tmp_path / "a.tar", 0, 3)
     (tmp_path / "link.tar").symlink_to(path)
-    with pytest.raises(UserError, match=r"link.tar is named twice"):
+    with pytest.raises(UserError, match=r"link.tar is given twice"):
         indexed(tmp_path)
     (tmp_path / "link.tar").unlink()
     (tmp_path / "b.tar").write_bytes(path.read_bytes())
@@ -91,12 +91,12 @@ def test_two_folders_need_a_place_for_the_index(tmp_path: Path) -> None:
 def test_an_index_or_a_packed_set_that_is_there(tmp_path: Path) -> None:
     path = numbered(tmp_path / "t" / "a.tar", 0, 3)
     first = indexed(path).dataset_id
-    with pytest.raises(UserError, match=r"has an index already; .*--overwrite"):
+    with pytest.raises(UserError, match=r"already has an index; .*--overwrite"):
         indexed(path)
     assert indexed(path, existing="replace").dataset_id == first
     pack(image_folder(tmp_path / "photos", {"a": 2, "b": 2}), tmp_path / "packed", processes=1, progress=False)
     before = (tmp_path / "packed/manifest.json").read_bytes()
-    with pytest.raises(UserError, match="was packed by dtl and has its index"):
+    with pytest.raises(UserError, match="was packed by dtl and already has an index"):
         indexed(tmp_path / "packed", existing="replace")
     assert (tmp_path / "packed/manifest.json").read_bytes() == before
 
@@ -130,7 +130,7 @@ def test_a_folder_of_tars_is_indexed_once_into_the_cache(tmp_path: Path) -> None
     path = numbered(tmp_path / "t" / "a.tar", 0, 6)
     said: list[str] = []
     folder = given_to_training(tmp_path, tmp_path / "t", said)
-    assert said[0] == f"indexing {tmp_path / 't'} (1 WebDataset shard) into {folder}; they stay as they are"
+    assert said[0] == f"indexing {tmp_path / 't'} (1 WebDataset shard) into {folder}; the shards themselves are not changed"
     assert said[1] == "  6 images of 3 classes"
     assert list((tmp_path / "t").iterdir()) == [path]
     shards = Shards.open(folder)

@@ -32,14 +32,14 @@ def test_several_members_a_key_and_members_of_no_sample(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     report = index_shards([path], processes=1, progress=False)
     check_like_webdataset(Shards.open(report.folder), [path])
-    assert report.notes == ("3 members belong to no sample (the first: README): hidden, without an extension, or __named__ so",)
+    assert report.notes == ("3 members of the tars belong to no sample (the first: README): hidden, without an extension, or named like __this__",)
 
 
 def broken_samples() -> dict[str, tuple[list[tuple[str, bytes]], str]]:
     good = encoded(seed=3)
     return {
         "no image": ([("b.cls", b"1")], "it has no image, only .cls"),
-        "no label": ([("b.jpg", good)], "it has no cls, and no folder in its key that could be its label, only .jpg"),
+        "no label": ([("b.jpg", good)], "it has no .cls, and no folder in its key that could be its label, only .jpg"),
         "empty image": ([("b.jpg", b""), ("b.cls", b"1")], "its image: the file is empty (0 bytes)"),
         "no picture": ([("b.jpg", b"<html>404</html>"), ("b.cls", b"1")], "its image: not an image (an HTML page)"),
         "two images": ([("b.jpg", good), ("b.png", good), ("b.cls", b"1")], "it has 2 images: .jpg, .png; choose one with --image-field"),
@@ -57,7 +57,7 @@ def test_a_sample_that_cannot_be_used(tmp_path: Path, which: str) -> None:
     with pytest.raises(UserError) as refused:
         indexed(path)
     message = str(refused.value)
-    assert message.startswith(f"1 sample is not usable: {path}: sample b at byte ")
+    assert message.startswith(f"1 sample cannot be used: {path}: sample b at byte ")
     assert reason in message
     assert "--on-error skip" in message
     assert not (tmp_path / "manifest.json").exists()

@@ -104,7 +104,7 @@ def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "whole.tar").unlink()
     for size in [*cut_everywhere(ends), *range(ends - 1024, ends + 1, 128), ends + 512, ends + 513, ends + 1023]:
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"cut.tar: damaged at byte \d+: .*(it was cut|0 bytes).*; get the shard anew"):
+        with pytest.raises(UserError, match=r"cut.tar: damaged at byte \d+: .*(it is truncated|0 bytes).*; copy or download the shard again"):
             indexed(path)
     path.write_bytes(whole[: ends + 1024])
     assert indexed(path).num_samples == 5, "the two zero blocks are enough"
@@ -120,20 +120,20 @@ def test_a_damaged_header_is_refused_wherever_it_is(tmp_path: Path) -> None:
             data = bytearray(whole)
             data[start + place] ^= 4
             path.write_bytes(data)
-            with pytest.raises(UserError, match=rf"a.tar: damaged at byte {start}: this is no tar header"):
+            with pytest.raises(UserError, match=rf"a.tar: damaged at byte {start}: not a tar header"):
                 indexed(path)
         path.write_bytes(whole[:start] + bytes(512) + whole[start + 512 :])
         with pytest.raises(UserError, match=r"a.tar: damaged at byte \d+"):
             indexed(path)
     path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="bytes behind the end mark"):
+    with pytest.raises(UserError, match="data after the end of the tar"):
         indexed(path)
 
 
 def test_what_is_no_tar(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(b"<!doctype html><html>Not found</html>" + b" " * 600)
-    with pytest.raises(UserError, match=r"at byte 0: this is no tar header \(it looks like an HTML page\)"):
+    with pytest.raises(UserError, match=r"at byte 0: not a tar header \(it looks like an HTML page\)"):
         indexed(path)
 
 

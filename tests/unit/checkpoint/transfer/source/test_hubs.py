@@ -27,7 +27,7 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(hubs, "fetch_file", _no_network)
-    with pytest.raises(UserError, match=r"https://.*resnet18-.*\.pth cannot be fetched.*put the file at .*resnet18-.*\.pth"):
+    with pytest.raises(UserError, match=r"https://.*resnet18-.*\.pth cannot be downloaded.*put the file at .*resnet18-.*\.pth"):
         read_weights("torchvision:resnet18")
     with pytest.raises(UserError, match=r"no such weights.*resnet18"):
         read_weights("torchvision:resnet81")
@@ -58,7 +58,7 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_network(*_args: object, **_kwargs: object) -> None:
-    raise Unfetched("https://host/resnet18-f37072fd.pth cannot be fetched: no network")
+    raise Unfetched("https://host/resnet18-f37072fd.pth cannot be downloaded: no network")
 
 
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             read = read_weights(f"{address}/{folder}/w.pth#net.")
             assert read.prefix == "net."
             assert float(read.tensors["net.0.bias"][0]) == number
-        with pytest.raises(UserError, match=r"missing.pth cannot be fetched.*404.*put the file at"):
+        with pytest.raises(UserError, match=r"missing.pth cannot be downloaded.*404.*put the file at"):
             read_weights(f"{address}/missing.pth")
         server.shutdown()
     assert float(read_weights(f"{address}/b/w.pth").tensors["net.0.bias"][0]) == 1
