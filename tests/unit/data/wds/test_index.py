@@ -74,7 +74,7 @@ def test_the_same_shard_twice(tmp_path: Path) -> None:
         indexed(tmp_path)
     (tmp_path / "link.tar").unlink()
     (tmp_path / "b.tar").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"b.tar is a copy of .*a.tar; each of its samples would count twice"):
+    with pytest.raises(UserError, match=r"b.tar is a copy of .*a.tar, and each sample would count twice; give only one of them"):
         indexed(tmp_path)
 
 
