@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 from dtl.errors import UserError
 
@@ -128,6 +129,23 @@ def make_folder(folder: Path) -> None:
         raise OSError(errno.ENOTDIR, "it is a link, not a folder", str(folder))
 
 
+def clear_folder(folder: Path, made: re.Pattern[str]) -> None:
+    """Delete the entries of these names, and the folder where nothing else is in it. Of a link only the link."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if made.fullmatch(entry.name):
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
+        folder.rmdir()
+
+
+TEMPORARY = r"\..+\.[0-9a-f]{8}"
+"""The names that `write_whole` gives its temporary files begin so; `temporary_suffix` ends them."""
+
+
 def temporary_suffix() -> str:
     """The end of temporary names. It names the node, so that its leftovers are not taken for files that another node is writing."""
     return f".{socket.gethostname()}.tmp"
@@ -219,6 +237,23 @@ def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().data)
     return digest.hexdigest()
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """A file for `flock`, made where it is not there. UserError for what is no regular file: a named pipe would wait, a link make a file elsewhere."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise UserError(f"{path}: it is {'a link' if error.errno == errno.ELOOP else 'a folder'}, not a regular file") from None
+        raise
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    try:
+        check_regular(path, os.fstat(descriptor))
+    except BaseException:
+        file.close()
+        raise
+    return cast(BinaryIO, file)
 
 
 def flock(file: IO[Any] | int, *, wait: bool = True) -> Literal["held", "busy", "none"]:

@@ -25,7 +25,7 @@ from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folder
 from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
-from dtl.files import flock
+from dtl.files import flock, open_lock
 from dtl.text import Log, counted, to_nobody, to_stdout
 
 _MOST_LISTED = 10  # images in one line of trouble
@@ -254,7 +254,7 @@ def _locked(path: Path, work: str, log: Log) -> Iterator[None]:
     Without locks two processes may do the same `work` at the same time, which is waste, not harm.
     """
     try:
-        file = path.open("a")
+        file = open_lock(path)
     except OSError as error:
         raise UserError(f"the cache {path.parent} cannot be written: {error.strerror}; choose another one (data.cache_dir or $DTL_CACHE)") from None
     with file:

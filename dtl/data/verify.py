@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -99,9 +97,9 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
     # The reason from reading an image is more helpful than that from the tar's structure, so it comes first.
     of_images: dict[int, list[Finding]] = {}
     of_shards: dict[int, list[Finding]] = {}
-    with tempfile.TemporaryDirectory(prefix="dtl-verify-") as work, PackProgress(visible=progress) as shown:
+    with PackProgress(visible=progress) as shown:
         far = None if shards.cache is None else options.model_dump(mode="json")
-        (Path(work) / "job.json").write_text(json.dumps({"split": str(folder.absolute()), "options": far, "limits": asdict(shards.limits)}), encoding="utf-8")
+        facts = {"split": str(folder.absolute()), "options": far, "limits": asdict(shards.limits)}
         shown.start("verifying", shards.num_samples)
 
         def done(answer: dict[str, Any]) -> None:
@@ -109,7 +107,7 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
             findings.setdefault(answer["shard"], []).extend((s, o, r) for s, o, r in answer["findings"])
             shown.advance(answer["samples"])
 
-        run_tasks(VERIFYING, Path(work), _tasks(shards), processes=_processes(shards, processes), done=done)
+        run_tasks(VERIFYING, facts, _tasks(shards), processes=_processes(shards, processes), done=done)
     for number in range(len(shards.shard_sizes)):
         _judge(shards, number, [*of_images.get(number, []), *of_shards.get(number, [])], report)
     if quarantine:

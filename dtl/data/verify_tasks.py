@@ -5,9 +5,7 @@ An answer is {"kind", "shard", "samples" done, "findings": [[sample, offset, rea
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +38,7 @@ class VerifyJob:
     """Labels in the tars are class names, not numbers."""
 
 
-def open_job(folder: Path) -> VerifyJob:
-    facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+def open_job(facts: dict[str, Any]) -> VerifyJob:
     options = None if facts["options"] is None else options_of_helper(facts["options"])
     shards = Shards.open(facts["split"], options, whole=True)
     shards.limits = Limits(**facts["limits"])

@@ -4,8 +4,8 @@ Not `multiprocessing`: its spawn runs the caller's main module again in every ch
 without a `__main__` guard it is an error), and its fork copies a process that may have threads and a CUDA context. Tasks and answers
 are JSON lines; a child ends when its input ends, so also when the parent is killed.
 
-What is done is a module, by its name: `open_job(folder) -> job` reads the working folder once a process, `run_task(job, task)` does one
-task and returns its answer, which JSON can hold.
+What is done is a module, by its name: `open_job(facts) -> job` is called once a process, with what the parent knows of the job;
+`run_task(job, task)` does one task and returns its answer. JSON can hold facts, tasks and answers; none of them is read from a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -33,15 +32,15 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SECONDS_TO_KNOW = 2.0
 
 
-def run_tasks(work: str, folder: Path, tasks: Iterable[dict[str, Any]], *, processes: int, done: Callable[[Any], None]) -> None:
+def run_tasks(work: str, facts: dict[str, Any], tasks: Iterable[dict[str, Any]], *, processes: int, done: Callable[[Any], None]) -> None:
     """Run all tasks, in this process where `processes` is 1; `done(answer)` after each, in any order. The first error ends it all."""
     if processes == 1:
         module = importlib.import_module(work)
-        job = module.open_job(folder)
+        job = module.open_job(dict(facts))
         for task in tasks:
             done(module.run_task(job, task))
         return
-    children = [_Child(work, folder) for _ in range(processes)]
+    children = [_Child(work, facts) for _ in range(processes)]
     try:
         for answer in _run_parallel(children, iter(tasks)):
             done(answer)
@@ -83,16 +82,20 @@ def _run_parallel(children: list[_Child], tasks: Iterator[dict[str, Any]]) -> It
 class _Child:
     """One worker process, asked one task at a time."""
 
-    def __init__(self, work: str, folder: Path) -> None:
-        command = fresh_python("dtl.data.workers", "serve", work, str(folder))
+    def __init__(self, work: str, facts: dict[str, Any]) -> None:
+        command = fresh_python("dtl.data.workers", "serve", work)
         # A session of its own: Ctrl-C reaches the parent, which closes the children in good order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment())
         self._closed = False
+        self._facts: dict[str, Any] | None = facts  # goes with the first task
 
     def ask(self, task: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
+            if self._facts is not None:
+                self._process.stdin.write(json.dumps(self._facts) + "\n")
+                self._facts = None
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
@@ -122,11 +125,14 @@ class _Child:
                 stream.close()
 
 
-def serve(work: str, folder: str) -> None:
-    """The child's life: a task a line in, an answer a line out."""
+def serve(work: str) -> None:
+    """The child's life: the job in the first line, then a task a line in, an answer a line out."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not be taken for an answer
     module = importlib.import_module(work)
-    job = module.open_job(Path(folder))
+    first = sys.stdin.readline()
+    if not first:
+        return
+    job = module.open_job(json.loads(first))
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"kind": "done", "answer": module.run_task(job, json.loads(line))}

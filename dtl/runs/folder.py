@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -36,7 +35,7 @@ from types import TracebackType
 from typing import Annotated, Any
 
 from dtl.errors import UserError
-from dtl.files import write_json_whole
+from dtl.files import clear_folder, write_json_whole
 from dtl.machine import pid_space, process_start
 from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
@@ -170,10 +169,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run has left here; what the user has put beside it stays."""
-        _clear(self.path / "checkpoints", _CHECKPOINT)
-        _clear(self.path / "model", re.compile(r"model\.(json|safetensors)"))
-        _clear(self.path / "report", REPORT_FILE)
-        _clear(self.path, re.compile(r"(history|bad_samples)\.jsonl|(transfer|status)\.json|\.model\.before|\.writing-model-\d+"))
+        clear_folder(self.path / "checkpoints", _CHECKPOINT)
+        clear_folder(self.path / "model", re.compile(r"model\.(json|safetensors)"))
+        clear_folder(self.path / "report", REPORT_FILE)
+        clear_folder(self.path, re.compile(r"(history|bad_samples)\.jsonl|(transfer|status)\.json|\.model\.before|\.writing-model-\d+"))
 
     def count_starts(self, step: int) -> int:
         """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""
@@ -312,19 +311,6 @@ def _is_no_content(entry: os.DirEntry[str]) -> bool:
         return True
     with os.scandir(entry.path) as inside:
         return all(one.name == "lost+found" for one in inside)
-
-
-def _clear(folder: Path, made: re.Pattern[str]) -> None:
-    """Delete the entries of these names, and the folder where nothing else is in it. Of a link only the link."""
-    with suppress(OSError):
-        for entry in list(os.scandir(folder)):
-            if made.fullmatch(entry.name):
-                with suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                    else:
-                        os.unlink(entry.path)
-        folder.rmdir()
 
 
 def newest_incarnation(path: str | Path) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
-import shutil
+import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from dtl.data.packing.job import LOCK_NAME
+from dtl.data.packing.job import LOCK_NAME, MADE
 from dtl.data.shards.index import INDEX_NAME, PATHS_NAME
 from dtl.data.shards.manifest import INDEXED, MANIFEST_NAME
 from dtl.data.sources.splits import SPLIT_WORDS
 from dtl.errors import UserError
-from dtl.files import flock, make_folder, temporary_suffix
+from dtl.files import TEMPORARY, clear_folder, flock, make_folder, open_lock, temporary_suffix
 from dtl.text import to_stderr
 from dtl.untrusted import read_json
 
@@ -26,7 +27,7 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAM
 
 
 def prepare_destination(place: Path, existing: Existing) -> Path:
-    """Make the destination ready and return the working folder in it. What is not ours is never removed."""
+    """Check the destination and return the working folder in it. Nothing is removed yet: another process may be packing into it."""
     if place.exists() and not place.is_dir():
         raise UserError(f"{place} is a file; the destination must be a folder")
     # A node of its own: two of them may pack into one cache on a shared disk, each with its own intermediate results.
@@ -37,42 +38,46 @@ def prepare_destination(place: Path, existing: Existing) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
         make_folder(work)  # before anything goes: it marks a half-deleted folder as ours
-        if existing != "join":
-            _make_room(place, interrupted=interrupted)
     except OSError as error:
         raise UserError(f"{place} cannot be written: {error.strerror}") from None
     return work
 
 
 @contextmanager
-def working_alone(work: Path, place: Path, *, quiet: bool = False) -> Iterator[None]:
+def working_alone(work: Path, place: Path, made: re.Pattern[str], *, quiet: bool = False) -> Iterator[None]:
     """Hold the working folder; a second packing into the same destination on this node is refused.
 
+    What is in it under other names than `made` is somebody else's, and refused: the folder is cleared at the end.
     Without locks it continues, and prints that unless `quiet`: what two processes write there at the same time may be mixed up.
     """
-    with (work / LOCK_NAME).open("a") as file:
+    with open_lock(work / LOCK_NAME) as file:
         lock = flock(file, wait=False)
         if lock == "busy":
             raise UserError(f"another process is packing into {place} now; wait for it or choose another folder")
         if lock == "none" and not quiet:
             to_stderr(f"{place} is on a file system without locks: do not start a second process that writes there")
+        with os.scandir(work) as found:
+            others = sorted(entry.name for entry in found if not (made.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)))
+        if others:
+            raise UserError(f"{work}: it holds '{others[0]}', which dtl did not make; move it out of this folder, or choose another destination")
+        temporary = re.compile(TEMPORARY + re.escape(temporary_suffix()))
         for folder in (work, *_split_folders(place)) if lock == "held" else ():
-            for leftover in folder.glob(f".*{temporary_suffix()}"):
-                leftover.unlink(missing_ok=True)
+            for leftover in folder.iterdir():
+                if temporary.fullmatch(leftover.name) and (leftover.is_symlink() or not leftover.is_dir()):
+                    leftover.unlink(missing_ok=True)
         yield
 
 
 @contextmanager
-def clear_errors(place: Path, *, remove: bool = True, hint: str = "") -> Iterator[None]:
-    """A full disk and a folder that cannot be written are one clear line; with `remove` a full disk gets back what was packed."""
+def clear_errors(place: Path, *, work: Path | None = None, hint: str = "") -> Iterator[None]:
+    """A full disk and a folder that cannot be written are one clear line. With `work`, a working folder that is held, a full disk gets back what was packed."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            if remove:
+            if work is not None:
                 remove_ours(place)
-                for work in place.glob(".packing-*"):
-                    shutil.rmtree(work, ignore_errors=True)
+                clear_folder(work, MADE)
             raise UserError(f"{place}: the disk is full ({error.strerror}); nothing was kept{hint}") from None
         if error.errno in _UNWRITABLE:
             where = f" ({error.filename})" if error.filename and str(error.filename) != str(place) else ""
@@ -97,10 +102,11 @@ def _check_room(place: Path, *, interrupted: bool, replace: bool) -> None:
         raise UserError(f"{place} is not empty (it holds '{found[0]}'{' and more' if len(found) > 1 else ''}{ours}); choose a new folder")
 
 
-def _make_room(place: Path, *, interrupted: bool) -> None:
+def make_room(place: Path, *, go_on: bool) -> None:
+    """Remove what was packed into a destination that was checked and is held; to `go_on` with it, the manifests alone. What is not ours stays."""
     for folder in _split_folders(place):
         (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: without it the folder is not a data set
-    if not interrupted:
+    if not go_on:
         remove_ours(place)
 
 

@@ -1,6 +1,6 @@
 """The working folder of one packing: all that its processes need, on disk, so that they start empty and an interrupted one resumes.
 
-    job.json           what is packed and how; the folder of another job is not resumed
+    job.json           what is packed and how; the folder of another job is not resumed. Only the main process reads it, and gives it to the others
     names.bin, labels.npy, [images.npy]     the source's columns, mapped by every process
     scan-00000.npy     what reading a chunk of images found (SCAN), .json beside it the reasons of the unreadable
     SPLIT.order.npy    sample numbers in packed order, SPLIT.cuts.npy where each shard begins
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.png import store_png
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, read_regular, write_whole
+from dtl.files import MAX_FILE_BYTES, TEMPORARY, read_regular, write_whole
 from dtl.untrusted import read_json
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
 
 LOCK_NAME = "lock"
+MADE = re.compile(
+    rf"{LOCK_NAME}|job\.json|names\.bin|(labels|images|scanned)\.npy|scan-\d{{5,}}\.(npy|json)"
+    r"|(all|train|val|test)(-\d{5,}\.(npy|json)|\.(order|cuts)\.npy)|" + TEMPORARY + r"\..*\.tmp"
+)
+"""The names of all files here: nothing else is deleted."""
 
 GOOD, UNREADABLE, DOUBTFUL = 0, 1, 2
 SCAN = np.dtype([("hash", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2"), ("format", "u1"), ("state", "u1")])
@@ -71,9 +77,9 @@ class PackOptions:
 class Job:
     """A working folder, opened by the main process or by a worker."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.facts: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        """`facts`: see `job_facts`."""
+        self.folder, self.facts = folder, facts
         self.options = PackOptions(**self.facts["options"])
         self.destination = folder.parent
         self.root = Path(self.facts["root"]) if self.facts["root"] is not None else None
@@ -83,16 +89,16 @@ class Job:
 
     @classmethod
     def create(cls, folder: Path, source: Source, options: PackOptions) -> Job:
-        """Begin. `job.json` is written last, so a folder that has it is complete."""
-        for leftover in folder.iterdir():
-            if leftover.name != LOCK_NAME:
-                leftover.unlink()
+        """Begin, or go on where the folder is of the same job. `job.json` is written last, so a folder that has it is complete."""
+        if not cls.is_of(folder, source, options):
+            remove_leftovers(folder)
         source.names.write(folder / "names.bin")
         np.save(folder / "labels.npy", source.labels)
         if source.images is not None:
             np.save(folder / "images.npy", source.images)
-        write_json(folder / "job.json", job_facts(source, options))
-        return cls(folder)
+        facts = job_facts(source, options)
+        write_json(folder / "job.json", facts)
+        return cls(folder, facts)
 
     @staticmethod
     def is_of(folder: Path, source: Source, options: PackOptions) -> bool:
@@ -111,6 +117,11 @@ class Job:
         """Samples per scan task: a function of N alone, so that an interrupted scan can resume with another number of processes."""
         return min(max(self.num_samples // 64, 32), 1024)
 
+    def chunk(self, number: int) -> tuple[range, Path]:
+        """The samples of a scan task, and the file of what it found."""
+        start = number * self.chunk_samples
+        return range(start, min(start + self.chunk_samples, self.num_samples)), self.folder / f"scan-{number:05d}.npy"
+
     def read(self, sample: int) -> bytes:
         """The bytes of one image in the source. OSError where the file cannot be read; UserError where it is not a regular file, or too large."""
         if self.images is not None:
@@ -127,6 +138,13 @@ class Job:
         return (self.split_folder(split) / MANIFEST_NAME).exists()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """All but the lock, of a working folder that is held."""
+    for leftover in folder.iterdir():
+        if leftover.name != LOCK_NAME:
+            leftover.unlink(missing_ok=True)
+
+
 def job_facts(source: Source, options: PackOptions) -> dict[str, Any]:
     root = None if source.root is None else str(source.root.resolve())
     return {"pack_version": PACK_VERSION, "source": source.fingerprint, "root": root, "options": asdict(options)}
@@ -134,6 +152,18 @@ def job_facts(source: Source, options: PackOptions) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda file: file.write(json.dumps(value, ensure_ascii=True).encode()), sync=False)
+
+
+def load_rows(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    """What `write_array` wrote; UserError where it is anything else."""
+    most = count * dtype.itemsize + (1 << 16)
+    try:
+        rows = np.load(io.BytesIO(read_regular(path, max_bytes=most)), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype != dtype or rows.shape != (count,):
+        raise UserError(f"{path} does not hold {count} rows of its kind")
+    return rows
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -6,11 +6,10 @@ shards. Between them everything is decided, so the bytes do not depend on the nu
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import numpy.typing as npt
 
 from dtl import keyed
 from dtl.data.decoding.headers import MAX_PIXELS
-from dtl.data.packing.destination import Existing, clear_errors, prepare_destination, remove_ours, working_alone
-from dtl.data.packing.job import DOUBTFUL, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, PackOptions
-from dtl.data.packing.tasks import SCANNED, load_chunk, shard_name, shrink_factor
+from dtl.data.packing.destination import Existing, clear_errors, make_room, prepare_destination, working_alone
+from dtl.data.packing.job import DOUBTFUL, MADE, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, PackOptions
+from dtl.data.packing.tasks import SCANNED, ShardFacts, load_chunk, shard_name, shrink_factor
 from dtl.data.progress import PackProgress
 from dtl.data.shards.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
 from dtl.data.shards.manifest import MANIFEST_VERSION
@@ -31,7 +30,7 @@ from dtl.data.sources.content_split import split_by_content
 from dtl.data.sources.open import open_source
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, write_whole
+from dtl.files import MAX_FILE_BYTES, clear_folder, write_whole
 from dtl.machine import num_cores
 from dtl.version import __version__
 
@@ -127,17 +126,14 @@ def pack_source(
     place = place.expanduser()
     with clear_errors(place):
         folder = prepare_destination(place, existing)
-        with working_alone(folder, place, quiet=existing == "join"):
-            if Job.is_of(folder, source, options):
-                job = Job(folder)
-            else:
-                if existing != "join":
-                    remove_ours(place)  # what an interrupted packing of something else left
-                job = Job.create(folder, source, options)
+        with working_alone(folder, place, MADE, quiet=existing == "join"), clear_errors(place, work=folder):
+            if existing != "join":
+                make_room(place, go_on=Job.is_of(folder, source, options))
+            job = Job.create(folder, source, options)
             workers = processes or _default_processes(source)
             with PackProgress(visible=progress) as shown:
                 report = _Packing(job, source, workers, shown, fixed_classes=fixed_classes).run()
-            shutil.rmtree(folder)
+            clear_folder(folder, MADE)
     return PackReport(destination=place, notes=source.notes, seconds=time.monotonic() - begun, **report)
 
 
@@ -168,14 +164,14 @@ class _Packing:
         chunks = math.ceil(self.job.num_samples / self.job.chunk_samples)
         self.shown.start("reading", self.job.num_samples)
         tasks = ({"kind": "scan", "number": number} for number in range(chunks))
-        run_tasks(PACKING, self.job.folder, tasks, processes=min(self.processes, chunks), done=self.shown.advance)
+        self.run_tasks(tasks, chunks)
         rows, reasons = np.empty(self.job.num_samples, SCAN), []
         for number in range(chunks):
             at = number * self.job.chunk_samples
-            found = load_chunk(self.job.folder / f"scan-{number:05d}.npy", min(self.job.chunk_samples, self.job.num_samples - at))
+            found = load_chunk(self.job, number)
             assert found is not None, f"chunk {number} has just been read"
             rows[at : at + len(found[0])] = found[0]
-            reasons += [(sample, reason) for sample, reason in found[1]]
+            reasons += found[1]
         write_whole(self.job.folder / SCANNED, lambda file: np.save(file, rows), sync=False)
         return rows, reasons
 
@@ -227,7 +223,11 @@ class _Packing:
         for split in shards:
             self.job.split_folder(split).mkdir(exist_ok=True)
         tasks = ({"kind": "shard", "split": split, "number": number} for split, count in shards.items() for number in range(count))
-        run_tasks(PACKING, self.job.folder, tasks, processes=min(self.processes, sum(shards.values())), done=self.shown.advance)
+        self.run_tasks(tasks, sum(shards.values()))
+
+    def run_tasks(self, tasks: Iterator[dict[str, Any]], count: int) -> None:
+        facts = {"folder": str(self.job.folder), **self.job.facts}
+        run_tasks(PACKING, facts, tasks, processes=min(self.processes, count), done=self.shown.advance)
 
     def finish_split(self, split: str, num_shards: int) -> PackedSplit:
         """Write index and paths, then the manifest, which makes the split complete."""
@@ -240,8 +240,8 @@ class _Packing:
             rows[cuts[number] : cuts[number + 1]] = np.load(work / f"{split}-{number:05d}.npy")
         shards = []
         for number in range(num_shards):
-            facts = json.loads((work / f"{split}-{number:05d}.json").read_text())
-            shards.append(Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts["bytes"], sha256=facts["sha256"]))
+            facts = ShardFacts.read(work / f"{split}-{number:05d}.json")
+            shards.append(Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts.bytes, sha256=facts.sha256))
         columns = {name: rows[name] for name in ROWS.names or ()}
         index_sha256 = write_index(folder / INDEX_NAME, np.diff(cuts), columns)
         self.job.names.take(np.load(work / f"{split}.order.npy")).write(folder / PATHS_NAME)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from pathlib import Path
@@ -15,11 +14,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from dtl.data.decoding.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
-from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, write_array, write_json
+from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, load_rows, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS
 from dtl.data.sources.content_split import content_hash
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, without_path, write_whole
+from dtl.untrusted import Count, Record, Sha256, Text, as_utf8
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
 _BLOCK = 512
@@ -27,8 +27,19 @@ SCANNED = "scanned.npy"
 """The rows of all chunks, for the processes that write shards to map: each of them needs rows from anywhere."""
 
 
-def open_job(folder: Path) -> Job:
-    return Job(folder)
+class ScanFacts(Record):
+    reasons: list[tuple[Count, Text]]
+    """(sample, reason) of those that are not good."""
+
+
+class ShardFacts(Record):
+    bytes: Count
+    sha256: Sha256
+
+
+def open_job(facts: dict[str, Any]) -> Job:
+    folder = facts.pop("folder")
+    return Job(Path(folder), facts)
 
 
 def run_task(job: Job, task: dict[str, Any]) -> int:
@@ -40,29 +51,29 @@ def run_task(job: Job, task: dict[str, Any]) -> int:
 
 def scan_chunk(job: Job, number: int) -> int:
     """Read the images of a chunk: what they are, and which of them cannot be used, with the reason."""
-    start = number * job.chunk_samples
-    samples = range(start, min(start + job.chunk_samples, job.num_samples))
-    path = job.folder / f"scan-{number:05d}.npy"
-    if load_chunk(path, len(samples)) is not None:
+    samples, path = job.chunk(number)
+    if load_chunk(job, number) is not None:
         return len(samples)
     rows, reasons = np.zeros(len(samples), SCAN), []
     for row, sample in enumerate(samples):
         reason = _scan_one(rows[row : row + 1], job, sample)
         if reason:
-            reasons.append([sample, reason])
-    write_json(path.with_suffix(".json"), reasons)
+            reasons.append([sample, as_utf8(reason)])
+    write_json(path.with_suffix(".json"), {"reasons": reasons})
     write_array(path, rows)
     return len(samples)
 
 
-def load_chunk(path: Path, num_samples: int) -> tuple[Any, list[tuple[int, str]]] | None:
+def load_chunk(job: Job, number: int) -> tuple[Any, list[tuple[int, str]]] | None:
     """Rows of SCAN and the reasons of a finished chunk, or None."""
+    samples, path = job.chunk(number)
     try:
-        rows = np.load(path)
-        reasons = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError, EOFError, RecursionError):
+        rows = load_rows(path, SCAN, len(samples))
+        reasons = ScanFacts.read(path.with_suffix(".json")).reasons
+    except (OSError, UserError):
         return None
-    return (rows, reasons) if len(rows) == num_samples and rows.dtype == SCAN else None
+    known = (rows["state"] == UNREADABLE) | ((rows["state"] <= DOUBTFUL) & np.isin(rows["format"], list(FORMAT_FLAGS.values())))
+    return (rows, reasons) if known.all() and all(sample in samples for sample, _ in reasons) else None
 
 
 def _scan_one(row: Any, job: Job, sample: int) -> str:
@@ -196,11 +207,12 @@ def _shrink(data: bytes, size: tuple[int, int], name: str, options: PackOptions)
 
 def _is_done(target: Path, rows_path: Path, num_samples: int) -> bool:
     try:
-        done = json.loads(rows_path.with_suffix(".json").read_text())
-        if target.stat().st_size != done["bytes"] or len(np.load(rows_path)) != num_samples:
+        if target.is_symlink():
             return False
-        return bool(sha256_of_file(target) == done["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
+        load_rows(rows_path, ROWS, num_samples)
+        done = ShardFacts.read(rows_path.with_suffix(".json"))
+        return target.stat().st_size == done.bytes and sha256_of_file(target) == done.sha256
+    except (OSError, UserError):
         return False
 
 

@@ -28,9 +28,9 @@ from dtl.data.remote.fetch import Unfetched, fetch, open_for_fetch, options_of_h
 from dtl.data.remote.schedule import ShardUses, victims
 from dtl.data.shards.manifest import Manifest
 from dtl.errors import UserError
-from dtl.files import flock, fsync_folder
+from dtl.files import flock, fsync_folder, open_lock, write_whole
 from dtl.text import to_stderr
-from dtl.untrusted import is_sha256
+from dtl.untrusted import Record, Text, as_utf8, is_sha256
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 _FAILED_SECONDS = 300.0
 _WAIT_SECONDS = 0.05
 _NAME_LENGTH = 32
+
+
+class _Failure(Record):
+    max_bytes = 1 << 16
+    reason: Text
 
 
 class ShardCache:
@@ -109,7 +114,7 @@ class ShardCache:
         while True:
             path = self.path(number)
             try:
-                found = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                found = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
                 self.fetch(number)
                 continue
@@ -218,7 +223,7 @@ class ShardCache:
                 if chosen is not None:
                     for old in chosen:
                         self.path(old).unlink(missing_ok=True)
-                    part.touch()
+                    open_for_fetch(part).close()
                     return True
             if ahead:
                 return False
@@ -275,7 +280,7 @@ class ShardCache:
         """Alone in fetching this shard; False without locks. The lock's file is removed while it is held, so whoever waited for it looks again."""
         path = self.folder / f"{name}.{_host()}.lock"
         while True:
-            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             locked = flock(number) == "held"
             with contextlib.suppress(FileNotFoundError):
                 if not locked or os.stat(path).st_ino == os.fstat(number).st_ino:
@@ -292,7 +297,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _folder_lock(self) -> Iterator[bool]:
         """Alone in making room; False without locks."""
-        with (self.folder / f".{_host()}.room").open("a") as file:
+        with open_lock(self.folder / f".{_host()}.room") as file:
             yield flock(file) == "held"
 
     def _live(self, name: str) -> bool:
@@ -315,16 +320,16 @@ class ShardCache:
     def _refuse_failed(self, name: str) -> None:
         path = self.folder / f"{name}.failed"
         try:
-            fresh = time.time() - path.stat().st_mtime < _FAILED_SECONDS
-            reason = json.loads(path.read_text(encoding="utf-8"))["reason"] if fresh else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            if time.time() - path.stat().st_mtime >= _FAILED_SECONDS:
+                return
+            reason = _Failure.read(path).reason
+        except (OSError, UserError):
             return
-        if isinstance(reason, str):
-            raise Unfetched(reason)
+        raise Unfetched(reason)
 
     def _note_failed(self, name: str, reason: str) -> None:
         with contextlib.suppress(OSError):
-            (self.folder / f"{name}.failed").write_text(json.dumps({"reason": reason}), encoding="utf-8")
+            write_whole(self.folder / f"{name}.failed", lambda file: file.write(json.dumps({"reason": as_utf8(reason)}).encode()), sync=False)
 
 
 def limit_in_bytes(options: DataConfig) -> int | None:

@@ -270,4 +270,4 @@ def options_of_helper(facts: dict[str, Any]) -> DataConfig:
 
 def open_for_fetch(path: Path) -> Any:
     """A file to fetch into, with what it holds."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ import numpy.typing as npt
 
 from dtl.config.models import DataConfig
 from dtl.data.packing.destination import clear_errors, working_alone
-from dtl.data.packing.job import ROWS, write_json
+from dtl.data.packing.job import ROWS, remove_leftovers
 from dtl.data.progress import PackProgress
 from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
@@ -29,9 +27,10 @@ from dtl.data.sources.display_names import find_display_names
 from dtl.data.wds.find import Tar, find_shards
 from dtl.data.wds.labels import decide_classes, one_rule
 from dtl.data.wds.samples import Label, Rules, shown
+from dtl.data.wds.tasks import MADE
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
-from dtl.files import make_folder, sha256_of_file
+from dtl.files import clear_folder, make_folder, sha256_of_file
 from dtl.machine import num_cores
 from dtl.untrusted import open_regular
 from dtl.version import __version__
@@ -88,25 +87,25 @@ def index_shards(
         folder.mkdir(parents=True, exist_ok=True)
         work = folder / f".indexing-{socket.gethostname()}"
         make_folder(work)
-        try:
-            with working_alone(work, folder, quiet=existing == "join"):
+        with working_alone(work, folder, MADE, quiet=existing == "join"):
+            remove_leftovers(work)
+            try:
                 paths = [str(path) if is_remote(path) else os.path.abspath(path) for path in shards]
-                write_json(work / "job.json", {"paths": paths, "rules": asdict(rules), "options": options.model_dump(mode="json")})
+                job = {"folder": str(work), "paths": paths, "rules": asdict(rules), "options": options.model_dump(mode="json")}
                 limit = 0 if not keep else limit_in_bytes(options)
-                _read_all(work, shards, processes, progress, limit)
-                merged = _Merged(work, len(shards))
+                merged = _Merged(work, _read_all(job, work, shards, processes, progress, limit))
                 merged.refuse_problems(shards, options.on_error)
                 merged.refuse_copies(shards)
                 report = _write(folder, shards, merged, rules, classes=classes, names=options.names, absolute=existing == "join", begun=begun)
                 _keep(work, folder, options)
                 return report
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            finally:
+                clear_folder(work, MADE)
 
 
 def clear_errors_of_index(folder: Path) -> Any:
     """Disk full and folders that cannot be written: one line, and how to write elsewhere."""
-    return clear_errors(folder, remove=False, hint="; name another folder with --out")
+    return clear_errors(folder, hint="; name another folder with --out")
 
 
 def _place(shards: Sequence[Tar], out: str | Path | None) -> Path:
@@ -144,8 +143,8 @@ def _extension(name: str | None) -> str | None:
     return None if name is None else name.removeprefix(".")
 
 
-def _read_all(work: Path, shards: Sequence[Tar], processes: int | None, progress: bool, limit: int | None) -> None:
-    """Of remote shards no more than `limit` bytes stay (None: all of them)."""
+def _read_all(job: dict[str, Any], work: Path, shards: Sequence[Tar], processes: int | None, progress: bool, limit: int | None) -> list[dict[str, Any]]:
+    """What was found in each. Of remote shards no more than `limit` bytes stay (None: all of them)."""
     cores = num_cores()
     num_bytes = sum(path.stat().st_size for path in shards if isinstance(path, Path))
     # A process starts in about 0.3 s: time to index some 50 MB. Fetching is waiting, so it takes several at once anyhow.
@@ -153,11 +152,13 @@ def _read_all(work: Path, shards: Sequence[Tar], processes: int | None, progress
     far = min(max(cores, 4), sum(is_remote(path) for path in shards) // 4)
     workers = min(processes or max(1, local, far), len(shards))
     kept = 0
+    found: dict[int, dict[str, Any]] = {}
     with PackProgress(visible=progress, unit="shards") as shown_progress:
         shown_progress.start("indexing", len(shards))
 
         def done(answer: dict[str, Any]) -> None:
             nonlocal kept
+            found[answer["number"]] = answer
             file = work / f"{answer['number']:05d}.tar"
             if is_remote(shards[answer["number"]]):
                 if limit is not None and kept + answer["bytes"] > limit:
@@ -166,7 +167,8 @@ def _read_all(work: Path, shards: Sequence[Tar], processes: int | None, progress
                     kept += answer["bytes"]
             shown_progress.advance(1)
 
-        run_tasks(INDEXING, work, ({"number": number} for number in range(len(shards))), processes=workers, done=done)
+        run_tasks(INDEXING, job, ({"number": number} for number in range(len(shards))), processes=workers, done=done)
+    return [found[number] for number in range(len(shards))]
 
 
 def _keep(work: Path, folder: Path, options: DataConfig) -> None:
@@ -182,10 +184,9 @@ def _keep(work: Path, folder: Path, options: DataConfig) -> None:
 class _Merged:
     """The findings of all shards, put together."""
 
-    def __init__(self, work: Path, num_shards: int) -> None:
-        stems = [work / f"{number:05d}" for number in range(num_shards)]
-        self.facts: list[dict[str, Any]] = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
-        self._stems = stems
+    def __init__(self, work: Path, facts: list[dict[str, Any]]) -> None:
+        self.facts = facts
+        self._stems = [work / f"{number:05d}" for number in range(len(facts))]
 
     def refuse_problems(self, shards: Sequence[Tar], on_error: str) -> None:
         total, listed = self.problems(shards)

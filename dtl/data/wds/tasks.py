@@ -1,16 +1,16 @@
 """The work of `dtl index`, shard by shard, in the processes of `dtl.data.workers`, without torch.
 
-job.json           the shards' paths or addresses, and the rules
 00000.tar          a remote shard, while it is read; it stays where the caller wants it
 00000.npy          index columns of a shard (ROWS); its labels count the shard's own list of labels
 00000.keys         the keys, in the same order
-00000.json         bytes, sha256, labels, problems
+
+What else is found (bytes, sha256, labels, problems) is the answer.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtl.data.decoding.headers import Limits
-from dtl.data.packing.job import ROWS, write_array, write_json
+from dtl.data.packing.job import LOCK_NAME, ROWS, write_array
 from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched, fetch_file, options_of_helper
@@ -28,10 +28,13 @@ from dtl.data.shards.strings import StringTable
 from dtl.data.wds.samples import Ignored, Label, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.wds.tar import DamagedTar, TarFile
 from dtl.errors import UserError
+from dtl.files import TEMPORARY
 
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
 
+MADE = re.compile(rf"{LOCK_NAME}|job\.json|\d{{5,}}\.(tar|npy|keys|json)|{TEMPORARY}\..*\.tmp")
+"""The names of all files here, those of earlier versions included: nothing else is deleted."""
 # Of one shard; more of them are counted only.
 MAX_PROBLEMS = 50
 
@@ -48,21 +51,21 @@ class IndexJob:
     limits: Limits
 
 
-def open_job(folder: Path) -> IndexJob:
-    facts = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+def open_job(facts: dict[str, Any]) -> IndexJob:
     options = options_of_helper(facts["options"]) if any(map(is_remote, facts["paths"])) else None
-    return IndexJob(folder, facts["paths"], Rules(**facts["rules"]), options, Limits(facts["options"]["max_pixels"], facts["options"]["max_file_bytes"]))
+    limits = Limits(facts["options"]["max_pixels"], facts["options"]["max_file_bytes"])
+    return IndexJob(Path(facts["folder"]), facts["paths"], Rules(**facts["rules"]), options, limits)
 
 
 def run_task(job: IndexJob, task: dict[str, Any]) -> dict[str, Any]:
-    """Index one shard, `{"number"}`; the answer is `{"number", "bytes"}`."""
+    """Index one shard, `{"number"}`; the answer is its number and what was found (`_Shard.facts`)."""
     number = task["number"]
     path, stem = job.paths[number], job.folder / f"{number:05d}"
     if job.options is not None and is_remote(path):
-        tar = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job)
+        facts = _index(stem, _fetched(path, stem.with_suffix(".tar"), job.options), shown_address(path), job)
     else:
-        tar = _index(stem, Path(path), None, job)
-    return {"number": number, "bytes": tar.num_bytes}
+        facts = _index(stem, Path(path), None, job)
+    return {"number": number, **facts}
 
 
 def _fetched(url: str, path: Path, options: DataConfig) -> Path:
@@ -73,7 +76,7 @@ def _fetched(url: str, path: Path, options: DataConfig) -> Path:
     return path
 
 
-def _index(stem: Path, path: Path, name: str | None, job: IndexJob) -> TarFile:
+def _index(stem: Path, path: Path, name: str | None, job: IndexJob) -> dict[str, Any]:
     """`name`: what messages call the shard, where it is not its path."""
     found = _Shard(name or str(path))
     with open_tar(path, name) as file:
@@ -86,8 +89,7 @@ def _index(stem: Path, path: Path, name: str | None, job: IndexJob) -> TarFile:
     found.refuse_double_keys()
     StringTable.build(found.keys).write(stem.with_suffix(".keys"))
     write_array(stem.with_suffix(".npy"), np.frombuffer(bytes(found.rows), ROWS))
-    write_json(stem.with_suffix(".json"), found.facts(tar))
-    return tar
+    return found.facts(tar)
 
 
 @dataclass

@@ -43,9 +43,9 @@ def test_a_helper_starts_without_pydantic(module: str) -> None:
 
 def test_a_helper_of_local_shards_works(source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "d")
-    (tmp_path / "job.json").write_text(json.dumps({"split": str(tmp_path / "d"), "options": None, "limits": asdict(Limits())}), encoding="utf-8")
+    facts = json.dumps({"split": str(tmp_path / "d"), "options": None, "limits": asdict(Limits())})
     task = json.dumps({"kind": "images", "shard": 0, "first": 0, "last": 150})
     code = "import sys; from dtl.data.workers import serve; serve(*sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, VERIFYING, str(tmp_path)], input=task + "\n", check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, VERIFYING], input=f"{facts}\n{task}\n", check=True, capture_output=True, text=True)
     assert json.loads(done.stdout.splitlines()[0]) == {"kind": "done", "answer": {"kind": "images", "shard": 0, "samples": 150, "findings": []}}
     assert done.stderr == ""

@@ -21,9 +21,10 @@ from dtl.errors import UserError
 
 def test_two_at_once_into_one_folder(source: Path, tmp_path: Path) -> None:
     from dtl.data.packing.destination import prepare_destination, working_alone
+    from dtl.data.packing.job import MADE
 
     folder = prepare_destination(tmp_path / "d", "refuse")
-    with working_alone(folder, tmp_path / "d"), pytest.raises(UserError, match="another process is packing into"):
+    with working_alone(folder, tmp_path / "d", MADE), pytest.raises(UserError, match="another process is packing into"):
         pack(source, tmp_path / "d")
 
 
@@ -174,3 +175,45 @@ def test_half_a_packing_of_ours_gives_room_to_another(tmp_path: Path, monkeypatc
     assert not (tmp_path / "d/manifest.json").exists()
     pack(root, tmp_path / "d", seed=1)
     assert Shards.open(tmp_path / "d").num_samples == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("thesis.tex", "photos.tar", "mine.npy") for kind in ("file", "folder", "link", "pipe")),
+        *((name, kind) for name in ("job.json", "lock") for kind in ("folder", "link", "pipe")),
+    ],
+)
+def test_a_working_folder_that_holds_what_dtl_did_not_make(tmp_path: Path, name: str, kind: str) -> None:
+    """Whoever knows the node's name can put anything there: nothing of it hangs, is followed or is removed."""
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    work = tmp_path / "d" / f".packing-{socket.gethostname()}"
+    work.mkdir(parents=True)
+    (tmp_path / "outside").write_text("mine")
+    make = {
+        "file": lambda path: path.write_text("theirs"),
+        "folder": lambda path: path.mkdir(),
+        "link": lambda path: path.symlink_to(tmp_path / "outside"),
+        "pipe": os.mkfifo,
+    }
+    make[kind](work / name)
+    with pytest.raises(UserError, match=rf"it holds '{name}', which dtl did not make|/{name}: it is a (folder|link|named pipe), not a regular file"):
+        pack(root, tmp_path / "d")
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert os.path.lexists(work / name)
+
+
+def test_a_packing_that_is_refused_removes_nothing_of_the_one_that_runs(tmp_path: Path) -> None:
+    from dtl.data.packing.destination import working_alone
+    from dtl.data.packing.job import MADE
+
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+    pack(root, tmp_path / "d")
+    before = hashes(tmp_path / "d")
+    work = tmp_path / "d" / f".packing-{socket.gethostname()}"
+    work.mkdir()
+    with working_alone(work, tmp_path / "d", MADE), pytest.raises(UserError, match="another process is packing into"):
+        pack(root, tmp_path / "d", existing="replace")
+    (work / "lock").unlink()
+    work.rmdir()
+    assert hashes(tmp_path / "d") == before

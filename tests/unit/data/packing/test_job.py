@@ -100,3 +100,28 @@ def test_interrupted_between_the_manifests_of_two_splits(tmp_path: Path, monkeyp
 
 def _cut() -> None:
     raise _Cut
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"reasons": [[99999999, "x"]]}', '{"reasons": 7}', '{"bytes": 1e400, "sha256": "../x"}', "", "\0"])
+def test_results_that_somebody_changed_are_made_again(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    real = pack_tasks.run_task
+
+    def cut(job: Job, task: dict[str, Any]) -> int:
+        if task["kind"] == "shard" and task["number"] == 2:
+            raise _Cut
+        return real(job, task)
+
+    monkeypatch.setattr(pack_tasks, "run_task", cut)
+    with pytest.raises(_Cut):
+        pack(source, tmp_path / "d", shard_bytes=50_000)
+    monkeypatch.undo()
+    work = next((tmp_path / "d").glob(".packing-*"))
+    results = [*work.glob("scan-*.json"), *work.glob("all-*.json")]
+    assert len(results) == 5 + 2
+    for path in results:
+        path.write_text(text)
+    huge = b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(69) + b"\n"
+    (work / "scan-00000.npy").write_bytes(huge)
+    (work / "names.bin").write_bytes(b"")
+    pack(source, tmp_path / "d", shard_bytes=50_000)
+    assert hashes(tmp_path / "d") == hashes(packed)

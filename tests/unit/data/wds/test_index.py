@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,43 @@ def test_an_index_or_a_packed_set_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was packed by dtl and already has an index"):
         indexed(tmp_path / "packed", existing="replace")
     assert (tmp_path / "packed/manifest.json").read_bytes() == before
+
+
+def test_a_working_folder_that_holds_what_dtl_did_not_make(tmp_path: Path) -> None:
+    """It is refused in one line, and stays; what a killed index left is cleared, and is never taken for a shard that was fetched."""
+    tar = write_tar(tmp_path / "a.tar", sample("k", "a"))
+    work = tmp_path / f".indexing-{socket.gethostname()}"
+    work.mkdir()
+    for name in ("photos.tar", "notes.txt"):
+        (work / name).write_bytes(b"theirs")
+        with pytest.raises(UserError, match=rf"\.indexing-.*: it holds '{name}', which dtl did not make; move it out"):
+            indexed(tar)
+        (work / name).unlink()
+    for name in ("lock", "00001.tar"):
+        (work / "lock").unlink(missing_ok=True)
+        (work / name).symlink_to(tmp_path / "outside")
+        with pytest.raises(UserError, match=rf"lock: it is a link|it holds '{name}'"):
+            indexed(tar)
+        (work / name).unlink()
+    assert not (tmp_path / "outside").exists()
+    for name in ("00000.tar", "00007.tar", "00003.json", "job.json", ".job.json.0123abcd.node.tmp"):
+        (work / name).write_bytes(b"left by a kill")
+    assert indexed(tar).num_samples == 1
+    assert not work.exists()
+
+
+def test_an_index_that_is_refused_removes_nothing_of_the_one_that_runs(tmp_path: Path) -> None:
+    from dtl.data.packing.destination import working_alone
+    from dtl.data.wds.tasks import MADE
+
+    tar = write_tar(tmp_path / "a.tar", sample("k", "a"))
+    work = tmp_path / f".indexing-{socket.gethostname()}"
+    work.mkdir()
+    with working_alone(work, tmp_path, MADE):
+        (work / "00000.keys").write_bytes(b"of the one that runs")
+        with pytest.raises(UserError, match="another process is packing into"):
+            indexed(tar)
+        assert (work / "00000.keys").exists()
 
 
 def test_empty_shards_are_allowed_but_not_alone(tmp_path: Path) -> None:
