@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import getpass
 import os
 import shutil
 import sys
@@ -18,12 +19,17 @@ settings.register_profile("dtl", derandomize=True, deadline=None, suppress_healt
 settings.register_profile("soak", settings.get_profile("dtl"), max_examples=5000, derandomize=False)
 settings.load_profile("dtl")
 
+# Temporary files of tests, of the processes that they start and kill, and of their libraries go together. xdist's workers have theirs inside of the
+# first process's, which removes it: workers end without their atexit. What pytest keeps (tmp_path) and torch's compiled code stay where they were.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="dtl-tests-")
+atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: tests that start processes would fight over them
 # Bit for bit is promised on CPUs, and two processes need no two GPUs there; tests/gpu takes the GPU where there is one.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 # What this user has made and trusts (dtl/config/own.py): nothing yet.
-os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dtl-tests-config-")
-atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
+os.environ["XDG_CONFIG_HOME"] = os.path.join(os.environ["TMPDIR"], "config")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
 

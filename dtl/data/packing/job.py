@@ -155,10 +155,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def load_rows(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    """What `write_array` wrote; UserError where it is anything else."""
+    """What `write_array` wrote; UserError where it is anything else. NumPy refuses pickled objects."""
     most = count * dtype.itemsize + (1 << 16)
     try:
-        rows = np.load(io.BytesIO(read_regular(path, max_bytes=most)), allow_pickle=False)
+        rows = np.load(io.BytesIO(read_regular(path, max_bytes=most)))
     except (ValueError, EOFError, MemoryError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype != dtype or rows.shape != (count,):
