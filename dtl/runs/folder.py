@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Annotated, Any
 
 from dtl.errors import UserError
-from dtl.files import clear_folder, write_json_whole
+from dtl.files import clear_folder, write_json_whole, write_whole
 from dtl.machine import pid_space, process_start
 from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
@@ -257,7 +257,7 @@ class RunFolder:
         """Seconds since the file was written, both ends by the clock of the disk's own machine."""
         probe = self._lock / f".now-{socket.gethostname()}-{os.getpid()}"
         try:
-            probe.write_bytes(b"")
+            write_whole(probe, lambda _: None, sync=False)
             return probe.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             return 0.0  # claimed a moment ago, or no heartbeat yet: watch it
@@ -274,9 +274,7 @@ class RunFolder:
                 self._beat(count)
 
     def _beat(self, count: int) -> None:
-        temporary = self._lock / f".beat-{self.incarnation}"
-        temporary.write_text(str(count))
-        os.replace(temporary, self._file("beat"))
+        write_whole(self._file("beat"), lambda file: file.write(str(count).encode()), sync=False)
 
     def _file(self, kind: str) -> Path:
         return self._lock / f"{self.incarnation:08d}.{kind}"

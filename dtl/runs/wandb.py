@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import secrets
 import string
 import sys
@@ -21,6 +22,8 @@ from urllib.parse import urlparse
 
 from dtl.credentials import redacted_line
 from dtl.errors import EXIT_STOPPED, UserError
+from dtl.files import write_whole
+from dtl.untrusted import read_text
 
 Setting = Literal["auto", "online", "offline", "off"]
 _INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0
@@ -76,7 +79,10 @@ class WandbRun:
         self._print, self._step = log, first_step
         self._run: Any = None
         self._wandb: Any = None
-        store_id(run_dir, self.id)
+        try:
+            store_id(run_dir, self.id)
+        except OSError as error:
+            log(f"{run_dir / 'wandb' / 'run-id.txt'} cannot be written ({error.strerror}): resumed, this run will be another one in wandb")
         try:
             import wandb
         except Exception as error:  # a broken installation raises anything
@@ -180,13 +186,16 @@ def stored_id(run_dir: Path) -> str | None:
     """The wandb run that belongs to a run folder. Under a sweep it is the one that the agent has chosen."""
     if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
         return os.environ["WANDB_RUN_ID"]
-    path = run_dir / "wandb" / "run-id.txt"
-    return path.read_text().strip() or None if path.is_file() else None
+    try:
+        found = read_text(run_dir / "wandb" / "run-id.txt", max_bytes=1000).strip()
+    except (OSError, UserError):
+        return None
+    return found if re.fullmatch(r"[\w.-]{1,64}", found) else None
 
 
 def store_id(run_dir: Path, run_id: str) -> None:
     (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
-    (run_dir / "wandb" / "run-id.txt").write_text(run_id + "\n")
+    write_whole(run_dir / "wandb" / "run-id.txt", lambda file: file.write(f"{run_id}\n".encode()), sync=False)
 
 
 def new_id() -> str:

@@ -338,3 +338,14 @@ def test_a_folder_of_empty_folders_is_empty(tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints/mine.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
         check_is_run(tmp_path / "run")
+
+
+def test_links_among_the_locks_lead_nowhere(folder: Path, tmp_path: Path) -> None:
+    """In a run folder that somebody else prepared, the names that a start writes to are known beforehand."""
+    start(folder).release()
+    for name in (".beat-2", "00000002.beat", f".now-{socket.gethostname()}-{os.getpid()}"):
+        (folder / "lock" / name).symlink_to(tmp_path / "outside")
+    run = start(folder)
+    wait_for(lambda: (folder / "lock" / "00000002.beat").is_file())
+    run.release()
+    assert not (tmp_path / "outside").exists()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,21 @@ def test_which_mode_is_chosen(tmp_path: Path) -> None:
     assert choose_mode("auto", file)[0] == "offline"
     with pytest.raises(UserError, match=r"tracking.wandb is 'on': it must be auto, online, offline or off"):
         choose_mode("on", {})
+
+
+@pytest.mark.parametrize("what", ["link", "endless", "pipe", "lines"])
+def test_the_id_in_a_run_folder_of_somebody_else(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "run" / "wandb" / "run-id.txt"
+    path.parent.mkdir(parents=True)
+    make = {
+        "link": lambda: path.symlink_to(tmp_path / "outside"),
+        "endless": lambda: path.symlink_to("/dev/zero"),
+        "pipe": lambda: os.mkfifo(path),
+        "lines": lambda: path.write_text("a\n../b"),
+    }
+    make[what]()
+    assert dtl.runs.wandb.stored_id(tmp_path / "run") is None
+    with pytest.raises(OSError, match="no regular file") if what in ("endless", "pipe") else nullcontext():
+        dtl.runs.wandb.store_id(tmp_path / "run", "abc")
+        assert dtl.runs.wandb.stored_id(tmp_path / "run") == "abc"
+    assert not (tmp_path / "outside").exists()

@@ -11,6 +11,7 @@ from tiny_images import encoded, image_folder
 from dtl.data.sources.base import Source
 from dtl.data.sources.open import open_source
 from dtl.errors import UserError
+from dtl.text import csv_line
 
 
 def names(source: Source) -> list[str]:
@@ -57,6 +58,18 @@ def test_csv_with_a_header(tmp_path: Path, text: str) -> None:
     source = open_source(_listed(tmp_path, text, "list.csv"))
     assert names(source) == ["ants/0000.jpg", "ants/ant photos.jpg", "bees/0001.jpg"]
     assert source.classes == ("ant", "bee")
+
+
+def test_a_prediction_csv_as_a_list(tmp_path: Path) -> None:
+    """Names that a spreadsheet would compute stand there with an apostrophe, which is not part of them."""
+    source_list = _listed(tmp_path, "", "predictions.csv")
+    for name in ("=1+1.jpg", "'-2.jpg", "ant.jpg"):
+        (source_list.parent / name).write_bytes(encoded())
+    lines = [csv_line(cells) for cells in (["path", "label"], ["=1+1.jpg", "+a"], ["'-2.jpg", "@b"], ["ant.jpg", "'c"])]
+    source_list.write_text("".join(lines), encoding="utf-8")
+    source = open_source(source_list)
+    assert sorted(names(source)) == ["'-2.jpg", "=1+1.jpg", "ant.jpg"]
+    assert set(source.classes) == {"+a", "@b", "'c"}
 
 
 @pytest.mark.parametrize(
