@@ -311,7 +311,14 @@ def parse_yaml(text: str, origin: str) -> Any:
         value = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         raise NotYaml(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, OverflowError, TypeError, RecursionError) as error:  # a date that does not exist, a number of 5,000 digits, a key that is a list
+    except (
+        ValueError,
+        OverflowError,
+        TypeError,
+        RecursionError,
+        AttributeError,
+        LookupError,
+    ) as error:  # a date that does not exist, a number of 5,000 digits, a key that is a list
         raise NotYaml(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     check_values(value, origin)
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ def mutated_json(draw: st.DrawFn, value: Any) -> bytes:
             break
         kind = draw(st.sampled_from(["replace", "remove", "double", "rename"]))
         if kind == "replace":
-            parent[key] = draw(st.sampled_from(WRONG_VALUES) | st.integers() | st.floats() | st.text(max_size=20))
+            parent[key] = deepcopy(draw(st.sampled_from(WRONG_VALUES) | st.integers() | st.floats() | st.text(max_size=20)))  # the next change may be inside it
         elif kind == "remove":
             del parent[key]
         elif kind == "double" and isinstance(parent, list):

@@ -56,7 +56,7 @@ def test_a_csv_cell_is_no_formula_and_can_be_read_back(cells: list[str]) -> None
 
 @given(st.one_of(st.integers(), st.floats(allow_nan=False)))
 def test_a_number_stays_a_number(number: float) -> None:
-    assert float(csv_line([number, None]).removesuffix(",\n")) == number
+    assert type(number)(csv_line([number, None]).removesuffix(",\n")) == number
 
 
 @given(st.dictionaries(ANY, ANY, max_size=3))

@@ -46,9 +46,8 @@ def convert(source: str, out: Path, *, overwrite: bool = False) -> Converted:
     path, key = split_fragment(source)
     path = path.expanduser()
     if not path.is_file():
-        raise UserError(
-            f"{path} is {'a folder' if path.is_dir() else 'no regular file' if path.exists() else 'not there'}{near_path(path)}; give a file of weights"
-        )
+        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else f"not there{near_path(path)}"
+        raise UserError(f"{path} is {what}; give a file of weights")
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the file to write ends in .safetensors")
     if os.path.lexists(out) and not overwrite:

@@ -136,7 +136,7 @@ def read_pickled(path: Path) -> Read:
             content = plain.of(found, 0)
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror or error})") from error
-    except (BadPickle, zipfile.BadZipFile, NotImplementedError, RecursionError) as error:
+    except (BadPickle, zipfile.BadZipFile, NotImplementedError, RecursionError, UnicodeDecodeError, struct.error) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: not readable as a torch file or a pickle ({reason}); it is damaged, cut short or of another format") from error
     return Read(content, plain.dropped, tuple(sorted(name for name in names if not name.startswith(_OWN_NAMES))))

@@ -215,6 +215,17 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
         read_weights(tmp_path / "loop.pth")
 
 
+def test_a_zip_whose_names_are_no_text(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "w.pth")
+    data = bytearray((tmp_path / "w.pth").read_bytes())
+    at = data.index(b"PK\x01\x02")  # the list of entries; 8: its flags, 46: the name
+    data[at + 9] |= 0x08  # names are UTF-8
+    data[at + 46] = 0x80
+    (tmp_path / "w.pth").write_bytes(data)
+    with pytest.raises(UserError, match="not readable as a torch file or a pickle"):
+        read_pickled(tmp_path / "w.pth")
+
+
 def test_flat_joins_names_by_dots() -> None:
     one = torch.zeros(1)
     assert list(flat({"a": {"b": one, 3: [one, {"c": one}]}, "d": 1})) == ["a.b", "a.3.0", "a.3.1.c"]
