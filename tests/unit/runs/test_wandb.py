@@ -187,7 +187,7 @@ def test_the_id_in_a_run_folder_of_somebody_else(tmp_path: Path, what: str) -> N
     }
     make[what]()
     assert dtl.runs.wandb.stored_id(tmp_path / "run") is None
-    with pytest.raises(OSError, match="no regular file") if what in ("endless", "pipe") else nullcontext():
+    with pytest.raises(OSError, match="regular file") if what in ("endless", "pipe") else nullcontext():
         dtl.runs.wandb.store_id(tmp_path / "run", "abc")
         assert dtl.runs.wandb.stored_id(tmp_path / "run") == "abc"
     assert not (tmp_path / "outside").exists()
