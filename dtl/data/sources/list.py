@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,7 @@ def _rows(path: Path, *, labelled: bool, max_bytes: int) -> Iterator[tuple[int, 
             continue
         # The label is the last field, so a path may have spaces.
         fields = row.strip().rsplit(None, 1)
-        if not labelled and (len(fields) < 2 or (path.parent / row.strip().strip("\"'")).exists()):
+        if not labelled and (len(fields) < 2 or os.path.exists(path.parent / row.strip().strip("\"'"))):  # a name may be too long
             yield line, row.strip().strip("\"'"), UNLABELLED
             continue
         if len(fields) < 2:

@@ -60,6 +60,11 @@ def test_csv_with_a_header(tmp_path: Path, text: str) -> None:
     assert source.classes == ("ant", "bee")
 
 
+def test_a_line_too_long_for_a_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="do not exist"):
+        open_source(_listed(tmp_path, "ants/0000.jpg " * 400 + "\n"), labelled=False)
+
+
 def test_a_prediction_csv_as_a_list(tmp_path: Path) -> None:
     """Names that a spreadsheet would compute stand there with an apostrophe, which is not part of them."""
     source_list = _listed(tmp_path, "", "predictions.csv")
