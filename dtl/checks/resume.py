@@ -209,7 +209,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def compare(reference: _Run, run: _Run, result: Result) -> list[str]:
-    """Differences between a disturbed run and the reference, in words."""
+    """Differences between an interrupted run and the reference, in words."""
     from dtl.runs.trace import read_trace
 
     expected, got = outcome(reference.path), outcome(run.path)

@@ -96,7 +96,7 @@ def replace_head(network: Network, num_outputs: int, *, init: Init = "default") 
 def _construct(entry: catalog.Entry, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     count = {"num_classes": num_classes} if entry.takes_num_classes else {}
     if entry.library != "function" and (loading := [key for key in arguments if key.startswith(("pretrained", "checkpoint", "weights", "cache_dir"))]):
-        raise UserError(f"model {entry.name!r}: the option {loading[0]} would load weights past the section `transfer`: use --transfer.source")
+        raise UserError(f"model {entry.name!r}: the option {loading[0]} would load weights outside of the section `transfer`: use --transfer.source instead")
     try:
         module = entry.construct(**count, **arguments)
     except (TypeError, ValueError) as error:
@@ -131,7 +131,7 @@ def _check_sizes(name: str, options: dict[str, Any]) -> None:
         rest += value if isinstance(value, list | tuple) else [*value, *value.values()] if isinstance(value, dict) else []
         too_large = isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER
         if too_large or count > _MAX_OPTIONS:
-            raise UserError(f"model {name!r}: {f'the option value {value:,}' if too_large else 'the number of its options'} is more than any network has")
+            raise UserError(f"model {name!r}: {f'the option value {value:,}' if too_large else 'the number of its options'} is too large")
 
 
 @contextmanager
@@ -143,13 +143,13 @@ def _bounded(name: str, max_values: int | None) -> Iterator[None]:
         nonlocal modules
         modules += 1
         if modules > _MAX_MODULES:
-            raise UserError(f"model {name!r} with the options that its file gives has more than {_MAX_MODULES:,} modules")
+            raise UserError(f"model {name!r} with the options in its file has more than {_MAX_MODULES:,} modules")
 
     def count_values(_module: nn.Module, _name: str, value: torch.Tensor | None) -> None:
         nonlocal values
         values += 0 if value is None else value.numel()
         if max_values is not None and values > max_values:
-            raise UserError(f"model {name!r} with the options that its file gives has more parameters than its weights")
+            raise UserError(f"model {name!r} with the options in its file has more parameters than its weights")
 
     with ExitStack() as stack:
         for handle in (
@@ -175,7 +175,7 @@ def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Callable[[in
         except Exception as error:
             raise UserError(f"model {entry.name!r}: its head was not found ({type(error).__name__}: {error}); {advice}") from error
     if not heads:
-        raise UserError(f"model {entry.name!r}: no linear layer or 1x1 convolution gives its output; {advice}")
+        raise UserError(f"model {entry.name!r}: its output does not come from a linear layer or 1x1 convolution; {advice}")
     return heads
 
 
@@ -193,7 +193,7 @@ def _chosen_head(name: str, module: nn.Module, head: str) -> tuple[str, ...]:
     layers = dict(module.named_modules())
     if head not in layers or not _is_classifier(layers[head]):
         near = catalog.nearest(head, [key for key, layer in layers.items() if _is_classifier(layer)])
-        raise UserError(f"model {name!r}: the option head names {head!r}, which is no linear layer or 1x1 convolution of it{near}")
+        raise UserError(f"model {name!r}: the option head names {head!r}, which is not a linear layer or 1x1 convolution of this network{near}")
     return (head,)
 
 

@@ -60,11 +60,15 @@ def find(name: str, *, own: bool = False) -> Entry:
     """
     if (repository := hub_name(name)) is not None:
         if not own:
-            raise UserError(f"the network {name!r} would be fetched from the hub, and only a file names it: name it yourself, with --model.name or --model")
+            raise UserError(
+                f"the network {name!r} would be downloaded from the hub, but only a file names it: to allow this, name it yourself with --model.name or --model"
+            )
         return _hub_entry(name, repository)
     if ":" in name:
         if not own:
-            raise UserError(f"the network {name!r} is a function, and only a file names it: it is not called; name it yourself, or see --trust")
+            raise UserError(
+                f"the network {name!r} is a function, but only a file names it, so it is not called: to allow this, name it yourself, or see --trust"
+            )
         return _function_entry(name)
     library, _, short = name.rpartition("/")
     if library not in ("", "dtl", "torchvision", "timm"):
@@ -111,7 +115,7 @@ def _hub_entry(name: str, repository: str) -> Entry:
         except Exception as error:  # the hub's client has a dozen kinds of failure
             raise UserError(f"model {name!r}: {why_not_fetched(repository, error)}") from error
     if architecture not in _timm_names():
-        raise UserError(f"model {name!r} is a {architecture!r}, which this timm does not have: pip install -U timm")
+        raise UserError(f"model {name!r} is a {architecture!r}, which the installed timm does not have: pip install -U timm")
     # Arguments of the network only: a repository of a stranger must not choose what else is loaded (checkpoint_path ...).
     ours = {"num_classes", *inspect.signature(timm.create_model).parameters}
     options = {key: value for key, value in (arguments or {}).items() if key not in ours}

@@ -40,10 +40,10 @@ def why_not_fetched(what: str, error: BaseException) -> str:
         return f"cannot use {what}: {words}"
     kinds = {kind.__name__ for kind in (*type(error).__mro__, *type(error.__cause__).__mro__)}
     if constants.HF_HUB_OFFLINE or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        words = f"the hub cannot be reached from here, and its cache ({constants.HF_HUB_CACHE}) does not hold it"
+        words = f"the hub cannot be reached, and the cache ({constants.HF_HUB_CACHE}) does not contain it"
     name, _, revision = what.partition("@")
     command = f"hf download {name} --revision {revision}" if revision else f"hf download {name}"
-    return f"cannot fetch {what}: {words}; where there is a network, `{command}` puts it there, or give a file"
+    return f"cannot download {what}: {words}; run `{command}` with network access, or give a file"
 
 
 def _answers(endpoint: str) -> bool:

@@ -93,10 +93,10 @@ def read_model_json(folder: str | Path) -> ModelFacts:
     try:
         facts = ModelFacts.read(path)
     except OSError as error:
-        raise UserError(f"{folder} is no model folder: {path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{folder} is not a model folder: {path} cannot be read ({error.strerror or error})") from error
     name, num_classes = facts.architecture["name"], facts.architecture["num_classes"]
     if num_classes != len(facts.classes):
-        raise UserError(f"{path} is damaged: {name} with {num_classes} outputs, but {len(facts.classes)} classes")
+        raise UserError(f"{path} is damaged: {name} has {num_classes} outputs, but {len(facts.classes)} classes are listed")
     return facts
 
 
@@ -107,10 +107,10 @@ def check_weights(path: Path, facts: ModelFacts, found: files.FileFacts, *, log:
         log(f"{path.with_name('model.json')} records no SHA-256 of the weights (an older dtl wrote it): they are used unchecked")
     elif found.size != recorded.bytes:
         raise UserError(
-            f"the weights {path} are damaged: {found.size:,} bytes, model.json says {recorded.bytes:,}; use a copy that is whole, or train it again"
+            f"the weights {path} are damaged: {found.size:,} bytes, but {recorded.bytes:,} according to model.json; use an undamaged copy, or train again"
         )
     elif found.sha256 != recorded.sha256:
         raise UserError(
-            f"the weights {path} are not those of the model.json beside them (another SHA-256): they were damaged or exchanged; "
-            "use a copy that is whole, or train it again"
+            f"the weights {path} do not match the model.json beside them (their SHA-256 differs): they are damaged or were replaced; "
+            "use an undamaged copy, or train again"
         )

@@ -17,12 +17,12 @@ def strict_load(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, *
 
     Also where a weight is not a number: such a network computes, and gives class 0 for every image.
     """
-    whose = f"the weights of the network {name}" if name else "this network's weights"
-    check_tensors(module.state_dict(), tensors, f"{origin} does not hold {whose}")
+    network = f"the network {name}" if name else "this network"
+    check_tensors(module.state_dict(), tensors, f"{origin} does not match {network}")
     module.load_state_dict(dict(tensors))
     bad = not_finite(module)
     if bad is not None:
-        raise UserError(f"{origin}: the tensor {bad} holds values that are not finite (NaN or infinite), as those of a run that diverged do")
+        raise UserError(f"{origin}: the tensor {bad} holds values that are not finite (NaN or infinite): the training probably diverged")
 
 
 def not_finite(module: nn.Module) -> str | None:

@@ -86,7 +86,7 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     left_out = [f"{record.name} has no evaluation of the task {task}" for record in records if courses[record.path] is None]
     pretext = sorted({f"{record.name}: {phase.name}" for record in records for phase in record.phases if phase.task != task and courses[record.path]})
     if pretext:
-        left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s count from the first phase that is drawn")
+        left_out.append(f"phases with another task are not drawn ({', '.join(pretext)}); {unit}s are counted from the first phase that is drawn")
     groups = _grouped([course for record in records if (course := courses[record.path]) is not None])
     names = _group_names([[course.record.name for course in members] for members in groups])
     return Comparison(tuple(Group(name, tuple(members)) for name, members in zip(names, groups)), unit, task, tuple(left_out))

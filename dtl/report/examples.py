@@ -95,7 +95,7 @@ class Examples:
     names: list[str]
     """Display names of the classes."""
     trust: bool = False
-    """Call the function that a model.json of others names."""
+    """Call the function that a model.json of another user names."""
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Examples:
         train, val = build.open_data(config, runtime, log)
         made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):
-            raise UserError(f"data.train ({config.data.train}) is not the data that the run was trained on any more")
+            raise UserError(f"data.train ({config.data.train}) is no longer the data that the run was trained on")
         network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True, own=own)
         loaders = build.build_dataloaders(config, runtime, train, val, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
@@ -137,9 +137,9 @@ class Examples:
                 break
             tiles += self._step_tiles(phase, step, (num_tiles - len(tiles)) // phase.task.expansion)
         mixed = bool(phase.config.mixup or phase.config.cutmix)
-        words = "each image in its four rotations" if phase.task.name == "rotate" else "mixed in pairs" if mixed else ""
+        words = "each image in its four rotations" if phase.task.name == "rotate" else "with mixup or cutmix" if mixed else ""
         if self._unaugmented(phase):
-            words = "not augmented, since their features were computed once"
+            words = "not augmented, because their features are cached"
         return TrainingView(tuple(phase.name for phase in phases), words, tiles)
 
     def _step_tiles(self, phase: Phase, step: int, most: int) -> list[Tile]:
@@ -181,7 +181,7 @@ class Examples:
             num_damaged += len(outputs.batch.bad)
         rows = _Rows.joined(parts)
         if not len(rows.labels):
-            raise UserError("not one of the validation images could be read")
+            raise UserError("none of the validation images could be read")
         names = self._names(task)
         wrong = np.flatnonzero(rows.labels != rows.predicted)
         worst = wrong[np.argsort(-rows.confidence[wrong], kind="stable")][:num_tiles]
@@ -217,7 +217,7 @@ class Examples:
             if task.name == "rotate":
                 image = torch.rot90(image, label, dims=(1, 2))
             sure, right = percent(rows.confidence[row], 0), label == predicted
-            tiles.append(Tile(_pixels(image), names[predicted], sure if right else f"{sure}, is {names[label]}", right))
+            tiles.append(Tile(_pixels(image), names[predicted], sure if right else f"{sure}, true: {names[label]}", right))
         return tiles
 
     def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int, step: int = 0) -> Batch:
@@ -232,7 +232,7 @@ class Examples:
         """The model folder belongs to the last phase."""
         task = task_named(self.phases[-1].config.task)
         if task.num_outputs(self.loaders.val.num_classes) != len(facts.classes):
-            raise UserError(f"the model has {len(facts.classes)} classes, the validation data has {self.loaders.val.num_classes}")
+            raise UserError(f"the model has {len(facts.classes)} classes, but the validation data has {self.loaders.val.num_classes}")
         return task
 
 

@@ -149,9 +149,9 @@ def read_run(folder: str | Path) -> RunRecord:
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder{near_run(path)}")
     if never_began(path):
-        raise UserError(f"{path} holds no run: {why_none_began(path)}")
+        raise UserError(f"{path} contains no run: {why_none_began(path)}")
     if not any((path / name).exists() for name in ("history.jsonl", "config.yaml", "model")):
-        raise UserError(f"{path} is no run folder: it has no history.jsonl, no config.yaml and no model folder")
+        raise UserError(f"{path} is not a run folder: it has no history.jsonl, no config.yaml and no model folder")
     record = RunRecord(path)
     record.model = _read(record, ModelFacts, files.published(path / "model") / "model.json")
     _read_config(record)
@@ -159,7 +159,7 @@ def read_run(folder: str | Path) -> RunRecord:
     record.transfer = _read(record, TransferFacts, path / "transfer.json")
     _read_history(record)
     if record.model is None:
-        record.missing.append("no model folder: predictions, confusion and the numbers per class need one")
+        record.missing.append("no model folder: no predictions, confusion matrix and numbers per class")
     return record
 
 
@@ -171,7 +171,7 @@ def _read_config(record: RunRecord) -> None:
         elif (settings := _settings_of_model(record)) is not None:
             record.stored = settings
         else:
-            record.missing.append("no config.yaml: what needs the run's data or settings is left out")
+            record.missing.append("no config.yaml: the parts that need the run's data or settings are missing")
     except UserError as error:
         record.missing.append(f"config.yaml cannot be used: {' '.join(str(error).split())}")
 
@@ -196,7 +196,7 @@ def _read(record: RunRecord, form: type[_R], file: Path) -> _R | None:
     except OSError as error:
         record.missing.append(f"{file} cannot be read: {error.strerror or error}")
     except UserError as error:
-        record.missing.append(f"it cannot be used: {error}")
+        record.missing.append(f"a file that cannot be used: {error}")
     return None
 
 
@@ -226,7 +226,7 @@ def _read_history(record: RunRecord) -> None:
         record.missing.append(f"history.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
         return
     if unread:
-        record.missing.append(f"{counted(unread, 'line')} of history.jsonl that cannot be read, left out")
+        record.missing.append(f"{counted(unread, 'line')} of history.jsonl that cannot be read")
     rows = {row["phase"]: row for row in record.status.phases}
     first_step = 0
     for name, kinds in columns.items():

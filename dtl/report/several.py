@@ -28,7 +28,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         log(f"left out of the comparison: {folder}: {why_none_began(folder)}")
     records = [read_run(folder) for folder in run_folders if folder not in never]
     if not records:
-        raise UserError("nothing to compare: none of these runs has begun")
+        raise UserError("nothing to compare: none of these runs has started training")
     twice = sorted({str(record.path) for record in records if [other.path.resolve() for other in records].count(record.path.resolve()) > 1})
     if twice:
         raise UserError(f"{twice[0]} is given twice")
@@ -43,7 +43,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         log(f"left out of the comparison: {words}")
     alt = "Top-1 and loss on validation images of " + "; ".join(f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups)
     caption = (
-        "The line of several seeds is their mean, the band goes from the lowest to the highest." if any(len(g.courses) > 1 for g in comparison.groups) else ""
+        "With several seeds, the line is their mean and the band spans the lowest to the highest." if any(len(g.courses) > 1 for g in comparison.groups) else ""
     )
     plot = embed_plot(
         folder / "compare.png",
@@ -53,7 +53,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         narrow=lambda: compare_figure(comparison, NARROW),
     )
     sections = [
-        html.section("Course", plot),
+        html.section("Curves", plot),
         html.section("Results", *_results(comparison)),
         _differences(comparison.groups),
         html.section("Left out", html.Bullets(left_out)) if left_out else None,
@@ -68,7 +68,7 @@ def _place(out: str | Path | None) -> Path:
         return Path(out)
     folder = Path("comparison")
     if folder.exists() and not (folder / PAGE).is_file():
-        raise UserError(f"{folder} is here already, and no comparison of runs; name another folder with --out")
+        raise UserError(f"{folder} exists already and is not a comparison made by dtl; choose another folder with --out")
     return folder
 
 
@@ -96,7 +96,7 @@ def _results(comparison: Comparison) -> list[html.Block]:
                 Cell(f"{course.record.last_step:,}", number=True),
                 Cell(duration(seconds) if seconds else "–", number=True),
             ])  # fmt: skip
-    columns = ["run", "seed", "best top-1", f"at {comparison.unit}", "last top-1", "lowest loss", "steps in all", "time in all"]
+    columns = ["run", "seed", "best top-1", f"at {comparison.unit}", "last top-1", "lowest loss", "total steps", "total time"]
     several = [group for group in comparison.groups if len(group.courses) > 1]
     groups = html.Bullets([f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several])
     return [html.Table(columns, rows), *([groups] if several else [])]
@@ -108,5 +108,5 @@ def _differences(groups: Sequence[Group]) -> html.Section:
     rows = [[Cell(name), *(Cell(value) for value in values)] for name, values in differences(groups)]
     return html.section(
         "Settings that differ",
-        html.Table(["setting", *(group.name for group in groups)], rows) if rows else html.Text("None but names."),
+        html.Table(["setting", *(group.name for group in groups)], rows) if rows else html.Text("Only the names differ."),
     )

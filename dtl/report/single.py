@@ -119,19 +119,19 @@ def prepare_folder(out: Path) -> Path:
     """The folder for a report, without the pictures of an earlier one (a phase may have gone). UserError for a folder that is no report's."""
     try:
         if out.is_symlink():
-            raise UserError(f"{out} is a link, and a report replaces files: name the folder itself with --out")
+            raise UserError(f"{out} is a symbolic link, and a report replaces files: give the folder itself with --out")
         out.mkdir(parents=True, exist_ok=True)
         found = {entry.name: entry for entry in out.iterdir() if not entry.name.startswith(".")}
         others = sorted(name for name in found if not REPORT_FILE.fullmatch(name))
         if others and not _is_report(out / PAGE):
-            raise UserError(f"{out} is not empty (it holds '{others[0]}'), and no report of dtl: name a new folder with --out")
+            raise UserError(f"{out} is not empty (it contains '{others[0]}') and is not a report made by dtl: choose a new folder with --out")
         if PAGE in found and not _is_report(out / PAGE):
-            raise UserError(f"{out / PAGE} is no report of dtl, and would be replaced: name a new folder with --out")
+            raise UserError(f"{out / PAGE} was not made by dtl and would be replaced: choose a new folder with --out")
         for name, old in found.items():
             if name != PAGE and REPORT_FILE.fullmatch(name):
                 old.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
+        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; choose another folder with --out") from error
     return out
 
 
@@ -153,7 +153,7 @@ def write_page(out: Path, document: str) -> Path:
         # A class name from an odd file system may hold what UTF-8 cannot: it is shown as "?".
         write_whole(page, lambda file: file.write(document.encode("utf-8", errors="replace")), sync=False)
     except OSError as error:
-        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; name another folder with --out") from error
+        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; choose another folder with --out") from error
     return page
 
 
@@ -224,7 +224,7 @@ def _phases(record: RunRecord) -> html.Section | None:
     for phase in record.phases:
         rows.append([Cell(phase.name), *_phase_cells(record, phase)])
     columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "time"]
-    chosen = f"Losses and top-1 are those of the weights that each phase keeps: of its best evaluation by {record.monitor}, or of its last (keep: last)."
+    chosen = f"Losses and top-1 belong to the weights that each phase keeps: those of its best evaluation by {record.monitor}, or of its last one (keep: last)."
     return html.section("Phases", html.Table(columns, rows), html.Text(chosen, soft=True))
 
 
@@ -252,7 +252,7 @@ def _curves(parts: _Parts, record: RunRecord) -> html.Section | None:
     names = ", ".join(phase.name for phase in record.phases)
     alt = f"Loss, top-1 and learning rate over {record.last_step} steps in the phases {names}."
     plot = parts.plot("curves", lambda: curves_figure(record), alt=alt, narrow=lambda: curves_figure(record, NARROW))
-    return html.section("Course of the run", plot) if plot else None
+    return html.section("Training curves", plot) if plot else None
 
 
 def _training(parts: _Parts, examples: Examples | None) -> html.Section | None:
@@ -267,7 +267,7 @@ def _training(parts: _Parts, examples: Examples | None) -> html.Section | None:
         if len(views) > 1 or view.words:
             blocks.append(html.Subheading(heading))
         blocks.append(html.Tiles(view.tiles, fours=view.words.endswith("rotations")))
-    about = "Training images exactly as they reach the network, after augmentation: the first that it is given."
+    about = "The first training images, exactly as the network gets them after augmentation."
     return html.section("What the network sees", html.Text(about, soft=True), *blocks)
 
 
@@ -276,14 +276,14 @@ def _predictions(parts: _Parts, predictions: Predictions | None) -> html.Section
         return None
     save_grid(predictions.sample, parts.out / "predictions.png")
     blocks: list[html.Block] = [
-        html.Text(f"{about(predictions)} A random few of them, with the class predicted and how sure the network was:", soft=True),
+        html.Text(f"{about(predictions)} A random selection, with the predicted class and its probability:", soft=True),
         html.Tiles(predictions.sample),
     ]
     if predictions.mistakes:
         save_grid(predictions.mistakes, parts.out / "mistakes.png")
-        blocks += [html.Subheading("Mistakes, the surest first"), html.Tiles(predictions.mistakes)]
+        blocks += [html.Subheading("Mistakes, most confident first"), html.Tiles(predictions.mistakes)]
     else:
-        blocks.append(html.Text("There was no mistake among them."))
+        blocks.append(html.Text("There are no mistakes among them."))
     return html.section("Predictions", *blocks)
 
 
@@ -293,7 +293,7 @@ def about(predictions: Predictions) -> str:
     turned = ", each in four rotations" if len(predictions.labels) > seen else ""
     which = f"all {total:,} validation images" if seen == total else f"{seen:,} of {total:,} validation images, drawn at random"
     damaged = f" ({predictions.num_damaged:,} damaged ones left out)" if predictions.num_damaged else ""
-    return f"The model folder was asked about {which}{damaged}{turned}: top-1 {percent(predictions.metrics['top1'], 2)}."
+    return f"The model was evaluated on {which}{damaged}{turned}: top-1 {percent(predictions.metrics['top1'], 2)}."
 
 
 def _confusion(parts: _Parts, predictions: Predictions | None) -> html.Section | None:
@@ -306,23 +306,24 @@ def _confusion(parts: _Parts, predictions: Predictions | None) -> html.Section |
     matrix = parts.plot(
         "confusion",
         lambda: confusion_figure(labels, predicted, names),
-        alt=f"Confusion matrix of {len(names)} classes: {percent(float((labels == predicted).mean()))} lie on the diagonal.",
-        caption=f"{counted}. A row's colour is its share of the true class, as a square root, so that rare mistakes can be seen.",
+        alt=f"Confusion matrix of {len(names)} classes: {percent(float((labels == predicted).mean()))} are on the diagonal.",
+        caption=f"{counted}. Each row is normalised by its true class; colours have a square-root scale, so that rare mistakes can be seen.",
     )
     worst = ", ".join(f"{names[c]} {percent(float(numbers.recall[c]), 0)}" for c in order[:3])
-    many = f"The {min(30, len(order))} hardest of {len(order)} classes. " if len(order) > 30 else ""
+    many = f"The {min(30, len(order))} classes with the lowest recall, of {len(order)}. " if len(order) > 30 else ""
     bars = parts.plot(
         "classes",
         lambda: classes_figure(numbers, names),
         alt=f"Recall and precision by class; lowest recall: {worst}.",
-        caption=f"{many}Recall: found among the images of the class (how many in brackets). Precision: right among those taken for it.",
+        caption=f"{many}Recall: share of the images of a class that are predicted as it (number of images in brackets). "
+        "Precision: share of the predictions of a class that are right.",
     )
     pairs = confused_pairs(labels, predicted, len(names))
     rows = [
         [Cell(names[true]), Cell(names[taken]), Cell(f"{count:,}", number=True), Cell(f"{numbers.samples[true]:,}", number=True)]
         for true, taken, count in pairs
     ]
-    listed = [html.Subheading("Most often confused"), html.Table(["class", "taken for", "times", "of"], rows, compact=True)] if rows else []
+    listed = [html.Subheading("Most often confused"), html.Table(["true class", "predicted as", "images", "of"], rows, compact=True)] if rows else []
     return html.section("Classes", html.Beside([[part for part in column if part is not None] for column in ([matrix], [bars, *listed])]))
 
 
@@ -331,7 +332,7 @@ def _transfer(record: RunRecord) -> html.Section | None:
     if found is None:
         return None
     rows = [[Cell(name), Cell(f"{n.tensors:,}", number=True), Cell(f"{n.parameters:,}", number=True)] for name, n in found.totals.items()]
-    words = f"From {found.source}, by {found.by}: {percent(found.coverage)} of the convolution and linear units were loaded."
+    words = f"From {found.source}, by {found.by}: {percent(found.coverage)} of the convolution and linear layers were loaded."
     notes = [*found.warnings, *found.notes]
     return html.section(
         "Pretrained weights",
@@ -348,4 +349,4 @@ def _notes(record: RunRecord) -> html.Section | None:
         more = ", ".join(f"{key} {value}" for key, value in known.items() if isinstance(value, (str, int, float)))
         step = f"step {note['step']}: " if "step" in note else ""
         lines.append(f"{step}{note.get('note', '')}" + (f" ({more})" if more else ""))
-    return html.section("Notes of the run", html.Bullets(lines)) if lines else None
+    return html.section("Notes", html.Bullets(lines)) if lines else None

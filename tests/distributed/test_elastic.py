@@ -145,7 +145,7 @@ def test_a_host_that_is_cut_off_is_named_and_the_other_goes_on_alone(tmp_path: P
     lost = [line for line in first.text().splitlines() if line.startswith("dtl: no progress for") and "the same command resumes" in line]
     assert len(lost) == 1, first.text()
     assert re.search(r"waiting for rank 1 \(host h2, pid \d+\), silent for \d+ s, last seen in stage \w+ of step \d+", lost[0])
-    assert "this run was on 2 processes and continues with 1" in first.text()
+    assert "this run used 2 processes and now uses 1:" in first.text()
     told = status(tmp_path / "runs/tiny")
     assert (told["state"], told["step"], told["host"]) == ("done", 60, "h1")
 

@@ -88,7 +88,7 @@ def test_stop_on_two_ranks_and_go_on_with_one_and_three(tmp_path: Path) -> None:
         hold.unlink()
         told += job.wait().check(75).err(0)
     told += run(arguments, cwd=folder, world=1, env=env).err()
-    assert re.findall(r"this run was on (\d) processes and continues with (\d)", told) == [("2", "3"), ("3", "1")]
+    assert re.findall(r"this run used (\d) processes and now uses (\d)", told) == [("2", "3"), ("3", "1")]
     got = history(folder / "runs/tiny")
     assert [event["step"] for event in got] == [event["step"] for event in expected]
     assert [event.get("lr") for event in got] == [event.get("lr") for event in expected]

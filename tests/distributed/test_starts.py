@@ -71,7 +71,7 @@ def test_a_finished_run_with_other_weights_is_not_shown_as_if_whole(tmp_path: Pa
     data[-1] ^= 1
     path.write_bytes(data)
     again = run(["--config", str(recipe)], cwd=tmp_path, code=2).err()
-    assert "model.safetensors are not those of the model.json beside them" in again
+    assert "model.safetensors do not match the model.json beside them" in again
     data[-1] ^= 1
     path.write_bytes(data)
     assert "is finished (step 5)" in run(["--config", str(recipe)], cwd=tmp_path).err()

@@ -1,4 +1,4 @@
-"""Any checkpoint on the disk is whole, or passed over with a line; any state.json is one of a run, or one line."""
+"""Any checkpoint on the disk is whole, or skipped with a line; any state.json is one of a run, or one line."""
 
 from __future__ import annotations
 

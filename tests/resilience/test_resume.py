@@ -68,7 +68,7 @@ def test_more_epochs_on_the_last_phase_go_on(tmp_path: Path) -> None:
     first = status(tmp_path / "runs/tiny")["step"]
     free = ["--data.micro-batch-size", "60", "--checkpoint.keep", "1", "--checkpoint.every-steps", "5", "--checkpoint.async", "false"]
     job = run([*arguments, "--phases.all.epochs", "2", *free], cwd=tmp_path)
-    assert job.err().count("this run had data.micro_batch_size auto and continues with 60") == 1
+    assert job.err().count("data.micro_batch_size was auto and is now 60:") == 1
     after = status(tmp_path / "runs/tiny")
     assert after["state"] == "done"
     (newest,) = (tmp_path / "runs/tiny/checkpoints").glob("step-*/state.json")
@@ -90,7 +90,7 @@ def test_a_changed_setting_is_refused_by_name_with_the_way_out(tmp_path: Path) -
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_augmentations"}}, code=2)
     assert "was started with version 2 of the training transforms, this dtl has version 3" in job.err()
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_order"}}, code=2)
-    assert "was started with version 1 of the order of samples, this dtl has version 2: " in job.err()
+    assert "was started with version 1 of the order of samples, but this dtl has version 2: " in job.err()
     assert job.err().count("\n") == 1
     run([*arguments, "--phases.head.lr", "0.3", "--run.resume", "never"], cwd=tmp_path)
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_the_way_out(tmp_path: P
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, code=2)
     assert job.err().count("\n") == 1
-    for words in ("older dtl (checkpoint format 1, this dtl reads 3)", "the dtl that started the run", "--run.name NEW", "--run.resume never"):
+    for words in ("older dtl (checkpoint format 1, this dtl reads 3)", "the dtl version that started the run", "--run.name NEW", "--run.resume never"):
         assert words in job.err()
 
 

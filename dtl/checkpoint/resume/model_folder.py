@@ -54,7 +54,7 @@ def save_model_folder(
     Raises UserError where it cannot be written; a model folder that was there stays then.
     """
     if architecture["num_classes"] != len(classes):
-        raise ValueError(f"a model of {architecture['num_classes']} classes with {len(classes)} class names")
+        raise ValueError(f"the model has {architecture['num_classes']} outputs, but {len(classes)} class names are given")
     if missing := [key for key in PREPROCESSING if key not in preprocessing]:
         raise ValueError(f"preprocessing lacks {', '.join(missing)}")
     target = Path(folder).absolute()
@@ -100,7 +100,7 @@ def load_model_tensors(folder: str | Path, *, log: Log = to_stderr) -> dict[str,
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"the weights {path} are damaged: {' '.join(str(error).split())[:200]}") from error
     if difference := sorted(tensors.keys() ^ set(facts.order)):
-        raise UserError(f"{path} and model.json do not belong together: {difference[0]} is in one of them only")
+        raise UserError(f"{path} does not match model.json: {difference[0]} is in only one of them")
     return {name: tensors[name] for name in facts.order}
 
 

@@ -60,12 +60,12 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, tr
         checkpoint = newest if runtime.is_main or step is None else store.at(step)
         if checkpoint is None:
             if config.run.resume == "must":
-                raise UserError(f"run.resume is must, but {store.folder} holds no whole checkpoint")
+                raise UserError(f"run.resume is must, but {store.folder} contains no complete checkpoint")
             state = TrainState(dataset_ids={"train": train.dataset_id, "val": val.dataset_id})
         else:
             StoredState.from_values(checkpoint.state, f"{checkpoint.path}/state.json")
             if missing := _groups_needed(checkpoint) - set(checkpoint.groups):
-                raise UserError(f"{checkpoint.path} holds no {min(missing)}.safetensors, which its state.json needs; {OTHERWISE}")
+                raise UserError(f"{checkpoint.path} is incomplete: it has no {min(missing)}.safetensors, which its state.json requires; {OTHERWISE}")
             state = TrainState.from_json(checkpoint.state["train"])
             _check_settings(config, checkpoint, store.folder.parent)
             _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)
@@ -93,18 +93,18 @@ def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainStat
     if checkpoint is not None:
         if state.world_size != runtime.world_size:
             log(
-                f"this run was on {counted(state.world_size, 'process')} and continues with {runtime.world_size}: the same samples in the same global "
-                "batches; batch norm statistics and the rounding of sums may differ"
+                f"this run used {counted(state.world_size, 'process')} and now uses {runtime.world_size}: the samples of each global batch stay the same; "
+                "batch norm statistics and the rounding of sums may differ"
             )
         elif state.num_threads != threads:
-            log(f"this run used {counted(state.num_threads, 'thread')} a process and continues with {threads}: the rounding of sums may differ")
+            log(f"this run used {counted(state.num_threads, 'thread')} per process and now uses {threads}: the rounding of sums may differ")
         device = checkpoint.state.get("device", runtime.device.type)  # an older dtl did not write it
         if device != runtime.device.type:
-            log(f"this run was on {device} and continues with {runtime.device.type}: the rounding of sums may differ")
+            log(f"this run was on {device} and is now on {runtime.device.type}: the rounding of sums may differ")
         before, now = checkpoint.state["config"].get("data", {}).get("micro_batch_size", "auto"), config.data.micro_batch_size
         if before != now:
             log(
-                f"this run had data.micro_batch_size {before} and continues with {now}: the same global batches; batch norm statistics, "
+                f"data.micro_batch_size was {before} and is now {now}: the samples of each global batch stay the same; batch norm statistics, "
                 "dropout and the rounding of sums may differ"
             )
     state.world_size, state.num_threads = runtime.world_size, threads
@@ -116,8 +116,8 @@ def check_transforms(state: dict[str, Any], run: Path) -> None:
         now = VERSIONS.get(split)
         if before != now:
             raise UserError(
-                f"{run} was started with version {before} of the {split} transforms, this dtl has version {now}: the same images would give other "
-                f"pixels; continue with the dtl that started it, or {OTHERWISE}"
+                f"{run} was started with version {before} of the {split} transforms, but this dtl has version {now}, which gives different "
+                f"pixels; resume with the dtl version that started it, or {OTHERWISE}"
             )
 
 
@@ -126,8 +126,8 @@ def check_plan(state: dict[str, Any], run: Path) -> None:
     before = state["plan"]
     if before != PLAN_VERSION:
         raise UserError(
-            f"{run} was started with version {before} of the order of samples, this dtl has version {PLAN_VERSION}: the same epoch would continue with other "
-            f"samples; continue with the dtl that started it, or {OTHERWISE}"
+            f"{run} was started with version {before} of the order of samples, but this dtl has version {PLAN_VERSION}: the rest of the epoch would have "
+            f"different samples; resume with the dtl version that started it, or {OTHERWISE}"
         )
 
 
@@ -146,12 +146,12 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
 def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
     for split, dataset_id in now.items():
         if state.dataset_ids.get(split) != dataset_id:
-            raise UserError(f"{run} was started with other {split} images (data.{split} has changed); {OTHERWISE}")
+            raise UserError(f"{run} was started with different {split} images (data.{split} has changed); {OTHERWISE}")
 
 
 def _check_precision(before: str, now: str) -> None:
     if before != now:
-        raise UserError(f"this run was started with precision {before}, here it would be {now}; continue with --precision {before}")
+        raise UserError(f"this run was started with precision {before}, but would now use {now}; resume with --precision {before}")
 
 
 def _shown(value: object) -> str:

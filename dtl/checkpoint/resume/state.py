@@ -20,7 +20,7 @@ from dtl.untrusted import NumbersObject, Record, Text, check_form
 
 # Of a checkpoint: its manifest, and its state. 3: phase and results are records of their own, the version of the plan and the epoch's loss are stored.
 FORMAT = 3
-OTHERWISE = "start another run with --run.name NEW, or this one afresh with --run.resume never"
+OTHERWISE = "start another run with --run.name NEW, or restart this one from the beginning with --run.resume never"
 # How torch computes a step, not what it computes: whoever builds the optimizer decides these anew on each machine.
 _EXECUTION_OPTIONS = frozenset({"foreach", "fused", "capturable"})
 
@@ -33,7 +33,7 @@ class Best:
     value: float
     step: int
     loss: float = math.inf
-    """Of that evaluation: among equals of the metric the lower loss is the better one."""
+    """Of that evaluation. Where the metric is equal, the lower loss is better."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class PhaseProgress:
     ended: bool = False
     """By early stopping, before its last step."""
     pending_eval: bool = False
-    """An evaluation is due, or was broken off."""
+    """An evaluation is due, or was interrupted."""
     evaluations_without_gain: int = 0
     """The counter of early stopping."""
     kept: Kept | None = None
@@ -135,7 +135,7 @@ class TrainState:
 
 
 class OtherFormat(UserError):
-    """A checkpoint of another version of dtl: it is whole, so it is not passed over."""
+    """A checkpoint of another version of dtl: it is complete, so it is not skipped."""
 
 
 def check_format(found: int, what: str) -> None:
@@ -144,7 +144,7 @@ def check_format(found: int, what: str) -> None:
         raise OtherFormat(f"{what} was written by a newer dtl (checkpoint format {found}, this dtl reads {FORMAT}): update dtl to continue this run")
     if found < FORMAT:
         raise OtherFormat(
-            f"{what} was written by an older dtl (checkpoint format {found}, this dtl reads {FORMAT}): use the dtl that started the run, or {OTHERWISE}"
+            f"{what} was written by an older dtl (checkpoint format {found}, this dtl reads {FORMAT}): use the dtl version that started the run, or {OTHERWISE}"
         )
 
 
@@ -202,7 +202,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     """
     OptimizerFacts.from_values(meta, "the checkpoint's optimizer")
     if meta["optimizer"] != _kind(optimizer):
-        raise UserError(f"the checkpoint holds the state of {meta['optimizer']}, the run uses {_kind(optimizer)}")
+        raise UserError(f"the checkpoint has the optimizer state of {meta['optimizer']}, but the run uses {_kind(optimizer)}")
     _check_groups(optimizer, meta["groups"])
     parameters = {name: (group, p) for group in optimizer.param_groups for name, p in zip(_names(group), group["params"], strict=True)}
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in meta["plain"].items()}
@@ -246,16 +246,16 @@ def _check_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str,
     if difference := sorted(old.keys() ^ new.keys()):
         name = difference[0]
         where = "the checkpoint's optimizer trained it, this one does not" if name in old else "the checkpoint's optimizer did not train it"
-        raise UserError(f"the optimizer's parameters differ from the checkpoint's in {len(difference)}, the first is {name}: {where}")
+        raise UserError(f"the optimizer and the checkpoint have different parameters ({len(difference)} differ, the first is {name}): {where}")
     if old != new or len(saved) != len(optimizer.param_groups):
-        raise UserError("the optimizer's parameter groups are not those of the checkpoint: the same names, divided differently")
+        raise UserError("the optimizer's parameter groups differ from those of the checkpoint: the parameters are the same, but grouped differently")
     for group, before in zip(optimizer.param_groups, saved, strict=True):
         for key, value in before["options"].items():
             switch = isinstance(value, bool) and key not in _EXECUTION_OPTIONS
             if key in group and key not in _EXECUTION_OPTIONS and _is_number(group[key]) != _is_number(value):
-                raise UserError(f"the optimizer's {key} is {group[key]}, and {str(value)[:80]!r} in the checkpoint")
+                raise UserError(f"the optimizer's {key} is {group[key]}, but {str(value)[:80]!r} in the checkpoint")
             if switch and key in group and bool(group[key]) != value:
-                raise UserError(f"the optimizer's {key} is {group[key]}, it was {value} when the checkpoint was written")
+                raise UserError(f"the optimizer's {key} is {group[key]}, but was {value} when the checkpoint was written")
 
 
 def _placed(tensor: Tensor, place: str, key: str, group: Mapping[str, Any], parameter: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _placed(tensor: Tensor, place: str, key: str, group: Mapping[str, Any], para
         on_device = group.get("fused") or group.get("capturable")
         return tensor.to(parameter.device if on_device else "cpu", copy=True)
     if tensor.shape != parameter.shape:
-        raise UserError(f"optimizer state {place} has shape {list(tensor.shape)} in the checkpoint, its parameter {list(parameter.shape)}")
+        raise UserError(f"optimizer state {place} has shape {list(tensor.shape)} in the checkpoint, but its parameter has shape {list(parameter.shape)}")
     like = torch.empty_like(parameter, dtype=tensor.dtype, memory_format=torch.preserve_format, requires_grad=False)
     return like.copy_(tensor)
 

@@ -43,7 +43,7 @@ _TEMPORARY = (".writing-", ".deleting-")
 
 def _group(name: str) -> str:
     if not _GROUP.fullmatch(name):
-        raise ValueError(f"{name[:80]!r} is no name of a group: a file is named after it, so letters, digits and _ only")
+        raise ValueError(f"{name[:80]!r} is not a valid group name: it becomes a file name, so use only lower-case letters, digits and _")
     return name
 
 
@@ -79,7 +79,7 @@ class Checkpoint:
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of one group, in memory of their own; names that shared memory when saved share it again."""
         if group not in self.groups:
-            raise UserError(f"{self.path} holds no tensors of {group!r}, only of: {', '.join(self.groups) or 'nothing'}")
+            raise UserError(f"{self.path} has no tensor group {group!r}; its groups are: {', '.join(self.groups) or 'none'}")
         # Read, not mapped: a shard of a network disk that vanishes under a mapping kills the process (SIGBUS).
         file = self.path / f"{group}.safetensors"
         try:
@@ -104,7 +104,7 @@ class _Snapshot:
 class CheckpointStore:
     """Saves and finds the checkpoints in one folder.
 
-    `options.keep`: how many of the newest stay; older ones go only after a new one is whole.
+    `options.keep`: how many of the newest stay; older ones are deleted only after a new one is complete.
     `options.asynchronous`: write in a thread beside the loop, from a snapshot in host memory (one more copy of the state, reused).
     `options.max_failures`: that many saves in a row may fail (full disk, vanished folder); then `save` raises UserError.
     `log`: takes one line for the user; called from the writing thread too.
@@ -133,11 +133,11 @@ class CheckpointStore:
     # ---- writing (main process only)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: object, *, wait: bool = False) -> float:
-        """Save a checkpoint of `step`; returns the seconds that the caller was held up.
+        """Save a checkpoint of `step`; returns the seconds for which the caller was blocked.
 
         `tensors`: for each group (model, optimizer, ema ...) names and tensors on any device. `state`: anything JSON takes.
         Waits for a save that is still being written. With `wait`, or a store that is not asynchronous, returns when the
-        checkpoint is on the disk (`saved_step` tells whether it worked). Raises UserError after `max_failures` in a row.
+        checkpoint is on the disk (`saved_step` shows whether it worked). Raises UserError after `max_failures` in a row.
         """
         started = time.perf_counter()
         self._settle()
@@ -151,7 +151,7 @@ class CheckpointStore:
         return time.perf_counter() - started
 
     def flush(self) -> None:
-        """Wait until the last save is on the disk, or has failed and said so."""
+        """Wait until the last save is on the disk, or has failed and logged it."""
         self._settle()
 
     def close(self) -> None:
@@ -205,9 +205,9 @@ class CheckpointStore:
             self._last_error = _reason(error)
             kept = self._numbers()
             self._log(
-                f"checkpoint of step {snapshot.step} could not be written to {self.folder}: {self._last_error} "
-                f"({self._failures} in a row of at most {self.options.max_failures}); "
-                + (f"step {kept[0]} is kept; " if kept else "there is none yet; ")
+                f"the checkpoint of step {snapshot.step} could not be written to {self.folder}: {self._last_error} "
+                f"(failure {self._failures} in a row, of at most {self.options.max_failures}); "
+                + (f"the checkpoint of step {kept[0]} is kept; " if kept else "there is no earlier checkpoint; ")
                 + "the next save tries again"
             )
         except BaseException as error:  # handed to the caller of the next save: a thread has nobody to raise to
@@ -220,7 +220,7 @@ class CheckpointStore:
     def _write(self, snapshot: _Snapshot) -> None:
         if not self.folder.is_dir():
             if self.saved_step is not None:
-                self._log(f"{self.folder} is gone, with the checkpoints in it: making it anew")
+                self._log(f"the folder {self.folder} and its checkpoints no longer exist: creating it again")
             # Without parents: a run folder that has vanished (an unmounted disk) must not grow again somewhere else.
             self.folder.mkdir()
         if not self._cleaned:
@@ -274,7 +274,7 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """The checkpoint with the highest step that is whole; None where there is none at all.
 
-        Damaged ones are named with what was found, and passed over. Raises UserError when there are only damaged ones.
+        Damaged ones are named with what was found, and skipped. Raises UserError when there are only damaged ones.
         """
         found = []
         for number in self._numbers():
@@ -283,19 +283,19 @@ class CheckpointStore:
                 if checkpoint is not None:
                     return checkpoint
                 found.append(f"{path.name}: {problem}")
-                self._log(f"checkpoint {path} is damaged and passed over: {problem}")
+                self._log(f"checkpoint {path} is damaged and skipped: {problem}")
         if found:
             raise UserError(f"every checkpoint in {self.folder} is damaged ({'; '.join(found)}): repair the disk, or restart the run with --run.resume never")
         return None
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of exactly this step, verified; UserError where it is missing or damaged."""
-        problem = "there is none"
+        problem = "it does not exist"
         for path in self._paths(step):
             checkpoint, problem = _open(path, step)
             if checkpoint is not None:
                 return checkpoint
-        raise UserError(f"checkpoint of step {step} in {self.folder} cannot be read: {problem}")
+        raise UserError(f"the checkpoint of step {step} in {self.folder} cannot be read: {problem}")
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first (not verified)."""
@@ -319,13 +319,13 @@ def _open(path: Path, step: int) -> tuple[Checkpoint | None, str]:
     try:
         value = read_json(path / "manifest.json")
         if not isinstance(value, dict) or not isinstance(value.get("format"), int):
-            return None, "manifest.json: it has no format number"
+            return None, "manifest.json has no format number"
         check_format(value["format"], str(path))
         manifest = _Manifest.from_values(value, "manifest.json")
         if manifest.step != step:
-            return None, f"its manifest speaks of step {manifest.step}"
+            return None, f"its manifest.json belongs to step {manifest.step}"
         if manifest.unlisted:
-            return None, f"manifest.json: it lists no {manifest.unlisted[0]}, so nothing shows that this file is whole"
+            return None, f"manifest.json does not list {manifest.unlisted[0]}, so this file cannot be verified"
         for name, expected in manifest.files.items():
             facts = files.hash_file(path / name)
             if facts.size != expected.size:

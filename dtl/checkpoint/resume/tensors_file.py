@@ -45,7 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES_OF_TYPES:
-            raise TypeError(f"tensor {name} has type {tensor.dtype}, which a checkpoint cannot hold")
+            raise TypeError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot store")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES_OF_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end

@@ -49,7 +49,7 @@ def resize_position_embedding(table: torch.Tensor, shape: Shape) -> torch.Tensor
     if want < have:
         front = front[:, :want]
     elif want > have:
-        raise UserError(f"position embedding of {table.shape[1]} tokens has no row for {want - have} token(s) in front")
+        raise UserError(f"the position embedding has {table.shape[1]} tokens and lacks {want - have} class token(s) in front of the grid")
     grid = _resize(grid.reshape(1, old, old, -1).permute(0, 3, 1, 2), (new, new))
     return torch.cat([front, grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)
 
@@ -164,7 +164,7 @@ def apply_transform(
         return rows(tensors[0], picks)
     if name in ("fold_norm_weight", "fold_norm_bias"):
         return _fold(tensors)[0 if name.endswith("weight") else 1]
-    raise UserError(f"transform: no way to do {name!r}; known are {', '.join(TRANSFORMS)}")
+    raise UserError(f"unknown transform {name!r}; known transforms are {', '.join(TRANSFORMS)}")
 
 
 def _fold(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +185,7 @@ def why_not(transform: str, have: Sequence[Shape], want: Shape, *, picks: Sequen
         return _why_no_rows(have[0], want, picks)
     if transform.startswith("split_"):
         parts = int(transform.rpartition("_")[2])
-        return None if have[0] == (parts * want[0], *want[1:]) else f"cuts dimension 0 into {parts} equal parts"
+        return None if have[0] == (parts * want[0], *want[1:]) else f"splits dimension 0 into {parts} equal parts"
     fits, rule = _RULES[transform]
     return None if fits(have[0], want) else rule
 
@@ -197,20 +197,20 @@ def _why_no_fuse(have: Sequence[Shape], want: Shape) -> str | None:
 
 def _why_no_fold(have: Sequence[Shape], want: Shape, *, bias: bool) -> str | None:
     if len(have) not in (5, 6):
-        return "takes a weight, a norm's weight, bias, running_mean and running_var, and perhaps the layer's bias"
+        return "takes a weight, a norm's weight, bias, running_mean and running_var, and optionally the layer's bias"
     outputs = have[0][:1]
     if any(shape != outputs for shape in have[1:]) or want != (outputs if bias else have[0]):
-        return "keeps the layer's shape, and its norm has as many channels as the layer has outputs"
+        return "keeps the shape of the layer, and needs a norm with as many channels as the layer has outputs"
     return None
 
 
 def _why_no_rows(have: Shape, want: Shape, picks: Sequence[Sequence[int]] | None) -> str | None:
     if picks is None:
-        return "needs rows: for each class here the row of the source, or a list of rows to average"
+        return "needs rows: for each class of the network, a row of the source or a list of rows to average"
     if len(picks) != want[0] or have[1:] != want[1:]:
-        return f"was given {len(picks)} rows for a head of {want[0]} outputs" if have[1:] == want[1:] else "keeps all but dimension 0"
+        return f"was given {len(picks)} rows for a head of {want[0]} outputs" if have[1:] == want[1:] else "changes dimension 0 only"
     beyond = [row for pick in picks for row in pick if not 0 <= row < have[0]]
-    return f"asks for row {beyond[0]} of {have[0]}" if beyond else None
+    return f"selects row {beyond[0]}, but the source has {have[0]} rows" if beyond else None
 
 
 def _turned(have: Shape, want: Shape) -> bool:
@@ -227,14 +227,17 @@ def _positions(have: Shape, want: Shape) -> bool:
 
 
 _RULES: dict[str, tuple[Callable[[Shape, Shape], bool], str]] = {
-    "stem_channels": (lambda a, b: len(a) == len(b) == 4 and (a[0], *a[2:]) == (b[0], *b[2:]), "changes the input channels of a convolution, nothing else"),
+    "stem_channels": (lambda a, b: len(a) == len(b) == 4 and (a[0], *a[2:]) == (b[0], *b[2:]), "changes only the input channels of a convolution"),
     "squeeze": (lambda a, b: squeezed(a) == squeezed(b), "adds and removes dimensions of size 1 only"),
     "reshape_kernel": (
         lambda a, b: {len(a), len(b)} == {2, 4} and a[0] == b[0] and num_elements(a) == num_elements(b),
-        "turns a linear layer into a convolution of as many inputs, or back",
+        "converts a linear layer to a convolution with the same number of inputs, or back",
     ),
-    "resize_position_embedding": (_positions, "resizes [1, N, D] or [1, D, H, W] tables of square grids, tokens in front kept"),
+    "resize_position_embedding": (
+        _positions,
+        "resizes [1, N, D] or [1, D, H, W] position embeddings of square grids and keeps class tokens in front of the grid",
+    ),
     "resize_relative_table": (is_relative_table, "resizes [(2s-1)^2, heads] tables"),
     "resize_patches": (lambda a, b: len(a) == len(b) == 4 and a[:2] == b[:2] and a[2] == a[3] and b[2] == b[3], "resizes square kernels"),
-    "transpose_kernel": (_turned, "turns [kh, kw, I, O] into [O, I, kh, kw] and [I, O] into [O, I]"),
+    "transpose_kernel": (_turned, "permutes [kh, kw, I, O] to [O, I, kh, kw], and [I, O] to [O, I]"),
 }

@@ -89,7 +89,7 @@ def apply_plan(
     target_preprocessing: Mapping[str, Any] | None = None,
     started: float | None = None,
 ) -> TransferReport:
-    """Copy what the plan says into the model. Raises TransferRefused before the first change when anything is wrong."""
+    """Copy the planned tensors into the model. Raises TransferRefused before the first change when anything is wrong."""
     report = TransferReport.of(plan, weights)
     if plan.refusals:
         raise TransferRefused(*report.refusal())
@@ -166,7 +166,7 @@ def _unusable(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
     if tensor.is_meta:
         return "has no values (meta device)"
     if tensor.is_quantized or (target.is_floating_point() and not tensor.is_floating_point()):
-        return f"is of type {tensor.dtype}, quantised or not weights at all; convert it to floating point first".replace("torch.", "")
+        return f"has dtype {tensor.dtype} (quantised, or not a weight); convert it to floating point first".replace("torch.", "")
     return None
 
 
@@ -191,7 +191,7 @@ def _agree_on_ties(targets: dict[str, torch.Tensor], values: dict[str, torch.Ten
         if earlier == name:
             continue
         if not torch.equal(values[earlier], values[name]):
-            raise TransferRefused(f"{earlier} and {name} share one tensor here, but the source has two different ones; nothing was loaded")
+            raise TransferRefused(f"{earlier} and {name} share one tensor in this network, but the source has two different ones; nothing was loaded")
         del values[name]
 
 
@@ -247,7 +247,7 @@ _MOST_ROWS = 60
 class TransferReport:
     """A plan with what is known about its source and, once `applied`, about its application.
 
-    `checksum` covers the loaded tensors as they are in the model now; None for a dry run. `casts`: change of type -> tensors.
+    `checksum` covers the loaded tensors as they are in the model now; None for a dry run. `casts`: change of dtype -> number of tensors.
     """
 
     plan: TransferPlan
@@ -280,7 +280,7 @@ class TransferReport:
 
     @property
     def coverage(self) -> float:
-        """Share (0..1) of the target's convolution and linear layers that were loaded, a replaced head aside."""
+        """Share (0..1) of the target's convolution and linear layers that were loaded, not counting a replaced head."""
         return self.plan.coverage
 
     @property
@@ -298,7 +298,7 @@ class TransferReport:
         lines = [f"transfer from {self.source} refused: {first}"]
         lines += [f"  also: {other}" for other in others[:5]]
         if len(others) > 5:
-            lines.append(f"  and {len(others) - 5} reasons more")
+            lines.append(f"  and {len(others) - 5} more reasons")
         return [*lines, *self.lines()]
 
     def to_json(self, path: str | Path) -> None:
@@ -341,7 +341,7 @@ class TransferReport:
         fresh = sum(o.parameters for o in self.outcomes if o.outcome in ("fresh", "ambiguous"))
         target = sum(o.parameters for o in self.outcomes if o.target) or 1
         lines = [f"warning: {warning}" for warning in self.warnings]
-        lines.append(f"{self.source}: coverage {self.coverage:.1%} of convolution and linear layers, fresh {fresh / target:.1%} of all parameters")
+        lines.append(f"{self.source}: coverage {self.coverage:.1%} of convolution and linear layers, {fresh / target:.1%} of all parameters newly initialised")
         details = [f"by {self.plan.by} ({self.plan.view})"]
         details += [f"{self.plan.source_coverage:.1%} of the source's layers used"] if self.plan.source_coverage < 1 else []
         details += [f"from '{self.container}'"] if self.container else []
@@ -387,7 +387,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     columns = [text.Column("outcome"), text.Column("target"), text.Column("source"), text.Column("tensors", right=True), text.Column("why")]
     more = len(rows) - _MOST_ROWS
     lines = text.table(columns, rows[:_MOST_ROWS])
-    return f"{lines}\n... and {more} rows more (all of them in the JSON report)" if more > 0 else lines
+    return f"{lines}\n... and {more} more rows (the JSON report has all of them)" if more > 0 else lines
 
 
 def _row_key(outcome: Outcome) -> tuple[str, ...]:
@@ -426,7 +426,7 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
 
 
 def save_map(plan: TransferPlan, path: str | Path) -> None:
-    """Write what a plan would load as a map, and what it could not decide as comments with the lines that settle it."""
+    """Write what a plan would load as a map, and what it could not decide as comments with the lines that decide it."""
     import yaml
 
     path = Path(path)
@@ -434,7 +434,7 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
     if path.suffix == ".json":
         path.write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
         return
-    lines = ["# target: source. Edit, then feed back with --by map --map THIS_FILE.\n"]
+    lines = ["# target: source. Edit this file, then use it with --by map --map THIS_FILE.\n"]
     for target, alternatives in plan.flagged.items():
         lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
     for target, rule in rules.items():

@@ -16,7 +16,7 @@ from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Key, Layer, Sh
 from dtl.checkpoint.transfer.match.evidence import Match, Matching
 from dtl.config.models import TransferOptions
 from dtl.errors import UserError
-from dtl.text import counted
+from dtl.text import counted, some
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Outcome:
     """What becomes of one tensor.
 
     `outcome`: loaded (copied), adapted (through `transform`), filled (a value that is known without the source), kept (an
-    integer table of the architecture), fresh (keeps its initial value), ambiguous (fresh unless settled), unused (a source
-    tensor that goes nowhere; `target` is None then). `parameters` is its number of elements.
+    integer buffer of the architecture), fresh (keeps its initial value), ambiguous (undecided: keeps its initial value), unused (a source
+    tensor that is not loaded; `target` is None then). `parameters` is its number of elements.
     """
 
     target: str | None
@@ -104,7 +104,7 @@ class _Settlement:
         clashed = {clash.target: clash for clash in matching.clashes}
         for layer in target.layers:
             for clash in (clashed[name] for name in layer.names if name in clashed):
-                self.reasons.update(dict.fromkeys(layer.names, f"same name, other shape: {clash}"))
+                self.reasons.update(dict.fromkeys(layer.names, f"same name, different shape: {clash}"))
         self.head_rows = matching.head_rows
         self.filled: dict[str, str] = {}
         self.doubts: list[str] = []
@@ -157,7 +157,7 @@ class _Settlement:
         for name in layer.names:
             self.matching.flags.pop(name, None)
         if self.options.keep_head in (True, "rows"):
-            self.hard.append(f"keep_head was asked for, but {layer.path} cannot be kept: {why}")
+            self.hard.append(f"the head {layer.path} cannot be loaded, but keep_head requires it: {why}")
 
     def _weighted(self, layer: Layer) -> None:
         weight = layer.roles.get("weight")
@@ -178,7 +178,7 @@ class _Settlement:
         if self.options.fill.conv_bias == "zero":
             self.filled[name] = "zero: the source's layer has no bias"
         else:
-            self.reasons[name] = "the source's layer has no bias (fill conv_bias: zero makes it the same function)"
+            self.reasons[name] = "the source's layer has no bias (with fill: {conv_bias: zero} the layer computes the same)"
 
     def _batch_norm(self, layer: Layer) -> None:
         wanted = [layer.roles[role][0][0] for role in layer.roles if role != "num_batches_tracked"]
@@ -189,11 +189,11 @@ class _Settlement:
             return
         if len(found) < len(wanted):
             missing = next(name for name in wanted if name not in self.matches)
-            self._drop(layer, f"half a norm is none: {missing} has no source")
-            self.doubts.append(f"{layer.path}: the source has its {found[0]} but no {missing}; a norm without its statistics is not loaded")
+            self._drop(layer, f"{missing} has no source, and a norm is loaded whole or not at all")
+            self.doubts.append(f"{layer.path}: the source has {found[0]} but not {missing}; a norm without its statistics is not loaded")
             return
         if counter is not None and counter[0][0] not in self.matches:
-            self.filled[counter[0][0]] = "zero: the source keeps no counter"
+            self.filled[counter[0][0]] = "zero: the source has no num_batches_tracked"
 
     def _fold(self) -> None:
         folded = fold_orphans(self.matches, self.source_layers, self.target)
@@ -211,7 +211,7 @@ class _Settlement:
                 self.matches[first] = self.matches[name]
 
     def _norms_of_fresh_layers(self) -> None:
-        """Statistics of another layer's outputs are worse than none: a norm behind a layer without a source stays fresh too."""
+        """Statistics of another layer's outputs are worse than none: a norm behind a layer without a source is newly initialised too."""
         loose = [u for u in self.target.layers if u.kind in WEIGHTED and u.index not in self.heads and not self._is_matched(u)]
         if not loose:
             return
@@ -223,7 +223,7 @@ class _Settlement:
                 continue
             before = [other for side, other in links.get(layer.index, ()) if side == "post"]
             if len(before) == 1 and before[0] in fresh:
-                self._drop(layer, f"its layer {fresh[before[0]].path} has no source")
+                self._drop(layer, f"the layer before it, {fresh[before[0]].path}, has no source")
                 for name in layer.names:
                     self.filled.pop(name, None)
 
@@ -239,7 +239,7 @@ class _Settlement:
                 continue
             beside = [other for side, other in sorted(links.get(layer.index, ())) if side == "post" and self._is_matched(by_index[other])]
             if beside and not any(name in self.matching.flags for name in layer.names):
-                why = f"stays fresh beside {by_index[beside[0]].path}, which is loaded: the source has no norm for it"
+                why = f"is newly initialised, but {by_index[beside[0]].path} before it is loaded: the source has no norm for it"
                 self.doubts.append(f"{layer.path} {why}")
                 for name in layer.names:
                     self.reasons[name] = why
@@ -264,10 +264,10 @@ class _Settlement:
         if self.hard:
             return
         if not self.matches:
-            self.hard.append(f"nothing fits: no layer of the source has a place here{self._first_clash()}")
+            self.hard.append(f"nothing matches: no layer of this network has a certain match in the source{self._first_clash()}")
         elif coverage < self.options.min_coverage:
             self.hard.append(
-                f"coverage {coverage:.0%} of the target's convolution and linear layers is under min_coverage "
+                f"coverage {coverage:.0%} of the target's convolution and linear layers is below min_coverage "
                 f"{self.options.min_coverage:.0%}{self._first_clash()}"
             )
         elif source_left_behind:
@@ -275,7 +275,7 @@ class _Settlement:
 
     def _first_clash(self) -> str:
         if self.matching.clashes:
-            return f"; the first pair that clashes is {self.matching.clashes[0]}"
+            return f"; the first mismatch is {self.matching.clashes[0]}"
         if self.matching.flags:
             return f"; {self._first_flag()}"
         missing = next((u for u in self.target.layers if u.kind in WEIGHTED and not self._is_matched(u)), None)
@@ -285,9 +285,9 @@ class _Settlement:
         name, flag = next(iter(self.matching.flags.items()))
         could = f"; could be {', '.join(flag.names[:3])}" if flag.alternatives else ""
         others = len(self.matching.flags) - 1
-        more = f" (and {counted(others, 'tensor')} more)" if others else ""
-        settle = f"; a map settles it: {flag.line(name)}" if flag.alternatives else ""
-        return f"{name} is not decided: {flag.reason}{could}{more}{settle}"
+        more = f", together with {counted(others, 'other tensor')}" if others else ""
+        settle = f"; to decide it, write into a map: {flag.line(name)}" if flag.alternatives else ""
+        return f"{name} is undecided{more}: {flag.reason}{could}{settle}"
 
     # --- per tensor ---
 
@@ -313,7 +313,7 @@ class _Settlement:
         if flag is not None and not self.hard:
             return Outcome(spec.name, (), "ambiguous", flag.reason, alternatives=flag.names, **common)
         if spec.family != "f" and not spec.is_counter:
-            return Outcome(spec.name, (), "kept", "a table of the architecture, not learned", **common)
+            return Outcome(spec.name, (), "kept", "a buffer that the architecture computes, not learned", **common)
         reason = "the transfer was refused" if self.hard else self.reasons.get(spec.name) or "no source"
         return Outcome(spec.name, (), "fresh", reason, **common)
 
@@ -325,13 +325,13 @@ class _Settlement:
             if spec.name in used:
                 continue
             if spec.is_counter:
-                reason = "a counter with no place here"
+                reason = "a counter that this network does not have"
             elif self.inside is not None and spec.name not in self.inside:
                 reason = "outside of the prefix"
             else:
-                reason = "the source's head" if spec.name in head else "no place for it here"
+                reason = "the source's head" if spec.name in head else "no matching layer in this network"
             outcomes.append(_unused_outcome(spec, reason))
-        return outcomes + [_unused_outcome(spec, "left out, as asked (ignore)") for spec in self.ignored]
+        return outcomes + [_unused_outcome(spec, "left out (ignore)") for spec in self.ignored]
 
 
 def _unused_outcome(spec: TensorSpec, reason: str) -> Outcome:
@@ -342,9 +342,9 @@ _EVIDENCE = {
     "name": "the same name",
     "unique-shape": "the only layer of this shape on both sides",
     "structure": "the same in every near-optimal alignment",
-    "tree+number": "the same place in the tree of modules, by content and numbers",
-    "pattern": "its last words stand for the same layer in the other blocks",
-    "graph": "the same place in the flow of data",
+    "tree+number": "the same place in the module tree, by content and numbers",
+    "pattern": "the end of its name means the same layer in the other blocks",
+    "graph": "the same place in the data flow",
     "order": "the order of registration (assumed)",
     "map": "given by the map",
     "class names": "rows of the same classes",
@@ -356,7 +356,7 @@ def set_aside(source: Sequence[TensorSpec], ignore: Sequence[str]) -> tuple[list
     for pattern in ignore:
         if not any(fnmatchcase(spec.name, pattern) for spec in source):
             names = ", ".join(spec.name for spec in source[:3])
-            raise UserError(f"ignore: {pattern} fits no tensor of the source (they are called {names} ...)")
+            raise UserError(f"ignore: {pattern} matches no tensor of the source (its names look like {names} ...)")
     aside = {spec.name for spec in source if any(fnmatchcase(spec.name, pattern) for pattern in ignore)}
     return [spec for spec in source if spec.name not in aside], [spec for spec in source if spec.name in aside]
 
@@ -385,8 +385,8 @@ def why_too_little_is_used(layers: Sequence[Layer], used: Collection[str], least
         return None
     left = [layer for layer in layers if not _is_used(layer, used)]
     return (
-        f"coverage {share:.0%} of the source's convolution and linear layers is under min_coverage {least:.0%}: it holds another or a "
-        f"larger network; the first of its layers without a place here is {left[0].path} {list(left[0].shape)}. If that is meant: "
+        f"coverage {share:.0%} of the source's convolution and linear layers is below min_coverage {least:.0%}: the source is another or a "
+        f"larger network; the first of its layers that would not be used is {left[0].path} {list(left[0].shape)}. To load it anyway, set "
         f"{_accepting(layers, used, least, share)}"
     )
 
@@ -475,13 +475,15 @@ def pick_rows(
     for name in target_classes:
         given = wanted.get(name, name)
         names = (given,) if isinstance(given, str) else tuple(given)
+        if not names:
+            raise UserError(f"head_rows: the list of class '{name}' is empty")
         missing += [each for each in names if each not in index]
         twice = [each for each in names if list(source_classes).count(each) > 1]
         if twice:
-            raise UserError(f"the source calls several of its classes '{twice[0]}'; choose by number in a map (transform: rows)")
+            raise UserError(f"several classes of the source are named '{twice[0]}'; choose a row by its number in a map (transform: rows)")
         picks.append(tuple(index[each] for each in names if each in index))
-    if missing or not all(picks):
-        raise UserError(f"the source has no class '{missing[0] if missing else ''}' ({len(missing)} such)")
+    if missing:
+        raise UserError(f"the source has no class {some(missing, limit=3, quoted=True)}")
     return tuple(picks)
 
 
@@ -494,7 +496,7 @@ def head_obstacle(
 ) -> str:
     """Why the target's head `layer` is not loaded as it was matched; "" where it is."""
     if keep_head is False:
-        return "not loaded, as asked (keep_head: false)"
+        return "not loaded (keep_head: false)"
     found = [matches.get(name) for name in layer.names]
     heads = detect_heads(source)
     other = f"{layer.shape[0]} outputs here, {heads[0].shape[0] if heads else 'none'} in the source"

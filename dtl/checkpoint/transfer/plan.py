@@ -35,10 +35,10 @@ class TransferPlan:
     """What a transfer would do.
 
     `outcomes`: one per target tensor, in the target's order, then one per unused source tensor.
-    `coverage`: share of the target's convolution and linear layers that get weights, a replaced head aside;
-    `source_coverage`: share of the source's that are used, its own head and what lies outside of the prefix aside.
-    `refusals`: why it must not be applied, worst first; empty for a plan that may. `pairs` is empty when the refusal is of
-    the whole (coverage, rivals, names that lie), and holds what is certain when only single tensors are in doubt.
+    `coverage`: share of the target's convolution and linear layers that get weights, not counting a replaced head;
+    `source_coverage`: share of the source's layers that are used, not counting its own head and tensors outside of the prefix.
+    `refusals`: why the plan must not be applied, most serious first; empty if it may be. `pairs` is empty when the whole transfer is
+    refused (coverage, several matching networks, misleading names); it holds the certain pairs when only single tensors are undecided.
     """
 
     by: str
@@ -113,18 +113,18 @@ def plan_transfer(
 
     `by`: name, order (equal sequences of shapes, else aligned with gaps), strict (equal sequences or nothing), map, or auto (names
     where they can be trusted, then alignment; never a guess).
-    `assume_order`: accept pairs that only the order of registration tells apart. `source_model`: the network the weights
+    `assume_order`: accept pairs that only the order of registration distinguishes. `source_model`: the network the weights
     were made for; with it both execution orders are known. `mapping`: for `by="map"`, a file or a dict
-    of rules (`dtl.checkpoint.transfer.match.by_map`); with `by="auto"` its lines settle single layers.
+    of rules (`dtl.checkpoint.transfer.match.by_map`); with `by="auto"` its lines decide single layers.
     `heads`: dotted names of the classifier's modules (found when not given). `keep_head`: None loads the head when shapes
     are equal and class lists, where both are known, agree; "rows" picks its rows by class names. `head_rows`: target class ->
     source class, or several whose rows are averaged; all others by their own name.
-    `ordered`: whether `source_tensors` stand in registration order (guessed from the names when None).
-    `prefix`: use only source names that begin with it. `ignore`: patterns (`decoder.*`) of source names to set aside: they are not
-    used, and do not count where `min_coverage` asks how much of the source is. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
-    have are zero, not random. `fold_norms`: a source norm with no place here is folded into its convolution.
+    `ordered`: whether `source_tensors` are in registration order (guessed from the names when None).
+    `prefix`: use only source names that begin with it. `ignore`: patterns (`decoder.*`) of source names to leave out: they are not
+    used, and `min_coverage` does not count them. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
+    have are zero, not random. `fold_norms`: a norm of the source that `model` does not have is folded into its convolution.
     `trace=False` skips the run of `model` on the meta device.
-    Raises UserError on contradictory arguments; a transfer that should not happen comes back with `refusals`.
+    Raises UserError on contradictory arguments; a plan that must not be applied is returned with `refusals`.
     """
     with arguments_checked():
         options = TransferOptions(
@@ -269,7 +269,7 @@ def match(request: PlanRequest) -> Planned:
         matching = _auto(replace(request, source=renamed), None, _renamed(settled, renaming))
         matching.head_rows = settled.head_rows
     if renaming.hits and not renaming.rivals and renaming.source_prefix != renaming.target_prefix:
-        matching.notes.append(f"prefix '{renaming.source_prefix}' stands for '{renaming.target_prefix}'")
+        matching.notes.append(f"prefix of the names: '{renaming.source_prefix}' in the source, '{renaming.target_prefix}' in this network")
     matching = _own_names(matching, renaming)
     _turn_kernels(matching, channels_last)
     return Planned(matching, (renaming.source_prefix, renaming.target_prefix), renaming.inside)
@@ -293,7 +293,7 @@ def _rules(mapping: Any, by: str) -> list[Rule]:
             raise UserError("by: map needs a map (a YAML or JSON file, or a dict)")
         return []
     if by not in ("map", "auto"):
-        raise UserError(f"by: {by} takes no map; use by: map, or by: auto to settle single layers")
+        raise UserError(f"by: {by} takes no map; use by: map, or by: auto with a map for single layers")
     return read_rules(mapping)
 
 
@@ -341,7 +341,7 @@ def _auto(request: PlanRequest, source_flow: Dataflow | None, settled: dict[str,
 
 def _nothing_to_go_by() -> Matching:
     matching = Matching("nothing")
-    matching.refusals.append("the source's names do not name layers, and its order is lost (the names are sorted): only a map can place its tensors")
+    matching.refusals.append("the names in the source do not identify layers, and their order is unknown (the names are sorted): write a map (by: map)")
     return matching
 
 
@@ -351,10 +351,10 @@ def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
     network = target_of(request.source_model, image_size=request.target.image_size)
     own, has_names = _names_in(request.source, network, request.in_order, request.prefix)
     if own is None:
-        raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
+        raise UserError("source_model: its tensors match those of the source neither by name nor by the sequence of shapes")
     flow = network.dataflow
     if flow is None:
-        raise UserError("source_model: it cannot be run on the meta device, so the order of its layers cannot be found")
+        raise UserError("source_model: it cannot be run on the meta device, so the order of its layers is unknown")
     specs = [TensorSpec(own[e.name], e.shape, e.family) for e in request.source if e.name in own]
     matching = _auto(replace(request, source=specs, source_model=None), flow, _renamed(settled, Renaming(own)), names=has_names)
     matching.head_rows = settled.head_rows
@@ -390,7 +390,7 @@ def _by_order(request: PlanRequest) -> Matching:
     if not request.in_order:
         matching = Matching(view="order")
         matching.refusals.append(
-            f"by: {request.options.by} needs the order in which the network registered its tensors, and this source's names are sorted "
+            f"by: {request.options.by} needs the order in which the network registered its tensors, but the names of this source are sorted "
             "(safetensors keeps no order); use by: name, auto or map"
         )
         return matching
@@ -409,7 +409,7 @@ def _rivals(renaming: Renaming) -> Matching:
     matching = Matching(view="names")
     both = "', '".join((renaming.source_prefix, *renaming.rivals))
     matching.refusals.append(
-        f"the source holds several networks that fit equally well, with the prefixes '{both}'; choose one with source: FILE#{renaming.source_prefix}"
+        f"the source contains several networks that fit equally well, with the prefixes '{both}'; choose one with source: FILE#{renaming.source_prefix}"
     )
     return matching
 
@@ -428,8 +428,8 @@ def _own_names(matching: Matching, renaming: Renaming) -> Matching:
 
 
 def names_in_network(source: list[TensorSpec], network: nn.Module) -> dict[str, str]:
-    """Source tensor -> its name in the network it was made for; UserError where neither names nor shapes tell."""
+    """Source tensor -> its name in the network it was made for; UserError where neither names nor shapes match."""
     own, _ = _names_in(source, target_of(network, trace=False), not looks_sorted(source), None)
     if own is None:
-        raise UserError("source_model: its tensors are not those of the source, neither by names nor by the sequence of shapes")
+        raise UserError("source_model: its tensors match those of the source neither by name nor by the sequence of shapes")
     return own

@@ -37,14 +37,14 @@ class Verification:
     output_difference: float | None
 
     def __str__(self) -> str:
-        lines = [f"verify: {self.equal} of {self.compared} paired layers compute the same"]
+        lines = [f"verify: {self.equal} of {self.compared} paired layers have equal outputs"]
         if self.output_difference is not None:
             lines.append(f"  outputs differ by {self.output_difference:.2g} (relative)")
         if self.first_divergence:
             lines.append(f"  first divergence: {self.first_divergence}")
-        lines += [f"  set up differently: {line}" for line in self.settings[:12]]
+        lines += [f"  different setting: {line}" for line in self.settings[:12]]
         if len(self.settings) > 12:
-            lines.append(f"  and {len(self.settings) - 12} layers more")
+            lines.append(f"  and {len(self.settings) - 12} more")
         return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def verify_plan(plan: TransferPlan, source_model: nn.Module, target_model: nn.Mo
     return Verification(
         compared=len(differences),
         equal=len(differences) - len(diverged),
-        first_divergence=_tell(diverged[0], partner) if diverged else None,
+        first_divergence=_describe(diverged[0], partner) if diverged else None,
         settings=tuple(_settings(source, target, pairs)),
         output_difference=None if any(o.head and o.outcome == "fresh" for o in plan.outcomes) else _difference(ours_out, theirs_out),
     )
@@ -168,10 +168,10 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float | None:
     return float((a - b).norm() / a.norm().clamp_min(1e-12))
 
 
-def _tell(diverged: tuple[str, float | None], partner: dict[str, str]) -> str:
+def _describe(diverged: tuple[str, float | None], partner: dict[str, str]) -> str:
     name, value = diverged
     how = "the shapes of their outputs differ" if value is None else f"relative difference {value:.2g}"
-    return f"{name} against {partner[name]} ({how})"
+    return f"{name} (in the source: {partner[name]}): {how}"
 
 
 def _settings(source: nn.Module, target: nn.Module, pairs: list[tuple[str, str]]) -> list[str]:

@@ -90,6 +90,6 @@ def test_what_is_there_is_kept_unless_told(tmp_path: Path) -> None:
 def test_weights_that_are_not_the_models_are_not_averaged(tmp_path: Path) -> None:
     first, second = (model_folder(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
     (first / "model.safetensors").write_bytes((second / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"the weights .*a/model.safetensors are not those of the model.json beside them"):
+    with pytest.raises(UserError, match=r"the weights .*a/model.safetensors do not match the model.json beside them"):
         run([str(first), str(second), "--out", str(tmp_path / "soup")])
     assert not (tmp_path / "soup").exists()

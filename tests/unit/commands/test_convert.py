@@ -26,5 +26,5 @@ def test_it_prints_what_was_written_and_what_was_left_out(tmp_path: Path, capsys
     assert said.out == f"{out}: 1 tensor, 0.0 MiB\n"
     assert said.err == "left out: 1 object of argparse.Namespace\n"
     assert main(["convert", str(tmp_path / "w.pth"), str(out)]) == 2
-    assert "exists already; write over it with --overwrite" in capsys.readouterr().err
+    assert "exists already; use --overwrite to replace it" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "w.pth"), str(out), "--overwrite"]) == 0

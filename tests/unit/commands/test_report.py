@@ -22,8 +22,8 @@ def test_mistakes_of_the_user_are_one_line(tmp_path: Path, monkeypatch: pytest.M
     for arguments, words in (
         ([str(tmp_path / "no")], "no such run folder"),
         (["reprt"], "no such run folder; did you mean 'runs/report'"),
-        ([str(run), "--out", str(blocked / "x")], "name another folder with --out"),
-        ([str(run), str(other)], "comparison is here already, and no comparison of runs; name another folder with --out"),
+        ([str(run), "--out", str(blocked / "x")], "choose another folder with --out"),
+        ([str(run), str(other)], "comparison exists already and is not a comparison made by dtl; choose another folder with --out"),
         ([str(other), str(other)], "is given twice"),
         ([str(run), "--max-images", "0"], "--max-images must be at least 1, got 0"),
         ([str(run), "--seconds", "-1"], "--seconds must be at least 0, got -1"),

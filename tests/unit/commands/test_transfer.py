@@ -60,9 +60,9 @@ def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: py
         (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", "a,b,c"], "the source has no head of 3 outputs"),
         (["--classes", "a,b"], "--num-classes is 4, but --classes has 2 names"),
         (["--keep-head", "rows", "--classes", "a,b,c,x", "--source-classes", ",".join("abcdefghij")], "the source has no class 'x'"),
-        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "calls several of its classes 'a'"),
+        (["--keep-head", "rows", "--classes", "a,b,c,d", "--source-classes", ",".join("aabcdefghi")], "several classes of the source are named 'a'"),
         (["--classes", "nowhere.txt"], "--classes: nowhere.txt is not readable as class names"),
-        (["--ignore", "decoder.*"], "ignore: decoder.* fits no tensor of the source"),
+        (["--ignore", "decoder.*"], "ignore: decoder.* matches no tensor of the source"),
     ],
 )
 def test_wrong_options(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +74,7 @@ def test_verify(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), "--source-arch", "dtl/resnet_tiny"]
     assert main(["transfer", *arguments, "--verify", "--image-size", "32"]) == 0
     out = capsys.readouterr().out
-    assert "verify: 9 of 9 paired layers compute the same" in out
+    assert "verify: 9 of 9 paired layers have equal outputs" in out
 
 
 def test_a_dry_run_takes_no_memory_for_the_network_and_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_a_source_that_holds_more_than_the_network_is_refused_with_the_option_th
     torch.save({**state, **decoder}, tmp_path / "both.pth")
     arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path / "both.pth")]
     assert main(arguments) == 2
-    assert "If that is meant: ignore: ['decoder.*']" in capsys.readouterr().err
+    assert "To load it anyway, set ignore: ['decoder.*']" in capsys.readouterr().err
     assert main([*arguments, "--ignore", "decoder.*"]) == 0
 
 

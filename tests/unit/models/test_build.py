@@ -176,7 +176,7 @@ def test_a_users_function(mine: str) -> None:
         ("timm/resnet18.a9_in1k", {}, "timm/resnet18 has no pretrained weights 'a9_in1k'; it has resnet18.a1_in1k"),
         ("keras/resnet50", {}, "unknown model 'keras/resnet50'; did you mean torchvision/resnet50"),
         ("resnet18", {"widht": 3}, "torchvision/resnet18' cannot be built with the options {'widht': 3}"),
-        ("resnet18", {"head": "fcc"}, "the option head names 'fcc', which is no linear layer or 1x1 convolution of it; did you mean fc?"),
+        ("resnet18", {"head": "fcc"}, "the option head names 'fcc', which is not a linear layer or 1x1 convolution of this network; did you mean fc?"),
         ("no_such_package:f", {}, "cannot import 'no_such_package'"),
         ("my_networks:count", {}, "has no function 'count'; did you mean counted?"),
         ("my_networks:nothing", {}, "returned a str, not a torch.nn.Module"),
@@ -189,7 +189,7 @@ def test_a_users_function(mine: str) -> None:
         ("collections:OrderedDict", {}, "model 'collections:OrderedDict': OrderedDict is a builtin without a signature; give a Python function"),
         ("builtins:dict", {}, "dict is a builtin without a signature"),
         ("my_networks:Choosy", {}, "its head was not found .* name its layer with the option head"),
-        ("my_networks:Odd", {}, "no linear layer or 1x1 convolution gives its output; name its layer with the option head"),
+        ("my_networks:Odd", {}, "its output does not come from a linear layer or 1x1 convolution; name its layer with the option head"),
     ],
 )
 def test_mistakes_are_told(mine: str, name: str, options: dict[str, object], message: str) -> None:

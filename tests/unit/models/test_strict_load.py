@@ -42,7 +42,7 @@ def test_what_differs_is_named_in_one_line_and_nothing_is_loaded(change: dict[st
     tensors = {name: tensor for name, tensor in {**_module().state_dict(), **change}.items() if tensor is not None}
     with pytest.raises(UserError) as refusal:
         strict_load(module, tensors, "runs/first/model/model.safetensors")
-    assert str(refusal.value) == f"runs/first/model/model.safetensors does not hold this network's weights: {message}"
+    assert str(refusal.value) == f"runs/first/model/model.safetensors does not match this network: {message}"
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
 
 

@@ -35,7 +35,7 @@ def test_a_phase_on_cached_features_is_shown_the_images_that_gave_them(tmp_path:
     examples = Examples.open(read_run(make_run(tmp_path / "run", make_config("run", phases=phases), model=False)))
     head, everything = examples.training_views(num_tiles=6)
     assert (head.phases, everything.phases) == (("head",), ("all",))
-    assert head.words == "not augmented, since their features were computed once"
+    assert head.words == "not augmented, because their features are cached"
     assert everything.words == ""
     samples = examples.loaders.plan(0).step_samples(0)[:6]
     seen = examples._load(examples.loaders.train, examples.loaders.val_transform, samples, epoch=5).images.permute(0, 2, 3, 1).numpy()

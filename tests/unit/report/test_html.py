@@ -50,7 +50,7 @@ def test_the_page_has_every_part_and_needs_nothing_else(run: SimpleNamespace) ->
     assert run.page == run.path / "report/index.html"
     page = Page.read(run.page)
     page.check_self_contained()
-    for heading in ("Phases", "Course of the run", "What the network sees", "Predictions", "Classes", "Pretrained weights", "Settings"):
+    for heading in ("Phases", "Training curves", "What the network sees", "Predictions", "Classes", "Pretrained weights", "Settings"):
         assert heading in page.text
     assert "Left out" not in page.text
     assert run.said == []
@@ -58,7 +58,7 @@ def test_the_page_has_every_part_and_needs_nothing_else(run: SimpleNamespace) ->
     assert "95.1 %" in page.text
     assert "12,345" in page.text
     assert "a <b>note</b>" in page.text
-    assert "The model folder was asked about all 360 validation images" in page.text
+    assert "The model was evaluated on all 360 validation images" in page.text
     names = {file.name for file in run.page.parent.iterdir()}
     pictures = {
         "curves",
@@ -76,7 +76,7 @@ def test_the_page_has_every_part_and_needs_nothing_else(run: SimpleNamespace) ->
 
 def test_right_and_wrong_are_told_by_mark_and_words_too(run: SimpleNamespace) -> None:
     page = Page.read(run.page)
-    assert any(image["alt"].startswith("wrong: ") and ", is " in image["alt"] for image in page.images)
+    assert any(image["alt"].startswith("wrong: ") and ", true: " in image["alt"] for image in page.images)
     assert "✗" in page.text
 
 
@@ -88,7 +88,7 @@ def test_a_real_browser_shows_it(run: SimpleNamespace, tmp_path: Path, width: in
     assert found["images"] == len(Page.read(run.page).images)
     assert found["broken"] == 0
     assert found["narrow"] == (1 if width < 640 else 0)  # the curves have a drawing of their own there
-    for words in ("digits", "Course of the run", "What the network sees", "Most often confused", "Pretrained weights", "global_batch_size"):
+    for words in ("digits", "Training curves", "What the network sees", "Most often confused", "Pretrained weights", "global_batch_size"):
         assert words in found["text"]
 
 
@@ -98,7 +98,7 @@ def test_a_comparison_in_a_narrow_window(tmp_path: Path) -> None:
     found = measured(make_comparison(runs, out=tmp_path / "comparison").read_text(encoding="utf-8"), 375, tmp_path)
     assert found["scroll"] == found["width"]
     assert (found["images"], found["broken"], found["narrow"]) == (1, 0, 1)
-    for words in ("Course", "Results", "best top-1", "supervised", "a-" + "long" * 9):
+    for words in ("Curves", "Results", "best top-1", "supervised", "a-" + "long" * 9):
         assert words in found["text"]
 
 
@@ -106,7 +106,7 @@ def test_a_comparison_in_a_narrow_window(tmp_path: Path) -> None:
 def test_numbers_beside_long_names_stay_on_one_line_in_a_narrow_window(tmp_path: Path) -> None:
     names = ("hard-leaved pocket orchid", "pink-yellow dahlia", "a_name_without_a_single_space_in_it_at_all")
     rows = [[Cell(one), Cell(other), Cell("12", number=True), Cell("1,234", number=True)] for one in names for other in names]
-    table = Table(["class", "taken for", "times", "of"], rows, compact=True)
+    table = Table(["true class", "predicted as", "images", "of"], rows, compact=True)
     found = measured(page_of("names", [], [table], footer=""), 375, tmp_path)
     assert found["numbers"] == 2 * len(rows) + 2
     assert found["cut"] == []
@@ -148,7 +148,7 @@ def test_a_run_without_its_parts_says_what_is_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     page = Page.read(make_report(run, log=said.append))
     page.check_self_contained()
-    assert "Course of the run" in page.text
+    assert "Training curves" in page.text
     assert "Left out" in page.text
     assert "no model folder" in page.text
     assert str(tmp_path / "gone") in page.text
@@ -170,7 +170,7 @@ def test_other_data_than_the_run_had_is_not_shown_as_its_own(tmp_path: Path) -> 
     facts["made_by"]["data"] = "another"
     file.write_text(json.dumps(facts))
     page = Page.read(make_report(run))
-    assert "is not the data that the run was trained on any more" in page.text
+    assert "is no longer the data that the run was trained on" in page.text
     assert "What the network sees" not in page.text
 
 

@@ -22,7 +22,7 @@ def test_phases_have_the_events_of_the_history_in_order(tmp_path: Path) -> None:
     assert record.phases[2].val["step"].tolist() == [48, 60, 72]
     assert record.phases[2].best() == 2
     assert record.last_step == 72
-    assert record.missing == ["no model folder: predictions, confusion and the numbers per class need one"]
+    assert record.missing == ["no model folder: no predictions, confusion matrix and numbers per class"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path: Path) -> None:
     (folder / "config.yaml").write_text("run: {nam: x}")
     record = read_run(folder)
     told = "\n".join(record.missing)
-    assert "2 lines of history.jsonl that cannot be read, left out" in told
+    assert "2 lines of history.jsonl that cannot be read" in told
     assert "status.json: not valid JSON" in told
     assert "config.yaml cannot be used" in told
     assert "run.nam" in told
@@ -99,7 +99,7 @@ def test_the_kept_evaluation_is_the_one_that_the_run_kept(tmp_path: Path) -> Non
         assert phase.best("loss") == 4
 
 
-@pytest.mark.parametrize(("make", "words"), [(False, "no such run folder"), (True, "is no run folder: it has no history.jsonl")])
+@pytest.mark.parametrize(("make", "words"), [(False, "no such run folder"), (True, "is not a run folder: it has no history.jsonl")])
 def test_other_folders_are_refused(tmp_path: Path, make: bool, words: str) -> None:
     if make:
         (tmp_path / "x").mkdir()

@@ -24,7 +24,7 @@ def test_seeds_and_their_mean_stand_on_the_page(tmp_path: Path) -> None:
     made = [*runs(tmp_path, "a-s0", "a-s1"), make_run(tmp_path / "b", make_config("b", phases={"all": {**SHORT["all"], "lr": 0.5}}), model=False)]
     page = Page.read(make_comparison(made, out=tmp_path / "out", log=logged.append))
     page.check_self_contained()
-    for words in ("a-s0", "a-s1", "mean and standard deviation of 2 seeds", "90.05 ± 0.07 %", "phases.all.lr", "The line of several seeds is their mean"):
+    for words in ("a-s0", "a-s1", "mean and standard deviation of 2 seeds", "90.05 ± 0.07 %", "phases.all.lr", "With several seeds, the line is their mean"):
         assert words in page.text, words
     assert not [line for line in logged if "has not begun" in line]
 
@@ -33,7 +33,7 @@ def test_runs_that_differ_in_names_only(tmp_path: Path) -> None:
     first = runs(tmp_path / "first", "one")
     second = runs(tmp_path / "second", "two")
     page = Page.read(make_comparison(first + second, out=tmp_path / "out", log=lambda line: None))
-    assert "None but names." in page.text
+    assert "Only the names differ." in page.text
 
 
 def test_many_curves_have_no_table_of_differences(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_runs_that_never_began_are_left_out_and_named(tmp_path: Path) -> None:
     logged: list[str] = []
     make_comparison([run, tmp_path / "empty"], out=tmp_path / "out", log=logged.append)
     assert logged[0].startswith(f"left out of the comparison: {tmp_path / 'empty'}: ")
-    with pytest.raises(UserError, match=r"^nothing to compare: none of these runs has begun$"):
+    with pytest.raises(UserError, match=r"^nothing to compare: none of these runs has started training$"):
         make_comparison([tmp_path / "empty", tmp_path / "empty2"], out=tmp_path / "out", log=logged.append)
 
 
@@ -70,5 +70,5 @@ def test_a_folder_that_holds_something_else_is_not_written_into(tmp_path: Path, 
     assert page.parent == Path("comparison")
     assert make_comparison(made, out=None, log=lambda line: None) == page, "a comparison is replaced"
     page.unlink()
-    with pytest.raises(UserError, match=r"^comparison is here already, and no comparison of runs; name another folder with --out$"):
+    with pytest.raises(UserError, match=r"^comparison exists already and is not a comparison made by dtl; choose another folder with --out$"):
         make_comparison(made, out=None, log=lambda line: None)

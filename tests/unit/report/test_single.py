@@ -37,7 +37,7 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     top1 = percent(float(record.phases[-1].val["top1"][best]), 2).replace("\u00a0", " ")
     # Measured again here, on the same images with the model folder's weights.
     assert f"all 360 validation images: top-1 {top1}" in page.text
-    assert "mixed in pairs" in page.text
+    assert "with mixup or cutmix" in page.text
     assert "each image in its four rotations" in page.text
 
     # From the history and the model folder alone, all pictures again.
@@ -49,5 +49,5 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     assert said == []
     assert {file.name for file in (run / "report").iterdir()} == pictures
     assert len(again.images) == len(page.images)
-    for words in (f"all 360 validation images: top-1 {top1}", "mixed in pairs", "each image in its four rotations"):
+    for words in (f"all 360 validation images: top-1 {top1}", "with mixup or cutmix", "each image in its four rotations"):
         assert words in again.text

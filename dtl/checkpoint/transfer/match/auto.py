@@ -32,9 +32,9 @@ from dtl.checkpoint.transfer.match.alignment import Viewed, in_use_order, look
 from dtl.checkpoint.transfer.match.by_name import Trust
 from dtl.checkpoint.transfer.match.evidence import Matching, NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
 
-NEW_NAME = "its name is new among names that match: a new layer of that shape, or a renamed one"
-LOST_ORDER = "the source has no order (its names are sorted), and neither names nor numbers place it"
-ORDER_ONLY = "only the order of registration tells it from other layers of its shape (assume_order: true accepts that)"
+NEW_NAME = "most names match, but this one is new: it may be a new layer of this shape, or a renamed one"
+LOST_ORDER = "the order of the layers in the source is unknown (its names are sorted), and neither names nor numbers identify this one"
+ORDER_ONLY = "only the order of registration distinguishes it from other layers of its shape (assume_order: true accepts that)"
 
 EVIDENCE = ("unique-shape", "name", "tree+number", "pattern", "graph", "structure")
 """Which of several claims that need no order is reported."""
@@ -214,7 +214,7 @@ class Patterns(View):
         for j, i in self._recurring(case).items():
             now = case.accepted.get(j, i)
             if now != i and case.may_be_contested(j):
-                yield Objection(j, "the names in its other blocks point to another layer", (now, i))
+                yield Objection(j, "the names in the other blocks point to another layer", (now, i))
 
     def _recurring(self, case: Case) -> dict[int, int]:
         proposed: dict[int, set[int]] = defaultdict(set)
@@ -308,7 +308,7 @@ class Attachment(View):
             mates = {(side, case.accepted[other]) for side, other in binding if other in case.accepted}
             known = self.our_links.get(i) if not case.order_is_lost else None
             if not mates or (known and not mates & known):
-                yield Objection(j, "its convolution is not the one it was trained with", (i,))
+                yield Objection(j, "it would be loaded without the convolution that it was trained with", (i,))
 
 
 Doubt = tuple[str, Sequence[int]]
@@ -429,7 +429,7 @@ class Arbiter:
                 continue
             left = [i for i in options if i is not None and i not in taken and case.viewed.transforms.get((i, j)) != "head"]
             if left:
-                reason = "several layers fit equally well" if len(options) > 1 else "it fits, but it fits elsewhere too"
+                reason = "several layers fit equally well" if len(options) > 1 else "a layer of the source fits, but it fits other layers as well"
                 self.doubts[j] = (reason, left)
 
 

@@ -76,14 +76,14 @@ def _rules(loaded: Mapping[str, Any], where: str) -> list[Rule]:
         unknown = sorted(set(options) - {"source", "transform", "shared", "rows"})
         sources = options.get("source")
         if unknown or sources is None:
-            raise UserError(f"{where}: {left}: expected a source, or source, transform and shared; found {dict(options)}")
+            raise UserError(f"{where}: {left}: expected a source, or a dict with source, transform, shared and rows; found {dict(options)}")
         names = tuple(map(str, sources)) if isinstance(sources, (list, tuple)) else (str(sources),)
         transform = str(options.get("transform") or ("fuse" if len(names) > 1 else ""))
         if not is_transform(transform):
-            raise UserError(f"{where}: {left}: no transform called {transform}; known are {', '.join(TRANSFORMS)}")
+            raise UserError(f"{where}: {left}: unknown transform {transform}; known transforms are {', '.join(TRANSFORMS)}")
         rows = _rows(options.get("rows"), f"{where}: {left}")
         if (rows is not None) != (transform == "rows"):
-            raise UserError(f"{where}: {left}: transform: rows and a list of rows go together")
+            raise UserError(f"{where}: {left}: `transform: rows` needs a list `rows`, and `rows` needs `transform: rows`")
         rules.append(Rule(str(left), names, transform, bool(options.get("shared", False)), rows))
     return rules
 
@@ -94,7 +94,7 @@ def _rows(given: Any, where: str) -> tuple[tuple[int, ...], ...] | None:
         return None
     rows = [pick if isinstance(pick, (list, tuple)) else [pick] for pick in given] if isinstance(given, (list, tuple)) else []
     if not rows or not all(pick and all(isinstance(row, int) and not isinstance(row, bool) for row in pick) for pick in rows):
-        raise UserError(f"{where}: rows is a list with a number, or a list of numbers, for each class; found {given!r}")
+        raise UserError(f"{where}: rows must be a list with one number, or one list of numbers, per class; found {given!r}")
     return tuple(tuple(pick) for pick in rows)
 
 
@@ -107,14 +107,14 @@ def match_map(rules: list[Rule], source: list[TensorSpec], target: list[TensorSp
         turned, missed_turned = _expand(rules, ours, theirs, lambda left, right: _Hit(right[0][0], (left,), right[1]))
         if not missed_turned:
             hits, missed = turned, []
-            matching.notes.append("the map was read as source: target")
+            matching.notes.append("the lines of the map were read as `source: target`")
     matching.refusals += missed
     _check_uniqueness(matching, hits)
     matching.head_rows = _agreed_rows(matching, hits)
     for hit in hits:
         shapes, wanted = [ours[name].shape for name in hit.sources], theirs[hit.target].shape
         if not hit.rule.transform:
-            problem = "shapes differ and no transform is named" if shapes[0] != wanted else None
+            problem = "the shapes differ, and the rule has no transform" if shapes[0] != wanted else None
         else:
             why = why_not(hit.rule.transform, shapes, wanted, picks=hit.rule.rows)
             problem = f"{hit.rule.transform} {why}" if why else None
@@ -137,7 +137,7 @@ def _expand(
     exact = {rule.left for rule in rules if not rule.is_pattern}
     for rule in rules:
         made = 0
-        problem = "matches no name"
+        problem = "matches no tensor of this network"
         for name, groups in _matches(rule, left_side):
             if rule.is_pattern and name in exact:
                 made += 1
@@ -145,14 +145,14 @@ def _expand(
             names = tuple(_fill(template, groups, rule) for template in rule.right)
             lacking = [other for other in names if other not in right_side]
             if lacking:
-                problem = f"asks for {lacking[0]}, which the other side does not have"
+                problem = f"needs {lacking[0]}, which the source does not have"
                 if rule.is_pattern:
                     continue
                 break
             hits.append(hit(name, (names, rule)))
             made += 1
         if not made:
-            missed.append(f"map rule {rule.left}: {' + '.join(rule.right)} {problem}")
+            missed.append(f"map rule {rule.left}: {' + '.join(rule.right)}: {problem}")
     return hits, missed
 
 
@@ -193,7 +193,7 @@ def _fill(template: str, groups: re.Match[str] | None, rule: Rule) -> str:
     def value(wild: re.Match[str]) -> str:
         word = wild.group(1)
         if word is not None and f"w_{word}" not in named:
-            raise UserError(f"map rule {rule.left}: {{{word}}} stands on the right only")
+            raise UserError(f"map rule {rule.left}: {{{word}}} appears on the right side only")
         return named[f"w_{word}"] if word is not None else next(stars, "")
 
     return _WILD.sub(value, template)
@@ -213,14 +213,14 @@ def _check_uniqueness(matching: Matching, hits: list[_Hit]) -> None:
     for hit in hits:
         other = by_target.setdefault(hit.target, hit)
         if other is not hit and (other.sources != hit.sources or other.rule.transform != hit.rule.transform):
-            matching.refusals.append(f"map: {hit.target} is named twice, for {' + '.join(other.sources)} and {' + '.join(hit.sources)}")
+            matching.refusals.append(f"map: {hit.target} has two rules, with the sources {' + '.join(other.sources)} and {' + '.join(hit.sources)}")
         for name in hit.sources:
             by_source.setdefault(name, []).append(hit)
     for name, takers in by_source.items():
         first, *others = takers
         both = [each for each in others if each.target != first.target and not _may_share(first, each)]
         if both:
-            matching.refusals.append(f"map: {name} would go to both {first.target} and {both[0].target} (shared: true allows it)")
+            matching.refusals.append(f"map: {name} would be loaded into both {first.target} and {both[0].target} (shared: true allows it)")
 
 
 def _may_share(first: _Hit, other: _Hit) -> bool:

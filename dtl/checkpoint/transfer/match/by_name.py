@@ -189,7 +189,7 @@ def match_names(source: list[TensorSpec], target: list[Layer], *, heads: Sequenc
         same += 1
         found = Layer(layer.path, kinds.get(layer.path, layer.kind), roles)
         if {found.kind, layer.kind} == {"bn", "norm"}:
-            lacking = "the source has no statistics for it (running_mean, running_var): another kind of norm, or a file without them"
+            lacking = "the source has no running_mean and running_var for it: it is another kind of norm, or the file was saved without them"
             changed = f"the kind of norm changed: {found.kind} in the source, {layer.kind} here"
             matching.flag(layer, lacking if layer.kind == "bn" else changed, [] if layer.kind == "bn" else [(found, "")])
             continue
@@ -201,7 +201,7 @@ def match_names(source: list[TensorSpec], target: list[Layer], *, heads: Sequenc
             _clash(matching, found, layer)
     if clashing > 0.1 * same:
         matching.refusals.append(
-            f"names fit but shapes do not: {clashing} of {same} layers of the same name clash, the first is {matching.clashes[0]}; "
+            f"the names match but the shapes do not: {clashing} of {same} layers with the same name have different shapes, the first is {matching.clashes[0]}; "
             "indices may have shifted or the depth differs (try by: auto)"
         )
     return matching

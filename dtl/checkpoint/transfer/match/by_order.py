@@ -28,7 +28,7 @@ def match_strict_order(source: list[TensorSpec], target: list[TensorSpec], *, he
             return matching
     ours, theirs = attempts[2]
     matching.clashes.append(_first_clash(ours, theirs))
-    matching.refusals.append(f"the sequences of shapes differ ({len(ours)} tensors against {len(theirs)}): {matching.clashes[0]}")
+    matching.refusals.append(f"the sequences of shapes differ ({len(ours)} tensors in the source, {len(theirs)} in the network): {matching.clashes[0]}")
     return matching
 
 

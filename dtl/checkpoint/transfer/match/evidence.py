@@ -58,7 +58,7 @@ class Clash:
     source_shape: Shape
 
     def __str__(self) -> str:
-        return f"{self.target} {list(self.target_shape)} against {self.source} {list(self.source_shape)}"
+        return f"{self.target} {list(self.target_shape)} here, {self.source} {list(self.source_shape)} in the source"
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Matching:
             if shape != target_shape and len(key) == len(target_key) == 1:
                 clash = Clash(target_key[0], target_shape, key[0], shape)
                 self.clashes.append(clash)
-                self.flag(target, f"the layers fit, but not {clash}", [(source, "")])
+                self.flag(target, f"the layers match, but not all of their shapes: {clash}", [(source, "")])
                 return
         for role, (target_key, target_shape) in target.roles.items():
             if role not in source.roles:
@@ -348,7 +348,7 @@ class Numbers:
     def _family(parts: tuple[Part, ...], depth: int, at: int) -> tuple[object, ...]:
         return parts[:depth], parts[depth][:at], parts[depth][at + 1 :]
 
-    def tell_apart(self, left: str, right: str) -> bool:
+    def distinguishes(self, left: str, right: str) -> bool:
         """Whether the first difference of two paths is a number of a family that looks like an index."""
         a, b = _path(left), _path(right)
         depth = next((d for d, (x, y) in enumerate(zip(a, b)) if x != y), None)
@@ -376,7 +376,7 @@ class Numbers:
     def ranked(self, paths: Sequence[str]) -> list[str] | None:
         """Paths by their numbers, or None where words tell two of them apart."""
         ordered = sorted(paths, key=_natural)
-        return ordered if all(self.tell_apart(a, b) for a, b in itertools.pairwise(ordered)) else None
+        return ordered if all(self.distinguishes(a, b) for a, b in itertools.pairwise(ordered)) else None
 
 
 def match_trees(

@@ -54,7 +54,7 @@ def _from_path(path: Path, what: str) -> list[str]:
         by_number = {str(key): value for key, value in loaded.items()}
         loaded = [by_number[str(number)] for number in range(len(loaded))]
     if not isinstance(loaded, list) or not all(isinstance(name, (str, int)) for name in loaded):
-        raise UserError(f"{what}: {path} holds no list of class names, no `classes` and no numbered names")
+        raise UserError(f"{what}: {path} has no class names: expected a list, `classes`, or names numbered from 0 (`id2label`)")
     return list(map(str, loaded))
 
 

@@ -46,20 +46,20 @@ def convert(source: str, out: Path, *, overwrite: bool = False) -> Converted:
     path, key = split_fragment(source)
     path = path.expanduser()
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else f"not there{near_path(path)}"
-        raise UserError(f"{path} is {what}; give a file of weights")
+        what = "a folder" if path.is_dir() else "not a regular file" if path.exists() else f"not there{near_path(path)}"
+        raise UserError(f"{path} is {what}; give a file with weights")
     if out.suffix != ".safetensors":
-        raise UserError(f"{out}: the file to write ends in .safetensors")
+        raise UserError(f"{out}: the name of the output file must end in .safetensors")
     if os.path.lexists(out) and not overwrite:
-        raise UserError(f"{out} exists already; write over it with --overwrite")
+        raise UserError(f"{out} exists already; use --overwrite to replace it")
     read = read_content(path)
     dropped = list(read.remarks())
     content = by_key(read.content, key, str(path)) if key is not None else _weights(read.content, "", dropped)
     tensors = _single(content) if key is None else flat(content)
     for name in [name for name, value in tensors.items() if value.dtype not in _HELD]:
-        dropped.append(f"{name}, whose type safetensors cannot hold ({tensors.pop(name).dtype})")
+        dropped.append(f"{name}, whose dtype safetensors does not support ({tensors.pop(name).dtype})")
     if not tensors:
-        raise UserError(f"{path}: holds no tensors; nothing is written")
+        raise UserError(f"{path}: contains no tensors; nothing is written")
     temporary = out.with_name(f".{out.name}{temporary_suffix()}")
     try:
         # Copies: tensors that share memory are written once under each name.

@@ -45,10 +45,12 @@ def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
                 file = Path(beside) / "weights"
                 fetched = fetch_file(address, file, options=DataConfig(retries=1))
                 if found is not None and not fetched.sha256.startswith(found.group(1)):
-                    raise UserError(f"{address}: its sha256 begins with {fetched.sha256[:8]}, not with {found.group(1)} as its name says")
+                    raise UserError(
+                        f"{address}: its SHA-256 begins with {fetched.sha256[:8]}, but its name requires {found.group(1)}: the file is damaged or was replaced"
+                    )
                 file.replace(path)
         except (OSError, Unfetched) as error:
-            raise UserError(f"{redacted_line(str(error))}; without a network, put the file at {path}, where it is looked for first") from None
+            raise UserError(f"{redacted_line(str(error))}; without network access, put the file at {path}: dtl looks there first") from None
     return Cached(path, facts or {})
 
 
@@ -115,8 +117,8 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             module = timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub's client has a dozen kinds of failure
             if not config.hf_hub_id:
-                place = f"without a network, its file must lie in {torch.hub.get_dir()}/checkpoints"
-                raise UserError(f"timm:{name}: cannot fetch {config.url or config.file} ({error}); {place}") from error
+                place = f"without network access, put its file into {torch.hub.get_dir()}/checkpoints"
+                raise UserError(f"timm:{name}: cannot download {config.url or config.file} ({error}); {place}") from error
             raise UserError(f"timm:{name}: {why_not_fetched(config.hf_hub_id, error)}") from error
     return dict(module.state_dict()), _timm_facts(dict(vars(config)))
 

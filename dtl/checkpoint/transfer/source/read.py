@@ -65,7 +65,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     Takes `.pt .pth .th .bin .ckpt .safetensors`, sharded indexes (`*.index.json`), a dtl run or model folder, an Accelerate
     or Hugging Face folder, `torchvision:NAME`, `timm:NAME`, `hf-hub:ORG/NAME` and `http(s)://` addresses. `FILE#KEY` (or `key`) chooses among
     several state dicts in a file (`ckpt.pth#model_ema`) or, ending in a dot, a prefix of names (`moco.pth#encoder_q.`).
-    Raises UserError when the source is missing, unreadable, blocked, or could mean two things.
+    Raises UserError when the source is missing, unreadable or ambiguous.
     """
     if isinstance(source, SourceWeights):
         return source
@@ -85,7 +85,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
         address, _, chosen_there = named.partition("#")
         return _from_cache(hubs.download(address), origin=named, key=key or chosen_there or None)
     if "://" in named and not named.startswith("file://"):
-        raise UserError(f"{named}: weights are fetched from http:// and https:// addresses; download this one and give the file")
+        raise UserError(f"{named}: weights are downloaded from http:// and https:// addresses only; download this file yourself and give its path")
     named = named.removeprefix("file://")
     path, chosen = split_fragment(named)
     return _from_path(path, key=key or chosen)
@@ -139,7 +139,9 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
     else:
         found = read_content(path)
         if found.content is None:
-            raise UserError(f"{path}: holds no tensors, only {'; '.join(found.remarks()) or 'None'}; nothing of it was run; save `model.state_dict()` instead")
+            raise UserError(
+                f"{path}: contains no tensors, only {'; '.join(found.remarks()) or 'None'}; none of its code was run; save `model.state_dict()` instead"
+            )
         read = _from_mapping(found.content, origin=str(path), key=key)
         read = replace(read, passed_over=(*read.passed_over, *found.remarks()))
     sha256 = files.sha256_of_file(path)
@@ -152,8 +154,8 @@ def check_promised_hash(path: Path, sha256: str) -> None:
     promised = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     if promised is not None and not promised[1].isdigit() and not sha256.startswith(promised[1]):
         raise UserError(
-            f"{path}: its name promises a content whose SHA-256 begins with {promised[1]}, it begins with {sha256[: len(promised[1])]}: the download is "
-            "damaged or another file; fetch it again, or rename it where the name means something else"
+            f"{path}: according to its name, its SHA-256 begins with {promised[1]}, but it begins with {sha256[: len(promised[1])]}: the download is "
+            "damaged, or it is another file; download it again, or rename it if that part of the name is not a hash"
         )
 
 
@@ -169,7 +171,7 @@ def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
             read = _from_path(path / name, key=key)
             break
     else:
-        raise UserError(f"{path}: holds no weights; expected one of {', '.join(_IN_FOLDER)}, or model/ of a run")
+        raise UserError(f"{path}: contains no weights; expected one of {', '.join(_IN_FOLDER)}, or model/ of a run")
     return _with_model_facts(read, facts_file) if facts_file.is_file() else read
 
 
@@ -207,14 +209,16 @@ def _from_index(path: Path) -> SourceWeights:
     for name in sorted(set(where.values())):
         part = path.parent / name
         if not part.is_file():
-            raise UserError(f"{path}: names {name}, which is not beside it")
+            raise UserError(f"{path}: lists {name}, which is not in the same folder")
         parts[name] = _read_safetensors(part)[0] if part.suffix == ".safetensors" else read_content(part).content
         sha256 = files.sha256_of_file(part)
         check_promised_hash(part, sha256)
         digest.update(sha256.encode())
     missing = [tensor for tensor, name in where.items() if tensor not in parts[name]]
     if missing:
-        raise UserError(f"{path}: {where[missing[0]]} lacks {missing[0]}, which the index promises ({len(missing)} such)")
+        raise UserError(
+            f"{path}: according to the index, {where[missing[0]]} contains {missing[0]}, but it does not ({counted(len(missing), 'tensor')} missing)"
+        )
     tensors = {tensor: parts[name][tensor] for tensor, name in where.items()}
     read = _from_mapping(tensors, origin=str(path), key=None)
     # JSON indexes are written sorted, or by file: neither is the order of registration.
@@ -256,7 +260,7 @@ def _no_weights(start: bytes) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, not weights: the download went wrong"
+        return "a web page, not weights: the download failed"
     if start.startswith(b"\x89HDF"):
         return "an HDF5 file (Keras); save its weights as a dict of arrays in a .safetensors or .pth file"
     return None
@@ -299,12 +303,12 @@ class Contents:
 
 
 def find_state_dict(loaded: Any, *, key: str | None, origin: str) -> Contents:
-    """The state dict in what a file held. Two that could be meant, and no `key`: a UserError naming both."""
+    """The state dict in what a file held. Two that could be meant, and no `key`: a UserError that names both."""
     if not isinstance(loaded, Mapping):
-        raise UserError(f"{origin}: holds a {type(loaded).__name__}, not a state dict; save `model.state_dict()` instead")
+        raise UserError(f"{origin}: contains a {type(loaded).__name__}, not a state dict; save `model.state_dict()` instead")
     candidates = _candidates(loaded)
     if not candidates:
-        raise UserError(f"{origin}: holds no tensors (top-level keys: {_list(loaded)}); a state dict is needed")
+        raise UserError(f"{origin}: contains no tensors (top-level keys: {_list(loaded)}); a state dict is needed")
     prefix = ""
     if key is None:
         container = _choose(candidates, origin)
@@ -359,7 +363,7 @@ def _choose(candidates: dict[str, int], origin: str) -> str:
     rivals = [container for container, count in candidates.items() if count >= 0.9 * most and (count > 4 or count == most)]
     if len(rivals) > 1:
         named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')})" for container in rivals)
-        raise UserError(f"{origin}: holds {named}; choose one, for instance source: {origin}#{rivals[0]}")
+        raise UserError(f"{origin}: contains {named}; choose one, for instance source: {origin}#{rivals[0]}")
     return rivals[0]
 
 

@@ -70,17 +70,17 @@ class View:
             raise BadPickle("a tensor has arguments that torch does not write")
         numbers = (self.offset, *self.size, *self.stride)
         if len(self.size) != len(self.stride) or len(self.size) > 64 or not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-            raise BadPickle("a tensor has a shape that no tensor has")
+            raise BadPickle("a tensor has an invalid shape")
         flat = self.storage.flat()
         if self.dtype is not None and self.dtype != flat.dtype:
             if flat.numel() * flat.element_size() % self.dtype.itemsize:
-                raise BadPickle("a tensor's storage does not have whole elements")
+                raise BadPickle("the size of a tensor's storage is not a multiple of its element size")
             flat = flat.view(self.dtype)
         count = math.prod(self.size)
         if count == 0:
             return flat.new_empty(self.size)
         if self.offset + sum((side - 1) * step for side, step in zip(self.size, self.stride)) >= flat.numel():
-            raise BadPickle("a tensor reaches over the end of its storage")
+            raise BadPickle("a tensor extends beyond the end of its storage")
         if count > max(flat.numel(), 1 << 20):
             raise BadPickle("a tensor is far larger than its storage")
         return torch.as_strided(flat, self.size, self.stride, self.offset)
@@ -119,7 +119,7 @@ class Read:
         """What a report says was left out."""
         found = [f"{counted(count, 'object')} of {what}" for what, count in self.dropped.items()]
         others = [name for name in self.names if name not in self.dropped]
-        return (*found, *([f"the names {some(others, limit=4)} (nothing of them is run)"] if others else []))
+        return (*found, *([f"references to {some(others, limit=4)} (not imported)"] if others else []))
 
 
 def read_pickled(path: Path) -> Read:
@@ -161,7 +161,7 @@ def _from_archive(file: BinaryIO, names: set[str]) -> Any:
         """(first byte, bytes) of an entry."""
         entry = entries.get(root + name)
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-            raise BadPickle(f"the archive has no plain entry {name[:100]}")
+            raise BadPickle(f"the archive has no uncompressed entry {name[:100]}")
         header = memory[entry.header_offset : entry.header_offset + 30]
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise BadPickle(f"the archive's entry {name[:100]} is damaged")
@@ -175,7 +175,7 @@ def _from_archive(file: BinaryIO, names: set[str]) -> Any:
         return memory[start : start + size]
 
     if root + "byteorder" in entries and content("byteorder") != sys.byteorder.encode():
-        raise BadPickle("written on a machine of another byte order")
+        raise BadPickle("written on a machine with another byte order")
     storages: dict[str, Storage] = {}
 
     def persistent(key: Any) -> Any:
@@ -194,7 +194,7 @@ def _check_directory(file: BinaryIO) -> None:
     tail = file.read(1 << 17)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < 22:
-        raise BadPickle("a zip archive without its end")
+        raise BadPickle("a zip archive whose end is missing")
     count, length = struct.unpack("<HI", tail[at + 10 : at + 16])
     if (large := tail.rfind(b"PK\x06\x06", 0, at)) >= 0 and at - large >= 56:
         count, length = struct.unpack("<QQ", tail[large + 32 : large + 48])
@@ -216,7 +216,7 @@ def _from_stream(file: BinaryIO, names: set[str]) -> Any:
                 return key[1]  # a class, beside its source code
             kind, name, view, numel = _storage_key(key)
             if view is not None:
-                raise BadPickle("a storage is a part of another, as torch wrote it before 0.4")
+                raise BadPickle("a storage is a view of another one, as torch before 0.4 wrote it")
             return storages.setdefault(name, Storage(kind, numel, _missing))
 
         pickles.load(buffered, _MAKERS)  # the protocol
@@ -228,7 +228,7 @@ def _from_stream(file: BinaryIO, names: set[str]) -> Any:
             (numel,) = struct.unpack("<q", _exactly(buffered, 8))
             storage = storages.get(str(key))
             if storage is None or numel != storage.numel or numel * storage.dtype.itemsize > left:
-                raise BadPickle("a storage is not what the pickle says of it, or is cut short")
+                raise BadPickle("a storage does not match the pickle, or is cut short")
             data = bytearray(numel * storage.dtype.itemsize)
             if buffered.readinto(data) != len(data):
                 raise BadPickle("the file ends early")
@@ -251,16 +251,16 @@ def _missing() -> torch.Tensor:
 
 
 def _refuse_outside(_: Any) -> Any:
-    raise BadPickle("it names values that lie outside of it, without torch's mark before them")
+    raise BadPickle("it refers to storages outside of the pickle, but does not begin as a torch file does")
 
 
 def _storage_key(key: Any) -> tuple[torch.dtype, str, Any, int]:
     """(type, name, view or None, number of elements) of a persistent id."""
     if not isinstance(key, tuple) or len(key) not in (5, 6) or key[0] != "storage" or not isinstance(key[1], Name):
-        raise BadPickle("it names a value that is no storage")
+        raise BadPickle("it refers to something that is not a storage")
     kind = _STORAGES.get(key[1].text.removeprefix("torch.").removeprefix("cuda.").removeprefix("storage.").removesuffix("Storage"))
     if kind is None or type(key[4]) is not int or key[4] < 0:
-        raise BadPickle(f"its storage of type {key[1].text[:60]} is not one of numbers")
+        raise BadPickle(f"the type {key[1].text[:60]} is not a storage of numbers")
     return kind, str(key[2]), key[5] if len(key) == 6 else None, key[4]
 
 

@@ -41,12 +41,12 @@ def test_what_stays_as_it_was_is_not_told() -> None:
 
 def test_another_device_is_told_in_one_line() -> None:
     (line,) = told(device="cuda")
-    assert line == "this run was on cuda and continues with cpu: the rounding of sums may differ"
+    assert line == "this run was on cuda and is now on cpu: the rounding of sums may differ"
 
 
 def test_another_micro_batch_size_is_told_in_one_line() -> None:
     (line,) = told(micro_batch_size="auto", now=16)
-    assert line.startswith("this run had data.micro_batch_size auto and continues with 16: the same global batches; batch norm statistics, dropout")
+    assert line.startswith("data.micro_batch_size was auto and is now 16: the samples of each global batch stay the same; batch norm statistics, dropout")
 
 
 def test_every_free_setting_exists_and_of_the_checkpoints_only_the_monitor_is_not_free() -> None:

@@ -96,7 +96,7 @@ def test_every_kind_of_tensor_and_state_comes_back_exactly(make: Callable[..., C
     assert found.tensors("scaler") == {}
     assert 0 <= stalled < 60
     assert store.saved_step == 3
-    with pytest.raises(UserError, match="no tensors of 'ema', only of: model, scaler"):
+    with pytest.raises(UserError, match="no tensor group 'ema'; its groups are: model, scaler"):
         found.tensors("ema")
 
 
@@ -221,17 +221,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit": (damage_flip, r"the content of optimizer.safetensors has changed"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), r"manifest.json: not valid JSON"),
-    "strange manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), r"manifest.json: it has no format number"),
+    "strange manifest": (lambda folder: (folder / "manifest.json").write_text("[1]"), r"manifest.json has no format number"),
     "no state": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
-    "other step": (lambda folder: edit(folder, step=7), "speaks of step 7"),
-    "no files listed": (lambda folder: edit(folder, files={}), r"manifest.json: it lists no state.json"),
-    "one file not listed": (lambda folder: edit(folder, files={"state.json": listed(folder)["state.json"]}), r"it lists no model.safetensors"),
+    "other step": (lambda folder: edit(folder, step=7), "belongs to step 7"),
+    "no files listed": (lambda folder: edit(folder, files={}), r"manifest.json does not list state.json"),
+    "one file not listed": (lambda folder: edit(folder, files={"state.json": listed(folder)["state.json"]}), r"does not list model.safetensors"),
     "a file elsewhere": (lambda folder: edit(folder, files={"../../x": {"size": 1, "sha256": "0" * 64}}), r"files.*must be a file name without a folder"),
     "a digest that is none": (
         lambda folder: edit(folder, files={"state.json": {"size": 1, "sha256": "/etc"}}),
         r"state.json.sha256: '/etc' is not a SHA-256",
     ),
-    "a group elsewhere": (lambda folder: edit(folder, groups=["../x"]), r"groups.0: '../x' is no name of a group"),
+    "a group elsewhere": (lambda folder: edit(folder, groups=["../x"]), r"groups.0: '../x' is not a valid group name"),
     "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "manifest.json is missing"),
 }
 
@@ -247,7 +247,7 @@ def test_a_damaged_newest_falls_back_and_says_what_was_damaged(make: Callable[..
     assert found is not None
     assert found.step == 10
     assert len(said) == 1
-    assert re.search(f"step-00000020 is damaged and passed over: .*{message}", said[0])
+    assert re.search(f"step-00000020 is damaged and skipped: .*{message}", said[0])
     with pytest.raises(UserError, match=message):
         store.at(20)
 
@@ -263,7 +263,7 @@ def test_all_damaged_is_refused_and_none_is_none(make: Callable[..., CheckpointS
     damage_truncate(store.folder / "step-00000001")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(step-00000001: .*--run.resume never"):
         store.newest()
-    with pytest.raises(UserError, match=r"step 8 .* there is none"):
+    with pytest.raises(UserError, match=r"step 8 .* it does not exist"):
         store.at(8)
 
 
@@ -271,7 +271,7 @@ def test_all_damaged_is_refused_and_none_is_none(make: Callable[..., CheckpointS
     ("found", "message"),
     [
         (99, r"newer dtl \(checkpoint format 99, this dtl reads 3\): update dtl"),
-        (1, r"older dtl \(checkpoint format 1, this dtl reads 3\): use the dtl that started the run, or .*--run.name NEW, .*--run.resume never"),
+        (1, r"older dtl \(checkpoint format 1, this dtl reads 3\): use the dtl version that started the run, or .*--run.name NEW, .*--run.resume never"),
     ],
 )
 def test_another_format_is_refused_clearly(make: Callable[..., CheckpointStore], found: int, message: str) -> None:
@@ -304,7 +304,7 @@ def test_a_full_disk_is_told_and_tried_again(make: Callable[..., CheckpointStore
         store.save(3, tensors(3), {}, wait=True)
     assert len(said) == 2
     assert "checkpoint of step 2 could not be written" in said[0]
-    assert "File too large (1 in a row of at most 3); step 1 is kept; the next save tries again" in said[0]
+    assert "File too large (failure 1 in a row, of at most 3); the checkpoint of step 1 is kept; the next save tries again" in said[0]
     assert "2 in a row" in said[1]
     assert os.listdir(store.folder) == ["step-00000001"], "nothing half written is left on a full disk"
     assert store.saved_step == 1
@@ -327,7 +327,7 @@ def test_a_removed_folder_is_told_and_made_anew(make: Callable[..., CheckpointSt
     store.save(1, tensors(), {}, wait=True)
     files.remove(store.folder)
     store.save(2, tensors(), {}, wait=True)
-    assert "is gone, with the checkpoints in it" in said.text()
+    assert "and its checkpoints no longer exist" in said.text()
     assert store.steps() == [2]
     files.remove(tmp_path / "run")
     store.save(3, tensors(), {}, wait=True)
@@ -355,11 +355,11 @@ def test_a_process_of_an_older_start_writes_nothing(make: Callable[..., Checkpoi
 def test_a_fault_in_the_thread_reaches_the_caller(make: Callable[..., CheckpointStore]) -> None:
     store = make()
     store.save(1, {"model": {"odd": torch.zeros(2, dtype=torch.complex64)}}, {})
-    with pytest.raises(TypeError, match=r"tensor odd has type torch.complex64"):
+    with pytest.raises(TypeError, match=r"tensor odd has dtype torch.complex64"):
         store.close()
     with pytest.raises(TypeError, match="not JSON serializable"):
         store.save(2, tensors(), {"bad": object()})
-    with pytest.raises(ValueError, match="no name of a group"):
+    with pytest.raises(ValueError, match="not a valid group name"):
         store.save(2, {"../x": {}}, {})
 
 

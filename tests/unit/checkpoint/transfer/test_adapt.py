@@ -50,7 +50,7 @@ def test_position_embeddings_keep_class_tokens_and_constants() -> None:
     torch.testing.assert_close(adapt.resize_position_embedding(same, (1, 50, 6)), same, rtol=1e-4, atol=1e-5)
     without = adapt.resize_position_embedding(table, (1, 49, 6))
     torch.testing.assert_close(without, table[:, 1:], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="no row for 1 token"):
+    with pytest.raises(UserError, match="lacks 1 class token"):
         adapt.resize_position_embedding(without, (1, 50, 6))
     assert adapt.resize_position_embedding(torch.randn(1, 6, 7, 7), (1, 6, 12, 12)).shape == (1, 6, 12, 12)
 
@@ -109,7 +109,7 @@ def test_a_folded_norm_is_the_same_function(bias: bool) -> None:
 def test_unknown_transforms_are_named() -> None:
     assert adapt.is_transform("split_1_of_3")
     assert not adapt.is_transform("magic")
-    with pytest.raises(UserError, match=r"no way to do 'magic'; known are .*stem_channels"):
+    with pytest.raises(UserError, match=r"unknown transform 'magic'; known transforms are .*stem_channels"):
         adapt.apply_transform("magic", [torch.zeros(1)], (1,))
 
 

@@ -90,7 +90,7 @@ def test_rows_of_the_head_by_class_names(source: Net) -> None:
         load_pretrained(Net(classes=2), source.state_dict(), head_rows={"pet": "c"})
     with pytest.raises(TransferRefused, match="the source has no class 'x'"):
         load_pretrained(Net(classes=2), source.state_dict(), keep_head="rows", source_classes=list("abcd"), target_classes=["d", "x"])
-    with pytest.raises(TransferRefused, match=r"keep_head was asked for, but fc cannot be kept: 2 outputs here, 4 in the source"):
+    with pytest.raises(TransferRefused, match=r"the head fc cannot be loaded, but keep_head requires it: 2 outputs here, 4 in the source"):
         load_pretrained(Net(classes=2), source.state_dict(), keep_head=True)
 
 

@@ -27,9 +27,9 @@ def test_a_deeper_network_of_the_same_names_is_refused(by: Any) -> None:
     assert plan.pairs == {}
     assert plan.coverage == 1.0
     assert plan.source_coverage == pytest.approx(10 / 24)
-    assert plan.refusals[0].startswith("coverage 42% of the source's convolution and linear layers is under min_coverage 60%")
+    assert plan.refusals[0].startswith("coverage 42% of the source's convolution and linear layers is below min_coverage 60%")
     assert "layer1.2.conv1 [8, 8, 3, 3]" in plan.refusals[0]
-    assert plan.refusals[0].endswith("If that is meant: min_coverage: 0.41")
+    assert plan.refusals[0].endswith("To load it anyway, set min_coverage: 0.41")
     accepted = plan_transfer(source, target, by=by, min_coverage=0.41)
     assert accepted.ok
     right(accepted)
@@ -38,13 +38,13 @@ def test_a_deeper_network_of_the_same_names_is_refused(by: Any) -> None:
 def test_parts_beside_the_network_are_set_aside_by_name() -> None:
     source = {**state(net()), **extra("decoder", 20), **extra("aux", 3)}
     plan = plan_transfer(source, net())
-    assert plan.refusals[0].endswith("If that is meant: ignore: ['decoder.*', 'aux.*']")
+    assert plan.refusals[0].endswith("To load it anyway, set ignore: ['decoder.*', 'aux.*']")
     for ignore in (["decoder.*", "aux.*"], ["decoder.*"]):
         plan = plan_transfer(source, net(), ignore=ignore)
         assert plan.ok
         right(plan)
-        assert sum(o.reason == "left out, as asked (ignore)" for o in plan.outcomes) == (23 if len(ignore) == 2 else 20)
-    with pytest.raises(UserError, match=r"ignore: decode\.\* fits no tensor of the source \(they are called conv1.weight"):
+        assert sum(o.reason == "left out (ignore)" for o in plan.outcomes) == (23 if len(ignore) == 2 else 20)
+    with pytest.raises(UserError, match=r"ignore: decode\.\* matches no tensor of the source \(its names look like conv1.weight"):
         plan_transfer(source, net(), ignore=["decode.*"])
 
 

@@ -28,7 +28,7 @@ def test_verify_finds_what_a_right_map_cannot_see(source: Net) -> None:
     twin.bn1.eps = 0.5
     bad = verify_plan(plan, source, twin, image_size=16)
     assert bad.first_divergence is not None
-    assert bad.first_divergence == "conv1 against conv1 (the shapes of their outputs differ)"
+    assert bad.first_divergence == "conv1 (in the source: conv1): the shapes of their outputs differ"
     assert "conv1: padding (0, 0) here, (1, 1) in the source (conv1)" in bad.settings
     assert any("bn1: eps 0.5 here" in line for line in bad.settings)
     assert any("conv2: stride (2, 2) here, (1, 1) in the source" in line for line in bad.settings)

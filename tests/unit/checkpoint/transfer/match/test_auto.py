@@ -95,7 +95,7 @@ def test_the_line_in_a_refusal_settles_it() -> None:
 
     source, target = dict(sorted(state(net(), lambda n: n.replace("layer1", "a").replace("layer2", "b").replace("conv", "w")).items())), net((3, 2))
     plan = plan_transfer(source, target, min_coverage=0.1)
-    line = plan.refusals[0].split("a map settles it: ")[1]
+    line = plan.refusals[0].split("to decide it, write into a map: ")[1]
     ((name, other),) = yaml.safe_load(line).items()
     settled = plan_transfer(source, target, mapping={name: other}, min_coverage=0.1, on_ambiguous="fresh")
     assert settled.pairs[name] == other
@@ -108,7 +108,7 @@ def test_wrong_arguments() -> None:
         plan_transfer(state(net()), net(), by="map")
     with pytest.raises(UserError, match="heads: the network has no layer called top"):
         plan_transfer(state(net()), net(), heads=["top"])
-    with pytest.raises(UserError, match="source_model: its tensors are not those of the source"):
+    with pytest.raises(UserError, match="source_model: its tensors match those of the source neither by name"):
         plan_transfer(state(net()), net(), source_model=net((1, 1)))
 
 
@@ -149,7 +149,7 @@ def test_a_norm_does_not_stay_with_a_layer_that_changed() -> None:
         plan = plan_transfer(state(net()), target, by=by)  # type: ignore[arg-type]
         assert plan.ok
         assert {"conv1.weight", "bn1.weight", "bn1.running_mean"} <= set(plan.fresh)
-        assert next(o.reason for o in plan.outcomes if o.target == "bn1.weight") == "its layer conv1 has no source"
+        assert next(o.reason for o in plan.outcomes if o.target == "bn1.weight") == "the layer before it, conv1, has no source"
 
 
 @pytest.mark.parametrize("how", ["keep", "words", "hash parts"])

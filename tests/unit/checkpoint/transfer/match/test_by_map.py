@@ -176,8 +176,11 @@ def test_what_the_rules_allow_works_and_what_they_forbid_is_told_before(transfor
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"source": "conv2.weight", "transform": "squeeze"}, r"squeeze adds and removes .*: fc.weight \[4, 8\] against conv2.weight \[8, 6, 3, 3\]"),
-        ({"source": "fc.weight", "transform": "rows", "rows": [0, 1, 2, 9]}, "rows asks for row 9 of 4"),
+        (
+            {"source": "conv2.weight", "transform": "squeeze"},
+            r"squeeze adds and removes .*: fc.weight \[4, 8\] here, conv2.weight \[8, 6, 3, 3\] in the source",
+        ),
+        ({"source": "fc.weight", "transform": "rows", "rows": [0, 1, 2, 9]}, "rows selects row 9, but the source has 4 rows"),
         ({"source": "fc.weight", "transform": "rows", "rows": [0, 1]}, "rows was given 2 rows for a head of 4 outputs"),
         ({"source": ["conv1.weight", "fc.weight"]}, "fuse joins tensors along dimension 0"),
         ({"source": ["fc.weight", "fc.bias"], "transform": "fold_norm_weight"}, "fold_norm_weight takes a weight, a norm's"),
@@ -219,10 +222,13 @@ def test_patterns(rules: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"*": "*", "conv9.weight": "conv1.weight"}, "map rule conv9.weight: conv1.weight matches no name"),
-        ({"*": "*", "bn1.weight": "nothing"}, "asks for nothing"),
-        ({"bn1.weight": "layer1.0.bn1.weight", "*": "*"}, "layer1.0.bn1.weight would go to both"),
-        ({"conv1.weight": "fc.weight"}, r"shapes differ and no transform is named: conv1.weight \[8, 3, 3, 3\] against fc.weight \[10, 12\]"),
+        ({"*": "*", "conv9.weight": "conv1.weight"}, "map rule conv9.weight: conv1.weight: matches no tensor of this network"),
+        ({"*": "*", "bn1.weight": "nothing"}, "needs nothing, which the source does not have"),
+        ({"bn1.weight": "layer1.0.bn1.weight", "*": "*"}, "layer1.0.bn1.weight would be loaded into both"),
+        (
+            {"conv1.weight": "fc.weight"},
+            r"the shapes differ, and the rule has no transform: conv1.weight \[8, 3, 3, 3\] here, fc.weight \[10, 12\] in the source",
+        ),
     ],
 )
 def test_mistakes_in_maps_are_refusals(rules: dict[str, str], message: str) -> None:
@@ -237,7 +243,7 @@ def test_mistakes_in_maps_are_refusals(rules: dict[str, str], message: str) -> N
     [
         ("- a\n- b\n", "expected lines of `target: source`, found list"),
         ("a: {from: b}", "a: expected a source"),
-        ("a: {source: b, transform: magic}", "no transform called magic"),
+        ("a: {source: b, transform: magic}", "unknown transform magic"),
         ("a: [", "not valid YAML"),
     ],
 )

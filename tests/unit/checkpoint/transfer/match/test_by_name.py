@@ -25,14 +25,14 @@ def test_names_of_another_network_are_refused_with_the_first_clash() -> None:
     shuffled = {name: torch.empty((*value.shape[:-1], 5), device="meta") if value.dim() == 4 else value for name, value in other.items()}
     plan = plan_transfer(shuffled, net(), by="name")
     assert plan.pairs == {}
-    assert "conv1.weight [8, 3, 3, 3] against conv1.weight [8, 3, 3, 5]" in plan.refusals[0]
+    assert "conv1.weight [8, 3, 3, 3] here, conv1.weight [8, 3, 3, 5] in the source" in plan.refusals[0]
 
 
 def test_low_coverage_is_refused() -> None:
     half = {name: value for name, value in state(net()).items() if not name.startswith("layer2")}
     plan = plan_transfer(half, net())
     assert plan.pairs == {}
-    assert "under min_coverage 60%" in plan.refusals[0]
+    assert "below min_coverage 60%" in plan.refusals[0]
     assert plan_transfer(half, net(), min_coverage=0.4).ok
 
 
@@ -57,7 +57,7 @@ def test_norms_of_another_kind_are_flagged_and_never_loaded() -> None:
 def test_a_file_without_any_statistics_says_so() -> None:
     source = {name: value for name, value in state(net()).items() if "running" not in name and "num_batches" not in name}
     plan = plan_transfer(source, net())
-    assert "bn1.weight is not decided: the source has no statistics for it (running_mean, running_var)" in plan.refusals[0]
+    assert "bn1.weight is undecided, together with 49 other tensors: the source has no running_mean and running_var for it" in plan.refusals[0]
     assert not {name for name in plan.pairs if "bn" in name}
 
 
@@ -73,7 +73,7 @@ def test_shifted_numbers_are_noticed() -> None:
         source, target = sequence(), sequence(nn.Conv2d(8, 8, 5, padding=2))
     by_name = plan_transfer(source.state_dict(), target, by="name")
     assert by_name.pairs == {}
-    assert "2.weight [8, 8, 5, 5] against 2.weight [12, 8, 3, 3]; indices may have shifted" in by_name.refusals[0]
+    assert "2.weight [8, 8, 5, 5] here, 2.weight [12, 8, 3, 3] in the source; indices may have shifted" in by_name.refusals[0]
     plan = plan_transfer(source.state_dict(), target, min_coverage=0.5)
     moved = {f"{n + 1}.{role}": f"{n}.{role}" for n in (2, 3, 4) for role in ("weight", "bias")}
     assert {t: s for t, s in plan.pairs.items() if t in moved} == moved

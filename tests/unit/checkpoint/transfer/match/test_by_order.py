@@ -35,7 +35,7 @@ def test_strict_takes_equal_sequences_or_nothing() -> None:
     right(plan_transfer(state(net(), hashed), net(classes=3), by="strict"), hashed)
     plan = plan_transfer(state(net(), hashed), net((3, 2)), by="strict")
     assert plan.pairs == {}
-    assert "the sequences of shapes differ (50 tensors against 60): layer1.2.conv1.weight [8, 8, 3, 3] against" in plan.refusals[0]
+    assert "the sequences of shapes differ (50 tensors in the source, 60 in the network): layer1.2.conv1.weight [8, 8, 3, 3] here" in plan.refusals[0]
 
 
 def test_order_aligns_with_gaps() -> None:

@@ -71,7 +71,7 @@ def test_names_of_several_dicts_are_joined_and_optimizers_are_left_out(tmp_path:
     torch.save(content, tmp_path / "w.pth")
     done = convert(str(tmp_path / "w.pth"), tmp_path / "o.safetensors")
     assert set(load_file(done.path)) == {"model.w", "model.b", "ema.w"}
-    assert done.dropped == ("1 tensor of optimizer", "wide, whose type safetensors cannot hold (torch.complex128)")
+    assert done.dropped == ("1 tensor of optimizer", "wide, whose dtype safetensors does not support (torch.complex128)")
     done = convert(f"{tmp_path / 'w.pth'}#ema", tmp_path / "ema.safetensors")
     assert set(load_file(done.path)) == {"w"}
 
@@ -82,11 +82,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     (tmp_path / "there.safetensors").write_text("mine")
     for file, out, reason in [
-        ("w.pth", "there.safetensors", "exists already; write over it with --overwrite"),
-        ("w.pth", "o.pth", "the file to write ends in .safetensors"),
-        ("none.pth", "o.safetensors", "holds no tensors; nothing is written"),
+        ("w.pth", "there.safetensors", "exists already; use --overwrite to replace it"),
+        ("w.pth", "o.pth", "the name of the output file must end in .safetensors"),
+        ("none.pth", "o.safetensors", "contains no tensors; nothing is written"),
         ("nothing.pth", "o.safetensors", "nothing.pth is not there"),
-        ("pipe.pth", "o.safetensors", "pipe.pth is no regular file"),
+        ("pipe.pth", "o.safetensors", "pipe.pth is not a regular file"),
     ]:
         with pytest.raises(UserError, match=reason):
             convert(str(tmp_path / file), tmp_path / out)

@@ -37,7 +37,7 @@ def test_torchvision_names_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not cached.exists()
     cached.parent.mkdir(parents=True, exist_ok=True)
     torch.save(models.resnet18().state_dict(), cached)
-    with pytest.raises(UserError, match=r"its name promises a content whose SHA-256 begins with f37072fd"):
+    with pytest.raises(UserError, match=r"according to its name, its SHA-256 begins with f37072fd"):
         read_weights("torchvision:ResNet18_Weights.IMAGENET1K_V1")
     monkeypatch.setattr(read_module, "check_promised_hash", lambda path, sha256: None)
     read = read_weights("torchvision:ResNet18_Weights.IMAGENET1K_V1")
@@ -53,7 +53,7 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", _no_network)
     with pytest.raises(UserError, match=r"timm has no such model; the nearest names are .*resnet18"):
         read_weights("timm:resnet188")
-    with pytest.raises(UserError, match=r"cannot fetch timm/resnet18.*where there is a network"):
+    with pytest.raises(UserError, match=r"cannot download timm/resnet18.*with network access"):
         read_weights("timm:resnet18")
 
 
@@ -80,5 +80,5 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             read_weights(f"{address}/missing.pth")
         server.shutdown()
     assert float(read_weights(f"{address}/b/w.pth").tensors["net.0.bias"][0]) == 1
-    with pytest.raises(UserError, match="fetched from http:// and https:// addresses"):
+    with pytest.raises(UserError, match="downloaded from http:// and https:// addresses"):
         read_weights("s3://bucket/w.pth")

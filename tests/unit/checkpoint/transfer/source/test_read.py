@@ -85,10 +85,10 @@ class Custom(nn.Linear):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (argparse.Namespace(lr=1), "holds no tensors, only 1 object of argparse.Namespace; nothing of it was run"),
-        ({"rng": random.Random(0)}, "holds no tensors .*'rng'"),
-        ([1, 2], "holds a list, not a state dict"),
-        ({"epoch": 3}, "holds no tensors .*'epoch'"),
+        (argparse.Namespace(lr=1), "contains no tensors, only 1 object of argparse.Namespace; none of its code was run"),
+        ({"rng": random.Random(0)}, "contains no tensors .*'rng'"),
+        ([1, 2], "contains a list, not a state dict"),
+        ({"epoch": 3}, "contains no tensors .*'epoch'"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, content: object, message: str) -> None:
@@ -109,7 +109,7 @@ def test_damaged_files(tmp_path: Path, suffix: str) -> None:
 def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pretrained weights at"):
         read_weights(tmp_path / "none.pth")
-    with pytest.raises(UserError, match=r"holds no weights; expected one of model.safetensors"):
+    with pytest.raises(UserError, match=r"contains no weights; expected one of model.safetensors"):
         read_weights(tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_safetensors_keeps_no_order_but_a_model_folder_does(tmp_path: Path) -> N
     (run / "model.json").write_text(json.dumps(facts | {"weights": {"bytes": found.size, "sha256": found.sha256}}))
     assert read_weights(run).ordered
     save_file({name: value + 1 for name, value in state.items()}, run / "model.safetensors")
-    with pytest.raises(UserError, match=r"the weights .*model.safetensors are not those of the model.json beside them"):
+    with pytest.raises(UserError, match=r"the weights .*model.safetensors do not match the model.json beside them"):
         read_weights(run)
     (run / "model.json").write_text(json.dumps(facts | {"classes": "ants"}))
     with pytest.raises(UserError, match=r"model.json: classes: must be a list"):
@@ -155,7 +155,7 @@ def test_safetensors_keeps_no_order_but_a_model_folder_does(tmp_path: Path) -> N
 def test_a_name_that_promises_a_hash_is_held_to_it(tmp_path: Path, name: str) -> None:
     save = save_file if name.endswith(".safetensors") else torch.save
     save(dict(small().state_dict()), tmp_path / name)
-    with pytest.raises(UserError, match=r"its name promises a content whose SHA-256 begins with 0123abcd"):
+    with pytest.raises(UserError, match=r"according to its name, its SHA-256 begins with 0123abcd"):
         read_weights(tmp_path / name)
     digest = hash_file(tmp_path / name).sha256
     for right in (f"small-{digest[:8]}", f"small-{digest}", "small-20251231", "small-cafe", "small_0123abcd"):
@@ -188,7 +188,7 @@ def test_sharded_index(tmp_path: Path) -> None:
     assert set(read.tensors) == set(state)
     assert not read.ordered
     (tmp_path / "part1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"names part1.safetensors, which is not beside it"):
+    with pytest.raises(UserError, match=r"lists part1.safetensors, which is not in the same folder"):
         read_weights(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_sharded_index_of_torch_files(tmp_path: Path) -> None:
         read = read_weights(source)
         assert all(torch.equal(read.tensors[name], value) for name, value in state.items())
     torch.save({"0.weight": state["0.weight"], "args": argparse.Namespace()}, tmp_path / "pytorch_model-0.bin")
-    with pytest.raises(UserError, match=r"pytorch_model-0.bin lacks 0.bias, which the index promises"):
+    with pytest.raises(UserError, match=r"according to the index, pytorch_model-0.bin contains 0.bias, but it does not"):
         read_weights(tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_a_folder_that_accelerate_saved(tmp_path: Path, name: str) -> None:
         (b"<!DOCTYPE html><html>404</html>", "a web page, not weights"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (b"hello", "not readable as a torch file or a pickle"),
-        (b"PK\x03\x04hello", "not readable as a torch file or a pickle .a zip archive without its end"),
+        (b"PK\x03\x04hello", "not readable as a torch file or a pickle .a zip archive whose end is missing"),
     ],
 )
 def test_files_that_are_something_else(tmp_path: Path, content: bytes, message: str) -> None:

@@ -154,7 +154,7 @@ def _big_endian(entries: dict[str, bytes]) -> dict[str, bytes]:
     ("change", "reason"),
     [
         (_without("data.pkl"), "without data.pkl"),
-        (_without("/data/0"), "no plain entry data/0"),
+        (_without("/data/0"), "no uncompressed entry data/0"),
         (_shorter, "fewer bytes than its tensors need"),
         (_big_endian, "another byte order"),
     ],
@@ -180,12 +180,12 @@ def test_tensors_that_lead_outside_of_their_storage(tmp_path: Path) -> None:
     _tensor_file(path, "(I2\nI2\nt", "(I2\nI1\nt")
     assert read_weights(path).tensors["w"].shape == (2, 2)
     for options, reason in [
-        ({"size": "(I5\nt", "stride": "(I1\nt"}, "reaches over the end"),
-        ({"size": "(I2\nt", "stride": "(I4\nt"}, "reaches over the end"),
-        ({"size": "(I2\nt", "stride": "(I1\nt", "offset": 3}, "reaches over the end"),
-        ({"size": "(I2\nt", "stride": "(I1\nt", "offset": -1}, "a shape that no tensor has"),
-        ({"size": "(I2\nt", "stride": "(I-1\nt"}, "a shape that no tensor has"),
-        ({"size": "(I2\nt", "stride": "(t"}, "a shape that no tensor has"),
+        ({"size": "(I5\nt", "stride": "(I1\nt"}, "extends beyond the end"),
+        ({"size": "(I2\nt", "stride": "(I4\nt"}, "extends beyond the end"),
+        ({"size": "(I2\nt", "stride": "(I1\nt", "offset": 3}, "extends beyond the end"),
+        ({"size": "(I2\nt", "stride": "(I1\nt", "offset": -1}, "a tensor has an invalid shape"),
+        ({"size": "(I2\nt", "stride": "(I-1\nt"}, "a tensor has an invalid shape"),
+        ({"size": "(I2\nt", "stride": "(t"}, "a tensor has an invalid shape"),
         ({"size": "(I1000000\nI1000000\nt", "stride": "(I0\nI0\nt"}, "far larger than its storage"),
         ({"size": "(I2\nt", "stride": "(I1\nt", "numel": 1 << 40}, "fewer bytes"),
     ]:
