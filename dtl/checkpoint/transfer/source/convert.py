@@ -46,8 +46,9 @@ def convert(source: str, out: Path, *, overwrite: bool = False) -> Converted:
     path, key = split_fragment(source)
     path = path.expanduser()
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "not a regular file" if path.exists() else f"not there{near_path(path)}"
-        raise UserError(f"{path} is {what}; give a file with weights")
+        if not path.exists():
+            raise UserError(f"{path} does not exist{near_path(path) or '; give a file with weights'}")
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}; give a file with weights")
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the name of the output file must end in .safetensors")
     if os.path.lexists(out) and not overwrite:

@@ -118,7 +118,7 @@ def _unknown_name(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Non
 REFUSED: list[tuple[str, Callable[..., None] | None, dict[str, Any], str]] = [
     ("momentum", None, {}, "has the optimizer state of Adam, but the run uses SGD"),
     ("amsgrad", None, {}, "amsgrad is True, but was False"),
-    ("adam", None, {"skip": "4.bias"}, "\(1 differ, the first is 4.bias\): the checkpoint's optimizer trained it, this one does not"),
+    ("adam", None, {"skip": "4.bias"}, r"\(1 differ, the first is 4.bias\): the checkpoint's optimizer trained it, this one does not"),
     ("adam", None, {"turned": True}, "the parameters are the same, but grouped differently"),
     ("adam", _wrong_shape, {}, r"exp_avg/4.bias has shape \[5\] in the checkpoint, but its parameter has shape \[4\]"),
     ("adam", _unknown_name, {}, "state for 9.bias, which the optimizer does not train"),

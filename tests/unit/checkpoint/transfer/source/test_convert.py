@@ -85,7 +85,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("w.pth", "there.safetensors", "exists already; use --overwrite to replace it"),
         ("w.pth", "o.pth", "the name of the output file must end in .safetensors"),
         ("none.pth", "o.safetensors", "contains no tensors; nothing is written"),
-        ("nothing.pth", "o.safetensors", "nothing.pth is not there"),
+        ("nothing.pth", "o.safetensors", "nothing.pth does not exist"),
         ("pipe.pth", "o.safetensors", "pipe.pth is not a regular file"),
     ]:
         with pytest.raises(UserError, match=reason):
