@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from dtl import files
 from dtl.errors import UserError
-from dtl.text import Log
+from dtl.text import Log, counted
 from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text
 
 FORMAT = 1
@@ -96,7 +96,7 @@ def read_model_json(folder: str | Path) -> ModelFacts:
         raise UserError(f"{folder} is not a model folder: {path} cannot be read ({error.strerror or error})") from error
     name, num_classes = facts.architecture["name"], facts.architecture["num_classes"]
     if num_classes != len(facts.classes):
-        raise UserError(f"{path} is damaged: {name} has {num_classes} outputs, but {len(facts.classes)} classes are listed")
+        raise UserError(f"{path} is damaged: {name} has {num_classes} outputs, but {counted(len(facts.classes), 'class')} listed")
     return facts
 
 

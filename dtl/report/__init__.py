@@ -26,7 +26,7 @@ def make_report(
     """Write PNGs and index.html about one run into `out` (default: RUN/report); returns the page.
 
     At most `max_images` validation images are shown to the model, for about `seconds`. What is missing or fails is left out; the
-    page lists it, and so does `log`. `trust`: call the function that a model.json of others names as its network.
+    page lists it, and so does `log`. `trust`: call the function that a model.json of somebody else names as its network.
     One process, no collectives: rank 0 of a launched world may call it alone. Raises UserError where `run_folder` is no run or `out` cannot be written.
     """
     from dtl.report import single

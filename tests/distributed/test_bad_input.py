@@ -62,7 +62,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "one class": (one_class, "photos has only one class, 'ants'"),
     "class without image": (class_without_image, "photos: class folder 'cows' holds no image"),
     "truncated image": (truncated_image, "1 of 8 images cannot be read: bees/2.jpg: "),
-    "other classes in val": (other_classes_in_val, "b has images of 1 class that the given class list does not know: 'cows'"),
+    "other classes in val": (other_classes_in_val, "b has images of 1 class that the given class list does not have: 'cows'"),
     "no validation data": (without_validation, "photos: no validation data; give --data.val FOLDER"),
     "unknown model": (lambda folder: ["--model.name", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'; did you mean torchvision/resnet18"),
     "weights that do not fit": (weights_of_another_network, "transfer from other.pt refused: nothing matches"),

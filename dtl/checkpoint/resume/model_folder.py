@@ -29,7 +29,7 @@ from dtl.models.build import Network, build
 from dtl.models.hub import hub_name
 from dtl.models.model_json import FORMAT, PREPROCESSING, ModelFacts, check_weights, read_model_json
 from dtl.models.strict_load import strict_load
-from dtl.text import Log, to_stderr
+from dtl.text import Log, counted, to_stderr
 from dtl.version import __version__
 
 FILES = ("model.safetensors", "model.json")
@@ -54,7 +54,7 @@ def save_model_folder(
     Raises UserError where it cannot be written; a model folder that was there stays then.
     """
     if architecture["num_classes"] != len(classes):
-        raise ValueError(f"the model has {architecture['num_classes']} outputs, but {len(classes)} class names are given")
+        raise ValueError(f"the model has {architecture['num_classes']} outputs, but {counted(len(classes), 'class name')} given")
     if missing := [key for key in PREPROCESSING if key not in preprocessing]:
         raise ValueError(f"preprocessing lacks {', '.join(missing)}")
     target = Path(folder).absolute()

@@ -34,7 +34,7 @@ FACTS: dict[str, Any] = {
         ({"architecture": []}, r"architecture: must be an object"),
         ({"architecture": {"name": "x", "num_classes": 2, "options": []}}, r"architecture: options must be an object"),
         ({"architecture": {"name": "x", "num_classes": True}}, r"architecture: must have a name and a positive num_classes"),
-        ({"classes": ["ants"]}, r"is damaged: torchvision/resnet18 has 2 outputs, but 1 classes are listed"),
+        ({"classes": ["ants"]}, r"is damaged: torchvision/resnet18 has 2 outputs, but 1 class listed"),
         ({"display_names": {"ants": 3}}, r"display_names.ants: must be a string"),
         ({"preprocessing": {**FACTS["preprocessing"], "transform": {"geometry": {"image_size": 10**6}}}}, r"image_size 1000000 is not from 1 to 16384"),
         ({"preprocessing": {**FACTS["preprocessing"], "interpolation": 3}}, r"preprocessing: crop_ratio must be a number, interpolation a string"),

@@ -73,7 +73,7 @@ def change(folder: Path, **changes: object) -> None:
         ({"architecture": {"name": 3, "num_classes": 2}}, "architecture: must have a name and a positive num_classes"),
         ({"weights": {"bytes": 1, "sha256": "../x"}}, r"weights.sha256: '../x' is not a SHA-256"),
         ({"made_by": {"step": 10**400}}, r"made_by: 1000.* is too large a number"),
-        ({"classes": ["ants"]}, "torchvision/resnet18 has 2 outputs, but 1 classes are listed"),
+        ({"classes": ["ants"]}, "torchvision/resnet18 has 2 outputs, but 1 class listed"),
         ({"metrics": 3}, r"model.json: metrics: must be an object"),
         ({"order": ["0.weight"]}, r"does not match model.json: .* is in only one of them"),
     ],
@@ -101,7 +101,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="2 outputs, but 1 class names are given"):
+    with pytest.raises(ValueError, match="2 outputs, but 1 class name given"):
         save(Path("unused"), classes=["ants"])
     with pytest.raises(ValueError, match="preprocessing lacks std"):
         save(Path("unused"), preprocessing={"mean": 1, "image_size": 2, "interpolation": 3, "crop_ratio": 4})
