@@ -92,7 +92,7 @@ def test_rows_by_class_names() -> None:
         pick_rows(["ant"], ["ant", "cow"])
     with pytest.raises(UserError, match="this network has no class 'cow'"):
         pick_rows(["ant"], ["ant"], {"cow": "ant"})
-    with pytest.raises(UserError, match="^head_rows: the list of class 'ant' is empty$"):
+    with pytest.raises(UserError, match=r"^head_rows: the list of class 'ant' is empty$"):
         pick_rows(["ant"], ["ant"], {"ant": ()})
 
 
