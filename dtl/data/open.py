@@ -70,7 +70,7 @@ def ensure_packed(
     opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled, max_file_bytes=options.max_file_bytes)
     if options.val_fraction and opened.has_splits:
         raise UserError(
-            f"{source} already has the splits {', '.join(opened.split_names)}: leave out data.val_fraction, or set data.train to the folder of one split"
+            f"{source} already has the splits {', '.join(opened.split_names)}: leave out data.val_fraction, or set data.train to the images of one split"
         )
     wanted = _wanted_split(source, opened, split, options.val_fraction)
     place = _cache_place(options)
@@ -209,11 +209,14 @@ def packed_splits(place: Path) -> dict[str, list[str]]:
 
 
 def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:
-    if opened.has_splits:
-        if split not in opened.split_names:
-            raise UserError(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
+    if val_fraction:
         return split
-    return split if val_fraction else ALL
+    if opened.split_names == (ALL,):
+        return ALL
+    served = next((name for name in SERVES_AS[split] if name in opened.split_names), None)
+    if served is None:
+        raise UserError(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
+    return served
 
 
 def _fingerprint(opened: Source, packing: PackOptions, *, fixed: bool) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from dtl.data.open import packed_splits
 from dtl.data.shards.index import MANIFEST_NAME, Shards
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import IMAGE_EXTENSIONS
-from dtl.data.sources.list import PATH_COLUMNS, list_text
+from dtl.data.sources.list_file import list_text, looks_like_image, parse_list
+from dtl.data.sources.near_paths import near_paths
 from dtl.errors import DamagedSample, UserError
 from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, without_path
-from dtl.text import from_csv_cell
+from dtl.text import counted
 
 _LOOK_BYTES = 65_536
 _SHOWN = 60
@@ -112,7 +112,7 @@ def find_images(places: Sequence[str], options: DataConfig = DataConfig()) -> Im
     loose: list[str] = []
     for place in places:
         if place == "-":
-            group: Files | PackedImages | None = _listed("standard input", sys.stdin.read().splitlines(), Path())
+            group: Files | PackedImages | None = _listed("standard input", sys.stdin.read(), Path())
         else:
             group = _group(Path(place).expanduser(), options)
         if group is None:
@@ -198,52 +198,24 @@ def _list_file(path: Path, max_bytes: int) -> Files | None:
     except DecodeError as error:
         reason = str(error)
     try:
-        lines = list_text(path, max_bytes).splitlines()
-    except ValueError:
-        raise UserError(f"{path} is neither an image nor a list of images: {reason}") from None
-    return _listed(str(path), lines, path.parent)
+        text = list_text(path, max_bytes)
+    except ValueError as problem:
+        raise UserError(f"{path} is neither an image nor a list of images: {reason}; {problem}") from None
+    return _listed(str(path), text, path.parent)
 
 
-def _listed(source: str, lines: Sequence[str], folder: Path) -> Files:
-    """The images that a list names. UserError for a text that is none: where no line looks like an image, nor is a file."""
-    paths = StringTable.build(_paths(lines, folder))
-    if len(paths) == 0:
+def _listed(source: str, text: str, folder: Path) -> Files:
+    """The images that a list names. UserError for a text that is none, and where none of its images exists."""
+    rows = parse_list(text, origin=source, folder=folder, labelled=False, paths_only=True)
+    if not len(rows.lines):
         raise UserError(f"{source} lists no images; each line is a path, or CSV with a column path")
-    if not any(_looks_like_image(paths[number]) or os.path.isfile(paths[number]) for number in range(len(paths))):
-        first = next(line.strip() for line in lines if line.strip())
+    # Missing images are reported one by one, beside the predictions of the others; but not where nothing else would be.
+    numbers = range(len(rows.paths))
+    if not any(os.path.isfile(folder / rows.paths[number]) for number in numbers):
+        first = rows.paths[0]
         shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]} ..."
-        raise UserError(f"{source} is neither an image nor a list of images: no line is the path of an image (the first is '{shown}')")
-    return Files(paths)
-
-
-def _paths(lines: Sequence[str], folder: Path) -> Iterator[str]:
-    """Paths of a list's lines, relative ones under `folder`: the path alone, `path label`, or CSV with a header."""
-    names = _csv_column(lines) or (_without_label(line.strip()) for line in lines if line.strip())
-    for name in names:
-        yield name if os.path.isabs(name) else os.path.join(folder, name) if folder != Path() else name
-
-
-def _csv_column(lines: Sequence[str]) -> Iterable[str] | None:
-    if not lines or "," not in lines[0]:
-        return None
-    reader = csv.reader(lines)
-    try:
-        header = [cell.strip().lower() for cell in next(reader)]
-        column = next((header.index(name) for name in PATH_COLUMNS if name in header), None)
-        if column is None:
-            return None
-        return [from_csv_cell(row[column].strip()) for row in reader if len(row) > column and row[column].strip()]
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num} of the list is not readable as CSV: {error}") from None
-
-
-def _without_label(line: str) -> str:
-    """A training list has a label behind each path; a path may have spaces."""
-    first = line.rsplit(maxsplit=1)[0]
-    if not _looks_like_image(line) and _looks_like_image(first):
-        line = first
-    return line.strip("\"'")
-
-
-def _looks_like_image(text: str) -> bool:
-    return os.path.splitext(text.strip().strip("\"'"))[1].lower() in IMAGE_EXTENSIONS
+        hint = near_paths([(rows.paths[number], "") for number in numbers[:1000]], folder)
+        if not hint and not any(looks_like_image(rows.paths[number]) for number in numbers):
+            raise UserError(f"{source} is neither an image nor a list of images: no line is the path of an image (the first is '{shown}')")
+        raise UserError(f"{source}: none of its {counted(len(numbers), 'image')} exists, as '{shown}'; paths are relative to {folder.absolute()}{hint}")
+    return Files(rows.paths if folder == Path() else StringTable.build(os.path.join(folder, rows.paths[number]) for number in numbers))

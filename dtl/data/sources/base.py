@@ -46,7 +46,8 @@ class Source:
 
     @property
     def has_splits(self) -> bool:
-        return self.split_names != (ALL,)
+        """Whether it says what to validate on. One that calls all of its samples training samples leaves that open."""
+        return self.split_names not in ((ALL,), ("train",))
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Samples per split and class, [splits, K]."""
@@ -68,7 +69,10 @@ class SourceBuilder:
         """Samples of one class and split; `mtimes` in nanoseconds."""
         self.add_table(StringTable.build(names), labels=np.full(len(names), label, np.int32), split=split, sizes=sizes, mtimes=mtimes)
 
-    def add_table(self, names: StringTable, *, labels: npt.NDArray[np.int32], split: int, sizes: Sequence[int], mtimes: Sequence[int]) -> None:
+    def add_table(
+        self, names: StringTable, *, labels: npt.NDArray[np.int32], split: int | npt.NDArray[np.uint8], sizes: Sequence[int], mtimes: Sequence[int]
+    ) -> None:
+        """Samples of many classes, and of one split or of one each."""
         self._tables.append(names)
         self._labels.append(labels)
         self._splits.append(np.full(len(names), split, np.uint8))

@@ -1,158 +1,126 @@
-"""List files: `path label` a line, or CSV with a header. Paths are relative to the list's folder; labels are names or numbers."""
+"""List files as a source: which images there are, in which classes and splits. `list_file` reads them."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.shards.strings import StringTable
-from dtl.data.sources.base import ALL, UNLABELLED, Source, SourceBuilder
+from dtl.data.sources.base import Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
+from dtl.data.sources.list_file import Listing, read_list
+from dtl.data.sources.near_paths import near_paths
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, read_regular
-from dtl.text import from_csv_cell, nearest
+from dtl.files import MAX_FILE_BYTES
+from dtl.text import counted, nearest, some
 
-PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
-_LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
-_NUMBER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"-?[0-9]{1,4000}")  # Python refuses to read longer ones
 _SHOWN_ERRORS = 3
+_MISSING_VALUES = ("nan", "null", "n/a", "#n/a", "<na>")
 
 
 def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None, labelled: bool = True, max_bytes: int = MAX_FILE_BYTES) -> Source:
-    """Read a list. Names sort as text, numbers as numbers (class names "0", "1" ...). See `open_source`."""
-    table, lines, coded, labels = _read_columns(path, labelled=labelled, max_bytes=max_bytes)
-    if not lines:
+    """Read a list. Labels are text, and are the names of the classes; where all are numbers they sort as numbers. See `open_source`."""
+    rows = read_list(path, labelled=labelled, max_bytes=max_bytes)
+    if not len(rows.lines):
         raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
-    numeric = all(_NUMBER.fullmatch(label) and len(label) < 4000 for label in labels)
-    if numeric:
-        labels = [str(int(label)) for label in labels]
-    order = tuple(classes) if classes is not None else tuple(sorted(set(labels), key=int if numeric else None))
+    numeric = all(map(_NUMBER.fullmatch, rows.label_names))
+    order = tuple(classes) if classes is not None else tuple(sorted(rows.label_names, key=lambda name: (int(name) if numeric else 0, name)))
     if classes is None and len(order) == 1 and labelled:
         raise UserError(f"{path} has only one class, '{order[0]}'; a classifier needs two or more")
     number = {name: position for position, name in enumerate(order)}
-    for code, label in enumerate(labels):
+    for code, label in enumerate(rows.label_names):
         if label not in number:
-            line = lines[int(np.argmax(coded == code))]
-            raise UserError(f"{path}, line {line}: class '{label}' is not in the given class list{nearest(label, order)}")
-    sizes, mtimes = _check_files(path, table, lines)
-    numbers = np.array([number[label] for label in labels], np.int32)[coded]
-    notes: list[str] = []
+            line = rows.lines[int(np.argmax(rows.labels == code))]
+            raise UserError(f"{path}, line {line}: class '{label}' is not in the given class list{_meant(label, order)}")
+    sizes, mtimes = _check_files(path, rows)
+    numbers = np.array([number[label] for label in rows.label_names], np.int32)[rows.labels]
+    notes = [*rows.notes, *_doubtful_labels(rows), *_repeated(rows)]
     builder = SourceBuilder()
-    builder.add_table(table, labels=numbers, split=0, sizes=sizes, mtimes=mtimes)
+    builder.add_table(rows.paths, labels=numbers, split=rows.splits, sizes=sizes, mtimes=mtimes)
     without = [name for name, count in zip(order, np.bincount(numbers, minlength=len(order))) if not count]
     if without:
         notes.append(f"the list has no image of {len(without)} of {len(order)} classes: {', '.join(without[:5])}")
     display = find_display_names(order, given=names, beside=[path.parent], notes=notes)
-    return builder.build(kind="list file", root=path.parent, classes=order, split_names=(ALL,), display_names=display, notes=notes)
+    return builder.build(kind="list file", root=path.parent, classes=order, split_names=rows.split_names, display_names=display, notes=notes)
 
 
-def list_text(path: Path, max_bytes: int) -> str:
-    """The text of a list. ValueError where it is not text; UserError where it is not a regular file, or too large."""
-    text = read_regular(path, max_bytes=max_bytes).decode("utf-8-sig")
-    if "\0" in text:
-        raise ValueError("it holds NUL characters")
-    return text
+def _meant(label: str, classes: Sequence[str]) -> str:
+    bare = label.lstrip("0")
+    same = next((name for name in classes if name.lstrip("0") == bare and label.isdigit()), None)
+    return f"; did you mean '{same}'? (spreadsheets take leading zeros away)" if same is not None else nearest(label, classes)
 
 
-def _read_columns(path: Path, *, labelled: bool, max_bytes: int) -> tuple[StringTable, array[int], npt.NDArray[np.int32], list[str]]:
-    """Paths, line numbers, a code for each label, and the label of each code, in order of appearance; no object stays for a line."""
-    lines, coded = array("q"), array("i")
-    codes: dict[str, int] = {}
-
-    def paths() -> Iterator[str]:
-        for line, name, label in _rows(path, labelled=labelled, max_bytes=max_bytes):
-            lines.append(line)
-            coded.append(codes.setdefault(label, len(codes)))
-            yield name
-
-    table = StringTable.build(paths())
-    return table, lines, np.frombuffer(coded, np.int32) if coded else np.zeros(0, np.int32), list(codes)
-
-
-def _rows(path: Path, *, labelled: bool, max_bytes: int) -> Iterator[tuple[int, str, str]]:
-    """(line number, path, label). Where labels are not needed, a line may be a path alone, and the header name no other column."""
-    try:
-        text = list_text(path, max_bytes)
-    except ValueError:
-        raise UserError(f"{path} is not a list: it is not UTF-8 text; a list has a line `path label` for each image") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    first = text.lstrip().partition("\n")[0]
-    columns = _csv_columns(first, labelled=labelled)
-    if columns is not None:
-        yield from _csv_rows(path, text, *columns)
-        return
-    if path.suffix.lower() == ".csv":
-        raise UserError(f"{path}, line 1: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:80]}`")
-    for line, row in enumerate(io.StringIO(text), start=1):
-        if not row.strip():
-            continue
-        # The label is the last field, so a path may have spaces.
-        fields = row.strip().rsplit(None, 1)
-        if not labelled and (len(fields) < 2 or os.path.exists(path.parent / row.strip().strip("\"'"))):  # a name may be too long
-            yield line, row.strip().strip("\"'"), UNLABELLED
-            continue
-        if len(fields) < 2:
-            raise UserError(f"{path}, line {line}: no label: `{row.strip()[:80]}`; a line is `path label`")
-        yield line, fields[0].strip("\"'"), fields[1]
-
-
-def _csv_columns(first: str, *, labelled: bool) -> tuple[str, str, str | None] | None:
-    """(delimiter, path column, label column) where the first line is a header that names both, or the first where labels are not needed."""
-    for delimiter in (",", ";", "\t"):
-        header = [cell.strip().strip('"').lower() for cell in first.split(delimiter)]
-        paths = [name for name in PATH_COLUMNS if name in header]
-        labels = [name for name in _LABEL_COLUMNS if name in header]
-        if paths and (labels or not labelled):
-            return delimiter, paths[0], labels[0] if labels else None
-    return None
-
-
-def _csv_rows(path: Path, text: str, delimiter: str, path_column: str, label_column: str | None) -> Iterator[tuple[int, str, str]]:
-    reader = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, skipinitialspace=True)
-    header = [cell.strip().lower() for cell in next(_checked_rows(reader, path))]
-    columns = [header.index(name) for name in (path_column, label_column) if name is not None]
-    for row in _checked_rows(reader, path):
-        if not any(cell.strip() for cell in row):
-            continue
-        values = [from_csv_cell(row[at].strip()) if at < len(row) else "" for at in columns]
-        for value, what in zip(values, ("path", "label")):
-            if not value:
-                raise UserError(f"{path}, line {reader.line_num}: no {what}: `{delimiter.join(row)[:80]}`")
-        yield reader.line_num, values[0], values[1] if label_column is not None else UNLABELLED
-
-
-def _checked_rows(reader: Any, path: Path) -> Iterator[list[str]]:
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not readable as CSV: {error}") from None
-
-
-def _check_files(path: Path, table: StringTable, lines: Sequence[int]) -> tuple[array[int], array[int]]:
-    """Sizes and modification times; all lines whose file is missing are counted, the first ones named."""
-    sizes, mtimes, missing, count = array("q"), array("q"), [], 0
-    for position, line in enumerate(lines):
-        name = table[position]
+def _check_files(path: Path, rows: Listing) -> tuple[array[int], array[int]]:
+    """Sizes and modification times; all lines whose file is missing are counted, the first ones named, with what may have been meant."""
+    sizes, mtimes, missing = array("q"), array("q"), array("q")
+    for position in range(len(rows.lines)):
         try:
-            status = (path.parent / name).stat()
+            status = os.stat(path.parent / rows.paths[position])
         except OSError:
-            count += 1
-            if count <= _SHOWN_ERRORS:
-                missing.append(f"line {line}: {name}")
+            missing.append(position)
             continue
         sizes.append(status.st_size)
         mtimes.append(status.st_mtime_ns)
-    if count:
-        more = f"; and {count - _SHOWN_ERRORS:,} more" if count > _SHOWN_ERRORS else ""
-        raise UserError(f"{path}: {count:,} of {len(lines):,} images do not exist: {'; '.join(missing)}{more}; paths are relative to {path.parent}")
+    if missing:
+        shown = "; ".join(f"line {rows.lines[position]}: {rows.paths[position]}" for position in missing[:_SHOWN_ERRORS])
+        more = f"; and {len(missing) - _SHOWN_ERRORS:,} more" if len(missing) > _SHOWN_ERRORS else ""
+        hint = near_paths([(rows.paths[position], rows.label_names[rows.labels[position]]) for position in missing[:1000]], path.parent)
+        raise UserError(f"{path}: {len(missing):,} of {len(rows.lines):,} images do not exist: {shown}{more}; paths are relative to {path.parent}{hint}")
     return sizes, mtimes
+
+
+def _doubtful_labels(rows: Listing) -> list[str]:
+    """Labels that are different classes, but hardly meant to be: in another case, with zeros before them, or no label at all."""
+    notes = []
+    for what, fold in (("upper and lower case", str.casefold), ("leading zeros", _without_zeros)):
+        same: dict[str, list[str]] = {}
+        for name in rows.label_names:
+            same.setdefault(fold(name), []).append(name)
+        twice = [several for several in same.values() if len(several) > 1]
+        if twice:
+            notes.append(f"{counted(len(twice), 'label')} in two spellings, which are two classes, by {what}: {some(twice[0], quoted=True)}")
+    none = [name for name in rows.label_names if name.lower() in _MISSING_VALUES]
+    if none:
+        count = int(np.isin(rows.labels, [rows.label_names.index(name) for name in none]).sum())
+        notes.append(f"{counted(count, 'row')} with the label {some(none, quoted=True)}, which is a class here; remove them if it means that there is no label")
+    return notes
+
+
+def _without_zeros(label: str) -> str:
+    return label.lstrip("0") if label.isdigit() else label
+
+
+def _repeated(rows: Listing) -> list[str]:
+    """Lines about images that are listed more than once: each row counts, so they are trained on as often."""
+    first, again = _same_paths(rows)
+    if not len(again):
+        return []
+    example = f"line {rows.lines[again[0]]} names the image of line {rows.lines[first[0]]}"
+    notes = [f"{counted(len(again), 'row')} with an image that an earlier row has; each row counts ({example})"]
+    for codes, names, what in ((rows.labels, rows.label_names, "label"), (rows.splits, rows.split_names, "split")):
+        other = np.flatnonzero(codes[first] != codes[again])
+        if len(other):
+            a, b = int(first[other[0]]), int(again[other[0]])
+            notes.append(
+                f"{counted(len(other), 'row')} with another {what} than an earlier row of the same image: {rows.paths[b]} is "
+                f"'{names[codes[a]]}' in line {rows.lines[a]} and '{names[codes[b]]}' in line {rows.lines[b]}"
+            )
+    return notes
+
+
+def _same_paths(rows: Listing) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(first, again): positions of rows whose path an earlier row has, and of that one. By hashes, so that no object stays for a path."""
+    hashes = np.fromiter((hash(os.path.normpath(rows.paths[row])) for row in range(len(rows.lines))), np.int64, len(rows.lines))
+    order = np.argsort(hashes, kind="stable")
+    begins = np.concatenate([[True], hashes[order][1:] != hashes[order][:-1]])
+    first = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
+    again = np.sort(order[~begins])
+    first_of = np.empty(len(order), np.int64)
+    first_of[order] = first
+    return first_of[again], again

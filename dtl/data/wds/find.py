@@ -16,7 +16,7 @@ from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
 from dtl.data.sources.base import IMAGE_EXTENSIONS
-from dtl.data.sources.list import list_text
+from dtl.data.sources.list_file import list_text
 from dtl.data.sources.splits import SERVES_AS, choose, split_folders, split_in
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, open_regular
@@ -205,7 +205,7 @@ def _read_list(place: Path) -> list[Tar]:
     try:
         lines = list_text(place, MAX_FILE_BYTES).splitlines()
     except ValueError as error:
-        raise UserError(f"{place} is not a list of shards: it is not UTF-8 text ({error})") from None
+        raise UserError(f"{place} is not a list of shards: {error}") from None
     for line in lines:
         text = line.strip()
         if text.startswith("pipe:"):

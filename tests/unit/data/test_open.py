@@ -102,6 +102,38 @@ def test_a_split_that_is_lacking(tmp_path: Path) -> None:
         packed_into(tmp_path, "digits", split="test")
 
 
+def test_the_rows_that_a_list_keeps_for_testing_are_not_trained_on(tmp_path: Path, photos: Path) -> None:
+    """Column `split` decides what is trained on; without rows for validation those for testing serve, as folders do."""
+
+    def listed(name: str, *splits: str) -> Path:
+        rows = [f"{label}/{number:04d}.jpg,{label},{split}" for number, split in enumerate(splits) for label in ("a", "b")]
+        (photos / name).write_text("\n".join(["path,label,split", *rows]))
+        return photos / name
+
+    def paths(folder: Path) -> set[str | None]:
+        shards = Shards.open(folder)
+        return {shards.path(sample) for sample in range(shards.num_samples)}
+
+    both = listed("both.csv", "train", "train", "test", "Training")
+    said: list[str] = []
+    train = packed_into(tmp_path, both, said)
+    assert paths(train) == {f"{label}/{number:04d}.jpg" for number in (0, 1, 3) for label in "ab"}
+    assert said[1] == "  column 'split': 6 train, 2 test"
+    assert paths(packed_into(tmp_path, both, split="val")) == {"a/0002.jpg", "b/0002.jpg"} == paths(packed_into(tmp_path, both, split="test"))
+    three = listed("three.csv", "train", "test", "valid")
+    assert paths(packed_into(tmp_path, three, split="val")) == {"a/0002.jpg", "b/0002.jpg"}
+    with pytest.raises(UserError, match=r"both.csv has splits of its own \(train, test\): leave data.val_fraction out"):
+        packed_into(tmp_path, both, val_fraction=0.5)
+    with pytest.raises(UserError, match=r"test.csv has no split 'train'; it has test"):
+        packed_into(tmp_path, listed("test.csv", "test"))
+    assert Shards.open(packed_into(tmp_path, photos / "test.csv", split="val", classes=("a", "b"))).num_samples == 2
+    one = listed("train.csv", *["train"] * 4)
+    with pytest.raises(UserError, match=r"train.csv has no split 'val'; it has train"):
+        packed_into(tmp_path, one, split="val")
+    sizes = [Shards.open(packed_into(tmp_path, one, split=split, val_fraction=0.25)).num_samples for split in ("train", "val")]
+    assert sizes == [6, 2], "rows that are all for training may be divided"
+
+
 def test_left_out_images_are_told(tmp_path: Path, photos: Path) -> None:
     (photos / "a" / "bad.jpg").write_bytes(b"")
     (photos / ".hidden").write_text("x")

@@ -121,3 +121,50 @@ def test_lists_without_labels(tmp_path: Path, text: str) -> None:
     source = open_source(next(tmp_path.glob("list.*")), labelled=False)
     assert (list(source.names), source.labels.tolist()) == (["a b.jpg", "c.jpg"], [0, 0])
     assert source.classes == (("x",) if " x" in text or ",x" in text else ("unlabelled",))
+
+
+def test_labels_are_the_names_of_the_classes(tmp_path: Path) -> None:
+    """001 and 002 stay what they are, so that folders of these names go with the list, either way round."""
+    image_folder(tmp_path / "img", {"001": 2, "002": 2})
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"img/{label}/0000.jpg,{label}\n" for label in ("001", "002")))
+    folders, listed = open_source(tmp_path / "img"), open_source(tmp_path / "list.csv")
+    assert folders.classes == listed.classes == ("001", "002")
+    assert open_source(tmp_path / "list.csv", classes=folders.classes).labels.tolist() == [0, 1]
+    assert open_source(tmp_path / "img", classes=listed.classes).labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "list.csv").write_text("path,label\nimg/001/0000.jpg,1\nimg/002/0000.jpg,2\n")
+    with pytest.raises(UserError, match=r"class '1' is not in the given class list; did you mean '001'\? \(spreadsheets take leading zeros away\)"):
+        open_source(tmp_path / "list.csv", classes=folders.classes)
+
+
+def test_numbers_and_texts_do_not_become_one_class(tmp_path: Path) -> None:
+    assert open_source(_listed(tmp_path, "ants/0000.jpg 010\nants/0001.jpg 9\nbees/0000.jpg 10\nbees/0001.jpg -1\n")).classes == ("-1", "9", "010", "10")
+
+
+def test_splits_of_a_list(tmp_path: Path) -> None:
+    source = open_source(_listed(tmp_path, "path,label,split\nants/0000.jpg,ant,test\nbees/0000.jpg,bee,train\nants/0001.jpg,ant,train\n", "list.csv"))
+    assert (source.split_names, source.splits.tolist()) == (("train", "test"), [1, 0, 0])
+    assert source.has_splits
+    other = open_source(_listed(tmp_path, "path,label,split\nants/0000.jpg,ant,train\nbees/0000.jpg,bee,train\nants/0001.jpg,ant,train\n", "list.csv"))
+    assert (other.split_names, other.has_splits) == (("train",), False)
+    assert source.fingerprint != other.fingerprint
+
+
+def test_rows_and_labels_that_are_hardly_meant_are_noted(tmp_path: Path) -> None:
+    text = "path,label\nants/0000.jpg,ant\nants/0001.jpg,Ant\nbees/0000.jpg,07\nbees/0001.jpg,7\nants/ant photos.jpg,NaN\n"
+    text += "./ants/0000.jpg,ant\nbees//0000.jpg,ant\n"
+    assert open_source(_listed(tmp_path, text, "list.csv")).notes == (
+        "1 label in two spellings, which are two classes, by upper and lower case: 'ant', 'Ant'",
+        "1 label in two spellings, which are two classes, by leading zeros: '07', '7'",
+        "1 row with the label 'NaN', which is a class here; remove them if it means that there is no label",
+        "2 rows with an image that an earlier row has; each row counts (line 7 names the image of line 2)",
+        "1 row with another label than an earlier row of the same image: bees//0000.jpg is '07' in line 4 and 'ant' in line 8",
+    )
+
+
+def test_an_image_in_two_splits_is_noted(tmp_path: Path) -> None:
+    source = open_source(_listed(tmp_path, "path,label,is_valid\nants/0000.jpg,ant,0\nbees/0000.jpg,bee,0\nants/0000.jpg,ant,1\n", "list.csv"))
+    assert source.notes == (
+        "column 'is_valid': 2 train, 1 val",
+        "1 row with an image that an earlier row has; each row counts (line 4 names the image of line 2)",
+        "1 row with another split than an earlier row of the same image: ants/0000.jpg is 'train' in line 2 and 'val' in line 4",
+    )
