@@ -29,7 +29,9 @@ def run(arguments: list[str]) -> int:
     """The command. UserError if something is wrong with the shards or the options."""
     options = _parser().parse_args(arguments)
     from dtl.config.models import DataConfig, arguments_checked
+    from dtl.data.copies import START_BYTES, describe_copies, find_copies
     from dtl.data.open import describe_index
+    from dtl.data.shards.index import Shards
     from dtl.data.wds.index import index_shards
     from dtl.data.wds.labels import read_classes
 
@@ -48,6 +50,8 @@ def run(arguments: list[str]) -> int:
     )
     lines = describe_index(report)
     for line in lines[1:]:
+        to_stderr(line)
+    if line := describe_copies(find_copies({"the shards": Shards.open(report.folder, data)}, most_bytes=START_BYTES)):
         to_stderr(line)
     if not options.quiet:
         shards = counted(report.num_shards, "shard")

@@ -37,9 +37,11 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def run(argv: list[str]) -> int:
     """The command. UserError if something is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
+    from dtl.data.copies import START_BYTES, describe_copies, find_copies
     from dtl.data.open import describe_trouble, packed_folder
     from dtl.data.packing.job import PackOptions
     from dtl.data.packing.pack import pack_source
+    from dtl.data.shards.index import Shards
     from dtl.data.shards.manifest import Manifest
     from dtl.data.sources.open import open_source
 
@@ -80,6 +82,8 @@ def run(argv: list[str]) -> int:
         to_stderr(f"stopped; run the same command again to continue, or remove {options.destination}")
         return 130
     for line in describe_trouble(report):
+        to_stderr(line)
+    if line := describe_copies(find_copies({split.split: Shards.open(split.folder) for split in report.splits}, most_bytes=START_BYTES)):
         to_stderr(line)
     if not options.quiet:
         _print_report(report)

@@ -30,7 +30,9 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     options.shards = bare(options.shards)
     from dtl.config.models import DataConfig, arguments_checked
+    from dtl.data.copies import describe_copies, find_copies
     from dtl.data.remote.address import is_remote
+    from dtl.data.shards.index import Shards
     from dtl.data.verify import describe, folders_to_verify, verify
 
     if options.quarantine and is_remote(options.shards):
@@ -38,12 +40,15 @@ def run(arguments: list[str]) -> int:
     with arguments_checked():
         data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb, allow_pipe=options.allow_pipe, **limits(options))
     usable = True
-    for folder in folders_to_verify(options.shards, data):
+    folders = folders_to_verify(options.shards, data)
+    for folder in folders:
         report = verify(folder, data, processes=options.processes, progress=not options.quiet, quarantine=options.quarantine)
         describe(report, to_stderr)
         if not options.quiet:
             to_stdout(_summary(report, quarantine=options.quarantine))
         usable = usable and report.is_usable
+    if line := describe_copies(find_copies({folder.name: Shards.open(folder, data) for folder in folders})):
+        to_stderr(line)
     return 0 if usable else 2
 
 

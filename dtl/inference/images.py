@@ -58,7 +58,7 @@ class PackedImages:
         return len(self.order)
 
     def name(self, number: int) -> str:
-        return _sample_name(self.shards, int(self.order[number]))
+        return self.shards.name(int(self.order[number]))
 
     def read(self, number: int) -> bytes:
         """DamagedSample where it cannot be read."""
@@ -175,15 +175,8 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def _packed(folder: Path, options: DataConfig) -> PackedImages:
     shards = Shards.open(folder, options)
-    names = [_sample_name(shards, sample) for sample in range(shards.num_samples)]
+    names = [shards.name(sample) for sample in range(shards.num_samples)]
     return PackedImages(shards, np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
-
-
-def _sample_name(shards: Shards, sample: int) -> str:
-    try:
-        return shards.path(sample) or shards.key(sample)
-    except DamagedSample as damage:
-        return f"{damage.shard}@{damage.offset}"
 
 
 def _list_file(path: Path, max_bytes: int) -> Files | None:

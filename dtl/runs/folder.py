@@ -41,7 +41,8 @@ from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
 MADE = (
-    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "transfer.json", "checkpoints", "model", "report", "wandb", "tensorboard",
+    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "copies.csv", "transfer.json", "checkpoints", "model", "report", "wandb",
+    "tensorboard",
 )  # fmt: skip
 """What dtl makes in a run folder."""
 REPORT_FILE = re.compile(r"index\.html|(curves|compare|predictions|mistakes|confusion|classes|training(-[\w-]+)?)(-narrow)?\.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +13,8 @@ from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
 from dtl.checkpoint.transfer.apply import TransferReport
 from dtl.config import Config
 from dtl.config.own import needs_record, note_made
+from dtl.data.copies import COPIES_NAME, MOST_SAMPLES, START_BYTES, describe_copies, find_copies
+from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
@@ -98,6 +100,22 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
             log(line)
     for line in too_few_threads(runtime):
         log(line)
+    if not state.step:
+        report_copies(session, {"train": train, "val": val})
+
+
+def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
+    """One line about images that are in the data more than once, and all of them in copies.csv. Never a refusal: it may be meant so."""
+    path = session.folder.path / COPIES_NAME
+    path.unlink(missing_ok=True)
+    if sum(shards.num_samples for shards in splits.values()) > MOST_SAMPLES:
+        return
+    remote = any(shards.cache is not None for shards in splits.values())  # no downloads for this
+    copies = find_copies(splits, most_bytes=0 if remote else START_BYTES)
+    if line := describe_copies(copies):
+        session.console.print(line if not copies.num_groups else f"{line}; all are listed in {path}")
+    if copies.num_groups:
+        copies.write_csv(path)
 
 
 def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int]) -> list[str]:

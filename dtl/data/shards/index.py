@@ -220,6 +220,13 @@ class Shards:
         table = self._table(PATHS_NAME)
         return None if table is None else table[self.original(sample)]
 
+    def name(self, sample: int) -> str:
+        """What people call the sample: its path where that was kept, else its key, or SHARD@OFFSET where that is damaged."""
+        try:
+            return self.path(sample) or self.key(sample)
+        except DamagedSample as damage:
+            return f"{damage.shard}@{damage.offset}"
+
     def original(self, sample: int) -> int:
         """The sample's number in index.bin: another one only where samples before it are in quarantine."""
         return original_number(sample, self.quarantined)
