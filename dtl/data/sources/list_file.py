@@ -24,7 +24,7 @@ from dtl.data.sources.base import ALL, IMAGE_EXTENSIONS, UNLABELLED
 from dtl.data.sources.splits import SPLIT_WORDS, split_named
 from dtl.errors import UserError
 from dtl.files import read_regular
-from dtl.text import from_csv_cell, nearest, some
+from dtl.text import counted, from_csv_cell, nearest, some
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "image", "image_path", "file")
 LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
@@ -210,6 +210,8 @@ class _Table:
     _spelled_splits: dict[int, set[str]] = field(default_factory=dict)
     """Unused columns that have named nothing but splits so far, and what they named."""
     _suspects: list[tuple[int, int, str]] = field(default_factory=list)
+    """Records of several lines that may be rows: first line, last line, and what would be the label."""
+    _splits_of: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.path = next(self.names.index(name) for name in PATH_COLUMNS if name in self.names)
@@ -222,33 +224,24 @@ class _Table:
 
     def rows(self, text: str, origin: str) -> Iterator[_Row]:
         """All rows below the header. UserError for the first line that is none."""
-        header = False
-        labels: set[str] = set()
-        for first, last, cells in _records(text, origin, self.delimiter):
-            if not any(cell.strip() for cell in cells):
+        records = _records(text, origin, self.delimiter)
+        self._check_header(*next((first, last) for first, last, cells in records if _has_text(cells)), origin)
+        width, labels = len(self.names), set[str]()
+        for first, last, cells in records:
+            if (len(cells) != width or not cells[self.path].strip()) and not _has_text(cells):
                 continue
-            where = f"{origin}, line {first}"
-            if not header:
-                header = True
-                self._check_header(where)
-                continue
-            shown = self.delimiter.join(cells)[:_SHOWN].replace("\n", " ")
-            if len(cells) < len(self.names) or any(cell.strip() for cell in cells[len(self.names) :]):
-                quotes = (
-                    f"; a cell that holds a {'comma' if self.delimiter == ',' else 'separator'} is written in quotes" if len(cells) > len(self.names) else ""
-                )
-                raise UserError(f"{where}: {len(cells)} fields where the header names {len(self.names)}: `{shown}`{quotes}")
+            if len(cells) != width:
+                self._check_width(cells, first, origin)
             if last > first:
                 self._check_lines(cells, first, last, origin)
-            values = ["" if at is None else from_csv_cell(cells[at].strip()) for at in (self.path, self.label)]
-            for value, at, what in zip(values, (self.path, self.label), ("path", "label")):
-                if at is not None and not value and (self.labelled or what == "path"):
-                    raise UserError(f"{where}: no {what}: `{shown}`")
-            label = values[1] or UNLABELLED
+            path = from_csv_cell(cells[self.path].strip())
+            label = "" if self.label is None else from_csv_cell(cells[self.label].strip())
+            if not path or (not label and self.labelled):
+                raise UserError(f"{origin}, line {first}: no {'label' if path else 'path'}: `{self._shown(cells)}`")
             labels.add(label)
-            for at in [at for at in self._spelled_splits if not self._spells_split(at, cells[at])]:
-                del self._spelled_splits[at]
-            yield _Row(first, values[0], label, self._split_of(cells, where))
+            if self._spelled_splits:
+                self._note_splits(cells)
+            yield _Row(first, path, label or UNLABELLED, ALL if self.split is None else self._split_of(cells[self.split].strip(), first, origin))
         for first, last, label in self._suspects:
             if label in labels:
                 raise UserError(_swallowed(origin, first, last))
@@ -266,7 +259,20 @@ class _Table:
             notes.append(f"{'column' if len(unused) == 1 else 'columns'} not used: {some(unused, limit=10, quoted=True)}")
         return notes
 
-    def _check_header(self, where: str) -> None:
+    def _shown(self, cells: Sequence[str]) -> str:
+        return self.delimiter.join(cells)[:_SHOWN].replace("\n", " ")
+
+    def _check_width(self, cells: Sequence[str], line: int, origin: str) -> None:
+        """Empty cells at the end are none: spreadsheets write them."""
+        if len(cells) < len(self.names) or _has_text(cells[len(self.names) :]):
+            quotes = "; put a cell that holds the separator in quotes" if len(cells) > len(self.names) else ""
+            fields = f"{counted(len(cells), 'field')} where the header names {len(self.names)}"
+            raise UserError(f"{origin}, line {line}: {fields}: `{self._shown(cells)}`{quotes}")
+
+    def _check_header(self, line: int, last: int, origin: str) -> None:
+        where = f"{origin}, line {line}"
+        if last > line:
+            raise UserError(f"{where}: a quote opens in the header that is only closed in line {last}; close it, or remove it")
         used = [self.names[at] for at in (self.path, self.label, self.split) if at is not None]
         twice = next((name for name in used if self.names.count(name) > 1), None)
         if twice is not None:
@@ -289,26 +295,36 @@ class _Table:
                 if self.label is not None and len(inner) == len(self.names):
                     self._suspects.append((first, last, inner[self.label]))
 
-    def _split_of(self, cells: Sequence[str], where: str) -> str:
-        if self.split is None:
-            return ALL
-        name, value = self.names[self.split], cells[self.split].strip()
+    def _split_of(self, value: str, line: int, origin: str) -> str:
+        assert self.split is not None
+        if value in self._splits_of:
+            return self._splits_of[value]
+        name = self.names[self.split]
         if name in TRUTH_COLUMNS:
             truth = _TRUTH.get(value.lower())
             if truth is None:
-                raise UserError(f"{where}: '{value}' in column '{name}' is neither true nor false (True, False, 1, 0, yes, no)")
-            return TRUTH_COLUMNS[name][truth]
-        split = split_named(value)
+                raise UserError(f"{origin}, line {line}: '{value}' in column '{name}' is neither true nor false (True, False, 1, 0, yes, no)")
+            split: str | None = TRUTH_COLUMNS[name][truth]
+        else:
+            split = split_named(value)
         if split is None:
             words = [word for several in SPLIT_WORDS.values() for word in several]
-            raise UserError(f"{where}: '{value}' in column '{name}' is not the name of a split{nearest(value.lower(), words) or f' ({some(words, limit=20)})'}")
-        return split
+            hint = nearest(value.lower(), words) or f" ({some(words, limit=20)})"
+            raise UserError(f"{origin}, line {line}: '{value}' in column '{name}' is not the name of a split{hint}")
+        return self._splits_of.setdefault(value, split)
 
-    def _spells_split(self, at: int, cell: str) -> bool:
-        split = split_named(cell.strip())
-        if split is not None:
-            self._spelled_splits[at].add(split)
-        return split is not None
+    def _note_splits(self, cells: Sequence[str]) -> None:
+        """Which unused columns still name nothing but splits."""
+        for at, found in list(self._spelled_splits.items()):
+            split = split_named(cells[at].strip())
+            if split is None:
+                del self._spelled_splits[at]
+            else:
+                found.add(split)
+
+
+def _has_text(cells: Sequence[str]) -> bool:
+    return any(cell.strip() for cell in cells)
 
 
 def _records(text: str, origin: str, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:

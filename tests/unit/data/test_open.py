@@ -122,7 +122,7 @@ def test_the_rows_that_a_list_keeps_for_testing_are_not_trained_on(tmp_path: Pat
     assert paths(packed_into(tmp_path, both, split="val")) == {"a/0002.jpg", "b/0002.jpg"} == paths(packed_into(tmp_path, both, split="test"))
     three = listed("three.csv", "train", "test", "valid")
     assert paths(packed_into(tmp_path, three, split="val")) == {"a/0002.jpg", "b/0002.jpg"}
-    with pytest.raises(UserError, match=r"both.csv has splits of its own \(train, test\): leave data.val_fraction out"):
+    with pytest.raises(UserError, match=r"both.csv already has the splits train, test: leave out data.val_fraction"):
         packed_into(tmp_path, both, val_fraction=0.5)
     with pytest.raises(UserError, match=r"test.csv has no split 'train'; it has test"):
         packed_into(tmp_path, listed("test.csv", "test"))
