@@ -29,9 +29,10 @@ def run(arguments: list[str]) -> int:
     """The command. UserError if something is wrong with the shards or the options."""
     options = _parser().parse_args(arguments)
     from dtl.config.models import DataConfig, arguments_checked
-    from dtl.data.copies import START_BYTES, describe_copies, find_copies
+    from dtl.data.copies import describe_copies, find_copies_quickly
     from dtl.data.open import describe_index
-    from dtl.data.shards.index import Shards
+    from dtl.data.remote.address import is_remote
+    from dtl.data.shards.index import Manifest, Shards
     from dtl.data.wds.index import index_shards
     from dtl.data.wds.labels import read_classes
 
@@ -51,7 +52,8 @@ def run(arguments: list[str]) -> int:
     lines = describe_index(report)
     for line in lines[1:]:
         to_stderr(line)
-    if line := describe_copies(find_copies({"the shards": Shards.open(report.folder, data)}, most_bytes=START_BYTES)):
+    local = not any(is_remote(shard.url) for shard in Manifest.read(report.folder).shards)
+    if local and (line := describe_copies(find_copies_quickly({"the shards": Shards.open(report.folder, data)}))):
         to_stderr(line)
     if not options.quiet:
         shards = counted(report.num_shards, "shard")

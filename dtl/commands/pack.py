@@ -20,7 +20,7 @@ Pack images once into WebDataset shards with a manifest and an index, from which
 SRC is one of
   an image folder, with one folder per class                 photos/ants/1.jpg
   a folder that contains train/ and val/ image folders       (valid, validation or test instead of val work too)
-  a list file with one line `path label` per image, or CSV with the header path,label
+  a list file with one line `path label` per image, or CSV with the header path,label (and split, if it has train, val and test rows)
   the Python batches of CIFAR-10 or CIFAR-100
   digits, the built-in example
 DST is a new folder. It gets manifest.json, index.bin and the shards, or train/ and val/ with these files.
@@ -37,7 +37,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def run(argv: list[str]) -> int:
     """The command. UserError if something is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
-    from dtl.data.copies import START_BYTES, describe_copies, find_copies
+    from dtl.data.copies import describe_copies, find_copies_quickly
     from dtl.data.open import describe_trouble, packed_folder
     from dtl.data.packing.job import PackOptions
     from dtl.data.packing.pack import pack_source
@@ -83,7 +83,7 @@ def run(argv: list[str]) -> int:
         return 130
     for line in describe_trouble(report):
         to_stderr(line)
-    if line := describe_copies(find_copies({split.split: Shards.open(split.folder) for split in report.splits}, most_bytes=START_BYTES)):
+    if line := describe_copies(find_copies_quickly({split.split: Shards.open(split.folder) for split in report.splits})):
         to_stderr(line)
     if not options.quiet:
         _print_report(report)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Check packed or indexed shards: sizes, sha256, the tars' structure, index against tars, the crc of every image, labels, and that every
 image decodes. Prints each problem with shard, key, offset and reason. Exit status 0: no problems; 2: something is damaged.
+Exact copies of images, within a split and in two splits of the folder, are counted in one line; they are not damage.
 """
 _EPILOG = """\
 With --quarantine the damaged samples are listed in quarantine.json next to the manifest, and training leaves them out. That changes the

@@ -21,10 +21,8 @@ from dtl.files import write_whole
 from dtl.text import counted, csv_line
 
 COPIES_NAME = "copies.csv"
-MOST_SAMPLES = 20_000_000
-"""Of all splits together, at the start of a run: they take 8 seconds and 220 MB."""
-START_BYTES = 256 << 20
-"""Read and compared at the start of a run."""
+_MOST_SAMPLES = 20_000_000  # searched beside other work: they take 8 seconds and 220 MB
+_MOST_BYTES = 256 << 20  # read and compared beside other work
 _MOST_ROWS = 100_000
 _BATCH = 64  # samples in memory
 _SHOWN = 3
@@ -109,6 +107,13 @@ def find_copies(splits: Mapping[str, Shards], *, most_bytes: int | None = None) 
     group = np.cumsum(_begins(keys[order], hashes[order])) - 1
     kept = np.bincount(group)[group] > 1 if len(group) else np.zeros(0, bool)
     return Copies(splits, np.cumsum(_begins(group[kept])) - 1, parts[kept], samples[kept], unknown)
+
+
+def find_copies_quickly(splits: Mapping[str, Shards]) -> Copies:
+    """`find_copies` beside other work, such as at the start of a run: limited in time and memory, and nothing is downloaded for it."""
+    if sum(shards.num_samples for shards in splits.values()) > _MOST_SAMPLES:
+        return find_copies({})
+    return find_copies(splits, most_bytes=0 if any(shards.cache is not None for shards in splits.values()) else _MOST_BYTES)
 
 
 def _within(most_bytes: int | None, keys: npt.NDArray[np.uint64], parts: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
 from dtl.checkpoint.transfer.apply import TransferReport
 from dtl.config import Config
 from dtl.config.own import needs_record, note_made
-from dtl.data.copies import COPIES_NAME, MOST_SAMPLES, START_BYTES, describe_copies, find_copies
+from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
 from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
 from dtl.files import write_whole
@@ -108,10 +108,7 @@ def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
     """One line about images that are in the data more than once, and all of them in copies.csv. Never a refusal: it may be meant so."""
     path = session.folder.path / COPIES_NAME
     path.unlink(missing_ok=True)
-    if sum(shards.num_samples for shards in splits.values()) > MOST_SAMPLES:
-        return
-    remote = any(shards.cache is not None for shards in splits.values())  # no downloads for this
-    copies = find_copies(splits, most_bytes=0 if remote else START_BYTES)
+    copies = find_copies_quickly(splits)
     if line := describe_copies(copies):
         session.console.print(line if not copies.num_groups else f"{line}; all are listed in {path}")
     if copies.num_groups:

@@ -70,7 +70,12 @@ def _check_files(path: Path, rows: Listing) -> tuple[array[int], array[int]]:
     if missing:
         shown = "; ".join(f"line {rows.lines[position]}: {rows.paths[position]}" for position in missing[:_SHOWN_ERRORS])
         more = f"; and {len(missing) - _SHOWN_ERRORS:,} more" if len(missing) > _SHOWN_ERRORS else ""
-        hint = near_paths([(rows.paths[position], rows.label_names[rows.labels[position]]) for position in missing[:1000]], path.parent)
+        header = missing[0] == 0 and len(missing) == 1 < len(rows.lines)
+        hint = (
+            "; name the columns path and label if it is a header"
+            if header
+            else near_paths([(rows.paths[position], rows.label_names[rows.labels[position]]) for position in missing[:1000]], path.parent)
+        )
         raise UserError(f"{path}: {len(missing):,} of {len(rows.lines):,} images do not exist: {shown}{more}; paths are relative to {path.parent}{hint}")
     return sizes, mtimes
 

@@ -99,7 +99,7 @@ def parse_list(text: str, *, origin: str, folder: Path, labelled: bool, paths_on
     split_codes: dict[str, int] = {}
     table = _find_header(text, labelled=labelled, paths_only=paths_only)
     if table is None:
-        if origin.lower().endswith((".csv", ".tsv")) and labelled:
+        if origin.lower().endswith(".csv") and labelled:
             raise UserError(f"{origin}, {_no_header(text, folder)}")
         rows = _text_rows(text, origin, folder, labelled=labelled)
     else:
@@ -149,7 +149,10 @@ def _text_rows(text: str, origin: str, folder: Path, *, labelled: bool) -> Itera
             fields = [row, UNLABELLED]
         if len(fields) < 2:
             raise UserError(f"{origin}, line {line}: no label: `{row[:_SHOWN]}`; a line is `path label`{_is_it_csv(row)}")
-        yield _Row(line, _unquoted(fields[0]), fields[1], ALL)
+        label = fields[1]
+        if label[0] in "\"'" and (len(label) < 3 or label[-1] != label[0]):
+            raise UserError(f"{origin}, line {line}: a quote opens in the label that is not closed: `{row[:_SHOWN]}`")
+        yield _Row(line, _unquoted(fields[0]), label[1:-1] if label[0] in "\"'" else label, ALL)
 
 
 def looks_like_image(text: str) -> bool:

@@ -61,6 +61,8 @@ def _guesses(name: str, label: str, folder: Path, folders: Sequence[str]) -> Ite
 def _respelled(name: str) -> Iterator[tuple[str, str]]:
     if "\\" in name:
         yield name.replace("\\", "/"), "write / in place of backslashes"
+    if name.strip("\"'") != name:
+        yield name.strip("\"'"), "leave out the quotes (in CSV, quotes are double)"
     if name.startswith("~"):
         yield os.path.expanduser(name), "write out the home folder in place of ~"
     if name.startswith("file://"):
@@ -85,7 +87,7 @@ def _words_of_label(name: str) -> Iterator[str]:
     """The path where a part of a label of several words was taken for it."""
     while " " in name:
         name = name.rpartition(" ")[0]
-        yield name.rstrip()
+        yield name.strip().strip("\"'")
 
 
 def _other_extension(name: str) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,8 @@ from harness import run
 from packed_folders import pack
 from tiny_images import encoded, image_folder
 
+from dtl.commands import index, verify
+from dtl.commands import pack as pack_command
 from dtl.data.copies import COPIES_NAME, Copies, describe_copies, find_copies
 from dtl.data.shards.index import Shards
 from dtl.data.sources.png import store_png
@@ -167,6 +169,20 @@ def test_no_file_stays_open(three: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     find_copies(splits)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_commands_say_it(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packing, indexing and verifying; it is no damage."""
+    assert verify.run([str(three)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{describe_copies(find_copies(opened(three, 'train', 'val', 'test')))}\n"
+    assert said.out.count("no problems") == 3
+    assert pack_command.run([str(three.parent / "images"), str(tmp_path / "again")]) == 0
+    said = capsys.readouterr()
+    assert f"{describe_copies(find_copies(opened(three, 'train', 'val', 'test')))}\n" in said.err
+    assert index.run([str(three / "val"), "--out", str(tmp_path / "index")]) == 0
+    said = capsys.readouterr()
+    assert "copies of the same image: 1 of 14 images of the shards repeats another one; 1 image has two labels (" in said.err
 
 
 CONFIG = """\

@@ -175,11 +175,17 @@ def test_what_is_wrong_is_named_with_its_line(text: str, message: str) -> None:
         ("b.png,cat", r"line 2: no label: `b.png,cat`; .* if commas separate the columns, begin with a header that names them \(path,label\)"),
         ("b.png;cat", r"if semicolons separate the columns, begin with a header that names them \(path;label\)"),
         ("b.png\tcat\tx", "line 2: 3 fields between tabs"),
+        ('b.png "cat', 'line 2: a quote opens in the label that is not closed: `b.png "cat`'),
     ],
 )
 def test_a_line_without_a_path_and_a_label(line: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parsed(f"a.png cat\n{line}\n", origin="list.txt")
+
+
+def test_quotes_in_a_list_of_lines() -> None:
+    listing = parsed('"a b.png" \'cat\'\nb.png\t"black dog"\nc.png 32"\nd.png o\'brien\n', origin="list.txt")
+    assert [(path, label) for path, label, _ in rows(listing)] == [("a b.png", "cat"), ("b.png", "black dog"), ("c.png", '32"'), ("d.png", "o'brien")]
 
 
 def test_cells_with_line_breaks_that_are_no_rows() -> None:

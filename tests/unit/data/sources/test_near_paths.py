@@ -41,6 +41,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (lambda path: path.removeprefix("img/").removesuffix(".jpg"), "; put img/ before each path, and add the extension .jpg to each path ("),
         (lambda path: path.split("/")[-1], "; put img/, the label and / before each path ('img/ants/0000.jpg' exists)"),
         (lambda path: f"data/photos/{path}", "; paths begin in the folder of the list; leave out data/photos of each ('img/ants/0000.jpg' exists)"),
+        (lambda path: f"'{path}'", "; leave out the quotes (in CSV, quotes are double) ('img/ants/0000.jpg' exists)"),
         (lambda path: path.replace("img", "%69mg"), "; write the characters themselves in place of % and digits ("),
         (lambda path: path.replace("img", "image files"), ""),
     ],
@@ -76,6 +77,18 @@ def test_what_separates_the_columns(root: Path, text: str, fix: str, fixed: Call
     assert fix in str(refused.value)
     (root / "list.txt").write_text(fixed(text))
     assert len(open_source(root / "list.txt").classes) == 2
+
+
+@pytest.mark.parametrize(("header", "name"), [("img_name\tbreed", "list.tsv"), ("image breed", "list.txt")])
+def test_a_first_line_that_is_a_header_of_other_names(root: Path, header: str, name: str) -> None:
+    rows = [f"{path}\t{label}" for path, label in ROWS]
+    (root / name).write_text("\n".join([header, *rows]))
+    with pytest.raises(UserError, match=rf"1 of 5 images do not exist: line 1: .* to {root}; name the columns path and label if it is a header"):
+        open_source(root / name)
+    (root / name).write_text("\n".join(["path\tlabel", *rows]))
+    assert open_source(root / name).num_samples == 4
+    (root / name).write_text("\n".join(rows))
+    assert open_source(root / name).num_samples == 4
 
 
 def test_a_list_that_lies_elsewhere(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
