@@ -61,8 +61,9 @@ class Need:
 def judge_versions(python: tuple[int, ...], versions: Mapping[str, str | None]) -> list[Finding]:
     """`versions`: of the installed packages, None where one is missing."""
     found = []
-    if python < (3, 10):
-        found.append(Finding("python", "fail", f"Python {'.'.join(map(str, python))}; dtl needs 3.10 or newer", "python3.12 -m venv .venv"))
+    if python < (3, 11) or python == (3, 13, 0):
+        wanted = "3.11 or newer" if python < (3, 11) else "3.13.1 or newer"
+        found.append(Finding("python", "fail", f"Python {'.'.join(map(str, python))}; dtl needs {wanted}", "python3.12 -m venv .venv"))
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         found.append(Finding("packages", "fail", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}"))
@@ -145,7 +146,7 @@ def judge_memory(available: int | None, limit: int | None, need: Need) -> Findin
 
 def judge_native(summary: str, fault: bool) -> Finding:
     """Is the native extra in use? Without it runs are the same, but slower. So only an installed one that fails is a warning."""
-    fix = "pip install --force-reinstall --no-deps dtl (with gcc and libjpeg-turbo's headers), or DTL_NATIVE=0 to leave it out" if fault else ""
+    fix = "pip install --force-reinstall --no-deps . in dtl's source folder (with gcc and libjpeg-turbo's headers), or DTL_NATIVE=0 to leave it out" if fault else ""
     return Finding("native", "warn" if fault else "ok", summary, fix)
 
 

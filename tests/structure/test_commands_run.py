@@ -27,7 +27,7 @@ _DOWNLOAD = [
 ]
 # A line, as it stands in a page: why it is not run here, and the file that covers it.
 NOT_RUN = {
-    **dict.fromkeys(_ENVIRONMENT, ("makes an environment from the network", "tests/release/test_wheel.py")),
+    **dict.fromkeys(_ENVIRONMENT, ("makes an environment from the network", "tests/release/test_distributions.py")),
     **dict.fromkeys(_DOWNLOAD, ("comes from the network", ".ci/run")),
     **dict.fromkeys(["pytest -n 2 --dist loadfile", "pytest"], ("it is what is running", ".ci/run")),
     **dict.fromkeys(["ruff check .", "ruff format --check .", "mypy dtl"], ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml")),

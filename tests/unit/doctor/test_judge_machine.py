@@ -16,7 +16,9 @@ GOOD = {"torch": "2.14.1+cu130", "torchvision": "0.29.1", "accelerate": "1.15.0"
     ("python", "changes", "said"),
     [
         ((3, 11, 7), {}, ""),
-        ((3, 9, 1), {}, "needs 3.10"),
+        ((3, 10, 13), {}, "Python 3.10.13; dtl needs 3.11 or newer"),
+        ((3, 13, 0), {}, "Python 3.13.0; dtl needs 3.13.1 or newer"),
+        ((3, 13, 1), {}, ""),
         ((3, 11, 7), {"torchvision": "0.28.0"}, "which needs torchvision 0.29"),
         ((3, 11, 7), {"accelerate": None}, "not installed: accelerate"),
         ((3, 11, 7), {"torch": "2.5.0", "torchvision": "0.20.0"}, "torch 2.5.0; dtl needs 2.9 or newer"),
@@ -84,3 +86,4 @@ def test_a_native_extra_that_is_missing_is_no_warning_but_one_that_fails_is() ->
     broken = judge_native("it cannot be loaded", True)
     assert broken.status == "warn"
     assert "DTL_NATIVE=0" in broken.fix
+    assert broken.fix.startswith("pip install --force-reinstall --no-deps . in dtl's source folder (")  # `dtl` on PyPI is not ours
