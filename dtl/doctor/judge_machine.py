@@ -146,7 +146,11 @@ def judge_memory(available: int | None, limit: int | None, need: Need) -> Findin
 
 def judge_native(summary: str, fault: bool) -> Finding:
     """Is the native extra in use? Without it runs are the same, but slower. So only an installed one that fails is a warning."""
-    fix = "pip install --force-reinstall --no-deps . in dtl's source folder (with gcc and libjpeg-turbo's headers), or DTL_NATIVE=0 to leave it out" if fault else ""
+    fix = (
+        "pip install --force-reinstall --no-deps . in dtl's source folder (with gcc and libjpeg-turbo's headers), or DTL_NATIVE=0 to leave it out"
+        if fault
+        else ""
+    )
     return Finding("native", "warn" if fault else "ok", summary, fix)
 
 
