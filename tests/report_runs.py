@@ -54,9 +54,9 @@ def make_run(folder: Path, config: Config | None = None, *, model: bool = True, 
 
 
 def make_model(folder: Path, config: Config) -> None:
-    """A model folder as the run's end writes it; data set and classes are the digits'."""
+    """A model folder as the run's end writes it."""
     torch.manual_seed(0)
-    train = Shards.open(ensure_packed("digits", split="train", progress=False, log=lambda line: None))
+    train = Shards.open(ensure_packed(str(config.data.train), config.data, split="train", progress=False, log=lambda line: None))
     classes = ["0°", "90°", "180°", "270°"] if list(config.phases.values())[-1].task == "rotate" else list(train.classes)
     network = build(config.model.name, num_classes=len(classes), own=True)
     save_model_folder(

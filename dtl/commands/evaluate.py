@@ -23,6 +23,7 @@ _EPILOG = """\
 examples:
   dtl evaluate runs/digits
   dtl evaluate runs/flowers --data.val photos/test --json flowers.json
+  dtl evaluate runs/flowers --csv images.csv --hardest 50
   dtl evaluate models/flowers --data.val shards/val --device cpu
 """
 _DEFAULT_BATCH_SIZE = 64
@@ -31,7 +32,9 @@ _DEFAULT_BATCH_SIZE = 64
 def run(arguments: Sequence[str]) -> int:
     """The command. UserError if the model or the data cannot be used, or do not fit together."""
     options = _parser().parse_args(list(arguments))
-    _check_json(options.json)
+    _check_file("--json", None if options.json == "-" else options.json)
+    _check_file("--csv", options.csv)
+    from dtl.inference.assess import NUM_HARDEST
     from dtl.inference.evaluate import evaluate
     from dtl.inference.model import running_model
 
@@ -43,22 +46,25 @@ def run(arguments: Sequence[str]) -> int:
             workers=options.workers,
             on_error=options.on_error,
             allow_pipe=options.allow_pipe,
+            hardest=NUM_HARDEST if options.hardest is None else options.hardest,
+            csv=options.csv,
             log=to_stderr,
         )
         if model.runtime.is_main:
-            _print(values, options.json)
+            _print(values, options)
     return 0
 
 
-def _print(values: dict[str, Any], file: str | None) -> None:
+def _print(values: dict[str, Any], options: argparse.Namespace) -> None:
+    file = options.json
     for one in values["damaged"]:
         to_stderr(f"left out: {one['path']}: {one['reason']}")
     if file == "-":
         print(json.dumps(values, allow_nan=False))
         return
-    from dtl.inference.tables import table
+    from dtl.inference.tables import TABLE_HARDEST, table
 
-    to_stdout(*table(values).split("\n"))
+    to_stdout(*table(values, hardest=TABLE_HARDEST if options.hardest is None else options.hardest).split("\n"))
     if file is not None:
         try:
             text = json.dumps(values, indent=1, allow_nan=False) + "\n"
@@ -66,14 +72,18 @@ def _print(values: dict[str, Any], file: str | None) -> None:
         except OSError as error:
             raise UserError(f"--json {file}: cannot be written: {error.strerror or error}") from error
         to_stdout("", f"all numbers: {file}")
+    if options.csv is not None:
+        to_stdout("", f"each image: {options.csv}")
 
 
-def _check_json(path: str | None) -> None:
+def _check_file(option: str, path: str | None) -> None:
     """Before the work, not after it."""
-    if path not in (None, "-"):
-        parent = Path(str(path)).absolute().parent
+    if path is not None:
+        parent = Path(path).absolute().parent
         if not parent.is_dir():
-            raise UserError(f"--json {path}: the folder {parent} does not exist")
+            raise UserError(f"{option} {path}: the folder {parent} does not exist")
+        if path == "-" or Path(path).is_dir():
+            raise UserError(f"{option} {path}: not a file; give the name of one")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder with one folder per class, a list, packed shards, digits")
     add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the `pipe:` commands in the manifest of SRC")
     add("--json", metavar="FILE", help="write all numbers to FILE; - prints them instead of the table")
+    add("--csv", metavar="FILE", help="write one line per image to FILE: path, label, prediction, its probability, loss")
+    add("--hardest", type=at_least(0), metavar="N", help="number of images with the greatest loss to list (default: 20 in --json, 5 in the table)")
     add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"batch size per process (default: {_DEFAULT_BATCH_SIZE})")
     add("--workers", type=at_least(0), metavar="N", help="loader workers per process (default: as in the run, else 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto, the GPU if there is one)")

@@ -17,6 +17,7 @@ _EPILOG = """\
 examples:
   dtl report runs/digits                              writes runs/digits/report/index.html and PNGs
   dtl report runs/rotnet runs/supervised              writes comparison/index.html and compare.png
+  dtl report runs/lr/* --table-csv lr.csv             writes the sorted table of the runs to a file too
   dtl report runs/rot-s* runs/sup-s* --out seeds      runs that differ only in their seed become one curve with a band
 """
 
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
         return 0
     from dtl.report import make_comparison, make_report
 
-    if len(options.runs) == 1:
+    if len(options.runs) == 1 and options.table_csv is None:
         page = make_report(
             options.runs[0],
             out=options.out,
@@ -46,7 +47,9 @@ def run(argv: list[str]) -> int:
             log=to_stderr,
         )
     else:
-        page = make_comparison(options.runs, out=options.out, log=to_stderr)
+        page = make_comparison(options.runs, out=options.out, table_csv=options.table_csv, log=to_stderr)
+        if options.table_csv is not None:
+            to_stdout(options.table_csv)
     to_stdout(str(page))
     return 0
 
@@ -63,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     add("runs", metavar="RUN", nargs="+", help="a run folder, such as runs/digits")
     add("--out", metavar="FOLDER", help="output folder (default: RUN/report, or comparison for several runs)")
     add("--csv", metavar="FILE", help="write only a CSV table of the runs' history, one line per event (train, val, epoch)")
-    add("--max-images", type=int, default=1000, metavar="N", help="run the model on at most N validation images, chosen at random (default: 1000)")
-    add("--seconds", type=float, default=6.0, metavar="S", help="run the model for about S seconds at most (default: 6)")
+    add("--table-csv", metavar="FILE", help="write also the table of the comparison to FILE: one line per run, one column per setting that differs")
+    add("--max-images", type=int, default=1000, metavar="N", help="a run without predictions.npy: run the model on at most N random images (default: 1000)")
+    add("--seconds", type=float, default=6.0, metavar="S", help="and for about S seconds at most (default: 6)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run the model (default: auto, as in the run)")
     add("--trust", action="store_true", help=TRUST)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
@@ -12,11 +13,14 @@ from dtl.text import OptionParser, to_stderr, to_stdout
 if TYPE_CHECKING:
     from dtl.checkpoint.transfer.apply import TransferReport
     from dtl.checkpoint.transfer.source.read import SourceWeights
+    from dtl.config import Config
+    from dtl.config.models import DataConfig, TransferOptions
 
 _EPILOG = """\
 examples:
   dtl transfer --model torchvision/resnet18 --num-classes 10 --source resnet18.pth
   dtl transfer --model dtl/resnet18_plain --num-classes 10 --source torchvision:resnet18 --save-map map.yaml
+  dtl transfer --config configs/finetune.yaml --data.train photos/train
   dtl transfer --model timm/resnet18 --source weights.safetensors --source-arch torchvision/resnet18 --verify
 
 exit status: 0 the weights would be loaded; 2 they would be refused (the reason is on stderr, the table on stdout)
@@ -26,8 +30,10 @@ exit status: 0 the weights would be loaded; 2 they would be refused (the reason 
 def parser() -> argparse.ArgumentParser:
     parse = OptionParser(prog="dtl transfer", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parse.add_argument
-    add("--model", required=True, help="the network that gets the weights: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
-    add("--source", required=True, help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY selects one of several state dicts")
+    add("--config", metavar="FILE", help="a recipe: its model, transfer and classes of data.train; the options here, and --section.key VALUE, replace them")
+    add("--model", help="the network that gets the weights: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
+    add("--model.options", metavar="MAPPING", dest="model_options", help="arguments of the network's constructor, such as '{num_blocks: 2}'")
+    add("--source", help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY selects one of several state dicts")
     add("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
     add("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file with one name per line, an image folder, packed shards")
     add("--by", choices=("auto", "name", "order", "strict", "map"), help="how layers are paired (default: map with --map, else auto)")
@@ -36,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
     add("--source-arch", metavar="NAME", help="the network that the weights were saved from, to decide uncertain pairs")
     add("--source-classes", metavar="NAMES|K", help="classes of the source's head, as --classes, or how many (default: found in the weights)")
     add("--assume-order", action="store_true", help="trust the order of registration if nothing else distinguishes layers")
-    add("--on-ambiguous", choices=("error", "fresh"), default="error", help="uncertain pairs: refuse, or leave layers at initial values (default: error)")
-    add("--min-coverage", type=float, default=0.6, metavar="X", help="refuse if a smaller share of layers, of either side, would be used (default: 0.6)")
+    add("--on-ambiguous", choices=("error", "fresh"), help="uncertain pairs: refuse, or leave layers at initial values (default: error)")
+    add("--min-coverage", type=float, metavar="X", help="refuse if a smaller share of layers, of either side, would be used (default: 0.6)")
     add("--ignore", action="append", default=[], metavar="PATTERN", help="names in the source to leave out, 'decoder.*' (may be repeated)")
     heads = ("auto", "true", "false", "rows")
-    add("--keep-head", choices=heads, default="auto", help="load the source's head (auto: if its classes are the same), or its rows by class names")
+    add("--keep-head", choices=heads, help="load the source's head (auto: if its classes are the same), or its rows by class names")
     rows = "with --keep-head rows: classes of the source that are averaged for a new class (may be repeated)"
     add("--head-rows", action="append", metavar="NEW=OLD,...|FILE", help=rows)
     add("--fold-norms", action="store_true", help="if the network lacks a norm of the source, fold the norm into the convolution before it")
@@ -51,21 +57,41 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What to transfer into which network: the options, on top of the recipe where there is one."""
+
+    model: str
+    model_options: dict[str, Any]
+    source: str
+    map: str | None
+    source_arch: str | None
+    transfer: TransferOptions
+    classes: Sequence[str] | None
+    """Names, or where to find them."""
+    num_classes: int
+    source_classes: str | None
+    image_size: int | None
+
+
 def run(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    options = parser().parse_args(argv)
-    if options.verify and not options.source_arch:
-        raise UserError("--verify needs --source-arch, the network that the weights were saved from")
+    parse = parser()
+    options, rest = parse.parse_known_args(argv)
+    if rest and (options.config is None or "." not in rest[0].partition("=")[0]):
+        parse.error(f"unrecognized arguments: {rest[0]}")
     if options.head_rows and options.keep_head != "rows":
         raise UserError("--head-rows needs --keep-head rows")
-    by = options.by or ("map" if options.map else "auto")
+    wanted = _wanted(options, rest)
+    if options.verify and not wanted.source_arch:
+        raise UserError("--verify needs --source-arch, the network that the weights were saved from")
 
     from dtl.checkpoint.transfer.source.read import read_weights
 
-    weights = read_weights(options.source)
-    report = _plan(options, by, weights)
+    weights = read_weights(wanted.source)
+    report = _plan(wanted, weights)
     if options.verify and report.plan.ok:
-        report = _verify(options, report, weights)
+        report = _verify(wanted, report, weights)
     to_stdout(*report.lines())
     if options.save_map:
         from dtl.checkpoint.transfer.apply import save_map
@@ -81,38 +107,96 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace, by: Any, weights: SourceWeights) -> TransferReport:
+def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
+    from dtl.checkpoint.transfer.source.hubs import source_named
+    from dtl.config.models import TransferOptions, arguments_checked
+    from dtl.models.catalog import find
+
+    config = _config(options, rest)
+    of_recipe = config.transfer if options.config else None
+    model = options.model or (config.model.name if options.config else None)
+    source = options.source or (of_recipe.source if of_recipe else None)
+    if model is None:
+        raise UserError("no network: give --model NAME, or --config FILE")
+    if source is None:
+        raise UserError("no source of weights: give --source" + (f"; {options.config} has no transfer section" if options.config else ""))
+    map_file = options.map or (of_recipe.map if of_recipe else None)
+    given: dict[str, Any] = {
+        "by": options.by or ("map" if options.map else None),
+        "assume_order": options.assume_order or None,
+        "on_ambiguous": options.on_ambiguous,
+        "min_coverage": options.min_coverage,
+        "ignore": tuple(options.ignore) or None,
+        "keep_head": {"true": True, "false": False}.get(options.keep_head, options.keep_head),
+        "head_rows": _head_rows(options.head_rows),
+        "source_classes": None if _number(options.source_classes) else options.source_classes,
+        "fill": {"conv_bias": "zero"} if options.zero_conv_bias else None,
+        "fold_norms": options.fold_norms or None,
+    }
+    base = {} if of_recipe is None else {name: getattr(of_recipe, name) for name in TransferOptions.model_fields}
+    with arguments_checked():
+        transfer = TransferOptions.model_validate({**base, **{name: value for name, value in given.items() if value is not None}})
+    classes = options.classes
+    if options.config and not (options.classes or options.num_classes):
+        classes = _classes_of_data(config.data)
+    return _Wanted(
+        model=model,
+        model_options=config.model.options,
+        source=source_named(source, find(model, own=True).name, named=model) if source == "pretrained" else source,
+        map=map_file,
+        source_arch=options.source_arch or (of_recipe.source_arch if of_recipe else None),
+        transfer=transfer,
+        classes=classes,
+        num_classes=_outputs(classes, options.num_classes),
+        source_classes=options.source_classes,
+        image_size=options.image_size or (config.data.image_size if options.config else None),
+    )
+
+
+def _config(options: argparse.Namespace, rest: Sequence[str]) -> Config:
+    """The recipe; without one the defaults of the network's options."""
+    from dtl.config import load_config
+
+    arguments = ["--config", options.config, *rest] if options.config else []
+    if options.model_options is not None:
+        arguments += ["--model.options", options.model_options]
+    if options.config and (options.classes or options.num_classes):
+        arguments += ["--data.train", "digits"]  # never opened: its classes are given
+    return load_config(arguments)[0]
+
+
+def _classes_of_data(data: DataConfig) -> list[str]:
+    """The class names of a recipe's training data, without packing it."""
+    from dtl.checkpoint.transfer.source.class_names import read_class_names
+    from dtl.data.open import packed_folder
+    from dtl.data.remote.address import is_remote
+    from dtl.data.sources.open import open_source
+
+    train = str(data.train)
+    if is_remote(train):
+        raise UserError(f"the classes of {train} are known once it is packed or indexed: give --num-classes K or --classes NAMES")
+    packed = packed_folder(train, "train")
+    return list(open_source(train, on_error="skip").classes) if packed is None else read_class_names(packed, "data.train")
+
+
+def _plan(wanted: _Wanted, weights: SourceWeights) -> TransferReport:
     from dtl.checkpoint.transfer.apply import preview
     from dtl.checkpoint.transfer.plan import plan_weights
-    from dtl.config.models import FillConfig, TransferOptions, arguments_checked
     from dtl.models.build import build
 
-    network = build(options.model, num_classes=_outputs(options), meta=True, own=True)
+    network = build(wanted.model, num_classes=wanted.num_classes, options=wanted.model_options, meta=True, own=True)
     source_model = None
-    if options.source_arch:
-        source_model = build(options.source_arch, num_classes=_source_outputs(options, weights), meta=True, own=True).module
-    with arguments_checked():
-        transfer = TransferOptions(
-            by=by,
-            assume_order=options.assume_order,
-            on_ambiguous=options.on_ambiguous,
-            min_coverage=options.min_coverage,
-            ignore=tuple(options.ignore),
-            keep_head={"true": True, "false": False}.get(options.keep_head, options.keep_head),
-            head_rows=_head_rows(options.head_rows),
-            source_classes=None if _number(options.source_classes) else options.source_classes,
-            fill=FillConfig(conv_bias="zero" if options.zero_conv_bias else "keep"),
-            fold_norms=options.fold_norms,
-        )
+    if wanted.source_arch:
+        source_model = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), meta=True, own=True).module
     plan = plan_weights(
         weights,
         network.module,
-        transfer,
-        mapping=options.map,
+        wanted.transfer,
+        mapping=wanted.map,
         source_model=source_model,
         heads=network.heads,
-        target_classes=options.classes,
-        image_size=options.image_size or network.preprocessing.image_size,
+        target_classes=wanted.classes,
+        image_size=wanted.image_size or network.preprocessing.image_size,
     )
     normalisation = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
     return preview(plan, weights, network.module, target_preprocessing=normalisation)
@@ -122,14 +206,14 @@ def _number(given: str | None) -> int | None:
     return int(given) if given and given.isdigit() else None
 
 
-def _outputs(options: argparse.Namespace) -> int:
+def _outputs(given: str | Sequence[str] | None, num_classes: int | None) -> int:
     """Outputs of the network's head: as given, or one per class."""
     from dtl.checkpoint.transfer.source.class_names import read_class_names
 
-    classes = read_class_names(options.classes, "--classes") if options.classes else None
-    if classes and options.num_classes not in (None, len(classes)):
-        raise UserError(f"--num-classes is {options.num_classes}, but --classes has {len(classes)} names")
-    return len(classes) if classes else options.num_classes or 1000
+    classes = read_class_names(given, "--classes") if given else None
+    if classes and num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes is {num_classes}, but --classes has {len(classes)} names")
+    return len(classes) if classes else num_classes or 1000
 
 
 def _head_rows(given: list[str] | None) -> dict[str, Any] | str | None:
@@ -145,24 +229,25 @@ def _head_rows(given: list[str] | None) -> dict[str, Any] | str | None:
     return {new.strip(): [old.strip() for old in names.split(",")] for new, names in pairs}
 
 
-def _source_outputs(options: argparse.Namespace, weights: SourceWeights) -> int:
+def _source_outputs(wanted: _Wanted, weights: SourceWeights) -> int:
     """As many outputs as the source's head has, so that its network can be built."""
     from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 
-    given = _number(options.source_classes)
-    return given or num_source_classes(layers_of(specs_of(weights.tensors)), _outputs(options))
+    given = _number(wanted.source_classes)
+    return given or num_source_classes(layers_of(specs_of(weights.tensors)), wanted.num_classes)
 
 
-def _verify(options: argparse.Namespace, report: TransferReport, weights: SourceWeights) -> TransferReport:
+def _verify(wanted: _Wanted, report: TransferReport, weights: SourceWeights) -> TransferReport:
     """Both networks with memory this time, random values, the same images."""
     from dataclasses import replace
 
     from dtl.checkpoint.transfer.verify import verify_plan
     from dtl.models.build import build
 
-    target = build(options.model, num_classes=_outputs(options), own=True)
-    source = build(options.source_arch, num_classes=_source_outputs(options, weights), own=True)
-    size = options.image_size or target.preprocessing.image_size
+    assert wanted.source_arch is not None
+    target = build(wanted.model, num_classes=wanted.num_classes, options=wanted.model_options, own=True)
+    source = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), own=True)
+    size = wanted.image_size or target.preprocessing.image_size
     verification = verify_plan(report.plan, source.module, target.module, image_size=size)
     to_stdout(*str(verification).split("\n"))
     return replace(report, verification=verification.to_dict())

@@ -314,6 +314,10 @@ class PhaseConfig(Section):
             raise ValueError(f"step_epochs must be increasing, got {list(self.step_epochs)}")
         return self
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """The phase's duration in optimizer steps."""
+        return self.steps or max(1, round((self.epochs or 1.0) * steps_per_epoch))
+
 
 class CheckpointConfig(Section):
     every_steps: Count | None = None

@@ -22,7 +22,8 @@ from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
-from dtl.training.evaluate import ForwardPass, Sums, first_greatest, reduce_sums
+from dtl.runs.predictions import ImagePredictions
+from dtl.training.evaluate import ForwardPass, Outputs, PredictionRows, Sums, first_greatest, reduce_sums
 from dtl.training.losses import Loss
 from dtl.training.phases import Task
 
@@ -60,6 +61,8 @@ class Assessment:
     """Greatest loss first; equal losses by sample number."""
     damaged: list[tuple[int, str]]
     """(sample, why it counts nowhere)"""
+    predictions: ImagePredictions | None
+    """Of each image, where that was asked for."""
 
     @property
     def calibration_error(self) -> float:
@@ -97,16 +100,28 @@ class RankBatches:
                 yield batch
 
 
-def assess(forward: ForwardPass, batches: RankBatches, *, task: Task, num_outputs: int, skip_damaged: bool = False) -> Assessment:
-    """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped."""
+def assess(
+    forward: ForwardPass,
+    batches: RankBatches,
+    *,
+    task: Task,
+    num_outputs: int,
+    skip_damaged: bool = False,
+    num_hardest: int = NUM_HARDEST,
+    each_image: bool = False,
+) -> Assessment:
+    """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped.
+
+    `each_image`: keep what is predicted for each image, 24 bytes of memory for each on every rank.
+    """
     runtime = forward.runtime
-    seen = _Seen(num_outputs, batches.num_batches, runtime.device)
+    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest, each_image=each_image)
     with runtime.together("evaluation"):
         usable = batches if skip_damaged else _undamaged(batches)
         for number, outputs in enumerate(forward.over(usable, task), start=batches.first):
             seen.damaged += [(sample, str(damage)) for sample, damage in outputs.batch.bad]
             samples = outputs.batch.samples.to(runtime.device, non_blocking=True).repeat(task.expansion)
-            seen.add(number, outputs.logits, outputs.labels, outputs.weights, samples)
+            seen.add(number, outputs, samples)
     return seen.all_ranks(runtime)
 
 
@@ -120,7 +135,9 @@ def _undamaged(batches: Iterable[Batch]) -> Iterator[Batch]:
 class _Seen:
     """One rank's part; nothing in `add` waits for the device."""
 
-    def __init__(self, num_outputs: int, num_batches: int, device: torch.device) -> None:
+    def __init__(self, num_outputs: int, num_batches: int, device: torch.device, num_hardest: int, *, each_image: bool) -> None:
+        self._num_hardest = num_hardest
+        self._rows = PredictionRows() if each_image else None
         self._loss = Loss()
         self._sums = Sums(num_outputs, device, confusion=True)
         self._losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
@@ -129,9 +146,12 @@ class _Seen:
         self._hard_values = torch.zeros(0, 2, device=device)
         self.damaged: list[tuple[int, str]] = []
 
-    def add(self, number: int, logits: Tensor, labels: Tensor, weights: Tensor, samples: Tensor) -> None:
-        """Batch `number`: logits [B,K], labels, weights and sample numbers [B]."""
+    def add(self, number: int, outputs: Outputs, samples: Tensor) -> None:
+        """Batch `number`, and its sample numbers [B] on the device."""
+        logits, labels, weights = outputs.logits, outputs.labels, outputs.weights
         losses, _ = self._loss(logits, labels)
+        if self._rows is not None:
+            self._rows.add(outputs, losses)
         self._sums.update(logits, labels, weights, losses)
         real = weights > 0
         self._losses[number] = torch.where(real, losses, 0).double().sum()
@@ -151,7 +171,7 @@ class _Seen:
     def _keep_hardest(self, numbers: Tensor, values: Tensor) -> None:
         numbers, values = torch.cat([self._hard_numbers, numbers]), torch.cat([self._hard_values, values])
         # Stable, and samples come in order: of equal losses the first sample stays in front.
-        order = values[:, 0].sort(descending=True, stable=True).indices[:NUM_HARDEST]
+        order = values[:, 0].sort(descending=True, stable=True).indices[: self._num_hardest]
         self._hard_numbers, self._hard_values = numbers[order], values[order]
 
     def all_ranks(self, runtime: Runtime) -> Assessment:
@@ -169,8 +189,9 @@ class _Seen:
             bin_samples=bins[0],
             bin_correct=bins[1],
             bin_confidence=bins[2],
-            hardest=hardest[:NUM_HARDEST],
+            hardest=hardest[: self._num_hardest],
             damaged=sorted({one for part in runtime.gather(self.damaged) for one in part}),
+            predictions=None if self._rows is None else self._rows.all_ranks(runtime),
         )
 
 

@@ -11,9 +11,9 @@ from dtl.config.own import StoredConfig, stored_config
 from dtl.data.open import open_split
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
-from dtl.inference.assess import RankBatches, assess
+from dtl.inference.assess import NUM_HARDEST, RankBatches, assess
 from dtl.inference.model import RunningModel
-from dtl.inference.tables import report
+from dtl.inference.tables import report, write_csv
 from dtl.text import Log, some, to_nobody
 
 DEFAULT_WORKERS = 2
@@ -27,11 +27,14 @@ def evaluate(
     workers: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
     allow_pipe: bool = False,
+    hardest: int = NUM_HARDEST,
+    csv: str | None = None,
     log: Log = to_nobody,
 ) -> dict[str, Any]:
     """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the validation data of the model's run.
 
     `workers`: loader processes of this rank; None are as many as the run had. `allow_pipe`: run the commands that the manifest of `data` names.
+    `hardest`: how many images of the greatest loss are listed. `csv`: a file to be written, one line per image.
     UserError for data that does not go with the model.
     """
     runtime, stored = model.runtime, model.stored
@@ -42,7 +45,18 @@ def evaluate(
     if workers is None:
         workers = run.config.data.workers if run is not None else DEFAULT_WORKERS
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
-    seen = assess(model.forward, batches, task=stored.task, num_outputs=len(stored.classes), skip_damaged=on_error == "skip")
+    seen = assess(
+        model.forward,
+        batches,
+        task=stored.task,
+        num_outputs=len(stored.classes),
+        skip_damaged=on_error == "skip",
+        num_hardest=hardest,
+        each_image=csv is not None,
+    )
+    with runtime.together("--csv"):
+        if csv is not None and runtime.is_main:
+            write_csv(csv, seen, shards, stored.classes)
     return {
         **report(seen, shards, classes=stored.classes, names=stored.shown_names),
         "model": str(stored.folder),

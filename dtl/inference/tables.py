@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dtl import text
 from dtl.data.shards.index import Shards
-from dtl.errors import DamagedSample, printable
+from dtl.errors import UserError, printable
+from dtl.files import write_whole
 from dtl.inference.assess import NUM_BINS, Assessment, Hard
-from dtl.text import Column, counted
+from dtl.text import Column, counted, csv_line
 
 NUM_PAIRS = 20
+CSV_COLUMNS = ("path", "label", "prediction", "probability", "loss")
 _TABLE_CLASSES = 30
 _NAME_WIDTH = 32
 _TABLE_PAIRS = 10
-_TABLE_HARDEST = 5
+TABLE_HARDEST = 5
 _MEAN = "mean over classes"
 
 
@@ -42,8 +47,30 @@ def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: S
         "confusion": seen.confusion,
         "confused_pairs": confused_pairs(counts, classes),
         "hardest": [_hardest(one, shards, classes) for one in seen.hardest],
-        "damaged": [{"path": _path(shards, sample), "sample": sample, "reason": reason} for sample, reason in seen.damaged],
+        "damaged": [{"path": shards.name(sample), "sample": sample, "reason": reason} for sample, reason in seen.damaged],
     }
+
+
+def write_csv(file: str, seen: Assessment, shards: Shards, classes: Sequence[str]) -> None:
+    """One line per image, in the order of the data: path, label, prediction, its probability, loss; of a damaged image the path alone."""
+    found = seen.predictions
+    assert found is not None
+    damaged = dict(seen.damaged)
+    rows = zip(*(column.tolist() for column in (found.samples, found.labels, found.predicted, found.probability, found.loss)))
+    lines: Iterator[tuple[int, tuple[object, ...]]] = (
+        (sample, (classes[label], classes[predicted], probability, loss)) for sample, label, predicted, probability, loss in rows
+    )
+    every = heapq.merge(lines, ((sample, (None,) * 4) for sample in sorted(damaged)), key=itemgetter(0))
+
+    def write(out: IO[bytes]) -> None:
+        out.write(csv_line(CSV_COLUMNS).encode())
+        for sample, cells in every:
+            out.write(csv_line([shards.name(sample), *cells]).encode("utf-8", "surrogateescape"))
+
+    try:
+        write_whole(Path(file), write)
+    except OSError as error:
+        raise UserError(f"--csv {file}: cannot be written: {error.strerror or error}") from error
 
 
 def class_rates(counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -79,8 +106,8 @@ def confused_pairs(counts: npt.NDArray[np.int64], classes: Sequence[str], limit:
     return pairs
 
 
-def table(values: dict[str, Any]) -> str:
-    """The report for a terminal. Long lists of classes are cut to those that are recognised worst."""
+def table(values: dict[str, Any], *, hardest: int = TABLE_HARDEST) -> str:
+    """The report for a terminal, with so many of the hardest images. Long lists of classes are cut to those that are recognised worst."""
     rates = [Column("precision", right=True), Column("recall", right=True), Column("F1", right=True)]
     rows = [_row(row["name"], row) for row in [*_worst_classes(values["per_class"]), {"name": _MEAN, **values["macro"]}]]
     lines = [
@@ -99,7 +126,7 @@ def table(values: dict[str, Any]) -> str:
             lines.append(printable(f"  {shown[pair['label']]} -> {shown[pair['predicted']]}: {share}"))
     if values["hardest"]:
         lines += ["", "hardest images"]
-        for hard in values["hardest"][:_TABLE_HARDEST]:
+        for hard in values["hardest"][:hardest]:
             sure = _percent(hard["confidence"])
             right = f"correct ({sure})" if hard["label"] == hard["predicted"] else f"predicted {shown[hard['predicted']]} ({sure})"
             lines.append(printable(f"  loss {_plain(hard['loss'])}  {shown[hard['label']]}, {right}  {hard['path']}"))
@@ -118,24 +145,13 @@ def _row(name: str, row: dict[str, Any]) -> list[str]:
 
 def _hardest(one: Hard, shards: Shards, classes: Sequence[str]) -> dict[str, Any]:
     return {
-        "path": _path(shards, one.sample),
+        "path": shards.name(one.sample),
         "sample": one.sample,
         "label": classes[one.label],
         "predicted": classes[one.predicted],
         "confidence": one.confidence,
         "loss": _number(one.loss),
     }
-
-
-def _path(shards: Shards, sample: int) -> str:
-    """The original file where the shards know it, else the sample's key in its shard."""
-    path = shards.path(sample)
-    if path is not None:
-        return path
-    try:
-        return shards.key(sample)
-    except DamagedSample as damage:
-        return f"{damage.shard}, byte {damage.offset}"
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from dtl.config import PhaseConfig
 from dtl.errors import UserError
 
 Kind = Literal["constant", "step", "cosine", "linear", "one_cycle"]
@@ -51,6 +52,25 @@ class Schedule:
             raise UserError(f"milestones must be positive and increasing, not {list(self.milestones)}")
         if self.gamma <= 0:
             raise UserError(f"gamma must be positive, not {self.gamma}")
+
+
+def schedule_of(config: PhaseConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule of a phase, its durations in steps."""
+    every_steps = 0
+    milestones: tuple[int, ...] = ()
+    if config.schedule == "step":
+        if isinstance(config.step_epochs, tuple):
+            milestones = tuple(max(1, round(epoch * steps_per_epoch)) for epoch in config.step_epochs)
+        else:
+            every_steps = max(1, round(config.step_epochs * steps_per_epoch))
+    return Schedule(
+        kind=config.schedule,
+        warmup_steps=round(config.warmup * steps_per_epoch),
+        every_steps=every_steps,
+        milestones=milestones,
+        gamma=config.gamma,
+        final_fraction=config.final_lr,
+    )
 
 
 def lr_at(step: int, *, schedule: Schedule, num_steps: int, base_lr: float) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtl.errors import UserError
-from dtl.report.record import Column, RunRecord
+from dtl.report.record import Column, RunRecord, best_of
 from dtl.report.style import BLACK, CYCLE, MARKERS, WIDE, as_percent, lines_on, new_figure, shorten
 
 if TYPE_CHECKING:
@@ -47,12 +47,23 @@ class Course:
 
     record: RunRecord
     x: Column
+    epoch: Column
+    """As the run counts them, over all of its phases, from 0."""
     top1: Column
     loss: Column
 
     @property
     def best(self) -> float:
         return float(np.nanmax(self.top1)) if np.isfinite(self.top1).any() else float("nan")
+
+    @property
+    def best_epoch(self) -> int | None:
+        place = best_of(self.top1, self.loss, lowest=False)
+        return None if place is None else int(self.epoch[place])
+
+    @property
+    def lowest_loss(self) -> float:
+        return float(np.nanmin(self.loss)) if np.isfinite(self.loss).any() else float("nan")
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,8 @@ def compare_figure(comparison: Comparison, width: int = WIDE) -> Figure:
     return figure
 
 
-def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each group) for every setting that differs; a dash where a group's runs have no such setting.
+def differences(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:
+    """(setting, its value in each group) for every setting that differs; None where a group's runs have no such setting.
 
     Of several seeds with files of their own it is the name that they share, `few{seed}.csv`.
     """
@@ -126,21 +137,21 @@ def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     for name in names:
         if name.startswith(_NO_DIFFERENCE):
             continue
-        values = [_shown(found[name]) if name in found else "–" for found in settings]
-        if len(set(values)) > 1:
+        values = [found.get(name) for found in settings]
+        if len({json.dumps(value) for value in values}) > 1:
             rows.append((name, values))
     return _without_whole_sections(rows, records)
 
 
-def _without_whole_sections(rows: list[tuple[str, list[str]]], records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+def _without_whole_sections(rows: list[tuple[str, list[Any]]], records: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     """A phase that some runs do not have is one line, not thirty; of pretrained weights that some do not have, only their source."""
     if not all(record.config is not None and record.config.transfer for record in records):
         rows = [row for row in rows if not row[0].startswith("transfer.") or row[0] == "transfer.source"]
-    partial = []
+    partial: list[tuple[str, list[Any]]] = []
     for name in dict.fromkeys(name for record in records if record.config for name in record.config.phases):
         has = [record.config is not None and name in record.config.phases for record in records]
         if not all(has):
-            partial.append((f"phases.{name}", ["yes" if found else "–" for found in has]))
+            partial.append((f"phases.{name}", ["yes" if found else None for found in has]))
     skip = tuple(f"{name}." for name, _ in partial)
     return [*partial, *(row for row in rows if not (skip and row[0].startswith(skip)))]
 
@@ -150,8 +161,8 @@ def _course(record: RunRecord, task: str, unit: str) -> Course | None:
     if not phases:
         return None
     per_x = (record.steps_per_epoch or 1) if unit == "epoch" else 1
-    columns = {name: np.concatenate([phase.val[name] for phase in phases]) for name in ("step", "top1", "loss")}
-    return Course(record, (columns["step"] - phases[0].first_step) / per_x, columns["top1"], columns["loss"])
+    columns = {name: np.concatenate([phase.val[name] for phase in phases]) for name in ("step", "epoch", "top1", "loss")}
+    return Course(record, (columns["step"] - phases[0].first_step) / per_x, columns["epoch"], columns["top1"], columns["loss"])
 
 
 def _draw(axes: Axes, group: Group, name: str, *, color: str, marker: str, style: str, label: str) -> None:
@@ -219,5 +230,6 @@ def _group_names(names: Sequence[Sequence[str]]) -> list[str]:
     return [name if found.count(name) == 1 else ", ".join(members) for name, members in zip(found, names)]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting for people; a dash for none."""
     return f"{value:g}" if isinstance(value, float) else "–" if value is None else value if isinstance(value, str) else json.dumps(value)

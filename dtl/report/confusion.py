@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Ints = npt.NDArray[np.int64]
-_MOST_NUMBERS, _MOST_NAMES, _MOST_CELLS, _MOST_BARS = 20, 40, 250, 30
+_MOST_NUMBERS, MOST_NAMES, _MOST_CELLS, MOST_BARS = 20, 40, 250, 30
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def confusion_figure(labels: Ints, predicted: Ints, names: Sequence[str]) -> Fig
 
 def classes_figure(numbers: ClassNumbers, names: Sequence[str]) -> Figure | None:
     """Bars of recall, dots of precision, the hardest classes first (and only these, where there are many)."""
-    order = hardest_classes(numbers)[:_MOST_BARS]
+    order = hardest_classes(numbers)[:MOST_BARS]
     if not len(order):
         return None
     figure = new_figure(NARROW, 84 + 21 * len(order))
@@ -125,7 +125,7 @@ def confused_pairs(labels: Ints, predicted: Ints, num_classes: int, most: int = 
 
 
 def _name_classes(axes: Axes, names: Sequence[str], k: int, group: int) -> None:
-    if k <= _MOST_NAMES:
+    if k <= MOST_NAMES:
         short = [shorten(name, 18) for name in names]
         upright = k <= _MOST_NUMBERS and max(map(len, short), default=0) <= 4
         axes.set_xticks(range(k), short, rotation=0 if upright else 90)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dtl.optim.schedule import lr_at, schedule_of
 from dtl.report.record import Column, PhaseRecord, RunRecord
 from dtl.report.style import BLUE, FAINT, GREY, VERMILION, WIDE, as_percent, lines_on, new_figure, percent, shorten
 
@@ -32,7 +33,10 @@ def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
         _dots(loss, phase.val["step"], phase.val["loss"], "validation")
         _dots(top1, phase.val["step"], phase.val["top1"], "validation")
         _mark_best(top1, phase, record.monitor, record.last_step)
-        _lr_line(lr, phase, stairs=_falls_in_stairs(record, phase))
+    rates = [learning_rates(record, phase) for phase in record.phases]
+    for steps, values, in_stairs in rates:
+        if len(steps):
+            lr.plot(steps, values, color=GREY, drawstyle="steps-pre" if in_stairs else "default", marker="o" if len(steps) == 1 else None)
     loss.set_title("Loss", pad=17)
     _title(top1, "Top-1 on validation images (◇ best)")
     _title(lr, "Learning rate")
@@ -42,7 +46,7 @@ def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
     low, high = top1.dataLim.intervaly if top1.lines else (0.0, 1.0)
     height = max(high - low, 0.02)
     top1.set_ylim(low - 0.17 * height, high + 0.17 * height)
-    _lr_scale(lr, record.phases)
+    _lr_scale(lr, [values for _, values, _ in rates])
     for axes in (loss, top1, lr):
         lines_on(axes)
         axes.margins(x=0.01)
@@ -96,19 +100,30 @@ def _line(axes: Axes, x: Column, y: Column, color: str, label: str) -> None:
         axes.plot(*thinned(x, y), color=color, label=label, marker="o" if len(x) == 1 else None)
 
 
-def _falls_in_stairs(record: RunRecord, phase: PhaseRecord) -> bool:
+def learning_rates(record: RunRecord, phase: PhaseRecord) -> tuple[Column, Column, bool]:
+    """(steps, learning rate of the step that ends there, whether it holds since the step before), some hundred of them at most.
+
+    By the phase's schedule, for history has every tenth step only; as history has them where that does not give its numbers (a phase that was made
+    longer, or a config that was edited).
+    """
+    steps, logged = phase.train["step"], phase.train["lr"]
     settings = record.config.phases.get(phase.name) if record.config is not None else None
-    return settings is not None and settings.schedule == "step"
+    known = np.isfinite(logged)
+    if settings is not None and known.any():
+        per_epoch = record.steps_per_epoch or 1
+        schedule, num_steps = schedule_of(settings, per_epoch), settings.num_steps(per_epoch)
 
+        def rates(at: Column) -> Column:
+            done = (at - 1 - phase.first_step).astype(np.int64).clip(min=0).tolist()
+            return np.array([lr_at(step, schedule=schedule, num_steps=num_steps, base_lr=settings.lr) for step in done])
 
-def _lr_line(axes: Axes, phase: PhaseRecord, *, stairs: bool) -> None:
-    """Logged are some steps only: between two of them stairs do not slope. The rate logged is that of the steps up to it."""
-    x, y = phase.train["step"], phase.train["lr"]
-    if stairs and 0 < len(x) <= _MOST_POINTS:
-        x, y = np.append(phase.first_step, x), np.append(y[0], y)
-        axes.plot(x, y, color=GREY, drawstyle="steps-pre")
-    else:
-        _line(axes, x, y, GREY, "")
+        if np.allclose(rates(steps[known]), logged[known], rtol=1e-6, atol=1e-12):
+            at = phase.first_step + np.unique(np.linspace(1, phase.num_steps, min(_MOST_POINTS, phase.num_steps)).round())
+            return np.append(phase.first_step, at), np.append(rates(at[:1]), rates(at)), True
+    # Between two lines of the log stairs do not slope.
+    if settings is not None and settings.schedule == "step" and 0 < len(steps) <= _MOST_POINTS:
+        return np.append(phase.first_step, steps), np.append(logged[0], logged), True
+    return *thinned(steps, logged), False
 
 
 def _dots(axes: Axes, x: Column, y: Column, label: str) -> None:
@@ -142,8 +157,8 @@ def _limit_loss(axes: Axes, phases: list[PhaseRecord]) -> None:
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]) if values.min() >= 0 else None)
 
 
-def _lr_scale(axes: Axes, phases: list[PhaseRecord]) -> None:
-    peaks = [float(phase.train["lr"].max()) for phase in phases if len(phase.train["lr"])]
+def _lr_scale(axes: Axes, rates: list[Column]) -> None:
+    peaks = [float(values.max()) for values in rates if len(values)]
     peaks = [peak for peak in peaks if peak > 0]
     if peaks and max(peaks) / min(peaks) > _LOG_LR:
         axes.set_yscale("log")

@@ -28,13 +28,14 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import build as build_model
-from dtl.models.model_json import ModelFacts, read_model_json
+from dtl.models.model_json import read_model_json
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
+from dtl.runs.predictions import ImagePredictions
 from dtl.text import Log, to_nobody
 from dtl.training import build
 from dtl.training.dataloaders import DataLoaders
-from dtl.training.evaluate import ForwardPass, Outputs, Sums
+from dtl.training.evaluate import ForwardPass, PredictionRows, Sums
 from dtl.training.losses import Loss
 from dtl.training.phases import Phase, Task, task_named
 
@@ -52,12 +53,14 @@ class Tile:
     caption: str
     note: str = ""
     right: bool | None = None
+    file: str = ""
+    """Where the image came from."""
 
     @property
     def words(self) -> str:
         """For those who do not see the picture."""
         mark = {None: "", True: "right: ", False: "wrong: "}[self.right]
-        return f"{mark}{self.caption}" + (f", {self.note}" if self.note else "")
+        return ", ".join([f"{mark}{self.caption}", *(words for words in (self.note, self.file) if words)])
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,6 @@ class TrainingView:
     phases: tuple[str, ...]
     words: str
     tiles: list[Tile]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the model predicted for `num_seen` of `num_samples` validation images. Rows: the images, turned ones each for itself."""
-
-    labels: Ints
-    predicted: Ints
-    names: list[str]
-    metrics: dict[str, Any]
-    num_seen: int
-    num_samples: int
-    num_damaged: int
-    sample: list[Tile]
-    mistakes: list[Tile]
 
 
 @dataclass
@@ -168,34 +156,24 @@ class Examples:
 
     # ---- validation images
 
-    def predictions(self, model: Path, *, max_images: int, seconds: float, num_tiles: int = NUM_TILES) -> Predictions:
-        """Ask the model folder about at most `max_images` validation images, drawn by key, for about `seconds`."""
+    def predict(self, model: Path, *, max_images: int, seconds: float) -> tuple[ImagePredictions, dict[str, Any]]:
+        """Ask the model folder about at most `max_images` validation images, drawn by key, for about `seconds`: for a run that kept no predictions.
+
+        Returns them with their metrics. It computes in float32.
+        """
         facts = read_model_json(model)
-        task = self._task_of(facts)
+        task = self.task_of(facts.classes)
         forward = ForwardPass.of(load_network(model, trust=self.trust)[1], self.runtime)
         samples = draw_samples(self.loaders.val.num_samples, max_images, self.seed)
-        loss, sums, parts, num_damaged = Loss(), Sums(len(facts.classes), self.runtime.device), list[_Rows](), 0
+        loss, sums, rows = Loss(), Sums(len(facts.classes), self.runtime.device), PredictionRows()
         for outputs in forward.over(self._batches(samples, seconds), task):
-            sums.update(outputs.logits, outputs.labels, outputs.weights, loss(outputs.logits, outputs.labels)[0])
-            parts.append(_Rows.of(outputs, task))
-            num_damaged += len(outputs.batch.bad)
-        rows = _Rows.joined(parts)
-        if not len(rows.labels):
+            losses, _ = loss(outputs.logits, outputs.labels)
+            sums.update(outputs.logits, outputs.labels, outputs.weights, losses)
+            rows.add(outputs, losses)
+        found = rows.all_ranks(self.runtime)
+        if not len(found):
             raise UserError("none of the validation images could be read")
-        names = self._names(task)
-        wrong = np.flatnonzero(rows.labels != rows.predicted)
-        worst = wrong[np.argsort(-rows.confidence[wrong], kind="stable")][:num_tiles]
-        return Predictions(
-            labels=rows.labels,
-            predicted=rows.predicted,
-            names=names,
-            metrics=sums.result(),
-            num_seen=len(rows.labels) // task.expansion,
-            num_samples=self.loaders.val.num_samples,
-            num_damaged=num_damaged,
-            sample=self._tiles(rows, np.arange(min(num_tiles, len(rows.labels))), task, names),
-            mistakes=self._tiles(rows, worst, task, names),
-        )
+        return found, sums.result()
 
     def _batches(self, samples: Ints, seconds: float) -> Iterator[Batch]:
         """Batches until the samples or the seconds are used up; one batch at least."""
@@ -205,19 +183,21 @@ class Examples:
             if time.monotonic() >= ends:
                 return
 
-    def _tiles(self, rows: _Rows, chosen: Ints, task: Task, names: list[str]) -> list[Tile]:
-        """The images of these rows, loaded once more: keeping all of them until now would cost memory."""
+    def tiles(self, found: ImagePredictions, chosen: Ints, names: Sequence[str], task: Task, *, with_files: bool = False) -> list[Tile]:
+        """The images of these rows of `found`, loaded once more: keeping all of them would cost memory."""
         if not len(chosen):
             return []
-        batch = self._load(self.loaders.val, self.loaders.val_transform, rows.samples[chosen], epoch=0)
+        samples = found.samples[chosen]
+        batch = self._load(self.loaders.val, self.loaders.val_transform, samples, epoch=0)
         tiles = []
         for place, row in enumerate(chosen.tolist()):
-            label, predicted = int(rows.labels[row]), int(rows.predicted[row])
+            label, predicted = int(found.labels[row]), int(found.predicted[row])
             image = batch.images[place]
             if task.name == "rotate":
                 image = torch.rot90(image, label, dims=(1, 2))
-            sure, right = percent(rows.confidence[row], 0), label == predicted
-            tiles.append(Tile(_pixels(image), names[predicted], sure if right else f"{sure}, true: {names[label]}", right))
+            sure, right = percent(float(found.probability[row]), 0), label == predicted
+            file = self.loaders.val.name(int(samples[place])) if with_files else ""
+            tiles.append(Tile(_pixels(image), names[predicted], sure if right else f"{sure}, true: {names[label]}", right, file))
         return tiles
 
     def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int, step: int = 0) -> Batch:
@@ -228,34 +208,12 @@ class Examples:
     def _names(self, task: Task) -> list[str]:
         return self.names if task.name == "classify" else list(task.class_names(self.names))
 
-    def _task_of(self, facts: ModelFacts) -> Task:
+    def task_of(self, classes: Sequence[str]) -> Task:
         """The model folder belongs to the last phase."""
         task = task_named(self.phases[-1].config.task)
-        if task.num_outputs(self.loaders.val.num_classes) != len(facts.classes):
-            raise UserError(f"the model has {len(facts.classes)} classes, but the validation data has {self.loaders.val.num_classes}")
+        if task.num_outputs(self.loaders.val.num_classes) != len(classes):
+            raise UserError(f"the model has {len(classes)} classes, but the validation data has {self.loaders.val.num_classes}")
         return task
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What the network predicted, row by row; damaged images are left out."""
-
-    samples: Ints
-    labels: Ints
-    predicted: Ints
-    confidence: npt.NDArray[np.float64]
-
-    @classmethod
-    def of(cls, outputs: Outputs, task: Task) -> _Rows:
-        confidence, predicted = outputs.logits.softmax(dim=1).max(dim=1)
-        columns = (outputs.batch.samples.repeat(task.expansion), outputs.labels, predicted, confidence.double())
-        real = (outputs.weights > 0).cpu()
-        return cls(*(column.cpu()[real].numpy() for column in columns))
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
-        names = ("samples", "labels", "predicted", "confidence")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def draw_samples(num_samples: int, most: int, seed: int) -> Ints:

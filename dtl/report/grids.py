@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dtl.errors import printable
+from dtl.report.fonts import draw_text, width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG = "#00734f", "#c22b20"
 MARKS = {True: "✓", False: "✗", None: ""}
-_COLUMNS, _SIDE, _GAP, _FRAME, _LINE, _FONT_SIZE = 8, 144, 12, 4, 19, 14
+_COLUMNS, _SIDE, _GAP, _FRAME, _LINE = 8, 144, 12, 4, 19
 _SMALL = 64  # images up to this side are enlarged pixel by pixel, to show what there really is
 
 
@@ -26,7 +26,7 @@ def save_grid(tiles: Sequence[Tile], path: Path, *, columns: int = _COLUMNS) -> 
     from PIL import Image, ImageDraw
 
     columns = min(columns, max(1, len(tiles)))
-    lines = 2 if any(tile.note for tile in tiles) else 1
+    lines = max(1, *(1 + bool(tile.note) + bool(tile.file) for tile in tiles)) if tiles else 1
     height = _SIDE + lines * _LINE + _GAP + 4
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (_SIDE + _GAP) + _GAP, rows * height + _GAP), "white")
@@ -62,27 +62,19 @@ def _draw_tile(sheet: Image, draw: ImageDraw, tile: Tile, left: int, top: int) -
     method = Image.Resampling.NEAREST if picture.width <= _SMALL else Image.Resampling.LANCZOS
     sheet.paste(picture.resize((side, side), method), (left + offset, top + offset))
     mark = MARKS[tile.right] + " " if tile.right is not None else ""
-    draw.text((left, top + _SIDE + 3), fitting(draw, mark + tile.caption, _SIDE), fill=color, font=_font())
-    if tile.note:
-        draw.text((left, top + _SIDE + 3 + _LINE), fitting(draw, tile.note, _SIDE), fill="#5f5f5f", font=_font())
+    draw_text(draw, left, top + _SIDE + 3, fitting(mark + tile.caption, _SIDE), color)
+    below = [words for words in (tile.note, tile.file.rpartition("/")[2]) if words]
+    for line, words in enumerate(below, start=1):
+        draw_text(draw, left, top + _SIDE + 3 + line * _LINE, fitting(words, _SIDE), "#5f5f5f")
 
 
-def fitting(draw: ImageDraw, text: str, width: int) -> str:
-    """The text in one line, cut with an ellipsis where it would be wider than `width` pixels."""
+def fitting(text: str, limit: int) -> str:
+    """The text in one line, cut with an ellipsis where it would be wider than `limit` pixels."""
     text = printable(text)
-    if draw.textlength(text, font=_font()) <= width:
+    if width(text) <= limit:
         return text
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if draw.textlength(text[:middle] + "…", font=_font()) <= width else (low, middle - 1)
+        low, high = (middle, high) if width(text[:middle] + "…") <= limit else (low, middle - 1)
     return text[:low].rstrip() + "…"
-
-
-@lru_cache(1)
-def _font() -> Any:
-    """The font of the plots; it comes with matplotlib, so it is there on any machine."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), _FONT_SIZE)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dtl.errors import UserError
+from dtl.files import write_whole
 from dtl.report import html
-from dtl.report.compare import Comparison, Course, Group, compare, compare_figure, differences
+from dtl.report.compare import Course, Group, compare, compare_figure, differences, shown
+from dtl.report.fonts import without_font
 from dtl.report.html import Cell
-from dtl.report.record import best_of, read_run
-from dtl.report.single import PAGE, duration, embed_plot, footer, prepare_folder, write_page
+from dtl.report.record import read_run
+from dtl.report.single import PAGE, duration, embed_plot, footer, missing_fonts, prepare_folder, write_page
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import never_began, why_none_began
-from dtl.text import Log
+from dtl.text import Log, csv_line
 
-_MOST_COLUMNS = 8  # of a table of differences
+_MOST_COLUMNS, _MOST_SETTINGS = 8, 8  # runs, and settings, side by side
 
 
-def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None, log: Log) -> Path:
+def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None, table_csv: str | Path | None = None, log: Log) -> Path:
     """See `dtl.report.make_comparison`."""
     # `dtl report runs/*` names these too.
     never = [folder for folder in run_folders if never_began(folder)] if len(run_folders) > 1 else []
@@ -34,11 +40,18 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         raise UserError(f"{twice[0]} is given twice")
     folder = _place(out)
     comparison = compare(records)
+    rows = differences(comparison.groups)
+    names, results = [name for name, _ in rows], _results(comparison.groups, rows)
+    if table_csv is not None:
+        _write_csv(table_csv, results, names)
     prepare_folder(folder)
     left_out = [
         *comparison.left_out,
         *(f"{record.name}: {words}" for record in records for words in record.missing if "model folder" not in words),
     ]
+    group_names = [group.name for group in comparison.groups]
+    if scripts := without_font(group_names):
+        left_out.append(missing_fonts(scripts))
     for words in left_out:
         log(f"left out of the comparison: {words}")
     alt = "Top-1 and loss on validation images of " + "; ".join(f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups)
@@ -51,15 +64,17 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         alt=alt,
         caption=caption,
         narrow=lambda: compare_figure(comparison, NARROW),
+        names=group_names,
     )
     sections = [
         html.section("Curves", plot),
-        html.section("Results", *_results(comparison)),
-        _differences(comparison.groups),
+        html.section("Results", *_table(results, names, comparison.groups)),
+        _differences(comparison.groups, rows),
         html.section("Left out", html.Bullets(left_out)) if left_out else None,
     ]
     title = " · ".join(group.name for group in comparison.groups) if len(comparison.groups) <= 4 else f"{len(records)} runs"
-    lead = [html.Headline([(_best(group.courses), group.name) for group in comparison.groups[:6]]), html.Text("Best top-1 on validation images.", soft=True)]
+    best = sorted(comparison.groups, key=lambda group: -np.nan_to_num(np.mean([course.best for course in group.courses]), nan=-1.0))[:6]
+    lead = [html.Headline([(_best(group.courses), group.name) for group in best]), html.Text("Best top-1 on validation images.", soft=True)]
     return write_page(folder, html.page(title, lead, [part for part in sections if part is not None], footer=footer()))
 
 
@@ -80,33 +95,79 @@ def _best(courses: Sequence[Course]) -> str:
     return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f}\u00a0%"
 
 
-def _results(comparison: Comparison) -> list[html.Block]:
+@dataclass(frozen=True)
+class _Result:
+    """One run's row of the table."""
+
+    course: Course
+    settings: tuple[Any, ...]
+    """Its values of the settings that differ."""
+
+    @property
+    def seed(self) -> int | None:
+        return None if self.course.record.config is None else self.course.record.config.run.seed
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.row.get("seconds") or 0.0 for phase in self.course.record.phases)
+
+
+def _results(groups: Sequence[Group], rows: Sequence[tuple[str, list[Any]]]) -> list[_Result]:
+    """All runs, the best top1 first; among equals the lower loss."""
+    found = [_Result(course, tuple(values[place] for _, values in rows)) for place, group in enumerate(groups) for course in group.courses]
+    return sorted(found, key=lambda one: (math.isnan(one.course.best), -one.course.best, one.course.lowest_loss))
+
+
+def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Group]) -> list[html.Block]:
     rows = []
-    for group in comparison.groups:
-        for course in group.courses:
-            best = best_of(course.top1, course.loss, lowest=False)
-            seconds = sum(phase.row.get("seconds") or 0.0 for phase in course.record.phases)
-            rows.append([
-                Cell(course.record.name),
-                Cell("–" if course.record.config is None else str(course.record.config.run.seed), number=True),
-                Cell(percent(course.best, 2), number=True),
-                Cell("–" if best is None else f"{course.x[best]:.4g}", number=True),
-                Cell(percent(float(course.top1[-1]), 2), number=True),
-                Cell(f"{np.nanmin(course.loss):.4f}" if np.isfinite(course.loss).any() else "–", number=True),
-                Cell(f"{course.record.last_step:,}", number=True),
-                Cell(duration(seconds) if seconds else "–", number=True),
-            ])  # fmt: skip
-    columns = ["run", "seed", "best top-1", f"at {comparison.unit}", "last top-1", "lowest loss", "total steps", "total time"]
-    several = [group for group in comparison.groups if len(group.courses) > 1]
-    groups = html.Bullets([f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several])
-    return [html.Table(columns, rows), *([groups] if several else [])]
+    for one in results:
+        course, epoch = one.course, one.course.best_epoch
+        rows.append([
+            Cell(course.record.name),
+            Cell("–" if one.seed is None else str(one.seed), number=True),
+            *(Cell(shown(value), number=_is_number(value)) for value in one.settings[:_MOST_SETTINGS]),
+            Cell(percent(course.best, 2), number=True),
+            Cell("–" if epoch is None else str(epoch), number=True),
+            Cell(percent(float(course.top1[-1]), 2), number=True),
+            Cell(f"{course.lowest_loss:.4f}" if math.isfinite(course.lowest_loss) else "–", number=True),
+            Cell(f"{course.record.last_step:,}", number=True),
+            Cell(duration(one.seconds) if one.seconds else "–", number=True),
+        ])  # fmt: skip
+    columns = ["run", "seed", *names[:_MOST_SETTINGS], "best top-1", "in epoch", "last top-1", "lowest loss", "total steps", "total time"]
+    blocks: list[html.Block] = [html.Table(columns, rows)]
+    if not names:
+        blocks.append(html.Text("Only the names and seeds differ.", soft=True))
+    if len(names) > _MOST_SETTINGS:
+        more = f"{len(names)} settings differ, and {_MOST_SETTINGS} of them have a column here; all have one in the file of `--table-csv FILE`."
+        blocks.append(html.Text(more, soft=True))
+    several = [group for group in groups if len(group.courses) > 1]
+    if several:
+        words = [f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several]
+        blocks.append(html.Bullets(words))
+    return blocks
 
 
-def _differences(groups: Sequence[Group]) -> html.Section:
-    if len(groups) > _MOST_COLUMNS:
-        return html.section("Settings that differ", html.Text(f"Not listed for more than {_MOST_COLUMNS} curves.", soft=True))
-    rows = [[Cell(name), *(Cell(value) for value in values)] for name, values in differences(groups)]
-    return html.section(
-        "Settings that differ",
-        html.Table(["setting", *(group.name for group in groups)], rows) if rows else html.Text("Only the names differ."),
-    )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _differences(groups: Sequence[Group], rows: Sequence[tuple[str, list[Any]]]) -> html.Section | None:
+    """Settings as rows, where they are too many for columns, and the runs few."""
+    if len(rows) <= _MOST_SETTINGS or len(groups) > _MOST_COLUMNS:
+        return None
+    cells = [[Cell(name), *(Cell(shown(value)) for value in values)] for name, values in rows]
+    return html.section("Settings that differ", html.Table(["setting", *(group.name for group in groups)], cells))
+
+
+def _write_csv(file: str | Path, results: Sequence[_Result], names: Sequence[str]) -> None:
+    columns = ["run", "seed", *names, "best_top1", "best_epoch", "last_top1", "lowest_loss", "steps", "seconds"]
+    lines = [csv_line(columns)]
+    for one in results:
+        course = one.course
+        settings = [value if _is_number(value) or isinstance(value, str | None) else json.dumps(value) for value in one.settings]
+        numbers = [course.best, course.best_epoch, float(course.top1[-1]), course.lowest_loss, course.record.last_step, one.seconds or None]
+        lines.append(csv_line([course.record.name, one.seed, *settings, *numbers]))
+    try:
+        write_whole(Path(file), lambda out: out.write("".join(lines).encode("utf-8", "surrogateescape")))
+    except OSError as error:
+        raise UserError(f"--table-csv {file}: cannot be written: {error.strerror or error}") from error

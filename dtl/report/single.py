@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dtl.errors import UserError
 from dtl.files import write_whole
 from dtl.report import html, style
-from dtl.report.confusion import ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
+from dtl.report.confusion import MOST_BARS, MOST_NAMES, ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
 from dtl.report.curves import curves_figure
+from dtl.report.fonts import covers, without_font
 from dtl.report.grids import save_grid
 from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import REPORT_FILE
+from dtl.runs.predictions import ImagePredictions, read_predictions, recorded_file
 from dtl.text import Log, counted
 from dtl.untrusted import open_regular
 from dtl.version import __version__
@@ -26,7 +30,8 @@ from dtl.version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dtl.report.examples import Examples, Predictions
+    from dtl.models.model_json import ModelFacts
+    from dtl.report.examples import Examples
 
 PAGE = "index.html"
 _MOST_NOTES = 30
@@ -40,6 +45,8 @@ class _Parts:
     out: Path
     log: Log
     left_out: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """What stands in the pictures that others have named."""
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:
         """`work()`, or None after a note. Any exception: the model may be anybody's code, and a run must not fail by its report."""
@@ -65,7 +72,7 @@ class _Parts:
         narrow: Callable[[], Figure | None] | None = None,
     ) -> html.Plot | None:
         """Draw, save as NAME.png, and embed, also as drawn for narrow windows; None where there is nothing to draw."""
-        return embed_plot(self.out / f"{name}.png", draw, alt=alt, caption=caption, narrow=narrow)
+        return embed_plot(self.out / f"{name}.png", draw, alt=alt, caption=caption, narrow=narrow, names=self.names)
 
 
 def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, trust: bool, log: Log) -> Path:
@@ -77,19 +84,22 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
     examples = None
     if record.config is not None:
         examples = parts.attempt("the run's images", lambda: _open_examples(record, device, trust, log))
-    predictions = None
-    if examples is not None and record.model is not None:
-        model = record.path / "model"
-        predictions = parts.attempt("predictions", lambda: examples.predictions(model, max_images=max_images, seconds=seconds))
+    predictions = parts.attempt("the predictions that the run kept", lambda: _kept_predictions(record))
+    if predictions is None and examples is not None and record.model is not None:
+        predictions = parts.attempt("predictions", lambda: _new_predictions(record, examples, max_images, seconds))
+    parts.names += [] if record.model is None else _shown_names(record.model)
+    parts.names += [] if examples is None else examples.names
     sections = [
         parts.attempt("the table of phases", lambda: _phases(record)),
         parts.attempt("the curves", lambda: _curves(parts, record)),
         parts.attempt("training images", lambda: _training(parts, examples)),
-        parts.attempt("predictions", lambda: _predictions(parts, predictions)),
-        parts.attempt("confusion", lambda: _confusion(parts, predictions)),
+        parts.attempt("predictions", lambda: _predictions(parts, predictions, examples)),
+        parts.attempt("confusion", lambda: _confusion(parts, predictions, examples)),
         parts.attempt("the transfer", lambda: _transfer(record)),
         parts.attempt("the run's notes", lambda: _notes(record)),
     ]
+    if scripts := without_font(parts.names):
+        parts.leave_out(missing_fonts(scripts))
     if parts.left_out:
         sections.append(html.section("Left out", html.Bullets(parts.left_out)))
     if record.stored is not None:
@@ -100,11 +110,14 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
 
 
 def embed_plot(
-    file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None
+    file: Path, draw: Callable[[], Figure | None], *, alt: str, caption: str = "", narrow: Callable[[], Figure | None] | None = None, names: Iterable[str] = ()
 ) -> html.Plot | None:
-    """Draw into `file`, and embed; with `narrow` beside a second drawing for narrow windows. None where there is nothing to draw."""
+    """Draw into `file`, and embed; with `narrow` beside a second drawing for narrow windows. None where there is nothing to draw.
+
+    `names` are in it, in any script.
+    """
     small = file.with_name(f"{file.stem}-narrow.png")
-    with style.plain():
+    with style.plain(names):
         figure = draw()
         if figure is None:
             return None
@@ -155,6 +168,10 @@ def write_page(out: Path, document: str) -> Path:
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error.strerror or error}; choose another folder with --out") from error
     return page
+
+
+def missing_fonts(scripts: Sequence[str]) -> str:
+    return f"names in {', '.join(scripts)} in the pictures: no installed font has these characters (Noto fonts do); the page has the names as text"
 
 
 def footer() -> str:
@@ -271,41 +288,106 @@ def _training(parts: _Parts, examples: Examples | None) -> html.Section | None:
     return html.section("What the network sees", html.Text(about, soft=True), *blocks)
 
 
-def _predictions(parts: _Parts, predictions: Predictions | None) -> html.Section | None:
-    if predictions is None:
+@dataclass(frozen=True)
+class _Predictions:
+    """What the run's weights predict for validation images."""
+
+    images: ImagePredictions
+    names: list[str]
+    """Display names of the classes."""
+    top1: float
+    about: str
+    """Who asked the network, and how."""
+    data: str | None
+    """The dataset id of the images; None: of those that `Examples` has."""
+
+    @property
+    def num_seen(self) -> int:
+        return len(np.unique(self.images.samples))
+
+
+def _kept_predictions(record: RunRecord) -> _Predictions | None:
+    """Of the evaluation that the headline is of; None for a run that kept none."""
+    if record.model is None:
         return None
-    save_grid(predictions.sample, parts.out / "predictions.png")
-    blocks: list[html.Block] = [
-        html.Text(f"{about(predictions)} A random selection, with the predicted class and its probability:", soft=True),
-        html.Tiles(predictions.sample),
-    ]
-    if predictions.mistakes:
-        save_grid(predictions.mistakes, parts.out / "mistakes.png")
-        blocks += [html.Subheading("Mistakes, most confident first"), html.Tiles(predictions.mistakes)]
-    else:
-        blocks.append(html.Text("There are no mistakes among them."))
+    facts, metrics = recorded_file(record.model.made_by, str(record.path / "model" / "model.json")), result(record)
+    if facts is None or metrics is None:
+        return None
+    images = read_predictions(record.path, facts, len(record.model.classes))
+    if images is None:
+        return None
+    about = f"The run evaluated these weights (precision {record.model.made_by.get('precision')}) on"
+    return _Predictions(images, _shown_names(record.model), metrics["top1"], about, facts.data)
+
+
+def _new_predictions(record: RunRecord, examples: Examples, max_images: int, seconds: float) -> _Predictions:
+    assert record.model is not None
+    images, metrics = examples.predict(record.path / "model", max_images=max_images, seconds=seconds)
+    about = "There is no predictions.npy of these weights. The model was evaluated on"
+    return _Predictions(images, _shown_names(record.model), metrics["top1"], about, None)
+
+
+def _shown_names(model: ModelFacts) -> list[str]:
+    return [model.display_names.get(name, name) for name in model.classes]
+
+
+def _predictions(parts: _Parts, found: _Predictions | None, examples: Examples | None) -> html.Section | None:
+    if found is None:
+        return None
+    blocks: list[html.Block | None] = [html.Text(_about(found, examples), soft=True)]
+    if examples is not None:
+        blocks += parts.attempt("the images with their predictions", lambda: _predicted_images(parts, found, examples)) or []
     return html.section("Predictions", *blocks)
 
 
-def about(predictions: Predictions) -> str:
+def _predicted_images(parts: _Parts, found: _Predictions, examples: Examples) -> list[html.Block]:
+    from dtl.report.examples import NUM_TILES, draw_samples
+
+    if found.data not in (None, examples.loaders.val.dataset_id):
+        raise UserError("the validation data is no longer what the run was evaluated on")
+    images, task = found.images, examples.task_of(found.names)
+    some = draw_samples(len(images), NUM_TILES, examples.seed)
+    worst = np.flatnonzero(images.wrong)
+    worst = worst[np.argsort(-images.probability[worst], kind="stable")][:NUM_TILES]
+    tiles = examples.tiles(images, some, found.names, task)
+    save_grid(tiles, parts.out / "predictions.png")
+    blocks: list[html.Block] = [html.Text("A random selection, with the predicted class and its probability:", soft=True), html.Tiles(tiles)]
+    if not len(worst):
+        return [*blocks, html.Text("There are no mistakes among them.")]
+    mistakes = examples.tiles(images, worst, found.names, task, with_files=True)
+    parts.names += [tile.file for tile in mistakes]
+    save_grid(mistakes, parts.out / "mistakes.png")
+    return [*blocks, html.Subheading("Mistakes, most confident first"), html.Tiles(mistakes)]
+
+
+def _about(found: _Predictions, examples: Examples | None) -> str:
     """How many images the numbers stand on."""
-    seen, total = predictions.num_seen, predictions.num_samples
-    turned = ", each in four rotations" if len(predictions.labels) > seen else ""
-    which = f"all {total:,} validation images" if seen == total else f"{seen:,} of {total:,} validation images, drawn at random"
-    damaged = f" ({predictions.num_damaged:,} damaged ones left out)" if predictions.num_damaged else ""
-    return f"The model was evaluated on {which}{damaged}{turned}: top-1 {percent(predictions.metrics['top1'], 2)}."
+    seen = found.num_seen
+    total = seen if examples is None else examples.loaders.val.num_samples
+    which = f"all {total:,} validation images"
+    if seen < total:
+        which = f"{seen:,} of {total:,} validation images, " + ("drawn at random" if found.data is None else "the others are damaged")
+    turned = ", each in four rotations" if len(found.images) > seen else ""
+    return f"{found.about} {which}{turned}: top-1 {percent(found.top1, 2)}."
 
 
-def _confusion(parts: _Parts, predictions: Predictions | None) -> html.Section | None:
-    if predictions is None:
+def _confusion(parts: _Parts, found: _Predictions | None, examples: Examples | None) -> html.Section | None:
+    if found is None:
         return None
-    labels, predicted, names = predictions.labels, predictions.predicted, predictions.names
+    labels, predicted, names = found.images.labels, found.images.predicted, found.names
     numbers = ClassNumbers.count(labels, predicted, len(names))
-    counted = f"Counted over {predictions.num_seen:,} of {predictions.num_samples:,} validation images"
+    total = found.num_seen if examples is None else examples.loaders.val.num_samples
+    counted = f"Counted over {found.num_seen:,} of {total:,} validation images"
     order = hardest_classes(numbers)
+    # Boxes would all look the same.
+    in_plots = range(len(names)) if len(names) <= MOST_NAMES else sorted(order[:MOST_BARS].tolist())
+    numbered = [label for label in in_plots if not covers(names[label])]
+    drawn = list(names)
+    for label in numbered:
+        drawn[label] = f"class {label}"
     matrix = parts.plot(
         "confusion",
-        lambda: confusion_figure(labels, predicted, names),
+        lambda: confusion_figure(labels, predicted, drawn),
         alt=f"Confusion matrix of {len(names)} classes: {percent(float((labels == predicted).mean()))} are on the diagonal.",
         caption=f"{counted}. Each row is normalised by its true class; colours have a square-root scale, so that rare mistakes can be seen.",
     )
@@ -313,7 +395,7 @@ def _confusion(parts: _Parts, predictions: Predictions | None) -> html.Section |
     many = f"The {min(30, len(order))} classes with the lowest recall, of {len(order)}. " if len(order) > 30 else ""
     bars = parts.plot(
         "classes",
-        lambda: classes_figure(numbers, names),
+        lambda: classes_figure(numbers, drawn),
         alt=f"Recall and precision by class; lowest recall: {worst}.",
         caption=f"{many}Recall: share of the images of a class that are predicted as it (number of images in brackets). "
         "Precision: share of the predictions of a class that are right.",
@@ -324,6 +406,9 @@ def _confusion(parts: _Parts, predictions: Predictions | None) -> html.Section |
         for true, taken, count in pairs
     ]
     listed = [html.Subheading("Most often confused"), html.Table(["true class", "predicted as", "images", "of"], rows, compact=True)] if rows else []
+    if numbered:
+        table = html.Table(["in the plots", "class"], [[Cell(drawn[label]), Cell(names[label])] for label in numbered], compact=True)
+        listed += [html.Subheading("Classes that the plots number"), table]
     return html.section("Classes", html.Beside([[part for part in column if part is not None] for column in ([matrix], [bars, *listed])]))
 
 

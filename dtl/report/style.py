@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError, printable
+from dtl.report.fonts import families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ _PIXELS_PER_INCH = 100  # of the page
 _SHARPNESS = 2.2  # pixels of the file for one of the page
 
 _SETTINGS: Any = {
-    "font.family": "DejaVu Sans",
     "font.size": 8.6,  # points: 12 pixels of the page
     "axes.titlesize": 8.6,
     "axes.titleweight": "bold",
@@ -56,14 +56,14 @@ _SETTINGS: Any = {
 
 
 @contextmanager
-def plain() -> Iterator[None]:
-    """Everything drawn and saved inside looks as above. Never touches pyplot, so the caller's own figures are left alone."""
+def plain(names: Iterable[str] = ()) -> Iterator[None]:
+    """Everything drawn and saved inside looks as above, with fonts for `names`. Never touches pyplot, so the caller's own figures are left alone."""
     try:
         import matplotlib
     except ImportError as error:
         raise UserError(f"the report's plots need matplotlib ({error}); pip install matplotlib") from None
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        # Class names may be in a script that the font lacks: the plot shows boxes, the page has the names as text.
+    with matplotlib.rc_context(_SETTINGS | {"font.family": families(names)}), warnings.catch_warnings():
+        # A name may be in a script that no font here has: the report says so, and the page has the names as text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 

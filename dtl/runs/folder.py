@@ -41,8 +41,8 @@ from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
 MADE = (
-    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "copies.csv", "transfer.json", "checkpoints", "model", "report", "wandb",
-    "tensorboard",
+    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "copies.csv", "transfer.json", "predictions.npy", "checkpoints",
+    "model", "report", "wandb", "tensorboard",
 )  # fmt: skip
 """What dtl makes in a run folder."""
 REPORT_FILE = re.compile(r"index\.html|(curves|compare|predictions|mistakes|confusion|classes|training(-[\w-]+)?)(-narrow)?\.png")
@@ -173,7 +173,7 @@ class RunFolder:
         clear_folder(self.path / "checkpoints", _CHECKPOINT)
         clear_folder(self.path / "model", re.compile(r"model\.(json|safetensors)"))
         clear_folder(self.path / "report", REPORT_FILE)
-        clear_folder(self.path, re.compile(r"(history|bad_samples)\.jsonl|(transfer|status)\.json|\.model\.before|\.writing-model-\d+"))
+        clear_folder(self.path, re.compile(r"(history|bad_samples)\.jsonl|(transfer|status)\.json|predictions\.npy|\.model\.before|\.writing-model-\d+"))
 
     def count_starts(self, step: int) -> int:
         """How many starts in a row, this one included, have begun at `step`: more than a few make no progress. Kept in status.json."""

@@ -25,7 +25,8 @@ from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_
 from dtl.models.groups import layer_groups
 from dtl.models.strict_load import check_tensors
 from dtl.optim.groups import build_groups, build_optimizer
-from dtl.optim.schedule import Schedule, lr_at
+from dtl.optim.schedule import Schedule, lr_at, schedule_of
+from dtl.runs.predictions import ImagePredictions
 from dtl.text import counted
 from dtl.training.losses import Loss, build_loss, class_weights
 from dtl.training.phases import Phase
@@ -70,6 +71,8 @@ class ActivePhase:
     """Name of the module that is trained on cached features, instead of the whole network on images."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """In the main process: the network's state dict at the phase's best evaluation so far, in host memory."""
+    predictions: ImagePredictions | None = None
+    """In the main process: what the evaluation of the weights that the phase would leave behind has predicted; of a run's last phase."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -95,6 +98,8 @@ class ActivePhase:
             groups["ema"] = self.ema.state_tensors()
         if self.best:
             groups["best"] = self.best
+        if self.predictions is not None:
+            groups["predictions"] = {name: torch.from_numpy(column) for name, column in vars(self.predictions).items()}
         scaler = runtime.accelerator.scaler
         return groups, {
             "optimizer": optimizer,
@@ -109,6 +114,8 @@ class ActivePhase:
             self.ema.load(checkpoint.tensors("ema"), num_updates=int(checkpoint.state["ema_updates"]))
         if runtime.is_main and "best" in checkpoint.groups:
             self.best = checkpoint.tensors("best")
+        if runtime.is_main and "predictions" in checkpoint.groups:
+            self.predictions = ImagePredictions(**{name: column.numpy() for name, column in checkpoint.tensors("predictions").items()})
         if runtime.accelerator.scaler is not None and checkpoint.state["scaler"] is not None:
             runtime.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
@@ -203,7 +210,7 @@ def enter(
         network=network,
         wrapped=wrapped,
         optimizer=runtime.accelerator.prepare_optimizer(optimizer),
-        schedule=_schedule(phase),
+        schedule=schedule_of(config, phase.steps_per_epoch),
         loss=build_loss(
             config.loss,
             smoothing=config.label_smoothing,
@@ -238,25 +245,6 @@ def _copy_to_host(module: nn.Module, into: dict[str, Tensor]) -> dict[str, Tenso
             old = torch.empty_like(tensor, device="cpu")
         copied[name] = old.copy_(tensor)
     return copied
-
-
-def _schedule(phase: Phase) -> Schedule:
-    config, per_epoch = phase.config, phase.steps_per_epoch
-    every_steps = 0
-    milestones: tuple[int, ...] = ()
-    if config.schedule == "step":
-        if isinstance(config.step_epochs, tuple):
-            milestones = tuple(max(1, round(epoch * per_epoch)) for epoch in config.step_epochs)
-        else:
-            every_steps = max(1, round(config.step_epochs * per_epoch))
-    return Schedule(
-        kind=config.schedule,
-        warmup_steps=round(config.warmup * per_epoch),
-        every_steps=every_steps,
-        milestones=milestones,
-        gamma=config.gamma,
-        final_fraction=config.final_lr,
-    )
 
 
 def _sync_norms(

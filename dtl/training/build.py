@@ -10,6 +10,7 @@ import torch
 from dtl.checkpoint.transfer.apply import TransferReport, apply_plan
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
+from dtl.checkpoint.transfer.source.hubs import source_named
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, read_weights
 from dtl.config import Config
 from dtl.data.loading import device as device_decode
@@ -28,7 +29,6 @@ from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build
 from dtl.models.catalog import find
 from dtl.models.freeze import select
-from dtl.models.hub import hub_name
 from dtl.models.network import Normalise, to_device
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
@@ -195,7 +195,7 @@ def load_pretrained(config: Config, network: Network, runtime: Runtime, train: S
         return None
     options = config.transfer
     with runtime.together("transfer"):
-        weights = runtime.main_first(lambda: read_weights(_source(options.source, network.name, named=config.model.name)))
+        weights = runtime.main_first(lambda: read_weights(source_named(options.source, network.name, named=config.model.name)))
     runtime.same("the pretrained weights' file", weights.fingerprint)
     with runtime.together("transfer"):
         # Planned once: what one process decided holds for all.
@@ -229,15 +229,3 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
         target_classes=list(train.classes),
         image_size=config.data.image_size,
     )
-
-
-def _source(source: str, model: str, *, named: str) -> str:
-    """`pretrained` as the name of the network's own weights; `named` as the recipe has it."""
-    if source != "pretrained":
-        return source
-    if (repository := hub_name(named)) is not None:
-        return f"timm:hf-hub:{repository}"
-    zoo, _, name = model.partition("/")
-    if zoo not in ("torchvision", "timm") or not name:
-        raise UserError(f"transfer.source is pretrained, but {model} has no published weights; give a file with --transfer.source")
-    return f"{zoo}:{name}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.network import Network, Normalise, forward_logits, to_device
+from dtl.runs.predictions import ImagePredictions
 from dtl.training.losses import Loss
 from dtl.training.phases import Task
 
@@ -82,8 +83,10 @@ def evaluate(
     loss: Loss,
     normalise: Normalise,
     agree: Callable[[list[Batch]], Callable[[], bool]] | None = None,
+    rows: PredictionRows | None = None,
 ) -> Sums | None:
     """Sums over all ranks, the same on each of them. `steps` is this rank's share, with the same number of steps on every rank.
+    `rows` takes what is predicted for each image of this rank.
 
     `agree(batches)` is called before a step, and what it returns after it: that may end the pass, on all ranks at once, and the result is
     None. So ranks can exchange flags while they compute.
@@ -95,6 +98,8 @@ def evaluate(
             for outputs in forward.over(batches, task):
                 losses, _ = loss(outputs.logits, outputs.labels)
                 sums.update(outputs.logits, outputs.labels, outputs.weights, losses)
+                if rows is not None:
+                    rows.add(outputs, losses)
             if is_over is not None and is_over():
                 return None
     return reduce_sums(sums, runtime)
@@ -116,6 +121,43 @@ def reduce_sums(sums: Sums, runtime: Runtime) -> Sums:
     """The sums of all ranks, on every rank."""
     integers, floats = sums.tensors()
     return sums.from_tensors(runtime.sum(integers.cpu()), runtime.sum(floats.cpu()))
+
+
+# ---- what is predicted for each image
+
+
+class PredictionRows:
+    """Label, prediction, probability and loss of each image of this rank's share, as they are computed; nothing in `add` waits for the device."""
+
+    def __init__(self) -> None:
+        self._samples: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def add(self, outputs: Outputs, losses: Tensor) -> None:
+        """A batch, and its unweighted losses [B]."""
+        logits = outputs.logits
+        # Copied: a batch's own tensors may lie in a buffer of the loader.
+        self._samples.append(outputs.batch.samples.repeat(len(outputs.labels) // len(outputs.batch.samples)).clone())
+        self._numbers.append(torch.stack([outputs.labels, first_greatest(logits), (outputs.weights > 0).long()], dim=1))
+        self._values.append(torch.stack([logits.softmax(dim=1).amax(dim=1), losses.float()], dim=1))
+
+    def all_ranks(self, runtime: Runtime) -> ImagePredictions:
+        """Of all ranks together, without pads and damaged images; every rank must call it, and all get the same."""
+        nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 2))
+        samples, numbers, values = (torch.cat([none, *(part.cpu() for part in parts)]) for none, parts in zip(nothing, self._parts()))
+        real = numbers[:, 2] > 0
+        integers, floats = torch.cat([samples[real, None], numbers[real, :2]], dim=1), values[real]
+        most = max(runtime.gather(len(integers)))
+        pad = most - len(integers)
+        integers = torch.cat([integers, integers.new_full((pad, 3), -1)])
+        everyone = torch.cat(runtime.gather_rows(integers)).numpy()
+        everyones = torch.cat(runtime.gather_rows(torch.cat([floats, floats.new_zeros(pad, 2)]))).numpy()
+        found = everyone[:, 0] >= 0
+        return ImagePredictions.joined(everyone[found], everyones[found])
+
+    def _parts(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self._samples, self._numbers, self._values
 
 
 # ---- metrics: integer counts and float64 sums over real samples, one division at the very end

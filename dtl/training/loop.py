@@ -22,11 +22,12 @@ from dtl.models.build import Network
 from dtl.models.network import Normalise
 from dtl.models.strict_load import strict_load
 from dtl.runs.bad_samples import BadSamples
+from dtl.runs.predictions import ImagePredictions
 from dtl.runs.trace import open_trace
 from dtl.training import micro_batch
 from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
 from dtl.training.dataloaders import DataLoaders
-from dtl.training.evaluate import evaluate
+from dtl.training.evaluate import PredictionRows, evaluate
 from dtl.training.features import PhaseFeatures
 from dtl.training.phases import Phase, judge, note_result
 from dtl.training.session import Session
@@ -45,6 +46,8 @@ class Trainer:
         self.session, self.config, self.runtime, self.heart = session, session.config, session.runtime, session.heart
         self.network, self.normalise, self.loaders, self.phases, self.state = network, normalise, loaders, phases, state
         self.tracker = session.open_tracker(state)
+        self.predictions: ImagePredictions | None = None
+        """In the main process, at a run's end: what its weights predict for each validation image."""
         self._bad_samples = BadSamples(session.folder.path / "bad_samples.jsonl", self.runtime, self.config.data, known=state.bad_samples)
         self._log = StepLog(session, self.tracker, loaders, state)
         self._saver = Saver(session, self._log, self._bad_samples, state)
@@ -155,6 +158,7 @@ class Trainer:
         if state.phase.ended and state.epoch_step:
             self._log.epoch(active)
         active.take_result(self.runtime)
+        self.predictions = active.predictions
         leave(active, self.runtime)
         self.loaders.cached = {}
         self.tracker.end_phase()
@@ -212,6 +216,8 @@ class Trainer:
         self._log.check_loss(active)
         phase, state = active.phase, self.state
         active.sync_buffers(self.runtime)
+        # The run delivers weights of its last phase: what these predict for each image is kept with them.
+        rows = PredictionRows() if phase is self.phases[-1] else None
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
                 active.evaluated,
@@ -222,9 +228,10 @@ class Trainer:
                 loss=active.eval_loss,
                 normalise=self.normalise,
                 agree=self._agree_on_val_step,
+                rows=rows,
             )
             if sums is not None:
-                self._judge(active, sums.result())
+                self._judge(active, sums.result(), rows)
         if sums is None:
             self._saver.stop(active)
         state.phase.pending_eval = False
@@ -244,15 +251,19 @@ class Trainer:
         self.heart.enter("features", self.state.step)
         return self._settle(self._exchange(batches), "train", batches).stop
 
-    def _judge(self, active: ActivePhase, metrics: dict[str, Any]) -> None:
+    def _judge(self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None) -> None:
         """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
         phase, state, monitor = active.phase, self.state, self.config.checkpoint.monitor
         epoch = phase.epoch_of(max(0, state.phase.step - 1))[0]
         self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
         judgement = judge(metrics, phase, state, monitor=monitor)
+        kept, ended = self.runtime.agree((judgement.gain or phase.config.keep == "last", judgement.end is not None))
         if judgement.gain:
             active.keep_best(self.runtime)
-        if self.runtime.agree(judgement.end is not None) and state.phase.step < phase.num_steps:
+        if kept and rows is not None:
+            predictions = rows.all_ranks(self.runtime)
+            active.predictions = predictions if self.runtime.is_main else None
+        if ended and state.phase.step < phase.num_steps:
             state.phase.ended = True
             self.tracker.note("early stop", step=state.step, phase=phase.name, why=judgement.end)
             self.tracker.print(f"phase {phase.name} ends early at step {state.step}: {judgement.end}")

@@ -131,7 +131,7 @@ def plan_phases(phases: Mapping[str, PhaseConfig], *, steps_per_epoch: int, num_
     planned: list[Phase] = []
     first_epoch = first_step = 0
     for index, (name, config) in enumerate(phases.items()):
-        num_steps = config.steps or max(1, round((config.epochs or 1.0) * steps_per_epoch))
+        num_steps = config.num_steps(steps_per_epoch)
         task = task_named(config.task)
         planned.append(
             Phase(

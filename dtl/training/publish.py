@@ -17,8 +17,11 @@ from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
 from dtl.config.own import is_function, needs_record, note_made
 from dtl.credentials import redact
+from dtl.errors import UserError
 from dtl.models.build import Network
 from dtl.runs.folder import RunFolder, read_status
+from dtl.runs.predictions import NAME as PREDICTIONS
+from dtl.runs.predictions import ImagePredictions, write_predictions
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
 from dtl.training.session import Session
@@ -136,6 +139,8 @@ def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
 def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config) -> None:
     network, train = trainer.network, trainer.loaders.train
     last = trainer.state.results.phases[-1]
+    # Before the model folder, which names them: whoever reads in between finds that they are of other weights.
+    predictions = None if trainer.predictions is None else _write_predictions(folder.path, trainer.predictions, trainer.loaders.val.dataset_id)
     save_model_folder(
         model,
         network.module.state_dict(),
@@ -151,9 +156,17 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
             "dtl": __version__,
             "torch": torch.__version__,
             "data": train.dataset_id,
+            "predictions": predictions,
             "settings": redact(config.to_dict()),
         },
     )
+
+
+def _write_predictions(run: Path, predictions: ImagePredictions, data: str) -> dict[str, Any]:
+    try:
+        return write_predictions(run, predictions, data=data)
+    except OSError as error:
+        raise UserError(f"{run / PREDICTIONS} cannot be written: {error.strerror or error}") from error
 
 
 def architecture(network: Network) -> dict[str, Any]:

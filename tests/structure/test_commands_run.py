@@ -237,6 +237,9 @@ def reported(place: Path, words: list[str], out: str) -> None:
         own = place / runs[0] / "report" if len(runs) == 1 else place / "comparison"
         folder = place / option(words, "--out") if "--out" in words else own
         assert (folder / "index.html").stat().st_size > 10_000
+    if "--table-csv" in words:
+        rows = csv.DictReader((place / option(words, "--table-csv")).read_text().splitlines())
+        assert all(row["best_top1"] for row in rows)
 
 
 def predicted(place: Path, words: list[str], out: str) -> None:

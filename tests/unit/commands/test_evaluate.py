@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.inference.model import open_model
+from dtl.text import from_csv_cell
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,38 @@ def test_every_number_against_a_plain_computation(model: Path, photos: Path, tmp
     assert [hard["path"] for hard in found["hardest"]] == [paths[i] for i in order]
     assert [hard["loss"] for hard in found["hardest"]] == pytest.approx([losses[i].item() for i in order], rel=1e-4)
     assert [hard["predicted"] for hard in found["hardest"]] == [CLASSES[predicted[i]] for i in order]
+
+
+@pytest.mark.parametrize("batch_size", ["5", "64"])
+def test_the_csv_has_each_image_once_as_a_plain_computation_has_it(model: Path, photos: Path, tmp_path: Path, batch_size: str) -> None:
+    found = evaluated(model, photos, tmp_path, "--batch-size", batch_size, "--csv", str(tmp_path / "images.csv"), "--hardest", "3")
+    with (tmp_path / "images.csv").open(newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    paths, logits, labels = by_hand(model, photos)
+    assert sorted(rows) == sorted(paths)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    for i, path in enumerate(paths):
+        row = rows[path]
+        assert (row["label"], row["prediction"]) == (CLASSES[labels[i]], CLASSES[predicted[i]])
+        assert float(row["probability"]) == pytest.approx(confidence[i].item(), rel=1e-4)
+        assert float(row["loss"]) == pytest.approx(losses[i].item(), rel=1e-4)
+    assert found["top1"] == sum(row["label"] == row["prediction"] for row in rows.values()) / 37
+    order = sorted(rows.values(), key=lambda row: -float(row["loss"]))[:3]
+    assert [(hard["path"], hard["loss"], hard["confidence"]) for hard in found["hardest"]] == [
+        (row["path"], float(row["loss"]), float(row["probability"])) for row in order
+    ]
+
+
+def test_a_name_that_a_spreadsheet_would_compute_stays_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("=1+1.jpg", 'a,"b.jpg', "c.jpg"):
+        write_image(tmp_path / "photos" / CLASSES[0] / name, 1)
+    assert run([str(model), "--data.val", str(tmp_path / "photos"), "--workers", "0", "--csv", str(tmp_path / "i.csv"), "--hardest", "2"]) == 0
+    with (tmp_path / "i.csv").open(newline="") as file:
+        assert {from_csv_cell(row["path"]) for row in csv.DictReader(file)} == {f"{CLASSES[0]}/{name}" for name in ("=1+1.jpg", 'a,"b.jpg', "c.jpg")}
+    told = capsys.readouterr().out
+    assert told.count("  loss ") == 2
+    assert f"each image: {tmp_path / 'i.csv'}" in told
 
 
 def test_a_table_with_display_names(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +213,10 @@ def test_damage_ends_the_evaluation_or_is_left_out_by_name(model: Path, photos: 
     shard.write_bytes(data)
     with pytest.raises(UserError, match="--on-error skip"):
         run([str(model), "--data.val", str(tmp_path / "shards"), "--workers", "0"])
-    found = evaluated(model, tmp_path / "shards", tmp_path, "--on-error", "skip")
+    found = evaluated(model, tmp_path / "shards", tmp_path, "--on-error", "skip", "--csv", str(tmp_path / "images.csv"))
+    lines = (tmp_path / "images.csv").read_text().splitlines()
+    assert lines[1] == f"{found['damaged'][0]['path']},,,,"
+    assert len(lines) == 1 + whole["num_samples"]
     assert found["num_samples"] == whole["num_samples"] - 1
     (damaged,) = found["damaged"]
     assert (photos / damaged["path"]).is_file()
@@ -195,6 +232,8 @@ def test_damage_ends_the_evaluation_or_is_left_out_by_name(model: Path, photos: 
         (["{tmp}/run"], "no model yet"),
         (["{model}", "--data.val", "{tmp}/none"], "does not exist"),
         (["{model}", "--data.val", "digits", "--json", "{tmp}/no/e.json"], "does not exist"),
+        (["{model}", "--data.val", "digits", "--csv", "{tmp}/no/e.csv"], "does not exist"),
+        (["{model}", "--data.val", "digits", "--csv", "{tmp}"], "not a file"),
     ],
 )
 def test_mistakes_are_one_clear_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_images import image_folder
 
 from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.cli import main
@@ -68,6 +70,67 @@ def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: py
 def test_wrong_options(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recipe_is_the_dry_run_of_its_own_transfer_with_options_on_top(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Network, its options, weights, how they are paired, and the classes of the training data, which is not packed."""
+    images = image_folder(tmp_path / "photos", {"ant": 2, "bee": 2, "cat": 2})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {{train: {images}, image_size: 32}}\nmodel: {{name: dtl/resnet_tiny}}\n"
+        f"transfer: {{source: {weights}, by: name, keep_head: false}}\nphases: {{all: {{train: all}}}}\n"
+    )
+
+    def report(*more: str, code: int = 0) -> dict[str, Any]:
+        assert main(["transfer", "--config", str(recipe), "--report", str(tmp_path / "r.json"), *more]) == code, capsys.readouterr().err
+        return json.loads((tmp_path / "r.json").read_text())  # type: ignore[no-any-return]
+
+    def outputs(values: dict[str, Any]) -> int:
+        return next(int(one["shape"][0]) for one in values["outcomes"] if one["target"] == "6.weight")
+
+    of_recipe = report()
+    assert of_recipe["by"] == "name"
+    assert outputs(of_recipe) == 3
+    by_hand = ["--model", "dtl/resnet_tiny", "--num-classes", "3", "--source", str(weights), "--by", "name", "--keep-head", "false"]
+    assert main(["transfer", *by_hand, "--report", str(tmp_path / "h.json")]) == 0
+    assert json.loads((tmp_path / "h.json").read_text())["outcomes"] == of_recipe["outcomes"]
+    assert report("--by", "order")["by"] == "order"
+    assert report("--transfer.by", "order", "--transfer.assume-order")["by"] == "order"
+    assert outputs(report("--num-classes", "7")) == 7
+    capsys.readouterr()
+    assert main(["transfer", "--config", str(recipe), "--model", "dtl/resnet18_plain"]) == 2
+    assert "transfer refused" in capsys.readouterr().err
+
+
+def test_options_of_the_network(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["transfer", "--model", "torchvision/mobilenet_v2", "--source", str(weights), "--num-classes", "4"]
+    assert main([*arguments, "--model.options", "{width_mult: 0.25}"]) == 2
+    narrow = capsys.readouterr().out
+    assert main(arguments) == 2
+    assert narrow != capsys.readouterr().out
+    assert main([*arguments, "--model.options", "{widht_mult: 0.25}"]) == 2
+    error = capsys.readouterr().err
+    assert "widht_mult" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "no network: give --model NAME, or --config FILE"),
+        (["--model", "dtl/resnet_tiny"], "no source of weights: give --source"),
+        (["--config", "digits"], "no source of weights: give --source; digits has no transfer section"),
+        (["--config", "finetune"], "no training data; give --data.train FOLDER"),
+        (["--config", "finetune", "--data.train", "http://127.0.0.1:9/x.tar", "--source", "w.pth"], "give --num-classes K or --classes NAMES"),
+        (["--model", "dtl/resnet_tiny", "--transfer.by", "name"], "unknown option --transfer.by"),
+        (["--config", "finetune", "--sorce", "x"], "unknown option --sorce; did you mean --source?"),
+    ],
+)
+def test_what_is_missing_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
 def test_verify(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,16 +61,16 @@ def test_seeds_with_images_and_sources_of_their_own_become_one_curve_too(tmp_pat
     ]
     assert differences(groups) == [
         ("data.train", ["resnet18/few{seed}.csv", "resnet18/few{seed}.csv", "resnet18/few5.csv"]),
-        ("transfer.source", ["runs/pre-s{seed}", "–", "–"]),
+        ("transfer.source", ["runs/pre-s{seed}", None, None]),
     ]
 
 
 def test_what_differs_between_runs_is_listed_once(tmp_path: Path) -> None:
     assert dict(differences(compare(runs_to_compare(tmp_path)).groups)) == {
-        "phases.pretext": ["yes", "–"],
-        "phases.head": ["yes", "–"],
-        "phases.all.epochs": ["3", "4"],
-        "phases.all.lr": ["0.01", "0.02"],
+        "phases.pretext": ["yes", None],
+        "phases.head": ["yes", None],
+        "phases.all.epochs": [3.0, 4.0],
+        "phases.all.lr": [0.01, 0.02],
     }
 
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from report_runs import make_config, make_run, write_history
+from report_runs import make_config, make_events, make_run, write_history
 
+from dtl.optim.schedule import Schedule, lr_at
 from dtl.report import style
-from dtl.report.curves import curves_figure, epoch_marks, thinned
+from dtl.report.curves import curves_figure, epoch_marks, learning_rates, thinned
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 
 
@@ -80,6 +81,33 @@ def test_thinning_keeps_order_range_and_mean(values: list[float], most: int) -> 
     assert (np.diff(x) > 0).all()
     assert thin.min() >= y.min() - 1e-6
     assert thin.max() <= y.max() + 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "linear", "one_cycle"])
+@pytest.mark.parametrize("log_every", [1, 7, 100])
+def test_the_rate_is_drawn_at_each_step_as_the_run_computed_it(tmp_path: Path, schedule: str, log_every: int) -> None:
+    warmup = 0 if schedule == "one_cycle" else 0.4
+    phases = {
+        "head": {"train": "head", "steps": 9, "lr": 0.3},
+        "all": {"train": "all", "epochs": 4.5, "lr": 0.1, "schedule": schedule, "step_epochs": 1.2, "warmup": warmup},
+    }
+    config = make_config("run", phases=phases)
+    folder = make_run(tmp_path / "run", config, model=False)
+    truth = [lr_at(step, schedule=Schedule("cosine"), num_steps=9, base_lr=0.3) for step in range(9)]
+    planned = Schedule(schedule, warmup_steps=round(warmup * 12), every_steps=14 if schedule == "step" else 0)
+    truth += [lr_at(step, schedule=planned, num_steps=54, base_lr=0.1) for step in range(54)]
+    events = make_events(config, log_every=log_every)
+    write_history(folder, [{**event, **({"lr": truth[event["step"] - 1]} if event["event"] == "train" else {})} for event in events])
+    record = read_run(folder)
+    for phase, first in zip(record.phases, (0, 9), strict=True):
+        steps, values, in_stairs = learning_rates(record, phase)
+        assert in_stairs
+        assert steps.tolist() == list(range(first, first + phase.num_steps + 1))
+        np.testing.assert_allclose(values[1:], truth[first : first + phase.num_steps], rtol=1e-12)
+    # A rate that was changed by hand: what was logged is drawn.
+    write_history(folder, [{**event, **({"lr": 0.5} if event["event"] == "train" else {})} for event in make_events(config, log_every=log_every)])
+    for phase in read_run(folder).phases:
+        assert set(learning_rates(record, phase)[1].tolist()) == {0.5}
 
 
 # ---- comparison

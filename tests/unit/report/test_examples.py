@@ -9,21 +9,18 @@ import pytest
 from report_runs import make_config, make_run
 
 
-def test_numbers_come_from_at_most_so_many_images_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtl.report.examples import Examples
+def test_of_a_run_without_predictions_numbers_come_from_at_most_so_many_images_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtl.report.examples import Examples, draw_samples
     from dtl.report.record import read_run
-    from dtl.report.single import about
 
     monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
     run = make_run(tmp_path / "digits")
     examples, model = Examples.open(read_run(run)), run / "model"
-    few = examples.predictions(model, max_images=100, seconds=60.0)
-    assert "100 of 360 validation images, drawn at random" in about(few)
-    assert len(few.labels) == len(few.predicted) == few.metrics["num_samples"] == 100
-    assert few.metrics["top1"] == float((few.labels == few.predicted).mean())
-    quick = examples.predictions(model, max_images=360, seconds=0.0)
-    assert quick.num_seen == 32  # one batch
-    assert quick.labels.tolist() == few.labels[:32].tolist()  # drawn by key: the same images every time
+    few, metrics = examples.predict(model, max_images=100, seconds=60.0)
+    assert len(few.labels) == len(few.predicted) == metrics["num_samples"] == 100
+    assert metrics["top1"] == float((few.labels == few.predicted).mean())
+    quick, _ = examples.predict(model, max_images=360, seconds=0.0)
+    assert sorted(draw_samples(360, 360, seed=0)[:32].tolist()) == quick.samples.tolist()  # one batch, drawn by key: the same images every time
 
 
 def test_a_phase_on_cached_features_is_shown_the_images_that_gave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from dtl.report.examples import Tile
 from dtl.report.grids import RIGHT, WRONG, fitting, save_grid, tile_image
@@ -52,16 +52,18 @@ def test_right_and_wrong_have_frames_and_others_none(tmp_path: Path) -> None:
 
 def test_a_note_takes_a_line_of_its_own(tmp_path: Path) -> None:
     assert grid(tmp_path, [tile(), tile(note="of another")]).height > grid(tmp_path, [tile()]).height
+    with_file = tile(note="of another", file="photos/ants/7.jpg")
+    assert grid(tmp_path, [tile(), with_file]).height > grid(tmp_path, [tile(), tile(note="of another")]).height
+    assert with_file.words == "a caption, of another, photos/ants/7.jpg"
 
 
 def test_long_words_are_cut_to_the_tile() -> None:
-    draw = ImageDraw.Draw(Image.new("RGB", (400, 20)))
-    assert fitting(draw, "ant", 144) == "ant"
-    assert fitting(draw, "", 0) == ""
-    cut = fitting(draw, "an extraordinarily long name of a class", 144)
+    assert fitting("ant", 144) == "ant"
+    assert fitting("", 0) == ""
+    cut = fitting("an extraordinarily long name of a class", 144)
     assert cut.endswith("…")
     assert 8 < len(cut) < 39
-    assert fitting(draw, "wide", 0) == "…"
+    assert fitting("wide", 0) == "…"
 
 
 @pytest.mark.parametrize(("own", "wanted"), [(16, 144), (28, 140), (64, 128), (100, 100), (300, 144)])

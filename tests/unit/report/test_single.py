@@ -35,7 +35,7 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     best = record.phases[-1].best()
     assert best is not None
     top1 = percent(float(record.phases[-1].val["top1"][best]), 2).replace("\u00a0", " ")
-    # Measured again here, on the same images with the model folder's weights.
+    assert "The run evaluated these weights (precision no) on all 360" in page.text
     assert f"all 360 validation images: top-1 {top1}" in page.text
     assert "with mixup or cutmix" in page.text
     assert "each image in its four rotations" in page.text
@@ -43,7 +43,7 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     # From the history and the model folder alone, all pictures again.
     pictures = {file.name for file in (run / "report").iterdir()}
     for other in run.iterdir():
-        if other.name not in ("history.jsonl", "model"):
+        if other.name not in ("history.jsonl", "model"):  # the model folder is then asked again
             shutil.rmtree(other) if other.is_dir() else other.unlink()
     again = Page.read(make_report(run, log=said.append))
     assert said == []

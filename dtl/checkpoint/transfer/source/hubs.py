@@ -153,3 +153,15 @@ def _timm_facts(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("label_names"):
         facts["classes"] = list(config["label_names"])
     return facts
+
+
+def source_named(source: str, model: str, *, named: str) -> str:
+    """The source of a recipe's `transfer` section: `pretrained` as the name of the network's own weights. `model` is `named`, as the catalogue has it."""
+    if source != "pretrained":
+        return source
+    if (repository := hub_name(named)) is not None:
+        return f"timm:hf-hub:{repository}"
+    zoo, _, name = model.partition("/")
+    if zoo not in ("torchvision", "timm") or not name:
+        raise UserError(f"transfer.source is pretrained, but {model} has no published weights; give a file with --transfer.source")
+    return f"{zoo}:{name}"
