@@ -61,7 +61,7 @@ class Assessment:
     """Greatest loss first; equal losses by sample number."""
     damaged: list[tuple[int, str]]
     """(sample, why it counts nowhere)"""
-    predictions: ImagePredictions | None
+    predictions: ImagePredictions | None = None
     """Of each image, where that was asked for."""
 
     @property
