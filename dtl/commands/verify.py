@@ -48,7 +48,11 @@ def run(arguments: list[str]) -> int:
         if not options.quiet:
             to_stdout(_summary(report, quarantine=options.quarantine))
         usable = usable and report.is_usable
-    if line := describe_copies(find_copies({folder.name: Shards.open(folder, data) for folder in folders})):
+    splits = [Shards.open(folder, data) for folder in folders]
+    names = [shards.folder.name for shards in splits]
+    if is_remote(options.shards):  # whose folder here has no name of its own
+        names = [str(shards.manifest.made_by.get("split", name)) for shards, name in zip(splits, names)]
+    if line := describe_copies(find_copies(dict(zip(names, splits)))):
         to_stderr(line)
     return 0 if usable else 2
 

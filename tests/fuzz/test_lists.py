@@ -16,7 +16,9 @@ from dtl.inference.images import find_images
 
 _LISTS = [
     b"a.png 0\nb.png 1\n", b"a.png ants\r\n'b.png' bees\r\n", b'path,label\na.png,"x"\n"b.png",y\n', b"path;label\na.png;1\nb.png;2\n",
-    b"\xef\xbb\xbfimage\tclass\na.png\tq\nb.png\tr\n", b"a.png\nb.png\n", b'["x", "y"]', b'{"x": 0, "y": 1}',
+    b"\xef\xbb\xbfimage\tclass\na.png\tq\nb.png\tr\n", b"a.png\nb.png\n",
+    b'path,label,split,note\na.png,x,train,"two\nlines"\nb.png,y,Test,\n', b'"file","class","is_valid"\r\n"a.png","x","True"\r\n"b.png","y","0"\r\n',
+    b'["x", "y"]', b'{"x": 0, "y": 1}',
 ]  # fmt: skip
 
 

@@ -53,7 +53,9 @@ def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | 
 def _meant(label: str, classes: Sequence[str]) -> str:
     bare = label.lstrip("0")
     same = next((name for name in classes if name.lstrip("0") == bare and label.isdigit()), None)
-    return f"; did you mean '{same}'? (spreadsheets take leading zeros away)" if same is not None else nearest(label, classes)
+    if same is not None:
+        return f"; did you mean '{same}'? (spreadsheets take leading zeros away)"
+    return nearest(label, classes) or f"; it has {some(classes, quoted=True)}"
 
 
 def _check_files(path: Path, rows: Listing) -> tuple[array[int], array[int]]:
@@ -76,7 +78,9 @@ def _check_files(path: Path, rows: Listing) -> tuple[array[int], array[int]]:
             if header
             else near_paths([(rows.paths[position], rows.label_names[rows.labels[position]]) for position in missing[:1000]], path.parent)
         )
-        raise UserError(f"{path}: {len(missing):,} of {len(rows.lines):,} images do not exist: {shown}{more}; paths are relative to {path.parent}{hint}")
+        raise UserError(
+            f"{path}: {len(missing):,} of {len(rows.lines):,} images do not exist: {shown}{more}; paths are relative to {path.parent.absolute()}{hint}"
+        )
     return sizes, mtimes
 
 

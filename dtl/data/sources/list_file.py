@@ -192,7 +192,7 @@ def _no_header(text: str, folder: Path) -> str:
     delimiter = max(_DELIMITERS, key=first.count)
     cells = [_unquoted(cell) for cell in first.split(delimiter)]
     wanted = f"line {line}: a CSV list begins with a header that names a path and a label column (path,label), got `{first[:_SHOWN]}`"
-    if looks_like_image(cells[0]) or (cells[0] and (folder / cells[0]).is_file()):
+    if looks_like_image(cells[0]) or (cells[0] and os.path.isfile(folder / cells[0])):
         return f"{wanted}; put the line `{delimiter.join(['path', 'label'])}` before it"
     missing = [
         f"{what} (read are {', '.join(known)})"

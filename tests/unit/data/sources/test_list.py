@@ -63,6 +63,9 @@ def test_csv_with_a_header(tmp_path: Path, text: str) -> None:
 def test_a_line_too_long_for_a_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="do not exist"):
         open_source(_listed(tmp_path, "ants/0000.jpg " * 400 + "\n"), labelled=False)
+    for text in ("x" * 400 + "\n", "path,label\n" + "x" * 400 + ".jpg,ant\nants/0000.jpg,bee\n"):
+        with pytest.raises(UserError, match="begins with a header|do not exist"):
+            open_source(_listed(tmp_path, text, "list.csv"))
 
 
 def test_a_prediction_csv_as_a_list(tmp_path: Path) -> None:
@@ -112,6 +115,8 @@ def test_a_list_with_given_classes(tmp_path: Path) -> None:
     assert open_source(path, classes=["ant", "asp", "bee"]).labels.tolist() == [0, 2]
     with pytest.raises(UserError, match=r"line 2: class 'bee' is not in the given class list; did you mean 'bees'\?"):
         open_source(path, classes=["ant", "bees"])
+    with pytest.raises(UserError, match=r"line 1: class 'ant' is not in the given class list; it has '0', '1'$"):
+        open_source(path, classes=["0", "1"])
 
 
 @pytest.mark.parametrize("text", ["a b.jpg\nc.jpg\n", "path\na b.jpg\nc.jpg\n", "path,label\na b.jpg,x\nc.jpg,x\n", "a b.jpg x\nc.jpg x\n"])
