@@ -64,7 +64,7 @@ def test_a_line_too_long_for_a_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="do not exist"):
         open_source(_listed(tmp_path, "ants/0000.jpg " * 400 + "\n"), labelled=False)
     for text in ("x" * 400 + "\n", "path,label\n" + "x" * 400 + ".jpg,ant\nants/0000.jpg,bee\n"):
-        with pytest.raises(UserError, match="begins with a header|do not exist"):
+        with pytest.raises(UserError, match=r"begins with a header|do not exist"):
             open_source(_listed(tmp_path, text, "list.csv"))
 
 
