@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast, dataclass_transform
 
 from dtl.errors import UserError
@@ -21,6 +23,7 @@ from dtl.files import open_regular as open_regular
 from dtl.files import read_regular as read_regular
 
 if TYPE_CHECKING:
+    import yaml
     from pydantic import ValidationError
     from pydantic_core import SchemaValidator
 
@@ -142,16 +145,27 @@ class Check:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
-def parse_json(data: bytes | str, origin: str, *, finite: bool = True) -> Any:
-    """Plain values of a JSON text whose form the caller checks. No NaN and no infinity where `finite`, no NUL in a text, at most 200 levels."""
+def parse_json(data: bytes | str, origin: str, *, finite: bool = True, by_hand: bool = False) -> Any:
+    """Plain values of a JSON text whose form the caller checks. No NaN and no infinity where `finite`, no NUL in a text, at most 200 levels.
+
+    In a text that people write (`by_hand`), no object holds a key twice.
+    """
     value = _json(data, origin, max_values=MAX_VALUES, finite=finite)
     check_values(value, origin, finite=finite)
+    if by_hand:
+        json.loads(data, object_pairs_hook=lambda pairs: _check_pairs(pairs, origin))
     return value
 
 
-def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES, finite: bool = True) -> Any:
+def _check_pairs(pairs: list[tuple[str, Any]], origin: str) -> None:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise UserError(f"{origin}: the key {twice[0][:80]!r} stands twice in one object")
+
+
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES, finite: bool = True, by_hand: bool = False) -> Any:
     """`parse_json` of a regular file; OSError where it cannot be read."""
-    return parse_json(read_regular(path, max_bytes=max_bytes), os.fspath(path), finite=finite)
+    return parse_json(read_regular(path, max_bytes=max_bytes), os.fspath(path), finite=finite, by_hand=by_hand)
 
 
 def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -182,28 +196,48 @@ def as_utf8(text: str) -> str:
 
 
 def what_is_wrong(error: ValidationError) -> str:
-    """The first fault that pydantic found, in plain words."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """The first fault that pydantic found, in plain words, after the place where it is."""
+    first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
-    kind, given = str(first["type"]), str(first["msg"])
-    words = {
-        "missing": "is missing",
-        "json_invalid": f"not valid JSON: {given.removeprefix('Invalid JSON: ')}",
-        "finite_number": "must be a finite number",
-    }
-    for type_name, meant in (
-        ("string_", "a string"),
-        ("int_", "a whole number"),
-        ("float_", "a number"),
-        ("bool_", "true or false"),
-        ("list_", "a list"),
-        ("tuple_", "a list"),
-        ("dict_", "an object"),
-        ("dataclass_", "an object"),
-    ):
-        words[f"{type_name}type"] = f"must be {meant}"
-    message = words.get(kind) or given.removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{place}: {message}" if place and kind != "missing" else f"{place} {message}".strip()
+    return f"{place} {in_words(first)}".strip() if first["type"] == "missing" or not place else f"{place}: {in_words(first)}"
+
+
+def in_words(fault: Mapping[str, Any]) -> str:
+    """What one of the faults of a pydantic.ValidationError says, in plain words."""
+    kind, message = str(fault["type"]), str(fault["msg"]).removeprefix("Value error, ")
+    if kind == "missing":
+        last = fault["loc"][-1]
+        return f"has too few values: number {last + 1} is missing" if isinstance(last, int) else "is missing"
+    for prefix, meant in _KINDS.items():
+        if kind.startswith(prefix) and kind.removeprefix(prefix) in ("type", "parsing", "parsing_size", "from_float"):
+            return f"must be {meant}"
+    for theirs, ours in _PHRASES.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+_KINDS = {
+    "string_": "a string",
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "list_": "a list",
+    "tuple_": "a list",
+    "dict_": "an object",
+    "model_": "a mapping",
+    "dataclass_": "an object",
+}
+_PHRASES = {
+    "Invalid JSON": "not valid JSON",
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be greater than": "must be above",
+    "Input should be less than or equal to": "must be at most",
+    "Input should be less than": "must be below",
+    "Input should be": "must be",
+    "Tuple should have": "must have",
+    "List should have": "must have",
+    " items after validation": " values",
+}
 
 
 def _no_nul(text: str) -> str:
@@ -299,16 +333,25 @@ class NotYaml(UserError):
     """A text that breaks YAML's rules (and no limit)."""
 
 
-def parse_yaml(text: str, origin: str) -> Any:
-    """Plain values of a YAML text: at most 1 MiB, 50 levels and 100,000 values, anchors counted as often as they are used."""
+def parse_yaml(text: str, origin: str, *, prepare: Callable[[yaml.Node], None] | None = None) -> Any:
+    """Plain values of a YAML text: at most 1 MiB, 50 levels and 100,000 values, anchors counted as often as they are used; no key twice in a mapping.
+
+    `prepare` may change the tree of nodes before values are made of it.
+    """
     if len(text) > MAX_YAML_BYTES:
         raise UserError(f"{origin}: it has more than the {MAX_YAML_BYTES:,} characters that are allowed for such a file")
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        _check_growth(yaml.parse(io.StringIO(text), Loader=loader), origin)
-        value = yaml.load(text, Loader=loader)
+        _check_growth(yaml.parse(io.StringIO(text), Loader=kind), origin)
+        loader = kind(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _check_keys(node, origin)
+            if prepare:
+                prepare(node)
+        value = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise NotYaml(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except (
@@ -322,6 +365,45 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise NotYaml(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     check_values(value, origin)
     return value
+
+
+def as_text(root: yaml.Node) -> None:
+    """`prepare` for YAML in which all single values are names: 001 and no are text."""
+    import yaml
+
+    rest, seen = [root], set()
+    while rest:
+        node = rest.pop()
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag not in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"):
+                node.tag = "tag:yaml.org,2002:str"
+        elif id(node) not in seen:
+            seen.add(id(node))
+            rest += [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+
+
+def _check_keys(root: yaml.Node, origin: str) -> None:
+    """UserError where a mapping holds a key twice: YAML keeps the last one, in silence."""
+    import yaml
+
+    rest, seen = [root], set()
+    while rest:
+        node = rest.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                rest += [key, value]
+                if isinstance(key, yaml.ScalarNode):
+                    line, name = key.start_mark.line + 1, (key.tag, key.value)
+                    if name in lines:
+                        place = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
+                        raise UserError(f"{origin}: the key {key.value[:80]!r} stands twice in one mapping, in {place}")
+                    lines[name] = line
+        else:
+            rest += node.value
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:

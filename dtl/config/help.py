@@ -14,7 +14,7 @@ usage: accelerate launch [LAUNCH OPTIONS] dtl/train.py [--config FILE] [--sectio
        dtl train [--config FILE] [--section.key VALUE ...]
 
 Train or fine-tune an image classifier, in phases. Without --config: the built-in digits example.
-Run the same command again to resume a run. VALUE is YAML; --a.b-c and --a.b_c are the same.
+Run the same command again to resume a run. VALUE is YAML, or text as it stands where the key takes TEXT; --a.b-c and --a.b_c are the same.
 
   --config FILE     a YAML file, or a built-in recipe: {recipes}
   --print-config    print the resolved config and exit
@@ -106,8 +106,10 @@ def _kind(annotation: Any) -> str:
 HEADER = """\
 # Configuration
 
-All keys of a config file. Each key is also an option on the command line: `--section.key VALUE`. VALUE is YAML. `--a.b-c` and `--a.b_c` are
-the same. The command line takes precedence over the file. `--print-config` prints what a run would use. Unknown keys are refused.
+All keys of a config file. Each key is also an option on the command line: `--section.key VALUE`. VALUE is YAML; where a key takes TEXT, it is text
+as it stands (`--run.name 4711`), in the file too. `--a.b-c` and `--a.b_c` are the same. The command line takes precedence over the file; a mapping
+(`--phases.all '{epochs: 2}'`) sets the keys that it holds and leaves the others, `null` resets a section and removes a phase.
+`--print-config` prints what a run would use. Unknown keys, and keys that stand twice, are refused.
 This page is generated from the models: `python -m dtl.config.help > docs/configuration.md`.
 """
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dtl.credentials import bare
 from dtl.errors import UserError
+from dtl.untrusted import in_words
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -25,11 +26,6 @@ Count = Annotated[int, Field(ge=1)]
 Address = Annotated[str, AfterValidator(bare)]
 """A source of data or weights. Of a web address the config keeps no password and no token: see dtl.credentials."""
 TransferBy = Literal["auto", "name", "order", "strict", "map"]
-
-
-def _word_of(word: str) -> BeforeValidator:
-    """YAML 1.1 reads a bare `no` or `off` as false."""
-    return BeforeValidator(lambda value: word if value is False else value)
 
 
 def _names_as_text(value: Any) -> Any:
@@ -56,7 +52,7 @@ def arguments_checked() -> Iterator[None]:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:1]))
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{name}{': ' if name else ''}{first['msg'].removeprefix('Value error, ')}{got}") from None
+        raise UserError(f"{name}{': ' if name else ''}{in_words(first)}{got}") from None
 
 
 class RunConfig(Section):
@@ -339,7 +335,7 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    wandb: Annotated[Literal["auto", "online", "offline", "off"], _word_of("off")] = "auto"
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online if an API key is found, otherwise offline; never asks for one."""
     wandb_model: bool = False
     """Upload the model folder to wandb as an artifact at the end of the run."""
@@ -358,7 +354,7 @@ class Config(Section):
     transfer: TransferConfig | None = None
     phases: dict[str, PhaseConfig] = {}
     """The phases of the run, in order: NAME: {task, train, epochs or steps, lr, ...}."""
-    precision: Annotated[Literal["auto", "no", "bf16", "fp16"], _word_of("no")] = "auto"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: the value of the launch file, or else bf16 if the hardware supports it. Operations left in float32 use TF32 on GPUs (not with run.debug)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtl.config.load import check_phase_names, config_from_dict
+from dtl.config.load import check_phase_names, config_from_dict, parse_config
 from dtl.config.models import Config, DataConfig
 from dtl.errors import UserError
 from dtl.files import flock
 from dtl.text import Log
-from dtl.untrusted import parse_json, parse_yaml, read_regular
+from dtl.untrusted import parse_json, read_regular
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_FILE_BYTES = 64 << 20
@@ -86,10 +86,7 @@ def parse_stored(data: bytes, origin: str, *, own: bool) -> StoredConfig:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}") from None
-    values = parse_yaml(text, origin)
-    if not isinstance(values, dict):
-        raise UserError(f"{origin} is not a config of dtl")
-    config = config_from_dict(values, origin)
+    config = config_from_dict(parse_config(text, origin), origin)
     check_phase_names(config, origin)  # reports make file names of them
     if own:
         return StoredConfig(config, text, own, origin)

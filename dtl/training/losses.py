@@ -161,7 +161,7 @@ def _weights_of_file(path: Path, classes: Sequence[str]) -> Tensor:
     if not path.is_file():
         raise UserError(f"class_weights is {str(path)!r}: neither none, inverse or sqrt, nor a file")
     try:
-        given = read_json(path)
+        given = read_json(path, by_hand=True)
     except OSError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); it must hold {{class name: weight}}") from error
     if not isinstance(given, dict):

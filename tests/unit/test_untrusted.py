@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dtl import untrusted
 from dtl.errors import UserError
-from dtl.untrusted import Count, FileName, Record, RelativePath, Sha256, Text, open_regular, parse_json, parse_yaml, read_json, read_regular, read_yaml
+from dtl.untrusted import Count, FileName, Record, RelativePath, Sha256, Text, as_text, open_regular, parse_json, parse_yaml, read_json, read_regular, read_yaml
 
 
 class Shard(Record):
@@ -214,3 +214,16 @@ def test_files_of_json_yaml_and_text(tmp_path: Path) -> None:
     assert untrusted.read_text(tmp_path / "bom.txt") == "cat\n"
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
+
+
+def test_a_key_that_stands_twice_in_json_written_by_hand() -> None:
+    text = '{"a": {"cat": 1, "dog": 2, "cat": 3}}'
+    assert parse_json(text, "x") == {"a": {"cat": 3, "dog": 2}}
+    with pytest.raises(UserError, match=r"^names.json: the key 'cat' stands twice in one object$"):
+        parse_json(text, "names.json", by_hand=True)
+    assert parse_json('[{"a": 1}, {"a": 2}]', "x", by_hand=True) == [{"a": 1}, {"a": 2}]
+
+
+def test_yaml_of_names_is_text() -> None:
+    text = "001: no\n1e3: [2024-11-28, ~, 0x10]\n"
+    assert parse_yaml(text, "x", prepare=as_text) == {"001": "no", "1e3": ["2024-11-28", None, "0x10"]}

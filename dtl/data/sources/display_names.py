@@ -35,7 +35,7 @@ def find_display_names(classes: Sequence[str], *, given: str | Path | None, besi
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        raw = parse_json(read_text(path), str(path))
+        raw = parse_json(read_text(path), str(path), by_hand=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; it should be a JSON file {{class name: display name}}") from None
     except OSError as error:

@@ -24,7 +24,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
         raise UserError(f"{place} cannot be read: {error.strerror}; it should list the classes") from None
     classes: Sequence[object] = [line.strip() for line in text.splitlines() if line.strip()]
     if place.suffix.lower() == ".json":
-        classes = _from_json(parse_json(text, str(place)), place)
+        classes = _from_json(parse_json(text, str(place), by_hand=True), place)
     names = tuple(str(name) for name in classes)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if not names or twice:

@@ -55,7 +55,7 @@ def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: py
     [
         (["--verify"], "--verify needs --source-arch"),
         (["--by", "map"], "by: map needs a map"),
-        (["--min-coverage", "7"], "min_coverage: Input should be less than or equal to 1 (got 7.0)"),
+        (["--min-coverage", "7"], "min_coverage: must be at most 1 (got 7.0)"),
         (["--head-rows", "a=b"], "--head-rows needs --keep-head rows"),
         (["--keep-head", "rows", "--head-rows", "a=b", "--head-rows", "c"], "--head-rows c: expected NEW=OLD"),
         (["--keep-head", "rows"], "the class names of both sides must be known to choose rows"),

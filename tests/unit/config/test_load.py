@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from dtl.config import Config, builtin_recipes, config_from_dict, load_config, resolve_config
+from dtl.config.load import parse_config
 from dtl.errors import UserError
 
 
@@ -64,9 +66,9 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
         (["--dta.workers", "3"], "unknown config key dta; did you mean data?"),
         (["--phases.all.lrr", "1"], "unknown config key phases.all.lrr; did you mean phases.all.lr?"),
         (["--phases.hed.lr", "1"], "the built-in recipe digits has no phase hed; did you mean head?"),
-        (["--data.workers", "x"], "data.workers: Input should be a valid integer.* \\(got 'x'\\)"),
-        (["--data.workers", "-1"], "data.workers: Input should be greater than or equal to 0"),
-        (["--precision", "b16"], "precision: Input should be 'auto', 'no', 'bf16' or 'fp16' \\(got 'b16'\\)"),
+        (["--data.workers", "x"], "^--data.workers: data.workers: must be a whole number \\(got 'x'\\)$"),
+        (["--data.workers", "-1"], "^--data.workers: data.workers: must be at least 0 \\(got -1\\)$"),
+        (["--precision", "b16"], "^--precision: precision: must be 'auto', 'no', 'bf16' or 'fp16' \\(got 'b16'\\)"),
         (["--transfer.by", "name"], "transfer.source is missing"),
         (["--transfer.source", "x", "--transfer.by", "map"], "transfer: `by: map` needs `map: FILE`"),
         (["--phases.all.steps", "5", "--phases.all.epochs", "2"], "phases.all: give `epochs` or `steps`, not both"),
@@ -194,3 +196,140 @@ def test_a_recipe_may_come_out_of_a_pipe() -> None:
     config, _ = load_config(["--config", f"/dev/fd/{read}"])
     os.close(read)
     assert config.phases["all"].epochs == 3
+
+
+OWN = "data: {train: a, val: b}\nphases:\n  head: {train: head, epochs: 2, lr: 0.2}\n  all: {train: all, epochs: 3, lr: 0.03, early_stop: {patience: 4}}\n"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.yaml").write_text(OWN)
+    return str(tmp_path / "own.yaml")
+
+
+TEXTS = ["4711", "007", "0x10", "1e3", "1_000", "2024-11-28", "12:30:00", "no", "on", "Yes", "true", ".inf", "a #1", "a: b", "[x", "-5", "naïve"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_setting_that_takes_text_takes_it_as_it_stands(own: str, tmp_path: Path, text: str) -> None:
+    config, name = load_config(["--config", own, f"--run.name={text}", f"--data.train={text}", f"--phases.all.train={text}", f"--transfer.source={text}"])
+    assert (config.run.name, name, config.data.train, config.phases["all"].train, config.transfer and config.transfer.source) == (text,) * 5
+    stored = config_from_dict(parse_config(config.to_yaml(), "stored"), "stored")
+    assert stored == config
+    if not any(mark in text for mark in "#:["):
+        (tmp_path / "two.yaml").write_text(
+            OWN + f"run: {{name: {text}, dir: {text}}}\ntransfer: {{source: {text}, ignore: [{text}, b.*], head_rows: {{{text}: [{text}]}}, keep_head: rows}}\n"
+        )
+        config, name = load_config(["--config", str(tmp_path / "two.yaml")])
+        assert (config.run.name, name, config.run.dir) == (text,) * 3
+        assert config.transfer is not None
+        assert (config.transfer.source, config.transfer.ignore, config.transfer.head_rows) == (text, (text, "b.*"), {text: (text,)})
+
+
+def test_null_and_quotes_keep_their_meaning(own: str) -> None:
+    config, name = load_config(["--config", own, "--run.name", "null", "--data.val", "~", "--data.train", '"null"'])
+    assert (config.run.name, name, config.data.val, config.data.train) == (None, "own", None, "null")
+    assert load_config(["--config", own, "--phases.all.train", "[fc.*, 7]"])[0].phases["all"].train == ("fc.*", "7")
+    assert load_config(["--config", own, "--transfer", "{source: 1, source_classes: [001, no]}"])[0].transfer.source_classes == ("001", "no")  # type: ignore[union-attr]
+
+
+def test_settings_that_take_more_than_text_are_yaml(own: str) -> None:
+    config, _ = load_config(["--config", own, "--model.sync_bn", "no", "--model.options", "{width: 2, name: no}", "--data.micro_batch_size", "auto"])
+    assert (config.model.sync_bn, config.model.options, config.data.micro_batch_size) == (False, {"width": 2, "name": False}, "auto")
+    assert load_config(["--config", own, "--run.gradient-compression", "no"])[0].run.gradient_compression == "no"
+
+
+@pytest.mark.parametrize("option", ["--run.name", "--data.train", "--phases.all.optimizer", "--config"])
+@pytest.mark.parametrize("rest", [[], ["--run.debug"]])
+def test_an_option_that_takes_text_needs_it(own: str, option: str, rest: list[str]) -> None:
+    with pytest.raises(UserError, match=rf"^{option} needs a value$"):
+        load_config(["--config", own, option, *rest])
+
+
+DOTTED = {"phases.all.epochs": 2, "phases.all.early_stop.patience": 9, "data.augment.rotation": 5.0, "model.options.width": 3}
+NESTED = [
+    {"phases": {"all": {"epochs": 2, "early_stop": {"patience": 9}}}, "data": {"augment": {"rotation": 5.0}}, "model": {"options": {"width": 3}}},
+    {"phases.all": {"epochs": 2, "early_stop": {"patience": 9}}, "data.augment": {"rotation": 5.0}, "model.options": {"width": 3}},
+]
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_a_mapping_merges_into_what_stands(own: str, nested: dict[str, object]) -> None:
+    expected = resolve_config(own, DOTTED)[0]
+    assert resolve_config(own, nested)[0] == expected
+    assert resolve_config(yaml.safe_load(OWN), nested)[0] == expected
+    words = [word for key, value in nested.items() for word in (f"--{key}", json.dumps(value))]
+    assert load_config(["--config", own, *words])[0] == expected
+    assert expected.phases["all"].lr == 0.03
+    assert list(expected.phases) == ["head", "all"]
+    assert expected.phases["head"].lr == 0.2
+
+
+def test_a_mapping_replaces_the_other_kind_of_duration_too(own: str) -> None:
+    phase = load_config(["--config", own, "--phases", "{all: {steps: 7}}"])[0].phases["all"]
+    assert (phase.steps, phase.epochs, phase.lr) == (7, None, 0.03)
+
+
+def test_none_resets_a_section_and_removes_a_phase(own: str) -> None:
+    config, _ = load_config(["--config", own, "--phases.head", "null", "--phases.all.early-stop", "null", "--transfer", "null"])
+    assert list(config.phases) == ["all"]
+    assert config.phases["all"].early_stop.patience is None
+    assert resolve_config(own, {"phases": {"head": None, "mine": {"train": "all", "epochs": 1}}})[0].phases.keys() == {"all", "mine"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"phases": {"al": {"epochs": 2}}}, "^--phases: .*own.yaml has no phase al; did you mean all\\?$"),
+        ({"phases.al": {"epochs": 2}}, "^--phases.al: .* has no phase al"),
+        ({"phases.al": None}, "^--phases.al: .* has no phase al"),
+        ({"phases.al.train": "all"}, "^--phases.al.train: .* has no phase al"),
+        ({"phases.all": {"epochs": 2, "steps": 3}}, "^.*own.yaml with --phases.all.epochs, --phases.all.steps: phases.all: give `epochs` or `steps`"),
+        ({"phases": {"all": {"lrr": 2}}}, "^--phases.all.lrr: unknown config key phases.all.lrr; did you mean phases.all.lr"),
+        ({"data.augment.randaugment": [2]}, "^--data.augment.randaugment: data.augment.randaugment: has too few values: number 2 is missing"),
+        ({"data.augment": {"randaugment": [1, 2, 3]}}, "^--data.augment.randaugment: data.augment.randaugment: must have at most 2 values"),
+        ({"phases.all.betas": 9}, "^--phases.all.betas: phases.all.betas: must be a list \\(got 9\\)$"),
+        ({"phases.all.betas": ["x", 1]}, "^--phases.all.betas: phases.all.betas: must be a number \\(got 'x'\\)$"),
+        ({"data.image_size": 5.5}, "^--data.image_size: data.image_size: must be a whole number \\(got 5.5\\)$"),
+        ({"run.name": 5}, "^--run.name: run.name: must be a string \\(got 5\\)$"),
+        ({"run.debug": "maybe"}, "^--run.debug: run.debug: must be true or false \\(got 'maybe'\\)$"),
+        ({"data.val": "x", "data.val_fraction": 0.5}, "^--data.val, --data.val_fraction: data.val and data.val_fraction are both given"),
+        ({"data.micro_batch_size": 128}, "^--data.micro_batch_size: data.micro_batch_size 128 is larger"),
+    ],
+)
+def test_a_mistake_is_reported_where_it_was_made(own: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_config(own, options)
+
+
+def test_a_mistake_of_the_file_is_the_files(own: str, tmp_path: Path) -> None:
+    Path(own).write_text(OWN + "model: {init: magic}\n")
+    with pytest.raises(UserError, match=rf"^{own}: model.init: must be 'default', 'xavier' or 'kaiming' \(got 'magic'\)$"):
+        load_config(["--config", own, "--data.workers", "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OWN + "  all: {train: head}\n", "the key 'all' stands twice in one mapping, in lines 4 and 5"),
+        (OWN + "data: {train: c}\n", "the key 'data' stands twice in one mapping, in lines 1 and 5"),
+        ("data: {train: a, train: b}\n", "the key 'train' stands twice in one mapping, in line 1"),
+        ("data: {train: a}\nphases: {all: &a {lr: 1, lr: 2}, b: *a}\n", "the key 'lr' stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(own: str, text: str, message: str) -> None:
+    Path(own).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(["--config", own])
+
+
+def test_merged_keys_may_be_set_again(own: str) -> None:
+    Path(own).write_text("data: {train: a, val: b}\nphases:\n  head: &h {train: no, epochs: 1, lr: 0.1}\n  all: {<<: *h, lr: 0.5}\n")
+    phase = load_config(["--config", own])[0].phases["all"]
+    assert (phase.lr, phase.epochs, phase.train) == (0.5, 1, "no")
+
+
+def test_names_of_phases_and_classes_keep_their_hyphens(own: str) -> None:
+    Path(own).write_text("data: {train: a, val: b}\nphases: {warm-up: {epochs: 1}, on: {epochs: 2}}\n")
+    config, _ = load_config(["--config", own, "--phases.warm-up.head-lr-scale", "3", "--phases.on.lr", "0.5"])
+    assert (config.phases["warm-up"].head_lr_scale, config.phases["on"].lr) == (3.0, 0.5)

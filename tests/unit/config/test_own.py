@@ -169,7 +169,7 @@ def test_what_has_to_be_recorded(sections: dict[str, object], needed: bool) -> N
     [
         ("phases: {'../../x': {}}", "is not a valid phase name"),
         ("data: {image_size: 100000}", "image_size 100,000 is larger than"),
-        ("[1, 2]", "is not a config of dtl"),
+        ("[1, 2]", "config.yaml: a config is a mapping of sections, got list"),
         ("data: {workers: .inf}", "not a finite number"),
         ("a: &a [*a]", "contains itself"),
         ("[" * 100, "nested deeper"),

@@ -59,7 +59,7 @@ def read_rules(mapping: str | Path | Mapping[str, Any]) -> list[Rule]:
         return _rules(mapping, "the map")
     path = Path(mapping)
     try:
-        loaded = read_json(path) if path.suffix == ".json" else read_yaml(path)
+        loaded = read_json(path, by_hand=True) if path.suffix == ".json" else read_yaml(path)
     except OSError as error:
         raise UserError(f"map {path}: not readable ({error.strerror})") from error
     except UserError as error:

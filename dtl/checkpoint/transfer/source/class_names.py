@@ -9,7 +9,7 @@ from typing import Any
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.sources.splits import choose, group_by_split, split_folders, split_named, sub_folders
 from dtl.errors import UserError
-from dtl.untrusted import parse_json, parse_yaml, read_text
+from dtl.untrusted import as_text, parse_json, parse_yaml, read_text
 
 _IN_FOLDER = ("model.json", "model/model.json", MANIFEST_NAME)
 
@@ -78,6 +78,6 @@ def _text(path: Path, what: str) -> str:
 def _load(path: Path, what: str) -> Any:
     text = _text(path, what)
     try:
-        return parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
+        return parse_json(text, str(path), by_hand=True) if path.suffix == ".json" else parse_yaml(text, str(path), prepare=as_text)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error

@@ -102,7 +102,7 @@ def test_the_line_in_a_refusal_settles_it() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(UserError, match=r"by: Input should be 'auto', 'name', 'order', 'strict' or 'map' \(got 'guess'\)"):
+    with pytest.raises(UserError, match=r"by: must be 'auto', 'name', 'order', 'strict' or 'map' \(got 'guess'\)"):
         plan_transfer(state(net()), net(), by="guess")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="by: map needs a map"):
         plan_transfer(state(net()), net(), by="map")
