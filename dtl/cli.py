@@ -70,7 +70,9 @@ def usage() -> str:
 
 
 def _fail(message: str) -> int:
-    rank = int(os.environ.get("RANK") or 0)
+    # Leftovers of another launch (RANK alone) make no rank.
+    launched = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    rank = int(os.environ["RANK"]) if launched and os.environ["RANK"].isdecimal() else 0
     if rank == 0:
         print(f"dtl: {printable_lines(message)}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():

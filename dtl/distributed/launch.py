@@ -8,6 +8,8 @@ asked for, so that the launcher's own command line is looked at as well, where t
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,55 @@ def read_launch(environment: dict[str, str] | None = None, command: list[str] | 
         use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")) or _is_true(options.get("use_cpu")) or _is_true(options.get("cpu")),
         precision=_precision(env, options),
     )
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What a launcher can ask for by an environment variable and dtl does not do."""
+
+    what: str
+    instead: str = "launch with launch/gpus.yaml (or cpu_2.yaml, nodes.yaml), or answer `no` in accelerate config"
+    fine: tuple[str, ...] = ("", "0", "false", "no")
+
+
+_REFUSED = {
+    "ACCELERATE_USE_FSDP": _Refused("FSDP"),
+    "ACCELERATE_USE_DEEPSPEED": _Refused("DeepSpeed"),
+    "ACCELERATE_USE_MEGATRON_LM": _Refused("Megatron-LM"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": _Refused("tensor, context or hybrid parallelism"),
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": _Refused("SageMaker's distributed types"),
+    "ACCELERATE_MIXED_PRECISION": _Refused("mixed precision in this type", "use --mixed_precision bf16, fp16 or no", ("", "no", "bf16", "fp16")),
+    "ACCELERATE_DYNAMO_BACKEND": _Refused("compilation by the launcher", "use --model.compile of dtl instead", ("", "no")),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": _Refused(
+        "gradient accumulation by the launcher, which would divide the loss once more", "data.micro_batch_size decides it", ("", "1")
+    ),
+    "ACCELERATE_TORCH_DEVICE": _Refused("a device chosen by the launcher", "use --run.device cpu or cuda, and CUDA_VISIBLE_DEVICES", ("",)),
+}
+
+
+def check_supported(environment: Mapping[str, str]) -> None:
+    """UserError where the launch asks for what dtl does not do: never train as nobody has asked."""
+    for name, refused in _REFUSED.items():
+        if environment.get(name, "").strip().lower() not in refused.fine:
+            raise UserError(f"the launch asks for {refused.what} ({name}={environment[name]}), but dtl trains data-parallel with DDP; {refused.instead}")
+
+
+def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the environment decides how processes are launched and talk to each other, for the record."""
+    kept = re.compile(r"ACCELERATE_.*|NCCL_.*|TORCH_NCCL_.*|GLOO_.*|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT")
+    return {name: value[:200] for name, value in sorted(environment.items()) if kept.fullmatch(name)}
+
+
+def gpus_of_slurm(environment: Mapping[str, str]) -> str | None:
+    """The variable in which Slurm says that this job has GPUs on this node, `NAME=VALUE`."""
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        value = environment.get(name, "").strip()
+        if value and (value != "0" or name != "SLURM_GPUS_ON_NODE"):  # the others list numbers of GPUs: 0 is the first
+            return f"{name}={value}"
+    return None
+
+
+# ---- the command line of accelerate
 
 
 def _precision(env: dict[str, str], options: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import distributed_c10d
 
-from dtl.distributed.launch import Launch, read_launch
+from dtl.distributed.launch import Launch, check_supported, gpus_of_slurm, read_launch
+from dtl.distributed.rendezvous import Arrivals, check_variables, rendezvous_store
 from dtl.distributed.signals import Signals, StageInterrupted, StoppedBeforeFirstStep, StopWatcher
 from dtl.errors import UserError
 from dtl.text import counted
@@ -34,6 +35,7 @@ ranks_met = False
 """Whether this process has been among its peers: from then on all of them know of a user's mistake, and the main process prints it."""
 # The watchdog ends a run that makes no progress, and reports why; the collectives' own limit is the net below it.
 MARGIN = timedelta(seconds=30)
+_NO_LIMIT = timedelta(days=30)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -87,6 +89,9 @@ class Runtime:
         `compression`: what gradients are sent as between ranks, "no" (as they are), "bf16" or "fp16".
         `alone`: see `Runtime.alone`."""
         timeout = timedelta(minutes=timeout_minutes) + MARGIN
+        if not alone:
+            check_variables(os.environ)
+            check_supported(os.environ)
         launch = read_launch()
         if alone:
             launch = replace(launch, world_size=None, local_world_size=1, asked_for=None, precision=None)
@@ -96,6 +101,8 @@ class Runtime:
             raise UserError("run.device is cuda, but PyTorch finds no GPU on this machine; use --run.device auto or cpu")
         if device == "cuda" and launch.use_cpu:
             raise UserError("run.device is cuda, but the launch configuration asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
+        if device == "auto" and use_cpu and not launch.use_cpu:
+            check_slurm_gpus(os.environ)
         _check_gpus(launch, use_cpu)
         if use_cpu:
             _keep_freed_memory()
@@ -106,7 +113,8 @@ class Runtime:
         self.rank, self.local_rank, self.world_size = 0, 0, 1
         self.precision = resolve_precision(precision, launch, use_cpu, trained_in)
         if not alone:
-            self.accelerator = _accelerator(use_cpu, self.precision, compression, timeout)
+            with Arrivals(timeout_minutes):
+                self.accelerator = _accelerator(use_cpu, self.precision, compression, timeout)
             self.device = self.accelerator.device
             self.rank, self.local_rank = int(self.accelerator.process_index), int(self.accelerator.local_process_index)
             self.world_size = int(self.accelerator.num_processes)
@@ -180,6 +188,12 @@ class Runtime:
             yield
             with self.together("start"):
                 pass  # what came after the last stage
+
+    def leave_limits_to_watchdog(self) -> None:
+        """From here on the watchdog ends a run in which nothing moves. It knows the time in which the whole job was suspended; collectives do not."""
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # the latter before torch 2.12
+        for group in () if self.group is None else (dist.group.WORLD, self.group):
+            set_timeout(_NO_LIMIT, group)
 
     # ---- agreement
 
@@ -350,11 +364,6 @@ def leader_of(rank: int, nodes: Sequence[tuple[str, int]]) -> int:
     return before[-1] if before else leaders[0] if leaders else rank
 
 
-def rendezvous_store() -> TCPStore:
-    """Another connection to the store of the rendezvous: the launcher's, or that of rank 0."""
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-
-
 def _wait_until(condition: Callable[[], bool]) -> None:
     pause = 0.01
     while not condition():
@@ -399,6 +408,26 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def check_slurm_gpus(environment: Mapping[str, str]) -> None:
+    """UserError where Slurm gave this job GPUs: to train on the CPU in silence costs a night."""
+    given = gpus_of_slurm(environment)
+    if given is None:
+        return
+    hidden = environment.get("CUDA_VISIBLE_DEVICES")
+    why = f"CUDA_VISIBLE_DEVICES={hidden!r} hides them" if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles") else "`dtl doctor` says why"
+    if not torch.version.cuda:
+        why = f"this torch {torch.__version__} is built for CPUs only"
+    raise UserError(f"Slurm gave this job GPUs ({given}), but PyTorch sees none: {why}; to train on the CPU all the same use device cpu")
+
+
+def gpu_expected(environment: Mapping[str, str]) -> str | None:
+    """A warning where NVIDIA's container variables speak of GPUs. Images set them too on machines without one: no reason to refuse."""
+    value = environment.get("NVIDIA_VISIBLE_DEVICES", "").strip()
+    if value in ("", "void", "none"):
+        return None
+    return f"warning: NVIDIA_VISIBLE_DEVICES={value}, but PyTorch sees no GPU: the CPU is used (`dtl doctor` says why; --run.device cpu says it is meant)"
 
 
 def _check_gpus(launch: Launch, use_cpu: bool) -> None:

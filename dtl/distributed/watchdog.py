@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +38,45 @@ Log = Callable[[str], None]
 T = TypeVar("T")
 
 
+class RunningClock:
+    """Seconds in which this process ran. `time.monotonic` goes on while a job is suspended (scontrol suspend, gang scheduling, Ctrl-Z); this one stands still.
+
+    A thread beats every second. Between two beats the clock advances by a few seconds at most, however long they are apart, so that whoever wakes first
+    sees no jump. `with` starts and ends the thread.
+    """
+
+    PERIOD, TOLERANCE = 1.0, 5.0
+    """A busy machine delays a beat too; what is within the tolerance counts as running."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._state: tuple[float, float] | None = None  # the last beat, and the seconds of standstill before it; replaced as one
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="running clock", daemon=True)
+
+    def __call__(self) -> float:
+        state, now = self._state, self._now()
+        return now if state is None else min(now, state[0] + self.PERIOD + self.TOLERANCE) - state[1]
+
+    def __enter__(self) -> RunningClock:
+        self._state = (self._now(), 0.0)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def beat(self) -> None:
+        """Count what the last beat is late by as standstill."""
+        assert self._state is not None
+        now, (last, still) = self._now(), self._state
+        self._state = (now, still + max(0.0, now - last - self.PERIOD - self.TOLERANCE))
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.PERIOD):
+            self.beat()
+
+
 class PeerLost(Exception):
     """Another rank is gone. The message names it in the one rank that reports for all; it is empty in the others."""
 
@@ -47,8 +85,9 @@ class Heartbeat:
     """This rank's stage. `enter` is called by the training thread only, the rest by any thread."""
 
     def __init__(self) -> None:
+        self.clock = RunningClock()
         self.stage, self.step, self.tick = "start", 0, 0
-        self.since = time.monotonic()
+        self.since = self.clock()
         self.what: Callable[[], str] = str
         """What the stage works on, for instance its samples; called only in a stall, by another thread."""
         self.part: Callable[[], None] = lambda: None
@@ -60,7 +99,7 @@ class Heartbeat:
         if step is not None:
             self.step = step
         self.tick += 1
-        self.since = time.monotonic()
+        self.since = self.clock()
         if self._file is not None:
             _RECORD.pack_into(self._file, 0, self.tick, self.step, os.getpid(), stage.encode())
 
@@ -125,17 +164,14 @@ class Note:
 class Notes:
     """The notes of all ranks, in the store of the rendezvous."""
 
-    def __init__(self, rank: int, world_size: int, name: str) -> None:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    def __init__(self, rank: int, world_size: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        from dtl.distributed.rendezvous import rendezvous_store  # imports torch, which a Heartbeat does not need
 
-        self.rank, self.world_size, self._prefix = rank, world_size, f"dtl/notes/{name}"
-        # A connection of its own to the store of init_process_group (the launcher's, or rank 0's).
-        self._store = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
-        )
+        self.rank, self.world_size, self._prefix, self._clock = rank, world_size, f"dtl/notes/{name}", clock
+        self._store = rendezvous_store(10.0)
         self._worker: threading.Thread | None = None
         self._known = {other: Note(other) for other in range(world_size)}
-        self._changed = dict.fromkeys(range(world_size), time.monotonic())
+        self._changed = dict.fromkeys(range(world_size), clock())
         self._count = 0
         self._machine = pid_space()
 
@@ -144,7 +180,7 @@ class Notes:
         self._count += 1
         note = {
             "count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "machine": self._machine, "stage": heart.stage, "step": heart.step,
-            "tick": heart.tick, "age": time.monotonic() - heart.since, "what": what, "ended": ended,
+            "tick": heart.tick, "age": self._clock() - heart.since, "what": what, "ended": ended,
         }  # fmt: skip
         self._bounded(lambda: self._store.set(f"{self._prefix}/{self.rank}", json.dumps(note)))
 
@@ -152,7 +188,7 @@ class Notes:
         """The newest note of each rank, by rank."""
         found: list[dict[str, Any]] = self._bounded(self._fetch)
         for note, values in zip(self._known.values(), found, strict=True):
-            now = time.monotonic()
+            now = self._clock()
             machine = values.pop("machine", None)
             if values and values["count"] != note.count:
                 self._changed[note.rank] = now
@@ -212,7 +248,7 @@ class Watchdog:
 
     def __init__(self, heart: Heartbeat, *, rank: int, world_size: int, name: str, limit: float, log: Log, end: Log) -> None:
         self.heart, self.rank, self.limit, self._log, self._end = heart, rank, limit, log, end
-        self._notes = Notes(rank, world_size, name) if world_size > 1 else None
+        self._notes = Notes(rank, world_size, name, heart.clock) if world_size > 1 else None
         self._interval = min(INTERVAL, limit / 20)
         self._lock = threading.Lock()
         """Held while the notes are used."""
@@ -223,6 +259,7 @@ class Watchdog:
         heart.part = self.part
 
     def __enter__(self) -> Watchdog:
+        self.heart.clock.__enter__()
         if self._notes is not None:
             self._notes.write(self.heart)
         self._thread.start()
@@ -232,6 +269,7 @@ class Watchdog:
         """Raises PeerLost in place of an error of the network when another rank is gone."""
         line = self._lost() if isinstance(error, RuntimeError) and _NETWORK.search(str(error)) else None
         self._stop.set()
+        self.heart.clock.__exit__()
         self._thread.join(15.0)
         self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500])
         if line is not None:
@@ -277,7 +315,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
-            age = time.monotonic() - self.heart.since
+            age = self.heart.clock() - self.heart.since
             stalled = age > self.limit / 6
             with self._lock:
                 try:

@@ -127,7 +127,9 @@ class Doctor:
     def _slurm(self) -> list[Finding]:
         number = os.environ.get("SLURM_JOB_ID")
         job = probe.answer_of(["scontrol", "show", "job", "-o", number], seconds=8.0) if number else None
-        return judge_cluster.judge_slurm(os.environ, has_sbatch=shutil.which("sbatch") is not None, job=job, workers=self.need.workers)
+        return judge_cluster.judge_slurm(
+            os.environ, has_sbatch=shutil.which("sbatch") is not None, job=job, workers=self.need.workers, gpus=int(self.torch.get("count") or 0)
+        )
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Finding]], seconds: float) -> list[Finding]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dtl.distributed.launch import gpus_of_slurm
 from dtl.doctor.finding import Finding
 
 # Interfaces that NCCL avoids when it chooses by itself (besides lo): it uses them only if there is no other.
@@ -72,8 +73,8 @@ def judge_network(interfaces: Sequence[Interface], environ: Mapping[str, str], *
     return found
 
 
-def judge_slurm(environ: Mapping[str, str], *, has_sbatch: bool, job: str | None, workers: int) -> list[Finding]:
-    """Inside a job: its shape. `job`: the answer of `scontrol show job ID`."""
+def judge_slurm(environ: Mapping[str, str], *, has_sbatch: bool, job: str | None, workers: int, gpus: int) -> list[Finding]:
+    """Inside a job: its shape. `job`: the answer of `scontrol show job ID`; `gpus`: how many PyTorch sees."""
     number = environ.get("SLURM_JOB_ID")
     if not number:
         return [Finding("slurm", "ok", "sbatch is installed; this is not a job" if has_sbatch else "not installed")]
@@ -83,6 +84,9 @@ def judge_slurm(environ: Mapping[str, str], *, has_sbatch: bool, job: str | None
     if tasks > 1 and "SLURM_PROCID" in environ and not environ.get("WORLD_SIZE"):
         lone = f"{what}, but WORLD_SIZE is not set: `srun dtl train` would start {tasks} separate runs"
         found.append(Finding("slurm", "warn", lone, "sbatch slurm/multi_node.sbatch CONFIG starts the ranks together"))
+    if not gpus and (given := gpus_of_slurm(environ)):
+        unseen = f"{what}, and Slurm gave it GPUs ({given}), but PyTorch sees none: runs are refused here unless they ask for the CPU"
+        found.append(Finding("slurm", "fail", unseen, "see the check gpu; nvidia-smi in the job; a torch built for CUDA (pytorch.org/get-started)"))
     cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
     if cpus and cpus.isdigit() and int(cpus) < workers + 1:
         few = f"{what}, {cpus} CPU(s) per task: too few for a training process and {workers} loader processes"

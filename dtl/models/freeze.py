@@ -110,7 +110,8 @@ def _without_gradient(module: nn.Module, trainable: Collection[str], images: tor
     logits, others = forward_logits(module, images)
     loss = logits.sum() + sum(other.sum() for other in others if auxiliary)
     wanted = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    with torch.autograd.set_detect_anomaly(False):  # run.debug looks for NaN in the values, and on the meta device there are none
+        gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(wanted, gradients) if gradient is None)
 
 

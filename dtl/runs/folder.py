@@ -133,6 +133,8 @@ class RunFolder:
         self._lock = self.path / "lock"
         self._stale_seconds, self._beat_seconds, self._log = stale_seconds, beat_seconds, log
         self._progress: Progress | None = None  # goes into every status.json of this start
+        self.launch_variables: dict[str, str] | None = None
+        """What of the environment the run was launched with; goes into every status.json too."""
         self._owner: dict[str, Any] = {}
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
@@ -166,7 +168,8 @@ class RunFolder:
         facts = {"state": state, "why": why, "step": step, "incarnation": self.incarnation}
         progress = {} if self._progress is None else {"progress": asdict(self._progress)}
         here = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "launcher": _launcher()}
-        write_json_whole(self.path / "status.json", facts | here | progress | more)
+        launch = {} if self.launch_variables is None else {"launch": self.launch_variables}
+        write_json_whole(self.path / "status.json", facts | here | launch | progress | more)
 
     def clear(self) -> None:
         """Remove what an earlier run has left here; what the user has put beside it stays."""

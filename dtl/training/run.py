@@ -15,7 +15,8 @@ from dtl.config import Config
 from dtl.config.own import needs_record, note_made
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
 from dtl.data.shards.index import Shards
-from dtl.distributed.runtime import Runtime
+from dtl.distributed.launch import launch_variables
+from dtl.distributed.runtime import Runtime, gpu_expected
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
 from dtl.models.build import forward_logits
@@ -85,6 +86,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
             "or save more often (--checkpoint.every_steps)"
         )
     )
+    folder.launch_variables = launch_variables(os.environ)
     folder.write_status("running", why=stuck, step=state.step)
     if stuck:
         log(stuck)
@@ -98,6 +100,8 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     if any(phase.config.task == "classify" for phase in trainer.phases):
         for line in classes_without_images(trainer.loaders.classes, train.manifest.class_counts, val.manifest.class_counts):
             log(line)
+    if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
+        log(warning)
     for line in too_few_threads(runtime):
         log(line)
     if not state.step:

@@ -103,6 +103,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                     end=self.lost,
                 )
             )
+            self.runtime.leave_limits_to_watchdog()
             stack.push(self._stop)
             check_same_start(self.config, self.name, self.runtime)
             with self.runtime.together("run folder"):

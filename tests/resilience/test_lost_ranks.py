@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,19 @@ def test_a_single_process_that_hangs_says_where(tmp_path: Path) -> None:
     (tmp_path / "sleep").touch()
     job.wait(60)
     assert re.search(r"no progress for \d+ s.*: rank 0 .* in stage load of step \d+, 120 samples starting at", the_line(job, RESUMES))
+
+
+def test_a_job_that_was_suspended_as_a_whole_continues(tmp_path: Path) -> None:
+    """For longer than the watchdog's limit (12 s), and than the one that gloo was started with (42 s): scontrol suspend, gang scheduling, a closed lid."""
+    job = begin(tmp_path, "--run.timeout-minutes", "0.2")
+    for rank in range(2):
+        job.kill(rank, signal.SIGSTOP)
+    time.sleep(48)
+    for rank in range(2):
+        job.kill(rank, signal.SIGCONT)
+    before = len(history(tmp_path / "runs/tiny"))
+    wait_for(lambda: not all(process.is_alive() for process in job.processes) or len(history(tmp_path / "runs/tiny")) > before + 2, what="more steps")
+    job.kill(0, signal.SIGTERM)
+    job.wait(60)
+    assert status(tmp_path / "runs/tiny")["state"] == "stopped", job.err()
+    assert "no progress" not in job.err()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtl.distributed.launch import Launch, read_launch
+from dtl.distributed.launch import Launch, check_supported, gpus_of_slurm, launch_variables, read_launch
 from dtl.errors import UserError
 
 ACCELERATE = ["python", "/venv/bin/accelerate", "launch"]
@@ -93,3 +93,46 @@ class TestPrecision:
 
 def launch(precision: str | None) -> Launch:
     return Launch(world_size=None, local_world_size=1, asked_for=None, use_cpu=True, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "ACCELERATE_USE_FSDP",
+            "true",
+            r"the launch asks for FSDP \(ACCELERATE_USE_FSDP=true\), but dtl trains data-parallel with DDP; launch with launch/gpus.yaml",
+        ),
+        ("ACCELERATE_USE_DEEPSPEED", "True", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "1", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "use --mixed_precision bf16, fp16 or no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use --model.compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "data.micro_batch_size decides it"),
+        ("ACCELERATE_TORCH_DEVICE", "cuda:1", "use --run.device"),
+    ],
+)
+def test_what_dtl_does_not_do_is_refused_and_not_passed_over(name: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_supported({name: value})
+
+
+def test_what_accelerate_sets_by_itself_is_fine() -> None:
+    check_supported({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_USE_CPU": "true", "ACCELERATE_CPU_AFFINITY": "1"})
+    assert launch_variables({"ACCELERATE_USE_CPU": "true", "NCCL_DEBUG": "INFO", "HOME": "/h", "WANDB_API_KEY": "k", "WORLD_SIZE": "2"}) == {
+        "ACCELERATE_USE_CPU": "true", "NCCL_DEBUG": "INFO", "WORLD_SIZE": "2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "given"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, None),
+        ({"SLURM_JOB_ID": "5", "SLURM_JOB_GPUS": ""}, None),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, None),
+    ],
+)
+def test_the_gpus_that_slurm_gave(variables: dict[str, str], given: str | None) -> None:
+    assert gpus_of_slurm(variables) == given

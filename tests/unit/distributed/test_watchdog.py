@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dtl.distributed import watchdog as module
-from dtl.distributed.watchdog import INTERVAL, Heartbeat, Note, Notes, PeerLost, Watchdog, awaited, describe, read_stage
+from dtl.distributed.watchdog import INTERVAL, Heartbeat, Note, Notes, PeerLost, RunningClock, Watchdog, awaited, describe, read_stage
 
 
 def note(rank: int, tick: int = 5, **facts: Any) -> Note:
@@ -62,6 +62,24 @@ def test_a_rank_that_is_gone_is_awaited_before_those_behind(facts: dict[str, Any
 def test_a_rank_that_lost_another_one_is_not_the_culprit() -> None:
     victim, culprit = note(1, ended="lost another rank", silent=60.0), note(2, ended="out of memory")
     assert awaited([note(0), victim, culprit]) == [culprit]
+
+
+def test_the_clock_stands_still_while_the_process_does() -> None:
+    real = [100.0]
+    clock = RunningClock(lambda: real[0])
+    assert clock() == 100.0
+    clock._state = (100.0, 0.0)  # as at the start of its thread
+    for _ in range(5):
+        real[0] += 1.5  # a busy machine: late, but running
+        assert clock() == real[0]
+        clock.beat()
+    before = clock()
+    real[0] += 7200.0  # suspended: whoever wakes first looks at once
+    assert clock() == before + 6.0
+    clock.beat()
+    assert clock() == before + 6.0, "the beat changes nothing that was seen"
+    real[0] += 1.0
+    assert clock() == before + 7.0
 
 
 @pytest.fixture

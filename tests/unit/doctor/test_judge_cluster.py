@@ -56,9 +56,18 @@ def test_network(environ: dict[str, str], address: str | None, status: str, said
     ],
 )
 def test_slurm(environ: dict[str, str], job: str | None, said: str) -> None:
-    found = judge_slurm(environ, has_sbatch=False, job=job, workers=2)
+    found = judge_slurm(environ, has_sbatch=False, job=job, workers=2, gpus=0)
     assert any(said in one.summary for one in found)
     assert all(one.fix for one in found if one.status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"), [({"SLURM_GPUS_ON_NODE": "2"}, "fail"), ({"SLURM_JOB_GPUS": "0"}, "fail"), ({"SLURM_GPUS_ON_NODE": "0"}, "ok")]
+)
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_a_fault(variables: dict[str, str], status: str) -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", **variables}
+    assert judge_slurm(environ, has_sbatch=True, job=None, workers=2, gpus=0)[0].status == status
+    assert judge_slurm(environ, has_sbatch=True, job=None, workers=2, gpus=2)[0].status == "ok"
 
 
 def test_wandb_and_the_sum_over_two_processes() -> None:

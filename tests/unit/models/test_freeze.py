@@ -23,6 +23,14 @@ def resnet() -> Network:
     return build("resnet18", num_classes=5, meta=True)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_search_for_nan_finds_none_where_there_are_no_values(resnet: Network) -> None:
+    """`run.debug` printed "Error detected in AddBackward0", with a traceback, on healthy runs: it is on the meta device that unused parameters are found."""
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        assert unused_parameters(resnet, select(resnet, "all")) == set()
+        assert torch.is_anomaly_enabled()
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

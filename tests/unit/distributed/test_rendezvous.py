@@ -1,0 +1,87 @@
+"""Ranks that do not come, and variables of a launcher that do not belong together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import free_port
+from launchers import ROOT
+
+from dtl.distributed.rendezvous import check_variables
+from dtl.errors import UserError
+
+WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, WHOLE, {**WHOLE, "WORLD_SIZE": "1"}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, {"RANK": ""}],
+)
+def test_variables_that_belong_together(variables: dict[str, str]) -> None:
+    check_variables(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"LOCAL_RANK": "0"},
+            "the environment has LOCAL_RANK=0, but no RANK and no WORLD_SIZE and no MASTER_ADDR and no MASTER_PORT; .* run `unset LOCAL_RANK` first",
+        ),
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE=2, but no RANK"),
+        ({**WHOLE, "MASTER_PORT": ""}, "but no MASTER_PORT; .* `unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR` first"),
+        ({**WHOLE, "RANK": "2"}, "RANK=2 in the environment, but WORLD_SIZE=2: ranks count from 0"),
+        ({**WHOLE, "WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is not a number"),
+        ({"RANK": "-1"}, "RANK='-1' in the environment is not a number"),
+    ],
+)
+def test_leftovers_of_another_launch_are_one_line(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_variables(variables)
+
+
+RANK = """
+import sys
+from dtl.distributed import rendezvous
+rendezvous.FIRST_LINE = 1.0
+from dtl.distributed.runtime import Runtime, MARGIN
+from dtl.errors import UserError
+import dtl.distributed.runtime as runtime
+from datetime import timedelta
+runtime.MARGIN = timedelta(0)
+try:
+    with Runtime(device="cpu", timeout_minutes=float(sys.argv[1])) as made:
+        print("met", made.world_size)
+except UserError as error:
+    print(error)
+"""
+
+
+def start(rank: int, world: int, port: int, minutes: float) -> subprocess.Popen[str]:
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **variables, "PYTHONPATH": f"{ROOT}", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", RANK, str(minutes)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_lowest_rank_that_came_names_those_that_did_not(tmp_path: Path) -> None:
+    port = free_port()
+    here = [start(rank, 4, port, 0.25) for rank in (0, 2)]
+    out = [process.communicate(timeout=120) for process in here]
+    assert f"dtl: waiting for ranks 1, 3 of 4 at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT), for " in out[0][1]
+    assert "waiting for" not in out[1][1], "one rank prints for all"
+    assert f"the ranks could not meet at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT): no ranks 1, 3 of 4 within 0.25 minutes" in out[0][0]
+
+
+def test_without_rank_0_the_others_wait_for_it_until_it_comes() -> None:
+    port = free_port()
+    late = start(1, 2, port, 2.0)
+    time.sleep(8.0)
+    first = start(0, 2, port, 2.0)
+    assert first.communicate(timeout=120)[0].strip() == "met 2"
+    assert late.communicate(timeout=120)[0].strip() == "met 2"
