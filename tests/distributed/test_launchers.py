@@ -59,26 +59,31 @@ def test_a_failure_is_told_once_and_stands_in_status_json(tmp_path: Path) -> Non
         ({"SLURM_GPUS_ON_NODE": "2", "RUN": "--run.device=cpu"}, None),
         ({"NVIDIA_VISIBLE_DEVICES": "all"}, "warning: NVIDIA_VISIBLE_DEVICES=all, but PyTorch sees no GPU"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "the launch asks for gradient accumulation"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "the launch asks for mixed precision in this type (ACCELERATE_MIXED_PRECISION=fp8)"),
     ],
 )
 def test_variables_that_a_shell_or_a_job_has_set(tmp_path: Path, variables: dict[str, str], message: str | None) -> None:
     recipe, more = write_recipe(tmp_path, phases=PHASES), [variables["RUN"]] if "RUN" in variables else []
-    done = launch([sys.executable, "-m", "dtl", "train", "--config", str(recipe), *more], tmp_path, **variables)
+    done = launch([sys.executable, SCRIPT, "--config", str(recipe), *more], tmp_path, ACCELERATE_USE_CPU="", **variables)
     assert "Traceback" not in done.stderr
     assert (done.stderr.count(message) == 1) if message else done.returncode == 0, done.stderr
     refused = message is not None and not message.startswith("warning")
     assert done.returncode == (2 if refused else 0)
     if not refused:
-        assert status(tmp_path / "runs/tiny")["launch"].keys() <= {"OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"}
+        assert status(tmp_path / "runs/tiny")["launch"].keys() <= {
+            "ACCELERATE_USE_CPU",
+            "OMP_NUM_THREADS",
+            "GLOO_SOCKET_IFNAME",
+            "CUDA_VISIBLE_DEVICES",
+            "NCCL_DEBUG",
+        }
 
 
-@pytest.mark.parametrize(
-    "settings", ["mixed_precision: fp8\nnum_processes: 1\ndistributed_type: 'NO'", "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {}"]
-)
-def test_a_launch_file_for_what_dtl_does_not_do(tmp_path: Path, settings: str) -> None:
-    (tmp_path / "launch.yaml").write_text(f"compute_environment: LOCAL_MACHINE\nuse_cpu: true\nnum_machines: 1\n{settings}\n")
+def test_a_launch_file_for_what_dtl_does_not_do(tmp_path: Path) -> None:
+    settings = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}\nuse_cpu: true\nnum_machines: 1\nmixed_precision: 'no'"
+    (tmp_path / "launch.yaml").write_text(f"compute_environment: LOCAL_MACHINE\n{settings}\n")
     recipe = write_recipe(tmp_path, phases=PHASES)
     done = launch([*ACCELERATE, "--config_file", str(tmp_path / "launch.yaml"), *port(), SCRIPT, "--config", str(recipe)], tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("dtl: ") == 1, done.stderr
-    assert "dtl: the launch asks for " in done.stderr
+    assert "dtl: the launch asks for FSDP (ACCELERATE_USE_FSDP=true)" in done.stderr
