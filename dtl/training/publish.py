@@ -130,7 +130,7 @@ def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
         f"checkpoints  {run}/checkpoints",
     ]
     if config.data.train == "digits":
-        lines.append("next         your own images: accelerate launch dtl/train.py --config finetune --data.train FOLDER --data.val FOLDER")
+        lines.append("next         your own images: dtl train --config finetune --data.train FOLDER --data.val-fraction 0.15")
     else:
         lines.append("next         more epochs on the last phase, or another run with --run.name NEW")
     return lines

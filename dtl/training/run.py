@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -30,6 +31,7 @@ from dtl.training.session import Result, Session
 # From this many starts at one step on, status.json says that there is no progress.
 STARTS_WITHOUT_PROGRESS = 3
 OVERFIT_STEPS = 200
+_FEW_STEPS, _STEPS_AIMED_AT = 5, 10  # an epoch
 OVERFIT_IMAGES = 16
 
 
@@ -103,6 +105,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
         log(warning)
     for line in too_few_threads(runtime):
+    for line in [*too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch), *too_few_threads(runtime)]:
         log(line)
     if not state.step:
         report_copies(session, {"train": train, "val": val})
@@ -130,6 +133,17 @@ def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Se
         if names:
             lines.append(f"{len(names)} of {counted(len(classes), 'class')} without a {split} image ({so}): {some(names)}")
     return lines
+
+
+def too_few_steps(images: int, batch: int, steps: int) -> list[str]:
+    """Of few images a batch of the usual size makes an epoch of two steps, in which little is learnt."""
+    smaller = max(4, 2 ** int(math.log2(max(1, images / _STEPS_AIMED_AT))))
+    if steps >= _FEW_STEPS or smaller >= batch:
+        return []
+    return [
+        f"an epoch has {counted(steps, 'step')}: {counted(images, "training image")} in batches of {batch}; "
+        f"--data.global-batch-size {smaller} gives {-(-images // smaller)}"
+    ]
 
 
 def too_few_threads(runtime: Runtime) -> list[str]:
