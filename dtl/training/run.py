@@ -104,7 +104,6 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
             log(line)
     if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
         log(warning)
-    for line in too_few_threads(runtime):
     for line in [*too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch), *too_few_threads(runtime)]:
         log(line)
     if not state.step:
@@ -141,7 +140,7 @@ def too_few_steps(images: int, batch: int, steps: int) -> list[str]:
     if steps >= _FEW_STEPS or smaller >= batch:
         return []
     return [
-        f"an epoch has {counted(steps, 'step')}: {counted(images, "training image")} in batches of {batch}; "
+        f"an epoch has {counted(steps, 'step')}: {counted(images, 'training image')} in batches of {batch}; "
         f"--data.global-batch-size {smaller} gives {-(-images // smaller)}"
     ]
 
