@@ -11,6 +11,7 @@
 #     DTL_CACHE      folder for packed image folders and downloaded shards (default: on the node's local disk, see node.sh)
 #     DTL_REQUEUE    off: exit with status 75 instead of requeueing (for jobs that you chain yourself)
 #     DTL_MAX_TRIES  the job ends after this many rounds in a row without a new checkpoint (default 3)
+#     DTL_DRY_RUN    off: no `dtl train --dry-run` before the first step of a new run
 
 run_job() {  # CONFIG [--section.key VALUE ...]
   set_up
@@ -19,8 +20,12 @@ run_job() {  # CONFIG [--section.key VALUE ...]
   count_ranks
   choose_launch_file
   choose_port
+  if [[ -z $warned && $round -eq 0 && $(newest_checkpoint) == the-beginning && ${DTL_DRY_RUN:-on} != off ]]; then
+    dry_run
+  fi
   if [[ -z $warned ]]; then
-    start_step
+    log "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
+    start_step "${train[@]}"
     wait_for_step
   fi
   decide
@@ -145,7 +150,19 @@ is_listening() {  # PORT. /proc lists sockets in hex; state 0A is LISTEN.
 
 # ---- the run
 
-start_step() {
+dry_run() {  # what cannot work ends the job here, and not after DTL_MAX_TRIES rounds; the cache of every node is filled
+  log "dry run on $SLURM_JOB_NODELIST"
+  start_step "${train[@]}" --dry-run
+  wait_for_step
+  case $status in
+    0) ;;
+    1) log "not requeued, the dry run failed (the log above has the error)"; exit 1 ;;
+    2) log "not requeued, the input is wrong: see the dry run's line above"; exit 2 ;;
+    *) requeue "stopped in the dry run" ;;
+  esac
+}
+
+start_step() {  # --config FILE [--section.key VALUE ...]
   local host
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   [[ $SLURM_NNODES -gt 1 ]] || host=127.0.0.1
@@ -154,17 +171,17 @@ start_step() {
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it from sbatch
   unset SLURM_EXPORT_ENV  # after `sbatch --export=NONE` the tasks would otherwise have no environment
-  log "$world rank(s) on $SLURM_JOB_NODELIST, $(basename "$launch"), port $port, round $round, run folder $run"
   # If one node fails, end all: the ranks of the others would wait for it. If one succeeds, do not end the others, whatever the site's WaitTime:
   # the first node may still be writing the report.
-  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 "$DTL_HOME/slurm/node.sh" "${train[@]}" &
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 "$DTL_HOME/slurm/node.sh" "$@" &
   step=$!
   [[ -z $warned ]] || on_warning
 }
 
-wait_for_step() {
+wait_for_step() {  # sets `status`
+  status=0
   while kill -0 "$step" 2>/dev/null; do  # a signal to this script ends the wait, not the step
-    wait "$step" || true
+    wait "$step" && status=0 || status=$?
   done
   [[ -z $sender ]] || kill "$sender" 2>/dev/null || true
 }

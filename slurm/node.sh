@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# srun runs this once on each node (see job.sh). It starts the ranks of the node with accelerate.
+# srun runs this once on each node (see job.sh). It starts the ranks of the node with accelerate, or a dry run.
 set -euo pipefail
 rank=$SLURM_NODEID
 
@@ -10,16 +10,20 @@ if [[ -z ${DTL_CACHE:-} && -n $disk && -d $disk && -w $disk ]]; then
 fi
 
 read -ra command <<<"$DTL_WRAP $DTL_PYTHON"
-# (`accelerate launch` is the same program, but takes seconds longer to start.)
-command+=(-m accelerate.commands.launch --config_file "$DTL_LAUNCH_FILE" --num_machines "$SLURM_NNODES" --machine_rank "$rank"
-  --num_processes "$DTL_WORLD" --num_cpu_threads_per_process "$DTL_THREADS")
-if [[ $DTL_WORLD -gt 1 ]]; then
-  command+=(--main_process_ip "$DTL_MAIN_HOST" --main_process_port "$DTL_MAIN_PORT")
-  mkdir -p "$DTL_LOGS/node-$rank"
-  command+=(--tee 3 --log_dir "$DTL_LOGS/node-$rank")  # the output of each rank goes to its own file, and to the job's log
+if [[ ${*: -1} == --dry-run ]]; then  # one process for all ranks of the node
+  export WORLD_SIZE=$DTL_WORLD RANK=$rank LOCAL_RANK=0
+else
+  # (`accelerate launch` is the same program, but takes seconds longer to start.)
+  command+=(-m accelerate.commands.launch --config_file "$DTL_LAUNCH_FILE" --num_machines "$SLURM_NNODES" --machine_rank "$rank"
+    --num_processes "$DTL_WORLD" --num_cpu_threads_per_process "$DTL_THREADS")
+  if [[ $DTL_WORLD -gt 1 ]]; then
+    command+=(--main_process_ip "$DTL_MAIN_HOST" --main_process_port "$DTL_MAIN_PORT")
+    mkdir -p "$DTL_LOGS/node-$rank"
+    command+=(--tee 3 --log_dir "$DTL_LOGS/node-$rank")  # the output of each rank goes to its own file, and to the job's log
+  fi
+  # Slurm has chosen the GPUs (CUDA_VISIBLE_DEVICES), so the launch file must not choose again.
+  grep -q -E '^use_cpu: *true' "$DTL_LAUNCH_FILE" || command+=(--gpu_ids all)
 fi
-# Slurm has chosen the GPUs (CUDA_VISIBLE_DEVICES), so the launch file must not choose again.
-grep -q -E '^use_cpu: *true' "$DTL_LAUNCH_FILE" || command+=(--gpu_ids all)
 command+=("$DTL_HOME/dtl/train.py" "$@")
 
 # Signals reach every process of the step. USR1 would end the launcher, and a trainer that has no handler yet. So it is ignored here: an ignored

@@ -16,15 +16,18 @@ def run(arguments: Sequence[str]) -> int:
 
         print(help_text())
         return 0
-    wanted = [argument for argument in arguments if argument != "--print-config"]
-    config, name = load_config(wanted)
-    if len(wanted) < len(arguments):
+    config, name = load_config([argument for argument in arguments if argument not in ("--print-config", "--dry-run")])
+    if "--print-config" in arguments:
         print(config.to_yaml(), end="")
         return 0
     if config.run.debug:
         from dtl.training.session import debug_config
 
         config, name = debug_config(config, name)
+    if "--dry-run" in arguments:
+        from dtl.checks.dry_run import dry_run
+
+        return dry_run(config, name, started=started)
     from dtl.runs.folder import stopped_under_this_agent
 
     if stopped_under_this_agent(f"{config.run.dir}/{name}"):

@@ -18,7 +18,7 @@ from dtl.data.remote.address import cache_place, is_remote, kind_of, shown, with
 from dtl.data.remote.address import default_cache_dir as default_cache_dir
 from dtl.data.shards.index import Shards
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
-from dtl.data.shards.mirror import find_remote_folder, mirror, mirror_place, refuse_remote_folder
+from dtl.data.shards.mirror import Unreachable, earlier_mirror, find_remote_folder, mirror, mirror_place, refuse_remote_folder
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.open import open_source
 from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folders
@@ -57,7 +57,13 @@ def ensure_packed(
     """
     source = bare(source) if isinstance(source, str) else source
     if isinstance(source, str) and is_remote_folder(source):
-        url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
+        try:
+            url, text = find_remote_folder(source, SERVES_AS[split], options=options) or refuse_remote_folder(source, SERVES_AS[split])
+        except Unreachable as error:
+            if (copied := earlier_mirror(_cache_place(options), source, SERVES_AS[split])) is None:
+                raise
+            log(f"{error}; using the copy of its manifest and index in {copied}")
+            return copied
         return _mirrored(url, text, options, log)
     if (ready := packed_folder(source, split)) is not None:
         if options.val_fraction and split == "train":

@@ -140,6 +140,16 @@ class Runtime:
         """One process by itself, also inside a launched one: it joins no process group and waits for nobody. It computes in float32."""
         return cls(device=device, precision="no", alone=True)
 
+    @classmethod
+    def planned(cls, precision: str) -> Runtime:
+        """This process in place of all that the launch has started, or will start elsewhere: for a dry run on a machine that may have no GPU.
+
+        It stands for rank 0 and knows how many there are. What only their devices decide is open: `precision` may be auto."""
+        launch, runtime = read_launch(), cls.alone("cpu")
+        runtime.world_size = launch.world_size or 1
+        runtime.precision = launch.precision or "auto" if precision == "auto" else precision
+        return runtime
+
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The forward pass inside computes in the runtime's precision."""
         return contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()

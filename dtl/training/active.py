@@ -150,6 +150,19 @@ def set_head(network: Network, phase: Phase, *, init: str, seed: int) -> bool:
     return True
 
 
+def trained_names(network: Network, phase: Phase, *, image_size: int, log: Callable[[str], None]) -> frozenset[str]:
+    """The parameters that the phase trains: those that its config names, without those that get no gradient."""
+    train = phase.config.train
+    trainable = select(network, list(train) if isinstance(train, tuple) else train)
+    unused = unused_parameters(network, trainable, image_size=image_size)
+    if unused:
+        log(f"phase {phase.name}: {counted(len(unused), 'parameter')} without a gradient, left out; the first is {min(unused)}")
+        trainable = trainable - unused
+    if not trainable:
+        raise UserError(f"phases.{phase.name}.train: nothing is left to train")
+    return trainable
+
+
 def enter(
     network: Network,
     phase: Phase,
@@ -169,14 +182,7 @@ def enter(
 
     `choose_cut(names of what is trained)`: the module to train on cached features, or None.
     """
-    config = phase.config
-    trainable = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
-    unused = unused_parameters(network, trainable, image_size=image_size)
-    if unused:
-        log(f"phase {phase.name}: {counted(len(unused), 'parameter')} without a gradient, left out; the first is {min(unused)}")
-        trainable = trainable - unused
-    if not trainable:
-        raise UserError(f"phases.{phase.name}.train: nothing is left to train")
+    config, trainable = phase.config, trained_names(network, phase, image_size=image_size, log=log)
     # Before freezing, which marks the modules themselves: a converted norm is a new one.
     _sync_norms(network.module, trainable, runtime, sync_bn, micro_batch_size, freeze_norm=freeze_norm, log=log)
     freeze(network.module, trainable, freeze_norm=freeze_norm)
@@ -271,13 +277,18 @@ def _sync_norms(
         log(f"SyncBatchNorm: batch norm statistics are computed over all {runtime.world_size} ranks (--model.sync-bn false: per rank, without communication)")
 
 
+def phase_line(phase: Phase, module: nn.Module) -> str:
+    """What a phase is: of `module`, the parameters that require a gradient are trained."""
+    num = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in module.parameters())
+    length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
+    return f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained"
+
+
 def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
     """What a phase is, at its start; and that its norms' statistics are rank 0's, where ranks have statistics of their own."""
     phase = active.phase
-    num = sum(parameter.numel() for parameter in active.parameters)
-    total = sum(parameter.numel() for parameter in active.module.parameters())
-    length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
-    lines = [f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained"]
+    lines = [phase_line(phase, active.module)]
     own = [
         part
         for part in active.evaluated.modules()

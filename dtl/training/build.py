@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from socket import gethostname
 
 import torch
 
+from dtl.checkpoint.resume.resume import find_checkpoint
+from dtl.checkpoint.resume.state import TrainState
+from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.checkpoint.transfer.apply import TransferReport, apply_plan
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
@@ -39,6 +43,30 @@ from dtl.training.phases import Phase, plan_phases
 Log = Callable[[str], None]
 DEBUG_TRAIN_STEPS = 4
 DEBUG_VAL_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before anything of it is on a device or in the run folder."""
+
+    network: Network
+    loaders: DataLoaders
+    phases: list[Phase]
+    checkpoint: Checkpoint | None
+    """What the run resumes from."""
+    state: TrainState
+
+
+def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: Runtime, log: Log, *, enter: Callable[[str], None] = to_nobody) -> Parts:
+    """Data packed, network built, phases planned, checkpoint found. Reads the run folder, writes nothing there. `enter`: takes the name of each stage."""
+    check_names(config, folder, runtime)
+    enter("data")
+    train, val = open_data(config, runtime, log)
+    enter("model")
+    network = build_network(config, train.num_classes, runtime)
+    loaders = build_dataloaders(config, runtime, train, val, network)
+    checkpoint, state = find_checkpoint(config, store, runtime, train, val)
+    return Parts(network, loaders, planned(config, loaders), checkpoint, state)
 
 
 # ---- what can be refused before it costs anything
@@ -155,7 +183,8 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
         loaders.plan(0)
-        check_shared_memory(loaders.shared_bytes, ranks=ranks_here, workers=loaders.workers)
+        if runtime.accelerator is not None:  # a dry run loads nothing here
+            check_shared_memory(loaders.shared_bytes, ranks=ranks_here, workers=loaders.workers)
         if demands := loaders.cache_demands(planned(config, loaders)):
             divide(demands, limit_in_bytes(data))
     return loaders
@@ -208,7 +237,8 @@ def load_pretrained(config: Config, network: Network, runtime: Runtime, train: S
         report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
     runtime.same("the transferred weights", report.checksum)
     if runtime.is_main:
-        log(str(report))
+        for line in report.lines():
+            log(line)
     return report
 
 

@@ -37,7 +37,7 @@ PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)
 _CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
 # Where a device is nearly full, CUDA's libraries have words of their own.
 _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-_MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
 def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, log: Callable[[str], None]) -> bool:
@@ -138,7 +138,7 @@ def _moments(active: ActivePhase) -> list[Tensor]:
     optimizer: torch.optim.Optimizer = getattr(active.optimizer, "optimizer", active.optimizer)
     if optimizer.state:
         return []
-    number = _MOMENTS[active.phase.config.optimizer]
+    number = MOMENTS[active.phase.config.optimizer]
     return [torch.empty_like(parameter) for parameter in active.parameters for _ in range(number)]
 
 

@@ -31,12 +31,16 @@ MakeReport = Callable[[Path, Callable[[str], None]], Path]
 """Makes the pages about a run folder and returns the first one; its messages go to the function."""
 
 
+def is_at_end(state: TrainState, phases: Sequence[Phase]) -> bool:
+    """No step is left to train."""
+    last = phases[-1]
+    return state.phase.index == last.index and (state.phase.step >= last.num_steps or state.phase.ended)
+
+
 def is_finished(session: Session, state: TrainState, phases: Sequence[Phase]) -> bool:
     """Nothing is left to train, and the last start wrote that down: its model folder is whole."""
-    last = phases[-1]
-    at_end = state.phase.index == last.index and (state.phase.step >= last.num_steps or state.phase.ended)
     # A start that failed before it began (a mistyped option) has kept what the status has of the finished run.
-    return session.runtime.agree(at_end and session.runtime.is_main and read_status(session.folder.path).model is not None)
+    return session.runtime.agree(is_at_end(state, phases) and session.runtime.is_main and read_status(session.folder.path).model is not None)
 
 
 def show_result_again(session: Session, state: TrainState) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dtl.checkpoint.resume.resume import find_checkpoint, note_changes
+from dtl.checkpoint.resume.resume import note_changes
 from dtl.checkpoint.transfer.apply import TransferReport
 from dtl.config import Config
 from dtl.config.own import needs_record, note_made
@@ -44,26 +44,19 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
     with session:
         runtime, log = session.runtime, session.console.print
         with session.before_first_step():  # may take hours, or be refused; an earlier run in the folder stays as it is
-            build.check_names(config, session.folder, runtime)
-            session.heart.enter("data")
-            train, val = build.open_data(config, runtime, log)
-            session.heart.enter("model")
-            network = build.build_network(config, train.num_classes, runtime)
-            dataloaders = build.build_dataloaders(config, runtime, train, val, network)
-            phases = build.planned(config, dataloaders)
-            checkpoint, state = find_checkpoint(config, session.store, runtime, train, val)
-            if is_finished(session, state, phases):
-                show_result_again(session, state)
+            parts = build.prepare(config, session.folder, session.store, runtime, log, enter=session.heart.enter)
+            if is_finished(session, parts.state, parts.phases):
+                show_result_again(session, parts.state)
                 return session.result
-            note_changes(config, checkpoint, state, runtime, log)
-            build.check_phases(phases, network, dataloaders, runtime)
-            transfer = None if checkpoint else build.load_pretrained(config, network, runtime, train, log)
-            normalise = build.place_network(config, network, runtime)
-        trainer = Trainer(session, network, normalise, dataloaders, phases, state)
+            note_changes(config, parts.checkpoint, parts.state, runtime, log)
+            build.check_phases(parts.phases, parts.network, parts.loaders, runtime)
+            transfer = None if parts.checkpoint else build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log)
+            normalise = build.place_network(config, parts.network, runtime)
+        trainer = Trainer(session, parts.network, normalise, parts.loaders, parts.phases, parts.state)
         _begin(session, trainer, transfer)
         if config.run.debug:
             overfit_one_batch(trainer)
-        trainer.train(checkpoint)
+        trainer.train(parts.checkpoint)
         publish(session, trainer, report)
     return session.result
 

@@ -47,6 +47,10 @@ JOBS: dict[str, dict[str, Any]] = {
         "arguments": ["sweep.txt"],
         "options": ["--array=1-2"],
     },
+    "dry_run_refuses": {"does": "touch begun; say done", "environment": {"PRETEND_DRY_RUN": "echo 'dtl: no weights' >&2; exit 2"}},
+    "dry_run_fails": {"does": "touch begun; say done", "environment": {"PRETEND_DRY_RUN": "exit 1"}},
+    "dry_run_stops": {"does": "say done", "environment": {"PRETEND_DRY_RUN": "echo dry >>told; exit 75"}},
+    "dry_run_off": {"does": "say done", "environment": {"PRETEND_DRY_RUN": "exit 2", "DTL_DRY_RUN": "off"}},
     "early": {"does": "say done", "environment": {"DTL_SITE": "site.sh"}},
 }
 
@@ -157,3 +161,27 @@ def test_a_warning_before_the_start_requeues_at_once(jobs: dict[str, SlurmJob]) 
     assert (job.state, job.rounds) == ("COMPLETED", 1)
     assert "stopped before it could save; requeued" in job.log
     assert "round 0" not in job.log
+
+
+@pytest.mark.parametrize(("name", "status", "line"), [("dry_run_refuses", 2, "the input is wrong"), ("dry_run_fails", 1, "the dry run failed")])
+def test_what_the_dry_run_finds_ends_the_job_before_its_first_round(jobs: dict[str, SlurmJob], name: str, status: int, line: str) -> None:
+    job = jobs[name]
+    job.wait_for_state("FAILED", "COMPLETED")
+    assert job.lab.job(job.number)["ExitCode"] == f"{status}:0"
+    assert job.rounds == 0
+    assert f"not requeued, {line}" in job.log
+    assert not (job.folder / "begun").exists()
+
+
+def test_a_dry_run_that_is_stopped_is_not_repeated(jobs: dict[str, SlurmJob]) -> None:
+    job = jobs["dry_run_stops"]
+    job.wait_for_state("COMPLETED", "FAILED")
+    assert (job.state, job.rounds) == ("COMPLETED", 1)
+    assert "stopped in the dry run; requeued, to resume from the-beginning" in job.log
+    assert (job.folder / "told").read_text() == "dry\n"
+
+
+def test_without_a_dry_run(jobs: dict[str, SlurmJob]) -> None:
+    job = jobs["dry_run_off"]
+    job.wait_for_state("COMPLETED", "FAILED")
+    assert job.state == "COMPLETED"

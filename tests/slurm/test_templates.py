@@ -66,6 +66,8 @@ def test_a_multi_node_job_trains_to_the_end(desk: Desk, reference: dict[int, Pat
     job.wait_until_done()
     assert_same(job.run, reference[2])
     assert "2 rank(s) on n[1-2]" in job.log
+    assert job.log.count("memory of each of 2 processes") == 2, "the dry run prints a line for each of the two phases, from one node"
+    assert job.log.count("dry run done") == 1
     logs = sorted(str(file.relative_to(job.run)) for file in job.run.glob("slurm/*/round-0/node-*/*/attempt_0/0/stderr.log"))
     assert [name.split("/")[3] for name in logs] == ["node-0", "node-1"]
 

@@ -101,14 +101,14 @@ def one_sample(recorder: Recorder) -> None:
 def one_resume(recorder: Recorder) -> None:
     from dtl.runs.bad_samples import BadSamples
     from dtl.runs.folder import RunFolder
-    from dtl.training import loop, run
+    from dtl.training import build, loop, run
     from dtl.training.active import ActivePhase
     from dtl.training.session import Session
     from dtl.training.throughput import StepLog
 
     train("--phases", "{all: {train: all, steps: 6, eval_every: 12, lr: 0.01}}")
     because_of_a_checkpoint = (
-        *((RunFolder, "acquire"), (run, "find_checkpoint"), (run, "note_changes"), (Session, "open_tracker"), (BadSamples, "__init__")),
+        *((RunFolder, "acquire"), (build, "find_checkpoint"), (run, "note_changes"), (Session, "open_tracker"), (BadSamples, "__init__")),
         *((loop, "strict_load"), (ActivePhase, "restore"), (StepLog, "restore")),
     )
     for owner, name in because_of_a_checkpoint:

@@ -140,6 +140,9 @@ def run_dtl(world: World, place: Path, command: str, words: list[str]) -> None:
 
 
 def train(world: World, place: Path, words: list[str], *, processes: int = 1) -> None:
+    if "--dry-run" in words:
+        assert "dry run done: this run can start" in world.run("train", words, place).err()
+        return
     config, name = load_config_in(place, words)
     run = place / config["run.dir"] / name
     if run.exists():  # lines of a block that train the same run say two ways to do it

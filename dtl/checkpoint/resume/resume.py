@@ -150,7 +150,7 @@ def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
 
 
 def _check_precision(before: str, now: str) -> None:
-    if before != now:
+    if now not in (before, "auto"):  # auto: not decided here, in a dry run
         raise UserError(f"this run was started with precision {before}, but would now use {now}; resume with --precision {before}")
 
 

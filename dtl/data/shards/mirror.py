@@ -25,6 +25,10 @@ _ORIGIN_NAME = "origin.json"
 _MOST_NAME_BYTES = 8192  # of a sample's key or path, on average
 
 
+class Unreachable(UserError):
+    """The server of a remote folder did not answer."""
+
+
 def mirror_place(place: Path, url: str) -> Path:
     return place / "folders" / hashlib.sha256(without_query(url).rstrip("/").encode()).hexdigest()[:20]
 
@@ -32,7 +36,7 @@ def mirror_place(place: Path, url: str) -> Path:
 def find_remote_folder(url: str, splits: Sequence[str], *, options: DataConfig) -> tuple[str, bytes] | None:
     """(address, manifest) of the remote folder `url`, or else of the first folder in it that is named after one of `splits`.
 
-    UserError for no connection.
+    Unreachable for no connection.
     """
     try:
         for folder in (url, *(join(url, name) for split in splits for name in addresses_to_try(split))):
@@ -40,7 +44,16 @@ def find_remote_folder(url: str, splits: Sequence[str], *, options: DataConfig) 
             if text is not None:
                 return folder, text
     except Unfetched as error:
-        raise UserError(str(error)) from None
+        raise Unreachable(str(error)) from None
+    return None
+
+
+def earlier_mirror(place: Path, url: str, splits: Sequence[str]) -> Path | None:
+    """The copy that an earlier command has made of the folder that `find_remote_folder` would find: for a machine without internet."""
+    for folder in (url, *(join(url, name) for split in splits for name in addresses_to_try(split))):
+        copied = mirror_place(place, folder)
+        if (copied / _ORIGIN_NAME).is_file():
+            return copied
     return None
 
 
