@@ -325,7 +325,9 @@ class CheckpointConfig(Section):
     max_failures: Count = 3
     """The run ends after this many failed saves in a row (full disk, deleted folder)."""
     keep: Count = 3
-    """Number of checkpoints kept on the disk."""
+    """Number of checkpoints kept on the disk while the run trains; the second is read if the newest is damaged."""
+    keep_done: Count = 1
+    """Number of checkpoints kept when the run is done. The last one is enough to train longer."""
     asynchronous: Annotated[bool, Field(alias="async")] = True
     """Write checkpoints in the background while training continues."""
     monitor: Literal["top1", "top5", "loss"] = "top1"

@@ -56,6 +56,7 @@ def show_result_again(session: Session, state: TrainState) -> None:
     console.print(f"{folder.path} is finished (step {state.step}); to train longer, raise the epochs of the last phase")
     console.table(table_rows(status.phases))
     folder.write_status("done", step=state.step, phases=status.phases, model=status.model)
+    session.store.thin()  # a kill may have come between the two at the end of an earlier start
     page = folder.path / "report" / "index.html"
     for line in next_steps(folder.path, session.config, page if page.is_file() else None):
         console.print(line)
@@ -87,6 +88,7 @@ def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> No
     runtime.barrier()  # no rank looks for another any more
     runtime.close()
     if runtime.is_main:
+        session.store.thin()
         tracker.table(table_rows(results))
         if worse := fell_behind(results, lr=trainer.phases[-1].config.lr):
             tracker.print(worse)

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,7 +104,7 @@ class _Snapshot:
 class CheckpointStore:
     """Saves and finds the checkpoints in one folder.
 
-    `options.keep`: how many of the newest stay; older ones are deleted only after a new one is complete.
+    `options.keep`: how many of the newest stay; older ones are deleted only after a new one is complete. `options.keep_done`: see `thin`.
     `options.asynchronous`: write in a thread beside the loop, from a snapshot in host memory (one more copy of the state, reused).
     `options.max_failures`: that many saves in a row may fail (full disk, vanished folder); then `save` raises UserError.
     `log`: takes one line for the user; called from the writing thread too.
@@ -255,7 +255,29 @@ class CheckpointStore:
         (it went on from before them, because they were damaged or because it was started afresh)."""
         numbers = self._numbers()
         current = [number for number in numbers if number <= step]
-        for number in set(numbers) - set(current[: self.options.keep]):
+        self._delete(set(numbers) - set(current[: self.options.keep]))
+
+    def thin(self) -> None:
+        """Of a run that is done, and whose model is on the disk: leave the `keep_done` newest, if the newest is proved whole.
+
+        May be interrupted anywhere and called again. What cannot be deleted is logged, and stays."""
+        self._before_write()
+        try:
+            if not self.folder.is_dir():
+                return
+            self._clean()
+            numbers = self._numbers()
+            surplus = numbers[self.options.keep_done :]
+            problem = _open(self.folder / f"step-{numbers[0]:08d}", numbers[0])[1] if surplus else ""
+            if problem:
+                self._log(f"checkpoint {self.folder}/step-{numbers[0]:08d} is damaged, so the others are kept: {problem}")
+                return
+            self._delete(surplus)
+        except OSError as error:
+            self._log(f"older checkpoints in {self.folder} could not be deleted: {_reason(error)}")
+
+    def _delete(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             for path in self._paths(number):
                 # Renamed first: a kill while it is being deleted must not leave a torn checkpoint behind.
                 doomed = self.folder / f".deleting-{path.name.strip('.')}-{os.getpid()}"

@@ -455,3 +455,40 @@ def test_killed_while_a_step_is_replaced(make: Callable[..., CheckpointStore], m
     store = make(keep=1)
     store.save(5, tensors(5), {}, wait=True)
     assert os.listdir(store.folder) == ["step-00000005"]
+
+
+def test_a_run_that_is_done_keeps_its_last(make: Callable[..., CheckpointStore], said: Said) -> None:
+    store = make(keep=4, keep_done=2)
+    for step in (10, 20, 30, 40):
+        store.save(step, tensors(), {}, wait=True)
+    (store.folder / ".deleting-step-00000005-1").mkdir()
+    store.thin()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000030", "step-00000040"]
+    assert store.newest() is not None
+    store.thin()
+    assert store.steps() == [30, 40]
+    assert said == []
+
+
+def test_nothing_is_deleted_beside_a_damaged_last_one(make: Callable[..., CheckpointStore], said: Said) -> None:
+    store = make(keep=3)
+    for step in (10, 20, 30):
+        store.save(step, tensors(), {}, wait=True)
+    (store.folder / "step-00000030/model.safetensors").write_bytes(b"damaged")
+    store.thin()
+    assert store.steps() == [10, 20, 30]
+    assert "step-00000030 is damaged, so the others are kept: model.safetensors has 7 bytes" in said.text()
+
+
+def test_what_cannot_be_deleted_does_not_fail_a_run_that_is_done(make: Callable[..., CheckpointStore], said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(keep=3)
+    store.save(10, tensors(), {}, wait=True)
+    store.save(20, tensors(), {}, wait=True)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refused)
+    store.thin()
+    assert store.steps() == [10, 20]
+    assert "could not be deleted: Permission denied" in said.text()

@@ -1,0 +1,46 @@
+"""Runs that end themselves with SIGKILL at one moment, by `before` of the harness."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from dtl import files
+
+
+def in_thinning() -> None:
+    """While the second checkpoint is being deleted: it is renamed, and half of it is gone."""
+    real, seen = files.remove, [0]
+
+    def remove(path: Path) -> None:
+        # The store deletes while it trains, too: what counts is what it deletes once the model is there.
+        if path.name.startswith(".deleting-") and (path.parent.parent / "model/model.json").exists():
+            seen[0] += 1
+            if seen[0] == 2:
+                next(path.iterdir()).unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        real(path)
+
+    files.remove = remove
+
+
+def before_thinning() -> None:
+    """The run is marked done, and nothing is deleted yet."""
+    from dtl.checkpoint.resume.store import CheckpointStore
+
+    def thin(self: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    CheckpointStore.thin = thin  # type: ignore[method-assign]
+
+
+def before_the_model() -> None:
+    """The last checkpoint is on the disk, and the model folder is not."""
+    from dtl.training import publish
+
+    def save(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    publish._save_model = save
