@@ -18,8 +18,7 @@ Run the same command again to resume a run. VALUE is YAML, or text as it stands 
 
   --config FILE     a YAML file, or a built-in recipe: {recipes}
   --print-config    print the resolved config and exit
-  --dry-run         pack the data, fetch the weights, check network, transfer and phases, estimate the memory,
-                    and exit: for a login node, before a job without internet; the run folder is not touched
+  --dry-run         pack the data, fetch the weights, check all phases, estimate the memory, and exit
   --help            show this text
 """
 

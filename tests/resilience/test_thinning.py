@@ -94,9 +94,9 @@ def test_a_stopped_run_keeps_all_and_a_damaged_last_one_deletes_none(tmp_path: P
     three = checkpoints(tmp_path)
     assert len(three) == 3
     manifest = folder / three[-1] / "manifest.json"
-    whole = manifest.read_text()
-    manifest.write_text(json.dumps({**json.loads(whole), "step": 7}))
+    weights = weights_hash(tmp_path / "runs/tiny")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 7}))
     # The one before is resumed, and the last step trained and saved again: only then is there something to thin.
     run(words, cwd=tmp_path)
     assert checkpoints(tmp_path) == ["step-00000012"]
-    assert manifest.read_text() == whole
+    assert weights_hash(tmp_path / "runs/tiny") == weights
