@@ -12,7 +12,7 @@ from recipes import write_recipe
 
 def trained(folder: Path, *, world: int = 1, checkpoint: dict[str, Any], **phase: Any) -> Path:
     phases = {"all": {"train": "all", "steps": 8, "lr": 0.05, "eval_every": 100, **phase}}
-    recipe = write_recipe(folder, phases=phases, data={"workers": 0}, checkpoint={"every_steps": None, "keep": 20, **checkpoint})
+    recipe = write_recipe(folder, phases=phases, data={"workers": 0}, checkpoint={"every_steps": None, "keep": 20, "keep_done": 20, **checkpoint})
     run(["--config", str(recipe)], cwd=folder, world=world)
     return folder / "runs/tiny"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +57,14 @@ class StringTable:
         write_whole(path, lambda file: file.writelines(parts))
 
     @classmethod
-    def join(cls, tables: Sequence[StringTable]) -> StringTable:
-        """All strings of `tables`, one table after another."""
-        starts = np.cumsum([0, *(len(table.data) for table in tables)])
-        offsets = [np.zeros(1, np.int64), *(table.offsets[1:] + start for table, start in zip(tables, starts))]
-        return cls(np.concatenate(offsets), np.concatenate([np.zeros(0, np.uint8), *(table.data for table in tables)]))
+    def join(cls, tables: Iterable[StringTable]) -> StringTable:
+        """All strings of `tables`, one table after another. Each is copied before the next is asked for: a mapped one costs an open file."""
+        offsets, data, start = [np.zeros(1, np.int64)], [np.zeros(0, np.uint8)], 0
+        for table in tables:
+            offsets.append(np.add(table.offsets[1:], start))
+            data.append(np.array(table.data))
+            start += len(table.data)
+        return cls(np.concatenate(offsets), np.concatenate(data))
 
     def take(self, numbers: npt.NDArray[np.integer]) -> StringTable:
         """The strings at these positions, in this order."""

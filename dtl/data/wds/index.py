@@ -237,7 +237,7 @@ class _Merged:
         return np.concatenate([np.zeros(0, ROWS), *parts]), np.array([len(part) for part in parts], np.int64)
 
     def keys(self) -> StringTable:
-        return StringTable.join([StringTable.read(stem.with_suffix(".keys")) for stem in self._stems])
+        return StringTable.join(StringTable.read(stem.with_suffix(".keys")) for stem in self._stems)
 
 
 def _write(
