@@ -98,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="RUN|MODEL", help="a run (runs/NAME: its model, its validation data) or a model folder")
     add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder with one folder per class, a list, packed shards, digits")
     add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the `pipe:` commands in the manifest of SRC")
-    add("--json", metavar="FILE", help="write all numbers to FILE; - prints them instead of the table")
+    add(
+        "--json",
+        metavar="FILE",
+        help="write all numbers to FILE; - prints them instead of the table (the confusion matrix of more than 1,000 classes as the pairs that occur)",
+    )
     add("--csv", metavar="FILE", help="write one line per image to FILE: path, label, prediction, its probability, loss")
     add("--hardest", type=at_least(0), metavar="N", help="number of images with the greatest loss to list (default: 20 in --json, 5 in the table)")
     add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"batch size per process (default: {_DEFAULT_BATCH_SIZE})")

@@ -8,10 +8,12 @@ in the order of the batches. B samples, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from dtl.training.phases import Task
 NUM_BINS = 15
 NUM_HARDEST = 20
 _UNIT = 2.0**32
+_COUNT_EVERY = 1 << 22  # images, of which 8 bytes are kept each
 _WHAT = ("sample", "label", "predicted")
 
 
@@ -46,13 +49,53 @@ class Hard:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """How often each (label, predicted) occurs, in this order: as many numbers as pairs that occur, not K x K of them. All int64 [P]."""
+
+    num_classes: int
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, num_classes: int, codes: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Confusion:
+        """From label * K + predicted and how often, in any order and more than once."""
+        found, places = np.unique(codes, return_inverse=True)
+        total = np.zeros(len(found), np.int64)
+        np.add.at(total, places, counts)
+        return cls(num_classes, *np.divmod(found, num_classes), total)
+
+    def by_label(self) -> npt.NDArray[np.int64]:
+        """Samples of each class, [K]."""
+        return self._total(self.labels, self.counts)
+
+    def by_prediction(self) -> npt.NDArray[np.int64]:
+        """How often each class was predicted, [K]."""
+        return self._total(self.predicted, self.counts)
+
+    def hits(self) -> npt.NDArray[np.int64]:
+        """How often it was right, [K]."""
+        return self._total(self.labels, np.where(self.labels == self.predicted, self.counts, 0))
+
+    def dense(self) -> npt.NDArray[np.int64]:
+        """[K, K] by (label, predicted)."""
+        matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
+        matrix[self.labels, self.predicted] = self.counts
+        return matrix
+
+    def _total(self, classes: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        total = np.zeros(self.num_classes, np.int64)
+        np.add.at(total, classes, counts)
+        return total
+
+
+@dataclass(frozen=True)
 class Assessment:
     """What all ranks together have seen; equal on all of them."""
 
     result: dict[str, float | int]
     """top1, top5, loss, num_samples"""
-    confusion: list[list[int]]
-    """[K][K] by (label, predicted)"""
+    confusion: Confusion
     bin_samples: list[int]
     bin_correct: list[int]
     bin_confidence: list[int]
@@ -132,6 +175,41 @@ def _undamaged(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+class PairCounts:
+    """One rank's part of a `Confusion`. Now and then, after some million images, `add` counts what it has and so waits for the device."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._codes: list[Tensor] = []
+        self._num_waiting = 0
+        self._counted = _counted(num_classes, [])
+
+    def add(self, labels: Tensor, predicted: Tensor, real: Tensor) -> None:
+        """Of a batch, all [B]; what is not `real` counts nowhere."""
+        self._codes.append(torch.where(real, labels * self._num_classes + predicted, -1))
+        self._num_waiting += len(labels)
+        if self._num_waiting >= _COUNT_EVERY:
+            self._count()
+
+    def all_ranks(self, runtime: Runtime) -> Confusion:
+        """Of all ranks together, the same on each."""
+        self._count()
+        return _counted(self._num_classes, runtime.gather(self._counted))
+
+    def _count(self) -> None:
+        waiting = [np.zeros(0, np.int64), *(codes.cpu().numpy() for codes in self._codes)]
+        self._codes, self._num_waiting = [], 0
+        codes = np.concatenate(waiting)
+        codes = codes[codes >= 0]
+        self._counted = _counted(self._num_classes, [self._counted, Confusion.of(self._num_classes, codes, np.ones(len(codes), np.int64))])
+
+
+def _counted(num_classes: int, parts: Sequence[Confusion]) -> Confusion:
+    nothing = np.zeros(0, np.int64)
+    codes = np.concatenate([nothing, *(part.labels * num_classes + part.predicted for part in parts)])
+    return Confusion.of(num_classes, codes, np.concatenate([nothing, *(part.counts for part in parts)]))
+
+
 class _Seen:
     """One rank's part; nothing in `add` waits for the device."""
 
@@ -139,7 +217,7 @@ class _Seen:
         self._num_hardest = num_hardest
         self._rows = PredictionRows() if each_image else None
         self._loss = Loss()
-        self._sums = Sums(num_outputs, device, confusion=True)
+        self._sums, self._pairs = Sums(num_outputs, device), PairCounts(num_outputs)
         self._losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
         self._bins = torch.zeros(3, NUM_BINS, dtype=torch.int64, device=device)
         self._hard_numbers = torch.zeros(0, len(_WHAT), dtype=torch.int64, device=device)
@@ -157,6 +235,7 @@ class _Seen:
         self._losses[number] = torch.where(real, losses, 0).double().sum()
         predicted = first_greatest(logits)
         confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
+        self._pairs.add(labels, predicted, real)
         correct = real & (predicted == labels) & ~logits.isnan().any(dim=1)
         place = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)
         # Scaling by a power of two is exact, so these integers lose nothing and have the same sum in any order.
@@ -185,7 +264,7 @@ class _Seen:
         hardest = sorted((_hard(numbers, values) for numbers, values in found), key=lambda one: (-one.loss, one.sample, one.label))
         return Assessment(
             result=result,
-            confusion=sums.details()["confusion"],
+            confusion=self._pairs.all_ranks(runtime),
             bin_samples=bins[0],
             bin_correct=bins[1],
             bin_confidence=bins[2],

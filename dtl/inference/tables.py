@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dtl import text
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError, printable
 from dtl.files import write_whole
-from dtl.inference.assess import NUM_BINS, Assessment, Hard
+from dtl.inference.assess import NUM_BINS, Assessment, Confusion, Hard
 from dtl.text import Column, counted, csv_line
 
 NUM_PAIRS = 20
+DENSE_CLASSES = 1000
+"""Up to so many classes the report has the whole confusion matrix."""
 CSV_COLUMNS = ("path", "label", "prediction", "probability", "loss")
 _TABLE_CLASSES = 30
 _NAME_WIDTH = 32
@@ -30,8 +31,9 @@ _MEAN = "mean over classes"
 
 def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """The evaluation as JSON values: None where a rate has nothing to be a share of. `names` are the display names."""
-    counts = np.array(seen.confusion, np.int64)
-    rates = class_rates(counts)
+    confusion = seen.confusion
+    rates = class_rates(confusion)
+    occurring = {"label": confusion.labels, "predicted": confusion.predicted, "count": confusion.counts}
     return {
         **{key: _number(value) for key, value in seen.result.items()},
         "macro": {key: _mean([row[key] for row in rates if row["support"]]) for key in ("precision", "recall", "f1")},
@@ -44,8 +46,12 @@ def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: S
         },
         "classes": list(classes),
         "per_class": [{"label": label, "name": name, **row} for label, name, row in zip(classes, names, rates)],
-        "confusion": seen.confusion,
-        "confused_pairs": confused_pairs(counts, classes),
+        **(
+            {"confusion": confusion.dense().tolist()}
+            if len(classes) <= DENSE_CLASSES
+            else {"confusion": None, "confusion_counts": {key: values.tolist() for key, values in occurring.items()}}
+        ),
+        "confused_pairs": confused_pairs(confusion, classes),
         "hardest": [_hardest(one, shards, classes) for one in seen.hardest],
         "damaged": [{"path": shards.name(sample), "sample": sample, "reason": reason} for sample, reason in seen.damaged],
     }
@@ -73,13 +79,13 @@ def write_csv(file: str, seen: Assessment, shards: Shards, classes: Sequence[str
         raise UserError(f"--csv {file}: cannot be written: {error.strerror or error}") from error
 
 
-def class_rates(counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and support of each class from counts [K,K] by (label, predicted).
+def class_rates(confusion: Confusion) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and support of each class.
 
     A class that is never predicted has precision 0, as scikit-learn has it; one without images has no recall.
     """
     rows = []
-    for hits, support, predicted in zip(counts.diagonal().tolist(), counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist()):
+    for hits, support, predicted in zip(confusion.hits().tolist(), confusion.by_label().tolist(), confusion.by_prediction().tolist()):
         rows.append(
             {
                 "precision": hits / predicted if predicted else (0.0 if support else None),
@@ -91,18 +97,14 @@ def class_rates(counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
     return rows
 
 
-def confused_pairs(counts: npt.NDArray[np.int64], classes: Sequence[str], limit: int = NUM_PAIRS) -> list[dict[str, Any]]:
+def confused_pairs(confusion: Confusion, classes: Sequence[str], limit: int = NUM_PAIRS) -> list[dict[str, Any]]:
     """The wrong answers that were given most often; equal counts in the order of the classes."""
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    flat = wrong.ravel()
-    support = counts.sum(axis=1)
-    worst = np.argsort(-flat, kind="stable")[:limit]
+    support = confusion.by_label()
+    wrong = np.flatnonzero(confusion.labels != confusion.predicted)
+    worst = wrong[np.argsort(-confusion.counts[wrong], kind="stable")[:limit]]
     pairs = []
-    for place in worst[flat[worst] > 0].tolist():
-        label, predicted = divmod(place, len(classes))
-        share = int(flat[place]) / int(support[label])
-        pairs.append({"label": classes[label], "predicted": classes[predicted], "count": int(flat[place]), "share_of_label": share})
+    for label, predicted, count in zip(*(column[worst].tolist() for column in (confusion.labels, confusion.predicted, confusion.counts))):
+        pairs.append({"label": classes[label], "predicted": classes[predicted], "count": count, "share_of_label": count / int(support[label])})
     return pairs
 
 

@@ -177,13 +177,10 @@ class Sums:
     with a NaN among its logits is correct in nothing.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, confusion: bool = False) -> None:
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        # int64: num_samples, top1_correct, top5_correct, then [2,K] per class (samples, top1 correct), then [K,K] (label, predicted)
-        extra = 2 * num_classes + num_classes * num_classes if confusion else 0
-        self._counts = torch.zeros(3 + extra, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # num_samples, top1_correct, top5_correct
         self._sums = torch.zeros(2, dtype=torch.float64, device=_float64_device(device))
-        self._has_confusion = confusion
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor, losses: Tensor) -> None:
         """Add a batch: logits [B,K], labels int64 [B], weights [B] (a weight over 0 is a real sample), losses [B] unweighted."""
@@ -194,12 +191,10 @@ class Sums:
             rank = _rank_of_label(logits, labels)
             top1 = real & (rank == 0)
             top5 = real & (rank < min(_TOP, self.num_classes))
-            self._counts[:3] += torch.stack([real.sum(), top1.sum(), top5.sum()])
+            self._counts += torch.stack([real.sum(), top1.sum(), top5.sum()])
             where = self._sums.device
             kept, loss, weight = real.to(where), losses.to(where).double(), weights.to(where).double()
             self._sums += torch.stack([torch.where(kept, loss * weight, 0).sum(), torch.where(kept, weight, 0).sum()])
-            if self._has_confusion:
-                self._count_classes(logits, labels, real, top1)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """(int64 vector, float64 vector): add them over ranks, then `from_tensors`. Both have one length on all ranks."""
@@ -208,7 +203,7 @@ class Sums:
     def from_tensors(self, counts: Tensor, sums: Tensor) -> Sums:
         """Sums like these ones whose `tensors()` are `counts` and `sums`: what an all-reduce gave."""
         assert (counts.shape, sums.shape) == (self._counts.shape, self._sums.shape)
-        restored = Sums(self.num_classes, counts.device, confusion=self._has_confusion)
+        restored = Sums(self.num_classes, counts.device)
         restored._counts, restored._sums = counts.clone(), sums.clone()
         return restored
 
@@ -221,7 +216,7 @@ class Sums:
 
     def result(self) -> dict[str, float | int]:
         """{top1, top5, loss, num_samples}: shares from 0 to 1 and the weighted mean loss; NaN where no sample was seen."""
-        num_samples, top1, top5 = self._counts[:3].tolist()
+        num_samples, top1, top5 = self._counts.tolist()
         loss_sum, weight_sum = self._sums.tolist()
         nan = float("nan")
         return {
@@ -230,25 +225,6 @@ class Sums:
             "loss": loss_sum / weight_sum if weight_sum else nan,
             "num_samples": num_samples,
         }
-
-    def details(self) -> dict[str, Any]:
-        """{class_samples [K], class_correct [K], confusion [K][K]} as lists; the confusion is counted by (label, predicted)."""
-        assert self._has_confusion, "made with confusion=False"
-        k = self.num_classes
-        counts = self._counts[3:].cpu()
-        return {
-            "class_samples": counts[:k].tolist(),
-            "class_correct": counts[k : 2 * k].tolist(),
-            "confusion": counts[2 * k :].view(k, k).tolist(),
-        }
-
-    def _count_classes(self, logits: Tensor, labels: Tensor, real: Tensor, top1: Tensor) -> None:
-        k = self.num_classes
-        label = torch.where(real, labels, 0)
-        predicted = torch.where(real, first_greatest(logits), 0)
-        self._counts[3 : 3 + k].index_add_(0, label, real.long())
-        self._counts[3 + k : 3 + 2 * k].index_add_(0, label, top1.long())
-        self._counts[3 + 2 * k :].index_add_(0, label * k + predicted, real.long())
 
 
 def _rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:

@@ -94,6 +94,20 @@ def test_every_number_against_a_plain_computation(model: Path, photos: Path, tmp
     assert [hard["predicted"] for hard in found["hardest"]] == [CLASSES[predicted[i]] for i in order]
 
 
+def test_of_many_classes_the_pairs_that_occur_are_written(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluated(model, photos, tmp_path)
+    assert "confusion_counts" not in whole
+    monkeypatch.setattr("dtl.inference.tables.DENSE_CLASSES", 2)
+    found = evaluated(model, photos, tmp_path)
+    rebuilt = np.zeros((3, 3), int)
+    occurring = found.pop("confusion_counts")
+    rebuilt[occurring["label"], occurring["predicted"]] = occurring["count"]
+    assert rebuilt.tolist() == whole.pop("confusion")
+    assert min(occurring["count"]) > 0
+    assert found.pop("confusion") is None
+    assert found == whole
+
+
 @pytest.mark.parametrize("batch_size", ["5", "64"])
 def test_the_csv_has_each_image_once_as_a_plain_computation_has_it(model: Path, photos: Path, tmp_path: Path, batch_size: str) -> None:
     found = evaluated(model, photos, tmp_path, "--batch-size", batch_size, "--csv", str(tmp_path / "images.csv"), "--hardest", "3")

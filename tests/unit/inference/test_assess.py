@@ -1,12 +1,18 @@
-"""The calibration error from its bins."""
+"""The calibration error from its bins, and the confusion matrix from pairs."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from dtl.inference.assess import NUM_BINS, Assessment
+from dtl.distributed.runtime import Runtime
+from dtl.inference import assess
+from dtl.inference.assess import NUM_BINS, Assessment, Confusion, PairCounts
+
+EMPTY = np.zeros(0, np.int64)
 
 
 def seen(samples: dict[int, int], correct: dict[int, int], confidence: dict[int, float]) -> Assessment:
@@ -14,7 +20,7 @@ def seen(samples: dict[int, int], correct: dict[int, int], confidence: dict[int,
         return [values.get(place, 0) for place in range(NUM_BINS)]
 
     sums = {place: round(value * 2**32) for place, value in confidence.items()}
-    return Assessment({}, [], bins(samples), bins(correct), bins(sums), [], [])
+    return Assessment({}, Confusion.of(1, EMPTY, EMPTY), bins(samples), bins(correct), bins(sums), [], [])
 
 
 def test_calibration_error_is_the_weighted_distance() -> None:
@@ -25,3 +31,54 @@ def test_calibration_error_is_the_weighted_distance() -> None:
 
 def test_no_image_has_no_calibration_error() -> None:
     assert math.isnan(seen({}, {}, {}).calibration_error)
+
+
+def _data(num: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num)
+    return torch.randint(num_classes, (num,), generator=generator), torch.randint(num_classes, (num,), generator=generator)
+
+
+def _plain(labels: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> np.ndarray:
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for label, other in zip(labels.tolist(), predicted.tolist()):
+        matrix[label, other] += 1
+    return matrix
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 5, 17])
+def test_pairs_equal_a_plain_count(num_classes: int) -> None:
+    labels, predicted = _data(101, num_classes)
+    pairs = PairCounts(num_classes)
+    pairs.add(labels, predicted, torch.ones(101, dtype=torch.bool))
+    found, plain = pairs.all_ranks(Runtime.alone("cpu")), _plain(labels, predicted, num_classes)
+    assert (found.dense() == plain).all()
+    assert found.hits().tolist() == plain.diagonal().tolist()
+    assert found.by_label().tolist() == plain.sum(axis=1).tolist() == labels.bincount(minlength=num_classes).tolist()
+    assert found.by_prediction().tolist() == plain.sum(axis=0).tolist()
+    assert (found.counts > 0).all()
+    assert (np.diff(found.labels * num_classes + found.predicted) > 0).all()
+
+
+@pytest.mark.parametrize(("ranks", "batch", "pads", "count_every"), [(1, 101, 0, 1 << 22), (1, 7, 3, 20), (2, 16, 1, 1), (3, 5, 2, 30), (7, 4, 4, 1 << 22)])
+def test_any_split_and_padding_counts_the_same_pairs(ranks: int, batch: int, pads: int, count_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assess, "_COUNT_EVERY", count_every)
+    labels, predicted = _data(101, 10)
+    runtime = Runtime.alone("cpu")
+    parts = []
+    for rank in range(ranks):
+        part = PairCounts(10)
+        for chosen in torch.arange(101)[rank::ranks].split(batch):
+            nothing = torch.zeros(pads, dtype=torch.int64)
+            real = torch.cat([torch.ones(len(chosen)), torch.zeros(pads)]) > 0
+            part.add(torch.cat([labels[chosen], nothing]), torch.cat([predicted[chosen], nothing]), real)
+        parts.append(part.all_ranks(runtime))
+    runtime.gather = lambda value: parts  # type: ignore[method-assign, assignment]
+    assert (PairCounts(10).all_ranks(runtime).dense() == _plain(labels, predicted, 10)).all()
+
+
+def test_many_classes_take_no_more_than_their_images() -> None:
+    """20,000 classes: the matrix would be 3.2 GB."""
+    pairs = PairCounts(20_000)
+    pairs.add(torch.tensor([19_999, 0, 19_999]), torch.tensor([19_999, 5, 19_999]), torch.tensor([True, True, True]))
+    found = pairs.all_ranks(Runtime.alone("cpu"))
+    assert (found.labels.tolist(), found.predicted.tolist(), found.counts.tolist()) == ([0, 19_999], [5, 19_999], [1, 2])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,19 @@ def test_the_same_shard_twice(tmp_path: Path) -> None:
 
 
 # --- which shards, where the index goes
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    for number in range(60):
+        numbered(tmp_path / f"s-{number:03d}.tar", number, 1)
+    open_now = len(os.listdir("/proc/self/fd"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 30, before[1]))
+    try:
+        shards = indexed(tmp_path)
+        assert [shards.key(number) for number in range(60)] == [f"s{number:05d}" for number in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_two_folders_need_a_place_for_the_index(tmp_path: Path) -> None:
