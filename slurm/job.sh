@@ -179,9 +179,9 @@ start_step() {  # --config FILE [--section.key VALUE ...]
 }
 
 wait_for_step() {  # sets `status`
-  status=0
-  while kill -0 "$step" 2>/dev/null; do  # a signal to this script ends the wait, not the step
+  while :; do  # a signal to this script ends the wait, not the step
     wait "$step" && status=0 || status=$?
+    kill -0 "$step" 2>/dev/null || break
   done
   [[ -z $sender ]] || kill "$sender" 2>/dev/null || true
 }

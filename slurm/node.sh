@@ -33,8 +33,10 @@ trap '' USR1
 # saving. This script must run until they have ended, because Slurm kills all remaining processes when it exits.
 ending=''
 trap 'ending=1' TERM
-status=0
 DTL_STEP=$SLURM_JOB_ID.$SLURM_STEP_ID "${command[@]}" &
-while kill -0 $! 2>/dev/null; do wait $! && status=0 || status=$?; done
+while :; do
+  wait $! && status=0 || status=$?
+  kill -0 $! 2>/dev/null || break
+done
 while [[ -n $ending ]] && grep -qsz "^DTL_STEP=$SLURM_JOB_ID.$SLURM_STEP_ID\$" /proc/[0-9]*/environ; do sleep 0.2 || true; done
 exit "$status"
