@@ -54,7 +54,7 @@ def recorded(work: Callable[[Recorder], Any]) -> list[str]:
 def train(*arguments: str, workers: int = 0) -> None:
     from dtl.commands.train import run
 
-    phases = ["--phases", "{all: {train: all, steps: 12, eval_every: 12, lr: 0.01}}"]
+    phases = ["--phases", "{pretext: null, head: null, all: {train: all, steps: 12, eval_every: 12, lr: 0.01}}"]
     quiet = ["--tracking.log-every", "50", "--tracking.wandb", "off", "--tracking.report", "false", "--run.device", "cpu", "--checkpoint.every-steps", "6"]
     small = ["--model.name", "torchvision/resnet18", "--data.image-size", "32", "--data.global-batch-size", "16", "--data.workers", str(workers)]
     assert run([*quiet, *small, *phases, *arguments]) == 0
@@ -106,7 +106,7 @@ def one_resume(recorder: Recorder) -> None:
     from dtl.training.session import Session
     from dtl.training.throughput import StepLog
 
-    train("--phases", "{all: {train: all, steps: 6, eval_every: 12, lr: 0.01}}")
+    train("--phases", "{pretext: null, head: null, all: {train: all, steps: 6, eval_every: 12, lr: 0.01}}")
     because_of_a_checkpoint = (
         *((RunFolder, "acquire"), (build, "find_checkpoint"), (run, "note_changes"), (Session, "open_tracker"), (BadSamples, "__init__")),
         *((loop, "strict_load"), (ActivePhase, "restore"), (StepLog, "restore")),
