@@ -47,15 +47,26 @@ class DamagedSample(UserError):
     `offset` the first byte of the image in the shard, `reason` what was found.
     """
 
+    _what, _advice = "is damaged", ""
+
     def __init__(self, *, shard: str, key: str, offset: int, reason: str) -> None:
         self.shard, self.key, self.offset, self.reason = shard, key, offset, reason
         name = f"sample {key}" if key else "a sample"
-        super().__init__(f"{shard}: {name} at byte {offset} is damaged: {reason}")
+        super().__init__(f"{shard}: {name} at byte {offset} {self._what}: {reason}{self._advice}")
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are rebuilt from positional arguments when they cross a process; ours are keyword-only.
-        return _rebuild_damaged, (self.shard, self.key, self.offset, self.reason)
+        return _rebuild_sample, (type(self), self.shard, self.key, self.offset, self.reason)
 
 
-def _rebuild_damaged(shard: str, key: str, offset: int, reason: str) -> DamagedSample:
-    return DamagedSample(shard=shard, key=key, offset=offset, reason=reason)
+class UnreachableSample(DamagedSample):
+    """One whose bytes cannot be had now, for a reason that is not theirs: a server, a network, a full disk, a permission.
+
+    Nothing is known about the sample, so it is never skipped and never set aside.
+    """
+
+    _what, _advice = "cannot be read now", "; start the same command again when it can be read"
+
+
+def _rebuild_sample(kind: type[DamagedSample], shard: str, key: str, offset: int, reason: str) -> DamagedSample:
+    return kind(shard=shard, key=key, offset=offset, reason=reason)

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Check packed or indexed shards: sizes, sha256, the tars' structure, index against tars, the crc of every image, labels, and that every
-image decodes. Prints each problem with shard, key, offset and reason. Exit status 0: no problems; 2: something is damaged.
+image decodes. Prints each problem with shard, key, offset and reason. Exit status 0: no problems; 2: something is damaged, or could not be
+read (a server or a disk that is away, a permission).
 Exact copies of images, within a split and in two splits of the folder, are counted in one line; they are not damage.
 """
 _EPILOG = """\
 With --quarantine the damaged samples are listed in quarantine.json next to the manifest, and training leaves them out. That changes the
 data set: a run that was started with them cannot be resumed without them. The shards are not changed. The exit status is then 0 if all
-other samples are undamaged. To use the samples again, remove quarantine.json, or repair the shards and verify them again.
+other samples are undamaged. What could not be read is not damaged: it is counted, and never set aside. To use the samples again, remove
+quarantine.json, or repair the shards and verify them again.
 """
 
 
@@ -63,10 +65,14 @@ def _summary(report: VerifyReport, *, quarantine: bool) -> str:
     parts = [f"{report.folder}: {counted(report.num_samples, 'sample')} in {shards}, checked in {report.seconds:.1f} s"]
     if report.in_quarantine:
         parts.append(f"{len(report.in_quarantine):,} in quarantine")
+    if report.unread:
+        parts.append(f"{report.num_unread:,} could not be read, so nothing is known about them; verify again when they can")
     if new:
         parts.append(f"{new:,} damaged; repair the shards, or leave these out: dtl verify {quote(str(report.folder))} --quarantine")
     elif report.shards and not report.is_usable:
         parts.append("the shards named above do not match the manifest")
+    elif report.unread:
+        pass
     elif not report.in_quarantine:
         parts.append("no problems")
     elif quarantine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -15,16 +15,18 @@ from dtl.config.models import DataConfig
 from dtl.credentials import bare
 from dtl.data.open import mirrored_splits, packed_splits
 from dtl.data.progress import PackProgress
-from dtl.data.remote.address import is_remote, shown
+from dtl.data.remote.address import is_remote
+from dtl.data.remote.address import shown as shown_address
 from dtl.data.shards.index import KEYS_NAME, ROW_COLUMNS, Shards, write_index
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.shards.quarantine import QUARANTINE_NAME, BadSample, Quarantine, left_out_index_name
-from dtl.data.verify_tasks import WHOLE, Finding
+from dtl.data.verify_tasks import WHOLE, Finding, Unread
 from dtl.data.wds.find import is_remote_folder
 from dtl.data.workers import run_tasks
 from dtl.errors import DamagedSample, UserError
 from dtl.files import sha256_of_file
 from dtl.machine import num_cores
+from dtl.text import counted
 
 VERIFYING = "dtl.data.verify_tasks"
 _IMAGES_PER_TASK = 1024
@@ -35,13 +37,17 @@ _MOST_LINES = 10  # of one shard
 
 @dataclass
 class VerifyReport:
-    """`samples` are the damaged ones, one entry each; `shards` (shard, offset, reason) is what concerns a shard as a whole."""
+    """`samples` are the damaged ones, one entry each; `shards` (shard, offset, reason) is what concerns a shard as a whole.
+
+    `unread` (shard, samples, reason) is what could not be read, for a reason that is not its own: nothing is known about these samples.
+    """
 
     folder: Path
     num_samples: int
     num_shards: int
     samples: list[BadSample] = field(default_factory=list)
     shards: list[tuple[str, int, str]] = field(default_factory=list)
+    unread: list[tuple[str, int, str]] = field(default_factory=list)
     in_quarantine: frozenset[int] = frozenset()
     """Numbers of the samples that are set aside now."""
     notes: list[str] = field(default_factory=list)
@@ -53,10 +59,14 @@ class VerifyReport:
         return [bad for bad in self.samples if bad.sample not in self.in_quarantine]
 
     @property
+    def num_unread(self) -> int:
+        return sum(samples for _, samples, _ in self.unread)
+
+    @property
     def is_usable(self) -> bool:
-        """Nothing is wrong but what is in quarantine, and what is wrong with a shard because of it."""
+        """All was read, and nothing is wrong but what is in quarantine, and what is wrong with a shard because of it."""
         explained = {bad.shard for bad in self.samples if bad.sample in self.in_quarantine}
-        return not self.new_samples and all(shard in explained for shard, _, _ in self.shards)
+        return not self.unread and not self.new_samples and all(shard in explained for shard, _, _ in self.shards)
 
 
 def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> list[Path]:
@@ -67,7 +77,7 @@ def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> 
     place = bare(place) if isinstance(place, str) else place
     if isinstance(place, str) and is_remote(place):
         if not is_remote_folder(place):
-            raise UserError(f"{shown(place)}: tars need an index before they can be verified: dtl index {quote(place)} --out DIR, then dtl verify DIR")
+            raise UserError(f"{shown_address(place)}: tars need an index before they can be verified: dtl index {quote(place)} --out DIR, then dtl verify DIR")
         return mirrored_splits(place, options)
     folder = Path(place).expanduser()
     if (folder / MANIFEST_NAME).is_file():
@@ -83,7 +93,8 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
     """Check one split: sizes, sha256, tars, index, crc, labels, and decode every image.
 
     With `quarantine` the damaged samples are set aside (see `dtl.data.shards.quarantine`): a list that was there is replaced, or removed where
-    nothing is damaged any more. UserError where manifest and index cannot be used at all, or where no sample would be left.
+    nothing is damaged any more; of a shard that cannot be read now it stays as it is. UserError where manifest and index cannot be used at all,
+    or where no sample would be left.
     """
     begun = time.monotonic()
     if processes is not None and processes < 1:
@@ -92,11 +103,12 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
     if shards.cache is not None:
         shards.cache.clean()
     before = _old_quarantine(folder, shards, lenient=quarantine)
-    report = VerifyReport(folder, shards.num_samples, len(shards.manifest.shards), in_quarantine=before)
+    report = VerifyReport(folder, shards.num_samples, len(shards.manifest.shards), in_quarantine=frozenset(bad.sample for bad in before))
     _check_keys(shards, report)
     # The reason from reading an image is more helpful than that from the tar's structure, so it comes first.
     of_images: dict[int, list[Finding]] = {}
     of_shards: dict[int, list[Finding]] = {}
+    unread: dict[int, dict[str, Unread]] = {}
     with PackProgress(visible=progress) as shown:
         far = None if shards.cache is None else options.model_dump(mode="json")
         facts = {"split": str(folder.absolute()), "options": far, "limits": asdict(shards.limits)}
@@ -105,13 +117,18 @@ def verify(folder: Path, options: DataConfig = DataConfig(), *, processes: int |
         def done(answer: dict[str, Any]) -> None:
             findings = of_images if answer["kind"] == "images" else of_shards
             findings.setdefault(answer["shard"], []).extend((s, o, r) for s, o, r in answer["findings"])
+            count, reason = answer["unread"]
+            if count:
+                of_kind = unread.setdefault(answer["shard"], {})
+                of_kind[answer["kind"]] = count + of_kind.get(answer["kind"], (0, ""))[0], reason
             shown.advance(answer["samples"])
 
         run_tasks(VERIFYING, facts, _tasks(shards), processes=_processes(shards, processes), done=done)
     for number in range(len(shards.shard_sizes)):
         _judge(shards, number, [*of_images.get(number, []), *of_shards.get(number, [])], report)
+    report.unread = [(shards.manifest.shards[number].url, *max(counts.values())) for number, counts in sorted(unread.items())]
     if quarantine:
-        _set_aside(shards, report)
+        _set_aside(shards, report, [bad for bad in before if shards.shard_of(bad.sample) in unread])
     report.seconds = time.monotonic() - begun
     return report
 
@@ -130,14 +147,14 @@ def _processes(shards: Shards, wanted: int | None) -> int:
     return wanted or max(1, min(cores, shards.num_samples // _IMAGES_PER_PROCESS, 64))
 
 
-def _old_quarantine(folder: Path, shards: Shards, *, lenient: bool) -> frozenset[int]:
+def _old_quarantine(folder: Path, shards: Shards, *, lenient: bool) -> tuple[BadSample, ...]:
     try:
         found = Quarantine.of_folder(folder, shards.manifest)
     except UserError:
         if lenient:
-            return frozenset()  # it is about to be replaced
+            return ()  # it is about to be replaced
         raise
-    return frozenset(bad.sample for bad in found.samples) if found else frozenset()
+    return found.samples if found else ()
 
 
 def _check_keys(shards: Shards, report: VerifyReport) -> None:
@@ -165,9 +182,11 @@ def _judge(shards: Shards, number: int, findings: list[Finding], report: VerifyR
         report.samples.append(BadSample(sample=sample, shard=url, key=shards.damaged(sample, reason).key, offset=offset, reason=reason))
 
 
-def _set_aside(shards: Shards, report: VerifyReport) -> None:
-    """Write quarantine.json and the index without its samples; or remove them where nothing is damaged."""
+def _set_aside(shards: Shards, report: VerifyReport, kept: Sequence[BadSample]) -> None:
+    """Write quarantine.json and the index without its samples; or remove them where nothing is damaged. `kept`: nothing new is known of these."""
     folder = shards.folder
+    known = {bad.sample: bad for bad in (*kept, *report.samples)}
+    report.samples = [known[sample] for sample in sorted(known)]
     if not report.samples:
         if (folder / QUARANTINE_NAME).exists():
             (folder / QUARANTINE_NAME).unlink()
@@ -208,6 +227,8 @@ def _write_quarantine(shards: Shards, report: VerifyReport) -> None:
 
 def describe(report: VerifyReport, log: Callable[[str], None]) -> None:
     """A line for each finding, at most ten of one shard, then a summary."""
+    for shard, count, reason in report.unread:
+        log(f"{shown_address(shard) if is_remote(shard) else shard}: {counted(count, 'sample')} not checked: {reason}")
     for shard, offset, reason in report.shards:
         log(f"{shard}: at byte {offset}: {reason}")
     shown: dict[str, int] = {}

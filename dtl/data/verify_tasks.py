@@ -1,6 +1,7 @@
 """The work of `dtl verify`, in the processes of `dtl.data.workers`, without torch: a shard as a whole, and a stretch of its images.
 
-An answer is {"kind", "shard", "samples" done, "findings": [[sample, offset, reason]]}; sample -1 is about the shard as a whole.
+An answer is {"kind", "shard", "samples" done, "findings": [[sample, offset, reason]], "unread": [samples, reason]}; sample -1 is about the shard
+as a whole. What could not be read, for a reason that is not its own (UnreachableSample), is no finding: it is only counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dtl.data.remote.fetch import Unfetched, options_of_helper
 from dtl.data.shards.index import Shards
 from dtl.data.wds.samples import Ignored, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.wds.tar import DamagedTar, TarFile
-from dtl.errors import DamagedSample, UserError
+from dtl.errors import DamagedSample, UnreachableSample, UserError
 from dtl.files import sha256_of_file
 
 WHOLE = -1
@@ -26,6 +27,7 @@ _IMAGES_AT_ONCE = 32
 _MAX_UNKNOWN = 3
 
 Finding = tuple[int, int, str]
+Unread = tuple[int, str]
 
 
 @dataclass
@@ -50,20 +52,25 @@ def open_job(facts: dict[str, Any]) -> VerifyJob:
 def run_task(job: VerifyJob, task: dict[str, Any]) -> dict[str, Any]:
     """Do one task: `{"kind": "shard", "shard"}`, or `{"kind": "images", "shard", "first", "last"}` (sample numbers)."""
     if task["kind"] == "shard":
-        return {"kind": "shard", "shard": task["shard"], "samples": 0, "findings": check_shard(job, task["shard"])}
-    samples = np.arange(task["first"], task["last"])
-    return {"kind": "images", "shard": task["shard"], "samples": len(samples), "findings": check_images(job.shards, samples)}
+        samples, (findings, unread) = np.zeros(0), check_shard(job, task["shard"])
+    else:
+        samples = np.arange(task["first"], task["last"])
+        findings, unread = check_images(job.shards, samples)
+    return {"kind": task["kind"], "shard": task["shard"], "samples": len(samples), "findings": findings, "unread": unread}
 
 
-def check_images(shards: Shards, samples: np.ndarray) -> list[Finding]:
+def check_images(shards: Shards, samples: np.ndarray) -> tuple[list[Finding], Unread]:
     """Read, compare with the crc, decode, and compare with the index."""
     findings: list[Finding] = []
+    unread: Unread = (0, "")
     for start in range(0, len(samples), _IMAGES_AT_ONCE):
         some = samples[start : start + _IMAGES_AT_ONCE]
         for sample, data in zip(some.tolist(), shards.read(some)):
-            if reason := _check_image(shards, sample, data):
+            if isinstance(data, UnreachableSample):
+                unread = unread[0] + 1, data.reason
+            elif reason := _check_image(shards, sample, data):
                 findings.append((sample, int(shards.offsets[sample]), reason))
-    return findings
+    return findings, unread
 
 
 def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> str:
@@ -81,7 +88,7 @@ def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> st
     return ""
 
 
-def check_shard(job: VerifyJob, number: int) -> list[Finding]:
+def check_shard(job: VerifyJob, number: int) -> tuple[list[Finding], Unread]:
     """Size, sha256, the tar's structure, and whether index and tar agree on each sample."""
     shards, shard = job.shards, job.shards.manifest.shards[number]
     path, name = shards.folder / shard.url, None
@@ -100,13 +107,12 @@ def check_shard(job: VerifyJob, number: int) -> list[Finding]:
             except DamagedTar as error:
                 findings.append((WHOLE, error.offset, error.reason))
                 digest = sha256_of_file(path)
-    except (UserError, Unfetched) as error:
-        return [*findings, (WHOLE, 0, str(error))]
-    except OSError as error:
-        return [*findings, (WHOLE, 0, f"the shard cannot be read ({error.strerror})")]
+    except (OSError, UserError, Unfetched) as error:
+        reason, is_away = shards.why_unread(number, error)
+        return (findings, (shard.samples, reason)) if is_away else ([*findings, (WHOLE, 0, reason)], (0, ""))
     if digest != shard.sha256:
         findings.append((WHOLE, 0, "its sha256 differs from the one in the manifest: it was changed, or it is another shard"))
-    return findings
+    return findings, (0, "")
 
 
 def _compare(job: VerifyJob, number: int, tar: TarFile) -> list[Finding]:

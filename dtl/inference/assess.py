@@ -23,7 +23,7 @@ from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
-from dtl.errors import UserError
+from dtl.errors import UnreachableSample, UserError
 from dtl.runs.predictions import ImagePredictions
 from dtl.training.evaluate import ForwardPass, Outputs, PredictionRows, Sums, first_greatest, reduce_sums
 from dtl.training.losses import Loss
@@ -153,14 +153,15 @@ def assess(
     num_hardest: int = NUM_HARDEST,
     each_image: bool = False,
 ) -> Assessment:
-    """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped.
+    """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped, and for one
+    that cannot be read now.
 
     `each_image`: keep what is predicted for each image, 24 bytes of memory for each on every rank.
     """
     runtime = forward.runtime
     seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest, each_image=each_image)
     with runtime.together("evaluation"):
-        usable = batches if skip_damaged else _undamaged(batches)
+        usable = _readable(batches, skip_damaged=skip_damaged)
         for number, outputs in enumerate(forward.over(usable, task), start=batches.first):
             seen.damaged += [(sample, str(damage)) for sample, damage in outputs.batch.bad]
             samples = outputs.batch.samples.to(runtime.device, non_blocking=True).repeat(task.expansion)
@@ -168,10 +169,13 @@ def assess(
     return seen.all_ranks(runtime)
 
 
-def _undamaged(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _readable(batches: Iterable[Batch], *, skip_damaged: bool) -> Iterator[Batch]:
     for batch in batches:
-        if batch.bad:
-            raise UserError(f"{batch.bad[0][1]}; leave such samples out with --on-error skip")
+        for _, damage in batch.bad:
+            if isinstance(damage, UnreachableSample):
+                raise damage
+            if not skip_damaged:
+                raise UserError(f"{damage}; leave such samples out with --on-error skip")
         yield batch
 
 

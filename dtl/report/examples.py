@@ -25,7 +25,7 @@ from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
-from dtl.errors import UserError
+from dtl.errors import UnreachableSample, UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import build as build_model
 from dtl.models.model_json import read_model_json
@@ -203,7 +203,11 @@ class Examples:
     def _load(self, shards: Shards, transform: Any, samples: Ints, *, epoch: int, step: int = 0) -> Batch:
         samples = np.asarray(samples, np.int64)
         request = MicroBatch(epoch, step, samples, np.arange(len(samples)), np.ones(len(samples), np.float32))
-        return BatchDataset(shards, transform, image_size=self.loaders.image_size, seed=self.seed).__getitems__(request)
+        batch = BatchDataset(shards, transform, image_size=self.loaders.image_size, seed=self.seed).__getitems__(request)
+        for _, damage in batch.bad:
+            if isinstance(damage, UnreachableSample):
+                raise damage
+        return batch
 
     def _names(self, task: Task) -> list[str]:
         return self.names if task.name == "classify" else list(task.class_names(self.names))

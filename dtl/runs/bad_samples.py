@@ -10,7 +10,7 @@ from typing import Any
 from dtl.config import DataConfig
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
-from dtl.errors import DamagedSample, UserError
+from dtl.errors import DamagedSample, UnreachableSample, UserError
 from dtl.untrusted import as_utf8, json_lines
 
 
@@ -36,9 +36,13 @@ class BadSamples:
     def take(self, split: str, batches: Iterable[Batch]) -> None:
         """Called by all ranks together, as soon as one of them has a bad sample in its batches.
 
-        Raises UserError on all ranks: with the first sample's line under `fail`, or when there are more than `max_bad`.
+        Raises UserError on all ranks: with the first sample's line under `fail`, or when there are more than `max_bad`; and in any case for
+        one that cannot be read now, since nothing is known about it.
         """
         mine = [(sample, damage) for batch in batches for sample, damage in batch.bad]
+        away = [line for lines in self.runtime.gather([str(d) for _, d in mine if isinstance(d, UnreachableSample)]) for line in lines]
+        if away:
+            raise UserError(away[0])
         found = [entry for entries in self.runtime.gather([_entry(split, s, d) for s, d in mine]) for entry in entries]
         if found and not self.skip:
             raise UserError(f"{found[0]['message']}; repack the data, or leave such samples out with --data.on-error skip --data.max-bad N")

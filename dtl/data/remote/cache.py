@@ -3,7 +3,7 @@
 FOLDER/SHA256.tar             a shard, of the manifest's size and sha256
 FOLDER/SHA256.HOST.part       one on its way; it counts with its full size. After a kill the next download continues from it.
 FOLDER/SHA256.HOST.lock       held (flock) by the process that fetches it, so it goes with that process
-FOLDER/SHA256.failed          why it could not be fetched, for the samples that come next; forgotten after some minutes
+FOLDER/SHA256.failed          why it could not be fetched, for those who waited for that and for the samples that come next
 
 Files are opened, not kept: one that is evicted while another process reads it stays readable there, and is fetched again when next needed.
 """
@@ -35,8 +35,9 @@ from dtl.untrusted import Record, Text, as_utf8, is_sha256
 if TYPE_CHECKING:
     from dtl.config.models import DataConfig
 
-# How long a failure counts for the samples of the same shard.
-_FAILED_SECONDS = 300.0
+# How long a failure counts for others: as long as the longest pause between two attempts of one process, so that a server that is away gets no
+# more requests from many than from one (the shard's lock lets one of them ask at a time). A command that begins later asks for itself.
+_FAILED_SECONDS = 30.0
 _WAIT_SECONDS = 0.05
 _NAME_LENGTH = 32
 
@@ -44,6 +45,7 @@ _NAME_LENGTH = 32
 class _Failure(Record):
     max_bytes = 1 << 16
     reason: Text
+    changed: bool
 
 
 class ShardCache:
@@ -59,6 +61,7 @@ class ShardCache:
         self.urls, self.digests = list(urls), list(digests)
         self.bytes = np.array([size if url else 0 for url, size in zip(urls, sizes)], np.int64)
         self.limit = limit_in_bytes(options)
+        self._since = time.time()
         self.uses: ShardUses | None = None
         self._asked = 0
         self._made = False
@@ -74,13 +77,14 @@ class ShardCache:
             "sizes": self.bytes.tolist(),
             "limit": self.limit,
             "asked": self._asked,
+            "since": self._since,
         }
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> ShardCache:
         options = options_of_helper(facts["options"])
         cache = cls(Path(facts["folder"]), options, urls=facts["urls"], digests=facts["digests"], sizes=facts["sizes"])
-        cache.limit, cache._asked = facts["limit"], facts["asked"]
+        cache.limit, cache._asked, cache._since = facts["limit"], facts["asked"], facts["since"]
         return cache
 
     @property
@@ -173,7 +177,7 @@ class ShardCache:
                     os.fsync(file.fileno())
             except Unfetched as error:
                 part.unlink(missing_ok=True)
-                self._note_failed(name, str(error))
+                self._note_failed(name, error)
                 raise
             except BaseException as error:
                 if not locked or isinstance(error, OSError):  # of the disk, which may be full
@@ -320,16 +324,18 @@ class ShardCache:
     def _refuse_failed(self, name: str) -> None:
         path = self.folder / f"{name}.failed"
         try:
-            if time.time() - path.stat().st_mtime >= _FAILED_SECONDS:
+            noted = path.stat().st_mtime
+            if noted < self._since or time.time() - noted >= _FAILED_SECONDS:
                 return
-            reason = _Failure.read(path).reason
+            failure = _Failure.read(path)
         except (OSError, UserError):
             return
-        raise Unfetched(reason)
+        raise Unfetched(failure.reason, changed=failure.changed)
 
-    def _note_failed(self, name: str, reason: str) -> None:
+    def _note_failed(self, name: str, error: Unfetched) -> None:
+        text = json.dumps({"reason": as_utf8(str(error)), "changed": error.changed})
         with contextlib.suppress(OSError):
-            write_whole(self.folder / f"{name}.failed", lambda file: file.write(json.dumps({"reason": as_utf8(reason)}).encode()), sync=False)
+            write_whole(self.folder / f"{name}.failed", lambda file: file.write(text.encode()), sync=False)
 
 
 def limit_in_bytes(options: DataConfig) -> int | None:

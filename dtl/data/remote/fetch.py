@@ -83,7 +83,7 @@ def fetch(
             failures += 1
             if not error.retry or failures > options.retries:
                 tries = "1 attempt" if failures == 1 else f"{failures} attempts"
-                raise Unfetched(f"{shown(url)} cannot be downloaded: {error.reason} ({tries})", missing=error.missing) from None
+                raise Unfetched(f"{shown(url)} cannot be downloaded: {error.reason} ({tries})", missing=error.missing, changed=error.changed) from None
             wait = min(max(pause * random.uniform(0.75, 1.25), error.after or 0.0), _LONGEST_PAUSE)
             if failures > 1:
                 (log or _print)(f"{shown(url)}: {error.reason} (attempt {failures} of {options.retries + 1}); retrying in {wait:.0f} s")
@@ -173,7 +173,7 @@ class _Download:
                 _refuse_page(block, stream)
                 self._known_start = True
             if self.size is not None and self.at + len(block) > self.size:
-                raise FetchError(f"the server sent more than the {self.size:,} bytes stated in the manifest: the file has changed on the server", restart=True)
+                raise FetchError(f"the server sent more than the {self.size:,} bytes stated in the manifest: the file has changed on the server", changed=True)
             if self.size is None and self.at + len(block) > self.most:
                 raise FetchError(f"it has more than the {self.most:,} bytes that are allowed for such a file", retry=False)
             self._disk.check(len(block))
@@ -185,7 +185,7 @@ class _Download:
                 raise SystemExit(1)  # a loader process ends with its trainer, also in the middle of a download
         if self.size is not None and stream.total is not None and stream.total != self.size:
             raise FetchError(
-                f"it has {stream.total:,} bytes on the server, but {self.size:,} according to the manifest: it has changed on the server", restart=True
+                f"it has {stream.total:,} bytes on the server, but {self.size:,} according to the manifest: it has changed on the server", changed=True
             )
         ends = stream.ends if stream.ends is not None else self.size
         if ends is not None and self.at < ends:
@@ -196,10 +196,10 @@ class _Download:
 
     def _checked(self) -> Fetched:
         if self.size is not None and self.at != self.size:
-            raise FetchError(f"{self.at:,} bytes were received, but it has {self.size:,} according to the manifest", restart=True)
+            raise FetchError(f"{self.at:,} bytes were received, but it has {self.size:,} according to the manifest", changed=True)
         digest = self._digest.hexdigest()
         if self.sha256 is not None and digest != self.sha256:
-            raise FetchError("its sha256 differs from the one in the manifest: it was changed on the server or in transit", restart=True)
+            raise FetchError("its sha256 differs from the one in the manifest: it was changed on the server or in transit", changed=True)
         self.file.flush()
         return Fetched(self.at, digest)
 

@@ -11,20 +11,23 @@ BLOCK_BYTES = 2**18
 class FetchError(Exception):
     """One attempt failed. `retry`: another one may succeed; `restart`: only from the first byte; `after`: not before so many seconds.
 
-    `missing`: the file does not exist there.
+    `missing`: the file does not exist there; `changed`: what came is another file than the manifest describes.
     """
 
-    def __init__(self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False, changed: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.retry, self.restart, self.after, self.missing = reason, retry and not missing, restart, after, missing
+        self.reason, self.retry, self.restart, self.after = reason, retry and not missing, restart or changed, after
+        self.missing, self.changed = missing, changed
 
 
 class Unfetched(Exception):
-    """All attempts failed; the message is one line with the address, the reason and the number of attempts."""
+    """All attempts failed; the message is one line with the address, the reason and the number of attempts. Otherwise as `FetchError`."""
 
-    def __init__(self, message: str, *, missing: bool = False) -> None:
+    def __init__(self, message: str, *, missing: bool = False, changed: bool = False) -> None:
         super().__init__(message)
-        self.missing = missing
+        self.missing, self.changed = missing, changed
 
 
 @dataclass

@@ -28,7 +28,7 @@ from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
 from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
-from dtl.errors import DamagedSample, UserError
+from dtl.errors import DamagedSample, UnreachableSample, UserError
 from dtl.files import open_descriptor, open_regular, sha256_of_file, write_whole
 
 if TYPE_CHECKING:
@@ -177,7 +177,9 @@ class Shards:
         return len(self.manifest.classes)
 
     def read(self, samples: npt.ArrayLike) -> list[bytes | DamagedSample]:
-        """The images' bytes, in the order asked for; what cannot be read or fails its crc32 is a DamagedSample in its slot."""
+        """The images' bytes, in the order asked for. What fails its crc32 is a DamagedSample in its slot; what cannot be read for another
+        reason, such as a server that is away, an UnreachableSample.
+        """
         numbers = np.asarray(samples, np.int64)
         if numbers.size and (numbers.min() < 0 or numbers.max() >= self.num_samples):
             raise IndexError(f"sample numbers go from 0 to {self.num_samples - 1}, but {numbers.min()} to {numbers.max()} were requested")
@@ -190,14 +192,17 @@ class Shards:
             for slot in np.flatnonzero(sizes > self.limits.max_file_bytes).tolist():
                 found[slot] = _Damage(f"it has {sizes[slot]:,} bytes, more than the {self.limits.max_file_bytes:,} that are allowed (data.max_file_bytes)")
             order = order[sizes[order] <= self.limits.max_file_bytes]
+        away: dict[int, _Damage] = {}  # a shard that cannot be had is asked for once a call
         with self._files.lock():
             for run in _runs(order, shards, offsets, sizes):
                 shard, start = int(shards[run[0]]), int(offsets[run[0]])
                 end = int(max(offsets[slot] + sizes[slot] for slot in run))
-                block = self._pread(shard, start, end - start)
+                block = away[shard] if shard in away else self._pread(shard, start, end - start)
+                if isinstance(block, _Damage) and block.is_away:
+                    away[shard] = block
                 for slot in run:
                     found[slot] = _cut(block, int(offsets[slot]) - start, int(sizes[slot]), int(crcs[slot]))
-        return [one if isinstance(one, bytes) else self.damaged(int(sample), one.reason) for sample, one in zip(numbers, found)]
+        return [one if isinstance(one, bytes) else self._lost(int(sample), one) for sample, one in zip(numbers, found)]
 
     def key(self, sample: int) -> str:
         """The sample's WebDataset key, from its tar header or, for tars from other tools, from the stored names.
@@ -211,9 +216,14 @@ class Shards:
 
     def damaged(self, sample: int, reason: str) -> DamagedSample:
         """What to report about `sample`; its key is empty where that cannot be read either."""
-        key, url = self._key(sample), self.manifest.shards[self.shard_of(sample)].url
+        return self._lost(sample, _Damage(reason))
+
+    def _lost(self, sample: int, damage: _Damage) -> DamagedSample:
+        kind = UnreachableSample if damage.is_away else DamagedSample
+        key = "" if damage.is_away and "keys_sha256" not in self.manifest.made_by else self._key(sample)  # it stands in the tar
+        url = self.manifest.shards[self.shard_of(sample)].url
         shard = shown(url) if is_remote(url) else url
-        return DamagedSample(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=reason)
+        return kind(shard=shard, key=key if isinstance(key, str) else "", offset=int(self.offsets[sample]), reason=damage.reason)
 
     def path(self, sample: int) -> str | None:
         """The image's path in the source that was packed, or None where it was not kept."""
@@ -275,12 +285,20 @@ class Shards:
             return _pread_all(number, size, start)
         except OverflowError:
             return _Damage("the index has an impossible offset")
-        except FileNotFoundError:
-            return _Damage("the shard is missing")
-        except (Unfetched, UserError) as error:
-            return _Damage(str(error))
-        except OSError as error:
-            return _Damage(f"the shard cannot be read ({error.strerror})")
+        except (OSError, Unfetched, UserError) as error:
+            return _Damage(*self.why_unread(shard, error))
+
+    def why_unread(self, shard: int, error: OSError | Unfetched | UserError) -> tuple[str, bool]:
+        """(the reason why a shard cannot be opened or read; whether it says nothing about the shard: somebody has to come back, or let us in)."""
+        if isinstance(error, Unfetched):
+            return str(error), not error.changed
+        if isinstance(error, UserError):  # of the cache, or what lies there is not a regular file
+            return str(error), self.cache is not None and self.cache.holds(shard)
+        if isinstance(error, FileNotFoundError):
+            url = self.manifest.shards[shard].url
+            # Beside its manifest it is lost. Elsewhere, or at the end of a link, it may be a disk that is not mounted.
+            return "the shard is missing", is_remote(url) or url.startswith(("/", "../")) or (self.folder / url).is_symlink()
+        return f"the shard cannot be read ({error.strerror or error})", True
 
     def _open(self, shard: int) -> int:
         if self.cache is not None and self.cache.holds(shard):
@@ -315,10 +333,10 @@ class Shards:
 
 
 class _Damage:
-    """A reason, where bytes were expected."""
+    """A reason, where bytes were expected. `is_away`: it is not about the bytes, see UnreachableSample."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: str, is_away: bool = False) -> None:
+        self.reason, self.is_away = reason, is_away
 
 
 def _runs(order: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> list[list[int]]:

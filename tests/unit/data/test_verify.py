@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +166,39 @@ def test_shards_of_others(tmp_path: Path, label: str) -> None:
     assert [Shards.open(tmp_path).key(n).rpartition("/")[2] for n in range(5)] == ["k0", "k1", "k3", "k4", "k5"]
     (tmp_path / "keys.bin").unlink()
     assert "keys.bin: at byte 0: it is missing" in checked(tmp_path)[2]
+
+
+@pytest.mark.parametrize("how", ["another folder", "a link"])
+def test_a_disk_that_is_not_mounted_is_not_damage(tmp_path: Path, how: str) -> None:
+    """Shards that lie elsewhere than their index; beside it, a missing one is lost (`DAMAGES`)."""
+    path = write_tar(tmp_path / "disk/a.tar", [one for n in range(6) for one in members(f"k{n}", n % 2, seed=n)])
+    folder = tmp_path / "index"
+    if how == "a link":
+        folder.mkdir()
+        (folder / "a.tar").symlink_to(path)
+        path = folder / "a.tar"
+    index_shards([path], out=folder, processes=1, progress=False)
+    assert checked(folder) == (0, [], "")
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    status, samples, said = checked(folder, quarantine=True)
+    assert (status, samples) == (2, [])
+    assert "a.tar: 6 samples not checked: the shard is missing" in said
+    assert not (folder / "quarantine.json").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_the_system_refuses_is_not_damage(copy: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """No permission, a network file system that is gone, too many open files (root may read all, so the call itself fails here)."""
+
+    def refuses(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("dtl.data.shards.index.open_descriptor", refuses)
+    monkeypatch.setattr("dtl.data.verify_tasks.open_tar", refuses)
+    status, samples, said = checked(copy, quarantine=True)
+    assert (status, samples) == (2, [])
+    assert f"samples not checked: the shard cannot be read ({os.strerror(number)})" in said
+    assert not (copy / "quarantine.json").exists()
 
 
 def test_the_same_for_any_number_of_processes(copy: Path) -> None:

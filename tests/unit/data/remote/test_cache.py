@@ -111,6 +111,21 @@ def test_a_failure_is_told_for_a_while_without_asking_again(server: Server, tmp_
     assert not list(cache.folder.glob("*.failed"))
 
 
+def test_a_command_that_begins_later_asks_for_itself(server: Server, tmp_path: Path) -> None:
+    """A failure counts within a command, also in the helpers that it starts; when the server is back, the next command has its shard at once."""
+    server.always["s-1.tar"] = "500"
+    cache = cache_of(server, tmp_path)
+    with pytest.raises(Unfetched):
+        cache.open(1)
+    asked = len(server.requests)
+    for helper in (ShardCache.from_json(cache.to_json()), pickle.loads(pickle.dumps(cache))):
+        with pytest.raises(Unfetched, match=r"HTTP 500 Internal Server Error \(2 attempts\)"):
+            helper.open(1)
+    assert len(server.requests) == asked
+    server.always.clear()
+    assert content(cache_of(server, tmp_path), 1) == (tmp_path / "www/s-1.tar").read_bytes()
+
+
 # --- the limit
 
 

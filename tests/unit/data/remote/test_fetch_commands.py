@@ -24,7 +24,7 @@ from dtl.data.packing.pack import pack
 from dtl.data.remote.address import default_cache_dir
 from dtl.data.shards.index import Manifest, Shards
 from dtl.data.verify import verify as verify_split
-from dtl.errors import UserError
+from dtl.errors import UnreachableSample, UserError
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +247,68 @@ def test_verify_and_verify_epoch(server: Server, www: Path, capsys: pytest.Captu
     shutil.rmtree(Path(open_split(server.url, split="train").cache.folder))  # type: ignore[union-attr]
     assert verify.run([f"{server.url}/train", "--processes", "1"]) == 2
     assert "shard-00001.tar cannot be downloaded: HTTP 404" in capsys.readouterr().err
+
+
+AWAY = {
+    "server error": ("500", "HTTP 500 Internal Server Error (1 attempt)"),
+    "not found": ("404", "HTTP 404 Not Found (check the address) (1 attempt)"),
+    "forbidden": ("403", "HTTP 403 Forbidden"),
+    "cut off": ("drop 1000", "the connection ended"),
+    "a page to log in": ("html", "the server sent an HTML page"),
+}
+
+
+@pytest.mark.parametrize("which", AWAY)
+def test_what_a_server_does_not_give_is_not_damaged(server: Server, www: Path, which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dtl verify --quarantine` while it is away: counted, told, status not 0; nothing is set aside, and what was stays so."""
+    how, reason = AWAY[which]
+    folder, options = www / "train", DataConfig(retries=0)
+    flip_bit(folder, 1)  # of shard 0
+    last = len(Shards.open(folder).manifest.shards) - 1
+    good = (folder / Manifest.read(folder).shards[last].url).read_bytes()
+    flip_bit(folder, int(Shards.open(folder).shard_sizes[:last].sum()))  # the first of the last shard, which goes away
+    assert verify_split(folder, options, processes=1, progress=False, quarantine=True).is_usable
+    before, shard = Shards.open(folder), Manifest.read(folder).shards[last]
+    assert len(before.quarantined) == 2
+    (www / "away").mkdir()
+    (folder / shard.url).unlink()
+    (www / "away" / shard.url).write_bytes(good)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace(f'"{shard.url}"', f'"{server.url}/away/{shard.url}"'))
+    server.always[f"away/{shard.url}"] = how
+
+    report = verify_split(folder, options, processes=2, progress=False, quarantine=True)
+    assert not report.is_usable
+    assert report.new_samples == []
+    assert [(url, count) for url, count, _ in report.unread] == [(f"{server.url}/away/{shard.url}", shard.samples)]
+    assert reason in report.unread[0][2]
+    after = Shards.open(folder, options)
+    assert after.quarantined.tolist() == before.quarantined.tolist()
+    away = after.read([after.num_samples - 1])[0]
+    assert isinstance(away, UnreachableSample)
+    assert str(away).endswith("start the same command again when it can be read")
+    with pytest.raises(UnreachableSample, match="cannot be read now"):
+        list(dtl.build_loader(str(folder), image_size=16, batch_size=16, workers=0))
+
+    server.always[f"away/{shard.url}"] = "404"  # which is not retried
+    assert verify.run([str(folder), "--processes", "1"]) == 2
+    said = capsys.readouterr()
+    assert f"{server.url}/away/{shard.url}: {shard.samples} samples not checked: " in said.err
+    assert f"{shard.samples} could not be read, so nothing is known about them; verify again when they can" in said.out
+    assert "no problems" not in said.out
+    server.always.clear()
+    report = verify_split(folder, options, processes=1, progress=False, quarantine=True)
+    assert report.is_usable
+    assert [bad.sample for bad in report.samples] == [1]
+
+
+def test_all_of_it_away(server: Server, www: Path) -> None:
+    folder = www / "train"
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"url": "', f'"url": "{server.url}/nowhere/'))
+    report = verify_split(folder, DataConfig(retries=0), processes=1, progress=False, quarantine=True)
+    assert (report.num_unread, report.samples, report.is_usable) == (report.num_samples, [], False)
+    assert not (folder / "quarantine.json").exists()
 
 
 def test_in_a_notebook(server: Server) -> None:
