@@ -84,6 +84,9 @@ def ensure_packed(
     home = place / _fingerprint(opened, packing, fixed=classes is not None)
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
+        for note in opened.notes:
+            if note.startswith("passed over"):  # again at each start: a log of another run is not read
+                log(f"{source}: {note}")
         return folder
     with _locked(home.with_name(home.name + ".lock"), f"packs {source}", log):
         if not (folder / MANIFEST_NAME).exists():

@@ -20,9 +20,11 @@ from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list_file import list_text, looks_like_image, parse_list
 from dtl.data.sources.near_paths import near_paths
+from dtl.data.sources.splits import is_hidden
+from dtl.data.sources.unread import data_set_of_others, describe_passed_over, extension_of
 from dtl.errors import DamagedSample, UserError
 from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, without_path
-from dtl.text import counted
+from dtl.text import Log, counted, to_stderr
 
 _LOOK_BYTES = 65_536
 _SHOWN = 60
@@ -103,10 +105,11 @@ class ImageInputs:
         raise IndexError(number)
 
 
-def find_images(places: Sequence[str], options: DataConfig = DataConfig()) -> ImageInputs:
+def find_images(places: Sequence[str], options: DataConfig = DataConfig(), log: Log = to_stderr) -> ImageInputs:
     """The images of all `places` in the order given: a folder's sorted by path, a list's as its lines come, - for a list on stdin.
 
     UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
+    `log` gets a line about the files of each folder that are passed over.
     """
     groups: list[Files | PackedImages] = []
     loose: list[str] = []
@@ -114,7 +117,7 @@ def find_images(places: Sequence[str], options: DataConfig = DataConfig()) -> Im
         if place == "-":
             group: Files | PackedImages | None = _listed("standard input", sys.stdin.read(), Path())
         else:
-            group = _group(Path(place).expanduser(), options)
+            group = _group(Path(place).expanduser(), options, log)
         if group is None:
             loose.append(place)
             continue
@@ -131,10 +134,10 @@ def find_images(places: Sequence[str], options: DataConfig = DataConfig()) -> Im
     return inputs
 
 
-def _group(path: Path, options: DataConfig) -> Files | PackedImages | None:
+def _group(path: Path, options: DataConfig, log: Log) -> Files | PackedImages | None:
     """None for a single image file."""
     if path.is_dir():
-        return _packed(path, options) if (path / MANIFEST_NAME).is_file() else _folder(path)
+        return _packed(path, options) if (path / MANIFEST_NAME).is_file() else _folder(path, log)
     if not path.exists():
         raise UserError(f"{path} does not exist; give images, folders of images, list files or packed shards")
     if path.suffix.lower() == ".tar":
@@ -144,18 +147,23 @@ def _group(path: Path, options: DataConfig) -> Files | PackedImages | None:
     return _list_file(path, options.max_file_bytes)
 
 
-def _folder(folder: Path) -> Files | PackedImages:
+def _folder(folder: Path, log: Log) -> Files | PackedImages:
     held = [name for names in packed_splits(folder).values() for name in names]
     if held:
         raise UserError(f"{folder} holds packed shards of {', '.join(held)}; give one of them: {folder / held[-1]}")
-    paths = StringTable.build(sorted(_walk(folder)))
+    others: list[str] = []
+    paths = StringTable.build(sorted(_walk(folder, others)))
+    passed_over = describe_passed_over(others)
     if len(paths) == 0:
-        raise UserError(f"{folder} holds no images; the supported extensions are {', '.join(sorted(IMAGE_EXTENSIONS))}")
+        why = data_set_of_others(folder) or passed_over
+        raise UserError(f"{folder} holds no images{f' ({why})' if why else ''}; the supported extensions are {', '.join(sorted(IMAGE_EXTENSIONS))}")
+    if passed_over:
+        log(f"{folder}: {passed_over}")
     return Files(paths)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Image files at any depth; hidden ones and links back to a folder above are skipped."""
+def _walk(folder: Path, others: list[str]) -> Iterator[str]:
+    """Image files at any depth; hidden ones and links back to a folder above are skipped. The names of other files go to `others`."""
     seen: set[tuple[int, int]] = set()
 
     def troubled(error: OSError) -> None:
@@ -169,8 +177,12 @@ def _walk(folder: Path) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+            if is_hidden(name):
+                continue
+            if extension_of(name) in IMAGE_EXTENSIONS:
                 yield os.path.join(place, name)
+            else:
+                others.append(name)
 
 
 def _packed(folder: Path, options: DataConfig) -> PackedImages:

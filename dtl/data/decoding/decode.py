@@ -154,8 +154,10 @@ def look(data: bytes) -> str:
         return "an HTML page"
     if start.startswith((b"<?xml", b"<svg")):
         return "XML or SVG"
-    for magic, name in _MAGIC:
-        if magic in data[:16]:
+    if data[4:8] == b"ftyp":
+        return _media(data)
+    for at, magic, name in _MAGIC:
+        if data[at : at + len(magic)] == magic:
             return name
     if data[:2] == b"\xff\xd8" or data[:8] == b"\x89PNG\r\n\x1a\n":
         return "its header is damaged"
@@ -163,13 +165,43 @@ def look(data: bytes) -> str:
     return "text" if printable == len(data[:256]) else "unknown format"
 
 
+def _media(data: bytes) -> str:
+    """What the brand of an ISO media file says; that of pictures in general leaves it to those that it is compatible with."""
+    brand, brands = data[8:12], data[8 : max(12, min(int.from_bytes(data[:4], "big"), 256))]
+    if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in brands):
+        return f"AVIF{_CONVERT}"
+    if brand[:3] in (b"hei", b"hev", b"mif", b"msf"):
+        return f"HEIC{_CONVERT}"
+    if brand == b"crx ":
+        return f"a camera's raw image (CR3){_CONVERT}"
+    return "a QuickTime video" if brand == b"qt  " else "an MP4 video"
+
+
+_CONVERT = ", which has to be converted first"
 _MAGIC = (
-    (b"%PDF", "a PDF"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x1f\x8b", "gzip data"),
-    (b"ftypheic", "HEIC, which has to be converted first"),
-    (b"ftypavif", "AVIF, which has to be converted first"),
-    (b"version https://", "a Git LFS pointer"),
+    (0, b"\0\0\0\x0cjP  ", f"JPEG 2000{_CONVERT}"),
+    (0, b"\xff\x4f\xff\x51", f"JPEG 2000{_CONVERT}"),
+    (0, b"\0\0\0\x0cJXL ", f"JPEG XL{_CONVERT}"),
+    (0, b"\xff\x0a", f"JPEG XL{_CONVERT}"),
+    (0, b"8BPS", f"a Photoshop file{_CONVERT}"),
+    (0, b"\x76\x2f\x31\x01", f"OpenEXR{_CONVERT}"),
+    (0, b"\0\0\1\0", f"an icon (ICO){_CONVERT}"),
+    (0, b"qoif", f"QOI{_CONVERT}"),
+    (0, b"FUJIFILMCCD-RAW", f"a camera's raw image (RAF){_CONVERT}"),
+    (128, b"DICM", f"DICOM{_CONVERT}"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"\x89HDF", "HDF5"),
+    (0, b"PAR1", "Parquet"),
+    (0, b"ARROW1", "Arrow"),
+    (8, b"AVI ", "an AVI video"),
+    (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"Rar!", "a rar archive"),
+    (0, b"7z\xbc\xaf", "a 7z archive"),
+    (0, b"\x1f\x8b", "gzip data"),
+    (0, b"version https://", "a Git LFS pointer"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import tarfile
@@ -23,6 +24,8 @@ from dtl.untrusted import Count, Record, Sha256, Text, as_utf8
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
 _BLOCK = 512
+# What is wrong with a file itself: it is not there, or a link that leads nowhere. All else (no permission, a disk that fails) may pass.
+_OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)
 SCANNED = "scanned.npy"
 """The rows of all chunks, for the processes that write shards to map: each of them needs rows from anywhere."""
 
@@ -80,6 +83,11 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
     try:
         data = job.read(sample)
     except OSError as error:
+        if job.options.on_error == "skip" and error.errno not in _OF_THE_FILE:
+            raise UserError(
+                f"{job.names[sample]} cannot be read now ({error.strerror or error}), which does not mean that it is damaged, so it is not left out: "
+                "run the same command again when it can be read"
+            ) from None
         row["state"] = UNREADABLE
         return error.strerror or str(error)
     except UserError as error:

@@ -147,7 +147,22 @@ class Shards:
         shards = cls(folder, manifest, quarantine, cache, limits)
         if not checked and sha256_of_file(shards.index_path) != manifest.index_sha256:
             raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (its sha256 differs); {shards.again}")
+        if not checked:
+            shards._check_counts()
         return shards
+
+    def _check_counts(self) -> None:
+        """UserError where the manifest's counts are not those of the rows. Labels out of range are damaged samples, which have a name of their own."""
+        if not self.num_samples or self.labels.min() < 0 or self.labels.max() >= self.num_classes:
+            return
+        counts = np.bincount(self.labels, minlength=self.num_classes)
+        wrong = np.flatnonzero(counts != np.array(self.manifest.class_counts))
+        if len(wrong):
+            one = int(wrong[0])
+            raise UserError(
+                f"{self.folder / MANIFEST_NAME} is damaged: class_counts has {self.manifest.class_counts[one]:,} samples of class '{self.classes[one]}', "
+                f"but the index has {counts[one]:,}; {self.again}"
+            )
 
     @property
     def index_path(self) -> Path:

@@ -92,6 +92,11 @@ class Manifest(Record):
 
     def write(self, folder: Path) -> None:
         """Under a temporary name, then renamed: a reader sees all of it or nothing."""
+        for name in self.classes:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"the name of the class '{name}' is not UTF-8; rename it in the source") from None
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         write_whole(folder / MANIFEST_NAME, lambda file: file.write(text.encode()))
         fsync_folder(folder)

@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from dtl.data.sources.base import ALL, IMAGE_EXTENSIONS, UNLABELLED, Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
 from dtl.data.sources.splits import choose, group_by_split, is_hidden, split_named, sub_folders
+from dtl.data.sources.unread import UNREAD_EXTENSIONS, describe_passed_over, extension_of, how_to_read
 from dtl.errors import UserError
 
 
@@ -20,6 +22,8 @@ class _Notes:
     hidden: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     loose: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    """Images in formats that dtl does not read."""
     lines: list[str] = field(default_factory=list)
 
     def all(self) -> list[str]:
@@ -28,7 +32,8 @@ class _Notes:
             (self.others, "file without an image's extension left out", "files without an image's extension left out"),
             (self.loose, "image outside of any class folder left out", "images outside of any class folder left out"),
         )
-        return self.lines + [f"{_count(paths, one, many)} ({_few(paths)})" for paths, one, many in kinds if paths]
+        lines = self.lines + [f"{_count(paths, one, many)} ({_few(paths)})" for paths, one, many in kinds if paths]
+        return [*lines, describe_passed_over(self.unread)] if self.unread else lines
 
 
 def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str, labelled: bool = True) -> Source:
@@ -42,7 +47,21 @@ def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path 
     for split, place in enumerate(parts.values()):
         counts = _add_split(builder, root, place, notes, split=split, order=order)
         if not any(counts.values()):
-            raise UserError(_why_no_images(root / place, root, notes))
+            loose = [path for path in notes.loose if os.path.dirname(path) == place] if split and not counts else []
+            if not loose:
+                raise UserError(_why_no_images(root / place, root, notes))
+            # As competitions keep it: images to predict, without labels.
+            what = f"{root / place} has {_count(loose, 'image')} without class folders, such as a competition's test set, whose labels are not known"
+            if "val" in split_names[:split]:
+                notes.lines.append(f"{what}: left out; predict them after training with `dtl predict runs/NAME {quote(str(root / place))}`")
+                notes.loose = [path for path in notes.loose if path not in set(loose)]
+                split_names = split_names[:split]
+                break
+            train = quote(str(root / parts["train"]))
+            raise UserError(
+                f"{what}. Train on a part of the other images and validate on the rest: --data.train {train} --data.val-fraction 0.2 "
+                f"(dtl pack {train} DST --val-fraction 0.2), and predict these afterwards: dtl predict runs/NAME {quote(str(root / place))}"
+            )
         if order is None:
             order = _train_classes(root / place, counts, notes, drop_empty=on_error == "skip")
         else:
@@ -174,9 +193,12 @@ def _class_folders(place: Path, root: Path, notes: _Notes) -> list[str]:
         if is_hidden(entry.name):
             notes.hidden.append(_below(entry.path, root))
         elif _is_folder(entry):
+            _refuse_not_utf8(place, entry.name)
             folders.append(entry.name)
         elif _is_image(entry.name):
             notes.loose.append(_below(entry.path, root))
+        elif extension_of(entry.name) in UNREAD_EXTENSIONS:
+            notes.unread.append(_below(entry.path, root))
     return sorted(folders)
 
 
@@ -198,6 +220,8 @@ def _images(root: Path, folder: Path, notes: _Notes) -> list[tuple[str, int, int
                 stack.append((path, inside))
             elif _is_image(entry.name):
                 listed.append((path, *_size_and_time(entry)))
+            elif extension_of(entry.name) in UNREAD_EXTENSIONS:
+                notes.unread.append(path)
             else:
                 notes.others.append(path)
     return sorted(listed)
@@ -223,8 +247,10 @@ def _train_classes(place: Path, counts: dict[str, int], notes: _Notes, *, drop_e
     empty = [name for name, count in counts.items() if not count]
     if empty and not drop_empty:
         what = f"class folder {_few(empty)} holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
+        unread = f" that dtl reads ({describe_passed_over(notes.unread)})" if notes.unread else ""
         raise UserError(
-            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}; remove folders that are not classes, or use --data.on-error skip"
+            f"{place}: {what} no image{'' if len(empty) == 1 else f' ({_few(empty)})'}{unread}; "
+            "remove folders that are not classes, or use --data.on-error skip"
         )
     if empty:
         notes.lines.append(f"class folders without an image left out: {_few(empty)}")
@@ -257,6 +283,10 @@ def _why_no_images(place: Path, root: Path, notes: _Notes) -> str:
             f"put each class in its own folder ({place.name or place}/CLASS/{os.path.basename(loose[0])}), "
             "or give a list file with a line `path label` for each image; without labels, use the task rotate"
         )
+    unread = [path for path in notes.unread if (root / path).is_relative_to(place)]
+    if unread:
+        count = _count(unread, "image")
+        return f"{place} has {count} in formats that dtl does not read ({_few(unread)}): {how_to_read(sorted({extension_of(path) for path in unread}))}"
     if others:
         return f"{place} holds no images, only other files ({_few(others)}); the supported extensions are {', '.join(sorted(IMAGE_EXTENSIONS))}"
     return f"{place} holds no images"
@@ -270,8 +300,19 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
+def _refuse_not_utf8(place: Path, name: str) -> None:
+    """A class's name goes into files of text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{place}: the name of the class folder '{name}' is not UTF-8 (it may come from an old archive); rename it, "
+            f"or all of them: convmv -f latin1 -t utf8 -r --notest {quote(str(place))}"
+        ) from None
+
+
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    return extension_of(name) in IMAGE_EXTENSIONS
 
 
 def _below(path: str, root: Path) -> str:

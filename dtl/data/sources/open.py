@@ -9,6 +9,7 @@ from dtl.data.sources.arrays import cifar_folder, open_cifar, open_digits
 from dtl.data.sources.base import Source
 from dtl.data.sources.folder import open_folder
 from dtl.data.sources.list import open_list
+from dtl.data.sources.unread import data_set_of_others
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES
 from dtl.text import near_path
@@ -45,7 +46,12 @@ def open_source(
         elif (batches := cifar_folder(path)) is not None:
             found = open_cifar(batches)
         else:
-            found = open_folder(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
+            try:
+                found = open_folder(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
+            except UserError:
+                if other := data_set_of_others(path):
+                    raise UserError(f"{path} holds no images: {other}") from None
+                raise
     if classes is not None and found.classes != tuple(classes):
         raise UserError(f"{source} has other classes ({len(found.classes)}: '{found.classes[0]}' ...) than training ({len(classes)}: '{classes[0]}' ...)")
     return found

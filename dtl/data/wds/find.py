@@ -18,6 +18,7 @@ from dtl.data.remote.stream import FetchError
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list_file import list_text
 from dtl.data.sources.splits import SERVES_AS, choose, split_folders, split_in
+from dtl.data.sources.unread import data_set_of_others
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, open_regular
 from dtl.text import near_path
@@ -88,7 +89,8 @@ def _shards_of(text: str) -> Sequence[Tar]:
     if place.is_dir():
         tars = _tars_in(place)
         if not tars:
-            raise UserError(f"{place} holds no tar files")
+            other = data_set_of_others(place)
+            raise UserError(f"{place} holds no tar files{f': {other}' if other else ''}")
         if len(groups := _by_split(tars)) > 1:
             split, members = next(iter(groups.items()))
             out = place / f"{split or 'rest'}-index"

@@ -231,3 +231,27 @@ def test_no_torch_is_needed() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
     assert decode_module.FORMATS[0] == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0", "JPEG 2000"),
+        (b"\xff\x0a\0", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x18ftypheix", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "AVIF"),
+        (b"\0\0\0\x18ftypisom", "MP4"),
+        (b"\0\0\0\x14ftypqt  ", "QuickTime"),
+        (b"\0\0\0\x18ftypcrx ", "CR3"),
+        (bytes(128) + b"DICM", "DICOM"),
+        (b"8BPS\0\1" + bytes(20), "Photoshop"),
+        (b"\x93NUMPY\1", "NumPy"),
+        (b"PAR1\x15", "Parquet"),
+    ],
+)
+def test_what_is_no_image_here_is_named_by_its_first_bytes(data: bytes, name: str) -> None:
+    with pytest.raises(DecodeError, match=rf"^not an image \(.*{name}"):
+        probe(data + bytes(300))
