@@ -5,17 +5,17 @@ A browser looks for fonts by itself, so the page's text needs none of this; the 
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtl.errors import printable
 
 if TYPE_CHECKING:
-    from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
 FAMILY = "DejaVu Sans"
@@ -42,22 +42,34 @@ def without_font(texts: Iterable[str]) -> list[str]:
     return sorted({_script(letter) for letter in {one for text in texts for one in _pictures(text)} if font_of(letter) is None})
 
 
-def width(text: str) -> float:
-    """Of one line in a grid, in pixels."""
-    return sum(grid_font(path).getlength(part) for path, part in _runs(text))
+class GridFont:
+    """A font for Pillow that takes each character from the first font that has it. It has what `ImageDraw.text` and `.textlength` ask of a font."""
 
+    def getname(self) -> tuple[str | None, str | None]:
+        """Of the font that is looked into first."""
+        return _sized(_own()).getname()
 
-def draw_text(draw: ImageDraw, left: float, top: float, text: str, fill: str) -> None:
-    """One line of a grid, each part in a font that has it."""
-    baseline = top + grid_font(_own()).getmetrics()[0]
-    for path, part in _runs(text):
-        font = grid_font(path)
-        draw.text((left, baseline), part, fill=fill, font=font, anchor="ls")
-        left += font.getlength(part)
+    def getlength(self, text: str, *_: object) -> float:
+        """Of one line, in pixels."""
+        return sum(_sized(path).getlength(part) for path, part in _runs(text))
+
+    def getmask(self, text: str) -> Any:
+        """The line as Pillow's core has images, one byte for each pixel."""
+        from PIL import Image, ImageDraw
+
+        parts = [(_sized(path), part) for path, part in _runs(text)]
+        up, down = (max([metric[side] for metric in (font.getmetrics() for font, _ in parts)], default=0) for side in (0, 1))
+        baseline = _sized(_own()).getmetrics()[0]
+        sheet = Image.new("L", (math.ceil(self.getlength(text)) + 1, max(up, baseline) + down))
+        draw, left = ImageDraw.Draw(sheet), 0.0
+        for font, part in parts:
+            draw.text((left, baseline), part, fill=255, font=font, anchor="ls")
+            left += font.getlength(part)
+        return sheet.im
 
 
 @cache
-def grid_font(path: Path) -> FreeTypeFont:
+def _sized(path: Path) -> FreeTypeFont:
     from PIL import ImageFont
 
     return ImageFont.truetype(str(path), _SIZE)

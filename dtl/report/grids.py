@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtl.errors import printable
-from dtl.report.fonts import draw_text, width
+from dtl.report.fonts import GridFont
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,19 +63,25 @@ def _draw_tile(sheet: Image, draw: ImageDraw, tile: Tile, left: int, top: int) -
     method = Image.Resampling.NEAREST if picture.width <= _SMALL else Image.Resampling.LANCZOS
     sheet.paste(picture.resize((side, side), method), (left + offset, top + offset))
     mark = MARKS[tile.right] + " " if tile.right is not None else ""
-    draw_text(draw, left, top + _SIDE + 3, fitting(mark + tile.caption, _SIDE), color)
+    draw.text((left, top + _SIDE + 3), fitting(draw, mark + tile.caption, _SIDE), fill=color, font=_font())
     below = [words for words in (tile.note, tile.file.rpartition("/")[2]) if words]
     for line, words in enumerate(below, start=1):
-        draw_text(draw, left, top + _SIDE + 3 + line * _LINE, fitting(words, _SIDE), "#5f5f5f")
+        draw.text((left, top + _SIDE + 3 + line * _LINE), fitting(draw, words, _SIDE), fill="#5f5f5f", font=_font())
 
 
-def fitting(text: str, limit: int) -> str:
-    """The text in one line, cut with an ellipsis where it would be wider than `limit` pixels."""
+def fitting(draw: ImageDraw, text: str, width: int) -> str:
+    """The text in one line, cut with an ellipsis where it would be wider than `width` pixels."""
     text = printable(text)
-    if width(text) <= limit:
+    if draw.textlength(text, font=_font()) <= width:
         return text
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if width(text[:middle] + "…") <= limit else (low, middle - 1)
+        low, high = (middle, high) if draw.textlength(text[:middle] + "…", font=_font()) <= width else (low, middle - 1)
     return text[:low].rstrip() + "…"
+
+
+@lru_cache(1)
+def _font() -> Any:
+    """The font of the plots, and for what it lacks those of this machine."""
+    return GridFont()

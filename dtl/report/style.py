@@ -7,6 +7,7 @@ too, for wide windows. They are saved at about twice that, for sharp screens.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -62,10 +63,22 @@ def plain(names: Iterable[str] = ()) -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise UserError(f"the report's plots need matplotlib ({error}); pip install matplotlib") from None
-    with matplotlib.rc_context(_SETTINGS | {"font.family": families(names)}), warnings.catch_warnings():
+    with matplotlib.rc_context(_SETTINGS | {"font.family": families(names)}), warnings.catch_warnings(), _without_findfont():
         # A name may be in a script that no font here has: the report says so, and the page has the names as text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
+
+
+@contextmanager
+def _without_findfont() -> Iterator[None]:
+    """matplotlib logs each font of the machine that has no bold face."""
+    logger = logging.getLogger("matplotlib.font_manager")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def new_figure(width: int, height: int, *, fit: bool = True) -> Figure:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dtl.report.examples import Tile
 from dtl.report.grids import RIGHT, WRONG, fitting, save_grid, tile_image
@@ -58,12 +58,13 @@ def test_a_note_takes_a_line_of_its_own(tmp_path: Path) -> None:
 
 
 def test_long_words_are_cut_to_the_tile() -> None:
-    assert fitting("ant", 144) == "ant"
-    assert fitting("", 0) == ""
-    cut = fitting("an extraordinarily long name of a class", 144)
+    draw = ImageDraw.Draw(Image.new("RGB", (400, 20)))
+    assert fitting(draw, "ant", 144) == "ant"
+    assert fitting(draw, "", 0) == ""
+    cut = fitting(draw, "an extraordinarily long name of a class", 144)
     assert cut.endswith("…")
     assert 8 < len(cut) < 39
-    assert fitting("wide", 0) == "…"
+    assert fitting(draw, "wide", 0) == "…"
 
 
 @pytest.mark.parametrize(("own", "wanted"), [(16, 144), (28, 140), (64, 128), (100, 100), (300, 144)])
