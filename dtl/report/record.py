@@ -27,6 +27,8 @@ from dtl.untrusted import Count, Record, Text, json_lines
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
 VAL_COLUMNS = ("step", "epoch", "loss", "top1", "top5", "num_samples")
+_COLUMNS = {"train": TRAIN_COLUMNS, "val": VAL_COLUMNS, "epoch": ("step", "loss")}
+"""By event."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class PhaseRecord:
     """Which weights the phase keeps for the next: those of its best evaluation, or the last."""
     row: dict[str, Any] = field(default_factory=dict)
     """The entry of status.json for the phase once it is finished."""
+    epochs: dict[str, Column] = field(default_factory=lambda: {name: np.empty(0) for name in _COLUMNS["epoch"]})
+    """Of the epochs that ended: step, and mean training loss."""
 
     @property
     def last_step(self) -> int:
@@ -61,7 +65,15 @@ class PhaseRecord:
         return self.best(metric) if self.keep == "best" else len(self.val["step"]) - 1 if len(self.val["step"]) else None
 
     def train_loss_at(self, step: float) -> float | None:
-        """The training loss as it was last logged by `step`."""
+        """The mean training loss of the epoch of an evaluation, up to it, as the run's own table has it.
+
+        Of a run under way it is known at the ends of epochs; an older dtl wrote down nothing but its last log line.
+        """
+        if self.row.get("kept_step") == step and self.row.get("train_loss") is not None:
+            return float(self.row["train_loss"])
+        if np.isfinite(self.epochs["loss"]).any():
+            ended = np.flatnonzero(self.epochs["step"] == step)
+            return float(self.epochs["loss"][ended[-1]]) if len(ended) else None
         logged = np.flatnonzero(self.train["step"] <= step)
         return float(self.train["loss"][logged[-1]]) if len(logged) else None
 
@@ -213,11 +225,11 @@ def _read_history(record: RunRecord) -> None:
             kind, phase = event.get("event"), event.get("phase")
             if kind == "note":
                 record.notes.append(event)
-            elif kind in ("train", "val") and isinstance(phase, str) and all(_is_place(event.get(name)) for name in ("step", "epoch")):
-                kinds = columns.setdefault(phase, {"train": _empty(TRAIN_COLUMNS), "val": _empty(VAL_COLUMNS)})
+            elif kind in _COLUMNS and isinstance(phase, str) and all(_is_place(event.get(name)) for name in ("step", "epoch")):
+                kinds = columns.setdefault(phase, {name: _empty(names) for name, names in _COLUMNS.items()})
                 for name, values in kinds[kind].items():
                     values.append(_number(event.get(name)))
-            elif not event or kind in ("train", "val"):
+            elif not event or kind in _COLUMNS:
                 unread += 1
     except FileNotFoundError:
         record.missing.append("no history.jsonl: there are no curves")
@@ -233,7 +245,7 @@ def _read_history(record: RunRecord) -> None:
         settings = record.config.phases.get(name) if record.config is not None else None
         arrays = {kind: {column: np.asarray(values) for column, values in found.items()} for kind, found in kinds.items()}
         task, keep = (settings.task, settings.keep) if settings else ("classify", "best")
-        phase = PhaseRecord(name, task, first_step, arrays["train"], arrays["val"], keep, rows.get(name, {}))
+        phase = PhaseRecord(name, task, first_step, arrays["train"], arrays["val"], keep, rows.get(name, {}), arrays["epoch"])
         record.phases.append(phase)
         first_step = phase.last_step
 

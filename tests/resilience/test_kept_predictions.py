@@ -57,6 +57,8 @@ def check(folder: Path, *, precision: str = "no") -> np.ndarray:
 def check_report(folder: Path) -> None:
     top1 = json.loads((folder / "model/model.json").read_text())["metrics"]["top1"]
     page = Page.read(folder / "report/index.html")
+    for row in status(folder)["phases"]:  # the run's own table, and the page's
+        assert f"{row['kept_epoch']} {row['train_loss']:.4f} {row['val']['loss']:.4f} {row['val']['top1']:.2%}".replace("%", " %") in page.text
     shown = percent(top1, 2).replace("\u00a0", " ")
     assert page.text.count(f"{shown} top-1") == 1  # the headline
     assert f"all 360 validation images: top-1 {shown}" in page.text

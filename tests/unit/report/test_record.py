@@ -97,6 +97,13 @@ def test_the_kept_evaluation_is_the_one_that_the_run_kept(tmp_path: Path) -> Non
         assert phase.train_loss_at(phase.val["step"][place]) == train_loss
         assert phase.best() == 2
         assert phase.best("loss") == 4
+        # The mean of the epoch, not of the last log line; of an evaluation within an epoch the run's own table knows it alone.
+        means = [{"event": "epoch", "phase": "all", "epoch": number, "step": 10 * (number + 1), "loss": number + 0.5} for number in range(2)]
+        write_history(folder, sorted([*events, *means], key=lambda event: event["step"]))
+        assert [read_run(folder).phases[0].train_loss_at(step) for step in (5, 10, 15, 20)] == [None, 0.5, None, 1.5]
+        rows = [{"phase": "all", "kept_step": 15, "train_loss": 1.25}]
+        (folder / "status.json").write_text(json.dumps({"state": "done", "step": 25, "phases": rows}))
+        assert [read_run(folder).phases[0].train_loss_at(step) for step in (10, 15)] == [0.5, 1.25]
 
 
 @pytest.mark.parametrize(("make", "words"), [(False, "no such run folder"), (True, "is not a run folder: it has no history.jsonl")])
