@@ -199,8 +199,10 @@ def describe_copies(copies: Copies) -> str:
         named = ", ".join(f"{path} of {split} is '{label}'" for split, path, label in (members[0], unlike))
         said.append(f"{counted(len(two), 'image')} {'has' if len(two) == 1 else 'have'} two labels ({named})")
     if copies.num_unknown:
-        said.append(f"{copies.num_unknown:,} more have the size and CRC-32 of another one, but were not compared (dtl verify does)")
-    return f"copies of the same image: {'; '.join(said)}" if said else ""
+        more = "more images" if said else "images"
+        said.append(f"{copies.num_unknown:,} {more} have the size and CRC-32 of another one, but were not compared (dtl verify compares them)")
+    sure = "copies" if copies.num_groups else "possible copies"
+    return f"{sure} of the same image: {'; '.join(said)}" if said else ""
 
 
 def _examples(copies: Copies, one: str, other: str) -> str:

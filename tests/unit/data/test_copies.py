@@ -102,7 +102,9 @@ def test_different_images_of_the_same_size_and_checksum_are_no_copies(tmp_path: 
     assert (copies.num_groups, copies.num_unknown, describe_copies(copies)) == (0, 0, "")
     unread = find_copies({"all": shards}, most_bytes=0)
     assert (unread.num_groups, unread.num_unknown) == (0, 2)
-    assert describe_copies(unread) == "copies of the same image: 2 more have the size and CRC-32 of another one, but were not compared (dtl verify does)"
+    assert describe_copies(unread) == (
+        "possible copies of the same image: 2 images have the size and CRC-32 of another one, but were not compared (dtl verify compares them)"
+    )
 
 
 def test_a_limit_of_bytes_takes_first_what_is_in_two_splits(three: Path) -> None:
