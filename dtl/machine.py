@@ -10,11 +10,38 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _ROOT = str(Path(__file__).resolve().parents[1])
+T = TypeVar("T")
+
+
+class NoAnswer(TimeoutError):
+    """What was waited for did not end in its time."""
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """What `action` gives or raises, or NoAnswer: what may wait for ever, on a disk or on a server, is left behind in a thread that ends with the process."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            done.append(action())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=act, name="within", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not done:
+        raise NoAnswer(f"no answer within {seconds:g} s")
+    return done[0]
 
 
 def core_share() -> float:

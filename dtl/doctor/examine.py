@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -134,17 +133,16 @@ class Doctor:
 
 def _guarded(name: str, check: Callable[[], Iterable[Finding]], seconds: float) -> list[Finding]:
     """In a thread of its own: a disk that does not answer must not take the doctor with it."""
-    box: list[list[Finding]] = []
 
-    def work() -> None:
+    def work() -> list[Finding]:
         try:
-            box.append(list(check()))
+            return list(check())
         except Unanswered as error:
-            box.append([Finding(name, "warn", f"could not be measured: {error}", _WITHOUT)])
+            return [Finding(name, "warn", f"could not be measured: {error}", _WITHOUT)]
         except Exception as error:
-            box.append([Finding(name, "warn", f"could not be checked ({type(error).__name__}: {error})", _WITHOUT)])
+            return [Finding(name, "warn", f"could not be checked ({type(error).__name__}: {error})", _WITHOUT)]
 
-    worker = threading.Thread(target=work, name=f"doctor-{name}", daemon=True)
-    worker.start()
-    worker.join(seconds)
-    return box[0] if box else [Finding(name, "fail", f"no answer within {seconds:.0f} s", "a hanging network disk or driver is the usual cause; see dmesg")]
+    try:
+        return machine.within(seconds, work)
+    except machine.NoAnswer as error:
+        return [Finding(name, "fail", str(error), "a hanging network disk or driver is the usual cause; see dmesg")]

@@ -2,7 +2,9 @@
 
 What it does wrong by default was seen with wandb 0.31: a key without a network blocks `init` for 101 s; SIGTERM, which Slurm
 sends to every process, ends its service, and each later call raises; rows that were not flushed (every 15 s) are lost then.
-history.jsonl is therefore the truth, and this a copy of it for those who like to look at it there.
+Any call may wait for ever: `teardown` of 0.23 does for a server that does not answer, the others for a service that is stopped.
+So each is made in a thread, and waited for only so long (`machine.within`). history.jsonl is therefore the truth, and this a copy of it
+for those who like to look at it there.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import re
 import secrets
 import string
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -23,10 +25,13 @@ from urllib.parse import urlparse
 from dtl.credentials import redacted_line
 from dtl.errors import EXIT_STOPPED, UserError
 from dtl.files import write_whole
+from dtl.machine import NoAnswer, within
 from dtl.untrusted import read_text
 
 Setting = Literal["auto", "online", "offline", "off"]
-_INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0
+_INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0  # wandb's own limits; the run waits `_GRACE_SECONDS` longer, for what they leave out
+_GRACE_SECONDS, _LOG_SECONDS, _MODEL_SECONDS = 10.0, 20.0, 300.0
+_FAILURES = (Exception, SystemExit)  # `teardown` ends the program where wandb's service has failed
 _EXIT_CODES = {"done": 0, "stopped": EXIT_STOPPED}
 
 
@@ -89,20 +94,17 @@ class WandbRun:
             log(f"wandb cannot be imported ({_short(error)}): the run continues without it")
             return
         self._wandb = wandb
-        for attempt in dict.fromkeys([mode, "offline"]):
+        attempts = list(dict.fromkeys([mode, "offline"]))
+        while attempts and self._run is None:
+            attempt = attempts.pop(0)
             try:
-                self._run = self._init(wandb, attempt, run_dir, name, config)
-            except Exception as error:
-                follows = "working offline" if attempt == "online" else "the run continues without it"
-                log(f"wandb could not start {attempt} ({_short(error)}): {follows}")
-                # Its service still holds the id for the start that failed.
-                with suppress(Exception):
-                    wandb.teardown()
-            else:
-                break
-        if self._run is not None:
-            where = self._run.url if self._run.settings.mode == "online" else f"{self._run.settings.sync_dir} (`wandb sync` uploads it)"
-            log(f"wandb: {where}")
+                self._run, where = within(_INIT_SECONDS + _GRACE_SECONDS, partial(self._init, wandb, attempt, run_dir, name, config))
+                log(f"wandb: {where}")
+            except _FAILURES as error:
+                if isinstance(error, NoAnswer):
+                    attempts.clear()  # the first attempt's thread is still at it
+                log(f"wandb could not start {attempt} ({_short(error)}): {'working offline' if attempts else 'the run continues without it'}")
+                self._teardown()  # its service still holds the id for the start that failed
 
     def log(self, metrics: Mapping[str, float | str], step: int) -> None:
         """Log one row; rows of an earlier step than the last are left out, for wandb cannot take them."""
@@ -119,7 +121,7 @@ class WandbRun:
             self._step = max(self._step, step)
             self._try("logging", lambda: self._run.log({name: self._wandb.Image(str(path)) for name, path in pictures.items()}, step=self._step))
         if model is not None:
-            self._try("keeping the model", lambda: self._keep(model.resolve()))
+            self._try("keeping the model", lambda: self._keep(model.resolve()), _MODEL_SECONDS)
 
     def _keep(self, model: Path) -> None:
         artifact = self._wandb.Artifact(f"model-{self.id}", type="model")
@@ -130,23 +132,22 @@ class WandbRun:
         """End the run; one that was stopped to resume later is marked so."""
         if self._wandb is None:
             return
-        # In a thread, for even these may wait on a network that is gone.
-        ending = threading.Thread(target=self._finish, args=(state,), name="wandb-finish", daemon=True)
-        ending.start()
-        ending.join(_FINISH_SECONDS + 10)
-        if ending.is_alive():
-            self._print("wandb did not finish in time: `wandb sync` uploads the rest")
+        self._try("ending", lambda: self._finish(state), _FINISH_SECONDS + _GRACE_SECONDS)
+        self._teardown()
         self._wandb = self._run = None
 
     def _finish(self, state: str) -> None:
         if state == "stopped":
-            self._try("ending", lambda: self._run.mark_preempting())
-        self._try("ending", lambda: self._run.finish(exit_code=_EXIT_CODES.get(state, 1)))
-        # Takes its exit hook away, which would print a traceback where the service has died.
-        with suppress(Exception):
-            self._wandb.teardown()
+            self._run.mark_preempting()
+        self._run.finish(exit_code=_EXIT_CODES.get(state, 1))
 
-    def _init(self, wandb: Any, mode: str, run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
+    def _teardown(self) -> None:
+        """The first that it does is to take wandb's exit hook away, which would print a traceback where the service has died, or wait for ever."""
+        with suppress(*_FAILURES):
+            within(_GRACE_SECONDS, self._wandb.teardown)
+
+    def _init(self, wandb: Any, mode: str, run_dir: Path, name: str, config: Mapping[str, Any]) -> tuple[Any, str]:
+        """The run, and where it is."""
         known = wandb.Settings.model_fields if hasattr(wandb.Settings, "model_fields") else {}
         wanted = {
             "init_timeout": _INIT_SECONDS,
@@ -170,16 +171,19 @@ class WandbRun:
             )
         if mode == "online" and run.resumed:
             self._step = run.step  # the server knows better than we do what arrived
-        return run
+        return run, run.url if run.settings.mode == "online" else f"{run.settings.sync_dir} (`wandb sync` uploads it)"
 
-    def _try(self, doing: str, action: Callable[[], object]) -> None:
+    def _try(self, doing: str, action: Callable[[], object], seconds: float | None = None) -> None:
         if self._run is None:
             return
         try:
-            action()
-        except Exception as error:
+            within(_LOG_SECONDS if seconds is None else seconds, action)
+        except _FAILURES as error:
             self._run = None
-            self._print(f"wandb failed while {doing} ({_short(error)}): the run continues without it, history.jsonl has everything")
+            if doing == "ending" and isinstance(error, NoAnswer):
+                self._print("wandb did not finish in time: `wandb sync` uploads the rest")
+            else:
+                self._print(f"wandb failed while {doing} ({_short(error)}): the run continues without it, history.jsonl has everything")
 
 
 def stored_id(run_dir: Path) -> str | None:
@@ -214,6 +218,6 @@ def _key_is_known(environ: Mapping[str, str]) -> bool:
     return entry is not None and bool(entry[2])
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__

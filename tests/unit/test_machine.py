@@ -91,3 +91,15 @@ def test_a_child_that_ignores_sigterm_is_killed() -> None:
     assert child.returncode == -signal.SIGKILL
     child.stdout.close()
     machine.end_process(child)
+
+
+def test_what_may_wait_for_ever_is_left_behind() -> None:
+    assert machine.within(10.0, lambda: 5) == 5
+    assert machine.within(10.0, lambda: None) is None
+    with pytest.raises(KeyError, match="here"):
+        machine.within(10.0, lambda: {}["here"])
+    code = "import time; from dtl import machine; machine.within(0.2, lambda: time.sleep(1000))"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr.endswith("NoAnswer: no answer within 0.2 s\n")
+    assert time.monotonic() - began < 30

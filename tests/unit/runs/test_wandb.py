@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -136,6 +137,95 @@ def test_a_key_without_an_answering_server_goes_on_offline(tmp_path: Path, monke
     assert re.search(r"wandb could not start online \(.+\): working offline\nwandb: .*offline-run-", err.getvalue())
     (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     assert [row["_step"] for row in read_wandb(path)["history"]] == [1, 2, 3]
+
+
+HANGS = """
+import threading
+def hang(*given, **named):
+    threading.Event().wait()
+class Settings:
+    def __init__(self, **values):
+        self.mode, self.sync_dir = "offline", "there"
+class Run:
+    settings, resumed, summary = Settings(), False, {}
+    def log(self, *given, **named): pass
+    def finish(self, *given, **named): pass
+    mark_preempting = log_artifact = finish
+class Artifact:
+    def __init__(self, *given, **named): pass
+    def add_dir(self, folder): pass
+def Image(path): pass
+def setup(settings): pass
+def init(**named): return Run()
+def teardown(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("setup", r"could not start offline \(no answer within 1 s\): the run continues without it"),
+        ("init", r"could not start offline \(no answer within 1 s\): the run continues without it"),
+        ("Run.log", r"failed while logging \(no answer within 1 s\): the run continues without it, history.jsonl has everything"),
+        ("Image", r"failed while logging \(no answer within 1 s\): .+"),
+        ("Artifact.add_dir", r"failed while keeping the model \(no answer within 1 s\): .+"),
+        ("Run.log_artifact", r"failed while keeping the model \(no answer within 1 s\): .+"),
+        ("Run.mark_preempting", r"did not finish in time: `wandb sync` uploads the rest"),
+        ("Run.finish", r"did not finish in time: `wandb sync` uploads the rest"),
+        ("teardown", None),
+    ],
+)
+def test_no_call_into_wandb_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, said: str | None) -> None:
+    (tmp_path / "wandb.py").write_text(f"{HANGS}\n{call} = hang\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for name in ("_INIT_SECONDS", "_FINISH_SECONDS"):
+        monkeypatch.setattr(dtl.runs.wandb, name, 0.0)
+    for name in ("_GRACE_SECONDS", "_LOG_SECONDS", "_MODEL_SECONDS"):
+        monkeypatch.setattr(dtl.runs.wandb, name, 1.0)
+    err, run_dir = io.StringIO(), tmp_path / "run"
+    (run_dir / "report").mkdir(parents=True)
+    (run_dir / "report/page.png").write_bytes(b"")
+    tracker = make_tracker(run_dir, wandb="offline", console=Console(stream=err))
+    log_steps(tracker, 1, 12)
+    tracker.attach(run_dir / "report", run_dir, step=12)
+    tracker.close("stopped")
+    monkeypatch.delitem(sys.modules, "wandb")
+    about_wandb = [line.removeprefix("wandb ") for line in err.getvalue().splitlines() if line.startswith("wandb ")]
+    assert len(about_wandb) == (said is not None)
+    assert said is None or re.fullmatch(said, about_wandb[0])
+    assert [line["step"] for line in lines(run_dir / "history.jsonl") if line["event"] == "train"] == list(range(1, 13))
+
+
+FROZEN_SERVICE = """
+import signal, sys
+import psutil
+import dtl.runs.wandb
+from dtl.runs.tracker import Tracker
+dtl.runs.wandb._FINISH_SECONDS, dtl.runs.wandb._GRACE_SECONDS = 1.0, 2.0
+tracker = Tracker(sys.argv[1], is_main=True, wandb="offline")
+for process in psutil.Process().children(recursive=True):
+    process.send_signal(signal.SIGSTOP)
+    print(process.pid, flush=True)
+tracker.train(phase="head", epoch=0, step=1, loss=1.0, lr=0.1, images_per_second=1.0, data_wait=0.0)
+tracker.close("done")
+"""
+
+
+def test_a_wandb_service_that_does_not_answer_keeps_no_process_from_ending(tmp_path: Path) -> None:
+    """Not at the exit either, where wandb's own hook waits for its service."""
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:  # not pipes: the frozen service has them too, and would keep them open
+        command = [sys.executable, "-c", FROZEN_SERVICE, tmp_path / "run"]
+        try:
+            subprocess.run(command, stdout=out, stderr=err, timeout=90, check=True)
+        finally:
+            frozen = [int(pid) for pid in (tmp_path / "out").read_text().split()]
+            for pid in frozen:
+                os.kill(pid, signal.SIGKILL)
+    assert frozen, "there was a service to freeze"
+    said = (tmp_path / "err").read_text()
+    assert said.count("wandb did not finish in time: `wandb sync` uploads the rest") == 1
+    assert "Traceback" not in said
 
 
 def test_wandb_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
