@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import getpass
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -32,6 +33,11 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["XDG_CONFIG_HOME"] = os.path.join(os.environ["TMPDIR"], "config")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["WANDB_SILENT"] = "true"
+# Each machine tests what runs on a CPU with bf16 and on one without: .ci/run.
+if os.environ.get("DTL_TEST_BF16") or os.environ.get("DTL_TEST_BF16_ASKED"):
+    folder = str(Path(__file__).with_name("forced_bf16"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    runpy.run_path(f"{folder}/sitecustomize.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
