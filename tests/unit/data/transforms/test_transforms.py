@@ -90,6 +90,7 @@ def test_epoch_seed_and_sample_change_the_draws(preset: str) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) -> None:
+    from torchvision.transforms import v2
     from torchvision.transforms.v2 import functional
 
     transform = train_transform(image_size=56, augment=AugmentConfig(), interpolation=interpolation)
@@ -101,7 +102,7 @@ def test_random_resized_crop_is_torchvisions_resized_crop(interpolation: str) ->
         for s, image in zip(samples, images):
             box = draws.placement.boxes[s].tolist()
             planes = torch.from_numpy(image).permute(2, 0, 1)
-            theirs = functional.resized_crop(planes, *box, [56, 56], interpolation=interpolation, antialias=True)
+            theirs = functional.resized_crop(planes, *box, [56, 56], interpolation=v2.InterpolationMode(interpolation), antialias=True)
             assert torch.equal(ours[s], theirs.flip(-1) if draws.horizontal_flip[s] else theirs)
     assert 0 < draws.horizontal_flip.sum() < 24
 
