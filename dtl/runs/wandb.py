@@ -30,7 +30,7 @@ from dtl.untrusted import read_text
 
 Setting = Literal["auto", "online", "offline", "off"]
 _INIT_SECONDS, _FINISH_SECONDS = 20.0, 30.0  # wandb's own limits; the run waits `_GRACE_SECONDS` longer, for what they leave out
-_GRACE_SECONDS, _LOG_SECONDS, _MODEL_SECONDS = 10.0, 20.0, 300.0
+_GRACE_SECONDS, _LOG_SECONDS, _MODEL_SECONDS, _TEARDOWN_SECONDS = 10.0, 20.0, 300.0, 3.0
 _FAILURES = (Exception, SystemExit)  # `teardown` ends the program where wandb's service has failed
 _EXIT_CODES = {"done": 0, "stopped": EXIT_STOPPED}
 
@@ -144,7 +144,7 @@ class WandbRun:
     def _teardown(self) -> None:
         """The first that it does is to take wandb's exit hook away, which would print a traceback where the service has died, or wait for ever."""
         with suppress(*_FAILURES):
-            within(_GRACE_SECONDS, self._wandb.teardown)
+            within(_TEARDOWN_SECONDS, self._wandb.teardown)
 
     def _init(self, wandb: Any, mode: str, run_dir: Path, name: str, config: Mapping[str, Any]) -> tuple[Any, str]:
         """The run, and where it is."""

@@ -181,7 +181,7 @@ def test_no_call_into_wandb_holds_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     for name in ("_INIT_SECONDS", "_FINISH_SECONDS"):
         monkeypatch.setattr(dtl.runs.wandb, name, 0.0)
-    for name in ("_GRACE_SECONDS", "_LOG_SECONDS", "_MODEL_SECONDS"):
+    for name in ("_GRACE_SECONDS", "_LOG_SECONDS", "_MODEL_SECONDS", "_TEARDOWN_SECONDS"):
         monkeypatch.setattr(dtl.runs.wandb, name, 1.0)
     err, run_dir = io.StringIO(), tmp_path / "run"
     (run_dir / "report").mkdir(parents=True)
