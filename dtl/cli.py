@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from dtl.commands import COMMANDS
+from dtl.credentials import note, redacted_line
 from dtl.errors import EXIT_WRONG_INPUT, UserError
 from dtl.text import printable_lines
 from dtl.version import __version__
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dtl {__version__}")
         return 0
     name, *rest = arguments
+    note(arguments)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one command; a user's mistake becomes one line on stderr, from one rank only, and status 2."""
+    note(arguments)
     try:
         module = importlib.import_module(f"dtl.commands.{name.replace('-', '_')}")
         return int(module.run(list(arguments)))
@@ -74,7 +77,7 @@ def _fail(message: str) -> int:
     launched = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     rank = int(os.environ["RANK"]) if launched and os.environ["RANK"].isdecimal() else 0
     if rank == 0:
-        print(f"dtl: {printable_lines(message)}", file=sys.stderr, flush=True)
+        print(f"dtl: {printable_lines(redacted_line(message))}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
         print(f"dtl: rank {rank} (host {socket.gethostname()}): {printable_lines(message)}", file=sys.stderr, flush=True)
     return EXIT_WRONG_INPUT

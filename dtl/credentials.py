@@ -12,14 +12,16 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 PIPE = "pipe:"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/\s'\"]*@")
-_QUERY = re.compile(r"(\bhttps?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
+# Also with one slash (an address that was taken for a path), and without a scheme (the rest of one that was taken for package.module:function).
+_USER = re.compile(r"((?<=\w\w:/)/?|(?<![\w./:])//)[^/\s'\"]*@")
+_QUERY = re.compile(r"((?:\bhttps?://?|(?<![\w./:])//)[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
+_ANYWHERE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)
 _HTTP = re.compile(r"(?P<netloc>[^/?#]*)(?P<path>[^?#]*)(?P<query>(?:\?[^#]*)?)(?P<fragment>(?:#.*)?)", re.DOTALL)
 _OTHER = re.compile(r"(?P<netloc>[^/]*)(?P<path>.*)(?P<query>)(?P<fragment>)", re.DOTALL)
 _PATTERN = re.compile(r"[{*\[]")
@@ -53,6 +55,14 @@ def bare(address: str) -> str:
         for name in _names(clean):
             _known[name] = (user, query)
     return clean + fragment
+
+
+def note(words: Iterable[str]) -> None:
+    """Know the addresses in a command line, whatever its words turn out to mean: no message repeats their secrets."""
+    for word in words:
+        if PIPE not in word:
+            for found in _ANYWHERE.findall(word):
+                bare(found)
 
 
 def _split(address: str) -> tuple[str, str, str, str]:
@@ -134,7 +144,7 @@ def redacted_line(text: str) -> str:
             text = text.replace(whole, "") if whole else text
         for secret in (query, user.partition(":")[2], unquote(user.partition(":")[2])):
             text = text.replace(secret, "***") if len(secret) >= _SHORTEST else text
-    return _QUERY.sub(r"\1", _USER.sub("", text))
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 # ---- patterns

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
+from dtl.credentials import bare, is_address
 from dtl.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,21 @@ class FileFacts:
 
     size: int
     sha256: str
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A place on this machine's disks that the user named, with ~ expanded. UserError for an address, and where there is no home folder."""
+    if is_address(os.fspath(text)):
+        raise UserError(f"{bare(os.fspath(text))} is an address, but a file or folder of this machine is needed here; download it and give its path")
+    return expand_home(text)
+
+
+def expand_home(text: str | os.PathLike[str]) -> Path:
+    """With ~ expanded. UserError where it is not known: of a user without $HOME and without an entry in /etc/passwd, as in containers."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: the home folder of this user is not known ($HOME is not set); give the whole path") from None
 
 
 def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:

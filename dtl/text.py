@@ -88,7 +88,7 @@ def to_stderr(line: str) -> None:
 def to_stdout(*lines: str) -> None:
     """Results. Text of several lines is given line by line, so that no name within it can begin another one."""
     for line in lines:
-        print(printable(line), flush=True)
+        print(printable(redacted_line(line)), flush=True)
 
 
 def printable_lines(text: str) -> str:

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.text import OptionParser, to_stderr, to_stdout
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     if len(options.models) < 2:
         raise UserError("averaging needs at least two models")
-    target = Path(options.out)
+    target = user_path(options.out)
     from dtl.checkpoint.resume.model_folder import load_model_tensors, save_model_folder
     from dtl.config.own import is_allowed, is_function, note_made
     from dtl.inference.model import find_model

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Sequence
 
 from dtl.commands import COMMANDS
+from dtl.text import OptionParser
 
 _DESCRIPTION = """\
 Print a script that completes commands, options and files of `dtl`.
@@ -27,7 +28,7 @@ _PHASES = ("head", "all")
 
 def run(arguments: Sequence[str]) -> int:
     """The command; prints the script."""
-    parser = argparse.ArgumentParser(prog="dtl completion", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OptionParser(prog="dtl completion", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     shell = parser.parse_args(list(arguments)).shell
     options = {name: options_of(name) for name in COMMANDS}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from dtl.files import user_path
 from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     from dtl.checkpoint.transfer.source.convert import convert
 
-    done = convert(options.file, Path(options.out).expanduser(), overwrite=options.overwrite)
+    done = convert(options.file, user_path(options.out), overwrite=options.overwrite)
     for line in done.dropped:
         to_stderr(f"left out: {line}")
     to_stdout(f"{done.path}: {counted(done.num_tensors, 'tensor')}, {done.num_bytes / 2**20:.1f} MiB")

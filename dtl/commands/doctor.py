@@ -7,9 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from dtl.files import user_path
 from dtl.text import OptionParser, counted, to_stdout
 
 _DESCRIPTION = """\
@@ -57,8 +57,8 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     ranks = int(os.environ.get("WORLD_SIZE") or 1)
     if options.config is None:
         return {
-            "run_dir": Path(options.run_dir or "runs"),
-            "cache_dir": Path(options.cache_dir) if options.cache_dir else default_cache_dir(),
+            "run_dir": user_path(options.run_dir or "runs"),
+            "cache_dir": user_path(options.cache_dir) if options.cache_dir else default_cache_dir(),
             "model": options.model or "torchvision/resnet18",
             "need": Need(workers=2 if options.workers is None else options.workers, ranks=ranks),
         }
@@ -70,8 +70,8 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     data = config.data
     micro = data.micro_batch_size if data.micro_batch_size != "auto" else -(-data.global_batch_size // ranks)
     return {
-        "run_dir": Path(options.run_dir or config.run.dir),
-        "cache_dir": Path(options.cache_dir or data.cache_dir or default_cache_dir()),
+        "run_dir": user_path(options.run_dir or config.run.dir),
+        "cache_dir": user_path(options.cache_dir or data.cache_dir or default_cache_dir()),
         "model": options.model or config.model.name,
         "keep": config.checkpoint.keep,
         "need": Need(image_size=data.image_size, batch_size=micro, workers=data.workers if options.workers is None else options.workers, ranks=ranks),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import user_path, write_whole
 from dtl.text import TRUST, OptionParser, at_least, to_stderr, to_stdout
 
 _DESCRIPTION = """\
@@ -68,7 +67,7 @@ def _print(values: dict[str, Any], options: argparse.Namespace) -> None:
     if file is not None:
         try:
             text = json.dumps(values, indent=1, allow_nan=False) + "\n"
-            write_whole(Path(file), lambda out: out.write(text.encode()))
+            write_whole(user_path(file), lambda out: out.write(text.encode()))
         except OSError as error:
             raise UserError(f"--json {file}: cannot be written: {error.strerror or error}") from error
         to_stdout("", f"all numbers: {file}")
@@ -79,10 +78,10 @@ def _print(values: dict[str, Any], options: argparse.Namespace) -> None:
 def _check_file(option: str, path: str | None) -> None:
     """Before the work, not after it."""
     if path is not None:
-        parent = Path(path).absolute().parent
+        parent = user_path(path).absolute().parent
         if not parent.is_dir():
             raise UserError(f"{option} {path}: the folder {parent} does not exist")
-        if path == "-" or Path(path).is_dir():
+        if path == "-" or user_path(path).is_dir():
             raise UserError(f"{option} {path}: not a file; give the name of one")
 
 

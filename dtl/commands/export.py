@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.text import TRUST, OptionParser, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ examples:
 def run(arguments: Sequence[str]) -> int:
     """The command; nothing is written if the result differs from PyTorch."""
     options = _parser().parse_args(list(arguments))
-    target = Path(options.out)
+    target = user_path(options.out)
     if options.opset is not None and options.to != "onnx":
         raise UserError(f"--opset needs --to onnx, not {options.to}")
     if not target.absolute().parent.is_dir():

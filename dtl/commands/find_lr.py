@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtl.errors import EXIT_STOPPED, UserError
+from dtl.files import user_path
 from dtl.text import OptionParser, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
             runtime.barrier()  # the first rank that leaves makes the launcher end the others
             return EXIT_STOPPED
         if runtime.is_main:
-            _report(curve, Path(options.out), name)
+            _report(curve, user_path(options.out), name)
     return 0
 
 

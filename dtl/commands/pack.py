@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dtl.commands import add_limits, limits
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run(argv: list[str]) -> int:
     try:
         report = pack_source(
             source,
-            Path(options.destination),
+            user_path(options.destination),
             PackOptions(
                 val_fraction=options.val_fraction,
                 shard_bytes=shard_bytes,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from dtl.commands import add_limits, limits
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import user_path, write_whole
 from dtl.text import TRUST, OptionParser, at_least, counted, csv_line, json_line, printable, to_stderr
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _write(out: str, work: Callable[[TextIO], list[Prediction]]) -> list[Predict
         text.detach()
 
     try:
-        write_whole(Path(out), write)
+        write_whole(user_path(out), write)
     except OSError as error:
         if error.filename is None or Path(out).name in str(error.filename):  # else it is not about this file
             raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
@@ -129,7 +129,7 @@ def _format(options: argparse.Namespace) -> str:
     """csv or jsonl; UserError before any work if the options contradict each other."""
     kind = options.format
     if options.out != "-":
-        path = Path(options.out)
+        path = user_path(options.out)
         if not path.absolute().parent.is_dir():
             raise UserError(f"--out {options.out}: the folder {path.absolute().parent} does not exist")
         if path.is_dir():

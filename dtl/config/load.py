@@ -20,7 +20,9 @@ import yaml
 from pydantic import ValidationError
 
 from dtl.config.models import Config, PhaseConfig, Section
+from dtl.credentials import is_address
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.text import some
 from dtl.untrusted import MAX_YAML_BYTES, NotYaml, check_values, in_words, parse_yaml
 
@@ -125,7 +127,7 @@ def config_from_dict(values: Mapping[str, Any], origin: str) -> Config:
 
 def _read_recipe(file: str) -> tuple[str, str, str]:
     """Text, origin for messages, and name of a config file, or of a built-in recipe where no such file exists."""
-    path = Path(str(file))
+    path = user_path(file)
     builtin = builtin_recipes()
     if not path.exists() and str(file) in builtin:
         return builtin[str(file)], f"the built-in recipe {file}", str(file)
@@ -392,6 +394,9 @@ def _check_whole(config: Config, given: _Given) -> None:
         raise UserError(f"{origin}: no training data; give --data.train FOLDER")
     if config.data.val is not None and config.data.val_fraction:
         raise UserError(f"{given.of('data.val', 'data.val_fraction')}: data.val and data.val_fraction are both given; use one of them")
+    for key, place in (("run.dir", config.run.dir), ("data.cache_dir", config.data.cache_dir)):
+        if place is not None and is_address(place):
+            raise UserError(f"{given.of(key)}: {key} is an address ({place}); give a folder of this machine")
     micro, batch = config.data.micro_batch_size, config.data.global_batch_size
     if micro != "auto" and micro > batch:
         where = given.of("data.micro_batch_size", "data.global_batch_size")

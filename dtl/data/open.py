@@ -25,7 +25,7 @@ from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folder
 from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
-from dtl.files import flock, open_lock
+from dtl.files import expand_home, flock, open_lock
 from dtl.text import Log, counted, to_nobody, to_stdout
 
 _MOST_LISTED = 10  # images in one line of trouble
@@ -201,7 +201,7 @@ def packed_folder(source: str | Path, split: str) -> Path | None:
 
     UserError where it holds packed shards, but none of this split.
     """
-    place = Path(source).expanduser()
+    place = expand_home(source)
     if (place / MANIFEST_NAME).is_file():
         return place
     folders = packed_splits(place)

@@ -24,7 +24,7 @@ from dtl.data.verify_tasks import WHOLE, Finding, Unread
 from dtl.data.wds.find import is_remote_folder
 from dtl.data.workers import run_tasks
 from dtl.errors import DamagedSample, UserError
-from dtl.files import sha256_of_file
+from dtl.files import sha256_of_file, user_path
 from dtl.machine import num_cores
 from dtl.text import counted
 
@@ -79,7 +79,7 @@ def folders_to_verify(place: str | Path, options: DataConfig = DataConfig()) -> 
         if not is_remote_folder(place):
             raise UserError(f"{shown_address(place)}: tars need an index before they can be verified: dtl index {quote(place)} --out DIR, then dtl verify DIR")
         return mirrored_splits(place, options)
-    folder = Path(place).expanduser()
+    folder = user_path(place)
     if (folder / MANIFEST_NAME).is_file():
         return [folder]
     found = [folder / name for names in packed_splits(folder).values() for name in names]

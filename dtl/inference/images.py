@@ -23,7 +23,7 @@ from dtl.data.sources.near_paths import near_paths
 from dtl.data.sources.splits import is_hidden
 from dtl.data.sources.unread import data_set_of_others, describe_passed_over, extension_of
 from dtl.errors import DamagedSample, UserError
-from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, without_path
+from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, user_path, without_path
 from dtl.text import Log, counted, to_stderr
 
 _LOOK_BYTES = 65_536
@@ -117,7 +117,7 @@ def find_images(places: Sequence[str], options: DataConfig = DataConfig(), log: 
         if place == "-":
             group: Files | PackedImages | None = _listed("standard input", sys.stdin.read(), Path())
         else:
-            group = _group(Path(place).expanduser(), options, log)
+            group = _group(user_path(place), options, log)
         if group is None:
             loose.append(place)
             continue

@@ -15,6 +15,7 @@ from dtl.data.transforms.geometry import ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.models.build import Network, Preprocessing
 from dtl.models.model_json import ModelFacts, read_model_json
 from dtl.runs.folder import never_began, read_status, why_none_began
@@ -77,7 +78,7 @@ def running_model(
 
 def find_model(place: str | Path) -> tuple[Path, Path | None]:
     """(model folder, run folder) of a run or a model folder; the latter has no run. UserError where it is neither."""
-    path = Path(place).expanduser()
+    path = user_path(place)
     if _is_model(path):
         return path, None
     if _is_model(path / "model"):

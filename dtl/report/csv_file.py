@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import user_path, write_whole
 from dtl.text import csv_line
 from dtl.untrusted import json_lines
 
@@ -29,7 +29,7 @@ def write_csv(runs: Sequence[str | Path], file: str | Path) -> int:
     columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]
     text = "".join([csv_line(columns), *(csv_line([row.get(column) for column in columns]) for row in rows)])
     try:
-        write_whole(Path(file), lambda out: out.write(text.encode("utf-8", "surrogateescape")))
+        write_whole(user_path(file), lambda out: out.write(text.encode("utf-8", "surrogateescape")))
     except OSError as error:
         raise UserError(f"--csv {file}: cannot be written: {error.strerror or error}") from error
     return len(rows)

@@ -19,6 +19,7 @@ from dtl import files
 from dtl.config import Config
 from dtl.config.own import StoredConfig, is_own, parse_stored, stored_config
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.models.model_json import ModelFacts
 from dtl.runs.folder import Status, never_began, why_none_began
 from dtl.text import counted, near_run
@@ -157,7 +158,7 @@ class RunRecord:
 
 def read_run(folder: str | Path) -> RunRecord:
     """Read a run folder. UserError where it is none."""
-    path = Path(folder)
+    path = user_path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder{near_run(path)}")
     if never_began(path):

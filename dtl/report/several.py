@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import user_path, write_whole
 from dtl.report import html
 from dtl.report.compare import Course, Group, compare, compare_figure, differences, shown
 from dtl.report.fonts import without_font
@@ -80,7 +80,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
 
 def _place(out: str | Path | None) -> Path:
     if out is not None:
-        return Path(out)
+        return user_path(out)
     folder = Path("comparison")
     if folder.exists() and not (folder / PAGE).is_file():
         raise UserError(f"{folder} exists already and is not a comparison made by dtl; choose another folder with --out")
@@ -168,6 +168,6 @@ def _write_csv(file: str | Path, results: Sequence[_Result], names: Sequence[str
         numbers = [course.best, course.best_epoch, float(course.top1[-1]), course.lowest_loss, course.record.last_step, one.seconds or None]
         lines.append(csv_line([course.record.name, one.seed, *settings, *numbers]))
     try:
-        write_whole(Path(file), lambda out: out.write("".join(lines).encode("utf-8", "surrogateescape")))
+        write_whole(user_path(file), lambda out: out.write("".join(lines).encode("utf-8", "surrogateescape")))
     except OSError as error:
         raise UserError(f"--table-csv {file}: cannot be written: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtl.errors import UserError
-from dtl.files import write_whole
+from dtl.files import user_path, write_whole
 from dtl.report import html, style
 from dtl.report.confusion import MOST_BARS, MOST_NAMES, ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
 from dtl.report.curves import curves_figure
@@ -78,7 +78,7 @@ class _Parts:
 def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, max_images: int, seconds: float, trust: bool, log: Log) -> Path:
     """See `dtl.report.make_report`."""
     record = read_run(run_folder)
-    parts = _Parts(prepare_folder(record.path / "report" if out is None else Path(out)), log)
+    parts = _Parts(prepare_folder(record.path / "report" if out is None else user_path(out)), log)
     for words in record.missing:
         parts.leave_out(words)
     examples = None

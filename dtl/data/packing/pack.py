@@ -30,7 +30,7 @@ from dtl.data.sources.content_split import split_by_content
 from dtl.data.sources.open import open_source
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, clear_folder, write_whole
+from dtl.files import MAX_FILE_BYTES, clear_folder, expand_home, write_whole
 from dtl.machine import num_cores
 from dtl.version import __version__
 
@@ -123,7 +123,7 @@ def pack_source(
         raise UserError(f"processes must be at least 1, got {processes}")
     if options.val_fraction and source.has_splits:
         raise UserError(f"the {source.kind} already has the splits {', '.join(source.split_names)}; leave out the validation fraction")
-    place = place.expanduser()
+    place = expand_home(place)
     with clear_errors(place):
         folder = prepare_destination(place, existing)
         with working_alone(folder, place, MADE, quiet=existing == "join"), clear_errors(place, work=folder):

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from dtl.credentials import PIPE, is_address
 from dtl.errors import UserError
+from dtl.files import user_path
 
 
 def default_cache_dir() -> Path:
@@ -23,7 +24,7 @@ def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool
     `shared`: the user chose a cache that others write too. Then what is verified by its hash each time (remote shards, `own` false) lies in
     it directly, and all else in a folder of the user's own in it.
     """
-    place = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser()
+    place = user_path(cache_dir) if cache_dir is not None else default_cache_dir()
     try:
         if not shared:
             return own_folder(place)
@@ -35,7 +36,7 @@ def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool
 
 def private_cache(cache_dir: str | Path | None, *, shared: bool = False) -> Path:
     """The folder that `cache_place` would give; nothing is made or looked at."""
-    place = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser()
+    place = user_path(cache_dir) if cache_dir is not None else default_cache_dir()
     return _private_part(place) if shared else place
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.untrusted import parse_json, read_text
 
 NAME_FILES = ("cat_to_name.json", "class_names.json", "names.json")
@@ -14,7 +15,7 @@ NAME_FILES = ("cat_to_name.json", "class_names.json", "names.json")
 def find_display_names(classes: Sequence[str], *, given: str | Path | None, beside: Sequence[Path], notes: list[str]) -> dict[str, str]:
     """Display names of `classes`, from the file `given`, or from the first of NAME_FILES in the folders `beside` that names any of them."""
     if given is not None:
-        path = Path(given).expanduser()
+        path = user_path(given)
         names = _known(_read(path), classes)
         if not names:
             raise UserError(f"{path} names none of the classes ({', '.join(classes[:5])} ...); its keys must be class names")

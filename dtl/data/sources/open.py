@@ -11,7 +11,7 @@ from dtl.data.sources.folder import open_folder
 from dtl.data.sources.list import open_list
 from dtl.data.sources.unread import data_set_of_others
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES
+from dtl.files import MAX_FILE_BYTES, user_path
 from dtl.text import near_path
 
 _ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -35,7 +35,7 @@ def open_source(
     if str(source) == "digits" and not Path(source).exists():
         found = open_digits()
     else:
-        path = Path(source).expanduser()
+        path = user_path(source)
         _check_exists(path)
         if path.is_file() and path.suffix.lower() in _ARCHIVES:
             raise UserError(f"{path} is an archive; unpack it and give the folder")

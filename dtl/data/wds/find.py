@@ -20,7 +20,7 @@ from dtl.data.sources.list_file import list_text
 from dtl.data.sources.splits import SERVES_AS, choose, split_folders, split_in
 from dtl.data.sources.unread import data_set_of_others
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, open_regular
+from dtl.files import MAX_FILE_BYTES, expand_home, open_regular
 from dtl.text import near_path
 
 _TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
@@ -65,7 +65,7 @@ def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
     """
     if isinstance(source, str) and is_remote(source):
         return find_shards([source])
-    text, place = str(source), Path(source).expanduser()
+    text, place = str(source), expand_home(source)
     if place.is_dir():
         if folders := split_folders(place, lambda folder: bool(_only_tars(folder))):
             name = choose(folders, split, place)
@@ -85,7 +85,7 @@ def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
 def _shards_of(text: str) -> Sequence[Tar]:
     if is_remote(text):
         return _remote_shards(bare(text))
-    place = Path(text).expanduser()
+    place = expand_home(text)
     if place.is_dir():
         tars = _tars_in(place)
         if not tars:
@@ -107,12 +107,12 @@ def _shards_of(text: str) -> Sequence[Tar]:
     paths: list[Path] = []
     for one in _expand_braces(text):
         if glob.has_magic(one):
-            matched = sorted(glob.glob(str(Path(one).expanduser())))
+            matched = sorted(glob.glob(str(expand_home(one))))
             if not matched:
                 raise UserError(f"no file matches {one}")
             paths += map(Path, matched)
         else:
-            paths.append(Path(one).expanduser())
+            paths.append(expand_home(one))
     return paths
 
 
@@ -213,5 +213,5 @@ def _read_list(place: Path) -> list[Tar]:
         if text.startswith("pipe:"):
             raise UserError(f"{place} contains a command ({text[:100]}), and commands are run only from your own config: give it with --data.train")
         if text and not text.startswith("#"):
-            found += _shards_of(text if is_remote(text) else str(place.parent / Path(text).expanduser()))
+            found += _shards_of(text if is_remote(text) else str(place.parent / expand_home(text)))
     return found

@@ -30,7 +30,7 @@ from dtl.data.wds.samples import Label, Rules, shown
 from dtl.data.wds.tasks import MADE
 from dtl.data.workers import run_tasks
 from dtl.errors import UserError
-from dtl.files import clear_folder, make_folder, sha256_of_file
+from dtl.files import clear_folder, expand_home, make_folder, sha256_of_file
 from dtl.machine import num_cores
 from dtl.untrusted import open_regular
 from dtl.version import __version__
@@ -112,7 +112,7 @@ def _place(shards: Sequence[Tar], out: str | Path | None) -> Path:
     if out is not None:
         if is_remote(out):
             raise UserError(f"--out {out}: the index is written to a local folder")
-        return Path(out).expanduser()
+        return expand_home(out)
     far = next((str(path) for path in shards if is_remote(path)), None)
     if far is not None:
         raise UserError(f"{shown_address(far)} is remote, so the index cannot go beside it; choose a folder for it with --out FOLDER")

@@ -9,13 +9,14 @@ from pathlib import Path
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.wds.samples import FOLDER, Label, shown
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.text import nearest
 from dtl.untrusted import parse_json, read_text
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """Class names in the order of their numbers: one name per line, a JSON list, JSON {name: number}, or packed shards."""
-    place = Path(path).expanduser()
+    place = user_path(path)
     if (place / MANIFEST_NAME).is_file():
         return Manifest.read(place).classes
     try:

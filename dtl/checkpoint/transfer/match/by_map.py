@@ -25,6 +25,7 @@ from dtl.checkpoint.transfer.adapt import TRANSFORMS, is_transform, why_not
 from dtl.checkpoint.transfer.layers.layer import TensorSpec
 from dtl.checkpoint.transfer.match.evidence import Clash, Match, Matching
 from dtl.errors import UserError
+from dtl.files import user_path
 from dtl.untrusted import read_json, read_yaml
 
 _WILD = re.compile(r"\{(\w+)\}|\*")
@@ -57,7 +58,7 @@ def read_rules(mapping: str | Path | Mapping[str, Any]) -> list[Rule]:
     """Rules from a YAML or JSON file, or a dict. UserError with the place of the mistake."""
     if isinstance(mapping, Mapping):
         return _rules(mapping, "the map")
-    path = Path(mapping)
+    path = user_path(mapping)
     try:
         loaded = read_json(path, by_hand=True) if path.suffix == ".json" else read_yaml(path)
     except OSError as error:

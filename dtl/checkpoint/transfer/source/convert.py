@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dtl.checkpoint.transfer.source.read import NOT_WEIGHTS, by_key, read_content, split_fragment
 from dtl.checkpoint.transfer.source.torch_file import flat
 from dtl.errors import UserError
-from dtl.files import temporary_suffix
+from dtl.files import expand_home, temporary_suffix, user_path
 from dtl.text import counted, near_path
 
 _HELD = {
@@ -43,8 +43,9 @@ def convert(source: str, out: Path, *, overwrite: bool = False) -> Converted:
     Names stay as they are; those of nested dicts are joined by dots. The state of optimizers and the like is left out.
     UserError where there are no tensors, or `out` is there already.
     """
+    user_path(source)  # no address
     path, key = split_fragment(source)
-    path = path.expanduser()
+    path = expand_home(path)
     if not path.is_file():
         if not path.exists():
             raise UserError(f"{path} does not exist{near_path(path) or '; give a file with weights'}")

@@ -22,6 +22,7 @@ from dtl.checkpoint.transfer.source import hubs
 from dtl.checkpoint.transfer.source.torch_file import Read, read_pickled
 from dtl.credentials import bare
 from dtl.errors import UserError
+from dtl.files import expand_home
 from dtl.models.hub import hub_name
 from dtl.models.model_json import check_weights, read_model_json
 from dtl.text import counted, near_path, to_nobody
@@ -94,7 +95,7 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
 def check_is_there(source: str) -> None:
     """UserError where `source` is meant as a file or folder, and there is none; nothing is read, and nothing fetched."""
     if not (source.startswith(("torchvision:", "timm:")) or hub_name(source) is not None or "://" in source):
-        path = split_fragment(source)[0].expanduser()
+        path = expand_home(split_fragment(source)[0])
         if not path.exists():
             _from_path(path, key=None)
 
@@ -125,7 +126,7 @@ def split_fragment(named: str) -> tuple[Path, str | None]:
 
 
 def _from_path(path: Path, *, key: str | None) -> SourceWeights:
-    path = path.expanduser()
+    path = expand_home(path)
     if path.is_dir():
         return _from_folder(path, key=key)
     if not path.exists():
