@@ -5,11 +5,13 @@ Everything works as on the command line, but in this process. A notebook is one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,8 @@ __all__ = [
     "predict",
 ]
 
-Paths = str | Path | Sequence[str | Path]
+Image = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Tensor
+Images = Image | Sequence[Image]
 
 
 # ---- data
@@ -159,6 +162,11 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
     `options` override the recipe, by their dotted names: `dtl.fit("finetune", {"data.train": "all_photos", "data.val_fraction": 0.15})`.
     The same call again resumes a run that stopped, and returns the result of a finished one. Raises UserError as the command does.
     """
+    if not isinstance(recipe, str | Path | Mapping):
+        raise UserError(
+            f"the recipe is a {type(recipe).__name__}; give a config file, the name of a built-in recipe, or a dict. A network of your own goes into the "
+            'options by its name, so that a run can be resumed and its model loaded: {"model.name": "package.module:function"}'
+        )
     config, name = resolve_config(recipe, options or {})
     from dtl.runs.folder import read_status, stopped_under_this_agent
 
@@ -188,11 +196,13 @@ def evaluate(
 
 
 def predict(
-    model: str | Path | Run, images: Paths, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto", trust: bool = False
+    model: str | Path | Run, images: Images, *, top: int = 1, batch_size: int = 64, workers: int = 0, device: str = "auto", trust: bool = False
 ) -> list[dict[str, Any]]:
     """Classes of images, in their order: one {path, label, name, probability} per image, and with `top` > 1 the list `predictions`.
 
-    `images`: files, folders, list files or packed shards. An image that cannot be read has {path, problem} instead. On several processes
+    `images`: files, folders, list files or packed shards; or images in memory: PIL, uint8 arrays [H, W, 3] or [H, W], uint8 tensors [3, H, W], one or
+    several, also as a batch [N, ...]. Those have `path` "image 0", "image 1" ..., and the same result as from their files.
+    An image that cannot be read has {path, problem} instead. On several processes
     the main one gets the predictions, the others an empty list. `trust`: as in `evaluate`.
     """
     from dtl.inference.images import find_images
@@ -203,7 +213,7 @@ def predict(
         raise UserError(f"top is {top}; it must be at least 1")
     with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
         with running.runtime.together("images"):
-            inputs = find_images(_paths(images))
+            inputs = find_images(_images(images))
         found = [one for part in predictions(running, inputs, top=top, batch_size=batch_size, workers=workers) for one in part]
         return [one.to_json(running.stored, lists=top > 1) for one in found]
 
@@ -227,7 +237,7 @@ def load_model(model: str | Path | Run, *, trust: bool = False) -> tuple[nn.Modu
     return stored.network.module, known
 
 
-def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Paths | None = None, trust: bool = False) -> Path:
+def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images: Images | None = None, trust: bool = False) -> Path:
     """Write the model as onnx, torch-export or safetensors, after comparing it with PyTorch on real images, and FILE.json next to it.
 
     `trust`: as in `evaluate`.
@@ -242,13 +252,16 @@ def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images
     if to == "onnx":
         need("onnx", "onnxscript")
     stored = open_model(find_model(_place(model))[0], trust=trust, log=to_stderr)
-    inputs = None if images is None else find_images(_paths(images))
+    inputs = None if images is None else find_images(_images(images))
     return Path(write(stored, Path(out), to=to, images=real_images(stored, inputs)).path)
 
 
-def _paths(paths: Paths) -> list[str]:
-    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+def _images(images: Images) -> list[object]:
+    several = images if isinstance(images, Iterable) and not isinstance(images, str | Path | PIL.Image.Image | np.ndarray | Tensor) else [images]
+    return [str(one) if isinstance(one, Path) else one for one in several]
 
 
 def _place(model: str | Path | Run) -> str:
+    if not isinstance(model, str | Path | Run):
+        raise UserError(f"the model is a {type(model).__name__}; give a run (dtl.fit returns one), a run folder or a model folder")
     return str(model.folder if isinstance(model, Run) else model)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from dtl.commands import COMMANDS
 from dtl.credentials import note, redacted_line
-from dtl.errors import EXIT_WRONG_INPUT, UserError
+from dtl.errors import EXIT_FAULT, EXIT_WRONG_INPUT, UserError
+from dtl.machine import why_no_memory
 from dtl.text import printable_lines
 from dtl.version import __version__
 
@@ -54,6 +55,11 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         # The reader of our output went away (`dtl ... | head`): not our fault, and nothing to report.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        why = why_no_memory(error) or _why_no_folder(error)
+        if why is None or os.environ.get("DTL_DEBUG"):
+            raise
+        return _fail(why, EXIT_FAULT)
 
 
 def usage() -> str:
@@ -72,7 +78,17 @@ def usage() -> str:
     )
 
 
-def _fail(message: str) -> int:
+def _why_no_folder(error: BaseException) -> str | None:
+    """For a FileNotFoundError without a file's name, which only the working folder raises; None for any other error, or while it is there."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the folder that this shell is in was deleted: change to another one (cd), and run the command again"
+    return None
+
+
+def _fail(message: str, status: int = EXIT_WRONG_INPUT) -> int:
     # Leftovers of another launch (RANK alone) make no rank.
     launched = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     rank = int(os.environ["RANK"]) if launched and os.environ["RANK"].isdecimal() else 0
@@ -80,7 +96,7 @@ def _fail(message: str) -> int:
         print(f"dtl: {printable_lines(redacted_line(message))}", file=sys.stderr, flush=True)
     elif not getattr(sys.modules.get("dtl.distributed.runtime"), "ranks_met", False) and _main_process_waits():
         print(f"dtl: rank {rank} (host {socket.gethostname()}): {printable_lines(message)}", file=sys.stderr, flush=True)
-    return EXIT_WRONG_INPUT
+    return status
 
 
 def _main_process_waits() -> bool:

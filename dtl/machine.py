@@ -75,10 +75,25 @@ def num_physical_cores() -> int:
 def peak_bytes() -> int:
     """The most memory that this process has had. Not Linux's ru_maxrss, which begins with the peak of whoever started it."""
     if sys.platform == "linux":
-        _, _, found = Path("/proc/self/status").read_text().partition("VmHWM:")
-        if found:  # gVisor's kernel leaves it out
-            return 1024 * int(found.split()[0])
+        with suppress(OSError):  # no /proc
+            _, _, found = Path("/proc/self/status").read_text().partition("VmHWM:")
+            if found:  # gVisor's kernel leaves it out
+                return 1024 * int(found.split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "can't start new thread", "failed to map segment from shared object", "bad_alloc")
+
+
+def why_no_memory(error: BaseException) -> str | None:
+    """What to print of an error that says that this process got no more memory; None for any other."""
+    text = str(error).lower()
+    if not isinstance(error, MemoryError) and not any(word in text for word in _NO_MEMORY):
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return "there is not enough memory: use a smaller batch size, fewer workers, or a machine (or Slurm's --mem) with more"
+    return f"there is not enough memory: ulimit -v allows a process {soft / 2**30:.1f} GiB of address space; raise it (ulimit -v unlimited)"
 
 
 # ---- which process is which

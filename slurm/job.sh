@@ -90,14 +90,30 @@ find_run_folder() {  # sets `train`, the trainer's arguments, and `run`, the fol
 }
 
 open_notes() {  # files that pass information from one round of the job to the next
+  # The run folder may have been prepared by somebody else: no link in it is followed, and what the notes say is only compared.
   round=${SLURM_RESTART_COUNT:-0} notes=$run/slurm/$SLURM_JOB_ID before=$(status_print)
-  mkdir -p "$notes"
+  local place
+  for place in "$run/slurm" "$notes" "$notes/round-$round"; do
+    [[ ! -L $place ]] || fail "$place is a link: dtl writes inside of the run folder only; remove it"
+  done
+  mkdir -p "$notes" || fail "the run folder $run cannot be written"
   if [[ $round -eq 0 || ! -e $notes/first_status ]]; then
-    echo "$before" >"$notes/first_status"
-    echo "0 $(newest_checkpoint)" >"$notes/tries"
-  elif [[ $before != "$(<"$notes/first_status")" ]]; then
+    write_note first_status "$before"
+    write_note tries "0 $(newest_checkpoint)"
+  elif [[ $before != "$(read_note first_status)" ]]; then
     train+=(--run.resume auto)  # an earlier round has started the run: `--run.resume never` must not start it again
   fi
+}
+
+write_note() {  # NAME TEXT. In place of whatever has the name: it is not written through a link, or into a pipe.
+  local new
+  new=$(mktemp "$notes/.note-XXXXXX") || fail "$notes cannot be written"
+  echo "$2" >"$new"
+  mv -fT "$new" "$notes/$1" || fail "$notes/$1 cannot be written"
+}
+
+read_note() {  # NAME
+  if [[ -f $notes/$1 && ! -L $notes/$1 ]]; then head -c 200 "$notes/$1" | head -n 1; fi
 }
 
 count_ranks() {
@@ -223,9 +239,10 @@ decide() {
 requeue() {  # WHY
   local tries newest last slurm_state
   newest=$(newest_checkpoint)
-  read -r tries last <"$notes/tries"
-  if [[ $newest == "$last" ]]; then tries=$((tries + 1)); else tries=0; fi
-  echo "$tries $newest" >"$notes/tries"
+  read -r tries last <<<"$(read_note tries)"
+  [[ $tries =~ ^[0-9]{1,4}$ ]] || tries=0  # bash's arithmetic would run a command in brackets
+  if [[ $newest == "$last" ]]; then tries=$((10#$tries + 1)); else tries=0; fi
+  write_note tries "$tries $newest"
   if [[ $tries -ge ${DTL_MAX_TRIES:-3} ]]; then
     log "$1; $tries rounds without a new checkpoint (DTL_MAX_TRIES), not requeued: submit the same sbatch command to resume from $newest"
     exit 1
@@ -248,15 +265,16 @@ requeue() {  # WHY
 
 newest_checkpoint() {
   local names
-  names=$(compgen -G "$run/checkpoints/step-*" | sort | tail -n 1) || true
-  names=${names##*/}
+  names=$(compgen -G "$run/checkpoints/step-*" | sed 's:.*/::' | grep -x -E 'step-[0-9]+' | sort | tail -n 1) || true
   echo "${names:-the-beginning}"
 }
 
-status_print() { cksum 2>/dev/null <"$run/status.json" || echo none; }
+status_text() { if [[ -f $run/status.json ]]; then head -c 1000000 "$run/status.json" 2>/dev/null; fi; }  # not of a pipe or a device
+
+status_print() { if [[ -f $run/status.json ]]; then status_text | cksum; else echo none; fi; }
 
 status_field() {  # NAME. The trainer writes one key per line, so neither Python nor jq is needed here.
-  sed -n -E 's/^ *"'"$1"'": "(.*)",?$/\1/p' "$run/status.json" 2>/dev/null || true
+  status_text | sed -n -E 's/^ *"'"$1"'": "(.*)",?$/\1/p' | head -n 1 | LC_ALL=C tr -d '\000-\037\177' || true
 }
 
 log() { echo "slurm/$job $(date '+%F %T'): $*"; }

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
 
 from dtl.config.models import DataConfig
-from dtl.data.decoding.decode import DecodeError, decode, probe
+from dtl.data.decoding.decode import DecodeError, decode, pixels_of, probe
 from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.open import packed_splits
 from dtl.data.shards.index import MANIFEST_NAME, Shards
@@ -71,10 +74,55 @@ class PackedImages:
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """One image that the caller holds: PIL, or uint8 [H, W, 1, 3 or 4]."""
+
+    image: Image.Image | npt.NDArray[np.uint8]
+    number: int
+    """Its place among those given."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, number: int) -> str:
+        return f"image {self.number}"
+
+    def pixels(self, max_pixels: int) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3], as of a file: gray becomes three channels, alpha is dropped."""
+        if isinstance(self.image, Image.Image):
+            return pixels_of(self.image, max_pixels=max_pixels)
+        channels = self.image if self.image.shape[2] > 1 else self.image.repeat(3, axis=2)
+        return np.ascontiguousarray(channels[:, :, :3])
+
+
+def in_memory(given: object, first: int) -> list[InMemory]:
+    """The image or images (a batch) of a PIL image, an array [H, W] or [N, H, W, C], or a tensor [C, H, W] (as torchvision decodes) or [N, C, H, W].
+
+    UserError for other shapes, and for pixels that are not uint8: their range is not known.
+    """
+    if isinstance(given, Image.Image):
+        return [InMemory(given, first)]
+    shape, kind = tuple(getattr(given, "shape", ())), type(given).__name__
+    if isinstance(given, Tensor):
+        layout, array = "[H, W], [C, H, W] or [N, C, H, W]", given.detach().cpu().numpy() if given.dtype == torch.uint8 else None
+        array = array if array is None or array.ndim < 3 else np.moveaxis(array, -3, -1)
+    elif isinstance(given, np.ndarray):
+        layout, array = "[H, W], [H, W, C] or [N, H, W, C]", given if given.dtype == np.uint8 else None
+    else:
+        raise UserError(f"image {first} is a {kind}; give a path, a PIL image, an array or a tensor")
+    if array is None:
+        raise UserError(f"image {first} is a {kind} of {getattr(given, 'dtype', '')}; pixels are uint8, from 0 to 255, not normalised")
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4) or array.size == 0:
+        raise UserError(f"image {first} is a {kind} of shape {shape}; it must be {layout}, with 1, 3 or 4 channels C")
+    return [InMemory(one, first + number) for number, one in enumerate([array] if array.ndim == 3 else array)]
+
+
+@dataclass(frozen=True)
 class ImageInputs:
     """All images that were named, numbered from 0; cheap to pickle, no object an image."""
 
-    groups: tuple[Files | PackedImages, ...]
+    groups: tuple[Files | PackedImages | InMemory, ...]
     max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
@@ -87,6 +135,8 @@ class ImageInputs:
     def pixels(self, number: int) -> npt.NDArray[np.uint8]:
         """uint8 [H, W, 3]. DecodeError where the image cannot be had; the message is the reason."""
         group, within = self._at(number)
+        if isinstance(group, InMemory):
+            return group.pixels(self.max_pixels)
         try:
             data = group.read(within)
         except OSError as error:
@@ -97,7 +147,7 @@ class ImageInputs:
             raise DecodeError(without_path(error)) from None
         return decode(data, max_pixels=self.max_pixels)
 
-    def _at(self, number: int) -> tuple[Files | PackedImages, int]:
+    def _at(self, number: int) -> tuple[Files | PackedImages | InMemory, int]:
         for group in self.groups:
             if number < len(group):
                 return group, number
@@ -105,15 +155,24 @@ class ImageInputs:
         raise IndexError(number)
 
 
-def find_images(places: Sequence[str], options: DataConfig = DataConfig(), log: Log = to_stderr) -> ImageInputs:
+def find_images(places: Sequence[object], options: DataConfig = DataConfig(), log: Log = to_stderr) -> ImageInputs:
     """The images of all `places` in the order given: a folder's sorted by path, a list's as its lines come, - for a list on stdin.
 
     UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
     `log` gets a line about the files of each folder that are passed over.
     """
-    groups: list[Files | PackedImages] = []
+    groups: list[Files | PackedImages | InMemory] = []
     loose: list[str] = []
+    held = 0
     for place in places:
+        if not isinstance(place, str):
+            if loose:
+                groups.append(Files(StringTable.build(loose), options.max_file_bytes))
+                loose = []
+            images = in_memory(place, held)
+            held += len(images)
+            groups += images
+            continue
         if place == "-":
             group: Files | PackedImages | None = _listed("standard input", sys.stdin.read(), Path())
         else:
@@ -130,7 +189,7 @@ def find_images(places: Sequence[str], options: DataConfig = DataConfig(), log: 
     limited = (replace(group, max_bytes=options.max_file_bytes) if isinstance(group, Files) else group for group in groups)
     inputs = ImageInputs(tuple(limited), options.max_pixels)
     if len(inputs) == 0:
-        raise UserError(f"no images in {', '.join(places)}")
+        raise UserError(f"no images in {', '.join(map(str, places))}")
     return inputs
 
 

@@ -38,7 +38,7 @@ from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import Phase
-from dtl.untrusted import Count, Record, Text, as_utf8
+from dtl.untrusted import Count, Record, Text, as_utf8, check_regular
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
@@ -312,13 +312,25 @@ class _CachedFacts(Record):
     damaged: dict[Text, tuple[tuple[Count, Count, _Damage], ...]]
 
 
+def _mapped(path: Path, num_samples: int) -> Any:
+    """float32 [V, N, ...], mapped; ValueError for anything else, without unpickling it."""
+    check_regular(path, path.stat())
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.ndim < 3 or values.shape[1] != num_samples or not values.shape[0]:
+        raise ValueError("it does not hold the features of these images")
+    return values
+
+
 class FeatureDataset:
     """For `StepLoader`: batches whose `images` are features, float32 [B, ...]. The view of an epoch is (epoch - first) modulo V."""
 
     def __init__(self, shards: Shards, folder: Path, split: str, first_epoch: int) -> None:
         self.shards, self.first_epoch = shards, first_epoch
-        self.values: Any = np.load(folder / f"{split}.npy", mmap_mode="r")
-        damage = _CachedFacts.read(folder / FACTS_NAME).damaged[split]
+        try:
+            self.values: Any = _mapped(folder / f"{split}.npy", shards.num_samples)
+            damage = _CachedFacts.read(folder / FACTS_NAME).damaged[split]
+        except (OSError, ValueError, EOFError, KeyError, UserError) as error:
+            raise UserError(f"the cached features in {folder} are damaged ({split}: {error}): delete this folder, and run again") from None
         self.damaged = {(view, sample): DamagedSample(**asdict(facts)) for view, sample, facts in damage}
 
     def __getitems__(self, request: MicroBatch) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -12,13 +13,13 @@ SLURM = Path(__file__).resolve().parent.parent.parent / "slurm"
 SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
 
 
-def shell(commands: str, **environment: str) -> str:
+def shell(commands: str, ends: int = 0, **environment: str) -> str:
     """What bash prints for `commands` after job.sh was sourced."""
     done = subprocess.run(
         ["bash", "-c", f'set -euo pipefail; source "{SLURM}/job.sh"; {commands}'],
-        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", **environment},
+        capture_output=True, text=True, timeout=20, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", **environment},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ends, done.stderr
     return done.stdout.strip()
 
 
@@ -97,3 +98,69 @@ def test_ranks_and_launch_file_follow_from_the_allocation(environment: dict[str,
 def test_threads_are_shared_among_the_ranks_of_a_node() -> None:
     assert shell('count_ranks; echo "$DTL_THREADS"', SLURM_CPUS_PER_TASK="32", SLURM_GPUS_ON_NODE="4") == "8"
     assert shell('count_ranks; echo "$DTL_THREADS"', SLURM_CPUS_PER_TASK="2", SLURM_GPUS_ON_NODE="4") == "1"
+
+
+# ---- a run folder that somebody else prepared
+
+NOTES = 'run=runs/x; log() { echo "$*"; }; '
+
+
+def prepared(folder: Path) -> Path:
+    notes = folder / "runs/x/slurm/7"
+    notes.mkdir(parents=True)
+    return notes
+
+
+def test_what_is_in_the_notes_is_not_run(tmp_path: Path) -> None:
+    notes = prepared(tmp_path)
+    (notes / "first_status").write_text("none\n")
+    (notes / "tries").write_text("a[$(touch${IFS}PWNED)] the-beginning\n")
+    done = shell(f"cd {tmp_path}; {NOTES} open_notes; requeue why; true", SLURM_RESTART_COUNT="1", DTL_REQUEUE="off", ends=75)
+    assert "why; not requeued" in done
+    assert not (tmp_path / "PWNED").exists()
+    assert (notes / "tries").read_text() == "1 the-beginning\n"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "device", "endless"])
+@pytest.mark.parametrize("name", ["first_status", "tries"])
+@pytest.mark.parametrize("round", ["0", "1"])
+def test_notes_are_regular_files(kind: str, name: str, round: str, tmp_path: Path) -> None:
+    notes, mine = prepared(tmp_path), tmp_path / "mine"
+    mine.write_text("mine")
+    for one in ("first_status", "tries"):
+        (notes / one).write_text("0 x\n")
+    (notes / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(notes / name)
+    elif kind == "endless":
+        (notes / name).touch()
+        os.truncate(notes / name, 1 << 40)
+    else:
+        (notes / name).symlink_to(mine if kind == "link" else "/dev/zero")
+    shell(f"cd {tmp_path}; {NOTES} train=(); open_notes; requeue why", SLURM_RESTART_COUNT=round, DTL_REQUEUE="off", ends=75)
+    assert mine.read_text() == "mine"
+    assert not (notes / "tries").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["runs/x/slurm", "runs/x/slurm/7", "runs/x/slurm/7/round-0"])
+def test_folders_of_notes_are_no_links(place: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).symlink_to(tmp_path / "elsewhere")
+    shell(f"cd {tmp_path}; {NOTES} open_notes", ends=2)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "lines"])
+def test_a_status_that_somebody_made(kind: str, tmp_path: Path) -> None:
+    prepared(tmp_path)
+    status = tmp_path / "runs/x/status.json"
+    if kind == "pipe":
+        os.mkfifo(status)
+    elif kind == "device":
+        status.symlink_to("/dev/zero")
+    else:
+        status.write_text('{\n "why": "one \x1b[31m",\n "why": "two"\n}\n')
+    shown = shell(f'cd {tmp_path}; {NOTES} status_print; echo "why: $(status_field why)"')
+    assert shown.splitlines()[-1] == ("why: one [31m" if kind == "lines" else "why:")
+    assert kind == "lines" or shown.startswith("none")

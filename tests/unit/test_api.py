@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_folders import CLASSES, model_folder, write_image
+from PIL import Image
 from recipes import RECIPE
 
 import dtl
@@ -154,3 +156,62 @@ def test_a_call_leaves_the_process_clean(tmp_path: Path) -> None:
     image = write_image(tmp_path / "0.jpg", 0)
     assert "problem" not in dtl.predict(folder, image)[0]
     assert not AcceleratorState._shared_state, "the precision of this call is not that of the next"
+
+
+def test_images_in_memory_have_the_probabilities_of_their_files(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    files = [write_image(tmp_path / f"{n}.jpg", n) for n in range(3)]
+    gray, alpha, palette = tmp_path / "gray.png", tmp_path / "alpha.png", tmp_path / "palette.png"
+    Image.open(files[0]).convert("L").save(gray)
+    Image.open(files[1]).convert("RGBA").save(alpha)
+    Image.open(files[2]).convert("P").save(palette)
+    files += [gray, alpha, palette]
+    expected = [one["probability"] for one in dtl.predict(folder, files)]
+    opened = [Image.open(file) for file in files]
+    arrays = [np.asarray(image.convert("RGB")) for image in opened]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+    for images in (opened, arrays, tensors, np.stack(arrays[:3]), torch.stack(tensors[:3]), [opened[0], files[1], tensors[2], arrays[3]]):
+        found = dtl.predict(folder, images, batch_size=2)
+        assert [one["probability"] for one in found] == expected[: len(found)]
+    assert [one["path"] for one in dtl.predict(folder, [opened[0], files[1], np.stack(arrays[:2])])] == ["image 0", str(files[1]), "image 1", "image 2"]
+    assert dtl.predict(folder, opened[0])[0]["probability"] == expected[0]
+    assert dtl.predict(folder, np.asarray(Image.open(gray)))[0]["probability"] == expected[3]
+    assert dtl.predict(folder, torch.from_numpy(np.asarray(Image.open(gray)).copy()))[0]["probability"] == expected[3]
+    assert dtl.predict(folder, np.asarray(Image.open(alpha)))[0]["probability"] == expected[4]
+    assert dtl.predict(folder, opened, workers=2)[5]["probability"] == expected[5]
+
+
+@pytest.mark.parametrize(
+    ("images", "why"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "image 0 is a ndarray of float32; pixels are uint8"),
+        (torch.zeros(3, 8, 8), "image 0 is a Tensor of torch.float32; pixels are uint8"),
+        (np.zeros((3, 8, 8), np.uint8), r"image 0 is a ndarray of shape \(3, 8, 8\); it must be \[H, W\], \[H, W, C\]"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"image 0 is a Tensor of shape \(8, 8, 3\); it must be \[H, W\], \[C, H, W\]"),
+        (np.zeros((0, 8, 3), np.uint8), "image 0 is a ndarray of shape"),
+        ([7], "image 0 is a int; give a path, a PIL image, an array or a tensor"),
+        ([], "no images"),
+    ],
+)
+def test_what_is_no_image_in_memory(images: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(dtl.UserError, match=why):
+        dtl.predict(model_folder(tmp_path / "m"), images)
+
+
+def test_an_image_that_cannot_be_decoded_is_reported_as_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes(write_image(tmp_path / "a.jpg", 1).read_bytes()[:400])
+    (found,) = dtl.predict(model_folder(tmp_path / "m"), Image.open(tmp_path / "cut.jpg"))
+    assert found["path"] == "image 0"
+    assert "truncated" in found["problem"]
+
+
+def test_objects_where_a_name_belongs_are_one_line(tmp_path: Path) -> None:
+    network: Any = torch.nn.Linear(2, 2)
+    for call, why in (
+        (lambda: dtl.fit(network), "the recipe is a Linear"),
+        (lambda: dtl.fit(torch), "the recipe is a module"),
+        (lambda: dtl.evaluate(network), "the model is a Linear"),
+        (lambda: dtl.predict(network, "a.jpg"), "the model is a Linear"),
+    ):
+        with pytest.raises(dtl.UserError, match=why):
+            call()

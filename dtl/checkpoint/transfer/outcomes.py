@@ -384,6 +384,8 @@ def why_too_little_is_used(layers: Sequence[Layer], used: Collection[str], least
     if share >= least:
         return None
     left = [layer for layer in layers if not _is_used(layer, used)]
+    if not left:
+        return "the source holds no convolution or linear layer that could be loaded: it is no network's weights, or other tensors of it"
     return (
         f"coverage {share:.0%} of the source's convolution and linear layers is below min_coverage {least:.0%}: the source is another or a "
         f"larger network; the first of its layers that would not be used is {left[0].path} {list(left[0].shape)}. To load it anyway, set "

@@ -100,6 +100,17 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray
                 raise DecodeError(_reason(error)) from error
 
 
+def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3] of an image that Pillow has opened: the same as `decode` gives of its file. DecodeError if it is damaged or too large."""
+    check_size(image.width, image.height, max_pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _pixels(image)
+        except Exception as error:
+            raise DecodeError(_reason(error)) from error
+
+
 def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
     """A JPEG with a complete header, in RGB, YCbCr or gray: what GPUs decode."""
     try:
