@@ -315,7 +315,7 @@ class _CachedFacts(Record):
 def _mapped(path: Path, num_samples: int) -> Any:
     """float32 [V, N, ...], mapped; ValueError for anything else, without unpickling it."""
     check_regular(path, path.stat())
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    values = np.load(path, mmap_mode="r")
     if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.ndim < 3 or values.shape[1] != num_samples or not values.shape[0]:
         raise ValueError("it does not hold the features of these images")
     return values

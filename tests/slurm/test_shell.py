@@ -114,7 +114,7 @@ def prepared(folder: Path) -> Path:
 def test_what_is_in_the_notes_is_not_run(tmp_path: Path) -> None:
     notes = prepared(tmp_path)
     (notes / "first_status").write_text("none\n")
-    (notes / "tries").write_text("a[$(touch${IFS}PWNED)] the-beginning\n")
+    (notes / "tries").write_text("run[$(touch${IFS}PWNED)] the-beginning\n")
     done = shell(f"cd {tmp_path}; {NOTES} open_notes; requeue why; true", SLURM_RESTART_COUNT="1", DTL_REQUEUE="off", ends=75)
     assert "why; not requeued" in done
     assert not (tmp_path / "PWNED").exists()

@@ -199,8 +199,10 @@ def test_what_is_no_image_in_memory(images: Any, why: str, tmp_path: Path) -> No
 
 
 def test_an_image_that_cannot_be_decoded_is_reported_as_a_file_is(tmp_path: Path) -> None:
-    (tmp_path / "cut.jpg").write_bytes(write_image(tmp_path / "a.jpg", 1).read_bytes()[:400])
-    (found,) = dtl.predict(model_folder(tmp_path / "m"), Image.open(tmp_path / "cut.jpg"))
+    whole = write_image(tmp_path / "a.jpg", 1).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: whole.index(b"\xff\xda") + 20])  # the header is whole
+    with Image.open(tmp_path / "cut.jpg") as image:
+        (found,) = dtl.predict(model_folder(tmp_path / "m"), image)
     assert found["path"] == "image 0"
     assert "truncated" in found["problem"]
 

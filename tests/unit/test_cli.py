@@ -35,6 +35,10 @@ def test_a_mistake_is_told_by_rank_0_only(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err.startswith("dtl: nope.yaml: no such config file")
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "--config", "nope.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("dtl: nope.yaml"), "a leftover of another launch makes no rank"
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "9")):
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--config", "nope.yaml"]) == 2
     assert capsys.readouterr().err == ""
 
 
