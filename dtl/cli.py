@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one command; a user's mistake becomes one line on stderr, from one rank only, and status 2."""
     note(arguments)
+    if why := _why_no_folder():  # torch's libraries end the process there without a word of dtl
+        return _fail(why)
     try:
         module = importlib.import_module(f"dtl.commands.{name.replace('-', '_')}")
         return int(module.run(list(arguments)))
@@ -56,7 +58,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, OSError, RuntimeError, ImportError) as error:
-        why = why_no_memory(error) or _why_no_folder(error)
+        why = why_no_memory(error)
         if why is None or os.environ.get("DTL_DEBUG"):
             raise
         return _fail(why, EXIT_FAULT)
@@ -78,13 +80,13 @@ def usage() -> str:
     )
 
 
-def _why_no_folder(error: BaseException) -> str | None:
-    """For a FileNotFoundError without a file's name, which only the working folder raises; None for any other error, or while it is there."""
-    if isinstance(error, FileNotFoundError):
-        try:
-            os.getcwd()
-        except FileNotFoundError:
-            return "the folder that this shell is in was deleted: change to another one (cd), and run the command again"
+def _why_no_folder() -> str | None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the folder that this shell is in was deleted: change to another one (cd), and run the command again"
+    except OSError:
+        return None
     return None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from dtl.config.load import check_phase_names, config_from_dict, parse_config
 from dtl.config.models import Config, DataConfig
 from dtl.errors import UserError
-from dtl.files import flock
+from dtl.files import expand_home, flock
 from dtl.text import Log
 from dtl.untrusted import parse_json, read_regular
 
@@ -37,8 +37,8 @@ _noted: set[tuple[str, str]] = set()
 
 
 def own_file() -> Path:
-    """The file that records what this user trusts."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser() / "dtl" / "trusted.jsonl"
+    """The file that records what this user trusts. UserError for a user without a home (no $HOME, and no entry in /etc/passwd)."""
+    return expand_home(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "dtl" / "trusted.jsonl"
 
 
 def is_function(name: str) -> bool:
@@ -158,8 +158,9 @@ def _recorded(what: str, sha256: str) -> bool:
 
 def _read() -> set[tuple[str, str]]:
     """(function, sha256) and ("made", sha256) of all lines; other lines are ignored."""
-    path, found = own_file(), set()
+    found = set()
     try:
+        path = own_file()
         if path.stat().st_uid != os.geteuid():
             return set()  # another user's, where $XDG_CONFIG_HOME is shared
         lines = read_regular(path, max_bytes=_MAX_FILE_BYTES).splitlines()
@@ -179,7 +180,11 @@ def _record(what: str, sha256: str, more: Mapping[str, str], log: Log, otherwise
     if known:
         return
     entry = {"made": sha256, **more} if what == "made" else {"function": what, "sha256": sha256, **more}
-    path = own_file()
+    try:
+        path = own_file()
+    except UserError as error:
+        log(f"{error}: {otherwise}")
+        return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

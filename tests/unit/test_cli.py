@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +63,14 @@ def test_models_are_listed_by_part_of_their_name(capsys: pytest.CaptureFixture[s
     assert "torchvision/resnet18" in lines
     assert "dtl/resnet18_plain" in lines
     assert all("resnet18" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "models", "predict"])
+def test_a_working_folder_that_was_deleted_is_one_line(tmp_path: Path, command: str) -> None:
+    """torch's libraries end the process with a line of their own, once they are loaded."""
+    (tmp_path / "gone").mkdir()
+    gone = str(tmp_path / "gone")
+    code = f"import os; from dtl.cli import main; os.chdir({gone!r}); os.rmdir({gone!r}); raise SystemExit(main([{command!r}, 'x']))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "dtl: the folder that this shell is in was deleted: change to another one (cd), and run the command again\n"

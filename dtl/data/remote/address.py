@@ -14,8 +14,15 @@ from dtl.files import user_path
 
 
 def default_cache_dir() -> Path:
-    """$DTL_CACHE, or ~/.cache/dtl."""
-    return Path(os.environ.get("DTL_CACHE") or Path.home() / ".cache" / "dtl").expanduser()
+    """$DTL_CACHE, or ~/.cache/dtl; where there is no home that can be written (containers with a bare user id), .dtl-cache in the working folder."""
+    if given := os.environ.get("DTL_CACHE"):
+        return user_path(given)
+    try:
+        place = Path.home() / ".cache" / "dtl"
+    except RuntimeError:  # no $HOME, and no entry in /etc/passwd
+        return Path(".dtl-cache").absolute()
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    return place if os.access(existing, os.W_OK) else Path(".dtl-cache").absolute()
 
 
 def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool = True) -> Path:

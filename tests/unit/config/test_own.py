@@ -181,3 +181,18 @@ def test_a_strangers_text_is_one_clear_line(tmp_path: Path, text: str, message: 
         own.stored_config(tmp_path)
     assert str(tmp_path / "config.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_user_without_a_home_loses_only_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a bare user id: no $HOME, and no entry in /etc/passwd."""
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    (tmp_path / "config.yaml").write_text("data: {train: photos}\n")
+    lines: list[str] = []
+    own.note_made(tmp_path / "config.yaml", lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith("~/.config: the home folder of this user is not known ($HOME is not set)")
+
+
+def no_home(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")

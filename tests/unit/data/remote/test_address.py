@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtl.data.remote.address import base_name, cache_place, is_remote, join, private_cache, shown, without_query
+from dtl.data.remote.address import base_name, cache_place, default_cache_dir, is_remote, join, private_cache, shown, without_query
 from dtl.errors import UserError
 
 
@@ -58,3 +58,20 @@ def test_of_a_shared_cache_only_what_is_verified_is_shared(tmp_path: Path) -> No
     own.chmod(0o777)
     with pytest.raises(UserError, match="is writable by other users"):
         cache_place(tmp_path, shared=True)
+
+
+def test_without_a_home_that_can_be_written_the_cache_lies_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a bare user id: $HOME is / or unset, and there is no entry in /etc/passwd."""
+    monkeypatch.delenv("DTL_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert default_cache_dir() == tmp_path / "home/.cache/dtl"
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root may write anywhere
+    assert default_cache_dir() == tmp_path / ".dtl-cache"
+    monkeypatch.setattr(Path, "home", no_home)
+    assert default_cache_dir() == tmp_path / ".dtl-cache"
+    assert cache_place(None).stat().st_mode & 0o777 == 0o700
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
