@@ -13,8 +13,8 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
@@ -103,13 +103,34 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
     return bytes(data)
 
 
+class NotReplaced(OSError, UserError):
+    """A file was to be written where a folder, a device, a pipe or a link to one lies."""
+
+    def __init__(self, path: Path) -> None:
+        OSError.__init__(self, errno.EINVAL, "it exists and is not a regular file", str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
+def _is_open_stream(path: Path) -> bool:
+    """/dev/stdout, /dev/stderr and /dev/fd/N: links to what this process has open, even if that is a regular file."""
+    target = os.readlink(path) if path.is_symlink() else ""
+    return target.startswith("/proc/self/fd/") or re.fullmatch(r"/proc/\d+/fd", os.path.realpath(path.parent)) is not None
+
+
 def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -> None:
     """`write(file)` under a temporary name, then rename; with `sync` the content reaches the disk before the name does, so a power cut leaves the old file.
 
-    Whoever has the old file open or mapped keeps it whole. Raises OSError; the temporary file is then gone. A device or a pipe is not replaced.
+    Whoever has the old file open or mapped keeps it whole. Raises OSError; the temporary file is then gone. A device or a pipe is not replaced
+    (NotReplaced); what goes to /dev/stdout goes there, and no file takes its place.
     """
+    if _is_open_stream(path):
+        with path.open("ab") as file:
+            write(file)
+        return
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it exists and is not a regular file", str(path))
+        raise NotReplaced(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{temporary_suffix()}")
     try:
         with temporary.open("wb") as file:
@@ -121,6 +142,15 @@ def write_whole(path: Path, write: Callable[[Any], Any], *, sync: bool = True) -
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around the writing of a file that the user named: what the system refuses is a UserError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)} cannot be written: {error.strerror or error}") from error
 
 
 def write_json_whole(path: Path, value: object) -> None:

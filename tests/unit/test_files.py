@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dtl import files
+from dtl.errors import UserError
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
@@ -141,3 +142,28 @@ def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not a regular file"):
         files.write_whole(tmp_path / "pipe", lambda file: file.write(b"x"))
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_what_goes_to_an_open_stream_goes_there_and_replaces_nothing(tmp_path: Path) -> None:
+    """As root, `dtl predict --out /dev/stdout > file` put a regular file into /dev in place of the link: standard output is a regular file there."""
+    code = "import os; from pathlib import Path; from dtl.files import write_whole; write_whole(Path({0!r}), lambda file: file.write(b'rows'))"
+    for place in ("/dev/stdout", "/proc/self/fd/1", "/dev/fd/1", str(tmp_path / "link")):
+        if "link" in place:
+            os.symlink("/proc/self/fd/1", place)
+        with (tmp_path / "out").open("wb") as out:
+            subprocess.run([sys.executable, "-c", code.format(place)], stdout=out, check=True)
+        assert (tmp_path / "out").read_bytes() == b"rows"
+        piped = subprocess.run([sys.executable, "-c", code.format(place)], capture_output=True, check=True)
+        assert piped.stdout == b"rows"
+    assert os.readlink("/dev/stdout").startswith("/proc/self/fd")
+    assert os.path.islink(tmp_path / "link")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_not_a_file_is_not_replaced_and_one_line(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "x.json"
+    {"folder": place.mkdir, "pipe": lambda: os.mkfifo(place), "device": lambda: place.symlink_to("/dev/full")}[kind]()
+    with pytest.raises(UserError, match=r"x.json cannot be written: it exists and is not a regular file$"):
+        files.write_json_whole(place, {})
+    with pytest.raises(OSError, match="is not a regular file"):
+        files.write_json_whole(place, {})

@@ -21,7 +21,7 @@ from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
 from dtl.config.models import FillConfig, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import TransferRefused, UserError, printable
-from dtl.files import sha256_of_tensors, without_nan
+from dtl.files import sha256_of_tensors, write_json_whole, write_whole, written
 
 
 def load_pretrained(
@@ -302,8 +302,9 @@ class TransferReport:
         return [*lines, *self.lines()]
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything the report knows. Outcomes carry target, source, outcome, reason and the evidence."""
-        Path(path).write_text(json.dumps(without_nan(self.to_dict()), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        """Write everything the report knows. Outcomes carry target, source, outcome, reason and the evidence. UserError where it cannot be written."""
+        with written(path):
+            write_json_whole(Path(path), self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         facts = {name: value for name, value in self.facts.items() if name in ("architecture", "preprocessing")}
@@ -432,7 +433,8 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
     path = Path(path)
     rules = {o.target: _saved(o, plan) for o in plan.outcomes if o.target and o.source and o.outcome in ("loaded", "adapted")}
     if path.suffix == ".json":
-        path.write_text(json.dumps(rules, indent=1) + "\n", encoding="utf-8")
+        with written(path):
+            write_json_whole(path, rules)
         return
     lines = ["# target: source. Edit this file, then use it with --by map --map THIS_FILE.\n"]
     for target, alternatives in plan.flagged.items():
@@ -441,7 +443,8 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
         # A pair a line, since people edit it; what has options is JSON, which is YAML too.
         line = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
         lines.append(line)
-    path.write_text("".join(lines), encoding="utf-8")
+    with written(path):
+        write_whole(path, lambda file: file.write("".join(lines).encode()))
 
 
 def _saved(outcome: Outcome, plan: TransferPlan) -> Any:

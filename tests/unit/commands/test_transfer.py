@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -217,3 +218,14 @@ def test_the_dry_run_compares_mean_and_std_with_the_source(tmp_path: Path, capsy
     )
     assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(tmp_path / "model")]) == 0
     assert "warning: the source was trained with mean [0.5, 0.5, 0.5], here it is [0.485, 0.456, 0.406]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--report", "--save-map"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "nowhere"])
+def test_a_place_that_cannot_be_written_is_one_line(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, kind: str) -> None:
+    place = tmp_path / "out.json"
+    if kind == "pipe":
+        os.mkfifo(place)  # a write would wait for a reader
+    place = {"pipe": place, "device": Path("/dev/full"), "nowhere": tmp_path / "nowhere/out.json"}[kind]
+    assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "10", "--source", str(weights), option, str(place)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"dtl: {place} cannot be written: ")
