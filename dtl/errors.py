@@ -25,12 +25,21 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+_MOST_CHARACTERS = 2000
+
+
+def _bounded(line: str) -> str:
+    """A line that repeats what a file holds, such as a key of a million characters, has its beginning and its end."""
+    half = _MOST_CHARACTERS // 2
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:half]} ... {line[-half:]}"
+
+
 class UserError(Exception):
     """A mistake that the user can fix. `dtl` prints its message once, without a traceback, and exits with status 2."""
 
     def __init__(self, *lines: str) -> None:
         """One line; more of them only where a table follows. Each is printable, and names addresses without their passwords."""
-        super().__init__(*(printable(redacted_line(line)) for line in lines))
+        super().__init__(*(_bounded(printable(redacted_line(line))) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(self.args)

@@ -23,3 +23,10 @@ def test_names_in_a_message_cannot_begin_a_line_or_move_the_cursor() -> None:
     error = UserError("photos/x\n\x1b[2K\rdtl: all is well\n.png: cannot be read")
     assert str(error) == "photos/x\\n\\x1b[2K\\rdtl: all is well\\n.png: cannot be read"
     assert str(UserError("first", "a table\n")) == "first\na table\\n"
+
+
+def test_a_line_that_repeats_what_a_file_holds_is_bounded() -> None:
+    line = str(UserError("the key " + "[" * 1_000_000 + " is not known; what to do"))
+    assert len(line) < 2100
+    assert line.startswith("the key [[[")
+    assert line.endswith("what to do")

@@ -160,8 +160,8 @@ class Shards:
         if len(wrong):
             one = int(wrong[0])
             raise UserError(
-                f"{self.folder / MANIFEST_NAME} is damaged: class_counts has {self.manifest.class_counts[one]:,} samples of class '{self.classes[one]}', "
-                f"but the index has {counts[one]:,}; {self.again}"
+                f"{self.folder}: {MANIFEST_NAME} and {INDEX_NAME} do not belong together, or one is damaged: according to the first there are "
+                f"{self.manifest.class_counts[one]:,} samples of class '{self.classes[one]}', according to the second {counts[one]:,}; {self.again}"
             )
 
     @property
@@ -359,13 +359,15 @@ def _runs(order: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], offsets: 
     runs: list[list[int]] = []
     end = start = 0
     for slot in order.tolist():
-        near = runs and shards[slot] == shards[runs[-1][0]] and offsets[slot] - end <= _GAP_BYTES
-        if near and max(end, offsets[slot] + sizes[slot]) - start <= _READ_BYTES:
+        offset = int(offsets[slot])  # of a damaged index it may be near 2^63: Python's numbers do not overflow
+        after = offset + int(sizes[slot])
+        near = runs and shards[slot] == shards[runs[-1][0]] and offset - end <= _GAP_BYTES
+        if near and max(end, after) - start <= _READ_BYTES:
             runs[-1].append(slot)
-            end = max(end, offsets[slot] + sizes[slot])
+            end = max(end, after)
         else:
             runs.append([slot])
-            start, end = offsets[slot], offsets[slot] + sizes[slot]
+            start, end = offset, after
     return runs
 
 
