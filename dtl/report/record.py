@@ -223,10 +223,10 @@ def _read_history(record: RunRecord) -> None:
     unread = 0
     try:
         for event in json_lines(file):
-            kind, phase = event.get("event"), event.get("phase")
+            kind, phase = str(event.get("event")), event.get("phase")
             if kind == "note":
                 record.notes.append(event)
-            elif isinstance(kind, str) and kind in _COLUMNS and isinstance(phase, str) and all(_is_place(event.get(name)) for name in ("step", "epoch")):
+            elif kind in _COLUMNS and isinstance(phase, str) and all(_is_place(event.get(name)) for name in ("step", "epoch")):
                 kinds = columns.setdefault(phase, {name: _empty(names) for name, names in _COLUMNS.items()})
                 for name, values in kinds[kind].items():
                     values.append(_number(event.get(name)))

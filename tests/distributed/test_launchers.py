@@ -64,7 +64,7 @@ def test_a_failure_is_told_once_and_stands_in_status_json(tmp_path: Path) -> Non
 )
 def test_variables_that_a_shell_or_a_job_has_set(tmp_path: Path, variables: dict[str, str], message: str | None) -> None:
     recipe, more = write_recipe(tmp_path, phases=PHASES), [variables["RUN"]] if "RUN" in variables else []
-    done = launch([sys.executable, SCRIPT, "--config", str(recipe), *more], tmp_path, ACCELERATE_USE_CPU="", **variables)
+    done = launch([sys.executable, SCRIPT, "--config", str(recipe), *more], tmp_path, ACCELERATE_USE_CPU="false", **variables)
     assert "Traceback" not in done.stderr
     assert (done.stderr.count(message) == 1) if message else done.returncode == 0, done.stderr
     refused = message is not None and not message.startswith("warning")

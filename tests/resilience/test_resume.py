@@ -88,7 +88,7 @@ def test_a_changed_setting_is_refused_by_name_with_the_way_out(tmp_path: Path) -
     job = run([*arguments, "--checkpoint.monitor", "loss", "--checkpoint.keep", "1", "--phases.all.epochs", "2"], cwd=tmp_path, code=2)
     assert "started with checkpoint.monitor 'top1', now it is 'loss'; start another run" in job.err(), "other weights would be the best"
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_augmentations"}}, code=2)
-    assert "was started with version 2 of the training transforms, this dtl has version 3" in job.err()
+    assert "was started with version 2 of the training transforms, but this dtl has version 3" in job.err()
     job = run([*arguments, "--phases.all.epochs", "2"], cwd=tmp_path, by_rank={0: {"before": "obstacles:other_order"}}, code=2)
     assert "was started with version 1 of the order of samples, but this dtl has version 2: " in job.err()
     assert job.err().count("\n") == 1

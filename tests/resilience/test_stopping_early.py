@@ -36,8 +36,9 @@ def begin(folder: Path, words: list[str], *, world: int, hook: str | None = "slo
 
 
 def packers(folder: Path) -> list[psutil.Process]:
-    """The processes that pack into the test's cache."""
-    return [one for one in psutil.process_iter(["cmdline"]) if str(folder / "cache") in " ".join(one.info["cmdline"] or ())]
+    """The processes that pack for the test's run: they have its working folder."""
+    found = [one for one in psutil.process_iter(["cmdline", "cwd"]) if "dtl.data.workers" in " ".join(one.info["cmdline"] or ())]
+    return [one for one in found if one.info["cwd"] == str(folder)]
 
 
 def to_all(job: Job, folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_training_command_parses(page: str, line: str) -> None:
         assert (ROOT / arguments[place]).exists() or arguments[place] in ("finetune", "features", "digits"), f"{page}: {arguments[place]}"
         if (ROOT / arguments[place]).exists():
             arguments[place] = str(ROOT / arguments[place])
-    load_config([word for word in arguments if word not in ("--print-config", "--help")])
+    load_config([word for word in arguments if word not in ("--print-config", "--help", "--dry-run")])
     for i, word in enumerate(words):
         if word == "--config_file":
             assert (ROOT / words[i + 1]).exists(), f"{page}: {words[i + 1]}"

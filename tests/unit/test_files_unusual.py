@@ -94,7 +94,10 @@ def test_as_a_shard(kind: str, tmp_path: Path) -> None:
     assert all(isinstance(one, UserError) for one in shards.read([0, 1, 2]))
     report = verify(tmp_path / "packed", progress=False, processes=1)
     assert not report.is_usable
-    assert len(report.samples) == 6
+    if kind in ("itself", "nothing"):  # a link that leads nowhere, as to a disk that is not mounted: nothing is known about its samples
+        assert sum(number for _, number, _ in report.unread) == 6
+    else:
+        assert len(report.samples) == 6
     tar = tmp_path / "copy" / "odd.tar"
     UNUSUAL[kind](tar)
     if kind == "sparse":

@@ -23,11 +23,14 @@ class FetchError(Exception):
 
 
 class Unfetched(Exception):
-    """All attempts failed; the message is one line with the address, the reason and the number of attempts. Otherwise as `FetchError`."""
+    """All attempts failed; the message is one line with the address, the reason and the number of attempts. Otherwise as `FetchError`.
 
-    def __init__(self, message: str, *, missing: bool = False, changed: bool = False) -> None:
+    `refused`: the server answered that it does not give this file (401, 403); no later attempt will change that.
+    """
+
+    def __init__(self, message: str, *, missing: bool = False, changed: bool = False, refused: bool = False) -> None:
         super().__init__(message)
-        self.missing, self.changed = missing, changed
+        self.missing, self.changed, self.refused = missing, changed, refused
 
 
 @dataclass

@@ -44,7 +44,7 @@ def find_remote_folder(url: str, splits: Sequence[str], *, options: DataConfig) 
             if text is not None:
                 return folder, text
     except Unfetched as error:
-        raise Unreachable(str(error)) from None
+        raise (UserError if error.refused else Unreachable)(str(error)) from None
     return None
 
 

@@ -24,7 +24,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--retries", "-1"], r"^retries: .* greater than or equal to 0 \(got -1\)$"), (["--timeout", "0"], r"^timeout: .* greater than 0 \(got 0.0\)$")],
+    [(["--retries", "-1"], r"^retries: .*must be at least 0 \(got -1\)$"), (["--timeout", "0"], r"^timeout: .*must be above 0 \(got 0.0\)$")],
 )
 def test_bad_options(tmp_path: Path, options: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):

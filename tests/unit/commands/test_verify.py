@@ -38,7 +38,7 @@ def test_sound_shards_are_all_right(packed: Path, capsys: pytest.CaptureFixture[
 
 
 def test_bad_options(packed: Path) -> None:
-    with pytest.raises(UserError, match=r"^cache_gb: .* greater than 0 \(got 0.0\)$"):
+    with pytest.raises(UserError, match=r"^cache_gb: .*must be above 0 \(got 0.0\)$"):
         command.run([str(packed), "--cache-gb", "0"])
 
 

@@ -33,8 +33,8 @@ def test_the_table(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--world", "0"], "--world must be at least 1"),
         (["--workers", "-1"], "--workers must be at least 0"),
         (["--world", "70"], "--global-batch-size 64 is smaller than --world 70"),
-        (["--cache-gb", "0"], r"^cache_gb: .* greater than 0 \(got 0.0\)$"),
-        (["--val-fraction", "1.5"], r"^val_fraction: .* less than 1 \(got 1.5\)$"),
+        (["--cache-gb", "0"], r"^cache_gb: .*must be above 0 \(got 0.0\)$"),
+        (["--val-fraction", "1.5"], r"^val_fraction: .*must be below 1 \(got 1.5\)$"),
     ],
 )
 def test_bad_options(packed: Path, options: list[str], said: str) -> None:

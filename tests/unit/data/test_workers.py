@@ -47,5 +47,8 @@ def test_a_helper_of_local_shards_works(source: Path, tmp_path: Path) -> None:
     task = json.dumps({"kind": "images", "shard": 0, "first": 0, "last": 150})
     code = "import sys; from dtl.data.workers import serve; serve(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, VERIFYING], input=f"{facts}\n{task}\n", check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout.splitlines()[0]) == {"kind": "done", "answer": {"kind": "images", "shard": 0, "samples": 150, "findings": []}}
+    assert json.loads(done.stdout.splitlines()[0]) == {
+        "kind": "done",
+        "answer": {"kind": "images", "shard": 0, "samples": 150, "findings": [], "unread": [0, ""]},
+    }
     assert done.stderr == ""
