@@ -19,6 +19,21 @@ class _Cut(Exception):
     pass
 
 
+def pack_until_the_third_shard(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packing that was cut off: its work folder holds what two shards have left."""
+    real = pack_tasks.run_task
+
+    def cut(job: Job, task: dict[str, Any]) -> int:
+        if task["kind"] == "shard" and task["number"] == 2:
+            raise _Cut
+        return real(job, task)
+
+    monkeypatch.setattr(pack_tasks, "run_task", cut)
+    with pytest.raises(_Cut):
+        pack(source, out, shard_bytes=50_000)
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4, 6])
 def test_an_interrupted_packing_goes_on(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """Stopped after some of the 5 chunks of reading or of the shards: it is no data set, and the next call does only what is left."""
@@ -47,17 +62,7 @@ def test_an_interrupted_packing_goes_on(source: Path, packed: Path, tmp_path: Pa
 
 
 def test_a_finished_shard_that_was_damaged_is_written_again(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pack_tasks.run_task
-
-    def cut(job: Job, task: dict[str, Any]) -> int:
-        if task["kind"] == "shard" and task["number"] == 2:
-            raise _Cut
-        return real(job, task)
-
-    monkeypatch.setattr(pack_tasks, "run_task", cut)
-    with pytest.raises(_Cut):
-        pack(source, tmp_path / "d", shard_bytes=50_000)
-    monkeypatch.undo()
+    pack_until_the_third_shard(source, tmp_path / "d", monkeypatch)
     shard = tmp_path / "d" / "shard-00001.tar"
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
@@ -104,17 +109,7 @@ def _cut() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"reasons": [[99999999, "x"]]}', '{"reasons": 7}', '{"bytes": 1e400, "sha256": "../x"}', "", "\0"])
 def test_results_that_somebody_changed_are_made_again(source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    real = pack_tasks.run_task
-
-    def cut(job: Job, task: dict[str, Any]) -> int:
-        if task["kind"] == "shard" and task["number"] == 2:
-            raise _Cut
-        return real(job, task)
-
-    monkeypatch.setattr(pack_tasks, "run_task", cut)
-    with pytest.raises(_Cut):
-        pack(source, tmp_path / "d", shard_bytes=50_000)
-    monkeypatch.undo()
+    pack_until_the_third_shard(source, tmp_path / "d", monkeypatch)
     work = next((tmp_path / "d").glob(".packing-*"))
     results = [*work.glob("scan-*.json"), *work.glob("all-*.json")]
     assert len(results) == 5 + 2
