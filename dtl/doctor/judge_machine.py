@@ -63,7 +63,7 @@ def judge_versions(python: tuple[int, ...], versions: Mapping[str, str | None]) 
     found = []
     if python < (3, 11) or python == (3, 13, 0):
         wanted = "3.11 or newer" if python < (3, 11) else "3.13.1 or newer"
-        found.append(Finding("python", "fail", f"Python {'.'.join(map(str, python))}; dtl needs {wanted}", "python3.12 -m venv .venv"))
+        found.append(Finding("python", "fail", f"Python {'.'.join(map(str, python))}; dtl needs {wanted}", "python3.11 -m venv .venv"))
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         found.append(Finding("packages", "fail", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}"))
