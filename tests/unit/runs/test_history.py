@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,12 @@ def test_going_backwards_is_our_own_mistake(tmp_path: Path) -> None:
     history.append({"event": "note", "note": "no step"})
     with pytest.raises(ValueError, match="4 after 5"):
         history.append(train_line(4))
+
+
+@pytest.mark.parametrize("key", ["event", "phase"])
+def test_a_list_in_an_edited_line_is_read_past(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text(json.dumps({"event": "val", "phase": "all", "step": 1, key: []}) + "\n")
+    history = History(path)
+    history.append({"event": "val", "phase": "all", "step": 1})
+    assert [line["event"] for line in lines(path)] == [[] if key == "event" else "val", "val"]
