@@ -22,9 +22,10 @@ from dtl.distributed.runtime import Runtime
 from dtl.distributed.signals import StoppedBeforeFirstStep
 from dtl.errors import EXIT_DONE, EXIT_STOPPED, EXIT_WRONG_INPUT, UserError
 from dtl.models.build import Network
-from dtl.models.freeze import freeze, norms_alone, set_train_mode
+from dtl.models.freeze import freeze, set_train_mode
 from dtl.models.meta import meta_copy
 from dtl.models.network import forward_logits
+from dtl.models.norms import norms_alone
 from dtl.runs.console import Console
 from dtl.runs.folder import RunFolder, check_is_run
 from dtl.text import counted, to_stderr

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from dtl.files import sha256_of_tensors
 from dtl.models.groups import head_parameters, layer_groups
 from dtl.models.meta import meta_copy
 from dtl.models.network import Network, forward_logits
+from dtl.models.norms import norms_alone
 
 
 def select(network: Network, train: str | Sequence[str]) -> frozenset[str]:
@@ -45,7 +45,7 @@ def select(network: Network, train: str | Sequence[str]) -> frozenset[str]:
 def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool = True) -> list[str]:
     """Make exactly the parameters in `trainable` (names in `module`) require a gradient, and fix the modes of the rest.
 
-    Call it on the bare module, after any conversion to SyncBatchNorm and before the DDP wrap. It may be called again with other names.
+    Call it on the bare module, before the DDP wrap. It may be called again with other names.
     With `freeze_norm=False` the running statistics of frozen norms keep adapting. Returns what should be logged: the names of modules with both
     trained and frozen parameters of their own, which stay in eval mode too.
     """
@@ -113,17 +113,6 @@ def _without_gradient(module: nn.Module, trainable: Collection[str], images: tor
     with torch.autograd.set_detect_anomaly(False):  # run.debug looks for NaN in the values, and on the meta device there are none
         gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return frozenset(name for name, gradient in zip(wanted, gradients) if gradient is None)
-
-
-@contextmanager
-def norms_alone() -> Iterator[None]:
-    """Within it, SyncBatchNorm layers use the statistics of this rank alone: no collective, and on any device."""
-    synchronised = nn.SyncBatchNorm.forward
-    nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.SyncBatchNorm.forward = synchronised  # type: ignore[method-assign]
 
 
 class _StaysInEval:

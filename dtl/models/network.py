@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,6 +90,18 @@ def forward_logits(module: Callable[[torch.Tensor], Any], images: torch.Tensor) 
         return output["logits"], []
     logits, *rest = output
     return logits, [auxiliary for auxiliary in rest if auxiliary is not None]
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, and each of its parts in its own mode again afterwards."""
+    training = {name: child.training for name, child in module.named_modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for name, child in module.named_modules():
+            child.training = training[name]
 
 
 def to_device(module: nn.Module, device: torch.device, *, channels_last: Literal["auto"] | bool = "auto") -> bool:

@@ -23,6 +23,7 @@ from dtl.keyed import key
 from dtl.models.build import Network, forward_logits, replace_head
 from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
 from dtl.models.groups import layer_groups
+from dtl.models.norms import gathering_norms, plain_norms, synchronise_norms
 from dtl.models.strict_load import check_tensors
 from dtl.optim.groups import build_groups, build_optimizer
 from dtl.optim.schedule import Schedule, lr_at, schedule_of
@@ -183,10 +184,10 @@ def enter(
     `choose_cut(names of what is trained)`: the module to train on cached features, or None.
     """
     config, trainable = phase.config, trained_names(network, phase, image_size=image_size, log=log)
-    # Before freezing, which marks the modules themselves: a converted norm is a new one.
-    _sync_norms(network.module, trainable, runtime, sync_bn, micro_batch_size, freeze_norm=freeze_norm, log=log)
+    plain_before = plain_norms(network.module)  # before freezing, which marks the modules themselves
     freeze(network.module, trainable, freeze_norm=freeze_norm)
     set_train_mode(network.module)
+    _sync_norms(network.module, runtime, sync_bn, before=plain_before, micro_batch_size=micro_batch_size, image_size=image_size, log=log)
 
     groups = build_groups(
         network.module,
@@ -255,26 +256,30 @@ def _copy_to_host(module: nn.Module, into: dict[str, Tensor]) -> dict[str, Tenso
 
 def _sync_norms(
     module: nn.Module,
-    trainable: frozenset[str],
     runtime: Runtime,
     wanted: str | bool,
-    micro_batch_size: int,
     *,
-    freeze_norm: bool,
+    before: frozenset[str],
+    micro_batch_size: int,
+    image_size: int,
     log: Callable[[str], None],
 ) -> None:
-    """Let the norms that gather statistics in this phase do so over all ranks; frozen ones evaluate, which is the same either way."""
-    norms = {name: m for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    gathering = [n for n, m in norms.items() if not freeze_norm or any(f"{n}.{part}" in trainable for part, _ in m.named_parameters())]
-    if not gathering or runtime.world_size == 1 or wanted is False:
+    """Let the norms that gather statistics in this phase do so over all ranks; frozen ones evaluate, which is the same either way.
+
+    `before`: those that did so in the phase before."""
+    if not gathering_norms(module) or runtime.world_size == 1 or wanted is False:
         return
     if runtime.device.type != "cuda":
         if wanted is True:
             raise UserError("model.sync_bn is true, but PyTorch supports SyncBatchNorm on GPUs only; use auto or false")
         return
-    if (wanted is True or micro_batch_size < SYNC_BN_BELOW) and not all(isinstance(norms[name], nn.SyncBatchNorm) for name in gathering):
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        log(f"SyncBatchNorm: batch norm statistics are computed over all {runtime.world_size} ranks (--model.sync-bn false: per rank, without communication)")
+    if wanted is True or micro_batch_size < SYNC_BN_BELOW:
+        names, left = synchronise_norms(module, image_size=image_size, agree=runtime.agree)
+        if not names <= before:
+            whose = f"computed over all {runtime.world_size} ranks (--model.sync-bn false: per rank, without communication)"
+            log(f"SyncBatchNorm: batch norm statistics are {whose}")
+        if left:
+            log(left)
 
 
 def phase_line(phase: Phase, module: nn.Module) -> str:

@@ -7,7 +7,7 @@ without smoothing and class weights, so that runs can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
-from dtl.models.network import Network, Normalise, forward_logits, to_device
+from dtl.models.network import Network, Normalise, eval_mode, forward_logits, to_device
 from dtl.runs.predictions import ImagePredictions
 from dtl.training.losses import Loss
 from dtl.training.phases import Task
@@ -103,18 +103,6 @@ def evaluate(
             if is_over is not None and is_over():
                 return None
     return reduce_sums(sums, runtime)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, and each of its parts in its own mode again afterwards."""
-    training = {name: child.training for name, child in module.named_modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for name, child in module.named_modules():
-            child.training = training[name]
 
 
 def reduce_sums(sums: Sums, runtime: Runtime) -> Sums:

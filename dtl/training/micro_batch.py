@@ -24,8 +24,8 @@ from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
-from dtl.models.freeze import norms_alone
 from dtl.models.network import Normalise
+from dtl.models.norms import norms_alone
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders

@@ -55,7 +55,7 @@ def test_a_synchronised_norm_is_tried_without_its_peers(monkeypatch: pytest.Monk
     import torch
     from torch import nn
 
-    from dtl.models.freeze import norms_alone
+    from dtl.models.norms import norms_alone
 
     def waits(self: nn.Module, images: torch.Tensor) -> torch.Tensor:
         raise AssertionError("it would wait for the other ranks")

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtl.errors import UserError
 from dtl.models.build import Network, Preprocessing, build, forward_logits
-from dtl.models.freeze import checksum, freeze, frozen_names, norms_alone, select, set_train_mode, unused_parameters
+from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
 from dtl.models.groups import layer_groups
+from dtl.models.norms import norms_alone
 
 
 @pytest.fixture(scope="module")

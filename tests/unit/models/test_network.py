@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtl.models.network import forward_logits, num_outputs, to_device
+from dtl.models.network import eval_mode, forward_logits, num_outputs, to_device
 
 
 class _Returns(nn.Module):
@@ -44,3 +44,11 @@ def test_a_network_without_convolutions_stays_contiguous() -> None:
 def test_outputs_of_either_kind_of_head() -> None:
     assert num_outputs(nn.Linear(5, 7)) == 7
     assert num_outputs(nn.Conv2d(5, 9, 1)) == 9
+
+
+def test_eval_mode_gives_each_part_its_own_mode_again() -> None:
+    module = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
+    module[1].eval()  # a frozen part
+    with eval_mode(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module] == [True, False]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.build import build
-from dtl.training.evaluate import ForwardPass, eval_mode
+from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import task_named
 
 
@@ -27,11 +26,3 @@ def test_rows_are_the_images_as_the_task_makes_them() -> None:
     torch.testing.assert_close(turned.logits[2:4], forward(torch.rot90(images, 1, dims=(2, 3))), rtol=1e-4, atol=1e-4)
     assert not turned.logits.requires_grad
     assert not network.module.training
-
-
-def test_eval_mode_gives_each_part_its_own_mode_again() -> None:
-    module = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
-    module[1].eval()  # a frozen part
-    with eval_mode(module):
-        assert not any(part.training for part in module.modules())
-    assert [part.training for part in module] == [True, False]

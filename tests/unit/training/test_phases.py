@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from dtl.config import PhaseConfig
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.models.build import Network, build
-from dtl.training.active import ActivePhase, enter, leave, set_head
+from dtl.models.freeze import freeze, select, set_train_mode
+from dtl.models.norms import plain_norms
+from dtl.training.active import ActivePhase, _sync_norms, enter, leave, set_head
 from dtl.training.phases import plan_phases
 from dtl.training.step import normaliser
 
@@ -121,38 +125,42 @@ def test_the_normaliser_is_that_of_the_global_batch(runtime: Runtime) -> None:
     leave(rotate, runtime)
 
 
-def test_synchronised_batch_norm_on_a_cpu_is_refused_only_when_asked_for(runtime: Runtime) -> None:
-    from types import SimpleNamespace
+def of_two(device: str) -> Runtime:
+    return SimpleNamespace(world_size=2, device=torch.device(device), agree=lambda value: value)  # type: ignore[return-value]
 
-    from dtl.training.active import _sync_norms
 
+def synchronise(network: Network, runtime: Runtime, wanted: str | bool, *, size: int = 4, before: frozenset[str] = frozenset()) -> list[str]:
+    said: list[str] = []
+    _sync_norms(network.module, runtime, wanted, before=before, micro_batch_size=size, image_size=16, log=said.append)
+    return said
+
+
+def test_synchronised_batch_norm_on_a_cpu_is_refused_only_when_asked_for() -> None:
     network = build("dtl/resnet_tiny", num_classes=3)
-    two_ranks = SimpleNamespace(world_size=2, device=torch.device("cpu"))
-    everything = frozenset(name for name, _ in network.module.named_parameters())
-    _sync_norms(network.module, everything, two_ranks, "auto", 4, freeze_norm=True, log=print)  # type: ignore[arg-type]
+    freeze(network.module, select(network, "all"))
+    set_train_mode(network.module)
+    synchronise(network, of_two("cpu"), "auto")
     with pytest.raises(UserError, match="on GPUs only"):
-        _sync_norms(network.module, everything, two_ranks, True, 4, freeze_norm=True, log=print)  # type: ignore[arg-type]
-    _sync_norms(network.module, frozenset(["fc.weight"]), two_ranks, True, 4, freeze_norm=True, log=print)  # type: ignore[arg-type]
+        synchronise(network, of_two("cpu"), True)
+    freeze(network.module, select(network, "head"))
+    set_train_mode(network.module)
+    synchronise(network, of_two("cpu"), True)
 
 
-def test_synchronised_batch_norm_is_in_place_before_anything_is_frozen() -> None:
-    """A converted norm is a new module: one that was frozen before would gather statistics again."""
-    from types import SimpleNamespace
-
-    from dtl.models.freeze import freeze, select, set_train_mode
-    from dtl.training.active import _sync_norms
-
+def test_synchronised_batch_norm_is_for_the_norms_that_a_phase_trains() -> None:
     network = build("dtl/resnet_tiny", num_classes=3)
     trainable = select(network, "last:2")
-    said: list[str] = []
-    two_gpus = SimpleNamespace(world_size=2, device=torch.device("cuda"))
-    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, log=said.append)  # type: ignore[arg-type]
-    assert said == ["SyncBatchNorm: batch norm statistics are computed over all 2 ranks (--model.sync-bn false: per rank, without communication)"]
     freeze(network.module, trainable, freeze_norm=True)
     set_train_mode(network.module)
+    said = synchronise(network, of_two("cuda"), "auto", size=16)
+    assert said == [], "16 images a rank are enough"
+    said = synchronise(network, of_two("cuda"), "auto")
+    assert said == ["SyncBatchNorm: batch norm statistics are computed over all 2 ranks (--model.sync-bn false: per rank, without communication)"]
     network.module.train()
-    norms = {name: module for name, module in network.module.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)}
+    names = {name for name, module in network.module.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)}
+    norms = {name: module for name, module in network.module.named_modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert {module.training for module in norms.values()} == {True, False}
-    assert all(module.training == (f"{name}.weight" in trainable) for name, module in norms.items())
-    _sync_norms(network.module, trainable, two_gpus, "auto", 4, freeze_norm=True, log=said.append)  # type: ignore[arg-type]
-    assert len(said) == 1, "a second phase finds them in place"
+    assert all(module.training == (f"{name}.weight" in trainable) == (name in names) for name, module in norms.items())
+    before = plain_norms(network.module)
+    assert before == names
+    assert synchronise(network, of_two("cuda"), "auto", before=before) == [], "a second phase with the same norms says nothing more"
