@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,6 +113,28 @@ def process_state(pid: int) -> str | None:
     """The state letter of a process of this machine (R, S, D, T, t ...; proc(5)); None when there is no such process, or only its zombie."""
     values = _stat(pid)
     return None if values is None or values[0] in "ZX" else values[0]
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, as the others of a launch know it. It can be asked after on its own machine only."""
+
+    pid: int
+    start: str | None
+    space: str | None
+
+    @classmethod
+    def this(cls) -> Process:
+        return cls(os.getpid(), process_start(os.getpid()), pid_space())
+
+    @property
+    def is_here(self) -> bool:
+        return self.space is not None and self.space == pid_space()
+
+    @property
+    def has_ended(self) -> bool:
+        """Known to have ended: never guessed from another machine, and another process that has got its pid is not it."""
+        return self.is_here and process_start(self.pid) != self.start
 
 
 def process_start(pid: int) -> str | None:

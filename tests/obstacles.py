@@ -184,3 +184,20 @@ def failing_step() -> None:
         return step(self, batches, **more)
 
     Stepper.step = failing  # type: ignore[method-assign]
+
+
+def waiting_device() -> None:
+    """While there is a file named `device`, the host waits in a step for its device without an end, as behind an all-reduce of a peer that is gone:
+    no error reaches it. The rank in $RAISE_ON raises one instead."""
+    from dtl.training.step import Stepper
+
+    step = Stepper.step
+
+    def held(self, batches, **more):  # type: ignore[no-untyped-def]
+        while Path("device").exists():
+            if os.environ.get("RAISE_ON") == os.environ["RANK"]:
+                raise ZeroDivisionError("of one rank alone")
+            time.sleep(0.1)
+        return step(self, batches, **more)
+
+    Stepper.step = held  # type: ignore[method-assign]

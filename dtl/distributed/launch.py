@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtl.errors import UserError
+from dtl.machine import Process
+from dtl.text import counted
 from dtl.untrusted import read_yaml
 
 
@@ -23,12 +25,15 @@ class Launch:
     world_size: int | None
     """WORLD_SIZE of the environment: what a distributed launcher started."""
     local_world_size: int
+    """Processes on this node. Without LOCAL_WORLD_SIZE (srun, mpirun) that is known once the ranks have met."""
     asked_for: int | None
     """Number of processes on the launcher's command line or in its config file, where that can be seen."""
     use_cpu: bool
     """The launch says that the processes belong on CPUs."""
     precision: str | None
     """Mixed precision that the launch gives, if any: no, bf16, fp16."""
+    local_rank: int = 0
+    """Number of this process on its node. Its GPU may have another: some launchers show each process one GPU."""
 
 
 def read_launch(environment: dict[str, str] | None = None, command: list[str] | None = None) -> Launch:
@@ -43,7 +48,33 @@ def read_launch(environment: dict[str, str] | None = None, command: list[str] | 
         asked_for=int(asked_for) if asked_for is not None else None,
         use_cpu=_is_true(env.get("ACCELERATE_USE_CPU")) or _is_true(options.get("use_cpu")) or _is_true(options.get("cpu")),
         precision=_precision(env, options),
+        local_rank=int(env.get("LOCAL_RANK") or 0),
     )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    host: str
+    local_rank: int
+    process: Process
+    gpu: tuple[str, ...] = ()
+    """Names of its GPU: two ranks with one in common share it. None on a CPU."""
+
+
+def check_own_gpus(places: Sequence[Place]) -> None:
+    """UserError where two ranks would compute on one GPU, or on two MIG slices of one, which NCCL cannot join; `places` by rank."""
+    owners: dict[str, int] = {}
+    for rank, place in enumerate(places):
+        for name in place.gpu:
+            first = owners.setdefault(name, rank)
+            if first != rank:
+                number = len({other.gpu[-1] for other in places})
+                raise UserError(
+                    f"rank {first} and rank {rank} have the same GPU ({name}, host {place.host}): {counted(len(places), 'process')} on "
+                    f"{counted(number, 'GPU')}; launch one process per GPU, or use --run.device cpu"
+                )
 
 
 @dataclass(frozen=True)

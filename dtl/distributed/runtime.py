@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dtl.distributed.launch import Launch, check_supported, gpus_of_slurm, read_launch
+from dtl.distributed.launch import Launch, Place, check_own_gpus, check_supported, gpus_of_slurm, read_launch
 from dtl.distributed.rendezvous import Arrivals, check_variables, rendezvous_store
 from dtl.distributed.signals import Signals, StageInterrupted, StoppedBeforeFirstStep, StopWatcher
 from dtl.errors import UserError
+from dtl.machine import Process
 from dtl.text import counted
 
 T = TypeVar("T")
@@ -103,7 +104,6 @@ class Runtime:
             raise UserError("run.device is cuda, but the launch configuration asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
         if device == "auto" and use_cpu and not launch.use_cpu:
             check_slurm_gpus(os.environ)
-        _check_gpus(launch, use_cpu)
         if use_cpu:
             _keep_freed_memory()
         else:
@@ -113,11 +113,11 @@ class Runtime:
         self.rank, self.local_rank, self.world_size = 0, 0, 1
         self.precision = resolve_precision(precision, launch, use_cpu, trained_in)
         if not alone:
-            with Arrivals(timeout_minutes):
+            with Arrivals(timeout_minutes), _local_rank_of_gpu(launch, use_cpu):
                 self.accelerator = _accelerator(use_cpu, self.precision, compression, timeout)
             self.device = self.accelerator.device
-            self.rank, self.local_rank = int(self.accelerator.process_index), int(self.accelerator.local_process_index)
-            self.world_size = int(self.accelerator.num_processes)
+            self.rank, self.world_size = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+            self.local_rank = launch.local_rank if self.device.type == "cuda" and self.world_size > 1 else int(self.accelerator.local_process_index)
             self.precision = str(self.accelerator.mixed_precision)
             _check_world(launch, self.world_size)
         # Decisions are all-reduced over gloo, also beside NCCL: they must not make the host wait for the GPU.
@@ -129,10 +129,15 @@ class Runtime:
         self.token: str = self.agree(secrets.token_hex(4))
         """Names this start of the ranks together, for keys in the rendezvous store."""
         self._num_onces = 0
-        nodes = self.gather((socket.gethostname(), self.local_rank))
-        self._leader = leader_of(self.rank, nodes)
+        self.places = self.gather(Place(socket.gethostname(), self.local_rank, Process.this(), _names_of_gpu(self.device)))
+        """Of all ranks, by rank."""
+        check_own_gpus(self.places)
+        leaders = [leader_of(rank, [(place.host, place.local_rank) for place in self.places]) for rank in range(self.world_size)]
+        self._leader = leaders[self.rank]
         """The rank that acts for this node."""
-        self._num_leaders = len({leader_of(rank, nodes) for rank in range(self.world_size)})
+        self._num_leaders = len(set(leaders))
+        if not alone and not os.environ.get("LOCAL_WORLD_SIZE"):
+            self.launch = replace(launch, local_world_size=leaders.count(self._leader))
         self.signals = Signals(prints=self.is_main and not alone)
 
     @classmethod
@@ -394,6 +399,28 @@ def _accelerator(use_cpu: bool, precision: str, compression: str, timeout: timed
     return Accelerator(cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=handlers)
 
 
+@contextlib.contextmanager
+def _local_rank_of_gpu(launch: Launch, use_cpu: bool) -> Iterator[None]:
+    """Accelerate takes LOCAL_RANK for the number of the GPU, also where a rank sees one GPU only (srun --gpus-per-task=1, Kubernetes)."""
+    if use_cpu or not os.environ.get("LOCAL_RANK"):
+        yield
+        return
+    before, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], str(launch.local_rank % torch.cuda.device_count())
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
+
+
+def _names_of_gpu(device: torch.device) -> tuple[str, ...]:
+    """By its UUID, and by its place on this host's bus, which two MIG slices of one GPU have in common."""
+    if device.type != "cuda":
+        return ()
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of them
+    bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}"
+    return f"GPU-{properties.uuid}", f"{socket.gethostname()} {bus}"
+
+
 def _forget_accelerate() -> None:
     """Accelerate keeps the first run's device and precision for the whole process; each run (and each call of the API) chooses its own."""
     from accelerate.state import AcceleratorState, GradientState
@@ -438,14 +465,6 @@ def gpu_expected(environment: Mapping[str, str]) -> str | None:
     if value in ("", "void", "none"):
         return None
     return f"warning: NVIDIA_VISIBLE_DEVICES={value}, but PyTorch sees no GPU: the CPU is used (`dtl doctor` says why; --run.device cpu says it is meant)"
-
-
-def _check_gpus(launch: Launch, use_cpu: bool) -> None:
-    if not use_cpu and launch.local_world_size > torch.cuda.device_count():
-        raise UserError(
-            f"{counted(launch.local_world_size, 'process')} launched on a machine with {counted(torch.cuda.device_count(), 'GPU')}; "
-            "launch one process per GPU, or use --run.device cpu"
-        )
 
 
 def _check_world(launch: Launch, world_size: int) -> None:

@@ -2,7 +2,12 @@
 
 A stage is noted in a microsecond and touches no disk. Every 2 seconds the thread puts this rank's newest note into the store of the
 rendezvous (its own connection, so that a stuck loop cannot keep it from it). Nobody reads it, until this rank's stage has lasted
-too long: then all notes are read, once an interval, and the rank is named that is furthest behind, or that no longer writes.
+too long: then two ranks read all notes, once an interval, and the rank is named that is furthest behind, or that no longer writes.
+
+A rank that is lost is known at once: its process has ended, as the ranks of its machine see, or an error has ended it, as it has noted itself.
+Whoever knows first puts the verdict into one key of the store, which every rank reads at each interval. That matters on GPUs: there the host waits
+for its device, behind an all-reduce that never ends, and neither NCCL nor gloo tells it anything. A silent rank is not a lost one (a slow disk, SIGSTOP,
+a cut cable): it ends the run at the time limit only.
 
 All ranks pass through the same stages in the same order, so that the number of stages passed shows who is behind. No clocks of two
 machines are compared: a note has its own age, and a silent rank is one whose notes do not change while we watch.
@@ -19,21 +24,24 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtl.machine import pid_space, process_state
+from dtl.machine import Process, pid_space, process_state
 
 INTERVAL = 2.0
 PATIENT = ("start", "data", "model")
 """Stages that may take hours on one rank (packing, a download): only a rank that falls silent ends the run in them."""
 _RECORD = struct.Struct("<qqq16s")
 _LOST = "lost another rank"
+_NO_MAIN = "lost the main process (rank 0), or the network connection to it"
 # What torch says when a peer is gone, over gloo and over NCCL.
 _NETWORK = re.compile(r"gloo|nccl|connection|socket|peer|broken pipe|store|timed? ?out", re.IGNORECASE)
+_READERS = 2
+"""The first so many ranks read all notes in a stall; the others only where these do not: each note read by each rank would be N * N."""
 Log = Callable[[str], None]
 T = TypeVar("T")
 
@@ -90,6 +98,8 @@ class Heartbeat:
         self.since = self.clock()
         self.what: Callable[[], str] = str
         """What the stage works on, for instance its samples; called only in a stall, by another thread."""
+        self.leaves = False
+        """This rank is on its way out, and waits for nobody."""
         self.part: Callable[[], None] = lambda: None
         """From here on this rank waits for nobody, and nobody for it; set by who watches."""
         self._file = _stage_file()
@@ -161,6 +171,15 @@ class Note:
         return f"{who}, in {where}, for {self.age:.0f} s"
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Why the run ends, as the first rank has put it that knew."""
+
+    line: str
+    reporter: int
+    """The rank that prints it, and writes it down."""
+
+
 class Notes:
     """The notes of all ranks, in the store of the rendezvous."""
 
@@ -184,10 +203,11 @@ class Notes:
         }  # fmt: skip
         self._bounded(lambda: self._store.set(f"{self._prefix}/{self.rank}", json.dumps(note)))
 
-    def read(self) -> list[Note]:
-        """The newest note of each rank, by rank."""
-        found: list[dict[str, Any]] = self._bounded(self._fetch)
-        for note, values in zip(self._known.values(), found, strict=True):
+    def read(self, ranks: Collection[int] | None = None) -> list[Note]:
+        """The newest note of each rank, by rank; `ranks`: of these only."""
+        wanted = [note for rank, note in self._known.items() if ranks is None or rank in ranks]
+        found: list[dict[str, Any]] = self._bounded(lambda: self._fetch([note.rank for note in wanted]))
+        for note, values in zip(wanted, found, strict=True):
             now = self._clock()
             machine = values.pop("machine", None)
             if values and values["count"] != note.count:
@@ -195,10 +215,21 @@ class Notes:
                 note.__dict__.update(values)
             note.silent = now - self._changed[note.rank]
             note.fate = _fate(note.pid) if machine is not None and machine == self._machine and note.ended is None else ""
-        return [Note(**vars(note)) for note in self._known.values()]
+        return [Note(**vars(note)) for note in wanted]
 
-    def _fetch(self) -> list[dict[str, Any]]:
-        keys = [f"{self._prefix}/{rank}" for rank in range(self.world_size)]
+    def loss(self) -> Loss | None:
+        """The verdict, if there is one."""
+        key = f"{self._prefix}/loss"
+        found: list[bytes] = self._bounded(lambda: [self._store.get(key)] if self._store.check([key]) else [])
+        return Loss(**json.loads(found[0])) if found else None
+
+    def declare(self, loss: Loss) -> Loss:
+        """Make it the verdict, unless there is one: that counts for all."""
+        found: bytes = self._bounded(lambda: self._store.compare_set(f"{self._prefix}/loss", "", json.dumps(vars(loss))))
+        return Loss(**json.loads(found))
+
+    def _fetch(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
+        keys = [f"{self._prefix}/{rank}" for rank in ranks]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else {} for key in keys]
 
     def _bounded(self, work: Callable[[], T], seconds: float = 5.0) -> T:
@@ -233,10 +264,14 @@ def awaited(notes: list[Note]) -> list[Note]:
 
 
 def describe(notes: list[Note]) -> str:
-    names = [str(note) for note in awaited(notes)]
-    if not names:
+    behind = awaited(notes)
+    if not behind:
         return f"all {len(notes)} ranks are in stage {notes[0].stage} of step {notes[0].step}, but their collective does not complete (network?)"
-    return "waiting for " + "; ".join(names[:4]) + (f"; and {len(names) - 4} more ranks" if len(names) > 4 else "")
+    return f"waiting for {_names(behind)}"
+
+
+def _names(notes: list[Note]) -> str:
+    return "; ".join(str(note) for note in notes[:4]) + (f"; and {len(notes) - 4} more ranks" if len(notes) > 4 else "")
 
 
 class Watchdog:
@@ -244,16 +279,34 @@ class Watchdog:
 
     `limit`: seconds without any progress after which the run ends; it reports who is waited for after a sixth of that, and again later.
     `end`: called with the line that says why, just before the process ends with status 1; only by the rank that reports for all.
+    `processes`: those of the ranks, by rank.
     """
 
-    def __init__(self, heart: Heartbeat, *, rank: int, world_size: int, name: str, limit: float, log: Log, end: Log) -> None:
+    def __init__(
+        self,
+        heart: Heartbeat,
+        *,
+        rank: int,
+        world_size: int,
+        name: str,
+        limit: float,
+        log: Log,
+        end: Log,
+        processes: Sequence[Process] = (),
+    ) -> None:
         self.heart, self.rank, self.limit, self._log, self._end = heart, rank, limit, log, end
         self._notes = Notes(rank, world_size, name, heart.clock) if world_size > 1 else None
+        self._here = {other: process for other, process in enumerate(processes) if other != rank and process.is_here}
+        self._world = range(world_size)
         self._interval = min(INTERVAL, limit / 20)
         self._lock = threading.Lock()
         """Held while the notes are used."""
         self._stop = threading.Event()
         self._reported = 0.0
+        self._ended: frozenset[int] = frozenset()
+        """Ranks of this machine that had ended at the last look."""
+        self._looks, self._refusals = 0, 0
+        """For how many looks in a row there has been a verdict, and no store."""
         self._what = _Lazily()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         heart.part = self.part
@@ -267,11 +320,12 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Raises PeerLost in place of an error of the network when another rank is gone."""
+        self.heart.leaves = True
         line = self._lost() if isinstance(error, RuntimeError) and _NETWORK.search(str(error)) else None
         self._stop.set()
         self.heart.clock.__exit__()
         self._thread.join(15.0)
-        self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500])
+        self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500], failed=error is not None and line is None)
         if line is not None:
             self._wait_for_the_others()
             raise PeerLost(line) from error
@@ -291,27 +345,44 @@ class Watchdog:
                     return
                 time.sleep(0.2)
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, why: str, *, failed: bool = False) -> None:
+        """Note the end of this rank; `failed`: by an error of its own, which ends the others too if they do not end by themselves."""
         if self._notes is not None:
             with suppress(RuntimeError):  # the store may be gone with the rank that held it
                 self._notes.write(self.heart, ended=why, what=self._what(self.heart) if why == _LOST else "")
+                if failed:
+                    self._notes.declare(self._loss_of(self._notes.read([self.rank])))
 
     def _lost(self) -> str | None:
         """After an error between ranks: which rank is gone, in a line for the rank that reports; "" for the others, None if none is gone."""
         if self._notes is None:
             return None
-        until = time.monotonic() + 3.5 * INTERVAL
-        while time.monotonic() < until:
+        began = time.monotonic()
+        while (age := time.monotonic() - began) < 3.5 * INTERVAL:
             try:
-                notes = self._notes.read()
+                loss = self._notes.loss()
+                if loss is None and (gone := self._gone(everyone=self.rank < _READERS or age > INTERVAL)):
+                    loss = self._notes.declare(self._loss_of(gone))
             except RuntimeError:
-                return "" if self.rank > 1 else "lost the main process (rank 0), or the network connection to it"
-            gone = [note for note in notes if note.gone] or [note for note in notes if note.ended == _LOST]
-            if gone:
-                reporter = min((note.rank for note in notes if note.rank not in {other.rank for other in gone}), default=self.rank)
-                return "lost " + "; ".join(str(note) for note in gone[:4]) if self.rank == reporter else ""
+                return _NO_MAIN if self._reports_without_store() else ""
+            if loss is not None:
+                return loss.line if loss.reporter == self.rank else ""
             time.sleep(0.2)
         return None
+
+    def _gone(self, *, everyone: bool) -> list[Note]:
+        """The ranks that are gone, after an error between ranks: those of this machine whose process has ended, or what all notes tell."""
+        assert self._notes is not None
+        ended = self._ended_here()
+        notes = self._notes.read(None if everyone else ended)
+        return [note for note in notes if note.gone] or [note for note in notes if note.ended == _LOST]
+
+    def _ended_here(self) -> frozenset[int]:
+        return frozenset(rank for rank, process in self._here.items() if process.has_ended)
+
+    def _loss_of(self, notes: list[Note]) -> Loss:
+        gone = {note.rank for note in notes}
+        return Loss(f"lost {_names(notes)}", min((rank for rank in self._world if rank not in gone), default=self.rank))
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
@@ -321,6 +392,8 @@ class Watchdog:
                 try:
                     if self._notes is not None:
                         self._notes.write(self.heart, what=self._what(self.heart) if stalled else "")
+                        self._refusals = 0
+                        self._look_for_a_loss(age)
                     if stalled:
                         self._diagnose(age)
                     else:
@@ -328,18 +401,38 @@ class Watchdog:
                 except RuntimeError:
                     self._unreachable(age)
 
+    def _look_for_a_loss(self, age: float) -> None:
+        """Whatever is seen is seen twice: a rank that leaves as all others do is not lost, nor is this one for a moment without progress."""
+        assert self._notes is not None
+        loss, ended = self._notes.loss(), self._ended_here()
+        if loss is None and (certain := ended & self._ended):
+            notes = self._notes.read(certain)
+            loss = self._notes.declare(self._loss_of([note for note in notes if note.gone] or notes))
+        self._ended = ended
+        self._looks = 0 if loss is None else self._looks + 1
+        if loss is not None and self._looks > 1 and self._is_held(age):
+            self._finish(loss)
+
+    def _is_held(self, age: float) -> bool:
+        """This rank gets no further, and has not begun to leave."""
+        return age > 3 * self._interval and not self.heart.leaves
+
     def _diagnose(self, age: float) -> None:
         notes = [Note(self.rank, 0, socket.gethostname(), os.getpid(), self.heart.stage, self.heart.step, 0, age, self._what(self.heart))]
+        is_reader = self.rank < _READERS
         if self._notes is not None:
+            if not is_reader and age < self.limit:
+                return
             notes = self._notes.read()
         behind = awaited(notes) if len(notes) > 1 else notes
         waiting = [note.rank for note in notes if note not in behind]
-        reports = self.rank == min(waiting, default=0)
         text = describe(notes) if len(notes) > 1 else str(notes[0])
         silent = [note for note in behind if note.gone]
-        if age > self.limit and (self.heart.stage not in PATIENT or silent):
-            self._finish(f"no progress for {age:.0f} s (run.timeout_minutes): {text}", reports)
-        elif reports and age > max(self.limit / 6, 2 * self._reported):
+        # Who does not read all the time learns the verdict from those who do; if they are gone, it has to look some times to see who is silent.
+        if age > self.limit + (0.0 if is_reader else 5 * self._interval) and (self.heart.stage not in PATIENT or silent):
+            loss = Loss(f"no progress for {age:.0f} s (run.timeout_minutes): {text}", min(waiting, default=0))
+            self._finish(loss if self._notes is None else self._notes.declare(loss), self.limit / 10)
+        elif self.rank == _spokesman(notes, waiting) and age > max(self.limit / 6, 2 * self._reported):
             # The first look cannot know who is silent: it has seen each rank once.
             if self._reported == 0.0 and age < self.limit / 6 + 3 * self._interval:
                 return
@@ -347,22 +440,50 @@ class Watchdog:
             self._log(f"no progress for {age:.0f} s: {text}")
 
     def _unreachable(self, age: float) -> None:
+        self._refusals = self._refusals + 1 if self._notes is not None and _store_is_closed() else 0
+        if self._refusals > 1 and self._is_held(age):
+            self._finish(Loss(_NO_MAIN, self.rank if self._reports_without_store() else -1))
         if age > self.limit:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            self._finish(
+            line = (
                 f"no progress for {age:.0f} s (run.timeout_minutes), and the rendezvous store at {place} cannot be reached from rank {self.rank} "
-                f"(host {socket.gethostname()}): rank 0 hangs, or the network is down",
-                self.heart.stage != "load",  # else the others wait for this one
+                f"(host {socket.gethostname()}): rank 0 hangs, or the network is down"
             )
+            # Who waits in its loader is the one that the others wait for.
+            self._finish(Loss(line, self.rank if self.heart.stage != "load" else -1), self.limit / 10)
 
-    def _finish(self, line: str, reports: bool) -> None:
+    def _reports_without_store(self) -> bool:
+        """Nobody can be asked: the first rank behind rank 0 whose process has not ended, as far as can be seen from here."""
+        ended = self._ended_here()
+        return self.rank == min((rank for rank in self._world if rank > 0 and rank not in ended), default=0) or self.rank == 0
+
+    def _finish(self, loss: Loss, seconds: float = 0.0) -> None:
+        """`seconds`: how long to stay where another rank reports."""
         self._leave(_LOST)
-        if reports:
-            self._end(line)
+        if loss.reporter == self.rank:
+            self._end(loss.line)
         # The first to leave makes the launcher end the others, and takes the store with it if it is rank 0: all must have had their look.
-        time.sleep(max(3.0, 0.0 if reports else self.limit / 10))
+        time.sleep(max(3.0, 0.0 if loss.reporter == self.rank else seconds))
+        self._wait_for_the_others()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _spokesman(notes: list[Note], waiting: list[int]) -> int:
+    """Who says for whom all wait: of the ranks that read the notes one that waits itself, or one that can still speak."""
+    readers = [note for note in notes if note.rank < _READERS]
+    return min([note.rank for note in readers if note.rank in waiting] or [note.rank for note in readers if not note.gone], default=0)
+
+
+def _store_is_closed() -> bool:
+    """Nobody listens where the store was: the process that held it has ended. A machine that does not answer at all tells nothing."""
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=2.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class _Lazily:

@@ -101,6 +101,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                     limit=60 * run.timeout_minutes,
                     log=_log,
                     end=self.lost,
+                    processes=[place.process for place in self.runtime.places],
                 )
             )
             self.runtime.leave_limits_to_watchdog()
@@ -152,6 +153,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     def _stop(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         """While all ranks still answer: a stop is no failure; and what is open is closed."""
+        is_stop = isinstance(error, Stopped | StoppedBeforeFirstStep)
+        self.heart.leaves = not is_stop  # a stop waits for the others once more
         try:
             if isinstance(error, StoppedBeforeFirstStep):
                 self._stopped_early(str(error))
@@ -160,8 +163,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
             elif error is not None and self.tracker is not None:
                 self.tracker.close("failed")
         finally:
+            self.heart.leaves = True
             self.store.close()
-        return isinstance(error, Stopped | StoppedBeforeFirstStep)
+        return is_stop
 
     def _fail(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if isinstance(error, PeerLost):

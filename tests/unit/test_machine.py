@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ def test_physical_cores_are_no_more_than_cores() -> None:
 def test_a_process_is_known_by_its_start_and_state() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        start = machine.process_start(child.pid)
+        start = machine.machine.process_start(child.pid)
         assert start is not None
-        assert machine.process_start(child.pid) == start
+        assert machine.machine.process_start(child.pid) == start
         assert machine.process_state(child.pid) is not None
         child.send_signal(signal.SIGSTOP)
         until = time.monotonic() + 10
@@ -48,9 +49,9 @@ def test_a_process_is_known_by_its_start_and_state() -> None:
     while machine.process_state(child.pid) is not None and time.monotonic() < until:
         time.sleep(0.01)
     assert machine.process_state(child.pid) is None, "a zombie has ended"
-    assert machine.process_start(child.pid) is None
+    assert machine.machine.process_start(child.pid) is None
     child.wait()
-    assert machine.process_start(child.pid) is None
+    assert machine.machine.process_start(child.pid) is None
 
 
 def test_pids_are_valid_in_this_boot_and_namespace() -> None:
@@ -103,3 +104,18 @@ def test_what_may_wait_for_ever_is_left_behind() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr.endswith("NoAnswer: no answer within 0.2 s\n")
     assert time.monotonic() - began < 30
+
+
+def test_a_process_is_known_to_have_ended_on_its_own_machine_only() -> None:
+    here = machine.Process.this()
+    assert here.is_here
+    assert not here.has_ended
+    child = subprocess.Popen(["sleep", "60"])
+    other = replace(here, pid=child.pid, start=machine.process_start(child.pid))
+    assert not other.has_ended
+    child.kill()
+    child.wait()
+    assert other.has_ended
+    assert replace(here, start="1").has_ended, "another process has its number"
+    assert not replace(other, space="another machine").has_ended
+    assert not replace(other, space=None).has_ended

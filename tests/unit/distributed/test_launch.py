@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dtl.distributed.launch import Launch, check_supported, gpus_of_slurm, launch_variables, read_launch
+from dtl.distributed.launch import Launch, Place, check_own_gpus, check_supported, gpus_of_slurm, launch_variables, read_launch
 from dtl.errors import UserError
+from dtl.machine import Process
 
 ACCELERATE = ["python", "/venv/bin/accelerate", "launch"]
 
@@ -53,6 +54,7 @@ def test_the_precision_that_accelerate_exports_by_itself_is_nobodys_wish(monkeyp
 def test_the_environment_of_a_distributed_launcher() -> None:
     launch = read_launch({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, [])
     assert launch == Launch(world_size=4, local_world_size=2, asked_for=None, use_cpu=True, precision=None)
+    assert read_launch({"WORLD_SIZE": "4", "LOCAL_RANK": "3"}, []).local_rank == 3
 
 
 class TestPrecision:
@@ -136,3 +138,29 @@ def test_what_accelerate_sets_by_itself_is_fine() -> None:
 )
 def test_the_gpus_that_slurm_gave(variables: dict[str, str], given: str | None) -> None:
     assert gpus_of_slurm(variables) == given
+
+
+def place(host: str, uuid: str, bus: str) -> Place:
+    return Place(host, 0, Process.this(), (f"GPU-{uuid}", f"{host} {bus}"))
+
+
+def test_each_rank_has_a_gpu_of_its_own() -> None:
+    check_own_gpus([place("a", "1", "0000:01:00"), place("a", "2", "0000:02:00"), place("b", "3", "0000:01:00")])
+    check_own_gpus([Place("a", rank, Process.this()) for rank in range(4)])  # on CPUs
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (
+            [place("a", "1", "01"), place("a", "2", "02"), place("a", "1", "01"), place("a", "2", "02")],
+            r"^rank 0 and rank 2 have the same GPU \(GPU-1, host a\): 4 processes on 2 GPUs; launch one process per GPU, or use --run.device cpu$",
+        ),
+        ([place("a", "MIG-1", "01"), place("a", "MIG-2", "01")], r"^rank 0 and rank 1 have the same GPU \(a 01, host a\): 2 processes on 1 GPU;"),
+        ([place("pod-0", "1", "01"), place("pod-1", "1", "01")], r"^rank 0 and rank 1 have the same GPU \(GPU-1, host pod-1\)"),
+    ],
+    ids=["more ranks than GPUs", "two MIG slices of one GPU", "two containers"],
+)
+def test_two_ranks_on_one_gpu_are_refused(places: list[Place], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_own_gpus(places)

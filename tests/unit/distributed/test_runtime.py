@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dtl.distributed.runtime import Runtime, use_fast_kernels
+from dtl.distributed.launch import read_launch
+from dtl.distributed.runtime import Runtime, _local_rank_of_gpu, _names_of_gpu, use_fast_kernels
 from dtl.errors import UserError
 from dtl.training.session import debug_mode
 
@@ -87,3 +90,24 @@ def test_nothing_of_a_run_outlives_it() -> None:
     gone = weakref.ref(runtime)
     del runtime
     assert gone() is None
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "number"), [(1, 3, "0"), (8, 3, "3"), (2, 3, "1")])
+def test_a_rank_that_sees_one_gpu_computes_on_it(monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, number: str) -> None:
+    """srun --gpus-per-task=1, Kubernetes. (That two ranks do not share one is checked once they have met.)"""
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    launch = read_launch(dict(os.environ), [])
+    with pytest.raises(KeyboardInterrupt), _local_rank_of_gpu(launch, use_cpu=False):
+        assert os.environ["LOCAL_RANK"] == number
+        raise KeyboardInterrupt
+    assert os.environ["LOCAL_RANK"] == str(local_rank)
+    with _local_rank_of_gpu(launch, use_cpu=True):
+        assert os.environ["LOCAL_RANK"] == str(local_rank)
+
+
+def test_a_gpu_has_the_names_by_which_ranks_that_share_it_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    slice_of_first = SimpleNamespace(uuid="7a", pci_domain_id=0, pci_bus_id=193, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: slice_of_first)
+    assert _names_of_gpu(torch.device("cuda", 0)) == ("GPU-7a", f"{socket.gethostname()} 0000:c1:00")
+    assert _names_of_gpu(torch.device("cpu")) == ()
