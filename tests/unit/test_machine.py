@@ -32,9 +32,9 @@ def test_physical_cores_are_no_more_than_cores() -> None:
 def test_a_process_is_known_by_its_start_and_state() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        start = machine.machine.process_start(child.pid)
+        start = machine.process_start(child.pid)
         assert start is not None
-        assert machine.machine.process_start(child.pid) == start
+        assert machine.process_start(child.pid) == start
         assert machine.process_state(child.pid) is not None
         child.send_signal(signal.SIGSTOP)
         until = time.monotonic() + 10
@@ -49,9 +49,9 @@ def test_a_process_is_known_by_its_start_and_state() -> None:
     while machine.process_state(child.pid) is not None and time.monotonic() < until:
         time.sleep(0.01)
     assert machine.process_state(child.pid) is None, "a zombie has ended"
-    assert machine.machine.process_start(child.pid) is None
+    assert machine.process_start(child.pid) is None
     child.wait()
-    assert machine.machine.process_start(child.pid) is None
+    assert machine.process_start(child.pid) is None
 
 
 def test_pids_are_valid_in_this_boot_and_namespace() -> None:
