@@ -83,6 +83,25 @@ def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backwa
     return Hungry(*small(num_classes).children())
 
 
+def wide(num_classes: int) -> nn.Module:
+    """Gradients of more than 1 MiB, which DDP divides into several buckets after its first step."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, num_classes))
+
+
+def unpooled(num_classes: int) -> nn.Module:
+    """Has an operator without a deterministic kernel on any device."""
+
+    class Unpooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.unpool, self.small = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), small(num_classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.small(self.unpool(*self.pool(x)))
+
+    return Unpooled()
+
+
 def mean_colour(num_classes: int) -> nn.Module:
     """Next to no computing: whatever time an epoch takes is spent elsewhere."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))

@@ -17,7 +17,7 @@ from dtl.errors import UserError
 from dtl.text import OptionParser, to_stdout
 
 _EPILOG = """All other options are those of `dtl train`. Keep the run short (--phases.all.steps 50): it is trained at least twice.
-On a CPU the weights must come out bit-identical; on a GPU only if its kernels are deterministic."""
+The weights must come out bit-identical. On GPUs this holds with --run.deterministic true only, so it is on there unless the recipe or an option sets it."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -32,8 +32,12 @@ def run(arguments: Sequence[str]) -> int:
     if options.kills < 1 or options.processes < 1:
         raise UserError("--kills and --processes must be at least 1")
     from dtl.config import load_config
+    from dtl.distributed.runtime import uses_gpu
 
-    load_config(rest)  # a mistake in it is reported here, once
+    config, _ = load_config(rest)  # a mistake in it is reported here, once
+    if "deterministic" not in config.run.model_fields_set and uses_gpu(config.run.device):
+        rest += ["--run.deterministic", "true"]
+        to_stdout("on GPUs: with --run.deterministic true (--run.deterministic false compares runs with the fastest kernels, which may differ)")
     if options.folder is None:
         with tempfile.TemporaryDirectory(prefix="dtl-verify-resume-") as folder:
             return _check(rest, Path(folder), options)

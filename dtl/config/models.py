@@ -68,6 +68,8 @@ class RunConfig(Section):
     """One process, no workers, few samples, anomaly detection, deterministic algorithms, no tracker, full traceback; overfits one batch first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
+    deterministic: bool = False
+    """Deterministic kernels, so that a run on GPUs is bit-identical when it is repeated or resumed; slower. On CPUs it is so either way."""
     gradient_compression: Literal["no", "bf16", "fp16"] = "no"
     """Communicate gradients between processes in 16 bits: half the bytes, for slow interconnects. Gradients are rounded, so results change a little."""
     timeout_minutes: Positive = 30.0

@@ -97,7 +97,7 @@ class Runtime:
         if alone:
             launch = replace(launch, world_size=None, local_world_size=1, asked_for=None, precision=None)
         self.launch = launch
-        use_cpu = device == "cpu" or (device == "auto" and (launch.use_cpu or not torch.cuda.is_available()))
+        use_cpu = not uses_gpu(device, launch)
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("run.device is cuda, but PyTorch finds no GPU on this machine; use --run.device auto or cpu")
         if device == "cuda" and launch.use_cpu:
@@ -343,6 +343,12 @@ class Runtime:
                 tensor.detach().copy_(value.view_as(tensor))
 
 
+def uses_gpu(device: str, launch: Launch | None = None) -> bool:
+    """Whether `run.device` comes to a GPU on this machine. Starts nothing on it."""
+    use_cpu = (launch or read_launch()).use_cpu
+    return device == "cuda" or (device == "auto" and not use_cpu and torch.cuda.is_available())
+
+
 def resolve_precision(wanted: str, launch: Launch, use_cpu: bool, trained_in: str | None = None) -> str:
     """`auto`: the launch file's value, else `trained_in` where the hardware computes in it, else bf16 likewise. A conflict with the launch
     file is refused."""
@@ -432,7 +438,7 @@ def _forget_accelerate() -> None:
 def use_fast_kernels(wanted: bool) -> None:
     """TF32 for the matrix products that are left in float32, and cuDNN's quickest kernels, found by trying them: batches have one size."""
     torch.set_float32_matmul_precision("high" if wanted else "highest")
-    torch.backends.cudnn.benchmark = wanted
+    torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.allow_tf32 = wanted  # convolutions have a switch of their own, which is on by default
 
 

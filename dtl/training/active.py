@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dtl.checkpoint.resume.state import load_optimizer, optimizer_tensors
 from dtl.checkpoint.resume.store import Checkpoint
+from dtl.distributed.determinism import fix_buckets
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import key
@@ -212,6 +213,7 @@ def enter(
         # torch 2.14 has another name for it, which older ones do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         wrapped = runtime.accelerator.prepare_model(trained)
+    fix_buckets(wrapped)
     return ActivePhase(
         phase=phase,
         network=network,

@@ -15,6 +15,7 @@ from dtl.checkpoint.resume.state import PhaseProgress, TrainState
 from dtl.checkpoint.resume.store import Checkpoint
 from dtl.data.loading.batch import Batch
 from dtl.data.remote.address import private_cache
+from dtl.distributed.determinism import name_operators
 from dtl.distributed.runtime import Exchange, Flags
 from dtl.distributed.signals import Stopped
 from dtl.errors import UserError
@@ -83,6 +84,14 @@ class Trainer:
         self._log.begin()
 
     def _enter(self, phase: Phase) -> ActivePhase:
+        active = self._enter_fitting(phase)
+        if self.config.run.deterministic:
+            operators = micro_batch.unstable_operators(active, self.loaders, self.runtime, normalise=self.normalise)
+            for line in name_operators(operators, phase.name, self.runtime.device.type):
+                self.tracker.print(line)
+        return active
+
+    def _enter_fitting(self, phase: Phase) -> ActivePhase:
         if self.config.data.micro_batch_size != "auto":
             return self._enter_once(phase)
         self.loaders.micro_batch_size = self.state.phase.micro_batch_size  # what fitted in an earlier start

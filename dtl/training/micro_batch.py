@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.data.loading.batch import Batch
+from dtl.distributed.determinism import operators_noted
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.network import Normalise
 from dtl.models.norms import norms_alone
 from dtl.text import counted
-from dtl.training.active import ActivePhase
+from dtl.training.active import ActivePhase, Trained
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.phases import Phase
 from dtl.training.step import Stepper
@@ -37,6 +38,8 @@ PERHAPS_FULL = (torch.OutOfMemoryError, RuntimeError, MemoryError)
 _CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "std::bad_alloc")
 # Where a device is nearly full, CUDA's libraries have words of their own.
 _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_TRIED = 2
+"""Images that show which operators a network uses."""
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
@@ -68,6 +71,14 @@ def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalis
         if state is not None:
             state.phase.micro_batch_size = size
     return halved
+
+
+def unstable_operators(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise) -> list[str]:
+    """The operators without a deterministic kernel in a forward and backward pass of the phase, of any rank. All ranks call it together."""
+    found: list[str] = []
+    with operators_noted(found), runtime.autocast():
+        _trial(replace(active, wrapped=Trained(active.module), cut=None), loaders.layout(active.phase).unit * _TRIED, loaders.image_size, runtime, normalise)
+    return list(dict.fromkeys(name for names in runtime.gather(found) for name in names))
 
 
 def explain(error: Exception, loaders: DataLoaders, phase: Phase) -> None:

@@ -32,6 +32,7 @@ from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.config import Config
 from dtl.credentials import redact, redacted_line
 from dtl.distributed.deadline import Deadline
+from dtl.distributed.determinism import deterministic_kernels
 from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.distributed.same_start import check_same_start
 from dtl.distributed.signals import Stopped, StoppedBeforeFirstStep
@@ -84,6 +85,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         gc.freeze()
         run = self.config.run
         with contextlib.ExitStack() as stack:
+            stack.enter_context(deterministic_kernels(run.deterministic or run.debug, strict=run.deterministic))
             self.runtime = stack.enter_context(
                 Runtime(device=run.device, precision=self.config.precision, timeout_minutes=run.timeout_minutes, compression=run.gradient_compression)
             )
@@ -247,13 +249,11 @@ def debug_config(config: Config, name: str) -> tuple[Config, str]:
 
 @contextlib.contextmanager
 def debug_mode(wanted: bool) -> Iterator[None]:
-    """Anomaly detection and deterministic algorithms while it lasts; mistakes keep their traceback."""
+    """Anomaly detection and no fast kernels while it lasts; mistakes keep their traceback."""
     if not wanted:
         yield
         return
     os.environ["DTL_DEBUG"] = "1"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic kernels
-    torch.use_deterministic_algorithms(True, warn_only=True)
     cudnn = torch.backends.cudnn
     precision, benchmark, tf32 = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
     use_fast_kernels(False)
@@ -261,6 +261,5 @@ def debug_mode(wanted: bool) -> Iterator[None]:
         with torch.autograd.set_detect_anomaly(True):
             yield
     finally:
-        torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision(precision)
         cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32

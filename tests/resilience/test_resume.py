@@ -54,6 +54,34 @@ def test_a_run_that_was_killed_goes_on_bit_identically(tmp_path: Path, reference
     assert history(folder) == history(reference[world])
 
 
+def test_gradients_of_several_buckets_are_summed_in_one_order_from_the_first_step_on(tmp_path: Path) -> None:
+    # Over three and more ranks the order of an all-reduce's sums depends on where a gradient stands in its bucket.
+    phases = {"all": {"train": "all", "steps": 6, "lr": 0.05}}
+    weights = []
+    for name in ("whole", "killed"):
+        recipe = write_recipe(tmp_path, name, model={"name": "networks:wide"}, data={"workers": 0}, phases=phases)
+        if name == "killed":
+            job = start(["--config", str(recipe)], cwd=tmp_path, world=3)
+            wait_for(lambda: steps_done(tmp_path / "runs/killed") >= 3 or None, what="step 3")
+            job.kill()
+        run(["--config", str(recipe)], cwd=tmp_path, world=3)
+        weights.append(weights_hash(tmp_path / f"runs/{name}"))
+    assert weights[0] == weights[1]
+
+
+def test_operators_without_a_deterministic_kernel_are_named_and_a_change_is_logged(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model={"name": "networks:unpooled"}, phases={"all": {"train": "all", "steps": 4}})
+    job = start(["--config", str(recipe), "--run.deterministic", "true"], cwd=tmp_path, world=2)
+    wait_for(lambda: steps_done(tmp_path / "runs/tiny") >= 3 or None, what="step 3")
+    job.kill()
+    named = "1 operator without a deterministic kernel on cpu (max_unpooling2d_forward_out): a repeated or resumed run may differ in the last digits"
+    assert job.err().count(named) == 1
+    assert "does not have a deterministic implementation" not in job.err()
+    other = run(["--config", str(recipe)], cwd=tmp_path, world=2)
+    assert other.err().count("run.deterministic was true and is now false: the rounding of sums may differ") == 1
+    assert "without a deterministic kernel" not in other.err()
+
+
 def test_a_finished_run_prints_its_result_and_changes_nothing(tmp_path: Path, reference: dict[int, Path]) -> None:
     folder = reference[1]
     before = weights_hash(folder), history(folder)

@@ -15,6 +15,7 @@ from dtl.config import Config, config_from_dict
 from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import VERSIONS
+from dtl.distributed.determinism import changed_facts, kernel_facts
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.text import counted
@@ -24,7 +25,7 @@ from dtl.untrusted import Count, NumbersObject, Record, Text
 # compared by what they come to; run.device and data.micro_batch_size change roundings and batch statistics, as the number of ranks does,
 # and are logged. Keys of `checkpoint` stand here one by one: `monitor` says which weights are kept.
 FREE_SETTINGS = (
-    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.timeout_minutes", "tracking.*", "precision",
+    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.deterministic", "run.timeout_minutes", "tracking.*", "precision",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.deadline_seconds", "checkpoint.max_failures", "checkpoint.keep", "checkpoint.keep_done",
     "checkpoint.async",
     "data.workers", "data.micro_batch_size", "data.cache_dir", "data.cache_shared", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
@@ -41,6 +42,7 @@ class StoredState(Record):
     precision: Text
     plan: int
     device: Text | None = None
+    kernels: dict[Text, Text] = field(default_factory=dict)
     transforms: dict[Text, int] = field(default_factory=dict)
     optimizer: OptimizerFacts
     scaler: dict[Text, float] | None
@@ -83,6 +85,7 @@ def checkpoint_state(config: Config, state: TrainState, runtime: Runtime) -> dic
         "config": config.to_dict(),
         "precision": runtime.precision,
         "device": runtime.device.type,
+        "kernels": kernel_facts(config.run.deterministic, runtime.device),
         "transforms": VERSIONS,
         "plan": PLAN_VERSION,
     }
@@ -102,6 +105,8 @@ def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainStat
         device = checkpoint.state.get("device", runtime.device.type)  # an older dtl did not write it
         if device != runtime.device.type:
             log(f"this run was on {device} and is now on {runtime.device.type}: the rounding of sums may differ")
+        for line in changed_facts(checkpoint.state.get("kernels", {}), kernel_facts(config.run.deterministic, runtime.device)):
+            log(line)
         before, now = checkpoint.state["config"].get("data", {}).get("micro_batch_size", "auto"), config.data.micro_batch_size
         if before != now:
             log(

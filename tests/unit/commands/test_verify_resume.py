@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dtl.checks.resume import Killed, Result
+from dtl.commands import verify_resume
 from dtl.commands.verify_resume import report, run
 from dtl.errors import UserError
 
@@ -20,6 +22,17 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run(words)
+
+
+def test_on_gpus_the_kernels_are_deterministic_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(verify_resume, "_check", lambda arguments, *_: started.append(arguments) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for words in ([], ["--run.deterministic", "false"], ["--run.device", "cpu"]):
+        assert run(words) == 0
+    assert started == [["--run.deterministic", "true"], ["--run.deterministic", "false"], ["--run.device", "cpu"]]
+    assert capsys.readouterr().out.count("on GPUs: with --run.deterministic true") == 1
 
 
 def test_a_result_is_a_status_and_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:

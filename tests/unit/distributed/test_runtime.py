@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dtl.distributed.determinism import deterministic_kernels
 from dtl.distributed.launch import read_launch
 from dtl.distributed.runtime import Runtime, _local_rank_of_gpu, _names_of_gpu, use_fast_kernels
 from dtl.errors import UserError
@@ -25,8 +26,7 @@ def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatc
     def state() -> tuple[str, bool, bool]:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
 
-    for name in ("DTL_DEBUG", "CUBLAS_WORKSPACE_CONFIG"):
-        monkeypatch.setenv(name, "")  # `debugging` leaves them behind; undone with this
+    monkeypatch.setenv("DTL_DEBUG", "")  # `debug_mode` leaves it behind; undone with this
     before = state()
     with Runtime(device="cpu"):
         assert state() == before, "on CPUs nothing is changed"
@@ -36,6 +36,10 @@ def test_a_gpu_is_hurried_but_not_while_debugging(monkeypatch: pytest.MonkeyPatc
     assert state() == before
     try:
         use_fast_kernels(True)
+        assert state() == ("high", True, True)
+        with deterministic_kernels(True):
+            use_fast_kernels(True)
+            assert state() == ("high", False, True), "cuDNN chooses no kernel by its timing"
         assert state() == ("high", True, True)
         with debug_mode(True):
             assert state() == ("highest", False, False)
