@@ -81,7 +81,7 @@ def name_operators(operators: Sequence[str], phase: str, device: str) -> list[st
     if not operators:
         return []
     return [
-        f"phase {phase}: run.deterministic cannot hold for {counted(len(operators), 'operator')} without a deterministic kernel on {device} ({some(operators)}): "
+        f"phase {phase}: run.deterministic does not hold: {counted(len(operators), 'operator')} without a deterministic kernel on {device} ({some(operators)}): "
         "a repeated or resumed run may differ in the last digits; use a network without them, or --run.device cpu"
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -35,7 +36,7 @@ def start_processes(make: Callable[[dict[str, Any]], Iterator[T]], workers: int)
             batches: Iterator[T] = iter(())
             all_started = False
             try:
-                batches = make(process_options(workers, pipe))
+                batches = _made(make, process_options(workers, pipe))
                 all_started = _all_started(batches, workers, pipe[0], attempt * START_SECONDS)
             finally:
                 for end in pipe:
@@ -44,7 +45,19 @@ def start_processes(make: Callable[[dict[str, Any]], Iterator[T]], workers: int)
                     end_processes(batches)
             if all_started:
                 return batches
-    return make(process_options(workers))
+    return _made(make, process_options(workers))
+
+
+def _made(make: Callable[[dict[str, Any]], Iterator[T]], options: dict[str, Any]) -> Iterator[T]:
+    """`make(options)`. A forked process inherits garbage, among it perhaps CUDA tensors: to free one calls CUDA, which ends a forked process
+    (pytorch#50200). So it inherits a garbage collector that is off, and `_init_worker` excludes from collection what was there before."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return make(options)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _all_started(batches: Any, workers: int, reading: int, seconds: float) -> bool:
@@ -88,6 +101,8 @@ def end_processes(batches: Iterator[Any]) -> None:
 
 def _init_worker(parent: int, pipe: tuple[int, int] | None, worker: int) -> None:
     """Signals to the job are for the trainer: a loader process that ends at one would break the step that is to be saved."""
+    gc.freeze()
+    gc.enable()
     # torch's loader processes check for their parent while they wait for work, but not while their finished batches are not taken.
     end_with_parent(parent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

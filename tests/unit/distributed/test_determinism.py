@@ -65,10 +65,15 @@ def test_what_cannot_be_deterministic_any_more_is_refused(monkeypatch: pytest.Mo
 def test_operators_without_a_deterministic_kernel_are_noted_once_and_other_warnings_stay() -> None:
     pool, unpool, images = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), torch.zeros(1, 1, 4, 4)
     found: list[str] = []
-    with deterministic_kernels(True), pytest.warns(UserWarning, match="another one") as warned, operators_noted(found):
-        for _ in range(2):
-            unpool(*pool(images))
-        warnings.warn("another one", stacklevel=1)
+
+    def work() -> None:
+        with operators_noted(found):
+            for _ in range(2):
+                unpool(*pool(images))
+            warnings.warn("another one", stacklevel=1)
+
+    with deterministic_kernels(True), pytest.warns(UserWarning, match="another one") as warned:
+        work()
     assert found == ["max_unpooling2d_forward_out"]
     assert len(warned) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from dtl.config.models import AugmentConfig
+from dtl.data.loading import device as loading_device
 from dtl.data.loading.batch import Batch
 from dtl.data.loading.device import DeviceDecoder, _coarse, place_on_device, ready
 from dtl.data.loading.loader import BatchDataset, StepLoader
@@ -161,3 +163,17 @@ def test_a_decoder_that_decodes_nothing_is_refused_before_the_first_step(monkeyp
     monkeypatch.setattr("torchcodec.decoders.decode_jpeg", broken)
     with pytest.raises(UserError, match=r"cannot decode on \w+.* \(nvJPEG is not there\); use --data\.decode workers"):
         ready(TRANSFORMS["evaluation"], DEVICE)
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda:1", 1), ("cuda", 3)])
+def test_the_decoding_thread_is_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
+    # Threads start on GPU 0, and each rank would leave a context there.
+    found: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append((device, threading.current_thread().name.partition("_")[0])))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(loading_device, "_stream", lambda device: "a stream")
+    monkeypatch.setattr(loading_device, "ready", lambda transform, device: None)
+    monkeypatch.setattr(DeviceDecoder, "_finish_marked", lambda self, batch: (batch, None))
+    decoder = DeviceDecoder(eval_transform(image_size=SIZE), torch.device(device), lambda sample, reason: None)  # type: ignore[arg-type, return-value]
+    assert list(decoder.finished(iter(["a batch"]))) == ["a batch"]  # type: ignore[list-item, comparison-overlap]
+    assert found == [(index, "device-decode")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from harness import wait_for
 from tiny_images import image_folder
+from torch.utils.data import DataLoader
 
 from dtl.data.loading import processes as loader_process
 from dtl.data.loading.loader import StepLoader
@@ -84,3 +86,42 @@ def test_an_interrupt_while_they_begin_leaves_none_behind(tmp_path: Path, shards
     with pytest.raises(ProcessLookupError):
         os.kill(int(pids.read_text()), 0)
     assert caught.tb is not None
+
+
+class _Freed:
+    """Notes in which process it is freed, as a CUDA tensor must not be in a forked one."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.cycle = place, self
+
+    def __del__(self) -> None:
+        self.place.write_text(str(os.getpid()))
+
+
+class _Collecting(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return int(gc.isenabled())
+
+
+def test_a_loader_process_frees_no_garbage_of_the_trainer(tmp_path: Path) -> None:
+    place, thresholds = tmp_path / "freed", gc.get_threshold()
+    gc.disable()
+    try:
+        _Freed(place)
+        gc.set_threshold(1)
+        batches = loader_process.start_processes(lambda options: iter(DataLoader(_Collecting(), batch_size=None, **options)), 1)
+        assert not gc.isenabled()
+        try:
+            assert list(batches) == [1, 1], "it collects its own"
+        finally:
+            loader_process.end_processes(batches)
+        assert not place.exists()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    gc.collect()
+    assert int(place.read_text()) == os.getpid()
