@@ -36,7 +36,7 @@ def deterministic_kernels(wanted: bool, *, strict: bool = True) -> Iterator[None
     given = os.environ.get(_CUBLAS)
     if strict and given is not None and given not in _CUBLAS_VALUES:
         raise UserError(f"run.deterministic needs {_CUBLAS}={_CUBLAS_VALUES[0]}, but it is {given!r}; unset it")
-    if strict and given is None and torch.cuda.is_initialized():
+    if strict and given is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise UserError(f"run.deterministic: this process has used CUDA already; set {_CUBLAS}={_CUBLAS_VALUES[0]} before it starts, or train in a new process")
     missing = [name for name in _FIXED if name not in os.environ]
     cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
@@ -81,7 +81,7 @@ def name_operators(operators: Sequence[str], phase: str, device: str) -> list[st
     if not operators:
         return []
     return [
-        f"phase {phase}: run.deterministic does not hold: {counted(len(operators), 'operator')} without a deterministic kernel on {device} ({some(operators)}): "
+        f"phase {phase}: run.deterministic fails: {counted(len(operators), 'operator')} without a deterministic kernel on {device} ({some(operators)}): "
         "a repeated or resumed run may differ in the last digits; use a network without them, or --run.device cpu"
     ]
 
