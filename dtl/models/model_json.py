@@ -45,7 +45,7 @@ def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
     while rest:
         one = rest.pop()
         size = one.get("image_size", 1)
-        if any(not _is_number(side) or not 1 <= side <= MAX_IMAGE_SIZE for side in (size if isinstance(size, list) else [size])):
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size {str(size)[:40]} is not from 1 to {MAX_IMAGE_SIZE}")
         rest += [inner for inner in one.values() if isinstance(inner, dict)]
     return facts

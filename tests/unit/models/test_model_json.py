@@ -37,6 +37,8 @@ FACTS: dict[str, Any] = {
         ({"classes": ["ants"]}, r"is damaged: torchvision/resnet18 has 2 outputs, but 1 class listed"),
         ({"display_names": {"ants": 3}}, r"display_names.ants: must be a string"),
         ({"preprocessing": {**FACTS["preprocessing"], "transform": {"geometry": {"image_size": 10**6}}}}, r"image_size 1000000 is not from 1 to 16384"),
+        ({"preprocessing": {**FACTS["preprocessing"], "image_size": []}}, r"image_size \[\] is not from 1 to 16384"),
+        ({"preprocessing": {**FACTS["preprocessing"], "image_size": 224.5}}, r"image_size 224.5 is not from 1 to 16384"),
         ({"preprocessing": {**FACTS["preprocessing"], "interpolation": 3}}, r"preprocessing: crop_ratio must be a number, interpolation a string"),
         ({"order": "fc"}, r"order: must be a list"),
         ({"order": [["fc"]]}, r"order.0: must be a string"),
