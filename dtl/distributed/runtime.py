@@ -131,7 +131,11 @@ class Runtime:
         self._num_onces = 0
         self.places = self.gather(Place(socket.gethostname(), self.local_rank, Process.this(), _names_of_gpu(self.device)))
         """Of all ranks, by rank."""
-        check_own_gpus(self.places)
+        try:
+            check_own_gpus(self.places)
+        except UserError:
+            self.close()  # all ranks know it; at the process's end the group's threads would abort it
+            raise
         leaders = [leader_of(rank, [(place.host, place.local_rank) for place in self.places]) for rank in range(self.world_size)]
         self._leader = leaders[self.rank]
         """The rank that acts for this node."""
