@@ -372,6 +372,16 @@ def resolve_precision(wanted: str, launch: Launch, use_cpu: bool, trained_in: st
     return "bf16" if has_bf16 else "no"
 
 
+def fp16_instead(wanted: str, runtime: Runtime) -> list[str]:
+    """A line where `auto` has come to float32 on a GPU whose tensor cores know fp16 only (V100, T4, RTX 20)."""
+    if wanted != "auto" or runtime.precision != "no" or runtime.launch.precision is not None or runtime.device.type != "cuda":
+        return []
+    properties = torch.cuda.get_device_properties(runtime.device)
+    if torch.version.hip or properties.major != 7:
+        return []
+    return [f"{properties.name} has no bf16, so precision auto computes in float32: --precision fp16 is usually several times faster on it"]
+
+
 def _cpu_has_bf16() -> bool:
     """Whether matrix products in bf16 are native here; emulated ones are slower than float32."""
     try:

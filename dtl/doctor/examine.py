@@ -93,11 +93,11 @@ class Doctor:
         decoding = Measurement("decode", {"image_size": size, "data": self.data, "seconds": 1.5}, seconds=60.0).result()
         batch = self.need.batch_size if device == "cuda" else min(self.need.batch_size, 8)
         given = {"model": self.model, "image_size": size, "batch_size": batch, "device": device, "seconds": 5.0}
-        images_s = None
+        images_s, model = None, self.model
         found = []
         try:
             trained = Measurement("model", given, seconds=90.0).result()
-            images_s = float(trained["images_s"])
+            images_s, model = float(trained["images_s"]), f"{self.model} in precision {trained['precision']}"
             self.need = replace(self.need, parameters=int(trained["parameters"]))
         except Unanswered as error:
             found.append(Finding("model", "warn", f"{self.model} could not be run: {error}", "use a smaller --data.micro-batch-size, or another --model"))
@@ -105,7 +105,7 @@ class Doctor:
             float(decoding["ms_per_image"]),
             machine.core_share(),
             images_s,
-            model=self.model,
+            model=model,
             device="GPU" if device == "cuda" else "cpu",
             ranks=max(1, int(self.torch.get("count") or 0)),
             workers=self.need.workers,

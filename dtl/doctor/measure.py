@@ -99,21 +99,23 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model(given: dict[str, Any]) -> dict[str, Any]:
-    """Images/s of training this network on this device, without data loading; and its number of parameters."""
+    """Images/s of training this network on this device as `dtl train` would, without data loading; that precision, and its number of parameters."""
     import torch
 
+    from dtl.distributed.launch import read_launch
+    from dtl.distributed.runtime import Runtime, resolve_precision
     from dtl.models.build import build, forward_logits
 
     name, size, batch = str(given["model"]), int(given["image_size"]), int(given["batch_size"])
-    device = torch.device(str(given["device"]))
+    device = Runtime.alone(str(given["device"])).device
+    precision = resolve_precision("auto", read_launch({}, []), device.type == "cpu")
     module = build(name, num_classes=10, own=True).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     deadline, steps, start = time.perf_counter() + float(given["seconds"]), 0, 0.0
     while steps < 2 or (time.perf_counter() < deadline and steps < 50):
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             logits, _ = forward_logits(module, images)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -124,7 +126,7 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
         if steps == 1:
             start = time.perf_counter()
     seconds = time.perf_counter() - start
-    return {"images_s": (steps - 1) * batch / seconds, "parameters": sum(p.numel() for p in module.parameters())}
+    return {"images_s": (steps - 1) * batch / seconds, "precision": precision, "parameters": sum(p.numel() for p in module.parameters())}
 
 
 def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:

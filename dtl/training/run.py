@@ -17,7 +17,7 @@ from dtl.config.own import needs_record, note_made
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
 from dtl.data.shards.index import Shards
 from dtl.distributed.launch import launch_variables
-from dtl.distributed.runtime import Runtime, gpu_expected
+from dtl.distributed.runtime import Runtime, fp16_instead, gpu_expected
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
 from dtl.models.build import forward_logits
@@ -97,7 +97,11 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
             log(line)
     if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
         log(warning)
-    for line in [*too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch), *too_few_threads(runtime)]:
+    for line in [
+        *too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch),
+        *too_few_threads(runtime),
+        *fp16_instead(config.precision, runtime),
+    ]:
         log(line)
     if not state.step:
         report_copies(session, {"train": train, "val": val})

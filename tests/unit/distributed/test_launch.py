@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -91,6 +93,30 @@ class TestPrecision:
 
         with pytest.raises(UserError, match=message):
             resolve_precision(wanted, launch(given), use_cpu=True)
+
+    @pytest.mark.parametrize(
+        ("wanted", "given", "device", "major", "hip", "named"),
+        [
+            ("auto", None, "cuda", 7, None, True),
+            ("auto", None, "cuda", 6, None, False),  # no tensor cores
+            ("no", None, "cuda", 7, None, False),  # asked for
+            ("auto", "no", "cuda", 7, None, False),  # so was this
+            ("auto", None, "cuda", 7, "6.2", False),
+            ("auto", None, "cpu", 7, None, False),
+        ],
+    )
+    def test_float32_on_a_gpu_that_has_only_fp16_is_not_taken_in_silence(
+        self, monkeypatch: pytest.MonkeyPatch, wanted: str, given: str | None, device: str, major: int, hip: str | None, named: bool
+    ) -> None:
+        import torch
+
+        from dtl.distributed.runtime import fp16_instead
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Tesla V100", major=major))
+        monkeypatch.setattr(torch.version, "hip", hip)
+        runtime: Any = SimpleNamespace(precision="no", launch=launch(given), device=torch.device(device))
+        line = "Tesla V100 has no bf16, so precision auto computes in float32: --precision fp16 is usually several times faster on it"
+        assert fp16_instead(wanted, runtime) == [line] * named
 
 
 def launch(precision: str | None) -> Launch:
