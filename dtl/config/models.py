@@ -119,7 +119,7 @@ class DataConfig(Section):
     global_batch_size: Count = 64
     """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Samples per forward pass on one rank; auto: its whole share of the global batch, halved until it fits into memory."""
+    """Samples per forward pass on one rank; auto: its whole share of the global batch, halved until it fits into memory (on GPUs with 5 % to spare)."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank; 0: load in the training process."""
     decode: Literal["workers", "device"] = "workers"
@@ -171,7 +171,7 @@ class ModelConfig(Section):
     channels_last: Literal["auto"] | bool = "auto"
     """channels_last memory format for images and convolutions; auto: if the network has convolutions."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile the network with torch.compile, for training. Evaluations run it as written, as `dtl evaluate` does: compiling it once more takes longer."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass (activation checkpointing): less memory, about a third more time."""
 

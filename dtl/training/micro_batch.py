@@ -3,7 +3,8 @@
 A rank that runs out of memory in the middle of a step leaves the others in an all-reduce. So each phase begins with a trial: forward
 and backward of one made-up micro-batch on each rank by itself, no collective inside, no update after it. All ranks tell whether it
 fitted; where it did not on any of them, all halve and try again. The global batch and its order are the plan's, whatever the
-micro-batch is. What fitted is kept in the checkpoint's state. Composer has the idea of halving until it fits; its trial is the step.
+micro-batch is. What fitted is kept in the checkpoint's state. On GPUs a trial leaves some memory free. Composer has the idea of halving
+until it fits; its trial is the step.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "could not create a 
 _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _TRIED = 2
 """Images that show which operators a network uses."""
+ROOM = 0.05
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
@@ -53,7 +55,8 @@ def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalis
     while True:
         layout = loaders.layout(phase)
         size = layout.micro_batch_size
-        problems = runtime.gather(_trial(active, size, loaders.image_size, runtime, normalise))
+        room = _room(runtime.device) if size > layout.unit else 0
+        problems = runtime.gather(_trial(active, size, loaders.image_size, runtime, normalise, room))
         if not any(problems):
             break
         rank = next(i for i, problem in enumerate(problems) if problem)
@@ -91,25 +94,36 @@ def explain(error: Exception, loaders: DataLoaders, phase: Phase) -> None:
         ) from error
 
 
-def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise) -> str:
-    """Why a micro-batch of `size` does not fit here; empty where it does."""
+def _room(device: torch.device) -> int:
+    """Bytes of a GPU that a trial leaves free: what only just fits meets fragmented memory later, or a workspace of NCCL or cuDNN.
+
+    Not on CPUs: a process gets its memory there as it uses it, and shares it with all others."""
+    if device.type != "cuda":
+        return 0
+    return int(ROOM * torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory)
+
+
+def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise, room: int = 0) -> str:
+    """Why a micro-batch of `size` does not fit here beside `room` bytes; empty where it does."""
     buffers = list(active.module.buffers())
     kept = [buffer.detach().clone() for buffer in buffers]
-    problem = ""
+    problem, ballast = "", None
     with rng_restored(runtime.device), modes_restored(active.module), norms_alone():
         try:
+            ballast = torch.empty(room, dtype=torch.uint8, device=runtime.device)  # held while the trial computes
             _compute(active, size, image_size, runtime, normalise)
         except PERHAPS_FULL as error:
             if not _is_out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0].split(". ")[0][:120] or "out of memory"
         finally:
+            del ballast
             for parameter in active.parameters:
                 parameter.grad = None
             with torch.no_grad():
                 for buffer, value in zip(buffers, kept):
                     buffer.copy_(value)
-    if problem:
+    if problem or room:
         gc.collect()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
