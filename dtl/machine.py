@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +45,50 @@ def within(seconds: float, action: Callable[[], T]) -> T:
     return done[0]
 
 
-def core_share() -> float:
-    """Cores that this process may use: its affinity (Slurm, taskset) and the quota of its container (cgroup v2), which may be a fraction."""
-    number = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+def own_cores() -> frozenset[int]:
+    """The cores that this process may use, by its affinity (Slurm, taskset)."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+def core_quota() -> float:
+    """How many cores' time this process's container may use (cgroup v2), which may be a fraction; infinite without a limit."""
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
-            number = min(number, int(quota) / int(period))
-    return number
+            return int(quota) / int(period)
+    return math.inf
+
+
+def core_share(mine: frozenset[int] | None = None, others: Sequence[frozenset[int]] = (), quota: float | None = None) -> float:
+    """Cores that this process may use: its affinity and the quota of its container. `others`: the affinities of processes of this machine that compute
+    at the same time. A core is divided among all that may use it, and so is the quota."""
+    mine, quota = own_cores() if mine is None else mine, core_quota() if quota is None else quota
+    return min(sum(1 / (1 + sum(core in other for other in others)) for core in mine), quota / (1 + len(others)))
+
+
+def memory_left() -> tuple[int | None, int | None]:
+    """Bytes that are available on this machine, and within the limit of the container or job (cgroup v2); None where the system does not report it."""
+    available = limit = None
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text())
+    return available, limit
+
+
+MOST_LOADERS, LOADER_BYTES, LOADER_BATCHES = 16, 300 * 2**20, 3
+"""The most loader processes of a rank that nobody asked for (each evaluation starts its own), what each takes of memory, and its batches beside that."""
+
+
+def loader_processes(cores: float, memory: int | None, *, on_cpu: bool, batch_bytes: int) -> int:
+    """`data.workers: auto` of a rank with `cores`, and `memory` for its loader processes (None: unknown). `batch_bytes`: one micro-batch's images.
+
+    On a GPU one core is for the training process. On a CPU the network itself takes the cores: a quarter of them, two if there are that many."""
+    number = max(min(2.0, cores), cores / 4) if on_cpu else cores - 1
+    if memory is not None:
+        number = min(number, memory / (LOADER_BYTES + LOADER_BATCHES * batch_bytes))
+    return max(1, min(MOST_LOADERS, int(number)))
 
 
 def num_cores() -> int:

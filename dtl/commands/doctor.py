@@ -60,7 +60,8 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
             "run_dir": user_path(options.run_dir or "runs"),
             "cache_dir": user_path(options.cache_dir) if options.cache_dir else default_cache_dir(),
             "model": options.model or "torchvision/resnet18",
-            "need": Need(workers=2 if options.workers is None else options.workers, ranks=ranks),
+            "need": Need(workers=options.workers or 0, ranks=ranks),
+            "auto_workers": options.workers is None,
         }
     from dtl.config import load_config
 
@@ -68,13 +69,15 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     source = ["--data.train", options.data or "digits"] if options.config not in (None, "digits") else []
     config, _ = load_config(["--config", options.config, *source, "--data.val", "null", "--data.val-fraction", "0.1"])
     data = config.data
+    workers = data.workers if options.workers is None else options.workers
     micro = data.micro_batch_size if data.micro_batch_size != "auto" else -(-data.global_batch_size // ranks)
     return {
         "run_dir": user_path(options.run_dir or config.run.dir),
         "cache_dir": user_path(options.cache_dir or data.cache_dir or default_cache_dir()),
         "model": options.model or config.model.name,
         "keep": config.checkpoint.keep,
-        "need": Need(image_size=data.image_size, batch_size=micro, workers=data.workers if options.workers is None else options.workers, ranks=ranks),
+        "need": Need(image_size=data.image_size, batch_size=micro, workers=0 if workers == "auto" else workers, ranks=ranks),
+        "auto_workers": workers == "auto",
     }
 
 
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="the recipe to check for: its folders, model, batch size and workers are used")
     add("--data", metavar="SRC", help="a folder of images or packed shards, to measure decoding on (default: a synthetic photo)")
     add("--model", metavar="NAME", help="the network whose speed decoding must keep up with (default: the recipe's, or torchvision/resnet18)")
-    add("--workers", type=int, metavar="N", help="loader workers per rank (default: those of the recipe, or 2)")
+    add("--workers", type=int, metavar="N", help="loader workers per rank (default: those of the recipe, or from the cores of this machine)")
     add("--run-dir", metavar="FOLDER", help="where runs would go (default: the recipe's, or runs)")
     add("--cache-dir", metavar="FOLDER", help="where packed images would go (default: $DTL_CACHE or ~/.cache/dtl)")
     add("--quick", action="store_true", help="skip the measurements that take seconds: the all-reduce, decoding, the speed of the network")

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--csv", metavar="FILE", help="write one line per image to FILE: path, label, prediction, its probability, loss")
     add("--hardest", type=at_least(0), metavar="N", help="number of images with the greatest loss to list (default: 20 in --json, 5 in the table)")
     add("--batch-size", type=at_least(1), default=_DEFAULT_BATCH_SIZE, metavar="N", help=f"batch size per process (default: {_DEFAULT_BATCH_SIZE})")
-    add("--workers", type=at_least(0), metavar="N", help="loader workers per process (default: as in the run, else 2)")
+    add("--workers", type=at_least(0), metavar="N", help="loader workers per process (default: as in the run, else from the cores of the machine)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto, the GPU if there is one)")
     add("--precision", choices=("auto", "no", "bf16", "fp16"), help="precision of the computation (default: that of the run, else auto)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="damaged images: stop, or leave them out and list them (default: fail)")

@@ -120,8 +120,8 @@ class DataConfig(Section):
     """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Samples per forward pass on one rank; auto: its whole share of the global batch, halved until it fits into memory (on GPUs with 5 % to spare)."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes per rank; 0: load in the training process."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Loader processes per rank; auto: from the CPU cores and the memory that this rank may use; 0: load in the training process."""
     decode: Literal["workers", "device"] = "workers"
     """Where JPEGs are decoded: in the loader processes, or on the GPU (nvJPEG through torchcodec; then crop, resize, flips and erasing run there too)."""
     on_error: Literal["fail", "skip"] = "fail"

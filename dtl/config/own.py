@@ -109,7 +109,7 @@ def _harmless(config: Config) -> tuple[Config, dict[str, str]]:
     data = config.data
     withheld = {f"data.{name}": value for name in ("train", "val", "names") if (value := getattr(data, name)) and (value.startswith("pipe:") or "://" in value)}
     changes: dict[str, Any] = {name.partition(".")[2]: None for name in withheld}
-    changes |= {"allow_pipe": False, "cache_dir": None, "cache_shared": False, "workers": min(data.workers, _MAX_WORKERS)}
+    changes |= {"allow_pipe": False, "cache_dir": None, "cache_shared": False, "workers": "auto" if data.workers == "auto" else min(data.workers, _MAX_WORKERS)}
     usual = DataConfig()
     changes |= {name: min(getattr(data, name), getattr(usual, name)) for name in ("max_pixels", "max_file_bytes")}
     return config.model_copy(update={"data": data.model_copy(update=changes)}), withheld

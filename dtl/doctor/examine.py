@@ -17,6 +17,7 @@ from dtl.doctor import judge_cluster, judge_gpus, judge_machine, probe
 from dtl.doctor.finding import Finding
 from dtl.doctor.judge_machine import Need
 from dtl.doctor.probe import Measurement, Unanswered
+from dtl.optim.batch_size import advise_batch
 
 PATIENCE = 20.0
 _WITHOUT = "fix that, or skip the measurements with dtl doctor --quick"
@@ -34,6 +35,8 @@ class Doctor:
     measure: bool = True
     """Run the measurements that take seconds: the all-reduce of two processes, decoding, the network."""
     keep: int = 3
+    auto_workers: bool = False
+    """`data.workers: auto`: what it comes to is decided when the GPUs are known."""
     torch: dict[str, Any] = field(default_factory=dict)
     gpus: list[judge_gpus.Gpu] = field(default_factory=list)
 
@@ -42,7 +45,7 @@ class Doctor:
             ("versions", lambda: judge_machine.judge_versions(tuple(sys.version_info[:3]), probe.versions()), PATIENCE),
             ("gpu", self._gpus, 100.0),
             ("shm", lambda: [judge_machine.judge_shm(*probe.shm(), self.need)], PATIENCE),
-            ("memory", lambda: [judge_machine.judge_memory(*probe.memory(), self.need)], PATIENCE),
+            ("memory", lambda: [judge_machine.judge_memory(*machine.memory_left(), self.need)], PATIENCE),
             ("files", lambda: [judge_machine.judge_open_files(*probe.open_files(), self.need)], PATIENCE),
             ("run", lambda: self._disk("run", self.run_dir), PATIENCE),
             ("cache", lambda: self._disk("cache", self.cache_dir), PATIENCE),
@@ -66,7 +69,16 @@ class Doctor:
         except Unanswered as error:
             fix = "python -c 'import torch; print(torch.cuda.is_available())' shows why; nvidia-smi shows whether the driver answers"
             return [Finding("gpu", "fail", f"PyTorch could not query the GPUs: {error}", fix)]
+        self._choose_workers()
         return [*judge_gpus.judge_cuda(self.torch, self.gpus, knows), *judge_gpus.judge_links(links)]
+
+    def _choose_workers(self) -> None:
+        """What `data.workers: auto` comes to, for a process on each GPU."""
+        if self.auto_workers:
+            gpus, left = int(self.torch.get("count") or 0), [one for one in machine.memory_left() if one is not None]
+            cores, memory = machine.core_share() / max(1, gpus, self.need.ranks), min(left) // (2 * max(1, gpus, self.need.ranks)) if left else None
+            batch_bytes = 3 * self.need.image_size**2 * self.need.batch_size
+            self.need = replace(self.need, workers=machine.loader_processes(cores, memory, on_cpu=not gpus, batch_bytes=batch_bytes))
 
     def _disk(self, name: str, folder: Path) -> list[Finding]:
         return judge_machine.judge_disk(name, str(folder), **probe.disk_of(folder), need=self.need, keep=self.keep)
@@ -99,6 +111,9 @@ class Doctor:
             trained = Measurement("model", given, seconds=90.0).result()
             images_s, model = float(trained["images_s"]), f"{self.model} in precision {trained['precision']}"
             self.need = replace(self.need, parameters=int(trained["parameters"]))
+            gpus = max(1, int(self.torch.get("count") or 0))
+            if line := advise_batch(batch, gpus, used=int(trained.get("used") or 0), total=int(trained.get("total") or 0)):
+                found.append(Finding("batch", "warn", *line.split("; ", 1)))
         except Unanswered as error:
             found.append(Finding("model", "warn", f"{self.model} could not be run: {error}", "use a smaller --data.micro-batch-size, or another --model"))
         judged = judge_machine.judge_decode(

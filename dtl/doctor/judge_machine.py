@@ -173,7 +173,9 @@ def judge_decode(
         fix = "dtl pack SRC DST --short-side 256 (smaller images decode faster), or a machine with more cores per GPU"
         return Finding("decode", "warn", f"{summary}: data loading will be the bottleneck", fix)
     if workers * ranks < needed and device != "cpu":
-        return Finding("decode", "warn", f"{summary}; {counted(workers * ranks, 'loader process')} configured", f"--data.workers {int(-(-needed // ranks))}")
+        wait = 1 - workers * ranks * able / wanted
+        few = f"{summary}; with {counted(workers * ranks, 'loader process')} the {where} would wait {wait:.0%} of the time for data"
+        return Finding("decode", "warn", few, f"--data.workers {int(-(-needed // ranks))}")
     return Finding("decode", "ok", summary)
 
 

@@ -126,7 +126,10 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
         if steps == 1:
             start = time.perf_counter()
     seconds = time.perf_counter() - start
-    return {"images_s": (steps - 1) * batch / seconds, "precision": precision, "parameters": sum(p.numel() for p in module.parameters())}
+    found = {"images_s": (steps - 1) * batch / seconds, "precision": precision, "parameters": sum(p.numel() for p in module.parameters())}
+    if device.type == "cuda":
+        found |= {"used": torch.cuda.max_memory_reserved(device), "total": torch.cuda.get_device_properties(device).total_memory}
+    return found
 
 
 def _some_images(data: str | None, limit: int = 32) -> tuple[list[bytes], str]:

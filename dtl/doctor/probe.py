@@ -166,17 +166,6 @@ def shm() -> tuple[int | None, int | None]:
     return space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
 
 
-def memory() -> tuple[int | None, int | None]:
-    """(available, limit of the container or job) in bytes."""
-    available = limit = None
-    with suppress(OSError, StopIteration, ValueError):
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        available = int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text())
-    return available, limit
-
-
 def open_files() -> tuple[int, int]:
     import resource
 

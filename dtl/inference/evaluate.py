@@ -15,8 +15,7 @@ from dtl.inference.assess import NUM_HARDEST, RankBatches, assess
 from dtl.inference.model import RunningModel
 from dtl.inference.tables import report, write_csv
 from dtl.text import Log, some, to_nobody
-
-DEFAULT_WORKERS = 2
+from dtl.training.dataloaders import choose_workers, rank_cores
 
 
 def evaluate(
@@ -33,7 +32,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the validation data of the model's run.
 
-    `workers`: loader processes of this rank; None are as many as the run had. `allow_pipe`: run the commands that the manifest of `data` names.
+    `workers`: loader processes of this rank; None: as in the run, else auto. `allow_pipe`: run the commands that the manifest of `data` names.
     `hardest`: how many images of the greatest loss are listed. `csv`: a file to be written, one line per image.
     UserError for data that does not go with the model.
     """
@@ -42,8 +41,8 @@ def evaluate(
         run = stored_config(model.run) if model.run is not None else None
         source = _source(model, data, run, on_error, allow_pipe)
     shards = _open(source, model, log)
-    if workers is None:
-        workers = run.config.data.workers if run is not None else DEFAULT_WORKERS
+    wanted = workers if workers is not None else run.config.data.workers if run is not None else "auto"
+    workers = choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * stored.transform.image_size**2 * batch_size)
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
     seen = assess(
         model.forward,

@@ -18,7 +18,7 @@ from dtl.checkpoint.transfer.source.hubs import source_named
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, read_weights
 from dtl.config import Config
 from dtl.data.loading import device as device_decode
-from dtl.data.loading.shared_memory import check_shared_memory
+from dtl.data.loading.shared_memory import check_shared_memory, fits
 from dtl.data.open import open_split
 from dtl.data.remote.cache import limit_in_bytes
 from dtl.data.remote.cache_space import divide
@@ -36,7 +36,7 @@ from dtl.models.freeze import select
 from dtl.models.network import Normalise, to_device
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
-from dtl.training.dataloaders import DataLoaders
+from dtl.training.dataloaders import DataLoaders, choose_workers, rank_cores
 from dtl.training.losses import class_weights
 from dtl.training.phases import Phase, plan_phases
 
@@ -137,7 +137,7 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
 
 def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> DataLoaders:
     data = config.data
-    ranks_here = runtime.gather(gethostname()).count(gethostname())
+    ranks_here, cores = runtime.gather(gethostname()).count(gethostname()), rank_cores(runtime)
     with runtime.together("batches"):
         if data.global_batch_size < runtime.world_size:
             raise UserError(
@@ -171,7 +171,8 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             image_size=data.image_size,
             global_batch_size=data.global_batch_size,
             micro_batch_size=None if data.micro_batch_size == "auto" else data.micro_batch_size,
-            workers=0 if config.run.debug else data.workers,
+            workers=0,
+            cores=cores,
             seed=config.run.seed,
             window=data.window,
             drop_last=data.last == "drop",
@@ -183,6 +184,9 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             max_val_steps=DEBUG_VAL_STEPS if config.run.debug else None,
         )
         loaders.plan(0)
+        loaders.workers = 0 if config.run.debug else choose_workers(data.workers, runtime, cores, batch_bytes=loaders.batch_bytes)
+        while data.workers == "auto" and loaders.workers > 1 and not fits(loaders.shared_bytes, ranks=ranks_here):
+            loaders.workers -= 1
         if runtime.accelerator is not None:  # a dry run loads nothing here
             check_shared_memory(loaders.shared_bytes, ranks=ranks_here, workers=loaders.workers)
         if demands := loaders.cache_demands(planned(config, loaders)):

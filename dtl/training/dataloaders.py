@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from socket import gethostname
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from dtl import machine
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
@@ -20,8 +22,26 @@ from dtl.data.sampling.balance import AnyBalance, plan_epoch
 from dtl.data.sampling.class_members import ClassMembers
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
+from dtl.distributed.runtime import Runtime
 from dtl.text import counted
 from dtl.training.phases import Phase
+
+
+def rank_cores(runtime: Runtime) -> float:
+    """The cores that this rank may use, those of its machine divided among the ranks there. All ranks together."""
+    mine = machine.own_cores()
+    everyone = runtime.gather((gethostname(), mine))
+    others = [cores for rank, (host, cores) in enumerate(everyone) if host == gethostname() and rank != runtime.rank]
+    return machine.core_share(mine, others)
+
+
+def choose_workers(wanted: str | int, runtime: Runtime, cores: float, *, batch_bytes: int) -> int:
+    """How many loader processes `data.workers` is on this rank; with auto at most half of the memory is for those of all ranks of the machine."""
+    if isinstance(wanted, int):
+        return wanted
+    left = [one for one in machine.memory_left() if one is not None]
+    memory = min(left) // (2 * max(1, runtime.launch.local_world_size)) if left else None
+    return machine.loader_processes(cores, memory, on_cpu=runtime.device.type == "cpu", batch_bytes=batch_bytes)
 
 
 class MicroBatchDataset(Protocol):
@@ -44,6 +64,7 @@ class DataLoaders:
     global_batch_size: int
     micro_batch_size: int | None
     workers: int
+    """Loader processes, as `data.workers` comes to on this rank."""
     seed: int
     window: int
     drop_last: bool = False
@@ -51,6 +72,8 @@ class DataLoaders:
     members: ClassMembers | None = None
     """Which samples each class has; needed with `balance`."""
     pin_memory: bool = False
+    cores: float = 1.0
+    """What this rank may use, `rank_cores`."""
     decode_on: torch.device | None = None
     """Where JPEGs are decoded; None: in the loader processes."""
     max_train_steps: int | None = None
@@ -94,6 +117,12 @@ class DataLoaders:
                 drop_last=self.drop_last,
             )
         return self._plans[epoch]
+
+    @property
+    def batch_bytes(self) -> int:
+        """The images of a micro-batch of training, on their way to the device."""
+        layout = RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
+        return 3 * self.image_size**2 * layout.micro_batch_size
 
     @property
     def shared_bytes(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -15,7 +15,8 @@ import torch
 from dtl.checkpoint.resume.state import TrainState
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
-from dtl.machine import num_cores, peak_bytes
+from dtl.machine import peak_bytes
+from dtl.optim.batch_size import advise_batch
 from dtl.runs.tracker import Tracker
 from dtl.text import counted
 from dtl.training.active import ActivePhase
@@ -67,7 +68,7 @@ class EpochFacts:
     """What to change, when loading is the limit."""
 
 
-def gather(speed: EpochSpeed, runtime: Runtime, *, workers: int, image_size: int, short_side: float) -> EpochFacts:
+def gather(speed: EpochSpeed, runtime: Runtime, *, workers: int, cores: float, image_size: int, short_side: float) -> EpochFacts:
     """All ranks together. `short_side`: median of the images' shorter side, as they are stored."""
     everyone = runtime.gather((*astuple(speed), _memory(runtime.device)))
     speeds = [EpochSpeed(*values[:-1]) for values in everyone]
@@ -76,12 +77,24 @@ def gather(speed: EpochSpeed, runtime: Runtime, *, workers: int, image_size: int
     advice = advise(
         slowest,
         workers=workers,
-        cores=max(1, num_cores() // max(1, runtime.launch.local_world_size)),
+        cores=max(1, math.ceil(cores)),
         on_cpu=runtime.device.type == "cpu",
         image_size=image_size,
         short_side=short_side,
     )
     return EpochFacts(sum(one.images for one in speeds) / seconds, slowest.wait, max(values[-1] for values in everyone), advice)
+
+
+def first_line(speeds: Sequence[EpochSpeed], *, workers: int, cores: float, on_cpu: bool) -> str:
+    """What loading and training reach, over all ranks."""
+    loaded = sum(max(1, workers) * speed.images / max(speed.loading, 1e-9) for speed in speeds)
+    trained = sum(speed.images for speed in speeds) / max(max(speed.seconds - speed.waited for speed in speeds), 1e-9)
+    how = f"{counted(workers, 'loader process')} per rank" if workers else "the training process itself"
+    wait = max(speed.wait for speed in speeds)
+    return (
+        f"data: {how} ({counted(round(cores, 1), 'core')} per rank) can prepare {loaded:,.0f} images/s, training takes {trained:,.0f} images/s; "
+        f"the {'CPU' if on_cpu else 'GPU'} waits {wait:.0%} of the time for data"
+    )
 
 
 def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_size: int, short_side: float) -> str:
@@ -127,6 +140,9 @@ class StepLog:
         self.window = Window()
         """Sums since the last line."""
         self._count, self._speed = EpochCount(), EpochSpeed()
+        self._first: EpochSpeed | None = None
+        """Of this start's first seconds, after the first line: that one has the start of the loader processes in it."""
+        self._reported = False
         self._logged_stall = 0.0
         self._clock = time.monotonic()
 
@@ -163,20 +179,27 @@ class StepLog:
     def waited(self, seconds: float) -> None:
         """For a step's data."""
         self.window.data_seconds += seconds
-        self._speed.waited += seconds
+        for speed in self._speeds:
+            speed.waited += seconds
 
     def count(self, batches: Iterable[Batch], num_images: int, seconds: float) -> None:
         """A step is done: this rank's `batches`, of `num_images` over all ranks."""
         self._count.add(batches)
-        self._speed.add(batches)
+        for speed in self._speeds:
+            speed.add(batches)
         self.window.num_images += num_images
         self._took(seconds)
 
     def _took(self, seconds: float) -> None:
         self.deadline.saw_step(seconds)
         self.window.seconds += seconds
-        self._speed.seconds += seconds
+        for speed in self._speeds:
+            speed.seconds += seconds
         self.state.phase.train_seconds += seconds
+
+    @property
+    def _speeds(self) -> list[EpochSpeed]:
+        return [self._speed] if self._first is None else [self._speed, self._first]
 
     # ---- lines
 
@@ -201,6 +224,30 @@ class StepLog:
         self.state.phase.epoch_weight += window.weight_sum
         self.spend(phase)
         self.window = Window()
+        if not self._reported and not self.loaders.cached:
+            self._report(phase)
+
+    def _report(self, phase: Phase) -> None:
+        """Once in a start, after some seconds: how fast images are prepared and trained on, and what to change. All ranks together."""
+        if self._first is None:
+            self._first = EpochSpeed()
+            return
+        loaders, runtime = self.loaders, self.runtime
+        speeds = [EpochSpeed(*values) for values in runtime.gather(astuple(self._first))]
+        if max(speed.seconds for speed in speeds) < LEAST_SECONDS:
+            return
+        facts = gather(self._first, runtime, workers=loaders.workers, cores=loaders.cores, image_size=loaders.image_size, short_side=loaders.short_side)
+        self.tracker.print(first_line(speeds, workers=loaders.workers, cores=loaders.cores, on_cpu=runtime.device.type == "cpu"))
+        if facts.advice:
+            self.tracker.advise(phase.name, facts.advice, step=self.state.step)
+        if runtime.device.type == "cuda":
+            images, total = loaders.layout(phase).micro_batch_size, torch.cuda.get_device_properties(runtime.device).total_memory
+            most = loaders.train.num_samples // 10  # steps in an epoch
+            if loaders.layout(phase).accumulation_steps == 1:
+                line = advise_batch(images, runtime.world_size, used=round(facts.memory_gib * GIB), total=total, most=most)
+                if line:
+                    self.tracker.print(line)
+        self._first, self._reported = None, True
 
     def epoch(self, active: ActivePhase) -> None:
         """The line at the end of an epoch, or of a phase within one. Called by all ranks together."""
@@ -263,7 +310,7 @@ class EpochCount:
         epoch, step = phase.epoch_of(state.phase.step - 1)
         seen, damaged = self._sum(runtime)
         expected = loaders.plan(epoch).step_bounds(step)[1]
-        facts = gather(speed, runtime, workers=loaders.workers, image_size=loaders.image_size, short_side=loaders.short_side)
+        facts = gather(speed, runtime, workers=loaders.workers, cores=loaders.cores, image_size=loaders.image_size, short_side=loaders.short_side)
         tracker.epoch(
             phase=phase.name,
             epoch=epoch,

@@ -25,6 +25,40 @@ def test_a_container_s_quota_counts(monkeypatch: pytest.MonkeyPatch, quota: str,
     assert machine.num_cores() == (cores or 8)
 
 
+@pytest.mark.parametrize(
+    ("mine", "others", "quota", "share"),
+    [
+        (range(8), [], 99, 8.0),
+        (range(8), [range(8)] * 3, 99, 2.0),  # four processes that may use the same cores (torchrun)
+        (range(4), [range(4, 8), range(8, 12)], 99, 4.0),  # bound to cores of their own (srun --cpus-per-task)
+        (range(4), [range(2, 8)], 99, 3.0),
+        (range(64), [range(64)] * 7, 16, 2.0),  # a container's quota is for all of its processes
+        (range(2), [], 0.5, 0.5),
+    ],
+)
+def test_cores_are_divided_among_those_that_may_use_them(mine: range, others: list[range], quota: float, share: float) -> None:
+    assert machine.core_share(frozenset(mine), [frozenset(other) for other in others], quota) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "on_cpu", "workers"),
+    [
+        (16.0, None, False, 15),  # the training process has one
+        (128.0, None, False, 16),
+        (4.0, 1.0, False, 2),
+        (1.0, None, False, 1),
+        (2.0, None, True, 2),  # as it was before there was `auto`
+        (1.0, None, True, 1),
+        (0.5, 0.0, True, 1),
+        (8.0, None, True, 2),
+        (32.0, None, True, 8),
+    ],
+)
+def test_loader_processes_follow_from_cores_and_memory(cores: float, gib: float | None, on_cpu: bool, workers: int) -> None:
+    memory = None if gib is None else int(gib * 2**30)
+    assert machine.loader_processes(cores, memory, on_cpu=on_cpu, batch_bytes=64 * 3 * 224**2) == workers
+
+
 def test_physical_cores_are_no_more_than_cores() -> None:
     assert 1 <= machine.num_physical_cores() <= machine.num_cores()
 

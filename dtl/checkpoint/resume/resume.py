@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from dtl.checkpoint.resume.state import OTHERWISE, OptimizerFacts, TrainState, config_conflicts
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
-from dtl.config import Config, config_from_dict
+from dtl.config import Config, Section, config_from_dict
 from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import VERSIONS
@@ -146,7 +148,8 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
     if conflicts:
         name, before, after = conflicts[0]
         more = f" (and {len(conflicts) - 1} more settings)" if len(conflicts) > 1 else ""
-        raise UserError(f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{more}; {OTHERWISE}")
+        unasked = "" if before is None or _given(config, name) else f", its default, which may have changed: go on with --{name} {_option(before)}"
+        raise UserError(f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{unasked}{more}; {OTHERWISE}")
 
 
 def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
@@ -158,6 +161,27 @@ def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
 def _check_precision(before: str, now: str) -> None:
     if now not in (before, "auto"):  # auto: not decided here, in a dry run
         raise UserError(f"this run was started with precision {before}, but would now use {now}; resume with --precision {before}")
+
+
+def _given(config: Config, name: str) -> bool:
+    """Whether the recipe or an option sets the value of a dotted key; otherwise it is a default."""
+    value: Any = config
+    for key in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif not isinstance(value, Section):
+            return True
+        else:
+            field = next((field for field, info in type(value).model_fields.items() if key in (field, info.alias)), key)
+            if field not in value.model_fields_set:
+                return False
+            value = getattr(value, field)
+    return True
+
+
+def _option(value: object) -> str:
+    """As a shell takes it."""
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
 def _shown(value: object) -> str:

@@ -45,13 +45,19 @@ def bytes_needed(
     return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(micro_batch_size=micro_batch_size, image_bytes=max(3 * image_size**2, file_bytes))
 
 
+def fits(needed: int, *, ranks: int, folder: Path = SHM) -> bool:
+    """Whether `ranks` processes of this node, which need `needed` bytes each, find as much. Off Linux that is not known."""
+    if not needed or sys.platform != "linux" or not folder.is_dir():
+        return True
+    space = os.statvfs(folder)
+    return ranks * needed <= space.f_bavail * space.f_frsize
+
+
 def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path = SHM) -> None:
     """UserError if `ranks` processes of this node need more than is free, `needed` bytes each. Checked on Linux only."""
-    if not needed or sys.platform != "linux" or not folder.is_dir():
-        return
-    space = os.statvfs(folder)
-    free = space.f_bavail * space.f_frsize
-    if ranks * needed > free:
+    if not fits(needed, ranks=ranks, folder=folder):
+        space = os.statvfs(folder)
+        free = space.f_bavail * space.f_frsize
         raise UserError(
             f"{folder} has {_shown(free)} free of {_shown(space.f_blocks * space.f_frsize)}, but {counted(ranks, 'process')} "
             f"with {counted(workers, 'loader process')} each need up to {_shown(ranks * needed)} there: delete files that other programs have left in it, "

@@ -11,7 +11,7 @@ import torch
 
 from dtl.data.loading.batch import Batch
 from dtl.machine import peak_bytes
-from dtl.training.throughput import EpochSpeed, advise
+from dtl.training.throughput import EpochSpeed, advise, first_line
 
 # Two loader processes, busy all the time at 10 ms an image, give 200 images/s; the training alone would take 800.
 STARVED = EpochSpeed(seconds=100.0, waited=75.0, images=20_000, loading=200.0, computing=190.0)
@@ -31,6 +31,17 @@ def test_workers_are_counted_from_the_measured_times() -> None:
     assert advise(STARVED, **USUAL) == (  # type: ignore[arg-type]
         "data loading is the bottleneck (75% of the time is spent waiting for it): an image takes 10.0 ms, 2 loader processes 100% busy; "
         "--data.workers 8 (this process has 16 cores)"
+    )
+
+
+def test_the_first_line_says_what_loading_and_training_reach() -> None:
+    slower = replace(STARVED, seconds=110.0, waited=70.0)
+    assert first_line([STARVED, slower], workers=2, cores=8.0, on_cpu=False) == (
+        "data: 2 loader processes per rank (8 cores per rank) can prepare 400 images/s, training takes 1,000 images/s; the GPU waits 75% of the time for data"
+    )
+    alone = EpochSpeed(seconds=4.0, waited=3.0, images=100, loading=3.0, computing=3.0)
+    assert first_line([alone], workers=0, cores=0.5, on_cpu=True) == (
+        "data: the training process itself (0.5 cores per rank) can prepare 33 images/s, training takes 100 images/s; the CPU waits 75% of the time for data"
     )
 
 

@@ -34,6 +34,8 @@ def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     assert "in the training process itself; --data.workers " in said[0] or "waiting for the disk (or for a free core)" in said[0]
     notes = [event for event in harness.history(tmp_path / "runs/tiny", times=True) if event.get("note") == "limit"]
     assert [note["phase"] for note in notes] == ["all"]
+    assert job.err().count("data: the training process itself (") == 1
+    assert job.err().index("can prepare") < job.err().index("step 6/6"), "in time to do something about it"
 
 
 def test_the_time_in_which_a_device_catches_up_counts(tmp_path: Path) -> None:
