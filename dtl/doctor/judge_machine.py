@@ -174,7 +174,7 @@ def judge_decode(
         return Finding("decode", "warn", f"{summary}: data loading will be the bottleneck", fix)
     if workers * ranks < needed and device != "cpu":
         wait = 1 - workers * ranks * able / wanted
-        few = f"{summary}; with {counted(workers * ranks, 'loader process')} the {where} would wait {wait:.0%} of the time for data"
+        few = f"{summary}; with {counted(workers * ranks, 'loader process')} the GPUs would wait {wait:.0%} of the time for data"
         return Finding("decode", "warn", few, f"--data.workers {int(-(-needed // ranks))}")
     return Finding("decode", "ok", summary)
 

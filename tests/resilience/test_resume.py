@@ -126,7 +126,7 @@ def test_a_changed_setting_is_refused_by_name_with_the_way_out(tmp_path: Path) -
 def test_a_default_that_is_another_one_now_names_the_option_that_goes_on(tmp_path: Path) -> None:
     arguments = ["--config", str(write_recipe(tmp_path, phases={"all": {"train": "all", "steps": 4}}))]
     run([*arguments, "--data.window", "100", "--data.workers", "2"], cwd=tmp_path)
-    refused = run([*arguments, "--data.workers", "auto", "--phases.all.steps", "6"], cwd=tmp_path, expect=2)
+    refused = run([*arguments, "--data.workers", "auto", "--phases.all.steps", "6"], cwd=tmp_path, code=2)
     assert "was started with data.window 100, now it is 65536, its default, which may have changed: go on with --data.window 100;" in refused.err()
     run([*arguments, "--data.workers", "auto", "--phases.all.steps", "6", "--data.window", "100"], cwd=tmp_path)
     assert status(tmp_path / "runs/tiny")["state"] == "done"

@@ -45,7 +45,7 @@ def test_cores_are_divided_among_those_that_may_use_them(mine: range, others: li
     [
         (16.0, None, False, 15),  # the training process has one
         (128.0, None, False, 16),
-        (4.0, 1.0, False, 2),
+        (4.0, 0.7, False, 2),
         (1.0, None, False, 1),
         (2.0, None, True, 2),  # as it was before there was `auto`
         (1.0, None, True, 1),

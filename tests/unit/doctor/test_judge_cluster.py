@@ -98,5 +98,5 @@ def test_decoding_against_what_the_network_takes(
 ) -> None:
     found = judge_decode(ms, cores, images_s, model="resnet18", device=device, ranks=1, workers=workers, what="photos")
     assert found.status == status
-    assert ("with 2 loader processes the GPU would wait 67% of the time for data" in found.summary) == (fix == "--data.workers 6")
+    assert ("with 2 loader processes the GPUs would wait 67% of the time for data" in found.summary) == (fix == "--data.workers 6")
     assert fix in found.fix
