@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.decode import NO_MEMORY, DecodeError, decode
 from dtl.data.decoding.headers import Limits
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched, options_of_helper
@@ -44,6 +44,8 @@ def open_job(facts: dict[str, Any]) -> VerifyJob:
     options = None if facts["options"] is None else options_of_helper(facts["options"])
     shards = Shards.open(facts["split"], options, whole=True)
     shards.limits = Limits(**facts["limits"])
+    if shards.cache is not None:
+        shards.cache.gives_up_on_servers = True
     made_by = shards.manifest.made_by
     rules = Rules(**made_by["rules"]) if "rules" in made_by else Rules(None, "cls")
     return VerifyJob(shards, rules, made_by.get("label_numbers") == "name")
@@ -68,7 +70,13 @@ def check_images(shards: Shards, samples: np.ndarray) -> tuple[list[Finding], Un
         for sample, data in zip(some.tolist(), shards.read(some)):
             if isinstance(data, UnreachableSample):
                 unread = unread[0] + 1, data.reason
-            elif reason := _check_image(shards, sample, data):
+                continue
+            try:
+                reason = _check_image(shards, sample, data)
+            except MemoryError:
+                unread = unread[0] + 1, f"{NO_MEMORY} ({shards.widths[sample]} x {shards.heights[sample]} pixels)"
+                continue
+            if reason:
                 findings.append((sample, int(shards.offsets[sample]), reason))
     return findings, unread
 

@@ -111,6 +111,8 @@ class _Child:
             return answer["answer"]
         if answer["kind"] == "user":
             raise UserError(answer["message"])
+        if answer["kind"] == "memory":
+            raise MemoryError(answer["message"])
         if answer["kind"] == "os":
             raise OSError(answer["errno"], answer["message"], answer["filename"])
         raise RuntimeError(f"a worker process failed during {task}:\n{answer['message']}")
@@ -140,6 +142,8 @@ def serve(work: str) -> None:
             answer = {"kind": "user", "message": str(error)}
         except OSError as error:
             answer = {"kind": "os", "errno": error.errno, "message": error.strerror, "filename": str(error.filename or "")}
+        except MemoryError as error:
+            answer = {"kind": "memory", "message": str(error)}
         except Exception:
             answer = {"kind": "fault", "message": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dtl.data.decoding.decode import DecodeError
+from dtl.data.decoding.decode import NO_MEMORY, DecodeError
 from dtl.data.loading.processes import end_processes, start_processes
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
@@ -89,6 +89,8 @@ class _Batches(Dataset[_Images]):
             pixels = self.inputs.pixels(number)
         except DecodeError as error:
             return str(error)
+        except MemoryError:
+            return NO_MEMORY
         height, width = pixels.shape[:2]
         draws = self.transform.draw([number], [width], [height], seed=0, epoch=0)
         self.transform.apply(pixels, draws, 0, out)

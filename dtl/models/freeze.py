@@ -86,12 +86,15 @@ def checksum(module: nn.Module, names: Iterable[str]) -> str:
 def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None) -> frozenset[str]:
     """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
 
-    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass on the meta device, once for each phase: the answer
-    depends on nothing that changes between steps.
+    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass on the meta device, once for each set of layers that
+    is trained with a head of one size: the answer depends on nothing that changes between steps.
     """
     size = image_size or network.preprocessing.image_size
-    with norms_alone():
-        return _unused(network, trainable, size, auxiliary)
+    question = (id(network.module), frozenset(trainable), network.num_outputs, size, auxiliary)
+    if question not in network.without_gradient:
+        with norms_alone():
+            network.without_gradient[question] = _unused(network, trainable, size, auxiliary)
+    return network.without_gradient[question]
 
 
 def _unused(network: Network, trainable: Collection[str], size: int, auxiliary: bool) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +27,8 @@ class Network:
     heads: tuple[str, ...]
     preprocessing: Preprocessing
     options: dict[str, Any] = field(default_factory=dict)
+    without_gradient: dict[Hashable, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+    """What `dtl.models.freeze.unused_parameters` found, for each question that it was asked."""
 
     @property
     def num_outputs(self) -> int:

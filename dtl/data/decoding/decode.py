@@ -24,6 +24,8 @@ from dtl.data.decoding.headers import DecodeError as DecodeError
 
 # What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+NO_MEMORY = "there is not enough memory to decode it"
+"""What to report of a MemoryError here, which says nothing about the image."""
 # Larger ones are converted in stripes, so that they do not take three times their memory.
 _LARGE = 1 << 24
 _STRIPE = 1 << 20
@@ -50,7 +52,7 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 
 
 def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`).
+    """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`); MemoryError says nothing about it.
 
     With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, is decoded at full size.
     """
@@ -81,7 +83,9 @@ def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True, max_pix
         least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)} if reduction > 1 else {}
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=strict, **least)
         return pixels
-    except ValueError:
+    except ValueError as error:
+        if "insufficient memory" in str(error).lower():
+            raise MemoryError(NO_MEMORY) from None
         return None
 
 
@@ -97,7 +101,7 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray
                 return _pixels(image)
             # Broken files reach Pillow's plugins as any of these (struct.error, KeyError ... among them).
             except Exception as error:
-                raise DecodeError(_reason(error)) from error
+                raise _failure(error) from error
 
 
 def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
@@ -108,7 +112,7 @@ def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> npt.NDArra
         try:
             return _pixels(image)
         except Exception as error:
-            raise DecodeError(_reason(error)) from error
+            raise _failure(error) from error
 
 
 def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
@@ -145,17 +149,18 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise DecodeError(f"not an image ({look(data)})") from None
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels: {error}") from None
-    except MemoryError:
-        raise DecodeError("there is not enough memory to decode it") from None
     except Exception as error:
-        raise DecodeError(_reason(error)) from error
+        raise _failure(error) from error
     check_size(image.width, image.height, max_pixels)
     return image
 
 
-def _reason(error: Exception) -> str:
+def _failure(error: Exception) -> Exception:
+    """What to raise for an error of a decoder."""
     text = " ".join(str(error).split())
-    return text or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text:
+        return MemoryError(NO_MEMORY)
+    return DecodeError(text or type(error).__name__)
 
 
 def look(data: bytes) -> str:

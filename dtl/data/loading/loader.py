@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dtl.data.decoding.decode import DecodeError, crop_jpeg, decode
+from dtl.data.decoding.decode import NO_MEMORY, DecodeError, crop_jpeg, decode
 from dtl.data.decoding.headers import MAX_PIXELS, check_size
 from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
 from dtl.data.loading.device import DeviceDecoder
@@ -130,6 +130,8 @@ class BatchDataset:
                 decode_views_into(out, data, self.transform, views, i, height=height, width=width, max_pixels=shards.limits.max_pixels)
         except DecodeError as error:
             return shards.damaged(sample, str(error))
+        except MemoryError:
+            return shards.unreachable(sample, f"{NO_MEMORY} ({width} x {height} pixels)")
         return None
 
 

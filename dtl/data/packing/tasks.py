@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dtl.data.decoding.decode import DecodeError, decode_jpeg, decode_with_pillow, probe
+from dtl.data.decoding.decode import NO_MEMORY, DecodeError, decode_jpeg, decode_with_pillow, probe
 from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, load_rows, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS
 from dtl.data.sources.content_split import content_hash
@@ -108,6 +108,8 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
     except DecodeError as error:
         row["state"] = UNREADABLE
         return str(error)
+    except MemoryError:
+        raise UserError(f"{job.names[sample]}: {NO_MEMORY}, which does not mean that it is damaged: use fewer --processes, or more memory") from None
     row["state"] = DOUBTFUL if doubtful else GOOD
     row["hash"], row["size"], row["crc"] = content_hash(data), len(data), zlib.crc32(data)
     row["width"], row["height"], row["format"] = width, height, FORMAT_FLAGS[header.format]

@@ -3,7 +3,8 @@
 FOLDER/SHA256.tar             a shard, of the manifest's size and sha256
 FOLDER/SHA256.HOST.part       one on its way; it counts with its full size. After a kill the next download continues from it.
 FOLDER/SHA256.HOST.lock       held (flock) by the process that fetches it, so it goes with that process
-FOLDER/SHA256.failed          why it could not be fetched, for those who waited for that and for the samples that come next
+FOLDER/SHA256.failed          why it could not be fetched, for those who waited for that and for the samples that come next; SHA256 of a server's
+                              address: that it did not answer
 
 Files are opened, not kept: one that is evicted while another process reads it stays readable there, and is fetched again when next needed.
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -57,6 +59,8 @@ class ShardCache:
             raise UserError(f"{folder}: a shard's sha256 is not a SHA-256 (64 hexadecimal digits)")
         # Acts for its node: cleans up, and fetches ahead along the plan.
         self.leads = True
+        # Once a server has not answered, its other shards fail at once: for `dtl verify`, which goes on after a failure. A run ends with the first.
+        self.gives_up_on_servers = False
         self.options, self.folder = options, folder
         self.urls, self.digests = list(urls), list(digests)
         self.bytes = np.array([size if url else 0 for url, size in zip(urls, sizes)], np.int64)
@@ -167,6 +171,8 @@ class ShardCache:
             if final.exists():
                 return True
             self._refuse_failed(name)
+            if self.gives_up_on_servers:
+                self._refuse_failed(_of_server(url), f"{shown(url)} was not tried: ")
             # Without locks another process may fetch the same shard: each then writes a file of its own.
             part = self._part(name) if locked else self._part(f"{name}.{os.getpid()}")
             if not self._reserve(number, part, ahead=ahead):
@@ -178,6 +184,8 @@ class ShardCache:
             except Unfetched as error:
                 part.unlink(missing_ok=True)
                 self._note_failed(name, error)
+                if error.away:
+                    self._note_failed(_of_server(url), error)
                 raise
             except BaseException as error:
                 if not locked or isinstance(error, OSError):  # of the disk, which may be full
@@ -321,7 +329,7 @@ class ShardCache:
             (self.folder / f".{_host()}.no-locks").touch(exist_ok=False)
             to_stderr(f"the cache {self.folder} is on a file system without locks: a shard may be downloaded twice, and none is evicted")
 
-    def _refuse_failed(self, name: str) -> None:
+    def _refuse_failed(self, name: str, why: str = "") -> None:
         path = self.folder / f"{name}.failed"
         try:
             noted = path.stat().st_mtime
@@ -330,7 +338,7 @@ class ShardCache:
             failure = _Failure.read(path)
         except (OSError, UserError):
             return
-        raise Unfetched(failure.reason, changed=failure.changed)
+        raise Unfetched(why + failure.reason, changed=failure.changed)
 
     def _note_failed(self, name: str, error: Unfetched) -> None:
         text = json.dumps({"reason": as_utf8(str(error)), "changed": error.changed})
@@ -371,6 +379,12 @@ def _refuse_commands(manifest: Manifest, folder: Path, options: DataConfig) -> N
             f"the manifest in {folder} reads shards with shell commands ({found[:120]}), and commands are run only from your own config: "
             "if you trust this folder, allow it with --data.allow-pipe true"
         )
+
+
+def _of_server(url: str) -> str:
+    """The name of the note that a server does not answer."""
+    parts = urlsplit(url)
+    return hashlib.sha256(f"{parts.scheme}://{parts.netloc}".encode()).hexdigest()[:_NAME_LENGTH]
 
 
 def _host() -> str:

@@ -84,7 +84,7 @@ def fetch(
             if not error.retry or failures > options.retries:
                 tries = "1 attempt" if failures == 1 else f"{failures} attempts"
                 line, refused = f"{shown(url)} cannot be downloaded: {error.reason} ({tries})", not error.retry and not error.missing
-                raise Unfetched(line, missing=error.missing, changed=error.changed, refused=refused) from None
+                raise Unfetched(line, missing=error.missing, changed=error.changed, refused=refused, away=error.away) from None
             wait = min(max(pause * random.uniform(0.75, 1.25), error.after or 0.0), _LONGEST_PAUSE)
             if failures > 1:
                 (log or _print)(f"{shown(url)}: {error.reason} (attempt {failures} of {options.retries + 1}); retrying in {wait:.0f} s")

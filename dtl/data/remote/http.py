@@ -33,6 +33,8 @@ _CONNECT_SECONDS = 20.0
 _MOST_REDIRECTS = 10
 _KEPT = ("User-agent", "Range", "If-range")  # headers that a redirect keeps; not those for a proxy
 _MOST_REASON = 100  # characters of a server's message
+_AWAY = (502, 503, 504)
+"""A proxy's word that the server behind it does not answer."""
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524)
 _HINTS = {
     401: "it needs a password: give it in the address, on the command line or in your --config file, or in ~/.netrc",
@@ -62,10 +64,10 @@ def open_http(url: str, start: int, validator: str | None, timeout: float) -> St
             raise _refused(error, start) from None
     except urllib.error.URLError as error:
         patience.end()
-        raise (patience.ran_out() or _unreachable(error.reason)) from None
+        raise (patience.ran_out(away=True) or _unreachable(error.reason)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         patience.end()
-        raise (patience.ran_out() or _unreachable(error)) from None
+        raise (patience.ran_out(away=True) or _unreachable(error)) from None
     except BaseException:
         patience.end()
         raise
@@ -91,9 +93,9 @@ class _Patience:
         """While what came is written: no fault of the server's."""
         self._since = math.inf
 
-    def ran_out(self) -> FetchError | None:
-        """Why the connection broke, if it was cut here."""
-        return FetchError(f"no file data was received for {self.timeout:g} s") if self._cut else None
+    def ran_out(self, *, away: bool = False) -> FetchError | None:
+        """Why the connection broke, if it was cut here. `away`: before any answer."""
+        return FetchError(f"no file data was received for {self.timeout:g} s", away=away) if self._cut else None
 
     def holds(self, opened: socket.socket) -> None:
         self._sockets.append(opened.dup())  # TLS takes the socket itself away
@@ -287,19 +289,19 @@ def _refused(error: urllib.error.HTTPError, start: int) -> FetchError:
     if error.code == 416 and start:
         return FetchError(reason, restart=True)
     after = _number(error.headers.get("Retry-After")) if error.headers is not None else None
-    return FetchError(reason, retry=error.code in _TRY_AGAIN, after=after, missing=error.code in (404, 410))
+    return FetchError(reason, retry=error.code in _TRY_AGAIN, after=after, missing=error.code in (404, 410), away=error.code in _AWAY)
 
 
 def _unreachable(reason: object) -> FetchError:
     if isinstance(reason, ssl.SSLCertVerificationError):
         return FetchError(f"the server's certificate is not accepted ({reason.verify_message})", retry=False)
     if isinstance(reason, TimeoutError):
-        return FetchError("the server does not answer in time")
+        return FetchError("the server does not answer in time", away=True)
     if isinstance(reason, socket.gaierror):
-        return FetchError(f"the host name cannot be resolved ({reason.strerror})")
+        return FetchError(f"the host name cannot be resolved ({reason.strerror})", away=True)
     if isinstance(reason, (str, ValueError, http.client.InvalidURL)):
         return FetchError(redacted_line(_words(reason)), retry=False)
-    return FetchError(_words(reason))
+    return FetchError(_words(reason), away=True)
 
 
 def _words(error: object) -> str:

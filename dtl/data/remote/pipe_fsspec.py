@@ -150,4 +150,5 @@ def _failed(url: str, error: BaseException) -> FetchError:
         return FetchError("file not found", missing=True)
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return FetchError(f"access is refused ({words})", retry=False)
-    return FetchError(f"{type(error).__name__}: {words}"[:300])
+    away = isinstance(error, (ConnectionError, TimeoutError)) or "Connect" in type(error).__name__  # botocore and aiohttp have classes of their own
+    return FetchError(f"{type(error).__name__}: {words}"[:300], away=away)

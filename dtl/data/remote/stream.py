@@ -11,15 +11,23 @@ BLOCK_BYTES = 2**18
 class FetchError(Exception):
     """One attempt failed. `retry`: another one may succeed; `restart`: only from the first byte; `after`: not before so many seconds.
 
-    `missing`: the file does not exist there; `changed`: what came is another file than the manifest describes.
+    `missing`: the file does not exist there; `changed`: what came is another file than the manifest describes; `away`: the server did not answer.
     """
 
     def __init__(
-        self, reason: str, *, retry: bool = True, restart: bool = False, after: float | None = None, missing: bool = False, changed: bool = False
+        self,
+        reason: str,
+        *,
+        retry: bool = True,
+        restart: bool = False,
+        after: float | None = None,
+        missing: bool = False,
+        changed: bool = False,
+        away: bool = False,
     ) -> None:
         super().__init__(reason)
         self.reason, self.retry, self.restart, self.after = reason, retry and not missing, restart or changed, after
-        self.missing, self.changed = missing, changed
+        self.missing, self.changed, self.away = missing, changed, away
 
 
 class Unfetched(Exception):
@@ -28,9 +36,9 @@ class Unfetched(Exception):
     `refused`: the server answered that it does not give this file (401, 403); no later attempt will change that.
     """
 
-    def __init__(self, message: str, *, missing: bool = False, changed: bool = False, refused: bool = False) -> None:
+    def __init__(self, message: str, *, missing: bool = False, changed: bool = False, refused: bool = False, away: bool = False) -> None:
         super().__init__(message)
-        self.missing, self.changed, self.refused = missing, changed, refused
+        self.missing, self.changed, self.refused, self.away = missing, changed, refused, away
 
 
 @dataclass

@@ -233,6 +233,10 @@ class Shards:
         """What to report about `sample`; its key is empty where that cannot be read either."""
         return self._lost(sample, _Damage(reason))
 
+    def unreachable(self, sample: int, reason: str) -> DamagedSample:
+        """What to report about `sample` where the reason is not its own."""
+        return self._lost(sample, _Damage(reason, True))
+
     def _lost(self, sample: int, damage: _Damage) -> DamagedSample:
         kind = UnreachableSample if damage.is_away else DamagedSample
         key = "" if damage.is_away and "keys_sha256" not in self.manifest.made_by else self._key(sample)  # it stands in the tar

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import damage
 import numpy as np
 import pytest
 from packed_folders import small_shards
+from PIL import Image
 from tiny_images import encoded, huge_bmp, image_folder
 from wds_tars import sample as members
 from wds_tars import write_tar
@@ -199,6 +203,25 @@ def test_what_the_system_refuses_is_not_damage(copy: Path, monkeypatch: pytest.M
     assert (status, samples) == (2, [])
     assert f"samples not checked: the shard cannot be read ({os.strerror(number)})" in said
     assert not (copy / "quarantine.json").exists()
+
+
+def test_too_little_memory_is_not_damage(tmp_path: Path) -> None:
+    """An image that a process may not decode whole (`ulimit -v`): nothing is known about it."""
+    root = image_folder(tmp_path / "source", {"ant": 3, "bee": 3})
+    Image.new("1", (12_000, 12_000)).save(root / "ant" / "large.png")
+    pack(root, tmp_path / "packed", processes=1, progress=False, verify=False)
+
+    def little() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (450 << 20, 450 << 20))
+
+    command = [sys.executable, "-m", "dtl", "verify", str(tmp_path / "packed"), "--processes", "1", "--quarantine"]
+    variables = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=little, env=variables, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "shard-00000.tar: 1 sample not checked: there is not enough memory to decode it (12000 x 12000 pixels)\n" in done.stderr
+    assert "1 could not be read, so nothing is known about them" in done.stdout
+    assert not (tmp_path / "packed/quarantine.json").exists()
+    assert checked(tmp_path / "packed") == (0, [], "")
 
 
 def test_the_same_for_any_number_of_processes(copy: Path) -> None:

@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtl.errors import UserError
-from dtl.models.build import Network, Preprocessing, build, forward_logits
+from dtl.models import freeze as freeze_module
+from dtl.models.build import Network, Preprocessing, build, forward_logits, replace_head
 from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
 from dtl.models.groups import layer_groups
+from dtl.models.meta import meta_copy
 from dtl.models.norms import norms_alone
 
 
@@ -215,6 +217,20 @@ def test_ddp_finds_nothing_missing(one_rank: None) -> None:
             logits, others = forward_logits(wrapped, torch.randn(2, 3, 64, 64))
             assert len(others) == 2
             (logits.sum() + sum(other.sum() for other in others)).backward()
+
+
+def test_the_same_question_is_answered_without_another_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a thousand phases trains a few sets of layers."""
+    network, asked = build("dtl/resnet_tiny", num_classes=3), list[int]()
+    monkeypatch.setattr(freeze_module, "meta_copy", lambda module: (asked.append(1), meta_copy(module))[1])
+    for _ in range(3):
+        for train in ("all", "head"):
+            assert unused_parameters(network, select(network, train), image_size=32) == set()
+    assert len(asked) == 2
+    replace_head(network, 4)
+    network.module.register_parameter("spare", nn.Parameter(torch.zeros(2)))
+    assert unused_parameters(network, select(network, "all"), image_size=32) == {"spare"}
+    assert len(asked) == 3
 
 
 class _Choosy(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import io
+import os
 import resource
 import signal
 import subprocess
@@ -227,6 +229,38 @@ def test_skip_leaves_them_out_and_reports_them(tmp_path: Path) -> None:
     assert shards.num_samples == 40
     assert not {shards.path(sample) for sample in range(40)} & set(BAD)
     assert [shards.key(sample) for sample in range(40)] == [f"{sample:06d}" for sample in range(40)], "no holes in the numbering"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_now_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """`--on-error skip` is for images that are damaged; a permission or a disk may come back (root may read all, so the call itself fails here)."""
+    root, read = image_folder(tmp_path / "s", {"a": 3, "b": 3}), Job.read
+
+    def refused(job: Job, sample: int) -> bytes:
+        if job.names[sample] == "b/0001.jpg":
+            raise OSError(number, os.strerror(number))
+        return read(job, sample)
+
+    monkeypatch.setattr(Job, "read", refused)
+    with pytest.raises(UserError) as error:
+        pack(root, tmp_path / "d", on_error="skip", processes=1)
+    reason = os.strerror(number)
+    assert str(error.value).startswith(f"b/0001.jpg cannot be read now ({reason}), which does not mean that it is damaged, so it is not left out: ")
+    with pytest.raises(UserError, match=f"1 of 6 images cannot be read: b/0001.jpg: {reason}"):
+        pack(root, tmp_path / "e", processes=1)
+    monkeypatch.undo()
+    assert len(pack(root, tmp_path / "d", on_error="skip", processes=1).skipped) == 0
+
+
+def test_too_little_memory_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder(tmp_path / "s", {"a": 3, "b": 3})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg", full)
+    with pytest.raises(UserError, match=r"^(a|b)/000\d.jpg: there is not enough memory to decode it, which does not mean that it is damaged: use fewer"):
+        pack(root, tmp_path / "d", on_error="skip", processes=1)
 
 
 def test_a_class_that_loses_all_its_images_is_refused(tmp_path: Path) -> None:

@@ -249,6 +249,28 @@ def test_verify_and_verify_epoch(server: Server, www: Path, capsys: pytest.Captu
     assert "shard-00001.tar cannot be downloaded: HTTP 404" in capsys.readouterr().err
 
 
+def test_one_shard_is_tried_of_a_server_that_does_not_answer(server: Server, www: Path) -> None:
+    """`dtl verify` takes half a minute for each try; the shards of other servers are still checked."""
+    folder, other = www / "train", server.url.replace("127.0.0.1", "localhost")
+    text = (folder / "manifest.json").read_text()
+    names = [shard.url for shard in Manifest.read(folder).shards]
+    assert len(names) >= 3
+    for name in names:
+        base = other if name == names[-1] else server.url
+        text = text.replace(f'"{name}"', f'"{base}/train/{name}"')
+        if base == server.url:
+            server.always[f"train/{name}"] = "503"
+    (folder / "manifest.json").write_text(text)
+    report = verify_split(folder, DataConfig(retries=0), processes=1, progress=False)
+    assert [url for url, _, _ in report.unread] == [f"{server.url}/train/{name}" for name in names[:-1]]
+    assert "HTTP 503" in report.unread[0][2]
+    for url, _, reason in report.unread[1:]:
+        assert reason.startswith(f"{url} was not tried: {server.url}/train/{names[0]} cannot be downloaded: HTTP 503")
+    assert [name for name, _, _ in server.requests] == [f"train/{names[0]}", f"train/{names[-1]}"]
+    server.always.clear()
+    assert verify_split(folder, DataConfig(retries=0), processes=1, progress=False).is_usable
+
+
 AWAY = {
     "server error": ("500", "HTTP 500 Internal Server Error (1 attempt)"),
     "not found": ("404", "HTTP 404 Not Found (check the address) (1 attempt)"),

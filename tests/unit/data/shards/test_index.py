@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import run, the_line
 from tiny_images import image_folder
 
 from dtl.data.packing.pack import pack
@@ -30,8 +33,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
-    import shutil
-
     return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
@@ -228,6 +229,22 @@ def test_a_shard_that_shrinks_while_it_is_open(copy: Path) -> None:
     os.truncate(copy / shards.manifest.shards[0].url, 0)
     found = shards.read([0])[0]
     assert isinstance(found, DamagedSample)
+
+
+def test_counts_of_classes_that_are_not_those_of_the_index(copy: Path) -> None:
+    """A manifest of other data, or edited by hand: the classes' weights, and what has no image, would be wrong without a word."""
+    text = (copy / "manifest.json").read_text()
+    counts = json.loads(text)["class_counts"]
+    assert counts == [50, 40, 30]
+    (copy / "manifest.json").write_text(json.dumps({**json.loads(text), "class_counts": [50, 30, 40]}))
+    with pytest.raises(UserError, match=r"manifest.json and index.bin do not belong together, or one is damaged: according to the first there are 30 "):
+        Shards.open(copy)
+    with pytest.raises(UserError, match=r"samples of class 'bee', according to the second 40; pack the data again$"):
+        Shards.open(copy)
+    for split in ("train", "val"):
+        shutil.copytree(copy, copy.parent / "both" / split)
+    done = run(["--config", "finetune", "--data.train", "both"], cwd=copy.parent, code=2)
+    assert "do not belong together" in the_line(done)
 
 
 def test_original_paths(packed: Path) -> None:
