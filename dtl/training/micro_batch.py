@@ -100,7 +100,8 @@ def _room(device: torch.device) -> int:
     Not on CPUs: a process gets its memory there as it uses it, and shares it with all others."""
     if device.type != "cuda":
         return 0
-    return int(ROOM * torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory)
+    # A single process has the device "cuda", without a number, which the first of these does not take.
+    return int(ROOM * torch.cuda.get_per_process_memory_fraction() * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise, room: int = 0) -> str:

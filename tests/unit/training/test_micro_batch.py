@@ -28,7 +28,7 @@ def test_what_counts_as_out_of_memory_on_a_cpu(error: BaseException, it_is: bool
 
 
 def test_a_gpu_keeps_room_of_what_this_process_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80_000))
     assert _room(torch.device("cuda", 1)) == 2_000
     assert _room(torch.device("cpu")) == 0
