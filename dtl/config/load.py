@@ -308,7 +308,9 @@ def _replace_durations(values: dict[str, Any], options: Mapping[_Path, Any]) -> 
     for path, value in options.items():
         other = {"epochs": "steps", "steps": "epochs"}.get(path[-1])
         if other and value is not None and len(path) == 3 and path[0] == "phases" and (*path[:2], other) not in options:
-            values["phases"][path[1]].pop(other, None)
+            phase = values["phases"].get(path[1]) if isinstance(values.get("phases"), dict) else None
+            if isinstance(phase, dict):  # else a later option took it away
+                phase.pop(other, None)
 
 
 def _validate(values: dict[str, Any], given: _Given) -> Config:

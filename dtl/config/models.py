@@ -107,6 +107,9 @@ class AugmentConfig(Section):
         return self
 
 
+Fit = Literal["crop", "stretch", "pad"]
+
+
 class DataConfig(Section):
     train: Address | None = None
     """Training data: an image folder (one folder per class), a list file, CIFAR batches, packed shards, WebDataset tars (local or remote), or `digits`."""
@@ -116,6 +119,8 @@ class DataConfig(Section):
     """Share of the training images that is used for validation; split by content, stratified by class."""
     image_size: Annotated[int, Field(ge=8)] = 224
     """Side of the square input image, in pixels."""
+    fit: Fit = "crop"
+    """How an image becomes square. crop: its middle; stretch: all of it, with other proportions; pad: all of it, with bars of the mean colour."""
     global_batch_size: Count = 64
     """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"
@@ -154,7 +159,14 @@ class DataConfig(Section):
     names: Address | None = None
     """JSON file with display names of the classes, {folder name: display name}."""
     crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
-    """Evaluation: the centre crop, as a share of the resized short side; auto: that of the pretrained weights, or the whole image for `cifar`."""
+    """Evaluation with `fit: crop`: the centre crop, as a share of the resized short side; auto: that of the pretrained weights, or the whole image
+    for `cifar`. The preset `light` crops by it too."""
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> DataConfig:
+        if self.fit != "crop" and self.crop_ratio != "auto" and self.augment.preset != "light":
+            raise ValueError(f"crop_ratio {self.crop_ratio} has no effect with fit {self.fit}, which shows the whole image; leave out one of them")
+        return self
 
 
 class ModelConfig(Section):

@@ -11,7 +11,7 @@ from typing import Any
 from dtl import files
 from dtl.checkpoint.resume.model_folder import load_network
 from dtl.config.own import stored_config
-from dtl.data.transforms.geometry import ShortSide, Square
+from dtl.data.transforms.geometry import BLACK, Colour, Fitted, ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -152,11 +152,11 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
     path = folder / "model.json"
     try:
         geometry = dict(described["geometry"])
-        kind = {"ShortSide": ShortSide, "Square": Square}[geometry.pop("name")]
+        kind = {"ShortSide": ShortSide, "Square": Square, "Fitted": Fitted}[geometry.pop("name")]
         # An older dtl wrote one number for training and evaluation, `version`: 1 and 2, between which evaluation was the same.
         version = int(described.get("evaluation_version", 1))
         plain = eval_transform(image_size=int(geometry["image_size"]), interpolation=str(described["interpolation"]))
-        transform = replace(plain, geometry=kind(**geometry))
+        transform = replace(plain, geometry=kind(**geometry), fill=_colour(described.get("fill", BLACK)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: preprocessing.transform: {type(error).__name__} {error}") from error
     if version != EVALUATION_VERSION:
@@ -165,6 +165,13 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
             "use the version of dtl that trained it, or train it again"
         )
     return transform
+
+
+def _colour(values: Any) -> Colour:
+    red, green, blue = (int(value) for value in values)
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ValueError(f"fill {values} is no colour")
+    return red, green, blue
 
 
 def _task(facts: ModelFacts) -> Task:

@@ -17,6 +17,8 @@ PREPROCESSING = ("mean", "std", "image_size", "interpolation", "crop_ratio")
 MAX_IMAGE_SIZE = 1 << 14
 """Pixels of a side that a model.json may ask for; each image takes that many squared."""
 
+_SIZES = {"image_size": (1, MAX_IMAGE_SIZE), "resize_size": (1, 2 * MAX_IMAGE_SIZE), "padding": (0, MAX_IMAGE_SIZE), "shift": (0, MAX_IMAGE_SIZE)}
+
 
 def _format(number: int) -> int:
     if not 1 <= number <= FORMAT:
@@ -44,10 +46,18 @@ def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
     rest: list[Any] = [facts]
     while rest:
         one = rest.pop()
-        size = one.get("image_size", 1)
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size {str(size)[:40]} is not from 1 to {MAX_IMAGE_SIZE}")
+        for key, least, most in (
+            ("image_size", 1, MAX_IMAGE_SIZE),
+            ("resize_size", 1, 2 * MAX_IMAGE_SIZE),
+            ("padding", 0, MAX_IMAGE_SIZE),
+            ("shift", 0, MAX_IMAGE_SIZE),
+        ):
+            size = one.get(key, 1)
+            if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= most:
+                raise ValueError(f"{key} {str(size)[:40]} is not from {least} to {most}")
         rest += [inner for inner in one.values() if isinstance(inner, dict)]
+    if not 0 < facts["crop_ratio"] <= 1 or facts["image_size"] / facts["crop_ratio"] > 2 * MAX_IMAGE_SIZE:
+        raise ValueError(f"crop_ratio {facts['crop_ratio']} is not above 0 and at most 1, or its images are over {2 * MAX_IMAGE_SIZE} pixels wide")
     return facts
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from socket import gethostname
 
+import numpy as np
 import torch
 
 from dtl.checkpoint.resume.resume import find_checkpoint
@@ -65,6 +66,7 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     enter("model")
     network = build_network(config, train.num_classes, runtime)
     loaders = build_dataloaders(config, runtime, train, val, network)
+    log(loaders.evaluation_view)
     checkpoint, state = find_checkpoint(config, store, runtime, train, val)
     return Parts(network, loaders, planned(config, loaders), checkpoint, state)
 
@@ -151,12 +153,15 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             interpolation=facts.interpolation,
             crop_ratio=crop_ratio,
             erase_fill=_mean_colour(facts.mean),
+            fit=data.fit,
         )
         val_view = eval_transform(
             image_size=data.image_size,
             crop_ratio=crop_ratio,
             interpolation=facts.interpolation,
             square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
+            fit=data.fit,
+            fill=_mean_colour(facts.mean),
         )
         if data.decode == "device":
             device_decode.ready(train_view, runtime.device)
@@ -166,6 +171,7 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
             val=val,
             train_transform=train_view,
             val_transform=val_view,
+            evaluation_view=val_view.what_is_seen(*(np.asarray(sides, np.int64) for sides in (val.widths, val.heights))),
             rank=runtime.rank,
             world_size=runtime.world_size,
             image_size=data.image_size,
@@ -199,7 +205,7 @@ def planned(config: Config, loaders: DataLoaders) -> list[Phase]:
 
 
 def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """What random erasing fills with: zero after normalisation."""
+    """What random erasing and bars are filled with: zero after normalisation."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue
 

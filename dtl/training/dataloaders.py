@@ -78,6 +78,8 @@ class DataLoaders:
     """Where JPEGs are decoded; None: in the loader processes."""
     max_train_steps: int | None = None
     max_val_steps: int | None = None
+    evaluation_view: str = ""
+    """One line about what evaluation sees of an image."""
     cached: dict[str, MicroBatchDataset] = field(default_factory=dict, repr=False)
     """Features instead of images, by split, while a phase trains on them."""
     _plans: dict[int, EpochPlan] = field(default_factory=dict, repr=False)

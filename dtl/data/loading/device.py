@@ -194,7 +194,7 @@ def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transfor
     flips = bool(draws.horizontal_flip[i]), bool(draws.vertical_flip[i])
     offset = tuple(placement.offsets[i].tolist())
     if offset != (0, 0) or seen.shape != target.shape:
-        seen, target = clip_to_window(seen, target, offset, *flips)
+        seen, target = clip_to_window(seen, target, offset, *flips, transform.fill)
     axes = [axis for axis, flip in zip((1, 0), flips, strict=True) if flip]
     target.copy_(seen.flip(axes) if axes else seen)
     if draws.erase is not None and draws.erase[i, 2]:

@@ -1,7 +1,7 @@
 """Crop, resize and window of training and evaluation images: drawn for a whole batch before anything is decoded.
 
 Three steps describe every geometry here: cut a box out of the decoded image, resize it once, and look at the result through a
-window of image_size x image_size pixels that may reach over the edge (zeros there). B samples, H W pixels, S image_size.
+window of image_size x image_size pixels that may reach over the edge (one colour there). B samples, H W pixels, S image_size.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["bilinear", "bicubic"]
+Colour = tuple[int, int, int]
+BLACK: Colour = (0, 0, 0)
 T = TypeVar("T", Pixels, torch.Tensor)
 
 # The short side is scaled to resize_size, so the memory of the resized image grows with its aspect ratio. Beyond this ratio only a
@@ -56,6 +58,13 @@ class Placement:
         factor = self.reduction(i) if reduction is None else reduction
         top, left, height, width = self.boxes[i].tolist()
         return Region(factor, top // factor, left // factor, -(-height // factor), -(-width // factor))
+
+    def seen(self, widths: Ints, heights: Ints, image_size: int) -> Floats:
+        """The share [B] of each image's area that the window shows."""
+        ends = np.minimum(self.offsets + image_size, self.resized)
+        shown = np.maximum(ends - np.maximum(self.offsets, 0), 0) / self.resized * self.boxes[:, 2:]
+        shares: Floats = shown[:, 0] * shown[:, 1] / (heights * widths)
+        return shares
 
 
 class Geometry(Protocol):
@@ -149,6 +158,85 @@ class ShortSide:
         return boxes
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """The whole image in a square of `resize_size`, stretched to it, or padded: the long side fills it, and the image stands in the middle.
+
+    The window is that square. Where it is smaller, or may be shifted by up to `shift` pixels, its place is random. Sizes and the middle round as
+    Pillow's ImageOps.pad does.
+    """
+
+    image_size: int
+    resize_size: int
+    padded: bool
+    shift: int = 0
+
+    def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
+        boxes = _whole(widths, heights)
+        resized = np.full((len(samples), 2), self.resize_size, np.int64)
+        if self.padded:
+            sizes = boxes[:, 2:]
+            shrunk = np.rint(sizes / sizes.max(axis=1, keepdims=True) * self.resize_size).astype(np.int64)
+            resized = np.maximum(shrunk, 1)
+        offsets = -np.rint((self.resize_size - resized) * 0.5).astype(np.int64)
+        choices = self.resize_size - self.image_size + 2 * self.shift + 1
+        if choices > 1:
+            for axis, name in enumerate(("window.top", "window.left")):
+                offsets[:, axis] += below(np.full(len(samples), choices), uniform(samples, seed, epoch, name)) - self.shift
+        return Placement(boxes=boxes, resized=resized, offsets=offsets)
+
+
+@dataclass(frozen=True)
+class FittedCrop:
+    """RandomResizedCrop in the square into which the whole image was stretched or padded, so that a crop may hold all of it.
+
+    A padded image's crop lies inside of the image along each axis or holds all of it, since a crop of padding alone would teach nothing.
+    """
+
+    image_size: int
+    padded: bool
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    reduced: bool = True
+
+    def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
+        sizes = np.stack([heights, widths], axis=1)
+        square = np.repeat(sizes.max(axis=1, keepdims=True), 2, axis=1) if self.padded else sizes
+        lengths = np.maximum(np.rint(self._shares(samples, seed=seed, epoch=epoch) * square).astype(np.int64), 1)
+        margins = (square - sizes) // 2
+        # Inside of the image, or around it and inside of the square.
+        first = np.where(lengths <= sizes, 0, np.maximum(-margins, sizes - lengths))
+        last = np.where(lengths <= sizes, sizes - lengths, np.maximum(np.minimum(0, square - margins - lengths), first))
+        starts = np.empty_like(sizes)
+        for axis, name in enumerate(("fitted.top", "fitted.left")):
+            starts[:, axis] = first[:, axis] + below(last[:, axis] - first[:, axis] + 1, uniform(samples, seed, epoch, name))
+        begin, end = np.maximum(starts, 0), np.minimum(starts + lengths, sizes)
+        boxes = np.concatenate([begin, end - begin], axis=1)
+        resized = np.maximum(np.rint((end - begin) * self.image_size / lengths).astype(np.int64), 1)
+        offsets = -np.rint((begin - starts) * self.image_size / lengths).astype(np.int64)
+        reductions = None
+        if self.reduced:
+            boxes, reductions = on_reduced_grid(boxes, widths, heights, image_size=self.image_size)
+        return Placement(boxes=boxes, resized=resized, offsets=offsets, reductions=reductions)
+
+    def _shares(self, samples: Ints, *, seed: int, epoch: int) -> Floats:
+        """Height and width [B,2] of each crop as shares of the square's sides, at most 1; the first of ten tries that fits, else the whole square."""
+        shares = np.ones((len(samples), 2))
+        rest = np.arange(len(samples))
+        for attempt in range(_TRIES):
+            ids = samples[rest]
+            area = self.scale[0] + (self.scale[1] - self.scale[0]) * uniform(ids, seed, epoch, "fitted", "area", attempt)
+            low, high = np.log(self.ratio[0]), np.log(self.ratio[1])
+            aspect = np.exp(low + (high - low) * uniform(ids, seed, epoch, "fitted", "aspect", attempt))
+            found = np.sqrt(np.stack([area / aspect, area * aspect], axis=1))
+            fits = (found <= 1).all(axis=1)
+            shares[rest[fits]] = found[fits]
+            rest = rest[~fits]
+            if not len(rest):
+                break
+        return shares
+
+
 def on_reduced_grid(boxes: Ints, widths: Ints, heights: Ints, *, image_size: int) -> tuple[Ints, Ints]:
     """Boxes moved by less than a pixel of the reduced image, and the reductions [B] (1, 2, 4, 8) that leave `image_size` pixels or more.
 
@@ -214,8 +302,12 @@ def place(
     horizontal_flip: bool,
     vertical_flip: bool,
     interpolation: Interpolation,
+    fill: Colour = BLACK,
 ) -> None:
-    """Write the window of one sample, cut out already, into `out` (uint8 [3,S,S], any strides; a channels_last batch is the faster one)."""
+    """Write the window of one sample, cut out already, into `out` (uint8 [3,S,S], any strides; a channels_last batch is the faster one).
+
+    `fill` is the colour where the window reaches over the image's edge.
+    """
     target = out.permute(1, 2, 0).numpy()
     if resized == target.shape[:2] != crop.shape[:2] and offset == (0, 0) and target.flags.c_contiguous and not (horizontal_flip or vertical_flip):
         # The kernel behind `interpolate`, written straight into the batch.
@@ -223,7 +315,7 @@ def place(
         return
     picture = resize(crop, resized, interpolation)
     if offset != (0, 0) or picture.shape != target.shape:
-        picture, target = clip_to_window(picture, target, offset, horizontal_flip, vertical_flip)
+        picture, target = clip_to_window(picture, target, offset, horizontal_flip, vertical_flip, fill)
     if not (horizontal_flip or vertical_flip):
         np.copyto(target, picture)
     elif target.strides[2] == 1:
@@ -253,8 +345,8 @@ def _as_batch(pixels: Pixels) -> torch.Tensor:
     return torch.from_numpy(dense).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
 
 
-def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_flip: bool, vertical_flip: bool) -> tuple[T, T]:
-    """The part of the picture [H,W,3] that the window sees, and the part of the target where it goes; the rest of the target is zeroed."""
+def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_flip: bool, vertical_flip: bool, fill: Colour = BLACK) -> tuple[T, T]:
+    """The part of the picture [H,W,3] that the window sees, and the part of the target where it goes; the rest of the target is filled."""
     size = target.shape[0]
     taken, given = [], []
     for start, length, flipped in zip(offset, picture.shape[:2], (vertical_flip, horizontal_flip)):
@@ -266,7 +358,8 @@ def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_fl
         given.append(slice(at, at + last - first))
     part = target[given[0], given[1]]
     if part.shape != target.shape:
-        target[...] = 0
+        for channel, value in enumerate(fill):
+            target[..., channel] = value
     return picture[taken[0], taken[1]], part
 
 

@@ -14,10 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dtl.config.models import AugmentConfig
+from dtl.config.models import AugmentConfig, Fit
 from dtl.data.decoding.decode import Region
 from dtl.data.transforms import pixels
 from dtl.data.transforms.geometry import (
+    BLACK,
+    Colour,
+    Fitted,
+    FittedCrop,
     Floats,
     Geometry,
     Interpolation,
@@ -35,7 +39,7 @@ from dtl.errors import UserError
 from dtl.keyed import uniform
 
 # Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION covers
-# evaluation, here and in geometry.py (resize, crop, square): model folders of another version are refused. TRANSFORM_VERSION covers training;
+# evaluation, here and in geometry.py (resize, crop, square, pad): model folders of another version are refused. TRANSFORM_VERSION covers training;
 # finished models do not depend on it.
 TRANSFORM_VERSION = 2
 EVALUATION_VERSION = 1
@@ -44,7 +48,9 @@ VERSIONS = {"training": TRANSFORM_VERSION, "evaluation": EVALUATION_VERSION}
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
 # torchvision erases after normalising, with zeros: that is the mean of the data set, here ImageNet's in 0 ... 255.
-IMAGENET_MEAN = (124, 116, 104)
+IMAGENET_MEAN: Colour = (124, 116, 104)
+
+_MUCH = 2 / 3  # of an image's area: where evaluation sees less, that is a warning
 
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
@@ -79,10 +85,12 @@ class Transform:
     `region(draws, i)` and call `apply_crop`.
     """
 
-    geometry: RandomResizedCrop | Square | ShortSide
+    geometry: RandomResizedCrop | Square | ShortSide | Fitted | FittedCrop
     interpolation: Interpolation = "bilinear"
     augment: AugmentConfig | None = None
-    erase_fill: tuple[int, int, int] = IMAGENET_MEAN
+    erase_fill: Colour = IMAGENET_MEAN
+    fill: Colour = BLACK
+    """Around an image that does not fill the window."""
 
     @property
     def image_size(self) -> int:
@@ -112,6 +120,7 @@ class Transform:
             "interpolation": self.interpolation,
             "augment": augment,
             "erase_fill": list(self.erase_fill),
+            **({} if self.fill == BLACK else {"fill": list(self.fill)}),
         }
 
     def draw(self, samples: npt.ArrayLike, widths: npt.ArrayLike, heights: npt.ArrayLike, *, seed: int, epoch: int) -> Draws:
@@ -123,6 +132,23 @@ class Transform:
         never = np.zeros(len(ids), bool)
         draws = Draws(sizes=np.stack([high, wide], axis=1), placement=placement, horizontal_flip=never, vertical_flip=never)
         return draws if self.augment is None else self._draw_augment(self.augment, draws, ids, seed, epoch)
+
+    def what_is_seen(self, widths: Ints, heights: Ints) -> str:
+        """One line: how much of the median of N images, of `widths` and `heights` [N] in pixels, evaluation shows.
+
+        A `warning:` where over a third is cut off.
+        """
+        geometry: Geometry = self.geometry
+        shares = geometry.draw(np.arange(len(widths)), widths, heights, seed=0, epoch=0).seen(widths, heights, self.image_size)
+        median = np.argsort(shares, kind="stable")[(len(shares) - 1) // 2]
+        share, size = float(shares[median]), f"{widths[median]}x{heights[median]}"
+        if isinstance(self.geometry, Square | Fitted):
+            how = "padded" if isinstance(self.geometry, Fitted) and self.geometry.padded else "stretched"
+            return f"evaluation sees the whole image, {how} to a square (median image {size})"
+        line = f"evaluation sees {100 * share:.0f} % of the median image (centre crop, {size})"
+        if share > 0.995:
+            return line
+        return f"{'' if share >= _MUCH else 'warning: '}{line}; --data.fit pad sees all of it"
 
     def reduction(self, draws: Draws, i: int) -> int:
         """1, 2, 4 or 8: sample `i` may be decoded at this fraction of its size."""
@@ -157,6 +183,7 @@ class Transform:
             horizontal_flip=bool(draws.horizontal_flip[i]),
             vertical_flip=bool(draws.vertical_flip[i]),
             interpolation=self.interpolation,
+            fill=self.fill,
         )
         if self._changes_pixels(draws, i):
             target = out.permute(1, 2, 0).numpy()
@@ -220,21 +247,32 @@ def train_transform(
     augment: AugmentConfig,
     interpolation: str = "bilinear",
     crop_ratio: float = 0.875,
-    erase_fill: tuple[int, int, int] = IMAGENET_MEAN,
+    erase_fill: Colour = IMAGENET_MEAN,
+    fit: Fit = "crop",
 ) -> Transform:
     """The transform of training: the preset's geometry and the augmentations of `augment`. The presets `light` and `none` use `crop_ratio`.
 
     imagenet: random resized crop (8 % to 100 % of the area) and flip. cifar: resized to the square, shifted by up to an eighth, flip.
     light: short side to image_size / crop_ratio, random crop, flip. none: the central crop of evaluation.
+    With `fit` "stretch" or "pad" the whole image is first made square, padded with `erase_fill` (the mean); imagenet and light crop that square.
     """
-    geometry: RandomResizedCrop | Square | ShortSide
-    if augment.preset == "imagenet":
-        geometry = RandomResizedCrop(_checked_size(image_size), reduced=augment.reduced_decode)
+    size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
+    geometry: RandomResizedCrop | Square | ShortSide | Fitted | FittedCrop
+    if fit != "crop":
+        padded = fit == "pad"
+        if augment.preset == "imagenet":
+            geometry = FittedCrop(size, padded, reduced=augment.reduced_decode)
+        elif augment.preset == "light":
+            geometry = Fitted(size, _resize_size(size, crop_ratio), padded)
+        else:
+            geometry = Fitted(size, size, padded, shift=size // 8 if augment.preset == "cifar" else 0)
+    elif augment.preset == "imagenet":
+        geometry = RandomResizedCrop(size, reduced=augment.reduced_decode)
     elif augment.preset == "cifar":
-        geometry = Square(_checked_size(image_size), padding=image_size // 8)
+        geometry = Square(size, padding=size // 8)
     else:
-        geometry = ShortSide(_checked_size(image_size), _resize_size(image_size, crop_ratio), random=augment.preset == "light")
-    return Transform(geometry, interpolation=_checked_interpolation(interpolation), augment=augment, erase_fill=erase_fill)
+        geometry = ShortSide(size, _resize_size(size, crop_ratio), random=augment.preset == "light")
+    return Transform(geometry, interpolation=mode, augment=augment, erase_fill=erase_fill, fill=erase_fill if fit == "pad" else BLACK)
 
 
 def eval_transform(
@@ -244,12 +282,17 @@ def eval_transform(
     interpolation: str = "bilinear",
     resize_size: int | None = None,
     square: bool = False,
+    fit: Fit = "crop",
+    fill: Colour = IMAGENET_MEAN,
 ) -> Transform:
     """The transform of evaluation: resize the short side to `resize_size` (round(image_size / crop_ratio) if not given), then centre crop.
 
-    `square` resizes the whole image to the square instead, which goes with the preset `cifar`.
+    `square` resizes the whole image to the square instead, which goes with the preset `cifar`. With `fit` "stretch" or "pad" the whole image is
+    made square, whatever the crop ratio; `fill` is the colour around a padded one.
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
+    if fit != "crop":
+        return Transform(Fitted(size, size, padded=fit == "pad"), interpolation=mode, fill=fill if fit == "pad" else BLACK)
     if square:
         return Transform(Square(size), interpolation=mode)
     if resize_size is not None and resize_size < 1:

@@ -72,6 +72,12 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
         (["--transfer.by", "name"], "transfer.source is missing"),
         (["--transfer.source", "x", "--transfer.by", "map"], "transfer: `by: map` needs `map: FILE`"),
         (["--phases.all.steps", "5", "--phases.all.epochs", "2"], "phases.all: give `epochs` or `steps`, not both"),
+        (["--phases.all.steps", "5", "--phases", "0"], "phases: must be an object \\(got 0\\)"),
+        (["--phases.all.steps", "5", "--phases", "null"], "no phases"),
+        (
+            ["--data.fit", "pad", "--data.crop_ratio", "0.9", "--data.augment.preset", "none"],
+            "crop_ratio 0.9 has no effect with fit pad, which shows the whole image",
+        ),
         (["--phases.all.step-epochs", "[3, 2]"], "phases.all: step_epochs must be increasing, got \\[3.0, 2.0\\]"),
         (["--run.name.x", "5"], "run.name is a single value, it has no key 'x'"),
         (["--run", "5"], "run is a section, not a single value"),

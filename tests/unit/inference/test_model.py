@@ -9,6 +9,7 @@ import pytest
 from model_folders import model_folder
 
 from dtl.config import own
+from dtl.config.models import Fit
 from dtl.data.transforms.transforms import eval_transform
 from dtl.errors import UserError
 from dtl.inference.model import open_model
@@ -39,6 +40,35 @@ def test_a_model_opens_whatever_its_training_did_to_the_images(tmp_path: Path, c
 def test_a_model_whose_images_were_resized_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"version 2 of the evaluation transforms, but this dtl has version 1; use the version of dtl that trained it"):
         open_model(described(tmp_path / "model", evaluation_version=2))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_a_model_sees_whole_images_as_its_training_did(tmp_path: Path, fit: Fit) -> None:
+    transform = eval_transform(image_size=16, fit=fit, fill=(9, 8, 7))
+    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 16, "interpolation": "bilinear", "crop_ratio": 0.8}
+    folder = model_folder(tmp_path / "model", preprocessing={**facts, "transform": json.loads(json.dumps(transform.describe()))})
+    assert open_model(folder).transform == transform
+
+
+@pytest.mark.parametrize(
+    ("geometry", "fill", "message"),
+    [
+        ({"name": "Fitted", "image_size": 16, "resize_size": 10**9, "padded": True, "shift": 0}, [1, 2, 3], "resize_size 1000000000 is not from 1 to 32768"),
+        ({"name": "Fitted", "image_size": 16, "resize_size": 16, "padded": True, "shift": -1}, [1, 2, 3], "shift -1 is not from 0"),
+        ({"name": "Fitted", "image_size": 16, "resize_size": 16, "padded": True, "shift": 0}, [1, 2, 300], r"fill \[1, 2, 300\] is no colour"),
+        ({"name": "Fitted", "image_size": 16, "resize_size": 16, "padded": True, "shift": 0}, [1], "damaged"),
+        ({"name": "ShortSide", "image_size": 16, "resize_size": 10**9}, None, "resize_size 1000000000 is not from 1 to 32768"),
+    ],
+)
+def test_sizes_and_colours_of_a_strangers_folder_are_checked(tmp_path: Path, geometry: dict[str, object], fill: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_model(described(tmp_path / "model", geometry=geometry, fill=fill))
+
+
+def test_a_crop_ratio_near_zero_asks_for_huge_images(tmp_path: Path) -> None:
+    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 16, "interpolation": "bilinear", "crop_ratio": 1e-9}
+    with pytest.raises(UserError, match="crop_ratio 1e-09 is not above 0"):
+        open_model(model_folder(tmp_path / "model", preprocessing=facts))
 
 
 # ---- model folders of strangers

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.config.models import AugmentConfig
+from dtl.config.models import AugmentConfig, Fit
 from dtl.data.decoding.decode import decode
+from dtl.data.transforms.geometry import FittedCrop, RandomResizedCrop
 from dtl.data.transforms.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, Draws, Transform, eval_transform, jitter_strengths, train_transform
 from dtl.errors import UserError
 
@@ -29,6 +30,13 @@ TRANSFORMS = {
     "trivial": train_transform(image_size=48, augment=AugmentConfig(trivial=True)),
     "eval": eval_transform(image_size=40),
     "square": eval_transform(image_size=32, crop_ratio=1.0, square=True),
+    "stretch": eval_transform(image_size=40, fit="stretch"),
+    "pad": eval_transform(image_size=40, fit="pad"),
+    "imagenet, stretch": train_transform(image_size=48, augment=AugmentConfig(), fit="stretch"),
+    "imagenet, pad": train_transform(image_size=48, augment=AugmentConfig(), fit="pad"),
+    "light, pad": train_transform(image_size=40, augment=AugmentConfig(preset="light"), fit="pad"),
+    "cifar, pad": train_transform(image_size=32, augment=AugmentConfig(preset="cifar"), fit="pad"),
+    "cifar, stretch": train_transform(image_size=32, augment=AugmentConfig(preset="cifar"), fit="stretch"),
 }
 SHAPES = [(60, 80), (80, 60), (33, 33), (200, 50), (8, 8), (41, 97), (300, 401)]
 
@@ -131,6 +139,82 @@ def test_pixels_are_within_rounding_of_pillows(interpolation: Image.Resampling) 
         crop = Image.fromarray(image).crop((left, top, left + width, top + height)).resize((56, 56), interpolation)
         difference = np.abs(np.asarray(crop).astype(int) - _apply(transform, [sample], [image])[0].permute(1, 2, 0).numpy())
         assert difference.mean() < 1, "of 255 levels"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (1, 7), (7, 1), (45, 61), (16, 256), (3, 400)])
+def test_pad_is_pillows_pad_and_stretch_its_resize(interpolation: str, shape: tuple[int, int]) -> None:
+    """Size, place and colour exactly; the pixels of the image itself as torchvision's resize gives them, which are within rounding of Pillow's."""
+    from PIL import ImageOps
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    image, fill, mode = _image(*shape), (124, 116, 104), InterpolationMode(interpolation)
+    for size in (40, 33):
+        stretched = _apply(eval_transform(image_size=size, interpolation=interpolation, fit="stretch"), [0], [image])[0]
+        planes = torch.from_numpy(image).permute(2, 0, 1)
+        assert torch.equal(stretched, functional.resize(planes, [size, size], interpolation=mode, antialias=True))
+
+        padded = _apply(eval_transform(image_size=size, interpolation=interpolation, fit="pad"), [0], [image])[0]
+        white = ImageOps.pad(Image.fromarray(np.full_like(image, 255)), (size, size), color=(0, 0, 0)) if min(shape) * size >= max(shape) else None
+        if white is not None:
+            rows, columns = np.nonzero(np.asarray(white)[..., 0])
+            box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+            inner = functional.resize(planes, [box[0].stop - box[0].start, box[1].stop - box[1].start], interpolation=mode, antialias=True)
+            expected = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+            expected[:, box[0], box[1]] = inner
+            assert torch.equal(padded, expected)
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (40, 400), (400, 40), (33, 33)])
+def test_crops_of_a_padded_image_hold_it_or_lie_inside(shape: tuple[int, int]) -> None:
+    samples = np.arange(3000)
+    sizes = np.tile(np.array(shape), (3000, 1))
+    geometry = FittedCrop(48, padded=True, reduced=False)
+    placement = geometry.draw(samples, sizes[:, 1], sizes[:, 0], seed=1, epoch=2)
+    assert (placement.boxes[:, :2] >= 0).all()
+    assert (placement.boxes[:, 2:] >= 1).all()
+    assert (placement.boxes[:, :2] + placement.boxes[:, 2:] <= sizes).all()
+    for axis in (0, 1):
+        whole = placement.boxes[:, 2 + axis] == shape[axis]
+        fills = (placement.offsets[:, axis] == 0) & (np.abs(placement.resized[:, axis] - 48) <= 1)
+        assert (whole | fills).all()
+    if min(shape) < max(shape):
+        assert (placement.boxes[:, 2:] == sizes).all(axis=1).any(), "some crops hold the whole image"
+    shares = placement.seen(sizes[:, 1], sizes[:, 0], 48)
+    assert ((shares > 0) & (shares <= 1 + 1e-9)).all()
+
+
+def test_crops_of_a_stretched_image_are_drawn_in_the_square() -> None:
+    """In shares of the sides a wide image's crops are those of a square one."""
+    samples = np.arange(2000)
+    wide, square = (FittedCrop(48, padded=False, reduced=False).draw(samples, np.full(2000, w), np.full(2000, 1000), seed=1, epoch=2) for w in (4000, 1000))
+    assert np.abs(wide.boxes / [1000, 4000, 1000, 4000] - square.boxes / 1000).max() < 0.002
+    assert (wide.resized == 48).all()
+    assert (wide.offsets == 0).all()
+    share = square.boxes[:, 2] * square.boxes[:, 3] / 1e6
+    assert 0.07 < share.min() < 0.1
+    assert 0.9 < share.max() <= 1
+    usual = RandomResizedCrop(48, reduced=False).draw(samples, np.full(2000, 1000), np.full(2000, 1000), seed=1, epoch=2).boxes
+    assert abs(share.mean() - (usual[:, 2] * usual[:, 3] / 1e6).mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("fit", "sizes", "line"),
+    [
+        ("crop", [(1920, 1080)], "warning: evaluation sees 43 % of the median image (centre crop, 1920x1080); --data.fit pad sees all of it"),
+        (
+            "crop",
+            [(500, 500), (600, 500), (4000, 10)],
+            "warning: evaluation sees 64 % of the median image (centre crop, 600x500); --data.fit pad sees all of it",
+        ),
+        ("crop", [(500, 500)], "evaluation sees 77 % of the median image (centre crop, 500x500); --data.fit pad sees all of it"),
+        ("stretch", [(1920, 1080)], "evaluation sees the whole image, stretched to a square (median image 1920x1080)"),
+        ("pad", [(1920, 1080)], "evaluation sees the whole image, padded to a square (median image 1920x1080)"),
+    ],
+)
+def test_what_evaluation_sees(fit: Fit, sizes: list[tuple[int, int]], line: str) -> None:
+    widths, heights = np.array(sizes).T
+    assert eval_transform(image_size=224, fit=fit).what_is_seen(widths, heights) == line
 
 
 def test_real_photos_have_the_pixels_of_torchvisions_image_pipeline(real_images: Path) -> None:
