@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -181,18 +181,25 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
 
 
 def evaluate(
-    model: str | Path | Run, data: str | Path | None = None, *, batch_size: int = 64, workers: int = 2, device: str = "auto", trust: bool = False
+    model: str | Path | Run,
+    data: str | Path | None = None,
+    *,
+    split: Literal["val", "test"] = "val",
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str = "auto",
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Exact metrics of a run or model folder: {top1, top5, loss, num_samples, per_class, confusion, ...}, as `dtl evaluate --json`.
 
-    `data`: any source of images; by default the run's own validation data. On several processes each gets the same numbers.
+    `data`: any source of images; by default the run's own `split`, val or test. On several processes each gets the same numbers.
     `trust`: as `--trust`: call the function that builds the network, if the model.json was made by somebody else.
     """
     from dtl.inference.evaluate import evaluate as measure
     from dtl.inference.model import running_model
 
     with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
-        return measure(running, None if data is None else str(data), batch_size=batch_size, workers=workers, log=to_stderr)
+        return measure(running, None if data is None else str(data), split=split, batch_size=batch_size, workers=workers, log=to_stderr)
 
 
 def predict(

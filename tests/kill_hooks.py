@@ -44,3 +44,18 @@ def before_the_model() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     publish._save_model = save
+
+
+def in_the_test() -> None:
+    """In the middle of the evaluation on the test set, before its second step."""
+    from dtl.training.loop import Trainer
+
+    real, seen = Trainer._agree_on_eval_step, [0]
+
+    def step(self: Any, split: str, batches: Any) -> Any:
+        seen[0] += split == "test"
+        if seen[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, split, batches)
+
+    Trainer._agree_on_eval_step = step  # type: ignore[method-assign]

@@ -71,7 +71,9 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
     store = CheckpointStore(folder.path / "checkpoints", config.checkpoint, log=log)
     parts = build.prepare(config, folder, store, runtime, log)
     network, loaders, step = parts.network, parts.loaders, parts.state.step
-    for split, shards in (("training", loaders.train), ("validation", loaders.val)):
+    for split, shards in (("training", loaders.train), ("validation", loaders.val), ("test", loaders.test)):
+        if shards is None:
+            continue
         log(f"data: {counted(shards.num_samples, f'{split} image')} of {counted(shards.num_classes, 'class')} in {shards.folder}")
         with runtime.together("data"):
             _fetch_all(shards, log)

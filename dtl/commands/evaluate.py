@@ -22,6 +22,7 @@ _EPILOG = """\
 examples:
   dtl evaluate runs/digits
   dtl evaluate runs/flowers --data.val photos/test --json flowers.json
+  dtl evaluate runs/flowers --split test
   dtl evaluate runs/flowers --csv images.csv --hardest 50
   dtl evaluate models/flowers --data.val shards/val --device cpu
 """
@@ -41,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         values = evaluate(
             model,
             options.data_val,
+            split=options.split,
             batch_size=options.batch_size,
             workers=options.workers,
             on_error=options.on_error,
@@ -64,6 +66,8 @@ def _print(values: dict[str, Any], options: argparse.Namespace) -> None:
     from dtl.inference.tables import TABLE_HARDEST, table
 
     to_stdout(*table(values, hardest=TABLE_HARDEST if options.hardest is None else options.hardest).split("\n"))
+    if "look" in values:
+        to_stdout("", f"test set: look {values['look']} at it by runs beside {options.model}")
     if file is not None:
         try:
             text = json.dumps(values, indent=1, allow_nan=False) + "\n"
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="RUN|MODEL", help="a run (runs/NAME: its model, its validation data) or a model folder")
     add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder with one folder per class, a list, packed shards, digits")
+    add("--split", choices=("val", "test"), default="val", help="which split of the run (default: val); each look at a test set is counted")
     add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the `pipe:` commands in the manifest of SRC")
     add(
         "--json",

@@ -76,9 +76,10 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
 
     log = to_stderr if runtime.is_main else to_nobody
     with runtime.before_first_step(lambda: None):
-        train, val = build.open_data(config, runtime, log)
+        data = build.open_data(config, runtime, log)
+        train = data.train
         network = build.build_network(config, train.num_classes, runtime)
-        loaders = build.build_dataloaders(config, runtime, train, val, network)
+        loaders = build.build_dataloaders(config, runtime, data, network)
         phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)
         build.load_pretrained(config, network, runtime, train, log)
         normalise = build.place_network(config, network, runtime)

@@ -117,6 +117,8 @@ class DataConfig(Section):
     """Validation data; not needed if `train` contains a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images that is used for validation; split by content, stratified by class."""
+    test: Address | None = None
+    """Test data, measured once, after the last phase; not needed if `train` contains a test/ folder. It never chooses weights, `val` does."""
     image_size: Annotated[int, Field(ge=8)] = 224
     """Side of the square input image, in pixels."""
     fit: Fit = "crop"

@@ -21,7 +21,7 @@ from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.mirror import Unreachable, earlier_mirror, find_remote_folder, mirror, mirror_place, refuse_remote_folder
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.open import open_source
-from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, choose, split_folders
+from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, NoSplit, choose, split_folders
 from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
@@ -41,6 +41,7 @@ def ensure_packed(
     processes: int | None = None,
     progress: bool = True,
     log: Log = to_stdout,
+    listed: dict[str, Source] | None = None,
 ) -> Path:
     """A folder of packed shards of `split` ("train" or "val"), packing `source` into the cache if it is not there yet.
 
@@ -51,6 +52,8 @@ def ensure_packed(
     packed folder are copied there. Anything that `open_source` reads is packed
     once into CACHE/FINGERPRINT (of paths, sizes, modification times and options). `split` chooses among the splits of the source,
     or those that `val_fraction` makes; a source without splits is one split. Give a validation set the `classes` of its training set.
+
+    `listed` keeps what was listed for the next call of another split of the same source, which then does not list it again.
 
     Any number of processes may call this at once: on one node one packs and the others wait (the lock goes with its process); two
     nodes on a shared disk write the same bytes by atomic renames.
@@ -73,7 +76,12 @@ def ensure_packed(
         if options.val_fraction:
             raise UserError(f"{source}: data.val_fraction cannot split WebDataset shards from other tools; give --data.val SHARDS")
         return _ensure_indexed(source, tars, options, classes=classes, processes=processes, progress=progress, log=log)
-    opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled, max_file_bytes=options.max_file_bytes)
+    opened = None if listed is None else listed.get(str(source))
+    again = opened is not None
+    if opened is None:
+        opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled, max_file_bytes=options.max_file_bytes)
+    if listed is not None:
+        listed[str(source)] = opened
     if options.val_fraction and opened.has_splits:
         raise UserError(
             f"{source} already has the splits {', '.join(opened.split_names)}: leave out data.val_fraction, or set data.train to the images of one split"
@@ -85,7 +93,7 @@ def ensure_packed(
     folder = home if wanted == ALL else home / wanted
     if (folder / MANIFEST_NAME).exists():
         for note in opened.notes:
-            if note.startswith("passed over"):  # again at each start: a log of another run is not read
+            if note.startswith("passed over") and not again:  # again at each start: a log of another run is not read
                 log(f"{source}: {note}")
         return folder
     with _locked(home.with_name(home.name + ".lock"), f"packs {source}", log):
@@ -112,6 +120,7 @@ def open_split(
     log: Log = to_stdout,
     leads: bool = True,
     found: str | Path | None = None,
+    listed: dict[str, Source] | None = None,
 ) -> Shards:
     """`ensure_packed`, opened. A source that is itself a command (`pipe:`) may be run; what a manifest names only with `options.allow_pipe`.
 
@@ -122,7 +131,7 @@ def open_split(
     if is_remote(source) and kind_of(str(source)) == "pipe":
         options = options.model_copy(update={"allow_pipe": True})
     if found is None:
-        folder = ensure_packed(source, options, split=split, classes=classes, labelled=labelled, processes=processes, progress=progress, log=log)
+        folder = ensure_packed(source, options, split=split, classes=classes, labelled=labelled, processes=processes, progress=progress, log=log, listed=listed)
     else:
         folder = Path(found)
         know_listed(source)
@@ -208,7 +217,7 @@ def packed_folder(source: str | Path, split: str) -> Path | None:
     if (name := choose(folders, split, place)) is not None:
         return place / name
     if folders:
-        raise UserError(f"{place} holds packed shards of {', '.join(sorted(name for names in folders.values() for name in names))}, but none of {split}")
+        raise NoSplit(f"{place} holds packed shards of {', '.join(sorted(name for names in folders.values() for name in names))}, but none of {split}")
     return None
 
 
@@ -218,13 +227,13 @@ def packed_splits(place: Path) -> dict[str, list[str]]:
 
 
 def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:
-    if val_fraction:
+    if val_fraction and split != "test":
         return split
-    if opened.split_names == (ALL,):
+    if opened.split_names == (ALL,) and not val_fraction:
         return ALL
     served = next((name for name in SERVES_AS[split] if name in opened.split_names), None)
     if served is None:
-        raise UserError(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
+        raise NoSplit(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
     return served
 
 

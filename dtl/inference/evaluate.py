@@ -10,18 +10,23 @@ from dtl.config.models import DataConfig
 from dtl.config.own import StoredConfig, stored_config
 from dtl.data.open import open_split
 from dtl.data.shards.index import Shards
+from dtl.data.splits_of_run import content_id
 from dtl.errors import UserError
 from dtl.inference.assess import NUM_HARDEST, RankBatches, assess
 from dtl.inference.model import RunningModel
 from dtl.inference.tables import report, write_csv
+from dtl.runs.looks import count_looks, note_look
 from dtl.text import Log, some, to_nobody
 from dtl.training.dataloaders import choose_workers, rank_cores
+
+Split = Literal["val", "test"]
 
 
 def evaluate(
     model: RunningModel,
     data: str | None = None,
     *,
+    split: Split = "val",
     batch_size: int = 64,
     workers: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
@@ -30,7 +35,8 @@ def evaluate(
     csv: str | None = None,
     log: Log = to_nobody,
 ) -> dict[str, Any]:
-    """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the validation data of the model's run.
+    """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the run's `split`. A test set's has `look`:
+    which look at it this is, of all runs beside the model's.
 
     `workers`: loader processes of this rank; None: as in the run, else auto. `allow_pipe`: run the commands that the manifest of `data` names.
     `hardest`: how many images of the greatest loss are listed. `csv`: a file to be written, one line per image.
@@ -39,8 +45,8 @@ def evaluate(
     runtime, stored = model.runtime, model.stored
     with runtime.together("data"):
         run = stored_config(model.run) if model.run is not None else None
-        source = _source(model, data, run, on_error, allow_pipe)
-    shards = _open(source, model, log)
+        source = _source(model, data, run, split, on_error, allow_pipe)
+    shards = _open(source, split, model, log)
     wanted = workers if workers is not None else run.config.data.workers if run is not None else "auto"
     workers = choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * stored.transform.image_size**2 * batch_size)
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
@@ -53,6 +59,8 @@ def evaluate(
         num_hardest=hardest,
         each_image=csv is not None,
     )
+    with runtime.together("looks"):
+        look = _note_look(model, shards, split) if runtime.is_main else None
     with runtime.together("--csv"):
         if csv is not None and runtime.is_main:
             write_csv(csv, seen, shards, stored.classes)
@@ -61,6 +69,7 @@ def evaluate(
         "model": str(stored.folder),
         "data": {"folder": str(shards.folder), "dataset_id": shards.dataset_id},
         "precision": runtime.precision,
+        **({} if (look := runtime.agree(look)) is None else {"look": look}),
     }
 
 
@@ -74,7 +83,7 @@ class _Source:
     """Its classes must be the model's; else it is a split of the training set, which has them."""
 
 
-def _source(model: RunningModel, data: str | None, run: StoredConfig | None, on_error: Literal["fail", "skip"], allow_pipe: bool) -> _Source:
+def _source(model: RunningModel, data: str | None, run: StoredConfig | None, split: Split, on_error: Literal["fail", "skip"], allow_pipe: bool) -> _Source:
     own = DataConfig() if run is None else run.config.data
     own = own.model_copy(update={"allow_pipe": own.allow_pipe or allow_pipe})
     if data is not None:
@@ -82,16 +91,17 @@ def _source(model: RunningModel, data: str | None, run: StoredConfig | None, on_
         return _Source(data, own.model_copy(update={"on_error": on_error, "val_fraction": 0.0, "names": None}))
     if run is None:
         raise UserError(f"{model.stored.folder} is a model folder, which does not record its data; give --data.val SRC, or the run itself (runs/NAME)")
-    run.require("data.val")
-    if own.val is not None:
-        return _Source(own.val, own.model_copy(update={"val_fraction": 0.0}))
+    run.require(f"data.{split}")
+    named = own.val if split == "val" else own.test
+    if named is not None:
+        return _Source(named, own.model_copy(update={"val_fraction": 0.0}))
     run.require("data.train")
     if own.train is None:
         raise UserError(f"{run.origin} has no data.train; give --data.val SRC")
     return _Source(own.train, own, is_own_set=False)
 
 
-def _open(source: _Source, model: RunningModel, log: Log) -> Shards:
+def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shards:
     """The images, whose labels must mean the model's classes; a folder of images is packed into the cache first."""
     runtime, classes = model.runtime, model.stored.classes
     own_labels = model.stored.task.name == "classify"
@@ -100,7 +110,7 @@ def _open(source: _Source, model: RunningModel, log: Log) -> Shards:
         return open_split(
             source.place,
             source.options,
-            split="val",
+            split=split,
             classes=classes if own_labels and source.is_own_set else None,
             progress=runtime.is_main,
             log=log if runtime.is_main else to_nobody,
@@ -115,8 +125,19 @@ def _open(source: _Source, model: RunningModel, log: Log) -> Shards:
             _check_classes(source.place, shards.classes, classes)
         if shards.num_samples == 0:
             raise UserError(f"{source.place} holds no images to evaluate on")
-    runtime.same("the validation data", shards.dataset_id)
+    runtime.same("the test data" if split == "test" else "the validation data", shards.dataset_id)
     return shards
+
+
+def _note_look(model: RunningModel, shards: Shards, split: Split) -> int | None:
+    """Which look at this test set it is; None where it is none, or the model is of no run. `--data.val` may name a test set, too."""
+    weights = model.stored.facts.weights
+    if model.run is None or weights is None:
+        return None
+    content = content_id(shards)
+    if split != "test" and not count_looks(model.run.parent, content):
+        return None
+    return note_look(model.run, content, weights=weights.sha256, step=int(model.stored.facts.made_by.get("step") or 0))
 
 
 def _check_classes(source: str, found: Sequence[str], known: Sequence[str]) -> None:

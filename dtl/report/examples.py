@@ -100,12 +100,13 @@ class Examples:
         config = _at_home(record.stored.config, record.path)
         own = record.stored.own or _is_trusted(config.model.name, record.path / "model", trust, log)
         runtime = Runtime.alone(config.run.device if device == "auto" else device)
-        train, val = build.open_data(config, runtime, log)
+        data = build.open_data(config, runtime, log)
+        train = data.train
         made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is no longer the data that the run was trained on")
         network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True, own=own)
-        loaders = build.build_dataloaders(config, runtime, train, val, network)
+        loaders = build.build_dataloaders(config, runtime, data, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
         return cls(config, runtime, loaders, build.planned(config, loaders), names, trust)
 

@@ -139,6 +139,12 @@ class RunRecord:
         return self.config.checkpoint.monitor if self.config is not None else "top1"
 
     @property
+    def test(self) -> dict[str, Any] | None:
+        """The metrics of the run's weights on its test set; None where there is none, or they are not known."""
+        found = self.status.test
+        return found if found is not None and all(isinstance(found.get(name), int | float) for name in ("top1", "loss", "num_samples")) else None
+
+    @property
     def last_step(self) -> int:
         return self.phases[-1].last_step if self.phases else 0
 

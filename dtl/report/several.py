@@ -108,6 +108,11 @@ class _Result:
         return None if self.course.record.config is None else self.course.record.config.run.seed
 
     @property
+    def test_top1(self) -> float | None:
+        test = self.course.record.test
+        return None if test is None else float(test["top1"])
+
+    @property
     def seconds(self) -> float:
         return sum(phase.row.get("seconds") or 0.0 for phase in self.course.record.phases)
 
@@ -120,6 +125,7 @@ def _results(groups: Sequence[Group], rows: Sequence[tuple[str, list[Any]]]) -> 
 
 def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Group]) -> list[html.Block]:
     rows = []
+    tested = any(one.test_top1 is not None for one in results)
     for one in results:
         course, epoch = one.course, one.course.best_epoch
         rows.append([
@@ -127,13 +133,25 @@ def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Gr
             Cell("–" if one.seed is None else str(one.seed), number=True),
             *(Cell(shown(value), number=_is_number(value)) for value in one.settings[:_MOST_SETTINGS]),
             Cell(percent(course.best, 2), number=True),
+            *([] if not tested else [Cell("–" if one.test_top1 is None else percent(one.test_top1, 2), number=True)]),
             Cell("–" if epoch is None else str(epoch), number=True),
             Cell(percent(float(course.top1[-1]), 2), number=True),
             Cell(f"{course.lowest_loss:.4f}" if math.isfinite(course.lowest_loss) else "–", number=True),
             Cell(f"{course.record.last_step:,}", number=True),
             Cell(duration(one.seconds) if one.seconds else "–", number=True),
         ])  # fmt: skip
-    columns = ["run", "seed", *names[:_MOST_SETTINGS], "best top-1", "in epoch", "last top-1", "lowest loss", "total steps", "total time"]
+    columns = [
+        "run",
+        "seed",
+        *names[:_MOST_SETTINGS],
+        "best top-1",
+        *(["test top-1"] if tested else []),
+        "in epoch",
+        "last top-1",
+        "lowest loss",
+        "total steps",
+        "total time",
+    ]
     blocks: list[html.Block] = [html.Table(columns, rows)]
     if not names:
         blocks.append(html.Text("Only the names and seeds differ.", soft=True))
@@ -160,12 +178,21 @@ def _differences(groups: Sequence[Group], rows: Sequence[tuple[str, list[Any]]])
 
 
 def _write_csv(file: str | Path, results: Sequence[_Result], names: Sequence[str]) -> None:
-    columns = ["run", "seed", *names, "best_top1", "best_epoch", "last_top1", "lowest_loss", "steps", "seconds"]
+    tested = any(one.test_top1 is not None for one in results)
+    columns = ["run", "seed", *names, "best_top1", "best_epoch", "last_top1", "lowest_loss", "steps", "seconds", *(["test_top1"] if tested else [])]
     lines = [csv_line(columns)]
     for one in results:
         course = one.course
         settings = [value if _is_number(value) or isinstance(value, str | None) else json.dumps(value) for value in one.settings]
-        numbers = [course.best, course.best_epoch, float(course.top1[-1]), course.lowest_loss, course.record.last_step, one.seconds or None]
+        numbers = [
+            course.best,
+            course.best_epoch,
+            float(course.top1[-1]),
+            course.lowest_loss,
+            course.record.last_step,
+            one.seconds or None,
+            *([one.test_top1] if tested else []),
+        ]
         lines.append(csv_line([course.record.name, one.seed, *settings, *numbers]))
     try:
         write_whole(user_path(file), lambda out: out.write("".join(lines).encode("utf-8", "surrogateescape")))

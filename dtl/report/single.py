@@ -22,6 +22,7 @@ from dtl.report.html import Cell
 from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import REPORT_FILE
+from dtl.runs.looks import describe_look
 from dtl.runs.predictions import ImagePredictions, read_predictions, recorded_file
 from dtl.text import Log, counted
 from dtl.untrusted import open_regular
@@ -196,6 +197,8 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
             numbers.append((percent(metrics["top5"], 2), "top-5"))
         numbers.append((f"{metrics['loss']:.4g}", "loss"))
         numbers.append((f"{metrics['num_samples']:,.0f}", "validation images"))
+    if record.test is not None:
+        numbers.append((percent(record.test["top1"], 2), f"top-1 on {record.test['num_samples']:,.0f} test images"))
     seconds = sum(phase.row.get("seconds") or 0.0 for phase in record.phases)
     if seconds:
         numbers.append((duration(seconds), "training time"))
@@ -211,6 +214,8 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
             ("Global batch", counted(config.data.global_batch_size, "image")),
             ("Seed", str(config.run.seed)),
         ]
+    if record.test is not None:
+        facts.append(("Test set", f"measured once, after the last phase; {describe_look(record.test.get('look'), record.path.parent)}"))
     state = record.status.state
     if state not in ("unknown", "done"):
         why = f" ({record.status.why})" if record.status.why else ""

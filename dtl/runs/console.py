@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _REFRESH_SECONDS = 0.25
-_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1")
+_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1", "test top1")
 
 
 class Console:
@@ -125,18 +125,27 @@ class Console:
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, kept_epoch (whose weights it keeps), train_loss,
     val_loss and top1 (0..1) of these;
-    what a phase does not have (None or absent, for instance no validation) is shown as a dash."""
+    what a phase does not have (None or absent, for instance no validation) is shown as a dash. test_top1 has a column where a row has it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.ASCII2)
-    formats = {"epochs": "{:g}", "seconds": "{:.1f}", "images/s": "{:,.0f}", "train loss": "{:.4f}", "val loss": "{:.4f}", "top1": "{:.2%}"}
-    for column in _COLUMNS:
+    formats = {
+        "epochs": "{:g}",
+        "seconds": "{:.1f}",
+        "images/s": "{:,.0f}",
+        "train loss": "{:.4f}",
+        "val loss": "{:.4f}",
+        "top1": "{:.2%}",
+        "test top1": "{:.2%}",
+    }
+    columns = _COLUMNS if any(row.get("test_top1") is not None for row in rows) else _COLUMNS[:-1]
+    for column in columns:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
-        values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in _COLUMNS]
+        values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in columns]
         table.add_row(
-            *(Text("-" if value is None else printable(formats.get(column, "{}").format(value))) for column, value in zip(_COLUMNS, values, strict=True))
+            *(Text("-" if value is None else printable(formats.get(column, "{}").format(value))) for column, value in zip(columns, values, strict=True))
         )
     return table

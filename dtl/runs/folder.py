@@ -27,7 +27,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,7 @@ from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
 MADE = (
-    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "copies.csv", "transfer.json", "predictions.npy", "checkpoints",
+    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "looks.jsonl", "copies.csv", "transfer.json", "predictions.npy", "checkpoints",
     "model", "report", "wandb", "tensorboard",
 )  # fmt: skip
 """What dtl makes in a run folder."""
@@ -95,6 +95,8 @@ class Status(Record):
     progress: Progress | None = None
     phases: tuple[Annotated[NumbersObject, Check(_phase_row)], ...] = ()
     model: Text | None = None
+    test: NumbersObject | None = None
+    """Of a finished run with a test set: its metrics there."""
 
 
 class Owner(Record):
@@ -160,7 +162,7 @@ class RunFolder:
         """Raise Superseded when a newer start of the run has taken over."""
         check_incarnation(self.path, self.incarnation)
 
-    def write_status(self, state: str, *, why: str = "", step: int = 0, **more: object) -> None:
+    def write_status(self, state: str, *, why: str = "", step: int = 0, test: Mapping[str, Any] | None = None, **more: object) -> None:
         """Write status.json, atomically, unless a newer start has taken over (Superseded)."""
         if state not in STATES:
             raise ValueError(f"state {state!r} is none of {STATES}")
@@ -169,7 +171,8 @@ class RunFolder:
         progress = {} if self._progress is None else {"progress": asdict(self._progress)}
         here = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "launcher": _launcher()}
         launch = {} if self.launch_variables is None else {"launch": self.launch_variables}
-        write_json_whole(self.path / "status.json", facts | here | launch | progress | more)
+        tested = {} if test is None else {"test": dict(test)}
+        write_json_whole(self.path / "status.json", facts | here | launch | progress | more | tested)
 
     def clear(self) -> None:
         """Remove what an earlier run has left here; what the user has put beside it stays."""

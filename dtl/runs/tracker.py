@@ -112,6 +112,12 @@ class Tracker:
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
         self.print(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
 
+    def test(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:
+        """The one evaluation on the test set, of the weights that the run delivers."""
+        facts = {"loss": loss, "top1": top1, "top5": top5, "num_samples": num_samples, **more}
+        self._write({"event": "test", "phase": phase, "epoch": epoch, "step": step, **facts})
+        self._copy("test", phase, epoch, step, facts)
+
     def epoch(
         self,
         *,
@@ -191,8 +197,8 @@ class Tracker:
         row: dict[str, float | str] = {f"{kind}/{key}": value for key, value in numbers.items()}
         if self._wandb is not None:
             self._wandb.log(row | {"epoch": epoch, "phase": phase}, step)
-            if kind == "val":
-                self._wandb.summarize({f"{phase}/{key}": value for key, value in numbers.items()})
+            if kind in ("val", "test"):
+                self._wandb.summarize({f"{phase if kind == 'val' else kind}/{key}": value for key, value in numbers.items()})
         if self._board is not None:
             for key, value in numbers.items():
                 self._guard("TensorBoard", lambda key=key, value=value: self._board.add_scalar(f"{kind}/{key}", value, step))  # type: ignore[misc]

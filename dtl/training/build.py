@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from socket import gethostname
 
@@ -20,12 +20,11 @@ from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, r
 from dtl.config import Config
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
-from dtl.data.open import open_split
 from dtl.data.remote.cache import limit_in_bytes
 from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
 from dtl.data.shards.index import Shards
-from dtl.data.shards.manifest import check_class_maps
+from dtl.data.splits_of_run import Splits, open_splits
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -62,12 +61,12 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     """Data packed, network built, phases planned, checkpoint found. Reads the run folder, writes nothing there. `enter`: takes the name of each stage."""
     check_names(config, folder, runtime)
     enter("data")
-    train, val = open_data(config, runtime, log)
+    data = open_data(config, runtime, log)
     enter("model")
-    network = build_network(config, train.num_classes, runtime)
-    loaders = build_dataloaders(config, runtime, train, val, network)
+    network = build_network(config, data.train.num_classes, runtime)
+    loaders = build_dataloaders(config, runtime, data, network)
     log(loaders.evaluation_view)
-    checkpoint, state = find_checkpoint(config, store, runtime, train, val)
+    checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
     return Parts(network, loaders, planned(config, loaders), checkpoint, state)
 
 
@@ -99,18 +98,15 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
 # ---- data
 
 
-def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shards]:
-    """Training and validation shards; an image folder is packed into the cache first, by one process of each node."""
+def open_data(config: Config, runtime: Runtime, log: Log) -> Splits:
+    """The shards of a run; an image folder is packed into the cache first, by one process of each node."""
     data = config.data
     assert data.train is not None
     labelled = any(phase.task != "rotate" for phase in config.phases.values())
 
-    def opened_split(source: str, split: str, found: str | None, *, classes: Sequence[str] | None = None) -> Shards:
-        return open_split(
-            source,
+    def opened(found: Mapping[str, str] | None = None) -> Splits:
+        return open_splits(
             data,
-            split=split,
-            classes=classes,
             labelled=labelled,
             progress=runtime.is_main,
             log=log if runtime.is_main else to_nobody,
@@ -118,27 +114,20 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> tuple[Shards, Shard
             found=found,
         )
 
-    def opened(found: Sequence[str | None] = (None, None)) -> tuple[Shards, Shards]:
-        train = opened_split(str(data.train), "train", found[0])
-        if data.val is None:
-            return train, opened_split(str(data.train), "val", found[1])
-        return train, opened_split(data.val, "val", found[1], classes=train.classes)
-
     with runtime.together("data"):
         # Listing a source, packing it and checking its index are work on all of the data: one process of each node does it.
-        train, val = opened(runtime.once_a_node(lambda: [str(shards.folder) for shards in opened()]))
-        if labelled and train.num_classes < 2:
-            raise UserError(f"{data.train} has only one class, {train.classes[0]!r}; a classifier needs at least two (without labels, use the task rotate)")
-        check_class_maps(train.manifest, val.manifest)
-        if val.folder == train.folder:
-            raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")
-    runtime.same("the training data", train.dataset_id)
-    runtime.same("the validation data", val.dataset_id)
-    return train, val
+        splits = opened(dict(entry.split("=", 1) for entry in runtime.once_a_node(lambda: [f"{name}={place}" for name, place in opened().places().items()])))
+        if labelled and splits.train.num_classes < 2:
+            raise UserError(
+                f"{data.train} has only one class, {splits.train.classes[0]!r}; a classifier needs at least two (without labels, use the task rotate)"
+            )
+    for name, (_, dataset_id) in zip(("training", "validation", "test"), splits.ids().items()):
+        runtime.same(f"the {name} data", dataset_id)
+    return splits
 
 
-def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shards, network: Network) -> DataLoaders:
-    data = config.data
+def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network: Network) -> DataLoaders:
+    data, train = config.data, splits.train
     ranks_here, cores = runtime.gather(gethostname()).count(gethostname()), rank_cores(runtime)
     with runtime.together("batches"):
         if data.global_batch_size < runtime.world_size:
@@ -168,10 +157,11 @@ def build_dataloaders(config: Config, runtime: Runtime, train: Shards, val: Shar
     with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here
         loaders = DataLoaders(
             train=train,
-            val=val,
+            val=splits.val,
+            test=splits.test,
             train_transform=train_view,
             val_transform=val_view,
-            evaluation_view=val_view.what_is_seen(*(np.asarray(sides, np.int64) for sides in (val.widths, val.heights))),
+            evaluation_view=val_view.what_is_seen(*(np.asarray(sides, np.int64) for sides in (splits.val.widths, splits.val.heights))),
             rank=runtime.rank,
             world_size=runtime.world_size,
             image_size=data.image_size,

@@ -78,6 +78,7 @@ class DataLoaders:
     """Where JPEGs are decoded; None: in the loader processes."""
     max_train_steps: int | None = None
     max_val_steps: int | None = None
+    test: Shards | None = None
     evaluation_view: str = ""
     """One line about what evaluation sees of an image."""
     cached: dict[str, MicroBatchDataset] = field(default_factory=dict, repr=False)
@@ -130,7 +131,7 @@ class DataLoaders:
     def shared_bytes(self) -> int:
         """What this rank's loader processes take of /dev/shm at most: validation's come while those of training wait, prefetched."""
         sizes = 0
-        for shards, plan in ((self.train, self.plan(0)), (self.val, self._val_plan())):
+        for shards, plan in ((self.train, self.plan(0)), (self.val, self._eval_plan(self.val))):
             layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=True)
             sizes += bytes_needed(
                 micro_batch_size=layout.micro_batch_size,
@@ -154,13 +155,20 @@ class DataLoaders:
         return loader.steps(epoch, step, phase.num_steps - phase_step)
 
     def val_steps(self) -> Iterator[list[Batch]]:
-        loader, _, num_steps = self._val_loader()
+        return self._eval_steps("val", self.val)
+
+    def test_steps(self) -> Iterator[list[Batch]]:
+        assert self.test is not None
+        return self._eval_steps("test", self.test)
+
+    def _eval_steps(self, split: str, shards: Shards) -> Iterator[list[Batch]]:
+        loader, _, num_steps = self._eval_loader(split, shards)
         return loader.steps(0, 0, num_steps)
 
-    def _val_loader(self) -> tuple[StepLoader, EpochPlan, int]:
-        plan = self._val_plan()
+    def _eval_loader(self, split: str, shards: Shards) -> tuple[StepLoader, EpochPlan, int]:
+        plan = self._eval_plan(shards)
         layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
-        loader = self._loader("val", lambda epoch: plan, layout, limit=None)
+        loader = self._loader(split, lambda epoch: plan, layout, limit=None)
         num_steps = plan.num_steps if self.max_val_steps is None else min(plan.num_steps, self.max_val_steps)
         return loader, plan, num_steps
 
@@ -172,13 +180,14 @@ class DataLoaders:
             uses = max((loader.uses(self.plan(0)) for loader in loaders), key=lambda uses: uses.behind)
             epochs = sum(-(-phase.num_steps // phase.steps_per_epoch) for phase in phases)
             found.append(Demand("data.train", self.train.cache, uses, epochs))
-        if self.val.cache is not None:
-            loader, plan, _ = self._val_loader()
-            found.append(Demand("data.val", self.val.cache, loader.uses(plan)))
+        for split, shards in (("val", self.val), ("test", self.test)):
+            if shards is not None and shards.cache is not None:
+                loader, plan, _ = self._eval_loader(split, shards)
+                found.append(Demand(f"data.{split}", shards.cache, loader.uses(plan)))
         return found
 
-    def _val_plan(self) -> EpochPlan:
-        return EpochPlan(self.val.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
+    def _eval_plan(self, shards: Shards) -> EpochPlan:
+        return EpochPlan(shards.shard_sizes, seed=self.seed, epoch=0, global_batch_size=self.global_batch_size, shuffle=False)
 
     def step_samples(self, phase: Phase, phase_step: int) -> np.ndarray:
         """Sample ids of the whole global batch, [n] in slot order."""
@@ -210,7 +219,7 @@ class DataLoaders:
     def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
         cached = self.cached.get(split)
         return StepLoader(
-            self.train if split == "train" else self.val,
+            {"train": self.train, "val": self.val, "test": self.test or self.val}[split],
             self.train_transform if split == "train" else self.val_transform,
             plans=plans,
             layout=layout,

@@ -30,6 +30,7 @@ from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import PredictionRows, evaluate
 from dtl.training.features import PhaseFeatures
+from dtl.training.losses import build_loss
 from dtl.training.phases import Phase, judge, note_result
 from dtl.training.session import Session
 from dtl.training.step import Stepper, step_weight
@@ -49,6 +50,8 @@ class Trainer:
         self.tracker = session.open_tracker(state)
         self.predictions: ImagePredictions | None = None
         """In the main process, at a run's end: what its weights predict for each validation image."""
+        self.test: dict[str, Any] | None = None
+        """At a run's end: the metrics of its weights on the test set."""
         self._bad_samples = BadSamples(session.folder.path / "bad_samples.jsonl", self.runtime, self.config.data, known=state.bad_samples)
         self._log = StepLog(session, self.tracker, loaders, state)
         self._saver = Saver(session, self._log, self._bad_samples, state)
@@ -75,6 +78,8 @@ class Trainer:
             self._train(active)
             self._finish(active)
             del active  # its optimizer, gradients and average make room for the next phase's
+        if self.loaders.test is not None:
+            self._measure_test()
 
     # ---- a phase
 
@@ -236,7 +241,7 @@ class Trainer:
                 num_outputs=phase.num_outputs,
                 loss=active.eval_loss,
                 normalise=self.normalise,
-                agree=self._agree_on_val_step,
+                agree=lambda batches: self._agree_on_eval_step("val", batches),
                 rows=rows,
             )
             if sums is not None:
@@ -246,11 +251,31 @@ class Trainer:
         state.phase.pending_eval = False
         self._log.spend(phase)
 
-    def _agree_on_val_step(self, batches: list[Batch]) -> Callable[[], bool]:
+    def _measure_test(self) -> None:
+        """Metrics of the weights that the run delivers, on images that chose nothing. A start that is killed here does it anew, from the last checkpoint."""
+        phase, state = self.phases[-1], self.state
+        self.heart.enter("evaluate", state.step)
+        sums = evaluate(
+            self.network.module,
+            self.loaders.test_steps(),
+            self.runtime,
+            task=phase.task,
+            num_outputs=phase.num_outputs,
+            loss=build_loss("cross_entropy"),
+            normalise=self.normalise,
+            agree=lambda batches: self._agree_on_eval_step("test", batches),
+        )
+        if sums is None:
+            self._saver.stop_at_end()
+        assert sums is not None
+        self.test = sums.result()
+        self.tracker.test(phase=phase.name, epoch=phase.epoch_of(max(0, state.phase.step - 1))[0], step=state.step, **self.test)  # type: ignore[arg-type]
+
+    def _agree_on_eval_step(self, split: str, batches: list[Batch]) -> Callable[[], bool]:
         exchange = self._exchange(batches)
 
         def stop() -> bool:
-            flags = self._settle(exchange, "val", batches)
+            flags = self._settle(exchange, split, batches)
             self.heart.enter("evaluate")
             return flags.stop
 
@@ -319,7 +344,7 @@ class Saver:
 
     def stop(self, active: ActivePhase) -> None:
         """Save, wait until it is on the disk, and leave together: raises Stopped."""
-        why = self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or "a signal")
+        why = self._why()
         if self._saved_step == self.state.step:  # it is being written already, or has just been
             self.heart.enter("save")
             with self.runtime.together("checkpoint"):
@@ -331,3 +356,14 @@ class Saver:
                 f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest complete one is step {self.store.saved_step}"
             )
         raise Stopped(why, step=self.state.step)
+
+    def stop_at_end(self) -> None:
+        """`stop` after the last phase, whose last step has its checkpoint: raises Stopped."""
+        why = self._why()
+        self.heart.enter("save")
+        with self.runtime.together("checkpoint"):
+            self.store.flush()
+        raise Stopped(why, step=self.state.step)
+
+    def _why(self) -> str:
+        return self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or "a signal")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
@@ -17,11 +17,15 @@ from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
 from dtl.config.own import is_function, needs_record, note_made
 from dtl.credentials import redact
+from dtl.data.splits_of_run import content_id
 from dtl.errors import UserError
 from dtl.models.build import Network
+from dtl.models.model_json import read_model_json
 from dtl.runs.folder import RunFolder, read_status
+from dtl.runs.looks import describe_look, note_look
 from dtl.runs.predictions import NAME as PREDICTIONS
 from dtl.runs.predictions import ImagePredictions, write_predictions
+from dtl.text import counted
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase
 from dtl.training.session import Session
@@ -54,8 +58,10 @@ def show_result_again(session: Session, state: TrainState) -> None:
     _note_own(folder.path, session.config, console.print)
     status = read_status(folder.path)
     console.print(f"{folder.path} is finished (step {state.step}); to train longer, raise the epochs of the last phase")
-    console.table(table_rows(status.phases))
-    folder.write_status("done", step=state.step, phases=status.phases, model=status.model)
+    console.table(table_rows(status.phases, status.test))
+    if status.test is not None:
+        console.print(test_line(status.test, folder.path))
+    folder.write_status("done", step=state.step, phases=status.phases, model=status.model, test=status.test)
     session.store.thin()  # a kill may have come between the two at the end of an earlier start
     page = folder.path / "report" / "index.html"
     for line in next_steps(folder.path, session.config, page if page.is_file() else None):
@@ -76,20 +82,24 @@ def publish(session: Session, trainer: Trainer, report: MakeReport | None) -> No
     config, folder, runtime, tracker, step = session.config, session.folder, session.runtime, trainer.tracker, trainer.state.step
     session.store.close()
     session.heart.enter("finish")
+    seen: dict[str, Any] | None = None
     model, results = folder.path / "model", trainer.state.results.phases
     with runtime.together("model"):
         if runtime.is_main:
             _save_model(trainer, model, folder, config)
             if is_function(trainer.network.name):
                 note_made(model / "model.json", tracker.print)
-            folder.write_status("done", step=step, phases=results, model=str(model))
+            seen = None if trainer.test is None else {**trainer.test, **_look(trainer, folder.path)}
+            folder.write_status("done", step=step, phases=results, model=str(model), test=seen)
     # A report, or the network to wandb, may take minutes: the other ranks leave, and nothing that comes can fail or hang for their sake.
     session.heart.part()
     runtime.barrier()  # no rank looks for another any more
     runtime.close()
     if runtime.is_main:
         session.store.thin()
-        tracker.table(table_rows(results))
+        tracker.table(table_rows(results, seen))
+        if seen is not None:
+            tracker.print(test_line(seen, folder.path))
         if worse := fell_behind(results, lr=trainer.phases[-1].config.lr):
             tracker.print(worse)
         page = None if report is None or config.run.debug or not config.tracking.report else _make_report(report, folder.path, tracker.print)
@@ -109,8 +119,23 @@ def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> P
         return None
 
 
-def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "val_loss": (row["val"] or {}).get("loss"), "top1": (row["val"] or {}).get("top1")} for row in results]
+def table_rows(results: Sequence[dict[str, Any]], test: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """`test`: what the last phase's weights came to on the test set."""
+    rows = [{**row, "val_loss": (row["val"] or {}).get("loss"), "top1": (row["val"] or {}).get("top1")} for row in results]
+    return rows if test is None else [*rows[:-1], {**rows[-1], "test_top1": test.get("top1")}]
+
+
+def test_line(test: Mapping[str, Any], run: Path) -> str:
+    """The result on the test set, and how often it has been looked at."""
+    return f"test  loss {test['loss']:.4f}  top1 {test['top1']:.2%}  ({counted(test['num_samples'], 'sample')}; {describe_look(test.get('look'), run.parent)})"
+
+
+def _look(trainer: Trainer, run: Path) -> dict[str, Any]:
+    """Which test set this was, and how many looks at it there have been."""
+    assert trainer.loaders.test is not None
+    content, weights = content_id(trainer.loaders.test), read_model_json(run / "model").weights
+    assert weights is not None
+    return {"content": content, "look": note_look(run, content, weights=weights.sha256, step=trainer.state.step)}
 
 
 def fell_behind(results: Sequence[dict[str, Any]], *, lr: float) -> str | None:
@@ -154,7 +179,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
         classes=list(trainer.phases[-1].task.class_names(train.classes)),
         display_names=dict(train.manifest.display_names),
         preprocessing=preprocessing(network, config, trainer),
-        metrics={"phase": last["phase"], **(last["val"] or {})},
+        metrics={"phase": last["phase"], **(last["val"] or {}), **({} if trainer.test is None else {"test": trainer.test})},
         made_by={
             "run": str(folder.path),
             "step": trainer.state.step,

@@ -85,15 +85,17 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     folder.write_status("running", why=stuck, step=state.step)
     if stuck:
         log(stuck)
-    train, val = trainer.loaders.train, trainer.loaders.val
+    train, val, test = trainer.loaders.train, trainer.loaders.val, trainer.loaders.test
+    held_out = "" if test is None else f" (and {counted(test.num_samples, 'test image')}, measured once at the end)"
     resumed = f"; resuming at step {state.step}" if state.step else ""
     log(
-        f"run {folder.path}: {train.num_samples:,} training and {counted(val.num_samples, 'validation image')} of "
+        f"run {folder.path}: {train.num_samples:,} training and {counted(val.num_samples, 'validation image')}{held_out} of "
         f"{counted(train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
         f"{runtime.device.type}, precision {runtime.precision}{resumed}"
     )
     if any(phase.config.task == "classify" for phase in trainer.phases):
-        for line in classes_without_images(trainer.loaders.classes, train.manifest.class_counts, val.manifest.class_counts):
+        tested = None if test is None else test.manifest.class_counts
+        for line in classes_without_images(trainer.loaders.classes, train.manifest.class_counts, val.manifest.class_counts, tested):
             log(line)
     if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
         log(warning)
@@ -104,7 +106,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     ]:
         log(line)
     if not state.step:
-        report_copies(session, {"train": train, "val": val})
+        report_copies(session, {"train": train, "val": val} if test is None else {"train": train, "val": val, "test": test})
 
 
 def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
@@ -118,13 +120,16 @@ def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
         copies.write_csv(path)
 
 
-def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int]) -> list[str]:
+def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int], test: Sequence[int] | None = None) -> list[str]:
     """A line about the classes without a training image, and one about those without a validation image."""
     lines = []
     for counts, split, so in (
         (train, "training", "cannot be learned"),
         (val, "validation", "left out of top1"),
+        (test, "test", "left out of its top1"),
     ):
+        if counts is None:
+            continue
         names = [name for name, count in zip(classes, counts) if not count]
         if names:
             lines.append(f"{len(names)} of {counted(len(classes), 'class')} without a {split} image ({so}): {some(names)}")

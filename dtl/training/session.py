@@ -223,6 +223,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             return
         kept: dict[str, Any] = {"phases": before.phases} if before.phases else {}
         kept |= {} if before.model is None else {"model": before.model}
+        kept |= {} if before.test is None else {"test": before.test}
         kept |= {} if before.progress is None else {"progress": asdict(before.progress)}
         self.folder.write_status(state, why=redacted_line(why), step=step or before.step, **kept, **more)
 

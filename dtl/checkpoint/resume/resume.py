@@ -15,7 +15,6 @@ from dtl.checkpoint.resume.state import OTHERWISE, OptimizerFacts, TrainState, c
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, Section, config_from_dict
 from dtl.data.sampling.plan import PLAN_VERSION
-from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.determinism import changed_facts, kernel_facts
 from dtl.distributed.runtime import Runtime
@@ -23,14 +22,15 @@ from dtl.errors import UserError
 from dtl.text import counted
 from dtl.untrusted import Count, NumbersObject, Record, Text
 
-# Settings that may change between two starts of one run: they do not change its result. Of these precision, data.train and data.val are
+# Settings that may change between two starts of one run: they do not change its result. Of these precision, data.train, data.val and data.test are
 # compared by what they come to; run.device and data.micro_batch_size change roundings and batch statistics, as the number of ranks does,
 # and are logged. Keys of `checkpoint` stand here one by one: `monitor` says which weights are kept.
 FREE_SETTINGS = (
     "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.deterministic", "run.timeout_minutes", "tracking.*", "precision",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.deadline_seconds", "checkpoint.max_failures", "checkpoint.keep", "checkpoint.keep_done",
     "checkpoint.async",
-    "data.workers", "data.micro_batch_size", "data.cache_dir", "data.cache_shared", "data.train", "data.val", "data.on_error", "data.max_bad", "data.names",
+    "data.workers", "data.micro_batch_size", "data.cache_dir", "data.cache_shared", "data.train", "data.val", "data.test", "data.on_error",
+    "data.max_bad", "data.names",
     "data.cache_gb", "data.retries", "data.timeout", "data.allow_pipe",
 )  # fmt: skip
 
@@ -55,8 +55,8 @@ def _groups_needed(checkpoint: Checkpoint) -> set[str]:
     return {"model", "optimizer"} | ({"ema"} if checkpoint.state["ema_updates"] is not None else set())
 
 
-def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, train: Shards, val: Shards) -> tuple[Checkpoint | None, TrainState]:
-    """The newest whole checkpoint and the state in it; a fresh state without one. Changed settings are refused by name."""
+def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, datasets: dict[str, str]) -> tuple[Checkpoint | None, TrainState]:
+    """The newest whole checkpoint and the state in it; a fresh state without one. Changed settings are refused by name. `datasets`: dataset ids by split."""
     with runtime.together("resume"):
         newest = store.newest() if runtime.is_main and config.run.resume != "never" else None
     # The main process has checked the hashes; the others need not read everything twice.
@@ -66,14 +66,14 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, tr
         if checkpoint is None:
             if config.run.resume == "must":
                 raise UserError(f"run.resume is must, but {store.folder} contains no complete checkpoint")
-            state = TrainState(dataset_ids={"train": train.dataset_id, "val": val.dataset_id})
+            state = TrainState(dataset_ids=datasets)
         else:
             StoredState.from_values(checkpoint.state, f"{checkpoint.path}/state.json")
             if missing := _groups_needed(checkpoint) - set(checkpoint.groups):
                 raise UserError(f"{checkpoint.path} is incomplete: it has no {min(missing)}.safetensors, which its state.json requires; {OTHERWISE}")
             state = TrainState.from_json(checkpoint.state["train"])
             _check_settings(config, checkpoint, store.folder.parent)
-            _check_data(state, {"train": train.dataset_id, "val": val.dataset_id}, store.folder.parent)
+            _check_data(state, datasets, store.folder.parent)
             _check_precision(str(checkpoint.state["precision"]), runtime.precision)
             check_transforms(checkpoint.state, store.folder.parent)
             check_plan(checkpoint.state, store.folder.parent)
@@ -154,7 +154,8 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
 
 def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
     for split, dataset_id in now.items():
-        if state.dataset_ids.get(split) != dataset_id:
+        # A test set may be added: it changes nothing of what is trained.
+        if state.dataset_ids.setdefault(split, dataset_id if split == "test" else "") != dataset_id:
             raise UserError(f"{run} was started with different {split} images (data.{split} has changed); {OTHERWISE}")
 
 

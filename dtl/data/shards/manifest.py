@@ -142,21 +142,22 @@ def dataset_id(classes: Sequence[str], *, sizes: npt.NDArray[np.uint32], crcs: n
     return digest.hexdigest()[:32]
 
 
-def check_class_maps(train: Manifest, val: Manifest) -> None:
+def check_class_maps(train: Manifest, val: Manifest, *, split: str = "validation") -> None:
     """Refuse two splits whose label numbers do not mean the same classes: they would be scored against wrong names in silence."""
     if val.classes == train.classes:
         return
-    again = "pack both together, or pack val with the classes of train (`dtl pack VAL DST --classes-from TRAIN_SHARDS`)"
+    name = split if split == "test" else "val"
+    again = f"pack both together, or pack {name} with the classes of train (`dtl pack {name.upper()} DST --classes-from TRAIN_SHARDS`)"
     unknown = [name for name in val.classes if name not in set(train.classes)]
     if unknown:
-        raise UserError(f"the validation data has {_named(unknown)}, which the training data does not have (it has {_named(train.classes)}); {again}")
+        raise UserError(f"the {split} data has {_named(unknown)}, which the training data does not have (it has {_named(train.classes)}); {again}")
     missing = [name for name in train.classes if name not in set(val.classes)]
     if missing:
-        raise UserError(f"the validation data was packed without {_named(missing)}, so its label numbers stand for other classes than in training; {again}")
+        raise UserError(f"the {split} data was packed without {_named(missing)}, so its label numbers stand for other classes than in training; {again}")
     at = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes)) if a != b)
     raise UserError(
-        f"training and validation have their classes in different orders: label {at} is '{train.classes[at]}' in training "
-        f"and '{val.classes[at]}' in validation; {again}"
+        f"training and {split} have their classes in different orders: label {at} is '{train.classes[at]}' in training "
+        f"and '{val.classes[at]}' in {split}; {again}"
     )
 
 

@@ -16,7 +16,7 @@ from dtl.data.remote.fetch import MAX_FILE_BYTES, Unfetched, fetch_bytes, fetch_
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, PATHS_NAME, index_bytes
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.quarantine import QUARANTINE_NAME, Quarantine
-from dtl.data.sources.splits import SPLIT_WORDS, addresses_to_try
+from dtl.data.sources.splits import SPLIT_WORDS, NoSplit, addresses_to_try
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, temporary_suffix, write_whole
 from dtl.untrusted import read_json
@@ -59,7 +59,7 @@ def earlier_mirror(place: Path, url: str, splits: Sequence[str]) -> Path | None:
 
 def refuse_remote_folder(url: str, splits: Sequence[str]) -> NoReturn:
     names = [name for split in splits for name in SPLIT_WORDS[split]]
-    raise UserError(
+    raise NoSplit(
         f"{shown(url)} holds no {MANIFEST_NAME}, neither directly nor in {', '.join(f'{name}/' for name in names)}; "
         "list its tars with braces (train-{000..010}.tar), or pack the data with `dtl pack` and copy the folder there"
     )

@@ -18,6 +18,10 @@ _WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"))
 
 
+class NoSplit(UserError):
+    """The source has splits, but not this one."""
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is the system's own business: `.git`, `__MACOSX` ..."""
     return name.startswith(".") or name.lower() in _SYSTEM_FILES
