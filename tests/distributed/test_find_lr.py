@@ -49,9 +49,9 @@ def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     phases = {"all": {"train": "all", "epochs": 1, "lr": 0.05, "optimizer": "adamw", "ema": 0.9, "mixup": 0.2}}
     config, _ = load_config(["--config", str(recipes.write_recipe(tmp_path, phases=phases)), "--data.workers", "0"])
     runtime = Runtime(device="cpu", precision="no")
-    train, val = build.open_data(config, runtime, print)
-    network = build.build_network(config, train.num_classes, runtime)
-    loaders = build.build_dataloaders(config, runtime, train, val, network)
+    data = build.open_data(config, runtime, print)
+    network = build.build_network(config, data.train.num_classes, runtime)
+    loaders = build.build_dataloaders(config, runtime, data, network)
     (phase,) = build.planned(config, loaders)
     active = enter(
         network, phase, runtime, class_counts=loaders.class_counts, classes=loaders.classes, freeze_norm=True, micro_batch_size=120, image_size=16, log=print

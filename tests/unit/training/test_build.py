@@ -13,6 +13,7 @@ from recipes import write_images
 
 from dtl.config import Config, load_config
 from dtl.data.shards.index import Shards
+from dtl.data.splits_of_run import Splits
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.runs.folder import RunFolder
@@ -27,7 +28,7 @@ def config_of(*options: str) -> Config:
 
 
 def loaders_of(digits: Pair, runtime: Runtime, config: Config) -> Any:
-    return build.build_dataloaders(config, runtime, *digits, build.build_network(config, 10, runtime))
+    return build.build_dataloaders(config, runtime, Splits(*digits), build.build_network(config, 10, runtime))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_a_run_that_resumes_needs_its_source_no_more(tmp_path: Path, runtime: Ru
 def test_a_mistake_in_the_last_phase_is_refused_first(digits: Pair, runtime: Runtime, options: tuple[str, ...], message: str) -> None:
     config = config_of(*options)
     network = build.build_network(config, 10, runtime)
-    loaders = build.build_dataloaders(config, runtime, *digits, network)
+    loaders = build.build_dataloaders(config, runtime, Splits(*digits), network)
     with pytest.raises(UserError, match=message):
         build.check_phases(build.planned(config, loaders), network, loaders, runtime)
 
@@ -71,15 +72,15 @@ def test_a_mistake_in_the_last_phase_is_refused_first(digits: Pair, runtime: Run
 def test_data_that_teaches_nothing_is_refused(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
     one, two = write_images(tmp_path / "one", {"cat": 4}), write_images(tmp_path / "two", {"cat": 4, "dog": 4})
 
-    def opened(*options: str) -> Pair:
+    def opened(*options: str) -> Splits:
         return build.open_data(load_config(["--config", "finetune", *SMALL, *options])[0], runtime, lambda line: None)
 
     with pytest.raises(UserError, match=r"one has only one class, 'cat'; a classifier needs two or more"):
         opened("--data.train", str(one), "--data.val", str(one))
     with pytest.raises(UserError, match=r"no validation data; give --data.val FOLDER, or --data.val-fraction 0.1"):
         opened("--data.train", str(digits[0].folder), "--data.val", str(digits[0].folder))
-    train, val = opened("--data.train", str(two), "--data.val_fraction", "0.25")
-    assert (train.num_samples, val.num_samples, train.classes) == (6, 2, val.classes)
+    found = opened("--data.train", str(two), "--data.val_fraction", "0.25")
+    assert (found.train.num_samples, found.val.num_samples, found.train.classes) == (6, 2, found.val.classes)
 
 
 def test_more_processes_than_samples_a_step_are_refused(digits: Pair, runtime: Runtime) -> None:
