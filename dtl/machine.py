@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import resource
@@ -136,6 +137,7 @@ def why_no_memory(error: BaseException) -> str | None:
 # ---- which process is which
 
 
+@functools.cache
 def pid_space() -> str | None:
     """Names what pids are valid in: this boot of this kernel, this host name, this pid namespace. None where that cannot be known."""
     try:

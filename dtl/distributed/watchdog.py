@@ -194,14 +194,14 @@ class Notes:
         self._count = 0
         self._machine = pid_space()
 
-    def write(self, heart: Heartbeat, *, ended: str | None = None, what: str = "") -> None:
-        """Raises RuntimeError when the rendezvous store cannot be reached, as `read` does."""
+    def write(self, heart: Heartbeat, *, ended: str | None = None, what: str = "") -> Loss | None:
+        """This rank's note, for the verdict if there is one. Raises RuntimeError when the rendezvous store cannot be reached, as `read` does."""
         self._count += 1
         note = {
             "count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "machine": self._machine, "stage": heart.stage, "step": heart.step,
             "tick": heart.tick, "age": self._clock() - heart.since, "what": what, "ended": ended,
         }  # fmt: skip
-        self._bounded(lambda: self._store.set(f"{self._prefix}/{self.rank}", json.dumps(note)))
+        return self._bounded(lambda: self._set(json.dumps(note)))
 
     def read(self, ranks: Collection[int] | None = None) -> list[Note]:
         """The newest note of each rank, by rank; `ranks`: of these only."""
@@ -219,14 +219,20 @@ class Notes:
 
     def loss(self) -> Loss | None:
         """The verdict, if there is one."""
-        key = f"{self._prefix}/loss"
-        found: list[bytes] = self._bounded(lambda: [self._store.get(key)] if self._store.check([key]) else [])
-        return Loss(**json.loads(found[0])) if found else None
+        return self._bounded(self._loss)
 
     def declare(self, loss: Loss) -> Loss:
         """Make it the verdict, unless there is one: that counts for all."""
         found: bytes = self._bounded(lambda: self._store.compare_set(f"{self._prefix}/loss", "", json.dumps(vars(loss))))
         return Loss(**json.loads(found))
+
+    def _set(self, note: str) -> Loss | None:
+        self._store.set(f"{self._prefix}/{self.rank}", note)
+        return self._loss()
+
+    def _loss(self) -> Loss | None:
+        key = f"{self._prefix}/loss"
+        return Loss(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _fetch(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
         keys = [f"{self._prefix}/{rank}" for rank in ranks]
@@ -391,9 +397,9 @@ class Watchdog:
             with self._lock:
                 try:
                     if self._notes is not None:
-                        self._notes.write(self.heart, what=self._what(self.heart) if stalled else "")
+                        loss = self._notes.write(self.heart, what=self._what(self.heart) if stalled else "")
                         self._refusals = 0
-                        self._look_for_a_loss(age)
+                        self._look_for_a_loss(age, loss)
                     if stalled:
                         self._diagnose(age)
                     else:
@@ -401,10 +407,10 @@ class Watchdog:
                 except RuntimeError:
                     self._unreachable(age)
 
-    def _look_for_a_loss(self, age: float) -> None:
+    def _look_for_a_loss(self, age: float, loss: Loss | None) -> None:
         """Whatever is seen is seen twice: a rank that leaves as all others do is not lost, nor is this one for a moment without progress."""
         assert self._notes is not None
-        loss, ended = self._notes.loss(), self._ended_here()
+        ended = self._ended_here()
         if loss is None and (certain := ended & self._ended):
             notes = self._notes.read(certain)
             loss = self._notes.declare(self._loss_of([note for note in notes if note.gone] or notes))
