@@ -27,7 +27,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdi
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="dtl-tests-")
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: tests that start processes would fight over them
-# Bit for bit is promised on CPUs, and two processes need no two GPUs there; tests/gpu takes the GPU where there is one.
+# Bit for bit is promised on CPUs, and two processes need no two GPUs there. `--device` asks for GPUs, and tests/gpu for simulated ones.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 # What this user has made and trusts (dtl/config/own.py): nothing yet.
 os.environ["XDG_CONFIG_HOME"] = os.path.join(os.environ["TMPDIR"], "config")
@@ -41,12 +41,30 @@ if os.environ.get("DTL_TEST_BF16") or os.environ.get("DTL_TEST_BF16_ASKED"):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "sim", "cuda"),
+        help="what the runs of tests/distributed, tests/resilience and tests/gpu compute on: CPUs, simulated GPUs (tests/gpusim) or this machine's GPUs; "
+        "if not given, simulated GPUs in tests/gpu and CPUs everywhere else",
+    )
     parser.addoption("--kills", type=int, default=8, help="how often runs are killed in tests/resilience/test_kills.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "soak":
         settings.load_profile("soak")
+    device = config.getoption("device")
+    if device in (None, "cpu"):
+        return
+    import harness
+    from gpusim import simulation
+
+    harness.default_device = device
+    os.environ["ACCELERATE_USE_CPU"] = "false"
+    if device == "sim":
+        if problem := simulation.missing():
+            raise pytest.UsageError(problem)
+        os.environ.update(simulation.environment())  # for launchers and commands that tests start
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,16 +10,20 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from gpusim import simulation
 
 from dtl.checks.resume import TIMES
 
@@ -27,7 +31,19 @@ from dtl.checks.resume import TIMES
 _here = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_here), str(_here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["warm"])
+default_device = "cpu"
+"""What runs compute on: cpu, sim (simulated GPUs, tests/gpusim) or cuda. tests/conftest.py sets it: pytest --device."""
+_servers: dict[str, multiprocessing.forkserver.ForkServer] = {}
+
+
+def _server(of: str) -> multiprocessing.forkserver.ForkServer:
+    """One for all runs on CPUs and GPUs, and one with simulated GPUs."""
+    if of not in _servers:
+        _servers[of] = multiprocessing.forkserver.ForkServer()
+        _servers[of].set_forkserver_preload(["warm"])
+        with mock.patch.dict(os.environ, simulation.environment() if of == "sim" else {}):
+            _servers[of].ensure_running()
+    return _servers[of]
 
 
 @dataclass
@@ -99,8 +115,9 @@ def start(
     command: str = "train",
     threads: int = 1,
     by_rank: Mapping[int, Mapping[str, Any]] | None = None,
+    device: str | None = None,
 ) -> Job:
-    """`world` ranks of `dtl COMMAND ARGUMENTS`, in `cwd`, over gloo.
+    """`world` ranks of `dtl COMMAND ARGUMENTS`, or of COMMAND(*ARGUMENTS) where it is MODULE:FUNCTION; in `cwd`, on this device or on the one of the session; over gloo on CPUs.
 
     `by_rank`: what single ranks have of their own: `arguments` beside the others', and `before`, MODULE:FUNCTION that is called first.
     """
@@ -108,7 +125,16 @@ def start(
     _jobs += 1
     folder = cwd / f".job-{_jobs}"
     folder.mkdir(parents=True)
-    variables = {"DTL_CACHE": str(cwd / "cache"), "WANDB_MODE": "disabled", "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": str(threads), **(env or {})}
+    device = device or default_device
+    on_device = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
+    variables = {
+        **on_device,
+        "DTL_CACHE": str(cwd / "cache"),
+        "WANDB_MODE": "disabled",
+        "HF_HOME": str(cwd / "hf"),
+        "OMP_NUM_THREADS": str(threads),
+        **(env or {}),
+    }
     if world > 1:
         variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     job = Job([], folder)
@@ -118,7 +144,8 @@ def start(
         own = (by_rank or {}).get(rank, {})
         words = [*arguments, *own.get("arguments", [])]
         process = _context.Process(target=_run, args=(command, words, str(cwd), str(folder), rank, ranked, threads, own.get("before")))
-        process.start()
+        with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", _server(device).connect_to_new_process):
+            process.start()
         job.processes.append(process)
     return job
 
@@ -144,12 +171,16 @@ def _run(command: str, arguments: list[str], cwd: str, folder: str, rank: int, v
 
     torch.set_num_threads(threads)
     if before is not None:
-        module, _, function = before.partition(":")
-        getattr(importlib.import_module(module), function)()
-    code = main([command, *arguments])
+        _named(before)()
+    code = _named(command)(*arguments) if ":" in command else main([command, *arguments])
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _named(text: str) -> Callable[..., Any]:
+    module, _, function = text.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def free_port() -> int:

@@ -106,13 +106,6 @@ def other_torch() -> None:
     same_start.version = importlib.metadata.version
 
 
-def little_gpu_memory() -> None:
-    """This process may take 8 GiB of its GPU."""
-    import torch
-
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 8 * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-
-
 def far_ahead() -> None:
     """The host runs ahead of its device, which then takes half a second to come to a log line."""
     from dtl.training.step import Window

@@ -1,0 +1,86 @@
+"""What tests change in a process before its run: `before` in tests/harness.py, as gpu.hooks:FUNCTION."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import textwrap
+from multiprocessing.util import Finalize
+from typing import Any
+
+import torch
+from gpusim import plugin
+
+
+def contexts() -> None:
+    """Say at the end on which devices this process has a context."""
+    Finalize(None, lambda: print(f"contexts {plugin.contexts()}", file=sys.stderr, flush=True), exitpriority=1)
+
+
+def sanitizer() -> None:
+    import torch.cuda._sanitizer
+
+    torch.cuda._sanitizer.enable_cuda_sanitizer()
+
+
+def no_waits_in_a_step() -> None:
+    """A training step in which the host waits for its device is an error. DDP's waits once a phase: the second step's forward sets up its buckets anew."""
+    from dtl.training.step import Stepper
+
+    step = Stepper.step
+
+    def watched(self: Stepper, *args: Any, **more: Any) -> float:
+        before = plugin.num_waits() if plugin.is_simulated() else 0
+        if self.runtime.world_size > 1 and more["phase_step"] == 1:
+            return step(self, *args, **more)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            lr = step(self, *args, **more)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = plugin.num_waits() - before if plugin.is_simulated() else 0
+        print(f"a step with {waits} waits", file=sys.stderr)
+        assert waits == 0
+        return lr
+
+    Stepper.step = watched  # type: ignore[method-assign]
+
+
+def little_memory() -> None:
+    """This process may take LITTLE_MEMORY MiB of its GPU."""
+    device = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_per_process_memory_fraction((int(os.environ["LITTLE_MEMORY"]) << 20) / torch.cuda.get_device_properties(device).total_memory, device)
+
+
+MUTATIONS = {
+    "the step does not wait for the copy": ("dtl.models.network:Normalise._moved", "current.wait_stream(self._copies)", "pass"),
+    "labels stay on the host": ("dtl.training.step:Stepper.loss_sum", "labels, weights = labels.to(device, non_blocking=True),", "labels, weights = labels,"),
+    "the host reads device memory": (
+        "dtl.checkpoint.resume.store:_copy_into",
+        "return buffer.copy_(tensor, non_blocking=pinned)",
+        "ctypes.memmove(buffer.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.element_size()); return buffer",
+    ),
+    "a checkpoint is written before its copies have landed": (
+        "dtl.checkpoint.resume.store:CheckpointStore._snapshot",
+        "torch.cuda.synchronize(device)",
+        "pass",
+    ),
+}
+"""Lines for GPUs, broken: the function, what stands there, and what shall."""
+
+
+def broken() -> None:
+    """dtl with the line of $MUTATION broken."""
+    where, old, new = MUTATIONS[os.environ["MUTATION"]]
+    module_name, _, path = where.partition(":")
+    module = importlib.import_module(module_name)
+    function: Any = module
+    for name in path.split("."):
+        function = getattr(function, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{where} has another line now"
+    changed: dict[str, Any] = {}
+    exec(compile("from __future__ import annotations\n" + source.replace(old, new), module_name, "exec"), module.__dict__, changed)
+    function.__code__ = changed[function.__name__].__code__  # whoever has imported the function has it too

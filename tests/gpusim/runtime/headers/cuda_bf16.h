@@ -1,0 +1,1 @@
+#pragma once  // NCCL names its types only
