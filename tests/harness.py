@@ -117,8 +117,9 @@ def start(
     by_rank: Mapping[int, Mapping[str, Any]] | None = None,
     device: str | None = None,
 ) -> Job:
-    """`world` ranks of `dtl COMMAND ARGUMENTS`, or of COMMAND(*ARGUMENTS) where it is MODULE:FUNCTION; in `cwd`, on this device or on the one of the session; over gloo on CPUs.
+    """`world` ranks of `dtl COMMAND ARGUMENTS`, or of COMMAND(*ARGUMENTS) where it is MODULE:FUNCTION; in `cwd`.
 
+    `device`: that of the session, if it is not given. Ranks on CPUs speak over gloo, on GPUs over NCCL.
     `by_rank`: what single ranks have of their own: `arguments` beside the others', and `before`, MODULE:FUNCTION that is called first.
     """
     global _jobs
