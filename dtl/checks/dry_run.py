@@ -78,7 +78,7 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
         with runtime.together("data"):
             _fetch_all(shards, log)
     log(f"network: {network.name}, {sum(parameter.numel() for parameter in network.module.parameters()):,} parameters")
-    build.check_phases(parts.phases, network, loaders, runtime)
+    build.check_phases(parts.phases, network, loaders, runtime, monitor=config.checkpoint.monitor)
     if parts.checkpoint is None:
         build.load_pretrained(config, network, runtime, loaders.train, log)
     elif is_at_end(parts.state, parts.phases):

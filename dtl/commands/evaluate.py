@@ -13,7 +13,8 @@ from dtl.text import TRUST, OptionParser, at_least, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Measure a trained model on validation images: top1, top5, loss, precision, recall and F1 of each class, the confusion matrix, the
-expected calibration error, the most confused classes, and the images with the largest loss.
+expected calibration error, the most confused classes, and the images with the largest loss. Balanced accuracy, macro F1, AUROC and average
+precision; 95 % intervals of all (Wilson's; a bootstrap with a fixed seed).
 
 The numbers are exact and the same on any number of processes:
   accelerate launch --num_processes 4 -m dtl evaluate runs/NAME

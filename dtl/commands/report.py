@@ -9,7 +9,8 @@ from dtl.text import TRUST, OptionParser, counted, to_stderr, to_stdout
 
 _DESCRIPTION = """\
 Plots and one self-contained page (index.html) about a run: curves, augmented training images, predictions, confusion matrix, metrics
-per class, transferred weights. For several runs: one plot and one table that compare them.
+per class, transferred weights. For several runs: one plot and one table that compare them; for two runs also McNemar's exact test on the
+validation images of both.
 
 RUN is a run folder. The page opens without a network connection. What is missing (for example data that has moved) is left out, and the page lists it.
 """

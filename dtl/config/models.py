@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dtl.credentials import bare
 from dtl.errors import UserError
+from dtl.text import nearest
 from dtl.untrusted import in_words
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -26,6 +27,16 @@ Count = Annotated[int, Field(ge=1)]
 Address = Annotated[str, AfterValidator(bare)]
 """A source of data or weights. Of a web address the config keeps no password and no token: see dtl.credentials."""
 TransferBy = Literal["auto", "name", "order", "strict", "map"]
+
+
+RECALL_OF = "recall:"
+Metric = Literal["top1", "top5", "loss", "balanced_accuracy", "macro_f1", "auroc", "average_precision"]
+
+
+def _monitor(value: str) -> str:
+    if value not in get_args(Metric) and not (value.startswith(RECALL_OF) and len(value) > len(RECALL_OF)):
+        raise ValueError(f"{value!r} must be one of {', '.join(get_args(Metric))}, {RECALL_OF}CLASS{nearest(value, get_args(Metric))}")
+    return value
 
 
 def _names_as_text(value: Any) -> Any:
@@ -346,8 +357,8 @@ class CheckpointConfig(Section):
     """Number of checkpoints kept when the run is done. The last one is enough to train longer."""
     asynchronous: Annotated[bool, Field(alias="async")] = True
     """Write checkpoints in the background while training continues."""
-    monitor: Literal["top1", "top5", "loss"] = "top1"
-    """Validation metric that decides which weights are best."""
+    monitor: Annotated[Metric | str, AfterValidator(_monitor)] = "top1"
+    """Validation metric that decides which weights are best, and that early stopping follows; or the recall of one class: `recall:CLASS`."""
 
     model_config = ConfigDict(populate_by_name=True)
 

@@ -27,6 +27,7 @@ from dtl.errors import UnreachableSample, UserError
 from dtl.runs.predictions import ImagePredictions
 from dtl.training.evaluate import ForwardPass, Outputs, PredictionRows, Sums, first_greatest, reduce_sums
 from dtl.training.losses import Loss
+from dtl.training.metrics import Ranking, Scores
 from dtl.training.phases import Task
 
 NUM_BINS = 15
@@ -104,8 +105,10 @@ class Assessment:
     """Greatest loss first; equal losses by sample number."""
     damaged: list[tuple[int, str]]
     """(sample, why it counts nowhere)"""
-    predictions: ImagePredictions | None = None
-    """Of each image, where that was asked for."""
+    predictions: ImagePredictions
+    """Of each image."""
+    ranking: Ranking
+    """The images by their probabilities."""
 
     @property
     def calibration_error(self) -> float:
@@ -151,15 +154,14 @@ def assess(
     num_outputs: int,
     skip_damaged: bool = False,
     num_hardest: int = NUM_HARDEST,
-    each_image: bool = False,
 ) -> Assessment:
     """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped, and for one
     that cannot be read now.
 
-    `each_image`: keep what is predicted for each image, 24 bytes of memory for each on every rank.
+    What is predicted for each image takes 24 bytes of memory for each on every rank, and its probabilities 4 K bytes on one.
     """
     runtime = forward.runtime
-    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest, each_image=each_image)
+    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest)
     with runtime.together("evaluation"):
         usable = _readable(batches, skip_damaged=skip_damaged)
         for number, outputs in enumerate(forward.over(usable, task), start=batches.first):
@@ -217,9 +219,9 @@ def _counted(num_classes: int, parts: Sequence[Confusion]) -> Confusion:
 class _Seen:
     """One rank's part; nothing in `add` waits for the device."""
 
-    def __init__(self, num_outputs: int, num_batches: int, device: torch.device, num_hardest: int, *, each_image: bool) -> None:
+    def __init__(self, num_outputs: int, num_batches: int, device: torch.device, num_hardest: int) -> None:
         self._num_hardest = num_hardest
-        self._rows = PredictionRows() if each_image else None
+        self._rows, self._scores = PredictionRows(), Scores(num_outputs)
         self._loss = Loss()
         self._sums, self._pairs = Sums(num_outputs, device), PairCounts(num_outputs)
         self._losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
@@ -232,8 +234,8 @@ class _Seen:
         """Batch `number`, and its sample numbers [B] on the device."""
         logits, labels, weights = outputs.logits, outputs.labels, outputs.weights
         losses, _ = self._loss(logits, labels)
-        if self._rows is not None:
-            self._rows.add(outputs, losses)
+        self._rows.add(outputs, losses)
+        self._scores.add(logits, labels, weights, samples)
         self._sums.update(logits, labels, weights, losses)
         real = weights > 0
         self._losses[number] = torch.where(real, losses, 0).double().sum()
@@ -274,7 +276,8 @@ class _Seen:
             bin_confidence=bins[2],
             hardest=hardest[: self._num_hardest],
             damaged=sorted({one for part in runtime.gather(self.damaged) for one in part}),
-            predictions=None if self._rows is None else self._rows.all_ranks(runtime),
+            predictions=self._rows.all_ranks(runtime),
+            ranking=self._scores.all_ranks(runtime),
         )
 
 

@@ -57,7 +57,6 @@ def evaluate(
         num_outputs=len(stored.classes),
         skip_damaged=on_error == "skip",
         num_hardest=hardest,
-        each_image=csv is not None,
     )
     with runtime.together("looks"):
         look = _note_look(model, shards, split) if runtime.is_main else None

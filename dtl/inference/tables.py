@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dtl import text
 from dtl.data.shards.index import Shards
 from dtl.errors import UserError, printable
 from dtl.files import write_whole
 from dtl.inference.assess import NUM_BINS, Assessment, Confusion, Hard
+from dtl.intervals import Bootstrap, Interval, accuracy_interval, shown, wilson
 from dtl.text import Column, counted, csv_line
+from dtl.training.metrics import class_counts, macro, macro_intervals
 
 NUM_PAIRS = 20
 DENSE_CLASSES = 1000
@@ -29,13 +32,17 @@ TABLE_HARDEST = 5
 _MEAN = "mean over classes"
 
 
-def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """The evaluation as JSON values: None where a rate has nothing to be a share of. `names` are the display names."""
+def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: Sequence[str], groups: npt.NDArray[np.int64] | None = None) -> dict[str, Any]:
+    """The evaluation as JSON values: None where a rate has nothing to be a share of. `names` are the display names. Every rank must call it.
+
+    `groups`: a group for each image of the shards; intervals then draw whole groups.
+    """
     confusion = seen.confusion
     rates = class_rates(confusion)
     occurring = {"label": confusion.labels, "predicted": confusion.predicted, "count": confusion.counts}
     return {
         **{key: _number(value) for key, value in seen.result.items()},
+        **_sure(seen, groups, len(classes)),
         "macro": {key: _mean([row[key] for row in rates if row["support"]]) for key in ("precision", "recall", "f1")},
         "calibration_error": _number(seen.calibration_error),
         "calibration": {
@@ -45,7 +52,10 @@ def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: S
             "confidence": [total / 2**32 / num if num else None for total, num in zip(seen.bin_confidence, seen.bin_samples)],
         },
         "classes": list(classes),
-        "per_class": [{"label": label, "name": name, **row} for label, name, row in zip(classes, names, rates)],
+        "per_class": [
+            {"label": label, "name": name, **row, **({} if groups is not None else {"recall_interval": wilson(row["recall"], row["support"])})}
+            for label, name, row in zip(classes, names, rates)
+        ],
         **(
             {"confusion": confusion.dense().tolist()}
             if len(classes) <= DENSE_CLASSES
@@ -57,10 +67,26 @@ def report(seen: Assessment, shards: Shards, *, classes: Sequence[str], names: S
     }
 
 
+def _sure(seen: Assessment, groups: npt.NDArray[np.int64] | None, num_classes: int) -> dict[str, Any]:
+    """The metrics that have no sum behind them, and the 95 % interval of each number."""
+    found = seen.predictions
+    bootstrap = Bootstrap(len(found), None if groups is None else groups[found.samples])
+    balanced, f1 = macro(*(one[0] for one in class_counts(np.ones((1, len(found)), np.int64), found.labels, found.predicted, num_classes)))
+    intervals = macro_intervals(found.labels, found.predicted, num_classes, bootstrap)
+    ranked = seen.ranking.with_intervals(bootstrap)
+    return {
+        "top1_interval": accuracy_interval((found.labels == found.predicted) & ~np.isnan(found.probability), bootstrap),
+        "balanced_accuracy": _number(float(balanced)),
+        "balanced_accuracy_interval": intervals[0],
+        "macro_f1": _number(float(f1)),
+        "macro_f1_interval": intervals[1],
+        **{name: value for metric, pair in ranked.items() for name, value in ((metric, pair[0]), (f"{metric}_interval", pair[1]))},
+    }
+
+
 def write_csv(file: str, seen: Assessment, shards: Shards, classes: Sequence[str]) -> None:
     """One line per image, in the order of the data: path, label, prediction, its probability, loss; of a damaged image the path alone."""
     found = seen.predictions
-    assert found is not None
     damaged = dict(seen.damaged)
     rows = zip(*(column.tolist() for column in (found.samples, found.labels, found.predicted, found.probability, found.loss)))
     lines: Iterator[tuple[int, tuple[object, ...]]] = (
@@ -115,6 +141,7 @@ def table(values: dict[str, Any], *, hardest: int = TABLE_HARDEST) -> str:
     lines = [
         f"{counted(values['num_samples'], 'image')}: top1 {_percent(values['top1'])}, top5 {_percent(values['top5'])}, "
         f"loss {_plain(values['loss'])}, calibration error {_percent(values['calibration_error'])}",
+        *_sure_lines(values),
         "",
         text.table([Column("class", most=_NAME_WIDTH), *rates, Column("images", right=True)], rows),
     ]
@@ -133,6 +160,18 @@ def table(values: dict[str, Any], *, hardest: int = TABLE_HARDEST) -> str:
             right = f"correct ({sure})" if hard["label"] == hard["predicted"] else f"predicted {shown[hard['predicted']]} ({sure})"
             lines.append(printable(f"  loss {_plain(hard['loss'])}  {shown[hard['label']]}, {right}  {hard['path']}"))
     return "\n".join(lines)
+
+
+def _sure_lines(values: dict[str, Any]) -> list[str]:
+    if not values["num_samples"]:
+        return []
+    named = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc": "AUROC", "average_precision": "average precision"}
+    found = [f"{name} {_percent(values[key])}{_within(values[f'{key}_interval'])}" for key, name in named.items() if values[key] is not None]
+    return [f"95 % intervals: top1{_within(values['top1_interval'])}; {', '.join(found)}"]
+
+
+def _within(interval: Interval | None) -> str:
+    return f" ({shown(interval)} %)" if interval is not None else " (no interval)"
 
 
 def _worst_classes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

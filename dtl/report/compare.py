@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtl.errors import UserError
+from dtl.intervals import Interval, wilson
 from dtl.report.record import Column, RunRecord, best_of
 from dtl.report.style import BLACK, CYCLE, MARKERS, WIDE, as_percent, lines_on, new_figure, shorten
 
@@ -51,6 +52,7 @@ class Course:
     """As the run counts them, over all of its phases, from 0."""
     top1: Column
     loss: Column
+    num_samples: Column
 
     @property
     def best(self) -> float:
@@ -60,6 +62,14 @@ class Course:
     def best_epoch(self) -> int | None:
         place = best_of(self.top1, self.loss, lowest=False)
         return None if place is None else int(self.epoch[place])
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval of `best`."""
+        place = best_of(self.top1, self.loss, lowest=False)
+        if self.record.phases[-1].task != "classify":
+            return None
+        return None if place is None else wilson(float(self.top1[place]), float(self.num_samples[place]))
 
     @property
     def lowest_loss(self) -> float:
@@ -161,8 +171,8 @@ def _course(record: RunRecord, task: str, unit: str) -> Course | None:
     if not phases:
         return None
     per_x = (record.steps_per_epoch or 1) if unit == "epoch" else 1
-    columns = {name: np.concatenate([phase.val[name] for phase in phases]) for name in ("step", "epoch", "top1", "loss")}
-    return Course(record, (columns["step"] - phases[0].first_step) / per_x, columns["epoch"], columns["top1"], columns["loss"])
+    columns = {name: np.concatenate([phase.val[name] for phase in phases]) for name in ("step", "epoch", "top1", "loss", "num_samples")}
+    return Course(record, (columns["step"] - phases[0].first_step) / per_x, columns["epoch"], columns["top1"], columns["loss"], columns["num_samples"])
 
 
 def _draw(axes: Axes, group: Group, name: str, *, color: str, marker: str, style: str, label: str) -> None:

@@ -59,7 +59,9 @@ class PhaseRecord:
 
     def best(self, metric: str = "top1") -> int | None:
         """The place of the best evaluation in `val`, among equals the one with the lower loss, as the run decided; None where there was none."""
-        return best_of(self.val[metric], self.val["loss"], lowest=metric == "loss")
+        # A pretext task has no recall of a class of the data: the run judged it by top1.
+        known = metric if np.isfinite(self.val.get(metric, np.empty(0))).any() else "top1"
+        return best_of(self.val[known], self.val["loss"], lowest=known == "loss")
 
     def kept(self, metric: str = "top1") -> int | None:
         """The place in `val` of the weights that the phase kept."""
@@ -226,6 +228,7 @@ def _read_history(record: RunRecord) -> None:
     """Columns are gathered phase by phase: a run of weeks has a million lines, and each is dropped once it is read."""
     file = record.path / "history.jsonl"
     columns: dict[str, dict[str, dict[str, list[float]]]] = {}
+    wanted = {**_COLUMNS, "val": tuple(dict.fromkeys((*VAL_COLUMNS, record.monitor)))}
     unread = 0
     try:
         for event in json_lines(file):
@@ -233,7 +236,7 @@ def _read_history(record: RunRecord) -> None:
             if kind == "note":
                 record.notes.append(event)
             elif kind in _COLUMNS and isinstance(phase, str) and all(_is_place(event.get(name)) for name in ("step", "epoch")):
-                kinds = columns.setdefault(phase, {name: _empty(names) for name, names in _COLUMNS.items()})
+                kinds = columns.setdefault(phase, {name: _empty(names) for name, names in wanted.items()})
                 for name, values in kinds[kind].items():
                     values.append(_number(event.get(name)))
             elif not event or kind in _COLUMNS:

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from dtl import intervals
 from dtl.errors import UserError
 from dtl.files import user_path, write_whole
 from dtl.report import html
 from dtl.report.compare import Course, Group, compare, compare_figure, differences, shown
 from dtl.report.fonts import without_font
 from dtl.report.html import Cell
-from dtl.report.record import read_run
+from dtl.report.record import RunRecord, read_run
 from dtl.report.single import PAGE, duration, embed_plot, footer, missing_fonts, prepare_folder, write_page
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import never_began, why_none_began
-from dtl.text import Log, csv_line
+from dtl.runs.predictions import read_predictions, recorded_file
+from dtl.text import Log, counted, csv_line
 
 _MOST_COLUMNS, _MOST_SETTINGS = 8, 8  # runs, and settings, side by side
 
@@ -54,6 +56,9 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
         left_out.append(missing_fonts(scripts))
     for words in left_out:
         log(f"left out of the comparison: {words}")
+    paired = _same_images(records)
+    if paired:
+        log(paired)
     alt = "Top-1 and loss on validation images of " + "; ".join(f"{group.name}, best top-1 {_best(group.courses)}" for group in comparison.groups)
     caption = (
         "With several seeds, the line is their mean and the band spans the lowest to the highest." if any(len(g.courses) > 1 for g in comparison.groups) else ""
@@ -69,6 +74,7 @@ def make_comparison(run_folders: Sequence[str | Path], *, out: str | Path | None
     sections = [
         html.section("Curves", plot),
         html.section("Results", *_table(results, names, comparison.groups)),
+        html.section("On the same images", html.Text(paired)) if paired else None,
         _differences(comparison.groups, rows),
         html.section("Left out", html.Bullets(left_out)) if left_out else None,
     ]
@@ -88,11 +94,43 @@ def _place(out: str | Path | None) -> Path:
 
 
 def _best(courses: Sequence[Course]) -> str:
-    """Mean and standard deviation of the runs' best top1."""
+    """The best top1 of a run, or of several their mean and range."""
     values = np.asarray([course.best for course in courses])
     if len(values) == 1:
         return percent(float(values[0]), 2)
-    return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f}\u00a0%"
+    return f"{100 * values.mean():.2f}\u00a0% ({100 * values.min():.2f} to {100 * values.max():.2f})"
+
+
+def _same_images(records: Sequence[RunRecord]) -> str:
+    """What McNemar's test says about the delivered weights of two runs, or why it cannot be asked; nothing of more runs."""
+    if len(records) != 2:
+        return ""
+    first, second = records
+    try:
+        return f"{first.name} against {second.name}, {_paired(first, second)}"
+    except UserError as error:
+        return f"{first.name} and {second.name} are not compared image by image: {error}"
+
+
+def _paired(first: RunRecord, second: RunRecord) -> str:
+    kept = []
+    for record in (first, second):
+        if any((key == "data.group" or key.startswith("data.group.")) and value is not None for key, value in record.settings.items()):
+            raise UserError(f"{record.name} has groups of images, which the test takes for independent")
+        facts = None if record.model is None else recorded_file(record.model.made_by, str(record.path / "model" / "model.json"))
+        found = None if record.model is None or facts is None else read_predictions(record.path, facts, len(record.model.classes))
+        if record.model is None or facts is None or found is None:
+            raise UserError(f"{record.name} kept no predictions (predictions.npy)")
+        kept.append((record.model.classes, facts.data, found))
+    (classes, data, a), (other_classes, other_data, b) = kept
+    if data != other_data or classes != other_classes:
+        raise UserError("they were evaluated on other images or classes")
+    if not (np.array_equal(a.samples, b.samples) and np.array_equal(a.labels, b.labels)):
+        raise UserError("other images of their validation data were damaged")
+    if len(np.unique(a.samples)) < len(a):
+        raise UserError("several rotations of one image are not independent")
+    paired = intervals.Paired(int((b.wrong & ~a.wrong).sum()), int((a.wrong & ~b.wrong).sum()))
+    return f"the same {counted(len(a), 'validation image')}: {paired} (McNemar's exact test)"
 
 
 @dataclass(frozen=True)
@@ -133,6 +171,7 @@ def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Gr
             Cell("–" if one.seed is None else str(one.seed), number=True),
             *(Cell(shown(value), number=_is_number(value)) for value in one.settings[:_MOST_SETTINGS]),
             Cell(percent(course.best, 2), number=True),
+            Cell(intervals.shown(course.interval) or "–", number=True),
             *([] if not tested else [Cell("–" if one.test_top1 is None else percent(one.test_top1, 2), number=True)]),
             Cell("–" if epoch is None else str(epoch), number=True),
             Cell(percent(float(course.top1[-1]), 2), number=True),
@@ -145,6 +184,7 @@ def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Gr
         "seed",
         *names[:_MOST_SETTINGS],
         "best top-1",
+        "95\u00a0% interval",
         *(["test top-1"] if tested else []),
         "in epoch",
         "last top-1",
@@ -160,7 +200,7 @@ def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Gr
         blocks.append(html.Text(more, soft=True))
     several = [group for group in groups if len(group.courses) > 1]
     if several:
-        words = [f"{group.name}: best top-1 {_best(group.courses)} (mean and standard deviation of {len(group.courses)} seeds)" for group in several]
+        words = [f"{group.name}: best top-1 {_best(group.courses)} (mean and range of {len(group.courses)} seeds)" for group in several]
         blocks.append(html.Bullets(words))
     return blocks
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dtl.errors import UserError
 from dtl.files import user_path, write_whole
+from dtl.intervals import shown, wilson
 from dtl.report import html, style
 from dtl.report.confusion import MOST_BARS, MOST_NAMES, ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
 from dtl.report.curves import curves_figure
@@ -193,12 +194,17 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
     metrics = result(record)
     if metrics:
         numbers.append((percent(metrics["top1"], 2), "top-1"))
+        rotated = bool(record.phases) and record.phases[-1].task != "classify"
+        if interval := shown(None if rotated else wilson(metrics["top1"], metrics["num_samples"])):
+            numbers.append((f"{interval}\u00a0%".replace(" to ", "\u00a0to\u00a0"), "95\u00a0% interval of top-1"))
         if record.model is not None and len(record.model.classes) >= _WITHOUT_TOP5:
             numbers.append((percent(metrics["top5"], 2), "top-5"))
         numbers.append((f"{metrics['loss']:.4g}", "loss"))
         numbers.append((f"{metrics['num_samples']:,.0f}", "validation images"))
     if record.test is not None:
         numbers.append((percent(record.test["top1"], 2), f"top-1 on {record.test['num_samples']:,.0f} test images"))
+        if within := shown(wilson(record.test["top1"], record.test["num_samples"])):
+            numbers.append((f"{within}\u00a0%".replace(" to ", "\u00a0to\u00a0"), "95\u00a0% interval on test images"))
     seconds = sum(phase.row.get("seconds") or 0.0 for phase in record.phases)
     if seconds:
         numbers.append((duration(seconds), "training time"))
@@ -245,7 +251,7 @@ def _phases(record: RunRecord) -> html.Section | None:
     rows = []
     for phase in record.phases:
         rows.append([Cell(phase.name), *_phase_cells(record, phase)])
-    columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "time"]
+    columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "95\u00a0% interval", "time"]
     chosen = f"Losses and top-1 belong to the weights that each phase keeps: those of its best evaluation by {record.monitor}, or of its last one (keep: last)."
     return html.section("Phases", html.Table(columns, rows), html.Text(chosen, soft=True))
 
@@ -266,8 +272,15 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
         Cell("–" if train_loss is None else f"{train_loss:.4f}", number=True),
         Cell("–" if best is None else f"{phase.val['loss'][best]:.4f}", number=True),
         Cell("–" if best is None else percent(float(phase.val["top1"][best]), 2), number=True),
+        Cell(_interval(phase, best), number=True),
         Cell(duration(seconds) if seconds else "–", number=True),
     ]
+
+
+def _interval(phase: PhaseRecord, place: int | None) -> str:
+    """Of top1. The rotations of one image are not independent: there is none."""
+    known = place is not None and phase.task == "classify"
+    return shown(wilson(float(phase.val["top1"][place]), float(phase.val["num_samples"][place]))) or "–" if known else "–"
 
 
 def _curves(parts: _Parts, record: RunRecord) -> html.Section | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _REFRESH_SECONDS = 0.25
-_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1", "test top1")
+_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1", "interval", "test top1")
 
 
 class Console:
@@ -124,7 +124,7 @@ class Console:
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, kept_epoch (whose weights it keeps), train_loss,
-    val_loss and top1 (0..1) of these;
+    val_loss, top1 (0..1) and its 95 % interval of these;
     what a phase does not have (None or absent, for instance no validation) is shown as a dash. test_top1 has a column where a row has it."""
     from rich import box
     from rich.table import Table

@@ -110,6 +110,7 @@ class Tracker:
         self._write({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts})
         self._copy("val", phase, epoch, step, facts)
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
+        shown += "".join(f"  {name} {value:.2%}" for name, value in more.items() if isinstance(value, float))
         self.print(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
 
     def test(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:

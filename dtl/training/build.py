@@ -38,6 +38,7 @@ from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
 from dtl.training.dataloaders import DataLoaders, choose_workers, rank_cores
 from dtl.training.losses import class_weights
+from dtl.training.metrics import check_monitor
 from dtl.training.phases import Phase, plan_phases
 
 Log = Callable[[str], None]
@@ -82,9 +83,11 @@ def check_names(config: Config, folder: RunFolder, runtime: Runtime) -> None:
             check_is_there(config.transfer.source)
 
 
-def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders, runtime: Runtime) -> None:
+def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders, runtime: Runtime, *, monitor: str) -> None:
     """A mistake in the last phase is refused now, not after the hours of the first."""
     with runtime.together("phases"):
+        if any(phase.config.task == "classify" for phase in phases):
+            check_monitor(monitor, loaders.classes, loaders.val.manifest.class_counts)
         for phase in phases:
             config = phase.config
             try:

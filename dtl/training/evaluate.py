@@ -84,9 +84,10 @@ def evaluate(
     normalise: Normalise,
     agree: Callable[[list[Batch]], Callable[[], bool]] | None = None,
     rows: PredictionRows | None = None,
+    monitored: Callable[[Outputs], None] | None = None,
 ) -> Sums | None:
     """Sums over all ranks, the same on each of them. `steps` is this rank's share, with the same number of steps on every rank.
-    `rows` takes what is predicted for each image of this rank.
+    `rows` takes what is predicted for each image of this rank, `monitored` each batch's outputs.
 
     `agree(batches)` is called before a step, and what it returns after it: that may end the pass, on all ranks at once, and the result is
     None. So ranks can exchange flags while they compute.
@@ -100,6 +101,8 @@ def evaluate(
                 sums.update(outputs.logits, outputs.labels, outputs.weights, losses)
                 if rows is not None:
                     rows.add(outputs, losses)
+                if monitored is not None:
+                    monitored(outputs)
             if is_over is not None and is_over():
                 return None
     return reduce_sums(sums, runtime)

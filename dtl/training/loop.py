@@ -31,6 +31,7 @@ from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import PredictionRows, evaluate
 from dtl.training.features import PhaseFeatures
 from dtl.training.losses import build_loss
+from dtl.training.metrics import Monitored, monitored_in
 from dtl.training.phases import Phase, judge, note_result
 from dtl.training.session import Session
 from dtl.training.step import Stepper, step_weight
@@ -232,6 +233,8 @@ class Trainer:
         active.sync_buffers(self.runtime)
         # The run delivers weights of its last phase: what these predict for each image is kept with them.
         rows = PredictionRows() if phase is self.phases[-1] else None
+        monitor = monitored_in(phase, self.config.checkpoint.monitor)
+        monitored = None if monitor in ("top1", "top5", "loss") else Monitored(monitor, phase.task.class_names(self.loaders.classes), self.runtime.device)
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
                 active.evaluated,
@@ -243,9 +246,11 @@ class Trainer:
                 normalise=self.normalise,
                 agree=lambda batches: self._agree_on_eval_step("val", batches),
                 rows=rows,
+                monitored=None if monitored is None else monitored.add,
             )
             if sums is not None:
-                self._judge(active, sums.result(), rows)
+                more = {} if monitored is None else {monitor: monitored.value(self.runtime)}
+                self._judge(active, {**sums.result(), **more}, rows, monitor)
         if sums is None:
             self._saver.stop(active)
         state.phase.pending_eval = False
@@ -285,9 +290,9 @@ class Trainer:
         self.heart.enter("features", self.state.step)
         return self._settle(self._exchange(batches), "train", batches).stop
 
-    def _judge(self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None) -> None:
+    def _judge(self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None, monitor: str) -> None:
         """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
-        phase, state, monitor = active.phase, self.state, self.config.checkpoint.monitor
+        phase, state = active.phase, self.state
         epoch = phase.epoch_of(max(0, state.phase.step - 1))[0]
         self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
         judgement = judge(metrics, phase, state, monitor=monitor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 from dtl.checkpoint.resume.state import Best, Kept, TrainState
 from dtl.config import PhaseConfig
 from dtl.errors import UserError
+from dtl.intervals import Interval, wilson
 from dtl.text import counted
 
 # ---- tasks
@@ -170,7 +172,7 @@ def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: 
     value, loss = float(metrics[monitor]), float(metrics["loss"])
     best = state.results.best.get(phase.name)
     assert best is None or best.metric == monitor, "a resume refuses another monitor"
-    better = best is None or (value < best.value if monitor == "loss" else value > best.value)
+    better = best is None or (math.isnan(best.value) and not math.isnan(value)) or (value < best.value if monitor == "loss" else value > best.value)
     gain = better or (best is not None and value == best.value and loss < best.loss)
     if gain:
         state.results.best[phase.name] = Best(metric=monitor, value=value, step=state.step, loss=loss)
@@ -185,6 +187,11 @@ def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: 
     if stop.patience is not None and state.phase.evaluations_without_gain >= stop.patience:
         return Judgement(gain, f"no better {monitor} in {counted(stop.patience, 'evaluation')}")
     return Judgement(gain, None)
+
+
+def top1_interval(task: str, val: Mapping[str, Any]) -> Interval | None:
+    """The 95 % interval of an evaluation's top1; None where its images are no independent ones, as the four rotations of one."""
+    return wilson(val.get("top1"), val.get("num_samples") or 0) if task == "classify" else None
 
 
 def note_result(phase: Phase, state: TrainState) -> None:
@@ -203,6 +210,7 @@ def note_result(phase: Phase, state: TrainState) -> None:
         "kept_epoch": None if kept is None else kept.epoch,
         "train_loss": None if kept is None else kept.train_loss,
         "val": None if kept is None else kept.val,
+        "top1_interval": None if kept is None else top1_interval(phase.config.task, kept.val),
         "best": None if best is None else vars(best),
     }
     state.results.phases = [*(old for old in state.results.phases if old["phase"] != phase.name), row]

@@ -19,6 +19,7 @@ from dtl.config.own import is_function, needs_record, note_made
 from dtl.credentials import redact
 from dtl.data.splits_of_run import content_id
 from dtl.errors import UserError
+from dtl.intervals import shown, wilson
 from dtl.models.build import Network
 from dtl.models.model_json import read_model_json
 from dtl.runs.folder import RunFolder, read_status
@@ -27,7 +28,7 @@ from dtl.runs.predictions import NAME as PREDICTIONS
 from dtl.runs.predictions import ImagePredictions, write_predictions
 from dtl.text import counted
 from dtl.training.loop import Trainer
-from dtl.training.phases import Phase
+from dtl.training.phases import Phase, top1_interval
 from dtl.training.session import Session
 from dtl.version import __version__
 
@@ -120,14 +121,20 @@ def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> P
 
 
 def table_rows(results: Sequence[dict[str, Any]], test: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """`test`: what the last phase's weights came to on the test set."""
-    rows = [{**row, "val_loss": (row["val"] or {}).get("loss"), "top1": (row["val"] or {}).get("top1")} for row in results]
+    """The closing table. `interval`: the 95 % Wilson interval of top1, in percent. `test`: what the last phase's weights came to on the test set."""
+    rows = []
+    for row in results:
+        val = row["val"] or {}
+        interval = shown(top1_interval(row["task"], val)).replace(" to ", "-") or None
+        rows.append({**row, "val_loss": val.get("loss"), "top1": val.get("top1"), "interval": interval})
     return rows if test is None else [*rows[:-1], {**rows[-1], "test_top1": test.get("top1")}]
 
 
 def test_line(test: Mapping[str, Any], run: Path) -> str:
     """The result on the test set, and how often it has been looked at."""
-    return f"test  loss {test['loss']:.4f}  top1 {test['top1']:.2%}  ({counted(test['num_samples'], 'sample')}; {describe_look(test.get('look'), run.parent)})"
+    images, look = counted(test["num_samples"], "sample"), describe_look(test.get("look"), run.parent)
+    within = shown(wilson(test["top1"], test["num_samples"]))
+    return f"test  loss {test['loss']:.4f}  top1 {test['top1']:.2%}{f', 95 % interval {within} %' if within else ''}  ({images}; {look})"
 
 
 def _look(trainer: Trainer, run: Path) -> dict[str, Any]:
@@ -179,7 +186,12 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
         classes=list(trainer.phases[-1].task.class_names(train.classes)),
         display_names=dict(train.manifest.display_names),
         preprocessing=preprocessing(network, config, trainer),
-        metrics={"phase": last["phase"], **(last["val"] or {}), **({} if trainer.test is None else {"test": trainer.test})},
+        metrics={
+            "phase": last["phase"],
+            **(last["val"] or {}),
+            "top1_interval": last.get("top1_interval"),
+            **({} if trainer.test is None else {"test": trainer.test}),
+        },
         made_by={
             "run": str(folder.path),
             "step": trainer.state.step,

@@ -49,7 +49,7 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
                 show_result_again(session, parts.state)
                 return session.result
             note_changes(config, parts.checkpoint, parts.state, runtime, log)
-            build.check_phases(parts.phases, parts.network, parts.loaders, runtime)
+            build.check_phases(parts.phases, parts.network, parts.loaders, runtime, monitor=config.checkpoint.monitor)
             transfer = None if parts.checkpoint else build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log)
             normalise = build.place_network(config, parts.network, runtime)
         trainer = Trainer(session, parts.network, normalise, parts.loaders, parts.phases, parts.state)

@@ -11,8 +11,11 @@ import torch
 from dtl.distributed.runtime import Runtime
 from dtl.inference import assess
 from dtl.inference.assess import NUM_BINS, Assessment, Confusion, PairCounts
+from dtl.runs.predictions import ImagePredictions
+from dtl.training.metrics import Scores
 
 EMPTY = np.zeros(0, np.int64)
+NOTHING = ImagePredictions.joined(np.zeros((0, 3), np.int64), np.zeros((0, 2), np.float32))
 
 
 def seen(samples: dict[int, int], correct: dict[int, int], confidence: dict[int, float]) -> Assessment:
@@ -20,7 +23,7 @@ def seen(samples: dict[int, int], correct: dict[int, int], confidence: dict[int,
         return [values.get(place, 0) for place in range(NUM_BINS)]
 
     sums = {place: round(value * 2**32) for place, value in confidence.items()}
-    return Assessment({}, Confusion.of(1, EMPTY, EMPTY), bins(samples), bins(correct), bins(sums), [], [])
+    return Assessment({}, Confusion.of(1, EMPTY, EMPTY), bins(samples), bins(correct), bins(sums), [], [], NOTHING, Scores(1).all_ranks(Runtime.alone("cpu")))
 
 
 def test_calibration_error_is_the_weighted_distance() -> None:

@@ -223,7 +223,7 @@ def test_a_comparison_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert make_comparison(folders) == path, "the same command again"
     page = Page.read(path)
     page.check_self_contained()
-    for words in ("rotnet · supervised", "90.05 ± 0.07 %", "phases.pretext", "mean and standard deviation of 2 seeds", "Left out"):
+    for words in ("rotnet · supervised", "90.05 % (90.00 to 90.10)", "phases.pretext", "mean and range of 2 seeds", "Left out"):
         assert words in page.text
     write_history(folders[2], [])
     assert "supervised has no evaluation" in Page.read(make_comparison(folders, out=tmp_path / "again")).text

@@ -26,7 +26,7 @@ def test_seeds_and_their_mean_stand_on_the_page(tmp_path: Path) -> None:
     made = [*runs(tmp_path, "a-s0", "a-s1"), make_run(tmp_path / "b", make_config("b", phases={"all": {**SHORT["all"], "lr": 0.5}}), model=False)]
     page = Page.read(make_comparison(made, out=tmp_path / "out", log=logged.append))
     page.check_self_contained()
-    for words in ("a-s0", "a-s1", "mean and standard deviation of 2 seeds", "90.05 ± 0.07 %", "phases.all.lr", "With several seeds, the line is their mean"):
+    for words in ("a-s0", "a-s1", "mean and range of 2 seeds", "90.05 % (90.00 to 90.10)", "phases.all.lr", "With several seeds, the line is their mean"):
         assert words in page.text, words
     assert not [line for line in logged if "has not begun" in line]
 

@@ -57,14 +57,24 @@ def test_a_terminal_gets_a_bar_and_whole_lines(monkeypatch: pytest.MonkeyPatch) 
 def test_the_closing_table() -> None:
     rows = [
         {"phase": "pretext", "epochs": 3, "seconds": 61.23, "images_per_second": 12345.6, "train_loss": 0.25, "val_loss": None},
-        {"phase": "all", "epochs": 1.5, "seconds": 5, "images_per_second": 800, "kept_epoch": 4, "train_loss": 0.1, "val_loss": 0.2, "top1": 0.97654},
+        {
+            "phase": "all",
+            "epochs": 1.5,
+            "seconds": 5,
+            "images_per_second": 800,
+            "kept_epoch": 4,
+            "train_loss": 0.1,
+            "val_loss": 0.2,
+            "top1": 0.97654,
+            "interval": "91.7-98.2",
+        },
     ]
     assert summary_table(rows).row_count == 2
     out = io.StringIO()
     Console(stream=out).table(rows)
     text = out.getvalue()
-    assert re.search(r"phase +\| +epochs +\| +seconds +\| +images/s +\| +kept epoch +\| +train loss +\| +val loss +\| +top1", text)
+    assert re.search(r"phase +\| +epochs +\| +seconds +\| +images/s +\| +kept epoch +\| +train loss +\| +val loss +\| +top1 +\| +interval", text)
     assert re.search(r"pretext +\| +3 +\| +61\.2 +\| +12,346 +\| +- +\| +0\.2500 +\| +- +\| +- ", text)
-    assert re.search(r"all +\| +1\.5 +\| +5\.0 +\| +800 +\| +4 +\| +0\.1000 +\| +0\.2000 +\| +97\.65%", text)
+    assert re.search(r"all +\| +1\.5 +\| +5\.0 +\| +800 +\| +4 +\| +0\.1000 +\| +0\.2000 +\| +97\.65% +\| +91\.7-98\.2 ", text)
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 100

@@ -66,7 +66,7 @@ def test_a_mistake_in_the_last_phase_is_refused_first(digits: Pair, runtime: Run
     network = build.build_network(config, 10, runtime)
     loaders = build.build_dataloaders(config, runtime, Splits(*digits), network)
     with pytest.raises(UserError, match=message):
-        build.check_phases(build.planned(config, loaders), network, loaders, runtime)
+        build.check_phases(build.planned(config, loaders), network, loaders, runtime, monitor="top1")
 
 
 def test_data_that_teaches_nothing_is_refused(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
