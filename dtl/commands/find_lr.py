@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtl.errors import EXIT_STOPPED, UserError
+from dtl.errors import EXIT_FAULT, EXIT_STOPPED, UserError
 from dtl.files import user_path
 from dtl.text import OptionParser, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.config import Config
     from dtl.distributed.runtime import Runtime
+    from dtl.distributed.watchdog import Heartbeat
     from dtl.models.build import Network
     from dtl.training.lr_range import LrCurve
 
@@ -56,7 +58,7 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
 
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
         try:
-            curve = _measure(config, phase, options, runtime)
+            curve = _watched(config, phase, options, runtime)
         except (StoppedBeforeFirstStep, SweepStopped) as stopped:
             if runtime.is_main:
                 when = f" {stopped}" if isinstance(stopped, SweepStopped) else ""
@@ -68,7 +70,36 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
     return 0
 
 
-def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
+def _watched(config: Config, phase: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
+    """`_measure`, which ends on all ranks where one is lost or none gets on."""
+    from dtl.distributed.watchdog import Heartbeat, PeerLost, Watchdog
+
+    heart = Heartbeat()
+    watchdog = Watchdog(
+        heart,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        name=runtime.token,
+        limit=60 * config.run.timeout_minutes,
+        log=lambda line: to_stderr(f"dtl: {line}"),
+        end=_lost,
+        processes=[place.process for place in runtime.places],
+    )
+    try:
+        with watchdog:
+            runtime.leave_limits_to_watchdog()
+            return _measure(config, phase, options, runtime, heart)
+    except PeerLost as lost:
+        if str(lost):
+            _lost(str(lost))
+        os._exit(EXIT_FAULT)  # the usual way out would wait for the rank that is gone
+
+
+def _lost(line: str) -> None:
+    to_stderr(f"dtl: {line}; nothing was written, and no weights were changed")
+
+
+def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, heart: Heartbeat) -> LrCurve:
     from dtl.training import build
     from dtl.training.active import enter, set_head
     from dtl.training.lr_range import find_lr
@@ -111,6 +142,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         first=options.first,
         last=options.last,
         num_steps=options.steps,
+        heart=heart,
         stop=lambda: runtime.stop_signal is not None,
         log=log,
     )

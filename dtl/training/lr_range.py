@@ -167,6 +167,7 @@ def find_lr(
     last_logged = time.monotonic()
     with restored_afterwards(active, runtime), closing(loaders.train_steps(phase, 0)) as stream:  # type: ignore[type-var]
         for step in range(num_steps):
+            stepper.heart.enter("load", step + 1)
             batches = next(stream)
             if _check(batches, runtime, stop=stop()):
                 raise SweepStopped(f"after {step} of {num_steps} steps")

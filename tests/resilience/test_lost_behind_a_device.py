@@ -76,3 +76,19 @@ def test_a_rank_that_is_stopped_is_not_lost(tmp_path: Path, rank: int) -> None:
     job.kill(0, signal.SIGTERM)
     job.wait(120).check(75)
     assert "lost" not in job.err()
+
+
+def test_a_rank_of_a_range_test(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, phases={"all": {"train": "all", "epochs": 1}}, data={"workers": 0})
+    (tmp_path / "device").touch()
+    held = {rank: {"before": "obstacles:waiting_device"} for rank in range(2)}
+    job = start(["--config", str(recipe)], cwd=tmp_path, world=2, command="find-lr", by_rank=held, env={"RAISE_ON": "none"})
+    wait_for(lambda: not all(process.is_alive() for process in job.processes) or "up to 100 steps" in job.err(), what="the first step")
+    time.sleep(2.0)
+    job.kill(1)
+    killed = time.monotonic()
+    job.wait(120)
+    assert time.monotonic() - killed < SECONDS
+    assert job.codes == [1, -9]
+    line = the_line(job, "nothing was written, and no weights were changed")
+    assert re.search(rf"lost rank 1 \(host \S+, pid {job.processes[1].pid}\), which has ended; it was last in stage load of step 1;", line), line
