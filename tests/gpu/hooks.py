@@ -60,6 +60,18 @@ def little_memory() -> None:
     torch.cuda.set_per_process_memory_fraction((int(os.environ["LITTLE_MEMORY"]) << 20) / torch.cuda.get_device_properties(device).total_memory, device)
 
 
+def own_gpu() -> None:
+    """As srun --gpus-per-task=1 and Kubernetes do it: this process sees one GPU, the first one of its own."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["RANK"]
+
+
+def two_nodes() -> None:
+    """As a wrapper around srun on two nodes of two GPUs each: nothing says how many processes a node has."""
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0,1" if rank < 2 else "2,3"
+
+
 MUTATIONS = {
     "the step does not wait for the copy": ("dtl.models.network:Normalise._moved", "current.wait_stream(self._copies)", "pass"),
     "labels stay on the host": ("dtl.training.step:Stepper.loss_sum", "labels, weights = labels.to(device, non_blocking=True),", "labels, weights = labels,"),

@@ -190,3 +190,17 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
 def test_two_ranks_on_one_gpu_are_refused(places: list[Place], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_own_gpus(places)
+
+
+@pytest.mark.parametrize("file", ["gpu.yaml", "gpus.yaml"])
+def test_a_launch_file_chooses_among_the_gpus_that_this_shell_sees(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """CUDA_VISIBLE_DEVICES=3 with `gpu_ids: '0'` took GPU 0, which may be somebody else's."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    path = Path(__file__).parents[3] / "launch" / file
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
+    environment = prepare_simple_launcher_cmd_env(arguments)[1] if file == "gpu.yaml" else prepare_multi_gpu_env(arguments)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
