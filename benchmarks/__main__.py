@@ -14,12 +14,12 @@ HERE = Path(__file__).parent
 
 
 def benchmarks() -> dict[str, str]:
-    """Name -> first line of its description; a benchmark is a module here that can be run."""
+    """Name -> first line of its description; a benchmark is a module or a package here that can be run."""
     found = {}
-    for path in sorted(HERE.glob("*.py")):
+    for path in sorted([*HERE.glob("*.py"), *HERE.glob("*/__main__.py")]):
         text = path.read_text(encoding="utf-8")
-        if 'if __name__ == "__main__":' in text and not path.stem.startswith("_"):
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+        if 'if __name__ == "__main__":' in text and path != HERE / "__main__.py":
+            found[path.stem if path.parent == HERE else path.parent.name] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
     return found
 
 

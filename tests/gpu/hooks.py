@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import os
@@ -17,7 +18,18 @@ from gpusim import plugin
 
 def contexts() -> None:
     """Say at the end on which devices this process has a context."""
-    Finalize(None, lambda: print(f"contexts {plugin.contexts()}", file=sys.stderr, flush=True), exitpriority=1)
+    Finalize(None, lambda: print(f"contexts {_contexts()}", file=sys.stderr, flush=True), exitpriority=1)
+
+
+def _contexts() -> list[int]:
+    if plugin.is_simulated():
+        return plugin.contexts()
+    driver, found = ctypes.CDLL("libcuda.so.1"), []
+    for device in range(torch.cuda.device_count()):
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        if driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0 and active.value:
+            found.append(device)
+    return found
 
 
 def sanitizer() -> None:
@@ -52,6 +64,12 @@ def no_waits_in_a_step() -> None:
         return lr
 
     Stepper.step = watched  # type: ignore[method-assign]
+
+
+def waits_and_contexts() -> None:
+    """Both of the above."""
+    contexts()
+    no_waits_in_a_step()
 
 
 def little_memory() -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks are found and can be asked for, and two of them run; the loop's runs in tests/unit/training/test_loop.py."""
+"""The benchmarks are found and can be asked for, and two of them run; the loop's runs in tests/unit/training/test_loop.py, the first day's in tests/gpu."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_all_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) ->
 
 
 HELPS = """
-import importlib, sys
+import runpy, sys
 from benchmarks.__main__ import benchmarks
 for name in benchmarks():
     sys.argv = [name, "--help"]
     try:
-        importlib.import_module(f"benchmarks.{name}").main()
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
     except SystemExit as end:
         print(f"END {name} {end.code}")
 """
@@ -61,14 +61,22 @@ def ran(name: str, *options: str, folder: Path, **variables: str) -> list[dict[s
     return [dict(zip(head, row)) for row in rows]
 
 
-def test_the_gpus_runs_without_one(tmp_path: Path) -> None:
-    small = ["--models", "networks:small", "--batch", "4", "--image-size", "32", "--workers", "0", "--variants", "110,000"]
-    rows = ran("gpu", "--device", "cpu", "--steps", "2", *small, folder=tmp_path)
-    assert [(row["bf16"], row["channels last"], row["compile"]) for row in rows if row["model"] == "networks:small"] == [
-        ("True", "True", "False"),
-        ("False", "False", "False"),
-    ]
-    assert all(float(row["alone, images/s"].split()[0]) > 0 for row in rows)
+def test_scaling_has_images_for_any_batch(tmp_path: Path) -> None:
+    """The digits, which it trained on before, are 1,437."""
+    small = ["--network", "dtl/resnet_tiny", "--batch", "2048", "--image-size", "8", "--steps", "1", "--processes", "1"]
+    rows = ran("scaling", *small, folder=tmp_path)
+    assert [(row["ranks"], row["loop"]) for row in rows] == [("1", "dtl"), ("1", "bare loop")]
+    assert all(float(row["images/s"]) > 0 for row in rows)
+
+
+def test_what_overlaps_on_a_device() -> None:
+    from benchmarks.first_day.profiled import shares, union
+
+    assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+    found = shares({"compute": [(0, 4), (6, 8)], "communication": [(3, 5)], "copies": [(9, 10)]})
+    expected = {"device_events": 4, "idle": 0.2, "computing": 0.6, "communication": 0.2, "communication_hidden": 0.5, "copies": 0.1, "copies_hidden": 0.0}
+    assert found == pytest.approx({**expected, "longest_gap_ms": 0.001})
+    assert shares({"compute": [], "communication": [], "copies": []}) == {"device_events": 0}
 
 
 def test_the_loaders_run_on_a_few_images(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""Is it fast? Sections a (the machine), e (one GPU), f (what overlaps), g (scaling), h (decoding on the device) and i (a whole fine-tune)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import harness
+
+from benchmarks import scaling
+from benchmarks.first_day import ROOT
+from benchmarks.first_day.correct import host_waits
+from benchmarks.first_day.day import Day, Section
+from benchmarks.measure import Spread, table, with_interval
+from benchmarks.side_by_side import BARE, DTL, LOOPS, STATIC, Case
+
+NETWORKS = ("torchvision/resnet50", "torchvision/vit_b_16", "torchvision/convnext_tiny", "torchvision/efficientnet_b0")
+
+
+def facts(day: Day, section: Section) -> None:
+    """Versions, links, all-reduce by size, copies to the device, images/s of one core."""
+    (found,) = day.call("benchmarks.first_day.on_gpus:machine_facts")
+    day.facts = found
+    section.lines += [f"- {name.replace('_', ' ')}: {found[name]}" for name in ("cuda", "cudnn", "nccl", "capability", "memory_gib_of_a_gpu")]
+    section.data["facts"] = found
+    (copies,) = day.call("benchmarks.first_day.on_gpus:host_to_device", 1 if day.small else 256, 2 if day.small else 20)
+    section.lines += [f"- host to device, {name} memory: {speed:.1f} GB/s" for name, speed in copies.items()]
+    images = 32 if day.small else 2000
+    (speed,) = day.call(
+        "benchmarks.first_day.on_gpus:loader", str(day.photos / "train"), 224, 8 if day.small else 50, 0, images // (8 if day.small else 50), False
+    )
+    section.lines.append(f"- dtl's loader, one core: {speed:.0f} images/s of 224 pixels")
+    section.data |= {"host_to_device": copies, "loader_one_core": speed}
+    if day.num_gpus > 1:
+        sizes = [0.25, 1.0] if day.small else [0.25, 1.0, 8.0, 64.0, 256.0]
+        (bus, *_) = day.call("benchmarks.first_day.on_gpus:all_reduce", sizes, 2 if day.small else 20, world=day.most)
+        section.data["all_reduce"] = bus
+        section.lines += ["", *table(("all-reduce, MiB", f"GB/s of the bus, {day.most} GPUs"), [[size, f"{speed:.2f}"] for size, speed in bus.items()])]
+    for words in ([sys.executable, "-m", "dtl", "doctor"], ["nvidia-smi", "topo", "-m"], ["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"]):
+        if not day.small:
+            section.lines += ["", *_output_of(words)]
+
+
+def _output_of(words: list[str]) -> list[str]:
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"`{' '.join(words[-3:])}`: {error}"]
+    return [f"`{' '.join(words[-3:])}`:", "", "```text", *(done.stdout + done.stderr).strip().splitlines(), "```"]
+
+
+def one_gpu(day: Day, section: Section) -> None:
+    """dtl's loop, the bare loop, timm's and torchvision's on the same tensors; then by precision, memory format, compilation and batch size."""
+    others = tuple(name for name in LOOPS if name != STATIC)
+    size, batch = (32, 4) if day.small else (224, 128)
+    rows = []
+
+    def measured(case: Case) -> dict[str, Any] | None:
+        (found,) = day.call("benchmarks.first_day.on_gpus:loops", asdict(case), str(day.folder()))
+        section.data.setdefault("loops", []).append({"case": asdict(case), **found})
+        kind = [case.network, case.batch, case.precision, "yes" if case.channels_last else "no", "yes" if case.compiled else "no"]
+        if "out_of_memory" in found:
+            rows.append([*kind, "out of memory", "", "", ""])
+            return None
+        for name, seconds in found["seconds"].items():
+            ratio = "1" if name == BARE else with_interval([bare / one for one, bare in zip(seconds, found["seconds"][BARE])], 3)
+            rows.append([*kind, name, f"{case.batch / Spread.of(seconds).median:.0f}", ratio, f"{found['memory'].get(name, 0):.2f}"])
+        return found  # type: ignore[no-any-return]
+
+    try:
+        for network in ("networks:small",) if day.small else NETWORKS:
+            plain = Case(network, batch, size, day.steps, day.rounds, precision="no" if day.small else "bf16", others=others)
+            found = measured(plain)
+            if found is not None:
+                ratio = Spread.of([bare / own for own, bare in zip(found["seconds"][DTL], found["seconds"][BARE])]).median
+                if not day.small:
+                    section.mark(f"{network}: dtl's speed, of the bare loop's", ratio >= 0.98, f"{ratio:.3f}, at least 0.98")
+            few = {"steps": max(2, day.steps // 2), "rounds": max(1, day.rounds // 2), "others": (BARE,)}
+            variants: list[dict[str, Any]] = [
+                {"precision": "no"},
+                {"precision": "fp16"},
+                {"channels_last": False},
+                {"compiled": True},
+                {"batch": 32},
+                {"batch": 512},
+            ]
+            for variant in [] if day.small else variants if network == NETWORKS[0] else variants[3:4]:
+                measured(Case(**{**asdict(plain), **few, **variant}))
+    finally:
+        head = ("network", "batch", "precision", "channels last", "compiled", "loop", "images/s", "speed against the bare loop", "memory of a step, GiB")
+        section.lines += table(head, rows)
+    _with_loaders(day, section, size, batch)
+
+
+def _workers() -> int:
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def _with_loaders(day: Day, section: Section, size: int, batch: int) -> None:
+    network = "networks:small" if day.small else NETWORKS[0]
+    case, batches = asdict(Case(network, batch, size, 1, 1, precision="no" if day.small else "bf16")), 4 if day.small else 40
+    (theirs,) = day.call("benchmarks.first_day.on_gpus:image_folder_loop", str(day.photos / "images/train"), case, 1 if day.small else _workers(), batches)
+    steps = {"all": {"train": "all", "steps": day.steps if day.small else 60, "lr": 0.01}}
+    recipe = day.recipe(data={"global_batch_size": batch, "image_size": size}, phases=steps)
+    day.train(recipe)
+    rates = [event["images_per_second"] for event in harness.history(recipe.parent / "runs/tiny", times=True) if event["event"] == "train"]
+    ours = Spread.of(rates[len(rates) // 3 :]).median
+    section.data["with_loader"] = {"dtl": ours, "ImageFolder": theirs}
+    section.lines += ["", f"From the photos' files, {network}: dtl train {ours:.0f} images/s; the bare loop on ImageFolder and DataLoader {theirs:.0f}."]
+
+
+def overlap(day: Day, section: Section) -> None:
+    """torch.profiler over steps in the midst of a run: what the device does while the host works, and the other way about."""
+    host_waits(day, section)
+    recipe = day.recipe(phases={"all": {"train": "all", "steps": 4 if day.small else 60, "lr": 0.01}}, tracking={"log_every": 2 if day.small else 10})
+    world = day.most
+    trace = recipe.parent / "overlap.json"
+    day.train(
+        recipe,
+        world=world,
+        by_rank={0: {"before": "benchmarks.first_day.profiled:profiled"}},
+        env={"OVERLAP": str(trace), "OVERLAP_STEPS": "1" if day.small else "20"},
+    )
+    found = json.loads(trace.read_text())
+    section.data["overlap"] = found
+    section.lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in found.items()]
+    if not day.small:
+        section.mark("the GPU's idle time in a run with its loader, from the profiler", found["idle"] < 0.03, f"{100 * found['idle']:.1f} %, under 3 %")
+
+
+def scales(day: Day, section: Section) -> None:
+    """benchmarks.scaling, weak and strong."""
+    for strong in (False,) if day.small else (False, True):
+        network, batch, size = ("networks:small", 4, 32) if day.small else (NETWORKS[0], 128, 224)
+        results: dict[int, dict[str, list[float]]] = {}
+        for world in day.worlds:
+            case = Case(network, max(1, batch // world) if strong else batch, size, day.steps, day.rounds, precision="no" if day.small else "bf16",
+                        others=(BARE,) if world == 1 else (BARE, STATIC))  # fmt: skip
+            (found, *_) = day.call("benchmarks.first_day.on_gpus:loops", asdict(case), str(day.folder()), world=world)
+            results[world] = found["seconds"]
+        section.data["strong" if strong else "weak"] = results
+        section.lines += [f"{network}, {batch} images of {size} pixels {'in all' if strong else 'a GPU'} and step:", ""]
+        section.lines += [*scaling.rows_of(results, batch=batch, strong=strong), ""]
+        if not day.small and not strong:
+            ratio = Spread.of([bare / own for own, bare in zip(results[day.most][DTL], results[day.most][BARE])]).median
+            section.mark(f"dtl's speed on {day.most} GPUs, of raw DDP's", ratio >= 0.98, f"{ratio:.3f}, at least 0.98")
+
+
+def device_decoding(day: Day, section: Section) -> None:
+    """The loader with its processes, and with decoding on the device."""
+    if importlib.util.find_spec("torchcodec") is None:
+        section.lines.append("torchcodec is not installed: `pip install -e '.[device-decode]'`")
+        return
+    batch, batches = (4, 4) if day.small else (128, 60)
+    for on_device in (False, True):
+        (speed,) = day.call(
+            "benchmarks.first_day.on_gpus:loader",
+            str(day.photos / "train"),
+            64 if day.small else 224,
+            batch,
+            1 if day.small else _workers(),
+            batches,
+            on_device,
+        )
+        section.lines.append(f"- {'on the device' if on_device else 'in the loader processes'}: {speed:.0f} images/s")
+        section.data["device" if on_device else "workers"] = speed
+
+
+def whole(day: Day, section: Section) -> None:
+    """A whole fine-tune, and where its time goes."""
+    phases = {
+        "head": {"train": "head", "steps": 2 if day.small else 100, "lr": 0.05},
+        "all": {"train": "all", "epochs": 1 if day.small else 8, "lr": 0.01, "warmup": 0.5},
+    }
+    network = "networks:small" if day.small else "torchvision/resnet18"
+    recipe = day.recipe(phases=phases, model={"name": network}, tracking={"log_every": 10})
+    started = time.perf_counter()
+    day.train(recipe, world=day.most, timeout=1800)
+    total = time.perf_counter() - started
+    events = harness.history(recipe.parent / "runs/tiny", times=True)
+    epochs = [event for event in events if event["event"] == "epoch"]
+    in_epochs = [event["seen"] / event["images_per_second"] for event in epochs]
+    waited = sum(seconds * event["data_wait"] for seconds, event in zip(in_epochs, epochs))
+    split = {
+        "all": total,
+        "training": sum(in_epochs) - waited,
+        "waiting for data": waited,
+        "blocked by checkpoints": sum(event["checkpoint_stall_seconds"] for event in events if event["event"] == "train"),
+        "start, evaluations and the end": total - sum(in_epochs),
+    }
+    top1, seen = [event["top1"] for event in events if event["event"] == "val"], sum(event["seen"] for event in epochs)
+    section.data |= {"seconds": split, "top1": top1, "images": seen}
+    section.lines += table(("seconds", "of"), [[f"{seconds:.1f}", what] for what, seconds in split.items()])
+    least = 0.0 if day.small else 0.9
+    section.mark("the fine-tune learns the made-up classes", top1[-1] >= least, f"top1 {100 * top1[-1]:.1f} % after {seen:,} images")
