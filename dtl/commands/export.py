@@ -67,15 +67,20 @@ def _images_of(run_folder: Path | None) -> ImageInputs | None:
         return None
     from dtl.config.own import stored_config
     from dtl.data.open import open_split
+    from dtl.data.splits_of_run import open_splits
     from dtl.inference.images import find_images
 
     data = stored_config(run_folder).config.data
-    source, fraction = (data.val, 0.0) if data.val is not None else (data.train, data.val_fraction)
-    if source is None or "://" in source or source.startswith("pipe:"):
+    if any(source is not None and ("://" in source or source.startswith("pipe:")) for source in (data.train, data.val, data.test)):
         return None
     try:
-        shards = open_split(source, data.model_copy(update={"val_fraction": fraction}), split="val", log=to_nobody)
-        return find_images([str(shards.folder)])
+        if data.val is not None:
+            shards = open_split(data.val, data.model_copy(update={"val_fraction": 0.0}), split="val", log=to_nobody)
+        elif data.train is not None:
+            shards = open_splits(data, log=to_nobody).val
+        else:
+            return None
+        return find_images([str(shards.place)])
     except UserError:
         return None
 

@@ -394,6 +394,12 @@ def _check_whole(config: Config, given: _Given) -> None:
     check_phase_names(config, origin)
     if config.data.train is None:
         raise UserError(f"{origin}: no training data; give --data.train FOLDER")
+    if config.data.test is not None and config.data.test_fraction:
+        raise UserError(f"{given.of('data.test', 'data.test_fraction')}: data.test and data.test_fraction are both given; use one of them")
+    if config.data.val_fraction + config.data.test_fraction >= 1:
+        raise UserError(
+            f"{given.of('data.val_fraction', 'data.test_fraction')}: data.val_fraction and data.test_fraction leave no image to train on; make them smaller"
+        )
     if config.data.val is not None and config.data.val_fraction:
         raise UserError(f"{given.of('data.val', 'data.val_fraction')}: data.val and data.val_fraction are both given; use one of them")
     for key, place in (("run.dir", config.run.dir), ("data.cache_dir", config.data.cache_dir)):

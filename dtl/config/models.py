@@ -129,7 +129,10 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images that is used for validation; split by content, stratified by class."""
     test: Address | None = None
-    """Test data, measured once, after the last phase; not needed if `train` contains a test/ folder. It never chooses weights, `val` does."""
+    """Test data, measured once, after the last phase; not needed if `train` contains a test/ folder. It never chooses weights: without `val`, a tenth of
+    the training images (20 or more) is validated on."""
+    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the training images that is used as the test set; split by content, stratified by class."""
     image_size: Annotated[int, Field(ge=8)] = 224
     """Side of the square input image, in pixels."""
     fit: Fit = "crop"

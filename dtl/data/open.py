@@ -21,7 +21,7 @@ from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.mirror import Unreachable, earlier_mirror, find_remote_folder, mirror, mirror_place, refuse_remote_folder
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.open import open_source
-from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, NoSplit, choose, split_folders
+from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, HasSplits, NoSplit, choose, plain_name, split_folders
 from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
@@ -83,7 +83,7 @@ def ensure_packed(
     if listed is not None:
         listed[str(source)] = opened
     if options.val_fraction and opened.has_splits:
-        raise UserError(
+        raise HasSplits(
             f"{source} already has the splits {', '.join(opened.split_names)}: leave out data.val_fraction, or set data.train to the images of one split"
         )
     wanted = _wanted_split(source, opened, split, options.val_fraction)
@@ -96,7 +96,7 @@ def ensure_packed(
             if note.startswith("passed over") and not again:  # again at each start: a log of another run is not read
                 log(f"{source}: {note}")
         return folder
-    with _locked(home.with_name(home.name + ".lock"), f"packs {source}", log):
+    with cache_lock(home.with_name(home.name + ".lock"), f"packs {source}", log):
         if not (folder / MANIFEST_NAME).exists():
             log(f"packing {source} ({counted(opened.num_samples, 'image')} of {counted(len(opened.classes), 'class')}) into {home}")
             for note in opened.notes:
@@ -158,7 +158,7 @@ def _mirrored(url: str, text: bytes, options: DataConfig, log: Log) -> Path:
     """The copy of a remote folder's manifest and index, brought up to date."""
     folder = mirror_place(_cache_place(options), url)
     folder.parent.mkdir(exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock"), f"reads {shown(url)}", log):
+    with cache_lock(folder.with_name(folder.name + ".lock"), f"reads {shown(url)}", log):
         return mirror(url, text, folder, options=options)
 
 
@@ -170,7 +170,7 @@ def _ensure_indexed(
     if (folder / MANIFEST_NAME).exists():
         _refresh_addresses(folder, tars)
         return folder
-    with _locked(folder.with_name(folder.name + ".lock"), f"indexes {source}", log):
+    with cache_lock(folder.with_name(folder.name + ".lock"), f"indexes {source}", log):
         if (folder / MANIFEST_NAME).exists():
             return folder
         log(f"indexing {source} ({counted(len(tars), 'WebDataset shard')}) into {folder}; the shards themselves are not changed")
@@ -217,7 +217,9 @@ def packed_folder(source: str | Path, split: str) -> Path | None:
     if (name := choose(folders, split, place)) is not None:
         return place / name
     if folders:
-        raise NoSplit(f"{place} holds packed shards of {', '.join(sorted(name for names in folders.values() for name in names))}, but none of {split}")
+        raise NoSplit(
+            f"{place} holds packed shards of {', '.join(sorted(name for names in folders.values() for name in names))}, but none of {plain_name(split)}"
+        )
     return None
 
 
@@ -228,12 +230,12 @@ def packed_splits(place: Path) -> dict[str, list[str]]:
 
 def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:
     if val_fraction and split != "test":
-        return split
+        return plain_name(split)
     if opened.split_names == (ALL,) and not val_fraction:
         return ALL
     served = next((name for name in SERVES_AS[split] if name in opened.split_names), None)
     if served is None:
-        raise NoSplit(f"{source} has no split '{split}'; it has {', '.join(opened.split_names)}")
+        raise NoSplit(f"{source} has no split '{plain_name(split)}'; it has {', '.join(opened.split_names)}")
     return served
 
 
@@ -269,7 +271,7 @@ def describe_index(report: IndexReport) -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path, work: str, log: Log) -> Iterator[None]:
+def cache_lock(path: Path, work: str, log: Log) -> Iterator[None]:
     """An exclusive lock of this node, freed by the system when its process ends. The file stays: removing it would let two in.
 
     Without locks two processes may do the same `work` at the same time, which is waste, not harm.

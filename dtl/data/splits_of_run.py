@@ -1,23 +1,37 @@
-"""The splits of one run: what it trains on, what chooses its weights, and what is measured once at its end."""
+"""The splits of one run: what it trains on, what chooses its weights, and what is measured once at its end.
+
+Each is named by the config, or a split that data.train has of its own, or held out of the training images. What is held out is a part of the packed
+training images (see `dtl.data.shards.part`), decided by content: so it works for folders, lists, packed shards and tars, here and elsewhere.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
+from dtl import keyed
 from dtl.config.models import DataConfig
-from dtl.data.open import open_split
-from dtl.data.shards.index import Shards
+from dtl.data.open import cache_lock, open_split
+from dtl.data.remote.address import cache_place
+from dtl.data.shards.index import Shards, write_part
 from dtl.data.shards.manifest import check_class_maps
 from dtl.data.shards.mirror import Unreachable
+from dtl.data.shards.part import PART_NAME
 from dtl.data.sources.base import Source
-from dtl.data.sources.splits import NoSplit
+from dtl.data.sources.content_split import split_by_content
+from dtl.data.sources.splits import HasSplits, NoSplit
 from dtl.errors import UserError
-from dtl.text import Log, to_stdout
+from dtl.text import Log, counted, to_stdout
+
+_VERSION = 1  # of how images are chosen
+_NO_VAL = "no validation data; give --data.val FOLDER, or --data.val-fraction 0.1"
+VAL_FRACTION, LEAST_VAL = 0.1, 20  # of training images, where there is a test set and no validation set
 
 
 @dataclass(frozen=True)
@@ -36,8 +50,8 @@ class Splits:
         return {name: shards.dataset_id for name, shards in self.all().items()}
 
     def places(self) -> dict[str, str]:
-        """The folder of each split, for the other processes of the node."""
-        return {name: str(shards.folder) for name, shards in self.all().items()}
+        """Where each split is opened again, for the other processes of the node."""
+        return {name: str(shards.place) for name, shards in self.all().items()}
 
 
 def open_splits(
@@ -48,34 +62,122 @@ def open_splits(
     `found`: `places` of another process of this node that has opened the same just now.
     """
     assert data.train is not None
-    listed: dict[str, Source] = {}
-    one = partial(open_split, options=data, labelled=labelled, progress=progress, log=log, leads=leads)
+    one = partial(open_split, labelled=labelled, progress=progress, log=log, leads=leads)
     if found is not None:
-        opened = {name: one(getattr(data, name) or data.train, split=name, found=place) for name, place in found.items()}
-        return Splits(**opened)
-    train = one(data.train, split="train", listed=listed)
-    own = partial(one, options=data.model_copy(update={"val_fraction": 0.0}), classes=train.classes)  # of a source that is named by itself
-    val = own(data.val, split="val") if data.val is not None else one(data.train, split="val", listed=listed)
-    test = own(data.test, split="test") if data.test is not None else _test_of_train(one, data.train, train, listed)
-    check_class_maps(train.manifest, val.manifest)
-    if val.folder == train.folder:
-        raise UserError(f"{data.train}: no validation data; give --data.val FOLDER, or --data.val-fraction 0.1")
-    if test is not None:
-        check_class_maps(train.manifest, test.manifest, split="test")
-        if content_id(test) == content_id(val):
-            if data.test is not None:
-                raise UserError(f"data.test {data.test} holds the validation images, which choose the weights: give images that choose nothing")
-            test = None
-    return Splits(train, val, test)
+        return Splits(**{name: one(getattr(data, name) or data.train, data, split=name, found=place) for name, place in found.items()})
+    return _Opening(data, one, log).splits()
 
 
-def _test_of_train(one: partial[Shards], source: str, train: Shards, listed: dict[str, Source]) -> Shards | None:
-    """The test set that a training source has of its own; None where it has none."""
-    try:
-        found = one(source, split="test", listed=listed)
-    except (NoSplit, Unreachable):  # of a server that was there for train, so a test set would have been copied before
-        return None
-    return None if found.folder == train.folder else found
+class _Opening:
+    """How the splits of a config are found, by one process of each node."""
+
+    def __init__(self, data: DataConfig, one: partial[Shards], log: Log) -> None:
+        assert data.train is not None
+        self.data, self.source, self.one, self.log = data, data.train, one, log
+        self.options = data.model_copy(update={"val_fraction": 0.0})
+        self.listed: dict[str, Source] = {}
+
+    def splits(self) -> Splits:
+        data = self.data
+        train, val = self._as_packed()
+        test = self._named("test", train) if data.test is not None else self._of_train("test", train)
+        if data.val is not None:
+            val = self._named("val", train)
+        if test is not None and data.test_fraction:
+            raise UserError(f"{self.source} has a test set of its own: leave out data.test_fraction, or set data.train to the images of one split")
+        if test is not None and data.test is None and val is not None and content_id(test) == content_id(val):
+            test = None  # data.val names it: the user wants it to choose
+        shares: dict[str, float | None] = {"test": data.test_fraction} if data.test_fraction else {}
+        if val is None and (data.val_fraction or test is not None or shares):
+            shares["val"] = data.val_fraction or None
+        held_out = self._hold_out(train, shares) if shares else {"train": train}
+        val, test = held_out.get("val", val), held_out.get("test", test)
+        if val is None:
+            raise UserError(f"{self.source}: {_NO_VAL}")
+        splits = Splits(held_out["train"], val, test)
+        self._check(splits)
+        return splits
+
+    def _as_packed(self) -> tuple[Shards, Shards | None]:
+        """Training images, and the validation images that their source has of its own, or that packing splits off."""
+        if self.data.val_fraction and not self.data.test_fraction:
+            try:
+                train = self.one(self.source, self.data, split="train", listed=self.listed)
+            except HasSplits:
+                if (own := self._of_train("val", self.one(self.source, self.options, split="train", listed=self.listed))) is not None:
+                    raise
+                assert own is None
+            else:
+                return train, self._of_train("val", train, options=self.data)
+        train = self.one(self.source, self.options, split="train", listed=self.listed)
+        val = None if self.data.val is not None else self._of_train("val", train)
+        if val is not None and self.data.val_fraction:
+            raise UserError(f"{self.source} already has validation images: leave out data.val_fraction, or set data.train to the images of one split")
+        return train, val
+
+    def _named(self, split: str, train: Shards) -> Shards:
+        found = self.one(getattr(self.data, split), self.options, split=split, classes=train.classes)
+        if found.folder == train.folder:
+            if split == "val":
+                raise UserError(f"{self.source}: {_NO_VAL}")
+            raise UserError(f"data.test {self.data.test} holds the training images: give images that choose nothing")
+        return found
+
+    def _of_train(self, split: str, train: Shards, *, options: DataConfig | None = None) -> Shards | None:
+        """A split that the source of the training images has, too; None where it has none."""
+        try:
+            found = self.one(self.source, options or self.options, split="own val" if split == "val" else split, listed=self.listed)
+        except (NoSplit, Unreachable):  # of a server that was there for train, so that another split would have been copied then
+            return None
+        return None if found.folder == train.folder else found
+
+    def _hold_out(self, train: Shards, shares: Mapping[str, float | None]) -> dict[str, Shards]:
+        """The training images in parts: a share of them for each name, in this order, and the rest as train. None: the usual share for validation."""
+        facts = [_VERSION, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
+        home = cache_place(self.data.cache_dir, shared=self.data.cache_shared) / "parts" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+        names = ("train", *shares)
+        if not all((home / name / PART_NAME).is_file() for name in names):
+            home.parent.mkdir(exist_ok=True)
+            with cache_lock(home.with_name(home.name + ".lock"), f"splits {self.source}", self.log):
+                for name, chosen in chosen_parts(train, shares).items():
+                    write_part(train, chosen, home / name)
+        opened = {name: self.one(self.source, self.options, split="train", found=home / name) for name in names}
+        for name in shares:
+            what = {"val": "validation", "test": "test"}[name]
+            why = "" if shares[name] is not None else ", because there are test images and no validation images, and test images choose nothing"
+            some = f"{opened[name].num_samples:,} of {counted(train.num_samples, 'training image')}"
+            self.log(f"{some} ({opened[name].num_samples / train.num_samples:.1%}, stratified) are used as {what} images{why}")
+        return opened
+
+    def _check(self, splits: Splits) -> None:
+        check_class_maps(splits.train.manifest, splits.val.manifest)
+        if splits.test is None:
+            return
+        check_class_maps(splits.train.manifest, splits.test.manifest, split="test")
+        if content_id(splits.test) == content_id(splits.val):
+            raise UserError(f"data.test {self.data.test} holds the validation images, which choose the weights: give images that choose nothing")
+
+
+def chosen_parts(shards: Shards, shares: Mapping[str, float | None]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which samples [N] each part has: `train` those that no other has. Every sample is in exactly one."""
+    left, found = np.ones(shards.num_samples, bool), dict[str, npt.NDArray[np.bool_]]()
+    hashes, labels = content_keys(shards), np.asarray(shards.labels)
+    for name, share in shares.items():
+        count = int(left.sum())
+        fraction = min(0.5, max(VAL_FRACTION, LEAST_VAL / count)) if share is None else share * shards.num_samples / count
+        chosen = np.zeros(shards.num_samples, bool)
+        chosen[left] = split_by_content(hashes[left], labels[left], fraction, num_classes=shards.num_classes)
+        if not chosen.any():
+            raise UserError("no class has two different images, so that none can be held out of the training images; give --data.val FOLDER")
+        found[name], left = chosen, left & ~chosen
+    return {"train": left, **found}
+
+
+def content_keys(shards: Shards) -> npt.NDArray[np.uint64]:
+    """One number for each image, the same for copies of one, wherever they lie: from its size, its CRC-32, its width and height."""
+    return keyed.keys(
+        keyed.keys(shards.sizes, "size") ^ keyed.keys(shards.crcs, "crc") ^ keyed.keys(shards.widths, "width") ^ keyed.keys(shards.heights, "height")
+    )
 
 
 def content_id(shards: Shards) -> str:

@@ -10,7 +10,7 @@ from dtl.config.models import DataConfig
 from dtl.config.own import StoredConfig, stored_config
 from dtl.data.open import open_split
 from dtl.data.shards.index import Shards
-from dtl.data.splits_of_run import content_id
+from dtl.data.splits_of_run import content_id, open_splits
 from dtl.errors import UserError
 from dtl.inference.assess import NUM_HARDEST, RankBatches, assess
 from dtl.inference.model import RunningModel
@@ -104,21 +104,27 @@ def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shard
     """The images, whose labels must mean the model's classes; a folder of images is packed into the cache first."""
     runtime, classes = model.runtime, model.stored.classes
     own_labels = model.stored.task.name == "classify"
+    shown = log if runtime.is_main else to_nobody
 
     def opened(found: str | None = None) -> Shards:
+        if not source.is_own_set and found is None:
+            splits = open_splits(source.options, labelled=own_labels, progress=runtime.is_main, log=shown, leads=runtime.local_rank == 0).all()
+            if split not in splits:
+                raise UserError(f"{model.run} has no test set: {source.place} has none, and data.test is not set; measure other images with --data.val SRC")
+            return splits[split]
         return open_split(
             source.place,
             source.options,
             split=split,
             classes=classes if own_labels and source.is_own_set else None,
             progress=runtime.is_main,
-            log=log if runtime.is_main else to_nobody,
+            log=shown,
             leads=runtime.local_rank == 0,
             found=found,
         )
 
     with runtime.together("data"):
-        (folder,) = runtime.once_a_node(lambda: [str(opened().folder)])
+        (folder,) = runtime.once_a_node(lambda: [str(opened().place)])
         shards = opened(folder)
         if own_labels:
             _check_classes(source.place, shards.classes, classes)

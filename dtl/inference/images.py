@@ -18,7 +18,7 @@ from dtl.config.models import DataConfig
 from dtl.data.decoding.decode import DecodeError, decode, pixels_of, probe
 from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.open import packed_splits
-from dtl.data.shards.index import MANIFEST_NAME, Shards
+from dtl.data.shards.index import MANIFEST_NAME, Shards, is_packed
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list_file import list_text, looks_like_image, parse_list
@@ -196,7 +196,7 @@ def find_images(places: Sequence[object], options: DataConfig = DataConfig(), lo
 def _group(path: Path, options: DataConfig, log: Log) -> Files | PackedImages | None:
     """None for a single image file."""
     if path.is_dir():
-        return _packed(path, options) if (path / MANIFEST_NAME).is_file() else _folder(path, log)
+        return _packed(path, options) if is_packed(path) else _folder(path, log)
     if not path.exists():
         raise UserError(f"{path} does not exist; give images, folders of images, list files or packed shards")
     if path.suffix.lower() == ".tar":

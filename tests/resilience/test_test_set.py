@@ -94,3 +94,30 @@ def test_what_chooses_cannot_test(tmp_path: Path, photos: Path) -> None:
     run([*options, "--data.val", "photos/test"], cwd=tmp_path)
     assert events_of_test(tmp_path / "runs/tiny") == []
     assert "test" not in status(tmp_path / "runs/tiny")
+
+
+def test_a_test_folder_alone_never_validates_and_a_run_that_did_is_told_how_to_resume(tmp_path: Path) -> None:
+    for seed, (split, count) in enumerate({"train": 60, "test": 6}.items()):
+        write_images(tmp_path / "photos" / split, {"a": count, "b": count}, seed=seed)
+    options = recipe(tmp_path, ONE)
+    job = run(options, cwd=tmp_path, world=2)
+    line = "20 of 120 training images (16.7%, stratified) are used as validation images, because there are test images and no validation images"
+    assert job.err().count(line) == 1
+    folder = tmp_path / "runs/tiny"
+    (event,) = events_of_test(folder)
+    assert event["num_samples"] == 12
+    assert [one["num_samples"] for one in history(folder) if one["event"] == "val"] == [20]
+    for split, count in (("val", 20), ("test", 12)):
+        run([str(folder), "--split", split, "--json", "found.json"], cwd=tmp_path, command="evaluate")
+        assert json.loads((tmp_path / "found.json").read_text())["num_samples"] == count
+    # As a dtl did that validated on the test images.
+    old = [*options, "--run.name", "old", "--phases.all.steps", "3"]
+    run([*old, "--data.val", "photos"], cwd=tmp_path)
+    assert events_of_test(tmp_path / "runs/old") == []
+    more = [*options, "--run.name", "old", "--phases.all.steps", "5"]
+    job = run(more, cwd=tmp_path, code=2)
+    assert "old was started by a dtl that validated on the test images of data.train: to resume it, name them as data.val (--data.val photos)" in job.err()
+    run([*more, "--data.val", "photos"], cwd=tmp_path)
+    assert status(tmp_path / "runs/old")["step"] == 5
+    job = run(["runs/old", "--split", "test"], cwd=tmp_path, code=2, command="evaluate")
+    assert "has no test set" in job.err()

@@ -224,11 +224,12 @@ def _images(folder: Path, classes: tuple[str, ...], count: int) -> None:
 
 
 def _cifar_batches(folder: Path) -> None:
-    """The python batches as torchvision keeps them, two images each."""
+    """The python batches as torchvision keeps them, two images each of two classes."""
     folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3 * 32 * 32), dtype=np.uint8)
+    random = np.random.default_rng(0)
     for number, name in enumerate((*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")):
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [2 * number % 10, 2 * number % 10 + 1]}, protocol=2))
+        pixels = random.integers(0, 256, (4, 3 * 32 * 32), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [2 * number % 10 + at % 2 for at in range(4)]}, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR)}, protocol=2))
 
 

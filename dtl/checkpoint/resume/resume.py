@@ -73,7 +73,7 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, da
                 raise UserError(f"{checkpoint.path} is incomplete: it has no {min(missing)}.safetensors, which its state.json requires; {OTHERWISE}")
             state = TrainState.from_json(checkpoint.state["train"])
             _check_settings(config, checkpoint, store.folder.parent)
-            _check_data(state, datasets, store.folder.parent)
+            _check_data(config, state, datasets, store.folder.parent)
             _check_precision(str(checkpoint.state["precision"]), runtime.precision)
             check_transforms(checkpoint.state, store.folder.parent)
             check_plan(checkpoint.state, store.folder.parent)
@@ -152,10 +152,15 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
         raise UserError(f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{unasked}{more}; {OTHERWISE}")
 
 
-def _check_data(state: TrainState, now: dict[str, str], run: Path) -> None:
+def _check_data(config: Config, state: TrainState, now: dict[str, str], run: Path) -> None:
     for split, dataset_id in now.items():
         # A test set may be added: it changes nothing of what is trained.
         if state.dataset_ids.setdefault(split, dataset_id if split == "test" else "") != dataset_id:
+            if state.dataset_ids.get("val") == now.get("test"):
+                raise UserError(
+                    f"{run} was started by a dtl that validated on the test images of data.train: to resume it, name them as data.val "
+                    f"(--data.val {config.data.train}), and none is a test set; or {OTHERWISE}"
+                )
             raise UserError(f"{run} was started with different {split} images (data.{split} has changed); {OTHERWISE}")
 
 

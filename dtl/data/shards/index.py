@@ -26,6 +26,7 @@ from dtl.data.remote.address import is_remote, shown
 from dtl.data.remote.cache import ShardCache, open_cache
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, check_class_maps, dataset_id
+from dtl.data.shards.part import NUMBERS_NAME, PART_NAME, Part
 from dtl.data.shards.quarantine import Quarantine, original_number
 from dtl.data.shards.strings import StringTable
 from dtl.errors import DamagedSample, UnreachableSample, UserError
@@ -118,16 +119,26 @@ class Shards:
     flags: npt.NDArray[np.uint8]
 
     def __init__(
-        self, folder: Path, manifest: Manifest, quarantine: Quarantine | None = None, cache: ShardCache | None = None, limits: Limits = DEFAULT_LIMITS
+        self,
+        folder: Path,
+        manifest: Manifest,
+        quarantine: Quarantine | None = None,
+        cache: ShardCache | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        part: tuple[Path, int] | None = None,
     ) -> None:
-        """Use `Shards.open`, which also checks that the index belongs to the manifest. `manifest` has the quarantine applied."""
-        self.folder, self.manifest, self.quarantine, self.cache = folder, manifest, quarantine, cache
+        """Use `Shards.open`, which also checks that the index belongs to the manifest. `manifest` has the quarantine applied.
+
+        `part`: these are some of the folder's samples (see `dtl.data.shards.part`): where their index lies, and how many rows the folder's own has.
+        """
+        self.folder, self.manifest, self.quarantine, self.cache, self.part = folder, manifest, quarantine, cache, part
         self.limits = limits
         self.quarantined = np.zeros(0, np.int64) if quarantine is None else quarantine.numbers
         self._map_index()
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
         self._files = _OpenFiles()
         self._tables: dict[str, StringTable | None] = {}
+        self._numbers: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def open(cls, folder: str | Path, options: DataConfig | None = None, *, whole: bool = False, checked: bool = False) -> Shards:
@@ -137,14 +148,18 @@ class Shards:
         `options`: how remote shards are cached, and how large an image may be. `checked`: another process of this node has
         just opened it, and need not read the whole index again to see that it is sound.
         """
-        folder = Path(folder)
+        place = Path(folder)
+        part = Part.of_folder(place)
+        folder = place if part is None else Path(part.folder)
         manifest = Manifest.read(folder)
         cache = open_cache(manifest, folder, options)
         quarantine = None if whole else Quarantine.of_folder(folder, manifest)
         if quarantine is not None:
             manifest = quarantine.applied(manifest)
+        if part is not None:
+            manifest, quarantine = part.applied(manifest, place), None
         limits = DEFAULT_LIMITS if options is None else Limits(options.max_pixels, options.max_file_bytes)
-        shards = cls(folder, manifest, quarantine, cache, limits)
+        shards = cls(folder, manifest, quarantine, cache, limits, None if part is None else (place, part.rows))
         if not checked and sha256_of_file(shards.index_path) != manifest.index_sha256:
             raise UserError(f"{shards.index_path} does not belong to the {MANIFEST_NAME} beside it (its sha256 differs); {shards.again}")
         if not checked:
@@ -165,12 +180,19 @@ class Shards:
             )
 
     @property
+    def place(self) -> Path:
+        """The folder that `open` takes to open these samples again."""
+        return self.folder if self.part is None else self.part[0]
+
+    @property
     def index_path(self) -> Path:
-        return self.folder / (INDEX_NAME if self.quarantine is None else self.quarantine.index)
+        return self.place / (INDEX_NAME if self.quarantine is None else self.quarantine.index)
 
     @property
     def again(self) -> str:
         """What to do about an index that cannot be used."""
+        if self.part is not None:
+            return f"delete {self.place.parent}, and run again"
         if self.quarantine is not None:
             return "run `dtl verify SHARDS --quarantine` again"
         return "index the shards again" if "keys_sha256" in self.manifest.made_by else "pack the data again"
@@ -257,14 +279,25 @@ class Shards:
             return f"{damage.shard}@{damage.offset}"
 
     def original(self, sample: int) -> int:
-        """The sample's number in index.bin: another one only where samples before it are in quarantine."""
+        """The sample's number in index.bin of the folder: another one only where samples before it are in quarantine, or of another part."""
+        if self.part is not None:
+            return int(self.numbers[sample])
         return original_number(sample, self.quarantined)
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """The samples' numbers in index.bin of the folder, [N]."""
+        if self.part is None:
+            return np.setdiff1d(np.arange(self.num_samples + len(self.quarantined)), self.quarantined, assume_unique=True)
+        if self._numbers is None:
+            self._numbers = np.load(self.place / NUMBERS_NAME, mmap_mode="r")
+        return self._numbers
 
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shards, (self.folder, self.manifest, self.quarantine, self.cache, self.limits)
+        return Shards, (self.folder, self.manifest, self.quarantine, self.cache, self.limits, self.part)
 
     def _map_index(self) -> None:
         path, again = self.index_path, self.again
@@ -346,9 +379,37 @@ class Shards:
                 table = StringTable.read(self.folder / name)
             except (OSError, UserError):
                 table = None
-            fits = table is not None and len(table) == self.num_samples + len(self.quarantined)
+            rows = self.num_samples + len(self.quarantined) if self.part is None else self.part[1]
+            fits = table is not None and len(table) == rows
             self._tables[name] = table if fits else None
         return self._tables[name]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether `Shards.open` takes the folder."""
+    return (folder / MANIFEST_NAME).is_file() or (folder / PART_NAME).is_file()
+
+
+def write_part(shards: Shards, chosen: npt.NDArray[np.bool_], place: Path) -> None:
+    """Write the chosen samples [N] of `shards` as a part into the folder `place`, unless it is there."""
+    if (place / PART_NAME).is_file():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    numbers, samples = shards.numbers[chosen], np.flatnonzero(chosen)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(shards.shard_sizes)])
+    shard_samples = np.diff(np.searchsorted(samples, starts))
+    columns = {name: getattr(shards, name)[samples] for name in ROW_COLUMNS}
+    write_whole(place / NUMBERS_NAME, lambda file: np.save(file, numbers))
+    index_sha256 = write_index(place / INDEX_NAME, shard_samples, columns)
+    Part(
+        folder=str(shards.folder.absolute()),
+        of=shards.dataset_id,
+        rows=shards.num_samples + len(shards.quarantined),
+        dataset_id=dataset_id(shards.classes, sizes=columns["sizes"], crcs=columns["crcs"], labels=columns["labels"]),
+        index_sha256=index_sha256,
+        shard_samples=tuple(shard_samples.tolist()),
+        class_counts=tuple(np.bincount(columns["labels"].clip(0), minlength=shards.num_classes)[: shards.num_classes].tolist()),
+    ).write(place)
 
 
 class _Damage:

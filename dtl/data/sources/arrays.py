@@ -45,6 +45,7 @@ def open_digits() -> Source:
         splits=val.astype(np.uint8),
         names=[f"digits/{number:04d}" for number in range(len(labels))],
         classes=tuple(str(digit) for digit in range(10)),
+        split_names=("train", "val"),
     )
 
 
@@ -59,7 +60,7 @@ def cifar_folder(path: Path) -> Path | None:
 
 
 def open_cifar(folder: Path) -> Source:
-    """Both splits, train and val (CIFAR's test set), in the order of the batches."""
+    """Both splits, train and test, in the order of the batches."""
     kind, train, test, meta, names_key, labels_key = _LAYOUTS[_layout(folder) or ""]
     classes = tuple(_texts(folder / meta, _load(folder / meta).get(names_key), names_key))
     images, labels, splits, names = [], [], [], []
@@ -81,6 +82,7 @@ def open_cifar(folder: Path) -> Source:
         splits=np.concatenate(splits),
         names=names,
         classes=classes,
+        split_names=("train", "test"),
     )
 
 
@@ -92,9 +94,10 @@ def _from_arrays(
     splits: npt.NDArray[np.uint8],
     names: Sequence[str],
     classes: tuple[str, ...],
+    split_names: tuple[str, ...],
 ) -> Source:
-    """A source whose images are uint8 arrays; `splits` is 0 for train, 1 for val."""
-    digest = sha256("\0".join(classes).encode())
+    """A source whose images are uint8 arrays; `splits` index `split_names`."""
+    digest = sha256("\0".join(classes if "val" in split_names else [*classes, "", *split_names]).encode())
     for part in (images, labels, splits):
         digest.update(np.ascontiguousarray(part).data)
     return Source(
@@ -104,7 +107,7 @@ def _from_arrays(
         names=StringTable.build(names),
         labels=labels.astype(np.int32),
         splits=splits.astype(np.uint8),
-        split_names=("train", "val"),
+        split_names=split_names,
         num_bytes=images.nbytes,
         fingerprint=digest.hexdigest(),
         images=images,

@@ -142,19 +142,19 @@ def _splits_in(place: Path, notes: _Notes, *, of_classes: bool) -> dict[str, str
             return None
     else:
         folders = _same_classes(place, names)
-    train, val = choose(folders, "train", place), choose(folders, "val", place)
-    if train is None or val is None:
+    train, val, test = choose(folders, "train", place), choose(folders, "own val", place), choose(folders, "test", place)
+    held_out = {split: name for split, name in (("val", val), ("test", test)) if name is not None}
+    if train is None or not held_out:
         return None
-    parts = {"train": train, "val": val}
+    parts = {"train": train, **held_out}
     if train != "train":
         notes.lines.append(f"'{train}' is used for training")
-    if (test := choose(folders, "test", place)) not in (None, val):
-        parts["test"] = str(test)
-        notes.lines.append(f"'{val}' is used for validation, '{test}' is kept apart")
-    elif val != "val":
-        notes.lines.append(f"'{val}' is used for validation")
+    if val not in (None, "val") or (val is not None and test is not None):
+        notes.lines.append(f"'{val}' is used for validation{'' if test is None else f', {test!r} is the test set'}")
+    elif test is not None:
+        notes.lines.append(f"'{test}' is the test set")
     if others := [name for name in names if name not in parts.values()]:
-        notes.lines.append(f"other folders than {train} and {val} left out: {_few(others)}")
+        notes.lines.append(f"other folders than {', '.join([train, *held_out.values()][:-1])} and {[*held_out.values()][-1]} left out: {_few(others)}")
     return {split: _unwrapped(place, name) for split, name in parts.items()}
 
 

@@ -10,8 +10,8 @@ from dtl.errors import UserError
 
 # Split -> the names it goes by, in upper or lower case, best first.
 SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "eval"), "test": ("test", "testing")}
-# What serves as each split: without a validation set of its own, the test set is validated on.
-SERVES_AS = {"train": ("train",), "val": ("val", "test"), "test": ("test",)}
+# What serves as each split. A source that is named for validation may have only a test set; training's own test set never validates ("own val").
+SERVES_AS = {"train": ("train",), "own val": ("val",), "val": ("val", "test"), "test": ("test",)}
 _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _RANK = {word: rank for rank, word in enumerate(_SPLIT_OF)}
 _WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?=[-_. 0-9]|$)", re.IGNORECASE)
@@ -20,6 +20,15 @@ _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lo
 
 class NoSplit(UserError):
     """The source has splits, but not this one."""
+
+
+class HasSplits(UserError):
+    """The source has splits of its own, so it cannot be split."""
+
+
+def plain_name(split: str) -> str:
+    """As people call it."""
+    return split.removeprefix("own ")
 
 
 def is_hidden(name: str) -> bool:

@@ -17,7 +17,7 @@ from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list_file import list_text
-from dtl.data.sources.splits import SERVES_AS, NoSplit, choose, split_folders, split_in
+from dtl.data.sources.splits import SERVES_AS, NoSplit, choose, plain_name, split_folders, split_in
 from dtl.data.sources.unread import data_set_of_others
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, expand_home, open_regular
@@ -173,7 +173,7 @@ def _by_split(tars: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _refuse_split(place: Path, split: str, groups: Iterable[str]) -> NoReturn:
-    raise NoSplit(f"{place} holds the shards of {', '.join(name or 'unnamed' for name in groups)}, but none of {split}")
+    raise NoSplit(f"{place} holds the shards of {', '.join(name or 'unnamed' for name in groups)}, but none of {plain_name(split)}")
 
 
 def _common_start(paths: Sequence[Path]) -> str:

@@ -49,7 +49,7 @@ def test_cifar10(tmp_path: Path, parent: bool) -> None:
     source = open_source(tmp_path if parent else folder)
     assert source.kind == "CIFAR-10"
     assert source.classes == ("airplane", "automobile", "bird")
-    assert source.split_names == ("train", "val")
+    assert source.split_names == ("train", "test")
     assert source.counts().sum(1).tolist() == [20, 4]
     assert names(source)[5] == "data_batch_2/1_1.png"
     raw = pickle.loads((folder / "data_batch_2").read_bytes())["data"][1]

@@ -111,10 +111,11 @@ def test_train_and_val_below_one_root(tmp_path: Path, val: str) -> None:
     image_folder(tmp_path / "train", {"a": 3, "b": 2})
     image_folder(tmp_path / val, {"a": 1, "b": 1}, seed=1)
     source = open_source(tmp_path)
-    assert source.split_names == ("train", "val")
+    assert source.split_names == ("train", "test" if val == "test" else "val")
     assert source.counts().tolist() == [[3, 2], [1, 1]]
     assert names(source)[-1] == f"{val}/b/0000.jpg"
-    assert (f"'{val}' is used for validation" in notes(source)) == (val != "val")
+    assert (f"'{val}' is used for validation" in notes(source)) == (val not in ("val", "test"))
+    assert ("'test' is the test set" in notes(source)) == (val == "test")
 
 
 def test_val_goes_before_test_and_is_told(tmp_path: Path) -> None:
@@ -123,8 +124,8 @@ def test_val_goes_before_test_and_is_told(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert source.split_names == ("train", "val", "test")
     assert {name.split("/")[0] for name in names(source)} == {"train", "valid", "test"}
-    assert "'valid' is used for validation, 'test' is kept apart" in notes(source)
-    assert "other folders than train and valid left out: 'extra'" in notes(source)
+    assert "'valid' is used for validation, 'test' is the test set" in notes(source)
+    assert "other folders than train, valid and test left out: 'extra'" in notes(source)
 
 
 def test_classes_that_are_called_train_and_test(tmp_path: Path) -> None:

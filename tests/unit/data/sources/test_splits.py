@@ -73,7 +73,7 @@ def test_image_folders(tmp_path: Path, pattern: str, above: str) -> None:
         classes_in(root / above / other)
         source = open_source(root)
         assert source.classes == ("ants", "bees")
-        assert source.split_names == ("train", "val"), "a test folder without a val folder is validated on"
+        assert source.split_names == ("train", "test" if words[1].lower() in NAMES["test"] else "val"), "a test folder never validates"
         assert source.counts().tolist() == [[1, 1], [1, 1]]
         place = f"{above}/" if above else ""
         assert [source.names[0], source.names[2]] == [f"{place}{train}/ants/1.jpg", f"{place}{other}/ants/1.jpg"]
@@ -84,7 +84,7 @@ def test_three_splits_by_words(tmp_path: Path) -> None:
         classes_in(tmp_path / name)
     source = open_source(tmp_path)
     assert source.split_names == ("train", "val", "test")
-    assert {"'seg_dev' is used for validation, 'seg_test' is kept apart", "'Seg_Train' is used for training"} <= set(source.notes)
+    assert {"'seg_dev' is used for validation, 'seg_test' is the test set", "'Seg_Train' is used for training"} <= set(source.notes)
 
 
 def test_folders_within_folders_of_the_same_name(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_folders_within_folders_of_the_same_name(tmp_path: Path) -> None:
     image_folder(tmp_path / "seg_pred", {"seg_pred": 2})
     source = open_source(tmp_path)
     assert source.classes == ("ants", "bees")
-    assert source.split_names == ("train", "val")
+    assert source.split_names == ("train", "test")
     assert "other folders than seg_train and seg_test left out: 'seg_pred'" in source.notes
 
 
