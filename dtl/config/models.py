@@ -121,6 +121,23 @@ class AugmentConfig(Section):
 Fit = Literal["crop", "stretch", "pad"]
 
 
+class GroupConfig(Section):
+    """What says which images belong together: one of these three."""
+
+    regex: str | None = None
+    """Regular expression for the path of an image; its first part in parentheses is the name of the group: `(patient[0-9]+)_`."""
+    column: str | None = None
+    """Column of the list that names the images, or that it had when it was packed with --group-column."""
+    file: Address | None = None
+    """CSV file with the columns path and group; paths as in the packed data."""
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> GroupConfig:
+        if sum(one is not None for one in (self.regex, self.column, self.file)) != 1:
+            raise ValueError("group needs one of regex, column and file")
+        return self
+
+
 class DataConfig(Section):
     train: Address | None = None
     """Training data: an image folder (one folder per class), a list file, CIFAR batches, packed shards, WebDataset tars (local or remote), or `digits`."""
@@ -133,6 +150,10 @@ class DataConfig(Section):
     the training images (20 or more) is validated on."""
     test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images that is used as the test set; split by content, stratified by class."""
+    group: GroupConfig | None = None
+    """Images that belong together (a patient, a camera, a session): a group is in one split only. `regex: R`, `column: C` or `file: F`."""
+    group_check: Literal["refuse", "warn"] = "refuse"
+    """What happens if splits that were made by hand have a group in common."""
     image_size: Annotated[int, Field(ge=8)] = 224
     """Side of the square input image, in pixels."""
     fit: Fit = "crop"

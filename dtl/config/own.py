@@ -107,8 +107,12 @@ def _harmless(config: Config) -> tuple[Config, dict[str, str]]:
     The section `transfer` stays as it is, for reports: no command loads weights by a stored config. A function in `model.name` is refused where it is built.
     """
     data = config.data
-    withheld = {f"data.{name}": value for name in ("train", "val", "names") if (value := getattr(data, name)) and (value.startswith("pipe:") or "://" in value)}
+    withheld = {
+        f"data.{name}": value for name in ("train", "val", "test", "names") if (value := getattr(data, name)) and (value.startswith("pipe:") or "://" in value)
+    }
     changes: dict[str, Any] = {name.partition(".")[2]: None for name in withheld}
+    if data.group is not None and data.group.regex is not None:  # a regular expression may take for ever
+        withheld["data.group.regex"], changes["group"] = data.group.regex, None
     changes |= {"allow_pipe": False, "cache_dir": None, "cache_shared": False, "workers": "auto" if data.workers == "auto" else min(data.workers, _MAX_WORKERS)}
     usual = DataConfig()
     changes |= {name: min(getattr(data, name), getattr(usual, name)) for name in ("max_pixels", "max_file_bytes")}

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dtl import keyed
 from dtl.config.models import DataConfig
+from dtl.data.groups import Groups, find_groups, refuse_broken, split_by_group
 from dtl.data.open import cache_lock, open_split
 from dtl.data.remote.address import cache_place
 from dtl.data.shards.index import Shards, write_part
@@ -55,25 +56,32 @@ class Splits:
 
 
 def open_splits(
-    data: DataConfig, *, labelled: bool = True, progress: bool = True, log: Log = to_stdout, leads: bool = True, found: Mapping[str, str] | None = None
+    data: DataConfig,
+    *,
+    labelled: bool = True,
+    progress: bool = True,
+    log: Log = to_stdout,
+    notes: Log | None = None,
+    leads: bool = True,
+    found: Mapping[str, str] | None = None,
 ) -> Splits:
     """The splits that a config names, packed into the cache where they are not yet; UserError where they do not go together.
 
-    `found`: `places` of another process of this node that has opened the same just now.
+    `notes` takes the lines about what is held out; by default `log` does. `found`: `places` of another process of this node that has opened the same just now.
     """
     assert data.train is not None
     one = partial(open_split, labelled=labelled, progress=progress, log=log, leads=leads)
     if found is not None:
         return Splits(**{name: one(getattr(data, name) or data.train, data, split=name, found=place) for name, place in found.items()})
-    return _Opening(data, one, log).splits()
+    return _Opening(data, one, log, notes or log).splits()
 
 
 class _Opening:
     """How the splits of a config are found, by one process of each node."""
 
-    def __init__(self, data: DataConfig, one: partial[Shards], log: Log) -> None:
+    def __init__(self, data: DataConfig, one: partial[Shards], log: Log, notes: Log) -> None:
         assert data.train is not None
-        self.data, self.source, self.one, self.log = data, data.train, one, log
+        self.data, self.source, self.one, self.log, self.notes = data, data.train, one, log, notes
         self.options = data.model_copy(update={"val_fraction": 0.0})
         self.listed: dict[str, Source] = {}
 
@@ -96,11 +104,12 @@ class _Opening:
             raise UserError(f"{self.source}: {_NO_VAL}")
         splits = Splits(held_out["train"], val, test)
         self._check(splits)
+        self._check_groups(splits, held_out)
         return splits
 
     def _as_packed(self) -> tuple[Shards, Shards | None]:
         """Training images, and the validation images that their source has of its own, or that packing splits off."""
-        if self.data.val_fraction and not self.data.test_fraction:
+        if self.data.val_fraction and not self.data.test_fraction and self.data.group is None:
             try:
                 train = self.one(self.source, self.data, split="train", listed=self.listed)
             except HasSplits:
@@ -133,20 +142,22 @@ class _Opening:
 
     def _hold_out(self, train: Shards, shares: Mapping[str, float | None]) -> dict[str, Shards]:
         """The training images in parts: a share of them for each name, in this order, and the rest as train. None: the usual share for validation."""
-        facts = [_VERSION, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
+        groups = None if self.data.group is None else find_groups(train, self.data.group, self.source)
+        facts = [_VERSION, None if groups is None else groups.digest, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
         home = cache_place(self.data.cache_dir, shared=self.data.cache_shared) / "parts" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
         names = ("train", *shares)
         if not all((home / name / PART_NAME).is_file() for name in names):
             home.parent.mkdir(exist_ok=True)
             with cache_lock(home.with_name(home.name + ".lock"), f"splits {self.source}", self.log):
-                for name, chosen in chosen_parts(train, shares).items():
+                for name, chosen in chosen_parts(train, shares, groups).items():
                     write_part(train, chosen, home / name)
         opened = {name: self.one(self.source, self.options, split="train", found=home / name) for name in names}
         for name in shares:
             what = {"val": "validation", "test": "test"}[name]
             why = "" if shares[name] is not None else ", because there are test images and no validation images, and test images choose nothing"
             some = f"{opened[name].num_samples:,} of {counted(train.num_samples, 'training image')}"
-            self.log(f"{some} ({opened[name].num_samples / train.num_samples:.1%}, stratified) are used as {what} images{why}")
+            how = "stratified" if groups is None else _reached(opened[name], train, groups)
+            self.notes(f"{some} ({opened[name].num_samples / train.num_samples:.1%}, {how}) are used as {what} images{why}")
         return opened
 
     def _check(self, splits: Splits) -> None:
@@ -157,16 +168,39 @@ class _Opening:
         if content_id(splits.test) == content_id(splits.val):
             raise UserError(f"data.test {self.data.test} holds the validation images, which choose the weights: give images that choose nothing")
 
+    def _check_groups(self, splits: Splits, held_out: Mapping[str, Shards]) -> None:
+        """Splits that were not made here may have a group in common."""
+        given = self.data.group
+        if given is None or len(held_out) == len(splits.all()):
+            return
+        named = {name: str(getattr(self.data, name) or self.source) for name in ("train", "val", "test")}
+        line = refuse_broken({name: (shards, find_groups(shards, given, named[name])) for name, shards in splits.all().items()})
+        if line is None:
+            return
+        if self.data.group_check == "refuse":
+            raise UserError(f"{line}; move each group into one split, or train all the same with --data.group-check warn")
+        self.notes(f"{line}: results on such images are too good")
 
-def chosen_parts(shards: Shards, shares: Mapping[str, float | None]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which samples [N] each part has: `train` those that no other has. Every sample is in exactly one."""
+
+def _reached(part: Shards, train: Shards, groups: Groups) -> str:
+    """How well a part of whole groups is stratified."""
+    mine = np.unique(groups.codes[np.searchsorted(train.numbers, part.numbers)])
+    shares = [now / all_of_it for now, all_of_it in zip(part.manifest.class_counts, train.manifest.class_counts) if all_of_it]
+    return f"{len(mine):,} of {counted(len(groups.names), 'group')}, {min(shares):.1%} to {max(shares):.1%} of a class"
+
+
+def chosen_parts(shards: Shards, shares: Mapping[str, float | None], groups: Groups | None = None) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which samples [N] each part has: `train` those that no other has. Every sample is in exactly one, and so is every group."""
     left, found = np.ones(shards.num_samples, bool), dict[str, npt.NDArray[np.bool_]]()
     hashes, labels = content_keys(shards), np.asarray(shards.labels)
     for name, share in shares.items():
         count = int(left.sum())
         fraction = min(0.5, max(VAL_FRACTION, LEAST_VAL / count)) if share is None else share * shards.num_samples / count
         chosen = np.zeros(shards.num_samples, bool)
-        chosen[left] = split_by_content(hashes[left], labels[left], fraction, num_classes=shards.num_classes)
+        if groups is None:
+            chosen[left] = split_by_content(hashes[left], labels[left], fraction, num_classes=shards.num_classes)
+        else:
+            chosen[left] = split_by_group(Groups(groups.codes[left], groups.names), labels[left], fraction, num_classes=shards.num_classes)
         if not chosen.any():
             raise UserError("no class has two different images, so that none can be held out of the training images; give --data.val FOLDER")
         found[name], left = chosen, left & ~chosen

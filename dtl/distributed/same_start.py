@@ -17,7 +17,7 @@ from dtl.errors import UserError
 from dtl.version import __version__
 
 # What nodes may have of their own: where their disks are, and how many processes read from them.
-MAY_DIFFER = ("data.train", "data.val", "data.cache_dir", "data.cache_shared", "data.workers")
+MAY_DIFFER = ("data.train", "data.val", "data.test", "data.cache_dir", "data.cache_shared", "data.workers")
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg", "safetensors")
 
 

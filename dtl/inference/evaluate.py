@@ -94,7 +94,7 @@ def _source(model: RunningModel, data: str | None, run: StoredConfig | None, spl
     named = own.val if split == "val" else own.test
     if named is not None:
         return _Source(named, own.model_copy(update={"val_fraction": 0.0}))
-    run.require("data.train")
+    run.require("data.train", "data.val", "data.test", "data.group.regex")
     if own.train is None:
         raise UserError(f"{run.origin} has no data.train; give --data.val SRC")
     return _Source(own.train, own, is_own_set=False)

@@ -94,13 +94,13 @@ class Examples:
         """UserError where the data is gone, or is not what the run was trained on."""
         if record.stored is None:
             raise UserError("the run's config.yaml is missing or cannot be used")
-        record.stored.require("data.train", "data.val")
+        record.stored.require("data.train", "data.val", "data.test", "data.group.regex")
         if record.stored.config.data.train is None:
             raise UserError("the run's config.yaml names no training data")
         config = _at_home(record.stored.config, record.path)
         own = record.stored.own or _is_trusted(config.model.name, record.path / "model", trust, log)
         runtime = Runtime.alone(config.run.device if device == "auto" else device)
-        data = build.open_data(config, runtime, log)
+        data = build.open_data(config, runtime, log, again=True)
         train = data.train
         made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):

@@ -101,8 +101,8 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
 # ---- data
 
 
-def open_data(config: Config, runtime: Runtime, log: Log) -> Splits:
-    """The shards of a run; an image folder is packed into the cache first, by one process of each node."""
+def open_data(config: Config, runtime: Runtime, log: Log, *, again: bool = False) -> Splits:
+    """The shards of a run; an image folder is packed into the cache first, by one process of each node. `again`: its start has said what is held out."""
     data = config.data
     assert data.train is not None
     labelled = any(phase.task != "rotate" for phase in config.phases.values())
@@ -113,6 +113,7 @@ def open_data(config: Config, runtime: Runtime, log: Log) -> Splits:
             labelled=labelled,
             progress=runtime.is_main,
             log=log if runtime.is_main else to_nobody,
+            notes=to_nobody if again else None,
             leads=runtime.local_rank == 0,
             found=found,
         )

@@ -29,7 +29,7 @@ FREE_SETTINGS = (
     "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.deterministic", "run.timeout_minutes", "tracking.*", "precision",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.deadline_seconds", "checkpoint.max_failures", "checkpoint.keep", "checkpoint.keep_done",
     "checkpoint.async",
-    "data.workers", "data.micro_batch_size", "data.cache_dir", "data.cache_shared", "data.train", "data.val", "data.test", "data.on_error",
+    "data.workers", "data.micro_batch_size", "data.cache_dir", "data.cache_shared", "data.train", "data.val", "data.test", "data.group_check", "data.on_error",
     "data.max_bad", "data.names",
     "data.cache_gb", "data.retries", "data.timeout", "data.allow_pipe",
 )  # fmt: skip

@@ -50,6 +50,7 @@ __all__ = [
 
 INDEX_NAME = "index.bin"
 PATHS_NAME = "paths.bin"
+GROUPS_NAME = "groups.bin"  # of each sample, as in paths.bin, and at the end the name of their column
 KEYS_NAME = "keys.bin"  # of shards made by others, whose headers may hold less than the whole name
 FORMAT_VERSION = 1
 
@@ -278,6 +279,17 @@ class Shards:
         except DamagedSample as damage:
             return f"{damage.shard}@{damage.offset}"
 
+    @property
+    def group_column(self) -> str | None:
+        """The column of groups that packing stored, None where there is none."""
+        table = self._table(GROUPS_NAME)
+        return None if table is None else table[len(table) - 1]
+
+    def group(self, sample: int) -> str | None:
+        """The image's group in `group_column`."""
+        table = self._table(GROUPS_NAME)
+        return None if table is None else table[self.original(sample)]
+
     def original(self, sample: int) -> int:
         """The sample's number in index.bin of the folder: another one only where samples before it are in quarantine, or of another part."""
         if self.part is not None:
@@ -380,7 +392,7 @@ class Shards:
             except (OSError, UserError):
                 table = None
             rows = self.num_samples + len(self.quarantined) if self.part is None else self.part[1]
-            fits = table is not None and len(table) == rows
+            fits = table is not None and len(table) == rows + (name == GROUPS_NAME)
             self._tables[name] = table if fits else None
         return self._tables[name]
 
@@ -392,6 +404,7 @@ def is_packed(folder: Path) -> bool:
 
 def write_part(shards: Shards, chosen: npt.NDArray[np.bool_], place: Path) -> None:
     """Write the chosen samples [N] of `shards` as a part into the folder `place`, unless it is there."""
+    assert shards.part is None
     if (place / PART_NAME).is_file():
         return
     place.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ def test_lines_that_are_none_are_left_out(tmp_path: Path, monkeypatch: pytest.Mo
 # ---- the config of a run
 
 
-@pytest.mark.parametrize("key", ["train", "val", "names"])
+@pytest.mark.parametrize("key", ["train", "val", "test", "names"])
 @pytest.mark.parametrize("value", ["pipe:touch x", "https://host/x.tar", "s3://bucket/{0..9}.tar"])
 def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: str) -> None:
     found = stored(
@@ -130,7 +130,7 @@ def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: s
     assert not found.config.data.cache_shared
     assert (found.config.data.max_pixels, found.config.data.max_file_bytes) == (DataConfig().max_pixels, DataConfig().max_file_bytes)
     with pytest.raises(UserError, match=r"config\.yaml was not written by a run of yours, so data\..*give the data with --data\.val"):
-        found.require("data.train", "data.val", "data.names")
+        found.require("data.train", "data.val", "data.test", "data.names")
 
 
 def test_a_run_of_the_users_own_keeps_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_images import image_folder
 
@@ -148,14 +148,6 @@ def test_what_is_named_for_validation_validates(tmp_path: Path, two: Path) -> No
     assert shape(opened(tmp_path, train=str(two), val=str(two / "test"))) == shape(splits)
 
 
-def test_data_that_changed_under_a_part_is_noticed(tmp_path: Path, two: Path) -> None:
-    splits = opened(tmp_path, train=str(two))
-    part = splits.val.place / "part.json"
-    part.write_text(part.read_text().replace(splits.val.dataset_id, "0" * 32).replace(Shards.open(splits.train.folder).dataset_id, "1" * 32))
-    with pytest.raises(UserError, match=r"is a part of other data than .* holds now; delete"):
-        Shards.open(splits.val.place)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     labels=st.lists(st.integers(0, 3), min_size=4, max_size=120),
@@ -175,7 +167,11 @@ def test_every_sample_is_on_one_side_whatever_the_order(
             num_samples=len(samples), num_classes=4, labels=np.array([label for label, _ in samples], np.int32),
             sizes=column, crcs=column, widths=column.astype(np.uint16), heights=column.astype(np.uint16),
         )  # fmt: skip
-        found = chosen_parts(cast("Shards", fake), {**({} if test is None else {"test": test}), "val": val})
+        try:
+            found = chosen_parts(cast("Shards", fake), {**({} if test is None else {"test": test}), "val": val})
+        except UserError as error:
+            assume("no class has two different images" not in str(error))
+            raise
         assert np.array_equal(np.sum(list(found.values()), axis=0), np.ones(len(samples)))
         return {name: sorted(samples[at] for at in np.flatnonzero(chosen)) for name, chosen in found.items()}
 

@@ -1,0 +1,153 @@
+"""Images that belong together: a group stands on one side of a split, whatever the order of files; bad input is one line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_images import encoded
+
+from dtl.config.models import DataConfig, GroupConfig
+from dtl.data.groups import Groups, split_by_group
+from dtl.data.shards.index import Shards
+from dtl.data.splits_of_run import Splits, content_id, open_splits
+from dtl.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """24 patients with five images each, of both classes: photos/a/p07_3.jpg."""
+    for number in range(120):
+        file = tmp_path / "photos" / "ab"[number % 2] / f"p{number // 5:02d}_{number % 5}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(height=10, width=12, seed=number))
+    return tmp_path / "photos"
+
+
+def opened(tmp_path: Path, said: list[str] | None = None, **data: Any) -> Splits:
+    log: Callable[[str], None] = said.append if said is not None else (lambda line: None)
+    return open_splits(DataConfig(**{"cache_dir": str(tmp_path / "cache"), **data}), progress=False, log=log)
+
+
+def patients(shards: Shards) -> set[str]:
+    return {str(shards.path(sample)).rpartition("/")[2][:3] for sample in range(shards.num_samples)}
+
+
+PATIENT = {"regex": "/(p[0-9]+)_"}
+
+
+def test_a_group_stands_on_one_side(tmp_path: Path, photos: Path) -> None:
+    said: list[str] = []
+    splits = opened(tmp_path, said, train=str(photos), val_fraction=0.2, test_fraction=0.2, group=PATIENT)
+    assert splits.test is not None
+    sides = [patients(shards) for shards in splits.all().values()]
+    assert sum(map(len, sides)) == len(set().union(*sides)) == 24
+    assert (splits.train.num_samples, splits.val.num_samples, splits.test.num_samples) == (70, 25, 25)
+    assert said[-2:] == [
+        "25 of 120 training images (20.8%, 5 of 24 groups, 18.3% to 23.3% of a class) are used as test images",
+        "25 of 120 training images (20.8%, 5 of 24 groups, 18.3% to 23.3% of a class) are used as validation images",
+    ]
+
+
+def test_a_file_and_a_column_give_the_same_split(tmp_path: Path, photos: Path) -> None:
+    reference = opened(tmp_path, train=str(photos), val_fraction=0.2, group=PATIENT)
+    rows = [f"{file.relative_to(photos)},{file.name[:3]}" for file in sorted(photos.rglob("*.jpg"))]
+    (tmp_path / "groups.csv").write_text("\n".join(["path,group", *rows]))
+    by_file = opened(tmp_path, train=str(photos), val_fraction=0.2, group={"file": str(tmp_path / "groups.csv")})
+    (photos / "list.csv").write_text("\n".join(["path,patient,label", *(f"{row},{row[0]}" for row in rows)]))
+    by_column = opened(tmp_path, train=str(photos / "list.csv"), val_fraction=0.2, group={"column": "patient"})
+    for splits in (by_file, by_column):
+        assert {name: content_id(shards) for name, shards in splits.all().items()} == {name: content_id(shards) for name, shards in reference.all().items()}
+
+
+def test_splits_made_by_hand_are_checked(tmp_path: Path, photos: Path) -> None:
+    for label in "ab":
+        for file in (photos / label).glob("p0[45]_*.jpg"):
+            (tmp_path / "val" / label).mkdir(parents=True, exist_ok=True)
+            if "_0" in file.name or "_1" in file.name:
+                file.rename(tmp_path / "val" / label / file.name)
+    given = {"train": str(photos), "val": str(tmp_path / "val"), "group": PATIENT}
+    message = r"^2 groups of images are in more than one split: 'p04' is in train \(./p04_.\.jpg\) and val \(./p04_.\.jpg\); move each group"
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, **given)
+    said: list[str] = []
+    assert opened(tmp_path, said, **given, group_check="warn").val.num_samples == 4
+    assert "2 groups of images are in more than one split" in said[-1]
+    assert opened(tmp_path, **{**given, "group": None}).val.num_samples == 4
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"regex": "(p[0-9+_"}, r"data.group.regex '\(p\[0-9\+_' is not a regular expression: "),
+        ({"regex": "p[0-9]+"}, r"data.group.regex 'p\[0-9\]\+' has no part in parentheses"),
+        ({"regex": "(patient)"}, r"matches none of the 120 images of .*photos, such as '"),
+        ({"regex": "(p0[0-4])_"}, r"does not match 95 of the 120 images"),
+        ({"regex": "(jpg)"}, r"all 120 images are of one group, 'jpg', which cannot be on both sides of a split"),
+        ({"regex": "([ab])/"}, r"none of the 2 groups can be held out: each has all images of a class; give --data.val FOLDER"),
+        ({"column": "patient"}, r"data.group.column patient: .*photos has no groups stored: pack the list with this column again"),
+        ({"file": "missing.csv"}, r"data.group.file missing.csv cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, photos: Path, group: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, train=str(photos), val_fraction=0.2, group=group)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,patient\na,b\n", r"its first line must name the columns path and group \(path,group\), got `path,patient`"),
+        ("path,group\na/p00_0.jpg,\n", r"row 2: no path or no group"),
+        ("path,group\na/p00_0.jpg,1\na/p00_0.jpg,2\n", r"row 3: a/p00_0.jpg is in two groups, '1' and '2'"),
+        ("path,group\nelsewhere.jpg,1\n", r"lists none of the 120 images of .*photos, such as '.* and 117 more; its first path is 'elsewhere.jpg'"),
+        ("path,group\n", r"lists no images"),
+    ],
+)
+def test_group_files_that_are_refused(tmp_path: Path, photos: Path, text: str, message: str) -> None:
+    (tmp_path / "g.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, train=str(photos), val_fraction=0.2, group={"file": str(tmp_path / "g.csv")})
+
+
+def test_a_column_that_the_list_has_not(tmp_path: Path, photos: Path) -> None:
+    rows = [f"{file.relative_to(photos)},{file.parent.name},{file.name[:3]}" for file in sorted(photos.rglob("*.jpg"))]
+    (photos / "list.csv").write_text("\n".join(["path,label,patient", *rows]))
+    with pytest.raises(UserError, match=r"data.group.column pateint: .*list.csv has no such column; did you mean 'patient'"):
+        opened(tmp_path, train=str(photos / "list.csv"), val_fraction=0.2, group={"column": "pateint"})
+    with pytest.raises(ValueError, match="group needs one of regex, column and file"):
+        GroupConfig(regex="(a)", column="b")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 2)), min_size=8, max_size=150),
+    fraction=st.sampled_from([0.1, 0.2, 0.4]),
+    order=st.randoms(use_true_random=False),
+)
+def test_groups_are_never_torn_and_the_order_decides_nothing(samples: list[tuple[int, int]], fraction: float, order: random.Random) -> None:
+    def split(rows: list[tuple[int, int]]) -> set[str] | str:
+        names = list(dict.fromkeys(f"g{group}" for group, _ in rows))
+        groups = Groups(np.array([names.index(f"g{group}") for group, _ in rows]), tuple(names))
+        labels = np.array([label for _, label in rows], np.int32)
+        try:
+            chosen = split_by_group(groups, labels, fraction, num_classes=3)
+        except UserError as error:
+            return str(error).split(":")[0]
+        held_out = {names[code] for code in groups.codes[chosen]}
+        assert not held_out & {names[code] for code in groups.codes[~chosen]}
+        assert held_out
+        assert set(labels[~chosen]) == set(labels), "each class can be learned"
+        return held_out
+
+    found = split(samples)
+    shuffled = samples[:]
+    order.shuffle(shuffled)
+    again = split(shuffled)
+    assert again == found or isinstance(found, str)
