@@ -6,7 +6,7 @@ Everything works as on the command line, but in this process. A notebook is one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +226,9 @@ def predict(
 
 
 def load_model(model: str | Path | Run, *, trust: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network in eval mode, on the CPU, and its metadata: classes, display_names, preprocessing, architecture, metrics.
+    """The trained network in eval mode, on the CPU, and its metadata: classes, display_names, preprocessing, architecture, metrics, calibration.
+
+    The network's logits are its own: divide them by `calibration["temperature"]`, where `dtl calibrate` has found one.
 
     `trust`: as in `evaluate`.
     """
@@ -240,6 +242,7 @@ def load_model(model: str | Path | Run, *, trust: bool = False) -> tuple[nn.Modu
         "preprocessing": dict(facts.preprocessing),
         "architecture": dict(facts.architecture),
         "metrics": dict(facts.metrics),
+        "calibration": None if facts.calibration is None else asdict(facts.calibration),
     }
     return stored.network.module, known
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "convert": "convert a file of weights to safetensors, without running anything in it",
     "models": "list the networks that model.name accepts",
     "evaluate": "exact metrics of a run or model folder on a validation set",
+    "calibrate": "fit a temperature, and a threshold for two classes, on validation images",
     "predict": "class names and probabilities for images, to CSV or JSON lines",
     "export": "export a model as ONNX, torch.export or safetensors, checked against PyTorch",
     "average": "average the weights of several runs into a model folder",

@@ -163,7 +163,7 @@ def assess(
     runtime = forward.runtime
     seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest)
     with runtime.together("evaluation"):
-        usable = _readable(batches, skip_damaged=skip_damaged)
+        usable = readable(batches, skip_damaged=skip_damaged)
         for number, outputs in enumerate(forward.over(usable, task), start=batches.first):
             seen.damaged += [(sample, str(damage)) for sample, damage in outputs.batch.bad]
             samples = outputs.batch.samples.to(runtime.device, non_blocking=True).repeat(task.expansion)
@@ -171,7 +171,8 @@ def assess(
     return seen.all_ranks(runtime)
 
 
-def _readable(batches: Iterable[Batch], *, skip_damaged: bool) -> Iterator[Batch]:
+def readable(batches: Iterable[Batch], *, skip_damaged: bool) -> Iterator[Batch]:
+    """The same batches. UserError for a damaged sample, unless those are to be skipped, and for one that cannot be read now."""
     for batch in batches:
         for _, damage in batch.bad:
             if isinstance(damage, UnreachableSample):
@@ -236,13 +237,13 @@ class _Seen:
         losses, _ = self._loss(logits, labels)
         self._rows.add(outputs, losses)
         self._scores.add(logits, labels, weights, samples)
-        self._sums.update(logits, labels, weights, losses)
+        self._sums.update(outputs.decisions, labels, weights, losses)
         real = weights > 0
         self._losses[number] = torch.where(real, losses, 0).double().sum()
-        predicted = first_greatest(logits)
+        predicted = first_greatest(outputs.decisions)
         confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
         self._pairs.add(labels, predicted, real)
-        correct = real & (predicted == labels) & ~logits.isnan().any(dim=1)
+        correct = real & (first_greatest(logits) == labels) & ~logits.isnan().any(dim=1)
         place = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)
         # Scaling by a power of two is exact, so these integers lose nothing and have the same sum in any order.
         counted = (real.long(), correct.long(), torch.where(real, confidence * _UNIT, 0).long())

@@ -43,12 +43,7 @@ def evaluate(
     UserError for data that does not go with the model.
     """
     runtime, stored = model.runtime, model.stored
-    with runtime.together("data"):
-        run = stored_config(model.run) if model.run is not None else None
-        source = _source(model, data, run, split, on_error, allow_pipe)
-    shards = _open(source, split, model, log)
-    wanted = workers if workers is not None else run.config.data.workers if run is not None else "auto"
-    workers = choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * stored.transform.image_size**2 * batch_size)
+    shards, workers = open_images(model, data, split, batch_size=batch_size, workers=workers, on_error=on_error, allow_pipe=allow_pipe, log=log)
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
     seen = assess(
         model.forward,
@@ -59,7 +54,7 @@ def evaluate(
         num_hardest=hardest,
     )
     with runtime.together("looks"):
-        look = _note_look(model, shards, split) if runtime.is_main else None
+        look = note_test_look(model, shards, split) if runtime.is_main else None
     with runtime.together("--csv"):
         if csv is not None and runtime.is_main:
             write_csv(csv, seen, shards, stored.classes)
@@ -68,8 +63,30 @@ def evaluate(
         "model": str(stored.folder),
         "data": {"folder": str(shards.folder), "dataset_id": shards.dataset_id},
         "precision": runtime.precision,
+        **({} if stored.facts.calibration is None else {"temperature": stored.temperature, "threshold": stored.threshold}),
         **({} if (look := runtime.agree(look)) is None else {"look": look}),
     }
+
+
+def open_images(
+    model: RunningModel,
+    data: str | None,
+    split: Split,
+    *,
+    batch_size: int,
+    workers: int | None,
+    on_error: Literal["fail", "skip"],
+    allow_pipe: bool,
+    log: Log,
+) -> tuple[Shards, int]:
+    """What an evaluation reads, and with how many loader processes a rank: see `evaluate`."""
+    runtime = model.runtime
+    with runtime.together("data"):
+        run = stored_config(model.run) if model.run is not None else None
+        source = _source(model, data, run, split, on_error, allow_pipe)
+    shards = _open(source, split, model, log)
+    wanted = workers if workers is not None else run.config.data.workers if run is not None else "auto"
+    return shards, choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * model.stored.transform.image_size**2 * batch_size)
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,7 @@ def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shard
     return shards
 
 
-def _note_look(model: RunningModel, shards: Shards, split: Split) -> int | None:
+def note_test_look(model: RunningModel, shards: Shards, split: Split) -> int | None:
     """Which look at this test set it is; None where it is none, or the model is of no run. `--data.val` may name a test set, too."""
     weights = model.stored.facts.weights
     if model.run is None or weights is None:

@@ -51,12 +51,13 @@ class Exported:
 class _Logits(nn.Module):
     """One tensor in, one tensor out, whatever else the network gives."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.temperature = module, temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        return forward_logits(self.module, images)[0]
+        logits = forward_logits(self.module, images)[0]
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 def export(model: StoredModel, target: Path, *, to: str, images: Tensor, opset: int | None = None) -> Exported:
@@ -65,8 +66,9 @@ def export(model: StoredModel, target: Path, *, to: str, images: Tensor, opset: 
     UserError where the format's package is missing, the network cannot be exported, or the result differs from PyTorch: then
     nothing is written.
     """
-    facts = _describe(model)
-    module = _Logits(model.network.module).eval()
+    facts = _describe(model, divided=to != "safetensors")
+    # A file of weights alone has nowhere to divide; its description says what to divide by.
+    module = _Logits(model.network.module, 1.0 if to == "safetensors" else model.temperature).eval()
     with torch.inference_mode():
         expected = module(images).numpy()
     note, difference = "", None
@@ -94,8 +96,9 @@ def export(model: StoredModel, target: Path, *, to: str, images: Tensor, opset: 
     return Exported(target, len(images), difference, note)
 
 
-def _describe(model: StoredModel) -> dict[str, Any]:
-    """What a program needs beside the network: the input, the classes, where it came from."""
+def _describe(model: StoredModel, *, divided: bool) -> dict[str, Any]:
+    """What a program needs beside the network: the input, the classes, where it came from. `divided`: the network divides by the temperature itself."""
+    calibration = model.facts.calibration
     size = model.transform.image_size
     values = model.network.preprocessing
     return {
@@ -109,6 +112,14 @@ def _describe(model: StoredModel) -> dict[str, Any]:
             "values": "(pixel / 255 - mean) / std",
         },
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(model.classes)]},
+        **(
+            {}
+            if calibration is None
+            else {
+                "temperature": {"value": calibration.temperature, "applied": divided},
+                "threshold": None if calibration.threshold is None else vars(calibration.threshold),
+            }
+        ),
         "preprocessing": {
             "mean": list(values.mean),
             "std": list(values.std),

@@ -40,6 +40,15 @@ class StoredModel:
         return self.facts.classes
 
     @property
+    def temperature(self) -> float:
+        return 1.0 if self.facts.calibration is None else self.facts.calibration.temperature
+
+    @property
+    def threshold(self) -> float | None:
+        found = None if self.facts.calibration is None else self.facts.calibration.threshold
+        return None if found is None else found.value
+
+    @property
     def shown_names(self) -> tuple[str, ...]:
         """The display name of each class; its own name where it has none."""
         return tuple(self.facts.display_names.get(name, name) for name in self.classes)
@@ -73,7 +82,7 @@ def running_model(
             stored = open_model(folder, trust=trust, log=log if runtime.is_main else to_nobody)
         if runtime.is_main and before not in (None, runtime.precision):
             log(f"{folder} was trained with precision {before}, but runs with {runtime.precision} here: results may differ in the last digits")
-        yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime), runtime)
+        yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime, temperature=stored.temperature, threshold=stored.threshold), runtime)
 
 
 def find_model(place: str | Path) -> tuple[Path, Path | None]:

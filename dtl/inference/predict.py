@@ -128,7 +128,11 @@ def _predicted(forward: ForwardPass, batch: _Images, top: int) -> list[Predictio
     rows: Iterator[tuple[list[int], list[float]]] = iter(())
     if len(batch.images):
         # Stable: of equal probabilities the first class wins, as in evaluation.
-        values, classes = forward(batch.images).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        logits = forward(batch.images)
+        values, classes = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        if forward.threshold is not None:  # the predicted class first, whatever its probability
+            classes = forward.decide(logits).sort(dim=1, descending=True, stable=True).indices
+            values = logits.softmax(dim=1).gather(1, classes)
         rows = iter(list(zip(classes[:, :top].tolist(), values[:, :top].tolist())))
     found = []
     for name, problem in zip(batch.names, batch.problems):

@@ -72,6 +72,36 @@ class WeightsFile(Record):
     sha256: Sha256
 
 
+def _temperature(value: float) -> float:
+    if not 1e-3 <= value <= 1e3:
+        raise ValueError(f"{value:g} is not from 0.001 to 1,000")
+    return value
+
+
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError(f"{value:g} is not between 0 and 1")
+    return value
+
+
+class Threshold(Record):
+    """Of two classes the second is predicted where its probability is `value` or more."""
+
+    criterion: Text
+    """What it was chosen by."""
+    value: Annotated[float, Check(_share)]
+
+
+class Calibration(Record):
+    """What `dtl calibrate` found, for these weights: logits are divided by the temperature, before anything else is computed from them."""
+
+    temperature: Annotated[float, Check(_temperature)]
+    threshold: Threshold | None = None
+    data: Text
+    """The dataset id of the images that it was fitted on."""
+    num_samples: Count
+
+
 class ModelFacts(Record):
     """What model.json says. `order` lists the state dict's names as the module registers them, which a file of tensors forgets."""
 
@@ -88,6 +118,7 @@ class ModelFacts(Record):
     order: tuple[Text, ...]
     weights: WeightsFile | None = None
     """None in folders of dtl 0.1.0: nothing then protects the weights."""
+    calibration: Calibration | None = None
     json_sha256: str = ""
     """Of model.json itself, whatever it says: `--trust` is given for it."""
 
@@ -107,6 +138,8 @@ def read_model_json(folder: str | Path) -> ModelFacts:
     name, num_classes = facts.architecture["name"], facts.architecture["num_classes"]
     if num_classes != len(facts.classes):
         raise UserError(f"{path} is damaged: {name} has {num_classes} outputs, but {counted(len(facts.classes), 'class')} listed")
+    if facts.calibration is not None and facts.calibration.threshold is not None and num_classes != 2:
+        raise UserError(f"{path} is damaged: it has a threshold, which is for two classes, and {counted(num_classes, 'class')}")
     return facts
 
 

@@ -29,6 +29,8 @@ class Outputs:
     batch: Batch
     logits: Tensor
     """float32 [B, K]"""
+    decisions: Tensor
+    """[B, K] whose greatest value is the predicted class: the logits, unless a threshold decides."""
     labels: Tensor
     """int64 [B], on the device"""
     weights: Tensor
@@ -45,12 +47,17 @@ class ForwardPass:
     module: Callable[[Tensor], Any]
     normalise: Normalise
     runtime: Runtime
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    threshold: float | None = None
+    """Of two classes the second is predicted where its probability is this or more."""
 
     @classmethod
-    def of(cls, network: Network, runtime: Runtime) -> ForwardPass:
+    def of(cls, network: Network, runtime: Runtime, *, temperature: float = 1.0, threshold: float | None = None) -> ForwardPass:
         """The network on the runtime's device and in eval mode."""
         channels_last = to_device(network.module.eval(), runtime.device)
-        return cls(network.module, Normalise(network.preprocessing, runtime.device, channels_last=channels_last), runtime)
+        normalise = Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
+        return cls(network.module, normalise, runtime, temperature, threshold)
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, S, S] of a loader to what the module makes of them, float32: logits [B, K], or a backbone's features."""
@@ -65,12 +72,19 @@ class ForwardPass:
                 labels, weights = batch.labels.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
                 images, labels, weights = task.prepare(self.normalise(batch.images), labels, weights)
                 logits = self._logits(images)
-            yield Outputs(batch, logits, labels, weights)
+            yield Outputs(batch, logits, self.decide(logits), labels, weights)
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """[B, K] whose greatest value is the predicted class; a row with a NaN stays one."""
+        if self.threshold is None:
+            return logits
+        second = logits.softmax(dim=1)[:, 1:] >= self.threshold
+        return torch.cat([~second, second], dim=1).to(logits.dtype).masked_fill(logits.isnan().any(dim=1, keepdim=True), float("nan"))
 
     def _logits(self, images: Tensor) -> Tensor:
         with self.runtime.autocast():
             logits, _ = forward_logits(self.module, images)
-        return logits.float()
+        return logits.float() if self.temperature == 1 else logits.float() / self.temperature
 
 
 def evaluate(
@@ -130,8 +144,9 @@ class PredictionRows:
         logits = outputs.logits
         # Copied: a batch's own tensors may lie in a buffer of the loader.
         self._samples.append(outputs.batch.samples.repeat(len(outputs.labels) // len(outputs.batch.samples)).clone())
-        self._numbers.append(torch.stack([outputs.labels, first_greatest(logits), (outputs.weights > 0).long()], dim=1))
-        self._values.append(torch.stack([logits.softmax(dim=1).amax(dim=1), losses.float()], dim=1))
+        predicted = first_greatest(outputs.decisions)
+        self._numbers.append(torch.stack([outputs.labels, predicted, (outputs.weights > 0).long()], dim=1))
+        self._values.append(torch.stack([logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0], losses.float()], dim=1))
 
     def all_ranks(self, runtime: Runtime) -> ImagePredictions:
         """Of all ranks together, without pads and damaged images; every rank must call it, and all get the same."""

@@ -10,8 +10,10 @@ one of the two files alone is noticed: the weights are hashed in the pass that r
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,15 @@ from torch import Tensor
 
 from dtl import files
 from dtl.checkpoint.resume import tensors_file
-from dtl.config.own import is_function, may_call
+from dtl.config.own import is_allowed, is_function, may_call, note_made
 from dtl.errors import UserError
 from dtl.files import open_regular
 from dtl.models.build import Network, build
 from dtl.models.hub import hub_name
-from dtl.models.model_json import FORMAT, PREPROCESSING, ModelFacts, check_weights, read_model_json
+from dtl.models.model_json import FORMAT, PREPROCESSING, Calibration, ModelFacts, check_weights, read_model_json
 from dtl.models.strict_load import strict_load
 from dtl.text import Log, counted, to_stderr
+from dtl.untrusted import read_json
 from dtl.version import __version__
 
 FILES = ("model.safetensors", "model.json")
@@ -119,6 +122,27 @@ def _read_hashed(path: Path) -> tuple[bytes, str]:
     with open_regular(path) as file:
         data = file.read()
     return data, hashlib.sha256(data).hexdigest()
+
+
+def write_calibration(folder: str | Path, calibration: Calibration | None, facts: ModelFacts, *, log: Log = to_stderr) -> None:
+    """Put a calibration into model.json, or take it out; nothing else of it changes, and the weights are not touched.
+
+    `facts`: of the model that it was found for. UserError where the folder has another one by now, or cannot be written.
+    """
+    path = files.published(Path(folder)) / "model.json"
+    now = read_model_json(folder)
+    if now.json_sha256 != facts.json_sha256:
+        raise UserError(f"{path} was written anew meanwhile: calibrate again")
+    try:
+        values = {key: value for key, value in read_json(path).items() if key != "calibration"}
+        if calibration is not None:
+            values["calibration"] = asdict(calibration)
+        text = json.dumps(values, indent=1) + "\n"
+        files.write_whole(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    if is_function(name := now.architecture["name"]) and is_allowed(name, now.json_sha256):
+        note_made(path, log)
 
 
 def load_network(folder: str | Path, *, trust: bool = False, log: Log = to_stderr) -> tuple[ModelFacts, Network]:
