@@ -72,7 +72,9 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
 
 def _watched(config: Config, phase: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
     """`_measure`, which ends on all ranks where one is lost or none gets on."""
+    from dtl.distributed.signals import StoppedBeforeFirstStep
     from dtl.distributed.watchdog import Heartbeat, PeerLost, Watchdog
+    from dtl.training.lr_range import SweepStopped
 
     heart = Heartbeat()
     watchdog = Watchdog(
@@ -88,11 +90,15 @@ def _watched(config: Config, phase: str, options: argparse.Namespace, runtime: R
     try:
         with watchdog:
             runtime.leave_limits_to_watchdog()
-            return _measure(config, phase, options, runtime, heart)
+            try:
+                return _measure(config, phase, options, runtime, heart)
+            except (StoppedBeforeFirstStep, SweepStopped) as stop:
+                stopped = stop  # no failure of this rank: all of them stop
     except PeerLost as lost:
         if str(lost):
             _lost(str(lost))
         os._exit(EXIT_FAULT)  # the usual way out would wait for the rank that is gone
+    raise stopped
 
 
 def _lost(line: str) -> None:

@@ -30,12 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtl.errors import UserError
 from dtl.machine import Process, pid_space, process_state
 
 INTERVAL = 2.0
 PATIENT = ("start", "data", "model")
 """Stages that may take hours on one rank (packing, a download): only a rank that falls silent ends the run in them."""
 _RECORD = struct.Struct("<qqq16s")
+_SECONDS_TO_LEAVE = 60.0
+"""For a rank whose peers have left by an error that it has met as well."""
 _LOST = "lost another rank"
 _NO_MAIN = "lost the main process (rank 0), or the network connection to it"
 # What torch says when a peer is gone, over gloo and over NCCL.
@@ -148,6 +151,8 @@ class Note:
     age: float = 0.0
     what: str = ""
     ended: str | None = None
+    agreed: bool = False
+    """It ended by what all ranks end by, a UserError: they leave on their own, some later than others (loader processes of a slow disk)."""
     silent: float = 0.0
     fate: str = ""
     """What this machine's kernel knows of it, where it runs here: "has ended", "is stopped"."""
@@ -194,12 +199,12 @@ class Notes:
         self._count = 0
         self._machine = pid_space()
 
-    def write(self, heart: Heartbeat, *, ended: str | None = None, what: str = "") -> Loss | None:
+    def write(self, heart: Heartbeat, *, ended: str | None = None, agreed: bool = False, what: str = "") -> Loss | None:
         """This rank's note, for the verdict if there is one. Raises RuntimeError when the rendezvous store cannot be reached, as `read` does."""
         self._count += 1
         note = {
             "count": self._count, "host": socket.gethostname(), "pid": os.getpid(), "machine": self._machine, "stage": heart.stage, "step": heart.step,
-            "tick": heart.tick, "age": self._clock() - heart.since, "what": what, "ended": ended,
+            "tick": heart.tick, "age": self._clock() - heart.since, "what": what, "ended": ended, "agreed": agreed,
         }  # fmt: skip
         return self._bounded(lambda: self._set(json.dumps(note)))
 
@@ -331,7 +336,7 @@ class Watchdog:
         self._stop.set()
         self.heart.clock.__exit__()
         self._thread.join(15.0)
-        self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500], failed=error is not None and line is None)
+        self._leave(_LOST if line is not None else " ".join(str(error or "").split())[:500], None if line is not None else error)
         if line is not None:
             self._wait_for_the_others()
             raise PeerLost(line) from error
@@ -351,12 +356,13 @@ class Watchdog:
                     return
                 time.sleep(0.2)
 
-    def _leave(self, why: str, *, failed: bool = False) -> None:
-        """Note the end of this rank; `failed`: by an error of its own, which ends the others too if they do not end by themselves."""
+    def _leave(self, why: str, error: BaseException | None = None) -> None:
+        """Note the end of this rank; by an `error` of its own it ends the others too."""
         if self._notes is not None:
+            agreed = isinstance(error, UserError)
             with suppress(RuntimeError):  # the store may be gone with the rank that held it
-                self._notes.write(self.heart, ended=why, what=self._what(self.heart) if why == _LOST else "")
-                if failed:
+                self._notes.write(self.heart, ended=why, agreed=agreed, what=self._what(self.heart) if why == _LOST else "")
+                if error is not None and not agreed:
                     self._notes.declare(self._loss_of(self._notes.read([self.rank])))
 
     def _lost(self) -> str | None:
@@ -412,8 +418,9 @@ class Watchdog:
         assert self._notes is not None
         ended = self._ended_here()
         if loss is None and (certain := ended & self._ended):
-            notes = self._notes.read(certain)
-            loss = self._notes.declare(self._loss_of([note for note in notes if note.gone] or notes))
+            notes = [note for note in self._notes.read(certain) if not note.agreed or age > _SECONDS_TO_LEAVE]
+            if notes:
+                loss = self._notes.declare(self._loss_of([note for note in notes if note.gone] or notes))
         self._ended = ended
         self._looks = 0 if loss is None else self._looks + 1
         if loss is not None and self._looks > 1 and self._is_held(age):

@@ -18,6 +18,7 @@ import pytest
 
 from dtl.distributed import watchdog as module
 from dtl.distributed.watchdog import INTERVAL, Heartbeat, Loss, Note, Notes, PeerLost, RunningClock, Watchdog, awaited, describe, read_stage
+from dtl.errors import UserError
 from dtl.machine import Process, process_start
 
 
@@ -251,6 +252,20 @@ def test_a_rank_that_leaves_by_itself_is_left_to_it(store: Any, exits: threading
     leaving.leaves = True
     with dog(leaving, world_size=3, processes=[Process.this(), ended, Process.this()]):
         assert not exits.wait(1.0)
+
+
+def test_an_error_that_all_ranks_have_met_leaves_them_time(store: Any, exits: threading.Event, ended: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may be slower than the others, in closing its loader; its own line and exit status are the right ones."""
+    with pytest.raises(UserError), dog(Heartbeat(), rank=1, world_size=2):
+        raise UserError("the loss is not finite")
+    lines: list[str] = []
+    slow = held()
+    with dog(slow, world_size=2, end=lines.append, processes=[Process.this(), ended]):
+        assert not exits.wait(1.0)
+        monkeypatch.setattr(module, "_SECONDS_TO_LEAVE", 0.0)
+        assert exits.wait(20), "but not for ever"
+    assert "lost rank 1 " in lines[0]
+    assert lines[0].endswith("which ended: the loss is not finite")
 
 
 def test_no_step_is_broken_off(store: Any, exits: threading.Event, ended: Process, monkeypatch: pytest.MonkeyPatch) -> None:
