@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dtl.checkpoint.resume.state import load_optimizer, optimizer_tensors
-from dtl.checkpoint.resume.store import Checkpoint
+from dtl.checkpoint.resume.store import Checkpoint, copy_to_host
 from dtl.distributed.determinism import fix_buckets
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -124,13 +124,16 @@ class ActivePhase:
     def keep_best(self, runtime: Runtime) -> None:
         """The present weights are the phase's best so far."""
         if runtime.is_main and self.phase.config.keep == "best":
-            self.best = _copy_to_host(self.module, self.best)
+            self.best = copy_to_host(self.module.state_dict(), self.best)
 
     def take_result(self, runtime: Runtime) -> None:
         """Put the weights that the phase passes on into the network: those of its best evaluation, of its moving average, or the last."""
         if self.phase.config.keep == "best":
             if runtime.is_main and self.best:
-                self.module.load_state_dict(self.best)
+                own = self.module.state_dict()
+                check_tensors(own, self.best, "the phase's best weights belong to another network")
+                for name, tensor in own.items():
+                    tensor.copy_(self.best[name], non_blocking=True)
             runtime.sync_tensors([*self.module.parameters(), *self.module.buffers()])
         elif self.ema is not None:
             self.ema.copy_to(self.module)
@@ -243,17 +246,6 @@ def leave(active: ActivePhase, runtime: Runtime) -> None:
     if now != active.frozen_checksum:
         raise RuntimeError(f"phase {active.phase.name}: frozen weights or statistics changed ({active.frozen_checksum[:12]} -> {now[:12]})")
     runtime.accelerator.free_memory()
-
-
-def _copy_to_host(module: nn.Module, into: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of the state dict in host memory, in the buffers of an earlier copy where they fit."""
-    copied = {}
-    for name, tensor in module.state_dict().items():
-        old = into.get(name)
-        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-            old = torch.empty_like(tensor, device="cpu")
-        copied[name] = old.copy_(tensor)
-    return copied
 
 
 def _sync_norms(

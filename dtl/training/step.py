@@ -44,6 +44,8 @@ class Window:
 
     def __post_init__(self) -> None:
         self._added: list[tuple[int, Tensor]] = []
+        self._read: tuple[Tensor, torch.cuda.Event] | None = None
+        """The losses of what was added, on their way to the host, and the event after which they are there."""
 
     def add(self, step: int, loss: Tensor) -> None:
         """The loss of a micro-batch of step number `step` (from 1). Kept as it is: summing it now would be five small kernels a step."""
@@ -51,10 +53,23 @@ class Window:
         if len(self._added) >= 4096:
             self.sum()
 
-    def sum(self) -> float:
-        """This rank's share of the loss. The host waits for the device here."""
+    def start_reading(self) -> None:
+        """Queue the copy of the losses from a GPU to the host, so that a later `sum` need not wait for what is queued behind it. Nothing is added after it."""
         if self._added:
-            losses = torch.stack([loss for _, loss in self._added]).to("cpu", torch.float64).tolist()
+            losses = torch.stack([loss for _, loss in self._added]).double()
+            pinned = torch.empty(len(losses), dtype=torch.float64, pin_memory=True).copy_(losses, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(losses.device))
+            self._read = pinned, event
+
+    def sum(self) -> float:
+        """This rank's share of the loss. The host waits for the device here, or for the copy that `start_reading` has queued."""
+        if self._added:
+            if self._read is None:
+                losses = torch.stack([loss for _, loss in self._added]).to("cpu", torch.float64).tolist()
+            else:
+                self._read[1].synchronize()
+                losses, self._read = self._read[0].tolist(), None
             for (step, _), loss in zip(self._added, losses, strict=True):
                 self.total += loss
                 if self.bad_step < 0 and not math.isfinite(self.total):

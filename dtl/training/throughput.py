@@ -132,6 +132,17 @@ def _memory(device: torch.device) -> float:
     return peak_bytes() / GIB
 
 
+@dataclass
+class _Line:
+    """A line about some steps, but for their losses."""
+
+    window: Window
+    epoch: int
+    step: int
+    lr: float
+    stall: float
+
+
 class StepLog:
     """What a run writes down about its steps: a line every so many, a line at an epoch's end, and the seconds of a phase."""
 
@@ -144,7 +155,14 @@ class StepLog:
         """Of this start's first seconds, after the first line: that one has the start of the loader processes in it."""
         self._reported = False
         self._logged_stall = 0.0
+        self._late: _Line | None = None
+        """On a GPU, the line whose losses are on their way."""
         self._clock = time.monotonic()
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether a log line waits for the next one: the device computes what the host has queued, while the host goes on."""
+        return self.runtime.device.type != "cpu"
 
     def begin(self) -> None:
         """A phase begins."""
@@ -188,11 +206,11 @@ class StepLog:
         for speed in self._speeds:
             speed.add(batches)
         self.window.num_images += num_images
-        self._took(seconds)
+        self._took(seconds, self.window)
 
-    def _took(self, seconds: float) -> None:
+    def _took(self, seconds: float, window: Window) -> None:
         self.deadline.saw_step(seconds)
-        self.window.seconds += seconds
+        window.seconds += seconds
         for speed in self._speeds:
             speed.seconds += seconds
         self.state.phase.train_seconds += seconds
@@ -204,28 +222,47 @@ class StepLog:
     # ---- lines
 
     def step(self, active: ActivePhase, lr: float, *, stall_seconds: float) -> None:
-        """The line about the steps since the last one. `stall_seconds`: how long this start has stood still for saving so far."""
-        total = self._total_loss(active)
-        window, phase = self.window, active.phase
-        loss = total / max(window.weight_sum, 1e-12)
-        seconds = max(window.seconds, 1e-9)
-        self.tracker.train(
-            phase=phase.name,
-            epoch=phase.epoch_of(self.state.phase.step - 1)[0],
-            step=self.state.step,
-            loss=loss,
-            lr=lr,
-            images_per_second=window.num_images / seconds,
-            data_wait=min(1.0, window.data_seconds / seconds),
-            checkpoint_stall_seconds=round(stall_seconds - self._logged_stall, 4),
-        )
+        """The line about the steps since the last one. `stall_seconds`: how long this start has stood still for saving so far.
+
+        On a GPU the losses come with the next line, or with the next evaluation, checkpoint or end of an epoch: by then they have been copied to the
+        host, which need not wait until the device has done all that is queued. Nothing comes before it in history.
+        """
+        phase = active.phase
+        epoch, stall = phase.epoch_of(self.state.phase.step - 1)[0], round(stall_seconds - self._logged_stall, 4)
+        line = _Line(self.window, epoch, self.state.step, lr, stall)
         self._logged_stall = stall_seconds
-        self.state.phase.epoch_loss += total
-        self.state.phase.epoch_weight += window.weight_sum
+        if self.reads_late:
+            line.window.start_reading()
+            self.window = Window()
+            self._write_late_line(active)
+            self._late = line
+        else:
+            self._write_line(line, active)
+            self.window = Window()
         self.spend(phase)
-        self.window = Window()
         if not self._reported and not self.loaders.cached:
             self._report(phase)
+
+    def _write_late_line(self, active: ActivePhase) -> None:
+        if self._late is not None:
+            line, self._late = self._late, None
+            self._write_line(line, active)
+
+    def _write_line(self, line: _Line, active: ActivePhase) -> None:
+        total = self._total_loss(active, line.window)
+        window, seconds = line.window, max(line.window.seconds, 1e-9)
+        self.tracker.train(
+            phase=active.phase.name,
+            epoch=line.epoch,
+            step=line.step,
+            loss=total / max(window.weight_sum, 1e-12),
+            lr=line.lr,
+            images_per_second=window.num_images / seconds,
+            data_wait=min(1.0, window.data_seconds / seconds),
+            checkpoint_stall_seconds=line.stall,
+        )
+        self.state.phase.epoch_loss += total
+        self.state.phase.epoch_weight += window.weight_sum
 
     def _report(self, phase: Phase) -> None:
         """Once in a start, after some seconds: how fast images are prepared and trained on, and what to change. All ranks together."""
@@ -264,17 +301,18 @@ class StepLog:
 
         Called by all ranks together; returns the sum of the losses since the last line.
         """
-        phase, total = self.state.phase, self._total_loss(active)
+        self._write_late_line(active)
+        phase, total = self.state.phase, self._total_loss(active, self.window)
         weight = phase.epoch_weight + self.window.weight_sum
         if weight > 0:  # just after an epoch's end its own mean stays
             phase.train_loss = (phase.epoch_loss + total) / weight
         return total
 
-    def _total_loss(self, active: ActivePhase) -> float:
-        """The sum of the window's losses over all ranks; ends the run when it is not finite. The host waits for the device here."""
-        window, asked = self.window, time.monotonic()
+    def _total_loss(self, active: ActivePhase, window: Window) -> float:
+        """The sum of a window's losses over all ranks; ends the run when it is not finite. The host may wait for the device here."""
+        asked = time.monotonic()
         mine = window.sum()
-        self._took(time.monotonic() - asked)  # the steps themselves, where the host had run ahead of a GPU
+        self._took(time.monotonic() - asked, window)  # the steps themselves, where the host had run ahead of a GPU
         total, num_bad = self.runtime.sum_floats(mine, window.bad_step >= 0)
         if num_bad or total != total:
             raise diverged(active, self.loaders, self.state, [step for step in self.runtime.gather(window.bad_step) if step >= 0])

@@ -178,7 +178,6 @@ class CheckpointStore:
         self._buffers = {place: buffer for place, buffer in self._buffers.items() if place in wanted}
         copied: dict[str, dict[str, Tensor]] = {}
         aliases: dict[str, dict[str, str]] = {}
-        devices: set[torch.device] = set()
         for group, members in tensors.items():
             _group(group)
             copied[group] = {}
@@ -190,10 +189,7 @@ class CheckpointStore:
                     continue
                 buffer = _copy_into(self._buffers.pop((group, name), None), tensor.detach())
                 self._buffers[group, name] = copied[group][name] = buffer
-                devices.add(tensor.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the copies above were only queued
+        _wait_for_copies(tensor for members in tensors.values() for tensor in members.values())
         return _Snapshot(step, copied, aliases, state)
 
     def _write_safely(self, snapshot: _Snapshot) -> None:
@@ -366,6 +362,18 @@ def _open(path: Path, step: int) -> tuple[Checkpoint | None, str]:
         raise
     except UserError as error:
         return None, str(error).removeprefix(f"{path}/")
+
+
+def copy_to_host(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, in the `buffers` of an earlier call where they fit. All are queued, then the host waits once."""
+    copied = {name: _copy_into(buffers.get(name), tensor.detach()) for name, tensor in tensors.items()}
+    _wait_for_copies(tensors.values())
+    return copied
+
+
+def _wait_for_copies(tensors: Iterable[Tensor]) -> None:
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:

@@ -49,3 +49,27 @@ def test_the_time_in_which_a_device_catches_up_counts(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert all(event["images_per_second"] <= images / 0.5 for event in lines)
     assert epoch["images_per_second"] <= 2 * images / 1.0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_losses_that_are_read_one_line_late_give_the_same_history_after_a_kill_too(tmp_path: Path, world: int) -> None:
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    harness.run(["--config", str(recipes.write_recipe(expected))], cwd=expected, world=world)
+    recipe, late = recipes.write_recipe(tmp_path), {rank: {"before": "obstacles:reads_late"} for rank in range(world)}
+    job = harness.start(["--config", str(recipe)], cwd=tmp_path, world=world, by_rank=late)
+    harness.wait_for(lambda: harness.steps_done(tmp_path / "runs/tiny") >= 11 or None, what="step 11")
+    job.kill()
+    before = harness.history(tmp_path / "runs/tiny")
+    harness.run(["--config", str(recipe)], cwd=tmp_path, world=world, by_rank=late)
+    events = harness.history(tmp_path / "runs/tiny")
+    assert events == harness.history(expected / "runs/tiny")
+    assert [event["step"] for event in before] == sorted(event["step"] for event in before)
+    assert recipes.weights_hash(tmp_path / "runs/tiny") == recipes.weights_hash(expected / "runs/tiny")
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_whose_lines_are_late(tmp_path: Path) -> None:
+    phases = {"all": {"train": "all", "steps": 9, "lr": 0.1}}
+    recipe = recipes.write_recipe(tmp_path, model={"name": "networks:diverging"}, phases=phases)
+    job = harness.run(["--config", str(recipe)], cwd=tmp_path, code=2, by_rank={0: {"before": "obstacles:reads_late"}})
+    assert "the loss is not finite at step 2 of phase all (lr 0.0" in job.err()
