@@ -120,6 +120,8 @@ class Runtime:
             self.local_rank = launch.local_rank if self.device.type == "cuda" and self.world_size > 1 else int(self.accelerator.local_process_index)
             self.precision = str(self.accelerator.mixed_precision)
             _check_world(launch, self.world_size)
+        if self.device.type == "cuda" and self.device.index is None:  # of one process: functions of torch.cuda ask for a number
+            self.device = torch.device("cuda", torch.cuda.current_device())
         # Decisions are all-reduced over gloo, also beside NCCL: they must not make the host wait for the GPU.
         self.group: dist.ProcessGroup | None = None
         if self.world_size > 1:
@@ -139,7 +141,10 @@ class Runtime:
         leaders = [leader_of(rank, [(place.host, place.local_rank) for place in self.places]) for rank in range(self.world_size)]
         self._leader = leaders[self.rank]
         """The rank that acts for this node."""
-        self._num_leaders = len(set(leaders))
+        self.nodes = {leader: [rank for rank, other in enumerate(leaders) if other == leader] for leader in sorted(set(leaders))}
+        """The ranks of each node, by the one that acts for it."""
+        self._num_leaders = len(self.nodes)
+        self._between_nodes: dist.ProcessGroup | None = None
         if not alone and not os.environ.get("LOCAL_WORLD_SIZE"):
             self.launch = replace(launch, local_world_size=leaders.count(self._leader))
         self.signals = Signals(prints=self.is_main and not alone)
@@ -167,6 +172,11 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def leads_node(self) -> bool:
+        """This rank acts for its node."""
+        return self.rank == self._leader
+
     def __enter__(self) -> Runtime:
         self.signals.catch()
         return self
@@ -182,7 +192,7 @@ class Runtime:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.group = None
+        self.group = self._between_nodes = None
         _forget_accelerate()
 
     # ---- signals
@@ -244,6 +254,15 @@ class Runtime:
         dist.all_gather(gathered, rows, group=self.group)
         return gathered
 
+    def join_nodes(self) -> None:
+        """Before `from_node`; all ranks together."""
+        if self._between_nodes is None and len(self.nodes) > 1:
+            self._between_nodes = dist.new_group(list(self.nodes), backend="gloo", timeout=_NO_LIMIT)  # type: ignore[assignment]
+
+    def from_node(self, leader: int, rows: torch.Tensor) -> None:
+        """Fill the CPU tensor `rows` with that of `leader`; called by the leaders of all nodes together."""
+        dist.broadcast(rows, src=leader, group=self._between_nodes)
+
     def same(self, what: str, value: T) -> T:
         """`value`, after making sure that it is equal on all ranks; a UserError that names the ranks otherwise."""
         values = self.gather(value)
@@ -302,7 +321,7 @@ class Runtime:
         self._num_onces += 1
         key, store = f"dtl/once/{self.token}/{self._num_onces}", rendezvous_store()
         error: UserError | OSError | None = None
-        if self.rank == self._leader:
+        if self.leads_node:
             answer: list[Any] = ["interrupted", None]
             try:
                 answer = ["done", work()]

@@ -42,6 +42,7 @@ from dtl.untrusted import Count, Record, Text, as_utf8, check_regular
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
+_EXCHANGE_BYTES = 64 * 2**20
 
 
 # ---- where the network is cut
@@ -192,35 +193,42 @@ class FeatureCache:
             self.log(f"cached features are read from {folder}")
             return folder
         started = time.monotonic()
-        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{temporary_suffix()}")
-        writes = self.runtime.local_rank == 0
+        temporary: Path | None = None
         try:
             with self.runtime.together("features"):
-                if writes:
-                    temporary.mkdir(parents=True)
+                temporary = Path(self.runtime.once_a_node(lambda: [str(self._temporary(folder))])[0])
             damaged = {}
             for part in parts:
-                found = self._compute(module, cut, part, temporary if writes else None)
+                found = self._compute(module, cut, part, temporary)
                 if found is None:
                     return None
                 damaged[part.split] = found
             with self.runtime.together("features"):
-                if writes:
+                if self.runtime.leads_node:
                     (temporary / FACTS_NAME).write_text(json.dumps({**facts, "damaged": damaged}), encoding="utf-8")
                     fsync_folder(temporary)
                     _take_place(temporary, folder)
             self.runtime.barrier()
         finally:
-            if writes:
+            if temporary is not None and self.runtime.leads_node:
                 shutil.rmtree(temporary, ignore_errors=True)
         num = sum(part.shards.num_samples * len(part.epochs) for part in parts)
         self.log(f"features of {counted(num, 'image')} computed once in {time.monotonic() - started:.1f} s, kept in {folder}")
         return folder
 
-    def _compute(self, module: nn.Module, cut: str, part: Part, folder: Path | None) -> list[Any] | None:
-        """Write the part's features into `folder` (one process of each node); returns its damaged samples, [view, sample, facts]."""
+    def _temporary(self, folder: Path) -> Path:
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{temporary_suffix()}")
+        temporary.mkdir(parents=True)
+        return temporary
+
+    def _compute(self, module: nn.Module, cut: str, part: Part, folder: Path) -> list[Any] | None:
+        """Write the part's features into `folder`, this node's; returns its damaged samples, [view, sample, facts].
+
+        Each rank writes its own rows into the file that the ranks of its node share, while the device computes the next step's; nothing but the flags
+        of a step is all-reduced. Nodes exchange their rows at the end.
+        """
         runtime, num_views = self.runtime, len(part.epochs)
-        backbone, values, damaged = Backbone(module, cut), None, []
+        backbone, damaged = Backbone(module, cut), list[tuple[int, int, dict[str, Any]]]()
         # An image is read and decoded once, and all its views are passed forward together.
         size, epoch = -(-self.batch_size // num_views), part.epochs[0]
         plan = EpochPlan(part.shards.shard_sizes, seed=self.seed, epoch=epoch, global_batch_size=size * runtime.world_size, shuffle=False)
@@ -237,46 +245,99 @@ class FeatureCache:
             pin_memory=runtime.device.type == "cuda",
             views=part.epochs,
         )
+        values: Any = None
+        before: tuple[int, _Copied] | None = None
         stream = loader.steps(epoch, 0, plan.num_steps)
         try:
             for step, batches in enumerate(stream):
                 if self.before_step(batches):
                     return None
-                rows = torch.cat([self._features(backbone, batch, num_views) for batch in batches], dim=1)
-                if step == 0:
-                    with runtime.together("features"):
-                        if folder is not None:
-                            values = self._file(folder / f"{part.split}.npy", (num_views, part.shards.num_samples, *rows.shape[2:]))
-                first, end = plan.step_bounds(step)
-                for rank, theirs in enumerate(runtime.gather_rows(rows)):
-                    if values is not None:
-                        low, high = layout.slots(end - first, rank)
-                        values[:, first + low : first + high] = theirs[:, : high - low].numpy()
-                if any(batch.bad for batch in batches) or runtime.world_size > 1:
-                    mine = [[sample, _facts(damage)] for batch in batches for sample, damage in batch.bad]
-                    damaged += [[view, *entry] for entries in runtime.gather(mine) for entry in entries for view in range(num_views)]
+                copied = _Copied(torch.cat([self._features(backbone, batch, num_views) for batch in batches], dim=1))
+                if values is None:
+                    values = self._shared_file(folder / f"{part.split}.npy", (num_views, part.shards.num_samples, *copied.shape[2:]))
+                if before is not None:
+                    _write_rows(values, plan, layout, runtime.rank, *before)
+                before = step, copied
+                damaged += [(step, sample, _facts(damage)) for batch in batches for sample, damage in batch.bad]
+            if before is not None:
+                _write_rows(values, plan, layout, runtime.rank, *before)
         finally:
             stream.close()  # type: ignore[attr-defined]
-        if values is not None:
+        with runtime.together("features"):  # which also waits until all rows are written
             values.flush()
-        return damaged
+        self._exchange_nodes(values, plan, layout)
+        everyones = [(step, rank, sample, facts) for rank, found in enumerate(runtime.gather(damaged)) for step, sample, facts in found]
+        everyones.sort(key=lambda entry: entry[:2])
+        return [[view, sample, facts] for _, _, sample, facts in everyones for view in range(num_views)]
 
     def _features(self, backbone: Backbone, batch: Batch, num_views: int) -> Tensor:
-        """float32 [V, B, ...], real slots first, pads behind, in slot order."""
-        rows = ForwardPass(backbone, self.normalise, self.runtime)(batch.images).cpu().contiguous()
+        """float32 [V, B, ...] on the device, real slots first, pads behind, in slot order."""
+        rows = ForwardPass(backbone, self.normalise, self.runtime)(batch.images).contiguous()
         return rows.view(num_views, -1, *rows.shape[1:])
 
-    def _file(self, path: Path, shape: tuple[int, ...]) -> Any:
+    def _shared_file(self, path: Path, shape: tuple[int, ...]) -> Any:
+        """The file of this node's ranks, mapped; its leader creates it."""
+        with self.runtime.together("features"):
+            if self.runtime.leads_node:
+                self._file(path, shape)
+        with self.runtime.together("features"):
+            return np.load(path, mmap_mode="r+")
+
+    def _exchange_nodes(self, values: Any, plan: EpochPlan, layout: RankLayout) -> None:
+        """Give each node's file the rows of the others, in messages of some megabytes between one rank of each."""
+        runtime = self.runtime
+        runtime.join_nodes()
+        if len(runtime.nodes) > 1 and runtime.leads_node:
+            steps = max(1, _EXCHANGE_BYTES // max(1, values[:, :1].nbytes * plan.largest_step))
+            for first in range(0, plan.num_steps, steps):
+                for leader, ranks in runtime.nodes.items():
+                    spans = [_span(plan, layout, step, rank) for step in range(first, min(first + steps, plan.num_steps)) for rank in ranks]
+                    numbers = np.concatenate([np.arange(*span) for span in spans])
+                    rows = torch.from_numpy(values[:, numbers])
+                    runtime.from_node(leader, rows)
+                    if leader != runtime.rank:
+                        values[:, numbers] = rows.numpy()
+            values.flush()
+        runtime.barrier()
+
+    def _file(self, path: Path, shape: tuple[int, ...]) -> None:
         size, free = 4 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
         if size > free:
             raise UserError(
                 f"the features of {shape[1]:,} images in {counted(shape[0], 'view')} take {size / 2**30:.1f} GiB, and {path.parent.parent} has "
                 f"{free / 2**30:.1f} GiB free; use fewer views, another data.cache_dir, or cache_features false"
             )
-        values = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)  # writing into a map on a full disk would be a SIGBUS
-        return values
+
+
+class _Copied:
+    """Rows [V, B, ...] on their way to host memory; on a GPU the copy is only queued."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.shape, self._rows, self._event = rows.shape, rows, None
+        if rows.is_cuda:
+            self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(rows.device))
+
+    def numpy(self) -> np.ndarray:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._rows.numpy()
+
+
+def _span(plan: EpochPlan, layout: RankLayout, step: int, rank: int) -> tuple[int, int]:
+    """The samples [first, end) of a rank in a step; they are not shuffled."""
+    first, end = plan.step_bounds(step)
+    low, high = layout.slots(end - first, rank)
+    return first + low, first + high
+
+
+def _write_rows(values: Any, plan: EpochPlan, layout: RankLayout, rank: int, step: int, copied: _Copied) -> None:
+    first, end = _span(plan, layout, step, rank)
+    values[:, first:end] = copied.numpy()[:, : end - first]
 
 
 def _facts(damage: DamagedSample) -> dict[str, Any]:

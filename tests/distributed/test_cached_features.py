@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,22 @@ def test_what_cannot_be_cached_is_told_or_refused(tmp_path: Path) -> None:
         job = run(recipe(tmp_path, name, cache_features=True, **more), cwd=tmp_path, code=2)
         lines = [line for line in job.err().splitlines() if not line.startswith("each process computes with")]  # where threads are few
         assert lines[1:] == [f"dtl: phases.head.cache_features is true, but {why}"]
+
+
+def test_ranks_and_nodes_write_the_same_features(tmp_path: Path) -> None:
+    """Each rank writes its own rows; nodes of their own (here with a cache each) get those of the others."""
+    found: dict[str, str] = {}
+    for name, world, others in (("one", 1, []), ("two", 2, []), ("nodes", 4, [2])):
+        place = tmp_path / name
+        place.mkdir()
+        by_rank = {rank: {"arguments": ["--data.cache-dir", str(place / f"cache-{max([0, *(o for o in others if o <= rank)])}")]} for rank in range(world)}
+        for rank in others:
+            by_rank[rank]["before"] = "packing_hooks:another_node"  # type: ignore[assignment]
+        job = run(recipe(place, "a"), cwd=place, world=world, by_rank=by_rank)
+        assert job.err().count("computed once in") == 1
+        files = sorted(place.glob("cache-*/features/*/*.npy"))
+        assert len(files) == 2 * (1 + len(others))
+        for file in files:
+            found.setdefault(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+            assert hashlib.sha256(file.read_bytes()).hexdigest() == found[file.name], (name, file)
+        assert not list(place.glob("cache-*/features/.*"))

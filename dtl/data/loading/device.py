@@ -44,7 +44,7 @@ class DeviceDecoder:
         self._decode_jpeg = ready(transform, device)
         self._transform, self._device, self._damaged = transform, device, damaged
         self._stream: Any = _stream(device) if device.type == "cuda" else None
-        self._index = None if self._stream is None else torch.cuda.current_device() if device.index is None else device.index
+        self._index = device.index if device.type == "cuda" else None
 
     def finished(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, their images on the device."""
