@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.kills < 1 or options.processes < 1:
         raise UserError("--kills and --processes must be at least 1")
     from dtl.config import load_config
-    from dtl.distributed.runtime import uses_gpu
+    from dtl.distributed.devices import uses_gpu
 
     config, _ = load_config(rest)  # a mistake in it is reported here, once
     if "deterministic" not in config.run.model_fields_set and uses_gpu(config.run.device):

@@ -48,6 +48,18 @@ def _names_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, Path)) and not isinstance(value, bool) else value
 
 
+def check_device(value: Any) -> Any:
+    """ValueError for a device that dtl does not use, by its name; any other value as it is."""
+    kind, colon, number = str(value).lower().partition(":")
+    if kind in ("mps", "xpu", "hpu", "npu", "tpu", "xla", "mlu", "musa"):
+        raise ValueError(f"dtl has not been tried on {kind} and does not use it; use cuda (NVIDIA GPUs, and AMD's with ROCm) or cpu")
+    if kind in ("rocm", "hip"):
+        raise ValueError(f"PyTorch's name for {kind} is cuda; use cuda")
+    if kind == "cuda" and colon:
+        raise ValueError(f"use cuda, and CUDA_VISIBLE_DEVICES={number} to choose a GPU")
+    return value
+
+
 class Section(BaseModel):
     """Base of every section: frozen, strict about names, documented by the docstring under each field."""
 
@@ -77,10 +89,12 @@ class RunConfig(Section):
     """auto: continue this run where it stopped, or start it; never: start again from the beginning; must: refuse to start without a checkpoint."""
     debug: bool = False
     """One process, no workers, few samples, anomaly detection, deterministic algorithms, no tracker, full traceback; overfits one batch first."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(check_device)] = "auto"
+    """auto: the GPU if there is one; cuda: NVIDIA GPUs, and AMD's with ROCm. Other kinds are refused: dtl has not been tried on them."""
     deterministic: bool = False
     """Deterministic kernels, so that a run on GPUs is bit-identical when it is repeated or resumed; slower. On CPUs it is so either way."""
+    profile: Count | None = None
+    """Trace this many steps of each phase with torch.profiler into runs/NAME/profile/, and print what they spend their time on."""
     gradient_compression: Literal["no", "bf16", "fp16"] = "no"
     """Communicate gradients between processes in 16 bits: half the bytes, for slow interconnects. Gradients are rounded, so results change a little."""
     timeout_minutes: Positive = 30.0

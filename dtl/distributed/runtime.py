@@ -14,7 +14,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dtl.distributed.launch import Launch, Place, check_own_gpus, check_supported, gpus_of_slurm, read_launch
+from dtl.distributed.devices import uses_gpu
+from dtl.distributed.launch import Launch, Place, check_own_gpus, check_supported, read_launch
 from dtl.distributed.rendezvous import Arrivals, check_variables, rendezvous_store
 from dtl.distributed.signals import Signals, StageInterrupted, StoppedBeforeFirstStep, StopWatcher
 from dtl.errors import UserError
@@ -98,12 +99,6 @@ class Runtime:
             launch = replace(launch, world_size=None, local_world_size=1, asked_for=None, precision=None)
         self.launch = launch
         use_cpu = not uses_gpu(device, launch)
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("run.device is cuda, but PyTorch finds no GPU on this machine; use --run.device auto or cpu")
-        if device == "cuda" and launch.use_cpu:
-            raise UserError("run.device is cuda, but the launch configuration asks for CPUs (use_cpu or ACCELERATE_USE_CPU); launch with launch/gpus.yaml")
-        if device == "auto" and use_cpu and not launch.use_cpu:
-            check_slurm_gpus(os.environ)
         if use_cpu:
             _keep_freed_memory()
         else:
@@ -366,12 +361,6 @@ class Runtime:
                 tensor.detach().copy_(value.view_as(tensor))
 
 
-def uses_gpu(device: str, launch: Launch | None = None) -> bool:
-    """Whether `run.device` comes to a GPU on this machine. Starts nothing on it."""
-    use_cpu = (launch or read_launch()).use_cpu
-    return device == "cuda" or (device == "auto" and not use_cpu and torch.cuda.is_available())
-
-
 def resolve_precision(wanted: str, launch: Launch, use_cpu: bool, trained_in: str | None = None) -> str:
     """`auto`: the launch file's value, else `trained_in` where the hardware computes in it, else bf16 likewise. A conflict with the launch
     file is refused."""
@@ -484,26 +473,6 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def check_slurm_gpus(environment: Mapping[str, str]) -> None:
-    """UserError where Slurm gave this job GPUs: to train on the CPU in silence costs a night."""
-    given = gpus_of_slurm(environment)
-    if given is None:
-        return
-    hidden = environment.get("CUDA_VISIBLE_DEVICES")
-    why = f"CUDA_VISIBLE_DEVICES={hidden!r} hides them" if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles") else "`dtl doctor` says why"
-    if not torch.version.cuda:
-        why = f"this torch {torch.__version__} is built for CPUs only"
-    raise UserError(f"Slurm gave this job GPUs ({given}), but PyTorch sees none: {why}; to train on the CPU all the same use device cpu")
-
-
-def gpu_expected(environment: Mapping[str, str]) -> str | None:
-    """A warning where NVIDIA's container variables speak of GPUs. Images set them too on machines without one: no reason to refuse."""
-    value = environment.get("NVIDIA_VISIBLE_DEVICES", "").strip()
-    if value in ("", "void", "none"):
-        return None
-    return f"warning: NVIDIA_VISIBLE_DEVICES={value}, but PyTorch sees no GPU: the CPU is used (`dtl doctor` says why; --run.device cpu says it is meant)"
 
 
 def _check_world(launch: Launch, world_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from dtl.checkpoint.resume.model_folder import load_network
 from dtl.config.own import stored_config
 from dtl.data.transforms.geometry import BLACK, Colour, Fitted, ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
+from dtl.distributed.devices import gpu_expected
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.files import user_path
@@ -82,6 +84,8 @@ def running_model(
             stored = open_model(folder, trust=trust, log=log if runtime.is_main else to_nobody)
         if runtime.is_main and before not in (None, runtime.precision):
             log(f"{folder} was trained with precision {before}, but runs with {runtime.precision} here: results may differ in the last digits")
+        if runtime.is_main and device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
+            log(warning)
         yield RunningModel(stored, run, ForwardPass.of(stored.network, runtime, temperature=stored.temperature, threshold=stored.threshold), runtime)
 
 

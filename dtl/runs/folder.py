@@ -42,7 +42,7 @@ from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
 MADE = (
     "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "looks.jsonl", "copies.csv", "transfer.json", "predictions.npy", "checkpoints",
-    "model", "report", "wandb", "tensorboard",
+    "model", "report", "wandb", "tensorboard", "profile",
 )  # fmt: skip
 """What dtl makes in a run folder."""
 REPORT_FILE = re.compile(r"index\.html|(curves|compare|predictions|mistakes|confusion|classes|training(-[\w-]+)?)(-narrow)?\.png")
@@ -179,6 +179,7 @@ class RunFolder:
         clear_folder(self.path / "checkpoints", _CHECKPOINT)
         clear_folder(self.path / "model", re.compile(r"model\.(json|safetensors)"))
         clear_folder(self.path / "report", REPORT_FILE)
+        clear_folder(self.path / "profile", re.compile(r".+\.(json|writing)"))
         clear_folder(self.path, re.compile(r"(history|bad_samples)\.jsonl|(transfer|status)\.json|predictions\.npy|\.model\.before|\.writing-model-\d+"))
 
     def count_starts(self, step: int) -> int:

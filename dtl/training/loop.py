@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from dtl.checkpoint.resume.resume import checkpoint_state
 from dtl.checkpoint.resume.state import PhaseProgress, TrainState
@@ -36,6 +36,9 @@ from dtl.training.phases import Phase, judge, note_result
 from dtl.training.session import Session
 from dtl.training.step import Stepper, step_weight
 from dtl.training.throughput import StepLog
+
+if TYPE_CHECKING:
+    from dtl.runs.profile import StepProfiler
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
 SECONDS_BETWEEN_SAVES = 15.0
@@ -141,7 +144,7 @@ class Trainer:
             self._evaluate(active)
         if state.phase.step >= phase.num_steps or state.phase.ended:
             return
-        with closing(self.loaders.train_steps(phase, state.phase.step)) as stream:  # type: ignore[type-var]
+        with closing(self.loaders.train_steps(phase, state.phase.step)) as stream, self._profiled(phase) as profiler:  # type: ignore[type-var]
             while state.phase.step < phase.num_steps and not state.phase.ended:
                 begun = time.monotonic()
                 batches = self._next(phase, stream)
@@ -162,8 +165,19 @@ class Trainer:
                 if self._move_bar is not None:
                     self._move_bar(state.step)
                 self._after_step(active, lr, save=flags.save)
+                if profiler is not None:
+                    profiler.step()
                 if flags.stop or (self.runtime.world_size == 1 and self._saver.stop_is_due()):
                     self._saver.stop(active)
+
+    def _profiled(self, phase: Phase) -> AbstractContextManager[StepProfiler | None]:
+        steps = self.config.run.profile
+        if steps is None or not self.runtime.is_main:
+            return nullcontext()
+        from dtl.runs.profile import StepProfiler
+
+        left = phase.num_steps - self.state.phase.step
+        return closing(StepProfiler(self.session.folder.path, phase.name, steps=steps, left=left, device=self.runtime.device, log=self.tracker.print))
 
     def _finish(self, active: ActivePhase) -> None:
         """Leave the phase's weights in the network, and note what the phase has come to."""

@@ -16,8 +16,9 @@ from dtl.config import Config
 from dtl.config.own import needs_record, note_made
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
 from dtl.data.shards.index import Shards
+from dtl.distributed.devices import gpu_expected
 from dtl.distributed.launch import launch_variables
-from dtl.distributed.runtime import Runtime, fp16_instead, gpu_expected
+from dtl.distributed.runtime import Runtime, fp16_instead
 from dtl.files import write_whole
 from dtl.machine import num_physical_cores
 from dtl.models.build import forward_logits

@@ -26,7 +26,7 @@ from dtl.untrusted import Count, NumbersObject, Record, Text
 # compared by what they come to; run.device and data.micro_batch_size change roundings and batch statistics, as the number of ranks does,
 # and are logged. Keys of `checkpoint` stand here one by one: `monitor` says which weights are kept.
 FREE_SETTINGS = (
-    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.deterministic", "run.timeout_minutes", "tracking.*", "precision",
+    "run.name", "run.dir", "run.resume", "run.debug", "run.device", "run.deterministic", "run.profile", "run.timeout_minutes", "tracking.*", "precision",
     "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.deadline_seconds", "checkpoint.max_failures", "checkpoint.keep", "checkpoint.keep_done",
     "checkpoint.async",
     "data.workers", "data.micro_batch_size", "data.cache_dir", "data.cache_shared", "data.train", "data.val", "data.test", "data.group_check", "data.on_error",
