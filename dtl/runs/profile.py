@@ -62,12 +62,11 @@ class StepProfiler:
             self.log(f"profile of phase {self.phase}: the trace could not be written to {self.path}: {error}")
             return
         shares = shares_of(events, on_gpu=self.device.type == "cuda")
+        line = None if shares is None else shares.line("GPU" if self.device.type == "cuda" else "CPU")
         if shares is None:
             self.log(f"profile of phase {self.phase}: no whole step was traced; the phase needs at least {_SKIPPED + self._steps + 1} steps")
         else:
-            self.log(
-                f"profile of phase {self.phase}: {shares.line('GPU' if self.device.type == 'cuda' else 'CPU')}; trace {self.path} (chrome://tracing, ui.perfetto.dev)"
-            )
+            self.log(f"profile of phase {self.phase}: {line}; trace {self.path} (chrome://tracing, ui.perfetto.dev)")
 
 
 @dataclass(frozen=True)
