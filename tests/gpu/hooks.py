@@ -99,7 +99,7 @@ MUTATIONS = {
         "ctypes.memmove(buffer.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.element_size()); return buffer",
     ),
     "a checkpoint is written before its copies have landed": (
-        "dtl.checkpoint.resume.store:CheckpointStore._snapshot",
+        "dtl.checkpoint.resume.store:_wait_for_copies",
         "torch.cuda.synchronize(device)",
         "pass",
     ),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu.hooks import MUTATIONS
-from harness import history, run, start
+from harness import history, run, start, steps_done, wait_for
 from recipes import weights_hash, write_recipe
 
 # Mixing and clipping, an exponential average, three phases, a short last micro-batch, and a checkpoint that nobody waits for at step 6.
@@ -51,6 +52,33 @@ def test_the_same_bit_for_bit(tmp_path: Path, world: int) -> None:
     assert len(on["sim"]) >= 4
     assert on["sim"] == on["cpu"]
     assert [f"contexts [{rank}]" in job.err(rank) for rank in range(world)] == [True] * world
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_cached_features_are_the_same_bit_for_bit(tmp_path: Path, world: int) -> None:
+    phases = {"head": {"train": "head", "steps": 6, "lr": 0.1, "cache_features": True}}
+    found = []
+    for device in ("cpu", "sim"):
+        words = ["--config", str(write_recipe(tmp_path, device, phases=phases, data={"cache_dir": f"cache-{device}"}))]
+        job = run(words, cwd=tmp_path, world=world, device=device)
+        assert "computed once in" in job.err(0)
+        files = sorted((tmp_path / f"cache-{device}" / "features").glob("*/*.npy"))
+        found.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+def test_a_deterministic_run_notes_what_its_bits_depend_on(tmp_path: Path) -> None:
+    words = [*recipe(tmp_path), "--run.deterministic", "true"]
+    run([*words, "--run.name", "whole"], cwd=tmp_path, world=2)
+    job = start([*words, "--run.name", "killed"], cwd=tmp_path, world=2)
+    wait_for(lambda: steps_done(tmp_path / "runs/killed") >= 6 or None, what="step 6")
+    job.kill()
+    run([*words, "--run.name", "killed"], cwd=tmp_path, world=2)
+    assert made(tmp_path / "runs/killed") == made(tmp_path / "runs/whole")
+    state = json.loads(next((tmp_path / "runs/whole/checkpoints").glob("step-*/state.json")).read_text())
+    chosen = {name: value for name, value in state["kernels"].items() if name not in ("torch", "GPU")}
+    assert chosen == {"run.deterministic": "true", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
 
 
 @pytest.fixture(scope="module")
