@@ -35,6 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     _check_file("--json", None if options.json == "-" else options.json)
     _check_file("--csv", options.csv)
+    from dtl.config.models import GroupConfig
     from dtl.inference.assess import NUM_HARDEST
     from dtl.inference.evaluate import evaluate
     from dtl.inference.model import running_model
@@ -50,6 +51,9 @@ def run(arguments: Sequence[str]) -> int:
             allow_pipe=options.allow_pipe,
             hardest=NUM_HARDEST if options.hardest is None else options.hardest,
             csv=options.csv,
+            flip=options.flip,
+            by_group=options.by_group or options.group_regex is not None,
+            group=None if options.group_regex is None else GroupConfig(regex=options.group_regex),
             log=to_stderr,
         )
         if model.runtime.is_main:
@@ -64,9 +68,11 @@ def _print(values: dict[str, Any], options: argparse.Namespace) -> None:
     if file == "-":
         print(json.dumps(values, allow_nan=False))
         return
-    from dtl.inference.tables import TABLE_HARDEST, table
+    from dtl.inference.tables import TABLE_HARDEST, group_lines, table
 
     to_stdout(*table(values, hardest=TABLE_HARDEST if options.hardest is None else options.hardest).split("\n"))
+    if "by_group" in values:
+        to_stdout("", *group_lines(values["by_group"]))
     if "look" in values:
         to_stdout("", f"test set: look {values['look']} at it by runs beside {options.model}")
     if file is not None:
@@ -102,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="RUN|MODEL", help="a run (runs/NAME: its model, its validation data) or a model folder")
     add("--data.val", "--data-val", dest="data_val", metavar="SRC", help="other images: a folder with one folder per class, a list, packed shards, digits")
     add("--split", choices=("val", "test"), default="val", help="which split of the run (default: val); each look at a test set is counted")
+    add("--by-group", action="store_true", help="also measure groups of images (the run's data.group): mean probabilities, one answer per group")
+    add("--group-regex", metavar="R", help="measure groups: the first part in parentheses of R in an image's path is its group")
+    add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--data.allow-pipe", "--data-allow-pipe", dest="allow_pipe", action="store_true", help="run the `pipe:` commands in the manifest of SRC")
     add(
         "--json",

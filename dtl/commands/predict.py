@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     from dtl.config.models import DataConfig
     from dtl.inference.images import ImageInputs, find_images
     from dtl.inference.model import running_model
-    from dtl.inference.predict import predict
+    from dtl.inference.predict import predict, predict_groups
 
     with running_model(options.model, device=options.device, precision=options.precision, trust=options.trust, log=to_stderr) as model:
         runtime = model.runtime
@@ -59,8 +59,16 @@ def run(arguments: Sequence[str]) -> int:
                 found = find_images(options.paths, DataConfig(**limits(options)))
         inputs = runtime.agree(found)
         assert inputs is not None
-        parts = predict(model, inputs, top=options.top, batch_size=options.batch_size, workers=options.workers)
         unread: list[Prediction] = []
+        if options.by_group or options.group_regex is not None:
+            with runtime.together("groups"):
+                group = _group_of(options.group_regex, model.run)
+            answers, unread_images = predict_groups(
+                model, inputs, group, top=options.top, batch_size=options.batch_size, workers=options.workers, flip=options.flip
+            )
+            parts = (part for part in [answers, unread_images])
+        else:
+            parts = predict(model, inputs, top=options.top, batch_size=options.batch_size, workers=options.workers, flip=options.flip)
         if runtime.is_main:
             with closing(parts):
                 unread = _write(options.out, lambda file: _write_all(file, kind, model.stored, parts, lists=options.top > 1))
@@ -73,6 +81,28 @@ def run(arguments: Sequence[str]) -> int:
     if num_unread == len(inputs):
         raise UserError("the image could not be read" if len(inputs) == 1 else f"none of the {len(inputs):,} images could be read")
     return 0
+
+
+def _group_of(regex: str | None, run: Path | None) -> Callable[[str], str]:
+    """From an image's path to its group's name. UserError where there is no regular expression, and for a path that it does not match."""
+    from dtl.config.own import stored_config
+    from dtl.data.groups import compiled
+
+    if regex is None and run is not None:
+        stored = stored_config(run)
+        stored.require("data.group.regex")
+        regex = None if stored.config.data.group is None else stored.config.data.group.regex
+    if regex is None:
+        raise UserError("--by-group: which images belong together is not known; give --group-regex R, or train with data.group.regex")
+    pattern = compiled(regex)
+
+    def group(path: str) -> str:
+        match = pattern.search(path)
+        if match is None or match[1] is None:
+            raise UserError(f"--by-group: {regex!r} does not match {path}")
+        return str(match[1])
+
+    return group
 
 
 def _write_all(file: TextIO, kind: str, model: StoredModel, parts: Iterable[list[Prediction]], *, lists: bool) -> list[Prediction]:
@@ -157,6 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", default="-", metavar="FILE", help="FILE.csv or FILE.jsonl (default: -, CSV on standard output)")
     add("--format", choices=("csv", "jsonl"), help="output format (default: by the extension of FILE; csv for -)")
     add("--top", type=at_least(1), default=1, metavar="N", help="with JSON lines: list the N most probable classes (default: 1)")
+    add(
+        "--by-group",
+        action="store_true",
+        help="one line per group of images (the run's data.group.regex), by the mean of their probabilities; path is the group",
+    )
+    add("--group-regex", metavar="R", help="as --by-group; the first part in parentheses of R in an image's path is its group")
+    add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--batch-size", type=at_least(1), default=64, metavar="N", help="batch size per process (default: 64)")
     add_limits(parser)
     add("--workers", type=at_least(0), default=2, metavar="N", help="loader workers per process (default: 2)")

@@ -109,6 +109,8 @@ class Assessment:
     """Of each image."""
     ranking: Ranking
     """The images by their probabilities."""
+    groups: GroupSums | None = None
+    """Of each group, where groups were given."""
 
     @property
     def calibration_error(self) -> float:
@@ -116,6 +118,16 @@ class Assessment:
         total = sum(self.bin_samples)
         gaps = (abs(correct - confidence / _UNIT) for correct, confidence in zip(self.bin_correct, self.bin_confidence))
         return math.fsum(gaps) / total if total else math.nan
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """Of each group of images: the sum of their probabilities, in units of 2^-32 [G, K], how many they were [G], and the lowest and highest label [G]."""
+
+    probabilities: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    lowest: npt.NDArray[np.int64]
+    highest: npt.NDArray[np.int64]
 
 
 class RankBatches:
@@ -154,17 +166,21 @@ def assess(
     num_outputs: int,
     skip_damaged: bool = False,
     num_hardest: int = NUM_HARDEST,
+    flip: bool = False,
+    groups: npt.NDArray[np.int64] | None = None,
 ) -> Assessment:
     """One pass of all ranks over the data. UserError on every rank for a damaged sample, unless those are to be skipped, and for one
     that cannot be read now.
 
+    `flip`: each image is seen mirrored too, and counts with the mean of both probabilities. `groups`: the group of each sample, from 0: their probabilities
+    are summed, in integers, so that the sums are the same at any number of ranks.
     What is predicted for each image takes 24 bytes of memory for each on every rank, and its probabilities 4 K bytes on one.
     """
     runtime = forward.runtime
-    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest)
+    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest, groups=groups)
     with runtime.together("evaluation"):
         usable = readable(batches, skip_damaged=skip_damaged)
-        for number, outputs in enumerate(forward.over(usable, task), start=batches.first):
+        for number, outputs in enumerate(forward.over(usable, task, flip=flip), start=batches.first):
             seen.damaged += [(sample, str(damage)) for sample, damage in outputs.batch.bad]
             samples = outputs.batch.samples.to(runtime.device, non_blocking=True).repeat(task.expansion)
             seen.add(number, outputs, samples)
@@ -220,7 +236,8 @@ def _counted(num_classes: int, parts: Sequence[Confusion]) -> Confusion:
 class _Seen:
     """One rank's part; nothing in `add` waits for the device."""
 
-    def __init__(self, num_outputs: int, num_batches: int, device: torch.device, num_hardest: int) -> None:
+    def __init__(self, num_outputs: int, num_batches: int, device: torch.device, num_hardest: int, *, groups: npt.NDArray[np.int64] | None = None) -> None:
+        self._groups = None if groups is None else _SeenGroups(groups, num_outputs, device)
         self._num_hardest = num_hardest
         self._rows, self._scores = PredictionRows(), Scores(num_outputs)
         self._loss = Loss()
@@ -243,6 +260,8 @@ class _Seen:
         predicted = first_greatest(outputs.decisions)
         confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num(0.0)
         self._pairs.add(labels, predicted, real)
+        if self._groups is not None:
+            self._groups.add(logits, labels, real, samples)
         correct = real & (first_greatest(logits) == labels) & ~logits.isnan().any(dim=1)
         place = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)
         # Scaling by a power of two is exact, so these integers lose nothing and have the same sum in any order.
@@ -279,7 +298,51 @@ class _Seen:
             damaged=sorted({one for part in runtime.gather(self.damaged) for one in part}),
             predictions=self._rows.all_ranks(runtime),
             ranking=self._scores.all_ranks(runtime),
+            groups=None if self._groups is None else self._groups.all_ranks(runtime),
         )
+
+
+class _SeenGroups:
+    """One rank's part of the sums of each group."""
+
+    def __init__(self, groups: npt.NDArray[np.int64], num_outputs: int, device: torch.device) -> None:
+        number = int(groups.max()) + 1 if len(groups) else 0
+        self._codes = torch.from_numpy(groups).to(device)
+        self._probabilities = torch.zeros(number, num_outputs, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(number, dtype=torch.int64, device=device)
+        self._labels = torch.full((2, number), -1, dtype=torch.int64, device=device)  # the highest of K - label, and of label
+        self._num_outputs = num_outputs
+
+    def add(self, logits: Tensor, labels: Tensor, real: Tensor, samples: Tensor) -> None:
+        codes, units = self._codes[samples], (logits.softmax(dim=1).nan_to_num(0.0).double() * _UNIT).long()
+        self._probabilities.index_add_(0, codes, torch.where(real[:, None], units, 0))
+        self._counts.index_add_(0, codes, real.long())
+        for row, values in zip(self._labels, (self._num_outputs - labels, labels)):
+            row.scatter_reduce_(0, codes, torch.where(real, values, -1), "amax")
+
+    def all_ranks(self, runtime: Runtime) -> GroupSums:
+        labels = np.max(np.stack(runtime.gather(self._labels.cpu().numpy())), axis=0)
+        sums, counts = runtime.sum(self._probabilities.cpu()), runtime.sum(self._counts.cpu())
+        return GroupSums(sums.numpy(), counts.numpy(), self._num_outputs - labels[0], labels[1])
+
+
+def assess_groups(sums: GroupSums, forward: ForwardPass, *, num_outputs: int) -> Assessment:
+    """What `assess` measures, with each group as one sample: its answer is the mean of its images' probabilities. Groups without an image count nowhere."""
+    seen = _Seen(num_outputs, 1, torch.device("cpu"), 0)
+    counts = torch.from_numpy(sums.counts)
+    logits = (torch.from_numpy(sums.probabilities).double() / (_UNIT * counts.clamp(min=1)[:, None])).log().clamp(min=-100.0).float()
+    numbers = torch.arange(len(counts))
+    batch = Batch(
+        images=torch.zeros(0, dtype=torch.uint8),
+        labels=torch.from_numpy(sums.highest.clip(0)),
+        weights=(counts > 0).float(),
+        samples=numbers,
+        slots=numbers,
+        epoch=0,
+        step=0,
+    )
+    seen.add(0, Outputs(batch, logits, forward.decide(logits), batch.labels, batch.weights), numbers)
+    return seen.all_ranks(Runtime.alone("cpu"))
 
 
 def _hard(numbers: list[int], values: list[float]) -> Hard:

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dtl.config.models import DataConfig
+import numpy as np
+
+from dtl.config.models import DataConfig, GroupConfig
 from dtl.config.own import StoredConfig, stored_config
+from dtl.data.groups import Groups, find_groups
 from dtl.data.open import open_split
 from dtl.data.shards.index import Shards
 from dtl.data.splits_of_run import content_id, open_splits
 from dtl.errors import UserError
-from dtl.inference.assess import NUM_HARDEST, RankBatches, assess
+from dtl.inference.assess import NUM_HARDEST, Assessment, RankBatches, assess, assess_groups
 from dtl.inference.model import RunningModel
 from dtl.inference.tables import report, write_csv
 from dtl.runs.looks import count_looks, note_look
-from dtl.text import Log, some, to_nobody
+from dtl.text import Log, counted, some, to_nobody
 from dtl.training.dataloaders import choose_workers, rank_cores
 
 Split = Literal["val", "test"]
@@ -33,6 +36,9 @@ def evaluate(
     allow_pipe: bool = False,
     hardest: int = NUM_HARDEST,
     csv: str | None = None,
+    flip: bool = False,
+    by_group: bool = False,
+    group: GroupConfig | None = None,
     log: Log = to_nobody,
 ) -> dict[str, Any]:
     """All numbers as JSON values, the same on every rank. `data`: any source of images; by default the run's `split`. A test set's has `look`:
@@ -40,10 +46,16 @@ def evaluate(
 
     `workers`: loader processes of this rank; None: as in the run, else auto. `allow_pipe`: run the commands that the manifest of `data` names.
     `hardest`: how many images of the greatest loss are listed. `csv`: a file to be written, one line per image.
-    UserError for data that does not go with the model.
+    `flip`: average the probabilities of each image and its mirror image. `by_group`: measure groups of images too, each by the mean of its images'
+    probabilities; `group` says which they are, by default the run's data.group. UserError for data that does not go with the model.
     """
     runtime, stored = model.runtime, model.stored
     shards, workers = open_images(model, data, split, batch_size=batch_size, workers=workers, on_error=on_error, allow_pipe=allow_pipe, log=log)
+    groups = None
+    with runtime.together("groups"):
+        run = stored_config(model.run) if model.run is not None else None
+        if by_group or (data is None and run is not None and run.config.data.group is not None and stored.task.name == "classify"):
+            groups = _groups(model, shards, run, group)  # intervals draw whole groups, too
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
     seen = assess(
         model.forward,
@@ -52,6 +64,8 @@ def evaluate(
         num_outputs=len(stored.classes),
         skip_damaged=on_error == "skip",
         num_hardest=hardest,
+        flip=flip,
+        groups=groups.codes if by_group and groups is not None else None,
     )
     with runtime.together("looks"):
         look = note_test_look(model, shards, split) if runtime.is_main else None
@@ -59,11 +73,12 @@ def evaluate(
         if csv is not None and runtime.is_main:
             write_csv(csv, seen, shards, stored.classes)
     return {
-        **report(seen, shards, classes=stored.classes, names=stored.shown_names),
+        **report(seen, shards, classes=stored.classes, names=stored.shown_names, groups=None if groups is None else groups.codes),
         "model": str(stored.folder),
         "data": {"folder": str(shards.folder), "dataset_id": shards.dataset_id},
         "precision": runtime.precision,
         **({} if stored.facts.calibration is None else {"temperature": stored.temperature, "threshold": stored.threshold}),
+        **({} if seen.groups is None or groups is None else {"by_group": _of_groups(seen, groups, shards, model)}),
         **({} if (look := runtime.agree(look)) is None else {"look": look}),
     }
 
@@ -149,6 +164,32 @@ def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shard
             raise UserError(f"{source.place} holds no images to evaluate on")
     runtime.same("the test data" if split == "test" else "the validation data", shards.dataset_id)
     return shards
+
+
+def _groups(model: RunningModel, shards: Shards, run: StoredConfig | None, given: GroupConfig | None) -> Groups:
+    if given is None and run is not None:
+        run.require("data.group.regex")
+        given = run.config.data.group
+    if given is None:
+        raise UserError("--by-group: which images belong together is not known; give --group-regex R, or train with data.group")
+    if model.stored.task.name != "classify":
+        raise UserError(f"--by-group: the model was trained for the task {model.stored.task.name}, which has several answers for each image")
+    return find_groups(shards, given, str(shards.folder))
+
+
+def _of_groups(seen: Assessment, groups: Groups, shards: Shards, model: RunningModel) -> dict[str, Any]:
+    """The metrics of groups as JSON values."""
+    classes, sums = model.stored.classes, seen.groups
+    assert sums is not None
+    mixed = np.flatnonzero((sums.counts > 0) & (sums.lowest != sums.highest))
+    if len(mixed):
+        first = int(mixed[0])
+        raise UserError(
+            f"--by-group: {counted(len(mixed), 'group')} with images of more than one class, so that there is no one right answer: '{groups.names[first]}' has "
+            f"'{classes[sums.lowest[first]]}' and '{classes[sums.highest[first]]}'"
+        )
+    found = report(assess_groups(sums, model.forward, num_outputs=len(classes)), shards, classes=classes, names=model.stored.shown_names)
+    return {key: value for key, value in found.items() if key not in ("classes", "hardest", "damaged", "num_samples")} | {"num_groups": found["num_samples"]}
 
 
 def note_test_look(model: RunningModel, shards: Shards, split: Split) -> int | None:

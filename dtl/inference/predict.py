@@ -7,7 +7,7 @@ is still being computed. B images, K classes, T best classes asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,9 @@ class _Batches(Dataset[_Images]):
         return None
 
 
-def predict(model: RunningModel, inputs: ImageInputs, *, top: int = 1, batch_size: int = 64, workers: int = 2) -> Generator[list[Prediction], None, None]:
+def predict(
+    model: RunningModel, inputs: ImageInputs, *, top: int = 1, batch_size: int = 64, workers: int = 2, flip: bool = False
+) -> Generator[list[Prediction], None, None]:
     """All predictions in the order of `inputs`, on the main process; the other ranks get empty lists. All ranks must exhaust it."""
     forward, runtime, top = model.forward, model.runtime, min(top, len(model.stored.classes))
     batches = _Batches(inputs, model.stored.transform, batch_size)
@@ -110,7 +112,7 @@ def predict(model: RunningModel, inputs: ImageInputs, *, top: int = 1, batch_siz
     try:
         for first in range(0, rounds, _ROUNDS_AT_ONCE if runtime.world_size > 1 else 1):
             last = min(rounds, first + _ROUNDS_AT_ONCE) if runtime.world_size > 1 else first + 1
-            done = [_predicted(forward, next(mine), top) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
+            done = [_predicted(forward, next(mine), top, flip) if _number(turn, runtime) < len(batches) else [] for turn in range(first, last)]
             of_ranks = runtime.gather(done)
             if runtime.is_main:
                 yield [one for turn in range(last - first) for of_rank in of_ranks for one in of_rank[turn]]
@@ -124,15 +126,64 @@ def _number(turn: int, runtime: Runtime) -> int:
     return turn * runtime.world_size + runtime.rank
 
 
-def _predicted(forward: ForwardPass, batch: _Images, top: int) -> list[Prediction]:
+def _probabilities(forward: ForwardPass, batch: _Images, flip: bool) -> Tensor:
+    return (forward.flipped(batch.images) if flip else forward(batch.images)).softmax(dim=1)
+
+
+def predict_groups(
+    model: RunningModel, inputs: ImageInputs, group: Callable[[str], str], *, top: int = 1, batch_size: int = 64, workers: int = 2, flip: bool = False
+) -> tuple[list[Prediction], list[Prediction]]:
+    """One prediction per group of images, by the mean of their probabilities, in the order in which groups first come; and the images that could not be read.
+
+    `group`: from an image's name to the group's. Sums are integers, in units of 2^-32, so that they are the same at any number of ranks. The same on all ranks.
+    """
+    runtime, batches = model.runtime, _Batches(inputs, model.stored.transform, batch_size)
+    numbers = range(runtime.rank, len(batches), runtime.world_size)
+    mine = start_processes(lambda options: iter(DataLoader(batches, sampler=numbers, batch_size=None, **options)), min(workers, len(numbers)))
+    sums: dict[str, tuple[Tensor, int]] = {}
+    problems: list[tuple[int, Prediction]] = []
+    try:
+        with runtime.together("images"):
+            for number in numbers:
+                batch = next(mine)
+                readable = [name for name, problem in zip(batch.names, batch.problems) if problem is None]
+                problems += [(number, Prediction(name, problem=problem)) for name, problem in zip(batch.names, batch.problems) if problem is not None]
+                if not readable:
+                    continue
+                for name, row in zip(readable, _probabilities(model.forward, batch, flip).cpu().double()):
+                    if not bool(row.isfinite().all()):
+                        problems.append((number, Prediction(name, problem=_NOT_FINITE)))
+                        continue
+                    total, count = sums.get(group(name), (torch.zeros_like(row, dtype=torch.int64), 0))
+                    sums[group(name)] = (total + (row * 2.0**32).long(), count + 1)
+    finally:
+        end_processes(mine)
+    merged: dict[str, tuple[Tensor, int]] = {}
+    for part in runtime.gather(sums):
+        for name, (row, count) in part.items():
+            total, before = merged.get(name, (torch.zeros_like(row), 0))
+            merged[name] = (total + row, before + count)
+    found = []
+    for name in dict.fromkeys(group(inputs.name(number)) for number in range(len(inputs))):
+        if name in merged:
+            total, count = merged[name]
+            mean = total.double() / (count * 2.0**32)
+            classes = model.forward.decide(mean.log()[None])[0].sort(descending=True, stable=True).indices
+            values = mean[classes]
+            found.append(Prediction(name, tuple(classes[:top].tolist()), tuple(values[:top].tolist())))
+    unread = sorted((one for part in runtime.gather(problems) for one in part), key=lambda one: one[0])
+    return found, [one for _, one in unread]
+
+
+def _predicted(forward: ForwardPass, batch: _Images, top: int, flip: bool) -> list[Prediction]:
     rows: Iterator[tuple[list[int], list[float]]] = iter(())
     if len(batch.images):
         # Stable: of equal probabilities the first class wins, as in evaluation.
-        logits = forward(batch.images)
-        values, classes = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        probabilities = _probabilities(forward, batch, flip)
+        values, classes = probabilities.sort(dim=1, descending=True, stable=True)
         if forward.threshold is not None:  # the predicted class first, whatever its probability
-            classes = forward.decide(logits).sort(dim=1, descending=True, stable=True).indices
-            values = logits.softmax(dim=1).gather(1, classes)
+            classes = forward.decide(probabilities.log()).sort(dim=1, descending=True, stable=True).indices
+            values = probabilities.gather(1, classes)
         rows = iter(list(zip(classes[:, :top].tolist(), values[:, :top].tolist())))
     found = []
     for name, problem in zip(batch.names, batch.problems):

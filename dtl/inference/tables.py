@@ -84,6 +84,14 @@ def _sure(seen: Assessment, groups: npt.NDArray[np.int64] | None, num_classes: i
     }
 
 
+def group_lines(values: dict[str, Any]) -> list[str]:
+    """What `by_group` came to, for people."""
+    found = {key: "-" if values[key] is None else f"{100 * values[key]:.2f} %" for key in ("top1", "top5", "calibration_error")}
+    loss = "-" if values["loss"] is None else f"{values['loss']:.4f}"
+    lines = [f"{counted(values['num_groups'], 'group')}, by mean probabilities: top1 {found['top1']}, top5 {found['top5']}, loss {loss}"]
+    return lines + [f"  {pair['label']} -> {pair['predicted']}: {counted(pair['count'], 'group')}" for pair in values["confused_pairs"][:_TABLE_PAIRS]]
+
+
 def write_csv(file: str, seen: Assessment, shards: Shards, classes: Sequence[str]) -> None:
     """One line per image, in the order of the data: path, label, prediction, its probability, loss; of a damaged image the path alone."""
     found = seen.predictions

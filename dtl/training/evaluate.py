@@ -6,6 +6,7 @@ without smoothing and class weights, so that runs can be compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -64,14 +65,17 @@ class ForwardPass:
         with torch.inference_mode():
             return self._logits(self.normalise(images))
 
-    def over(self, batches: Iterable[Batch], task: Task) -> Iterator[Outputs]:
-        """One batch after another, with the images and labels that the task makes of them. Nothing here waits for the device."""
+    def over(self, batches: Iterable[Batch], task: Task, *, flip: bool = False) -> Iterator[Outputs]:
+        """One batch after another, with the images and labels that the task makes of them. Nothing here waits for the device.
+
+        `flip`: the logarithm of the mean probabilities of each image and its mirror image takes the place of the logits.
+        """
         device = self.runtime.device
         for batch in batches:
             with torch.inference_mode():
                 labels, weights = batch.labels.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
                 images, labels, weights = task.prepare(self.normalise(batch.images), labels, weights)
-                logits = self._logits(images)
+                logits = self._both(images) if flip else self._logits(images)
             yield Outputs(batch, logits, self.decide(logits), labels, weights)
 
     def decide(self, logits: Tensor) -> Tensor:
@@ -80,6 +84,15 @@ class ForwardPass:
             return logits
         second = logits.softmax(dim=1)[:, 1:] >= self.threshold
         return torch.cat([~second, second], dim=1).to(logits.dtype).masked_fill(logits.isnan().any(dim=1, keepdim=True), float("nan"))
+
+    def _both(self, images: Tensor) -> Tensor:
+        views = torch.stack([self._logits(images), self._logits(images.flip(-1))])
+        return views.log_softmax(dim=2).logsumexp(dim=0) - math.log(2.0)
+
+    def flipped(self, images: Tensor) -> Tensor:
+        """As a call, with each image's mirror image too: the logarithm of the mean probabilities of both."""
+        with torch.inference_mode():
+            return self._both(self.normalise(images))
 
     def _logits(self, images: Tensor) -> Tensor:
         with self.runtime.autocast():
