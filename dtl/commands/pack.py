@@ -39,6 +39,7 @@ def run(argv: list[str]) -> int:
     """The command. UserError if something is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
     from dtl.data.copies import describe_copies, find_copies_quickly
+    from dtl.data.groups import read_groups, store_groups
     from dtl.data.open import describe_trouble, packed_folder
     from dtl.data.packing.job import PackOptions
     from dtl.data.packing.pack import pack_source
@@ -46,6 +47,7 @@ def run(argv: list[str]) -> int:
     from dtl.data.shards.manifest import Manifest
     from dtl.data.sources.open import open_source
 
+    groups = None if options.group_column is None else read_groups(options.source, options.group_column)
     like = options.classes_from
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None
     shard_bytes = parse_size(options.shard_size)
@@ -82,6 +84,8 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         to_stderr(f"stopped; run the same command again to continue, or remove {options.destination}")
         return 130
+    for split in report.splits if groups is not None else ():
+        store_groups(split.folder, groups or {}, options.group_column)
     for line in describe_trouble(report):
         to_stderr(line)
     if line := describe_copies(find_copies_quickly({split.split: Shards.open(split.folder) for split in report.splits})):
@@ -106,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("destination", metavar="DST", help="a new folder for the shards")
     split = parser.add_argument_group("splits and classes")
     split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="share for validation; split by content, stratified by class (default: 0)")
+    split.add_argument("--group-column", metavar="C", help="SRC is a list: store its column C, for data.group.column (a patient, a camera, a session)")
     split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards (for a validation set that belongs to them)")
     split.add_argument("--unlabelled", action="store_true", help="SRC may be a folder or list of images without labels (for task: rotate)")
     split.add_argument("--names", metavar="FILE", help="JSON {class name: display name} (default: cat_to_name.json or a similar file next to the images)")

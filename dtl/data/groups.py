@@ -9,12 +9,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dtl.config.models import GroupConfig
-from dtl.data.shards.index import Shards
+from dtl.data.shards.index import GROUPS_NAME, Shards
+from dtl.data.shards.strings import StringTable
 from dtl.data.sources.list_file import PATH_COLUMNS, list_text
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, user_path
@@ -95,7 +97,7 @@ def _by_file(names: list[str], file: str, source: str) -> list[str]:
 
 def read_groups(file: str, column: str | None = None) -> dict[str, str]:
     """path -> group, of a CSV with these columns; `column`: the name of that of groups, of a list of images."""
-    what = f"data.group.file {file}" if column is None else f"data.group.column {column}: {file}"
+    what = f"data.group.file {file}" if column is None else f"the column of groups {column!r}: {file}"
     try:
         text = list_text(user_path(file), MAX_FILE_BYTES)
     except ValueError as error:
@@ -147,6 +149,16 @@ def _by_column(shards: Shards, names: list[str], column: str, source: str) -> li
         )
     groups = read_groups(source, column)
     return [groups[os.path.normpath(name)] for name in names]
+
+
+def store_groups(folder: Path, groups: Mapping[str, str], column: str) -> None:
+    """Write the groups of a packed split's samples beside its index, where `data.group.column` finds them. `groups`: path -> group."""
+    shards = Shards.open(folder, whole=True)
+    names = [shards.name(sample) for sample in range(shards.num_samples)]
+    without = [name for name in names if os.path.normpath(name) not in groups]
+    if without:
+        raise UserError(f"--group-column {column}: the list has no group for {some(without, limit=_SHOWN, quoted=True)}")
+    StringTable.build([*(groups[os.path.normpath(name)] for name in names), column]).write(folder / GROUPS_NAME)
 
 
 def split_by_group(groups: Groups, labels: npt.NDArray[np.int32], fraction: float, *, num_classes: int) -> npt.NDArray[np.bool_]:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_images import encoded
 
+from dtl.cli import main
 from dtl.config.models import DataConfig, GroupConfig
-from dtl.data.groups import Groups, split_by_group
+from dtl.data.groups import Groups, find_groups, split_by_group
 from dtl.data.shards.index import Shards
 from dtl.data.splits_of_run import Splits, content_id, open_splits
 from dtl.errors import UserError
@@ -64,6 +65,24 @@ def test_a_file_and_a_column_give_the_same_split(tmp_path: Path, photos: Path) -
     by_column = opened(tmp_path, train=str(photos / "list.csv"), val_fraction=0.2, group={"column": "patient"})
     for splits in (by_file, by_column):
         assert {name: content_id(shards) for name, shards in splits.all().items()} == {name: content_id(shards) for name, shards in reference.all().items()}
+
+
+def test_a_column_is_stored_when_the_list_is_packed(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{file.relative_to(photos)},{file.parent.name},{file.name[:3]}" for file in sorted(photos.rglob("*.jpg"))]
+    (photos / "list.csv").write_text("\n".join(["path,label,patient", *rows]))
+    assert main(["pack", str(photos / "list.csv"), str(tmp_path / "packed"), "--group-column", "patient", "--quiet"]) == 0
+    (photos / "list.csv").unlink()
+    packed = opened(tmp_path, train=str(tmp_path / "packed"), val_fraction=0.2, group={"column": "patient"})
+    reference = opened(tmp_path, train=str(photos), val_fraction=0.2, group=PATIENT)
+    assert content_id(packed.val) == content_id(reference.val)
+    groups = find_groups(packed.val, GroupConfig(column="patient"), "packed")
+    assert {groups.names[code] for code in groups.codes} == patients(packed.val)
+    with pytest.raises(UserError, match=r"data.group.column camera: .*packed was packed with the groups of column 'patient'"):
+        opened(tmp_path, train=str(tmp_path / "packed"), val_fraction=0.2, group={"column": "camera"})
+    (tmp_path / "packed" / "groups.bin").unlink()  # as an older dtl has packed it
+    assert Shards.open(tmp_path / "packed").num_samples == 120
+    with pytest.raises(UserError, match=r"data.group.column patient: .*packed has no groups stored: pack the list with this column again"):
+        opened(tmp_path, train=str(tmp_path / "packed"), val_fraction=0.2, group={"column": "patient"})
 
 
 def test_splits_made_by_hand_are_checked(tmp_path: Path, photos: Path) -> None:
@@ -119,7 +138,7 @@ def test_group_files_that_are_refused(tmp_path: Path, photos: Path, text: str, m
 def test_a_column_that_the_list_has_not(tmp_path: Path, photos: Path) -> None:
     rows = [f"{file.relative_to(photos)},{file.parent.name},{file.name[:3]}" for file in sorted(photos.rglob("*.jpg"))]
     (photos / "list.csv").write_text("\n".join(["path,label,patient", *rows]))
-    with pytest.raises(UserError, match=r"data.group.column pateint: .*list.csv has no such column; did you mean 'patient'"):
+    with pytest.raises(UserError, match=r"the column of groups 'pateint': .*list.csv has no such column; did you mean 'patient'"):
         opened(tmp_path, train=str(photos / "list.csv"), val_fraction=0.2, group={"column": "pateint"})
     with pytest.raises(ValueError, match="group needs one of regex, column and file"):
         GroupConfig(regex="(a)", column="b")
