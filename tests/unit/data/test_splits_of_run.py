@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+from bad_server import Server
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_images import image_folder
@@ -123,6 +124,21 @@ def test_every_form_of_source(tmp_path: Path, two: Path, form: str) -> None:
     reference = opened(tmp_path, train=str(two))
     for name, shards in splits.all().items():  # by content: the same images in every form
         assert content_id(shards) == content_id(reference.all()[name])
+
+
+def test_a_remote_folder_and_its_copy_when_the_server_is_away(tmp_path: Path, two: Path) -> None:
+    pack(two, tmp_path / "www", processes=1, progress=False)
+    near = opened(tmp_path, train=str(tmp_path / "www"))
+    with Server(tmp_path / "www") as server:
+        far = opened(tmp_path, train=server.url, retries=0)
+        assert shape(far) == {"train": [117, 117], "val": [13, 13], "test": [5, 5]}
+        assert far.ids() == near.ids()
+        assert images(far.val) == images(near.val)
+        assert images(far.train) == images(near.train)
+        assert set(server.downloads().values()) == {1}, "train and val are parts of the same shards"
+        url = server.url
+    away = opened(tmp_path, train=url, retries=0, timeout=1.0)
+    assert away.ids() == near.ids()
 
 
 def test_fractions(tmp_path: Path, two: Path) -> None:
