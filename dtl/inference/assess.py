@@ -33,6 +33,7 @@ from dtl.training.phases import Task
 NUM_BINS = 15
 NUM_HARDEST = 20
 _UNIT = 2.0**32
+_MOST_SCORES = 1 << 28  # images x classes, 4 bytes each
 _COUNT_EVERY = 1 << 22  # images, of which 8 bytes are kept each
 _WHAT = ("sample", "label", "predicted")
 
@@ -107,8 +108,8 @@ class Assessment:
     """(sample, why it counts nowhere)"""
     predictions: ImagePredictions
     """Of each image."""
-    ranking: Ranking
-    """The images by their probabilities."""
+    ranking: Ranking | None
+    """The images by their probabilities; None where these would take more than 1 GiB."""
     groups: GroupSums | None = None
     """Of each group, where groups were given."""
 
@@ -135,7 +136,7 @@ class RankBatches:
 
     def __init__(self, shards: Shards, transform: Transform, *, batch_size: int, workers: int, runtime: Runtime) -> None:
         self._plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=batch_size, shuffle=False)
-        self.num_batches = self._plan.num_steps
+        self.num_batches, self.num_images = self._plan.num_steps, shards.num_samples
         self.first = self.num_batches * runtime.rank // runtime.world_size
         self.last = self.num_batches * (runtime.rank + 1) // runtime.world_size
         self._loader = StepLoader(
@@ -174,10 +175,11 @@ def assess(
 
     `flip`: each image is seen mirrored too, and counts with the mean of both probabilities. `groups`: the group of each sample, from 0: their probabilities
     are summed, in integers, so that the sums are the same at any number of ranks.
-    What is predicted for each image takes 24 bytes of memory for each on every rank, and its probabilities 4 K bytes on one.
+    What is predicted for each image takes 24 bytes of memory for each on every rank, and its probabilities 4 K bytes on one, as far as these are kept.
     """
     runtime = forward.runtime
-    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest, groups=groups)
+    with_scores = batches.num_images * task.expansion * num_outputs <= _MOST_SCORES
+    seen = _Seen(num_outputs, batches.num_batches, runtime.device, num_hardest, with_scores=with_scores, groups=groups)
     with runtime.together("evaluation"):
         usable = readable(batches, skip_damaged=skip_damaged)
         for number, outputs in enumerate(forward.over(usable, task, flip=flip), start=batches.first):
@@ -236,10 +238,19 @@ def _counted(num_classes: int, parts: Sequence[Confusion]) -> Confusion:
 class _Seen:
     """One rank's part; nothing in `add` waits for the device."""
 
-    def __init__(self, num_outputs: int, num_batches: int, device: torch.device, num_hardest: int, *, groups: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        num_outputs: int,
+        num_batches: int,
+        device: torch.device,
+        num_hardest: int,
+        *,
+        with_scores: bool,
+        groups: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self._groups = None if groups is None else _SeenGroups(groups, num_outputs, device)
         self._num_hardest = num_hardest
-        self._rows, self._scores = PredictionRows(), Scores(num_outputs)
+        self._rows, self._scores = PredictionRows(), Scores(num_outputs) if with_scores else None
         self._loss = Loss()
         self._sums, self._pairs = Sums(num_outputs, device), PairCounts(num_outputs)
         self._losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
@@ -253,7 +264,8 @@ class _Seen:
         logits, labels, weights = outputs.logits, outputs.labels, outputs.weights
         losses, _ = self._loss(logits, labels)
         self._rows.add(outputs, losses)
-        self._scores.add(logits, labels, weights, samples)
+        if self._scores is not None:
+            self._scores.add(logits, labels, weights, samples)
         self._sums.update(outputs.decisions, labels, weights, losses)
         real = weights > 0
         self._losses[number] = torch.where(real, losses, 0).double().sum()
@@ -297,7 +309,7 @@ class _Seen:
             hardest=hardest[: self._num_hardest],
             damaged=sorted({one for part in runtime.gather(self.damaged) for one in part}),
             predictions=self._rows.all_ranks(runtime),
-            ranking=self._scores.all_ranks(runtime),
+            ranking=None if self._scores is None else self._scores.all_ranks(runtime),
             groups=None if self._groups is None else self._groups.all_ranks(runtime),
         )
 
@@ -328,7 +340,7 @@ class _SeenGroups:
 
 def assess_groups(sums: GroupSums, forward: ForwardPass, *, num_outputs: int) -> Assessment:
     """What `assess` measures, with each group as one sample: its answer is the mean of its images' probabilities. Groups without an image count nowhere."""
-    seen = _Seen(num_outputs, 1, torch.device("cpu"), 0)
+    seen = _Seen(num_outputs, 1, torch.device("cpu"), 0, with_scores=len(sums.counts) * num_outputs <= _MOST_SCORES)
     counts = torch.from_numpy(sums.counts)
     logits = (torch.from_numpy(sums.probabilities).double() / (_UNIT * counts.clamp(min=1)[:, None])).log().clamp(min=-100.0).float()
     numbers = torch.arange(len(counts))

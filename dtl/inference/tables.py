@@ -19,7 +19,7 @@ from dtl.files import write_whole
 from dtl.inference.assess import NUM_BINS, Assessment, Confusion, Hard
 from dtl.intervals import Bootstrap, Interval, accuracy_interval, shown, wilson
 from dtl.text import Column, counted, csv_line
-from dtl.training.metrics import class_counts, macro, macro_intervals
+from dtl.training.metrics import RANKED, class_counts, macro, macro_intervals
 
 NUM_PAIRS = 20
 DENSE_CLASSES = 1000
@@ -73,9 +73,10 @@ def _sure(seen: Assessment, groups: npt.NDArray[np.int64] | None, num_classes: i
     bootstrap = Bootstrap(len(found), None if groups is None else groups[found.samples])
     balanced, f1 = macro(*(one[0] for one in class_counts(np.ones((1, len(found)), np.int64), found.labels, found.predicted, num_classes)))
     intervals = macro_intervals(found.labels, found.predicted, num_classes, bootstrap)
-    ranked = seen.ranking.with_intervals(bootstrap)
+    ranked = dict.fromkeys(RANKED, (None, None)) if seen.ranking is None else seen.ranking.with_intervals(bootstrap)
     return {
         "top1_interval": accuracy_interval((found.labels == found.predicted) & ~np.isnan(found.probability), bootstrap),
+        "top5_interval": None if groups is not None else wilson(seen.result["top5"], seen.result["num_samples"]),
         "balanced_accuracy": _number(float(balanced)),
         "balanced_accuracy_interval": intervals[0],
         "macro_f1": _number(float(f1)),

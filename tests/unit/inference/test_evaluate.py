@@ -10,8 +10,11 @@ from model_folders import CLASSES, model_folder, write_image
 
 from dtl.data.packing.pack import pack
 from dtl.errors import UserError
+from dtl.inference import assess
 from dtl.inference.evaluate import evaluate
 from dtl.inference.model import RunningModel, running_model
+from dtl.inference.tables import table
+from dtl.intervals import shown, wilson
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +57,21 @@ def test_shards_whose_labels_mean_other_classes_are_refused(model: RunningModel,
     shards = pack(str(photos(tmp_path / "photos", *classes, number=2)), tmp_path / "shards", progress=False, processes=1)
     with pytest.raises(UserError, match=what + "; give the images themselves, or pack them with the model's classes"):
         evaluate(model, str(shards if isinstance(shards, Path) else tmp_path / "shards"), workers=0)
+
+
+def test_each_number_has_its_interval_and_too_many_probabilities_are_not_kept(model: RunningModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = str(photos(tmp_path / "photos", *CLASSES))
+    found = evaluate(model, data, workers=0)
+    names = ("top1", "top5", "balanced_accuracy", "macro_f1", "auroc", "average_precision")
+    for name in names:
+        low, high = found[f"{name}_interval"]
+        assert low <= found[name] <= high
+        assert high - low > 0.2, "of twelve images"
+    assert (found["balanced_accuracy"], found["macro_f1"]) == (pytest.approx(found["macro"]["recall"]), pytest.approx(found["macro"]["f1"]))
+    assert found["per_class"][0]["recall_interval"] == wilson(found["per_class"][0]["recall"], 4)
+    lines = table(found).splitlines()
+    assert lines[1].startswith(f"95 % intervals: top1 ({shown(found['top1_interval'])} %); balanced accuracy ")
+    monkeypatch.setattr(assess, "_MOST_SCORES", 35)  # 12 images of 3 classes
+    fewer = evaluate(model, data, workers=0)
+    assert fewer == {**found, **dict.fromkeys(["auroc", "auroc_interval", "average_precision", "average_precision_interval"])}
+    assert "AUROC" not in table(fewer)
