@@ -144,6 +144,11 @@ def ready(transform: Transform, device: torch.device) -> Any:
         from torchcodec.decoders import decode_jpeg  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError as error:
         raise UserError(f"data.decode device needs the package torchcodec ({' '.join(str(error).split())[:200]}): pip install 'torchcodec>=0.16'") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"data.decode device: torchcodec does not work with torch {torch.__version__} ({' '.join(str(error).split())[:200]}): "
+            "install the torchcodec that was made for it, or a newer torch"
+        ) from None
     _try(decode_jpeg, device)
     return decode_jpeg
 

@@ -97,6 +97,7 @@ def end_processes(batches: Iterator[Any]) -> None:
     for process in processes:
         if process.is_alive():  # 5 s later: it waits for a disk or a server
             process.kill()
+            process.join(1.0)
 
 
 def _init_worker(parent: int, pipe: tuple[int, int] | None, worker: int) -> None:
