@@ -140,6 +140,8 @@ class Run:
     """done, or stopped (by a signal, after saving: `dtl.fit` again resumes it)."""
     phases: tuple[dict[str, Any], ...]
     """One row per finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
+    test: dict[str, Any] | None = None
+    """Metrics on the test set (top1, top5, loss, num_samples, and `look`: which look at it this was), once the run is done; None without one."""
 
     @property
     def model(self) -> Path:
@@ -177,7 +179,7 @@ def fit(recipe: str | Path | Mapping[str, Any] = "digits", options: Mapping[str,
 
         run(config, name, report=report_at_end)
     status = read_status(folder)
-    return Run(folder, status.state, status.phases)
+    return Run(folder, status.state, status.phases, status.test)
 
 
 def evaluate(
@@ -185,6 +187,8 @@ def evaluate(
     data: str | Path | None = None,
     *,
     split: Literal["val", "test"] = "val",
+    by_group: bool = False,
+    flip: bool = False,
     batch_size: int = 64,
     workers: int = 2,
     device: str = "auto",
@@ -192,14 +196,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Exact metrics of a run or model folder: {top1, top5, loss, num_samples, per_class, confusion, ...}, as `dtl evaluate --json`.
 
-    `data`: any source of images; by default the run's own `split`, val or test. On several processes each gets the same numbers.
+    `data`: any source of images; by default the run's own `split`, val or test. `by_group`: also of the groups of the run's data.group, as `by_group`;
+    `flip`: by the mean probabilities of each image and its mirror image. On several processes each gets the same numbers.
     `trust`: as `--trust`: call the function that builds the network, if the model.json was made by somebody else.
     """
     from dtl.inference.evaluate import evaluate as measure
     from dtl.inference.model import running_model
 
     with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
-        return measure(running, None if data is None else str(data), split=split, batch_size=batch_size, workers=workers, log=to_stderr)
+        return measure(
+            running, None if data is None else str(data), split=split, by_group=by_group, flip=flip, batch_size=batch_size, workers=workers, log=to_stderr
+        )
 
 
 def predict(

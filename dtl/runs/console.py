@@ -118,7 +118,7 @@ class Console:
         if self._terminal is None:
             from rich.console import Console as Terminal
 
-            self._terminal = Terminal(file=self._stream, width=None if self._live else 100)
+            self._terminal = Terminal(file=self._stream, width=None if self._live else 120)
         return self._terminal
 
 

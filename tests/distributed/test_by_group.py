@@ -81,6 +81,14 @@ def test_predict_and_the_mean_over_both_views(folder: Path) -> None:
         assert each["probability"] == pytest.approx(np.mean([found[each["label"]] for found in probabilities]), abs=0.02)
 
 
+def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DTL_CACHE", str(folder / "cache"))
+    found = dtl.evaluate("runs/tiny", by_group=True, workers=0)
+    assert (found["num_samples"], found["by_group"]["num_groups"]) == (30, 6)
+    assert dtl.evaluate("runs/tiny", flip=True, workers=0)["loss"] != found["loss"]
+
+
 def test_what_is_refused(folder: Path) -> None:
     job = run(["runs/tiny", "--group-regex", "_([0-9])"], cwd=folder, command="evaluate", code=2)
     assert "with images of more than one class, so that there is no one right answer: '" in job.err()

@@ -76,9 +76,13 @@ def test_looks_are_counted_over_runs_and_of_equal_weights_once(tmp_path: Path, p
     job = run([*options, "--run.name", "third", "--run.seed", "2", "--data.test", "elsewhere"], cwd=tmp_path)
     assert "look 3 at this test set by runs in runs/)" in job.err()
     assert "test top1" in job.err()
+    # Weights that were never measured there, by `--data.val`: a look too.
+    run([*options, "--run.name", "other", "--run.seed", "5", "--data.val", "elsewhere"], cwd=tmp_path)
+    run(["runs/other", "--json", "other.json"], cwd=tmp_path, command="evaluate")
+    assert json.loads((tmp_path / "other.json").read_text())["look"] == 4
     # A run that starts afresh keeps the look of its earlier weights.
     job = run([*options, "--run.name", "third", "--run.seed", "3", "--run.resume", "never", "--data.test", "elsewhere"], cwd=tmp_path)
-    assert "look 4 at this test set by runs in runs/)" in job.err()
+    assert "look 5 at this test set by runs in runs/)" in job.err()
     run(["runs/first", "runs/second", "runs/third", "--out", "page", "--table-csv", "table.csv"], cwd=tmp_path, command="report")
     rows = (tmp_path / "table.csv").read_text().splitlines()
     assert rows[0].endswith(",test_top1")
