@@ -49,6 +49,8 @@ def fits(needed: int, *, ranks: int, folder: Path = SHM) -> bool:
     """Whether `ranks` processes of this node, which need `needed` bytes each, find as much. Off Linux that is not known."""
     if not needed or sys.platform != "linux" or not folder.is_dir():
         return True
+    if not os.access(folder, os.W_OK):
+        return False
     space = os.statvfs(folder)
     return ranks * needed <= space.f_bavail * space.f_frsize
 
@@ -56,6 +58,11 @@ def fits(needed: int, *, ranks: int, folder: Path = SHM) -> bool:
 def check_shared_memory(needed: int, *, ranks: int, workers: int, folder: Path = SHM) -> None:
     """UserError if `ranks` processes of this node need more than is free, `needed` bytes each. Checked on Linux only."""
     if not fits(needed, ranks=ranks, folder=folder):
+        if not os.access(folder, os.W_OK):
+            raise UserError(
+                f"{folder} cannot be written, but loader processes need it for their queues: mount it so that it can be, "
+                "or load in the training process (--data.workers 0)"
+            )
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize
         raise UserError(

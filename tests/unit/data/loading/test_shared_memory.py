@@ -95,3 +95,11 @@ def test_it_is_what_loaders_really_take(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     most, need = map(int, done.stdout.split())
     assert 0 < most <= need
+
+
+def test_one_that_cannot_be_written_is_a_line() -> None:
+    code = "from dtl.data.loading.shared_memory import *; print(fits(4096, ranks=1)); check_shared_memory(4096, ranks=1, workers=1)"
+    done = in_namespace(code, "1m,ro")
+    assert done.stdout == "False\n"
+    assert "UserError: /dev/shm cannot be written, but loader processes need it for their queues" in done.stderr
+    assert "(--data.workers 0)" in done.stderr
