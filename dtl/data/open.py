@@ -229,9 +229,9 @@ def packed_splits(place: Path) -> dict[str, list[str]]:
 
 
 def _wanted_split(source: str | Path, opened: Source, split: str, val_fraction: float) -> str:
-    if val_fraction and split != "test":
+    if val_fraction and not split.endswith("test"):
         return plain_name(split)
-    if opened.split_names == (ALL,) and not val_fraction:
+    if opened.split_names == (ALL,) and not val_fraction and not split.startswith("own "):
         return ALL
     served = next((name for name in SERVES_AS[split] if name in opened.split_names), None)
     if served is None:

@@ -20,7 +20,7 @@ from dtl.config.models import DataConfig
 from dtl.data.groups import Groups, find_groups, refuse_broken, split_by_group
 from dtl.data.open import cache_lock, open_split
 from dtl.data.remote.address import cache_place
-from dtl.data.shards.index import Shards, write_part
+from dtl.data.shards.index import Shards, is_packed, write_part
 from dtl.data.shards.manifest import check_class_maps
 from dtl.data.shards.mirror import Unreachable
 from dtl.data.shards.part import PART_NAME
@@ -28,6 +28,7 @@ from dtl.data.sources.base import Source
 from dtl.data.sources.content_split import split_by_content
 from dtl.data.sources.splits import HasSplits, NoSplit
 from dtl.errors import UserError
+from dtl.files import expand_home
 from dtl.text import Log, counted, to_stdout
 
 _VERSION = 1  # of how images are chosen
@@ -134,8 +135,10 @@ class _Opening:
 
     def _of_train(self, split: str, train: Shards, *, options: DataConfig | None = None) -> Shards | None:
         """A split that the source of the training images has, too; None where it has none."""
+        if is_packed(expand_home(self.source)):
+            return None
         try:
-            found = self.one(self.source, options or self.options, split="own val" if split == "val" else split, listed=self.listed)
+            found = self.one(self.source, options or self.options, split=f"own {split}", listed=self.listed)
         except (NoSplit, Unreachable):  # of a server that was there for train, so that another split would have been copied then
             return None
         return None if found.folder == train.folder else found

@@ -12,9 +12,13 @@ from dtl.config.models import DataConfig, GroupConfig
 from dtl.config.own import StoredConfig, stored_config
 from dtl.data.groups import Groups, find_groups
 from dtl.data.open import open_split
-from dtl.data.shards.index import Shards
+from dtl.data.shards.index import Shards, is_packed
+from dtl.data.shards.mirror import Unreachable
+from dtl.data.sources.splits import HasSplits, NoSplit
 from dtl.data.splits_of_run import content_id, open_splits
+from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.files import expand_home
 from dtl.inference.assess import NUM_HARDEST, Assessment, RankBatches, assess, assess_groups
 from dtl.inference.model import RunningModel
 from dtl.inference.tables import report, write_csv
@@ -139,6 +143,8 @@ def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shard
     shown = log if runtime.is_main else to_nobody
 
     def opened(found: str | None = None) -> Shards:
+        if not source.is_own_set and found is None and (val := _packed_val(source, split, runtime, shown, labelled=own_labels)) is not None:
+            return val
         if not source.is_own_set and found is None:
             splits = open_splits(source.options, labelled=own_labels, progress=runtime.is_main, log=shown, leads=runtime.local_rank == 0).all()
             if split not in splits:
@@ -201,6 +207,18 @@ def note_test_look(model: RunningModel, shards: Shards, split: Split) -> int | N
     if split != "test" and not count_looks(model.run.parent, content):
         return None
     return note_look(model.run, content, weights=weights.sha256, step=int(model.stored.facts.made_by.get("step") or 0))
+
+
+def _packed_val(source: _Source, split: Split, runtime: Runtime, log: Log, *, labelled: bool) -> Shards | None:
+    """Validation images that were packed as such, without a look at the training images; None where they may be held out of these."""
+    data = source.options
+    if split != "val" or data.test_fraction or (data.val_fraction and data.group is not None):
+        return None
+    try:
+        shards = open_split(source.place, data, split="own val", labelled=labelled, progress=runtime.is_main, log=log, leads=runtime.local_rank == 0)
+    except (NoSplit, HasSplits, Unreachable):
+        return None
+    return None if is_packed(expand_home(source.place)) else shards
 
 
 def _check_classes(source: str, found: Sequence[str], known: Sequence[str]) -> None:

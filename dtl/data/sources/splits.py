@@ -11,7 +11,8 @@ from dtl.errors import UserError
 # Split -> the names it goes by, in upper or lower case, best first.
 SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "eval"), "test": ("test", "testing")}
 # What serves as each split. A source that is named for validation may have only a test set; training's own test set never validates ("own val").
-SERVES_AS = {"train": ("train",), "own val": ("val",), "val": ("val", "test"), "test": ("test",)}
+# A source without splits is all of what it is named for, and has none of its own.
+SERVES_AS = {"train": ("train",), "own val": ("val",), "own test": ("test",), "val": ("val", "test"), "test": ("test",)}
 _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _RANK = {word: rank for rank, word in enumerate(_SPLIT_OF)}
 _WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?=[-_. 0-9]|$)", re.IGNORECASE)
