@@ -57,8 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if device in (None, "cpu"):
         return
     import harness
+    import torch
     from gpusim import simulation
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: this machine shows no GPU to PyTorch; --device sim runs the same on simulated ones")
     harness.default_device = device
     os.environ["ACCELERATE_USE_CPU"] = "false"
     if device == "sim":
