@@ -67,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device == "sim":
         if problem := simulation.missing():
             raise pytest.UsageError(problem)
-        os.environ.update(simulation.environment())  # for launchers and commands that tests start
+        os.environ.update(simulation.environment(devices=8))  # for launchers and commands that tests start
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -127,7 +127,7 @@ def start(
     folder = cwd / f".job-{_jobs}"
     folder.mkdir(parents=True)
     device = device or default_device
-    on_device = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
+    on_device = {"ACCELERATE_USE_CPU": str(device == "cpu").lower(), "SIMCUDA_DEVICES": str(max(2, world))}
     variables = {
         **on_device,
         "DTL_CACHE": str(cwd / "cache"),
@@ -199,6 +199,11 @@ def history(run: Path, *, times: bool = False) -> list[dict[str, Any]]:
             for key in TIMES:
                 event.pop(key, None)
     return events
+
+
+def kind() -> str:
+    """What dtl calls the session's device."""
+    return "cpu" if default_device == "cpu" else "cuda"
 
 
 def the_line(job: Job, having: str = "") -> str:

@@ -19,11 +19,12 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def launch(command: list[str], cwd: Path, *, limit: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+    simulated = os.environ.get("GPUSIM_BUILD")  # pytest --device sim
     environment = {
         **os.environ,
         "DTL_CACHE": str(cwd / "cache"),
         "HF_HOME": str(cwd / "hf"),
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *([f"{simulated}/site"] if simulated else [])]),
         "GLOO_SOCKET_IFNAME": "lo",
         **variables,
     }

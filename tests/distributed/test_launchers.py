@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import free_port, status
+from harness import free_port, kind, status
 from launchers import ACCELERATE, ROOT, SCRIPT, launch, port
 from recipes import write_recipe
 
@@ -29,7 +29,8 @@ def test_a_launch_trains_in_the_world_that_was_asked_for(tmp_path: Path, name: s
     done = launch([*command(), "--config", str(recipe), "--run.name", name], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(tmp_path / "runs" / name)["state"] == "done"
-    assert f"{processes} process{'es' if processes > 1 else ''} on cpu" in done.stderr
+    device = "cpu" if "--config_file" in command() else kind()
+    assert f"{processes} process{'es' if processes > 1 else ''} on {device}" in done.stderr
     assert done.stderr.count("phase all: classify") == 1, "told by one rank only"
 
 
@@ -63,6 +64,8 @@ def test_a_failure_is_told_once_and_stands_in_status_json(tmp_path: Path) -> Non
     ],
 )
 def test_variables_that_a_shell_or_a_job_has_set(tmp_path: Path, variables: dict[str, str], message: str | None) -> None:
+    if kind() != "cpu" and message and "PyTorch sees no" in message:
+        pytest.skip("it sees some")
     recipe, more = write_recipe(tmp_path, phases=PHASES), [variables["RUN"]] if "RUN" in variables else []
     done = launch([sys.executable, SCRIPT, "--config", str(recipe), *more], tmp_path, ACCELERATE_USE_CPU="false", **variables)
     assert "Traceback" not in done.stderr
