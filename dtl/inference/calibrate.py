@@ -75,28 +75,26 @@ def answers(model: RunningModel, shards: Shards, *, batch_size: int, workers: in
 
 
 def fit_temperature(found: Answers) -> float:
-    """The temperature of the lowest cross-entropy. UserError where none of 0.01 to 100 is.
+    """The temperature T of the lowest mean cross-entropy + log(T)^2 / 2N. UserError where none of 0.01 to 100 is.
 
-    Each image counts as its class with (N + 1) / (N + K) and as any other with 1 / (N + K) (Platt 1999): where all answers are right, plain
-    cross-entropy would fall for ever towards a temperature of 0.
+    The second term, a normal prior of log(T), is worth one image: where all answers are right, cross-entropy alone falls for ever towards T = 0.
     """
-    n, num_classes = found.logits.shape
+    n = len(found.labels)
     logits = found.logits.astype(np.float64)
-    other = 1 / (n + num_classes)
-    own = logits[np.arange(n), found.labels]
-    target = other * logits.sum(axis=1) + n * other * own  # expected logit under the smoothed labels
+    own = float(logits[np.arange(n), found.labels].mean())
 
     def slope(log_temperature: float) -> float:
-        """Of the mean cross-entropy by 1 / T, which is convex in it: it rises with 1 / T."""
-        probabilities = found.probabilities(math.exp(log_temperature))
-        return float(((probabilities * logits).sum(axis=1) - target).mean())
+        """Of what is minimised."""
+        temperature = math.exp(log_temperature)
+        expected = float((found.probabilities(temperature) * logits).sum(axis=1).mean())
+        return (own - expected) / temperature + log_temperature / n
 
     low, high = math.log(_LOWEST), math.log(_HIGHEST)
-    if slope(high) >= 0 or slope(low) <= 0:
+    if slope(high) <= 0 or slope(low) >= 0:
         raise UserError("no temperature fits: the network's outputs say nothing about these images; evaluate it first (dtl evaluate)")
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) < 0 else (middle, high)
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return math.exp((low + high) / 2)
 
 
