@@ -15,6 +15,7 @@ from recipes import write_recipe
 
 from dtl.data.open import ensure_packed
 from dtl.data.shards.index import Shards
+from dtl.intervals import wilson
 from dtl.report.style import percent
 
 # It gets worse after its best evaluation, whose weights are kept.
@@ -40,7 +41,8 @@ def check(folder: Path, *, precision: str = "no") -> np.ndarray:
     shards = Shards.open(ensure_packed("digits", split="val", progress=False, log=lambda line: None))
     assert rows["sample"].tolist() == list(range(360))
     assert rows["label"].tolist() == shards.labels.tolist()
-    assert facts["metrics"] == {"phase": "all", **kept["val"]}
+    assert facts["metrics"] == {"phase": "all", **kept["val"], "top1_interval": kept["top1_interval"]}
+    assert kept["top1_interval"] == list(wilson(kept["val"]["top1"], 360) or ())
     (event,) = [event for event in history(folder) if event["event"] == "val" and event["step"] == kept["kept_step"] and event["phase"] == "all"]
     assert (event["top1"], event["loss"], event["num_samples"]) == (kept["val"]["top1"], kept["val"]["loss"], 360)
     assert (rows["label"] == rows["predicted"]).mean() == event["top1"]
