@@ -89,7 +89,7 @@ def test_a_stored_config_is_harmless(options: dict[str, Any]) -> None:
         one_line(error)
         return
     data = stored.config.data
-    assert not any(is_remote(one) for one in (data.train, data.val, data.names) if one is not None)
+    assert not any(is_remote(one) for one in (data.train, data.val, data.test, data.names) if one is not None)
     assert (data.allow_pipe, data.cache_dir) == (False, None)
     assert data.workers == "auto" or data.workers <= 8
     assert data.image_size <= 4096
