@@ -200,7 +200,7 @@ def _pretend_ssh(folder: Path) -> str:
 
 
 def _make_images(world: Path) -> None:
-    for folder, count in (("photos/train", 6), ("photos/val", 2), ("photos/test", 2), ("all_photos", 8)):
+    for folder, count in (("photos/train", 6), ("photos/val", 5), ("photos/test", 2), ("all_photos", 8)):
         _images(world / folder, CLASSES, count)
     for folder, count in (("hymenoptera_data/train", 6), ("hymenoptera_data/val", 2)):
         _images(world / folder, CLASSES, count)
