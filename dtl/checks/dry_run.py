@@ -77,6 +77,7 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
         log(f"data: {counted(shards.num_samples, f'{split} image')} of {counted(shards.num_classes, 'class')} in {shards.folder}")
         with runtime.together("data"):
             _fetch_all(shards, log)
+    log(loaders.evaluation_view)
     log(f"network: {network.name}, {sum(parameter.numel() for parameter in network.module.parameters()):,} parameters")
     build.check_phases(parts.phases, network, loaders, runtime, monitor=config.checkpoint.monitor)
     if parts.checkpoint is None:

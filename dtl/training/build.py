@@ -67,7 +67,6 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     network = build_network(config, data.train.num_classes, runtime)
     loaders = build_dataloaders(config, runtime, data, network)
     checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
-    log(loaders.evaluation_view)
     return Parts(network, loaders, planned(config, loaders), checkpoint, state)
 
 

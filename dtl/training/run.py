@@ -94,6 +94,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         f"{counted(train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
         f"{runtime.device.type}, precision {runtime.precision}{resumed}"
     )
+    log(trainer.loaders.evaluation_view)
     if any(phase.config.task == "classify" for phase in trainer.phases):
         tested = None if test is None else test.manifest.class_counts
         for line in classes_without_images(trainer.loaders.classes, train.manifest.class_counts, val.manifest.class_counts, tested):
