@@ -27,7 +27,7 @@ def test_each_epoch_says_how_fast_it_was(tmp_path: Path, world: int) -> None:
 def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     """Without loader processes, heavy augmentation of large pictures, and a network that does next to nothing."""
     data = {"image_size": 256, "workers": 0, "augment": {"preset": "imagenet", "randaugment": [6, 15], "color_jitter": 0.4}}
-    recipe = recipes.write_recipe(tmp_path, data=data, model={"name": "networks:mean_colour"}, phases={"all": {"train": "all", "steps": 6, "lr": 0.05}})
+    recipe = recipes.write_recipe(tmp_path, data=data, model={"name": "networks:mean_colour"}, phases={"all": {"train": "all", "steps": 14, "lr": 0.05}})
     job = harness.run(["--config", str(recipe)], cwd=tmp_path)
     said = [line for line in job.err().splitlines() if "data loading is the bottleneck" in line]
     assert len(said) == 1, job.err()
@@ -35,7 +35,7 @@ def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     notes = [event for event in harness.history(tmp_path / "runs/tiny", times=True) if event.get("note") == "limit"]
     assert [note["phase"] for note in notes] == ["all"]
     assert job.err().count("data: the training process itself (") == 1
-    assert job.err().index("can prepare") < job.err().index("step 6/6"), "in time to do something about it"
+    assert job.err().index("can prepare") < job.err().index("step 14/14"), "in time to do something about it"
 
 
 def test_the_time_in_which_a_device_catches_up_counts(tmp_path: Path) -> None:
