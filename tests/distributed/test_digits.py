@@ -16,7 +16,8 @@ from launchers import ROOT, launch
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("digits")
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "dtl/train.py")]
-    return folder, launch(command, folder, limit=1200, OMP_NUM_THREADS="2")
+    # One thread: two beside another test on two cores wait for each other, for minutes.
+    return folder, launch(command, folder, limit=1200, OMP_NUM_THREADS="1")
 
 
 def test_it_runs_through_its_phases_to_97_percent(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
