@@ -1,4 +1,4 @@
-"""`dtl find-lr`: a learning rate range test of one phase of a recipe. The work is `dtl.training.lr_range`."""
+"""`dtl find-lr`: a learning rate range test of one phase of a recipe. The work is `dtl.checks.lr_range`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dtl.files import user_path
 from dtl.text import OptionParser, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
+    from dtl.checks.lr_range import LrCurve
     from dtl.config import Config
     from dtl.distributed.runtime import Runtime
     from dtl.distributed.watchdog import Heartbeat
     from dtl.models.build import Network
-    from dtl.training.lr_range import LrCurve
 
 _DESCRIPTION = """\
 Learning rate range test: train one phase while the learning rate rises exponentially from step to step, until the loss diverges.
@@ -52,9 +52,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> int:
+    from dtl.checks.lr_range import SweepStopped
     from dtl.distributed.runtime import Runtime
     from dtl.distributed.signals import StoppedBeforeFirstStep
-    from dtl.training.lr_range import SweepStopped
 
     with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
         try:
@@ -72,9 +72,9 @@ def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> 
 
 def _watched(config: Config, phase: str, options: argparse.Namespace, runtime: Runtime) -> LrCurve:
     """`_measure`, which ends on all ranks where one is lost or none gets on."""
+    from dtl.checks.lr_range import SweepStopped
     from dtl.distributed.signals import StoppedBeforeFirstStep
     from dtl.distributed.watchdog import Heartbeat, PeerLost, Watchdog
-    from dtl.training.lr_range import SweepStopped
 
     heart = Heartbeat()
     watchdog = Watchdog(
@@ -106,9 +106,9 @@ def _lost(line: str) -> None:
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, heart: Heartbeat) -> LrCurve:
+    from dtl.checks.lr_range import find_lr
     from dtl.training import build
     from dtl.training.active import enter, set_head
-    from dtl.training.lr_range import find_lr
     from dtl.training.micro_batch import fit
 
     log = to_stderr if runtime.is_main else to_nobody

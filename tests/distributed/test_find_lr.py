@@ -39,12 +39,12 @@ def test_two_ranks_measure_the_curve_of_one(tmp_path: Path, phase: str) -> None:
 
 def test_what_it_tries_is_undone_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    from dtl.checks.lr_range import find_lr
     from dtl.config import load_config
     from dtl.distributed.runtime import Runtime
     from dtl.models.network import Normalise
     from dtl.training import build
     from dtl.training.active import enter
-    from dtl.training.lr_range import find_lr
 
     phases = {"all": {"train": "all", "epochs": 1, "lr": 0.05, "optimizer": "adamw", "ema": 0.9, "mixup": 0.2}}
     config, _ = load_config(["--config", str(recipes.write_recipe(tmp_path, phases=phases)), "--data.workers", "0"])

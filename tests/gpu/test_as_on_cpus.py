@@ -33,7 +33,7 @@ def made(run_folder: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _only_simulated(device: str) -> None:
     if device != "sim":
-        pytest.skip("GPUs round otherwise than CPUs; simulated ones do not")
+        pytest.skip("the sums of a real GPU differ from a CPU's in the last bits; simulated GPUs use the CPU's kernels: --device sim runs it")
 
 
 @pytest.mark.parametrize("world", [1, 2])

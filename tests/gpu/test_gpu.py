@@ -22,7 +22,7 @@ PHASES: dict[str, Any] = {
 
 def no_fp16_on_cpus(device: str, precision: str) -> None:
     if (device, precision) == ("cpu", "fp16"):
-        pytest.skip("fp16 is for GPUs")
+        pytest.skip("precision fp16 is refused on CPUs (tests/unit/distributed/test_launch.py); --device sim and cuda compute in it")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -54,7 +54,7 @@ def test_two_ranks_on_one_gpu_are_refused(tmp_path: Path, device: str) -> None:
 @pytest.mark.parametrize(("capability", "precision"), [("75", "no"), ("80", "bf16")])
 def test_float32_where_fp16_would_be_faster_is_named(tmp_path: Path, device: str, capability: str, precision: str) -> None:
     if device != "sim":
-        pytest.skip("a real GPU is of one kind")
+        pytest.skip("the test needs GPUs of two compute capabilities, which only simulated ones take; --device sim runs it")
     recipe = write_recipe(tmp_path, phases=PHASES)
     job = run(["--config", str(recipe), "--precision", "auto"], cwd=tmp_path, env={"SIMCUDA_CC": capability})
     assert f"1 process on cuda, precision {precision}" in job.err()

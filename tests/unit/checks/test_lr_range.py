@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from dtl.training.lr_range import LrCurve, rising_lrs
+from dtl.checks.lr_range import LrCurve, rising_lrs
 
 
 def curve(noise: float, *, falls_from: float = 1e-4, lowest_at: float = 1e-1, steps: int = 120) -> LrCurve:
