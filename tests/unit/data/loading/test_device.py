@@ -79,6 +79,9 @@ TRANSFORMS = {
     "cifar, erasing": train_transform(image_size=SIZE, augment=AugmentConfig(preset="cifar", erasing=0.7)),
     "evaluation": eval_transform(image_size=SIZE),
     "evaluation, bicubic": eval_transform(image_size=SIZE, interpolation="bicubic", crop_ratio=1.0),
+    "evaluation, stretch": eval_transform(image_size=SIZE, fit="stretch"),
+    "evaluation, pad": eval_transform(image_size=SIZE, fit="pad"),
+    "imagenet, pad": train_transform(image_size=SIZE, augment=AugmentConfig(preset="imagenet", vertical_flip=0.5, reduced_decode=False), fit="pad"),
 }
 
 
