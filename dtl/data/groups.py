@@ -84,12 +84,16 @@ def compiled(regex: str) -> re.Pattern[str]:
 
 
 def _by_file(names: list[str], file: str, source: str) -> list[str]:
-    groups = read_groups(file)
+    return _looked_up(names, read_groups(file), f"data.group.file {file}", source)
+
+
+def _looked_up(names: list[str], groups: Mapping[str, str], what: str, source: str) -> list[str]:
+    """The group of each name. `groups`: path -> group. UserError where names have none."""
     without = [name for name in names if os.path.normpath(name) not in groups]
     if without:
-        what = "none" if len(without) == len(names) else f"{len(without):,}"
+        how_many = "none" if len(without) == len(names) else f"not {len(without):,}"
         raise UserError(
-            f"data.group.file {file} lists {what if what == 'none' else f'not {what}'} of the {counted(len(names), 'image')} of {source}, "
+            f"{what} lists {how_many} of the {counted(len(names), 'image')} of {source}, "
             f"such as {some(without, limit=_SHOWN, quoted=True)}; its first path is '{next(iter(groups))}'"
         )
     return [groups[os.path.normpath(name)] for name in names]
@@ -147,8 +151,7 @@ def _by_column(shards: Shards, names: list[str], column: str, source: str) -> li
             f"data.group.column {column}: {source} has no groups stored: pack the list with this column again (dtl pack LIST DST --group-column {column}), "
             "or give data.group.regex or data.group.file"
         )
-    groups = read_groups(source, column)
-    return [groups[os.path.normpath(name)] for name in names]
+    return _looked_up(names, read_groups(source, column), f"data.group.column {column}: the list", source)
 
 
 def store_groups(folder: Path, groups: Mapping[str, str], column: str) -> None:

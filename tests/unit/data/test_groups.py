@@ -67,6 +67,13 @@ def test_a_file_and_a_column_give_the_same_split(tmp_path: Path, photos: Path) -
         assert {name: content_id(shards) for name, shards in splits.all().items()} == {name: content_id(shards) for name, shards in reference.all().items()}
 
 
+def test_a_list_of_other_images_is_no_source_of_groups(tmp_path: Path, photos: Path) -> None:
+    splits = opened(tmp_path, train=str(photos), val_fraction=0.2)
+    (photos / "list.csv").write_text("path,patient,label\na/other.jpg,p,a\n")
+    with pytest.raises(UserError, match=r"column patient: the list lists none of the [0-9]+ images of .*list.csv, such as .*; its first path is .a/other.jpg"):
+        find_groups(splits.val, GroupConfig(column="patient"), str(photos / "list.csv"))
+
+
 def test_a_column_is_stored_when_the_list_is_packed(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"{file.relative_to(photos)},{file.parent.name},{file.name[:3]}" for file in sorted(photos.rglob("*.jpg"))]
     (photos / "list.csv").write_text("\n".join(["path,label,patient", *rows]))
