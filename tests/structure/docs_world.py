@@ -71,6 +71,7 @@ class World:
         }
         self._made: dict[str, Path] = {}
         self._num_entered = 0
+        self._entered: list[Path] = []
         self._server: ThreadingHTTPServer | None = None
 
     # ---- what a block finds
@@ -80,12 +81,19 @@ class World:
         self._num_entered += 1
         place = self.folder / f"block-{self._num_entered}"
         place.mkdir()
+        self._entered.append(place)
         for entry in self.template.iterdir():
             (place / entry.name).symlink_to(entry.resolve())
         for named, (copy, make) in self._on_demand().items():
             if any(named in line for line in lines):
                 shutil.copytree(make(), place / copy, dirs_exist_ok=True)
         return place
+
+    def leave(self) -> None:
+        """Removes the folders entered since the last time: each holds weights and checkpoints, and all together would be 10 GB."""
+        for place in self._entered:
+            shutil.rmtree(place)
+        self._entered.clear()
 
     def _on_demand(self) -> dict[str, tuple[str, Callable[[], Path]]]:
         """What a line names: where that lies, and how it is made."""
@@ -100,6 +108,7 @@ class World:
         """The folder of a finished run of `dtl train --config finetune`."""
         if "finetune" not in self._made:
             place = self.enter([])
+            self._entered.remove(place)  # it stays
             arguments = ["--config", "finetune", "--data.train", "photos/train", "--data.val", "photos/val"]
             self.run("train", [*arguments, *shortened(arguments)], place)
             self._made["finetune"] = place / "runs/finetune"

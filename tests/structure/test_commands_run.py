@@ -84,6 +84,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world.close()
 
 
+@pytest.fixture
+def own_folders(world: World) -> Iterator[None]:
+    yield
+    world.leave()
+
+
 def test_there_are_some_and_what_is_not_run_is_there_and_covered() -> None:
     lines = [line for _, block in BLOCKS for line in block]
     assert len(BLOCKS) > 40
@@ -107,6 +113,7 @@ def test_commands_of_the_pages_stand_in_bash_blocks() -> None:
         assert not hidden, f"{page.name}: put it into a bash block, so that it is run: {hidden}"
 
 
+@pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize(("page", "wanted"), RUN, ids=[f"{page}-{number}" for number, (page, _) in enumerate(RUN)])
 def test_a_block_does_what_its_page_says(world: World, page: str, wanted: list[str]) -> None:
     place = world.enter(wanted)
@@ -279,6 +286,7 @@ def _is_file(path: Path) -> None:
 # ---- Python
 
 
+@pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page}-{number}" for number, (page, _) in enumerate(PYTHON)])
 def test_a_python_block_runs(world: World, page: str, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     covering = next((test for part, test in PYTHON_RUN.items() if part in block), None)
