@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from page_reader import Page
 from PIL import Image, ImageDraw
 from recipes import write_images
@@ -23,11 +24,14 @@ SCISSORS, FORCEPS = "翘头剪", "止血钳"
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The fonts of the machine, as the test fills them in."""
     found: list[str] = []
-    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: found)
-    caches = (fonts._installed, fonts.font_of)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: found)
+    known = list(font_manager.fontManager.ttflist)
+    caches = (fonts._installed, fonts.font_of, font_manager.fontManager._findfont_cached)
     for cache in caches:
         cache.cache_clear()
     yield found
+    # matplotlib keeps what it has been given, and the files go with their test.
+    font_manager.fontManager.ttflist[:] = known
     for cache in caches:
         cache.cache_clear()
 
