@@ -13,9 +13,9 @@ from dtl.commands import COMMANDS
 ADDRESS = "http://bob:hunter2secret@127.0.0.1:9/x.tar?token=tokensecret99"
 LINES = """
 predict M {}; predict {} a.jpg; predict M a.jpg --out {}; predict M list.txt
-evaluate {}; evaluate M --data.val {}; evaluate M --json {}; evaluate M --device {}
+evaluate {}; evaluate M --data.val {} --data.retries 0; evaluate M --json {}; evaluate M --device {}
 evaluate M --data.val photos --by-group --group-regex {}; predict M photos --group-regex {}; evaluate M --split {}
-calibrate {}; calibrate M --data.val {}; calibrate M --data.val photos --data.test {}; calibrate M --data.val photos --json {}; calibrate M --threshold {}
+calibrate {}; calibrate M --data.val {} --data.retries 0; calibrate M --data.val photos --data.test {}; calibrate M --data.val photos --json {}; calibrate M --threshold {}
 report {}; report M --out {}; report M --csv {}
 export {} --to onnx --out x.onnx; export M --to onnx --out {}; export M --to safetensors --out x.safetensors --images {}
 average {} M --out x; average M M2 --out {}
@@ -26,7 +26,7 @@ index {} --retries 0 --out out; index a.tar --out {}; index {} {}
 verify {} --retries 0; verify M --workers {}; verify M {}
 verify-epoch {} --retries 0; verify-epoch photos --cache-dir {}
 verify-resume {}; verify-resume --data.workers {}; verify-resume --config {}
-find-lr --config {}; find-lr --config finetune --data.train {}; find-lr --phase {}
+find-lr --config {}; find-lr --config finetune --data.train {} --data.retries 0; find-lr --phase {}
 train {}; train --config {}; train --run.dir {}; train --run.name {}; train --model.name {}; train --data.workers {}; train --{} x; train --data.cache_dir {}
 train --data.names {} --data.train photos; train --data.test {} --data.train photos; train --data.train photos --data.group {}
 train --data.train photos --data.group.file {}; train --data.train photos --run.profile {}; train --phases.all.train {} --transfer.source {} --run.seed x
