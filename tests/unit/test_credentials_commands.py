@@ -15,7 +15,8 @@ LINES = """
 predict M {}; predict {} a.jpg; predict M a.jpg --out {}; predict M list.txt
 evaluate {}; evaluate M --data.val {} --data.retries 0; evaluate M --json {}; evaluate M --device {}
 evaluate M --data.val photos --by-group --group-regex {}; predict M photos --group-regex {}; evaluate M --split {}
-calibrate {}; calibrate M --data.val {} --data.retries 0; calibrate M --data.val photos --data.test {}; calibrate M --data.val photos --json {}; calibrate M --threshold {}
+calibrate {}; calibrate M --data.val {} --data.retries 0; calibrate M --data.val photos --data.test {}; calibrate M --data.val photos --json {}
+calibrate M --threshold {}
 report {}; report M --out {}; report M --csv {}
 export {} --to onnx --out x.onnx; export M --to onnx --out {}; export M --to safetensors --out x.safetensors --images {}
 average {} M --out x; average M M2 --out {}
