@@ -21,6 +21,7 @@ Pack images once into WebDataset shards with a manifest and an index, from which
 SRC is one of
   an image folder, with one folder per class                 photos/ants/1.jpg
   a folder that contains train/ and val/ image folders       (valid, validation or test instead of val work too)
+  an archive of such folders                                 photos.zip, photos.tar.gz
   a list file with one line `path label` per image, or CSV with the header path,label (and split, if it has train, val and test rows)
   the Python batches of CIFAR-10 or CIFAR-100
   digits, the built-in example

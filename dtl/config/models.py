@@ -154,7 +154,8 @@ class GroupConfig(Section):
 
 class DataConfig(Section):
     train: Address | None = None
-    """Training data: an image folder (one folder per class), a list file, CIFAR batches, packed shards, WebDataset tars (local or remote), or `digits`."""
+    """Training data: an image folder (one folder per class), a zip or tar of one, a list file, CIFAR batches, packed shards, WebDataset tars (local or
+    remote), or `digits`."""
     val: Address | None = None
     """Validation data; not needed if `train` contains a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

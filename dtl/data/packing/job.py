@@ -2,6 +2,7 @@
 
     job.json           what is packed and how; the folder of another job is not resumed. Only the main process reads it, and gives it to the others
     names.bin, labels.npy, [images.npy]     the source's columns, mapped by every process
+    members.npy, [bundle.bin]               of a source in one file: where in it each image is, and a copy of them all where the file itself is not read
     scan-00000.npy     what reading a chunk of images found (SCAN), .json beside it the reasons of the unreadable
     SPLIT.order.npy    sample numbers in packed order, SPLIT.cuts.npy where each shard begins
     SPLIT-00000.npy    index columns of a finished shard (ROWS), .json beside it its bytes and sha256
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +28,17 @@ import numpy.typing as npt
 from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.shards.strings import StringTable
-from dtl.data.sources.base import ALL, Source
+from dtl.data.sources.base import ALL, WHOLE, ZIP_DEFLATED, Source
 from dtl.data.sources.png import store_png
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, TEMPORARY, read_regular, write_whole
+from dtl.files import MAX_FILE_BYTES, TEMPORARY, open_regular, read_regular, write_whole
 from dtl.untrusted import read_json
 
 PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
 
 LOCK_NAME = "lock"
 MADE = re.compile(
-    rf"{LOCK_NAME}|job\.json|names\.bin|(labels|images|scanned)\.npy|scan-\d{{5,}}\.(npy|json)"
+    rf"{LOCK_NAME}|job\.json|names\.bin|(labels|images|members|scanned)\.npy|bundle\.bin|scan-\d{{5,}}\.(npy|json)"
     r"|(all|train|val|test)(-\d{5,}\.(npy|json)|\.(order|cuts)\.npy)|" + TEMPORARY + r"\..*\.tmp"
 )
 """The names of all files here: nothing else is deleted."""
@@ -86,6 +89,11 @@ class Job:
         self.names = StringTable.read(folder / "names.bin")
         self.labels: npt.NDArray[np.int32] = np.load(folder / "labels.npy", mmap_mode="r")
         self.images = np.load(folder / "images.npy", mmap_mode="r") if self.root is None else None
+        self.members: npt.NDArray[np.void] | None = None
+        if (folder / "members.npy").exists():
+            self.members = np.load(folder / "members.npy", mmap_mode="r")
+            copied = folder / "bundle.bin"
+            self._bundle = copied if copied.exists() else Path(self.facts["root"])
 
     @classmethod
     def create(cls, folder: Path, source: Source, options: PackOptions) -> Job:
@@ -96,6 +104,15 @@ class Job:
         np.save(folder / "labels.npy", source.labels)
         if source.images is not None:
             np.save(folder / "images.npy", source.images)
+        if source.bundle is not None and not (folder / "members.npy").exists():
+            members = source.bundle.members
+            if source.bundle.write is not None:
+                found: list[npt.NDArray[np.void]] = []
+                copy = source.bundle.write
+                write_whole(folder / "bundle.bin", lambda file: found.append(copy(file, options.max_file_bytes)), sync=False)
+                members = found[0]
+            assert members is not None
+            write_array(folder / "members.npy", members)
         facts = job_facts(source, options)
         write_json(folder / "job.json", facts)
         return cls(folder, facts)
@@ -126,6 +143,9 @@ class Job:
         """The bytes of one image in the source. OSError where the file cannot be read; UserError where it is not a regular file, or too large."""
         if self.images is not None:
             return store_png(self.images[sample])
+        if self.members is not None:
+            with open_regular(self._bundle) as file:
+                return _read_member(file, self.members[sample], max_bytes=self.options.max_file_bytes)
         assert self.root is not None
         return read_regular(self.root / self.names[sample], max_bytes=self.options.max_file_bytes)
 
@@ -136,6 +156,27 @@ class Job:
     def is_finished(self, split: str) -> bool:
         """A split is finished by its manifest: by us before an interruption, or by another node that packs the same."""
         return (self.split_folder(split) / MANIFEST_NAME).exists()
+
+
+def _read_member(file: BinaryIO, member: Any, *, max_bytes: int) -> bytes:
+    """One image out of a larger file, checked against what that says of it."""
+    offset, stored, size, how = (int(member[name]) for name in ("offset", "stored", "size", "how"))
+    if max(stored, size) > max_bytes:
+        raise UserError(f"it has {max(stored, size):,} bytes, more than the {max_bytes:,} that are allowed for such a file")
+    if how != WHOLE:
+        header = os.pread(file.fileno(), 30, offset)
+        if len(header) < 30 or not header.startswith(b"PK\3\4"):
+            raise UserError("its place in the archive holds something else; the archive is damaged")
+        offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    data = os.pread(file.fileno(), stored, offset)
+    if how == ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        except zlib.error as error:
+            raise UserError(f"it cannot be unpacked ({error}); the archive is damaged") from None
+    if len(data) != size or (how != WHOLE and zlib.crc32(data) != int(member["crc"])):
+        raise UserError("its bytes are not those that the archive was made of; the archive is damaged")
+    return data
 
 
 def remove_leftovers(folder: Path) -> None:

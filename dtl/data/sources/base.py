@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,30 @@ UNLABELLED = "unlabelled"  # the one class of images that have no labels
 ALL = "all"  # the one split of a source that has no splits of its own
 
 
+# One image in a larger file: where its bytes are (in a zip: its local header), how many there are and how many they become, zlib's crc32 of these, and
+# how they lie there (WHOLE ...).
+MEMBER = np.dtype([("offset", "<u8"), ("stored", "<u8"), ("size", "<u8"), ("crc", "<u4"), ("how", "u1")])
+WHOLE, ZIP_STORED, ZIP_DEFLATED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Where the images of a source are that are no files of their own.
+
+    Either `members` [N] are their places in the file `Source.root`; or `write` copies all of them into one file, for sources whose own form
+    cannot be read in any order, and returns their places in it. UserError where an image is larger than the bytes allowed.
+    """
+
+    members: npt.NDArray[np.void] | None = None
+    write: Callable[[BinaryIO, int], npt.NDArray[np.void]] | None = None
+
+
 @dataclass(frozen=True)
 class Source:
     """Samples as columns: about 60 bytes each, no object for each.
 
     `names[i]` is the path of sample i under `root` (or, for arrays, a made-up name), `labels` int32 [N] index `classes`, `splits`
-    uint8 [N] index `split_names`. Either the files are the images, or `images` uint8 [N, H, W] or [N, H, W, 3] are.
+    uint8 [N] index `split_names`. The files are the images, or `images` uint8 [N, H, W] or [N, H, W, 3] are, or they lie in a `bundle`.
     `fingerprint` changes when a file is added, removed, renamed, relabelled, or has another size or modification time.
     """
 
@@ -37,6 +56,7 @@ class Source:
     num_bytes: int
     fingerprint: str
     images: npt.NDArray[np.uint8] | None = None
+    bundle: Bundle | None = None
     display_names: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -1,16 +1,20 @@
-"""Image folders: one folder a class, or a root with train/ and val/ of such folders. Class order is that of torchvision's ImageFolder."""
+"""Image folders: one folder a class, or a root with train/ and val/ of such folders. Class order is that of torchvision's ImageFolder.
+
+They lie on a disk or in an archive: `Tree`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
 from dtl.data.sources.base import ALL, IMAGE_EXTENSIONS, UNLABELLED, Source, SourceBuilder
 from dtl.data.sources.display_names import find_display_names
-from dtl.data.sources.splits import choose, group_by_split, is_hidden, split_named, sub_folders
+from dtl.data.sources.splits import choose, group_by_split, is_hidden, split_named
+from dtl.data.sources.tree import Tree, folders_in, joined
 from dtl.data.sources.unread import UNREAD_EXTENSIONS, describe_passed_over, extension_of, how_to_read
 from dtl.errors import UserError
 
@@ -36,16 +40,16 @@ class _Notes:
         return [*lines, describe_passed_over(self.unread)] if self.unread else lines
 
 
-def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str, labelled: bool = True) -> Source:
+def open_folder(tree: Tree, *, classes: Sequence[str] | None, names: str | Path | None, on_error: str, labelled: bool = True) -> Source:
     """List an image folder. See `open_source`."""
-    notes = _Notes()
-    if not labelled and (not _has_classes(root) if classes is None else tuple(classes) == (UNLABELLED,)):
-        return _open_unlabelled(root, notes)
-    parts = _find_splits(root, notes)
+    root, notes = tree.root, _Notes()
+    if not labelled and (not _has_classes(tree) if classes is None else tuple(classes) == (UNLABELLED,)):
+        return _open_unlabelled(tree, notes)
+    parts = _find_splits(tree, notes)
     split_names = tuple(parts)
     builder, order = SourceBuilder(), tuple(classes) if classes is not None else None
     for split, place in enumerate(parts.values()):
-        counts = _add_split(builder, root, place, notes, split=split, order=order)
+        counts = _add_split(builder, tree, place, notes, split=split, order=order)
         if not any(counts.values()):
             loose = [path for path in notes.loose if os.path.dirname(path) == place] if split and not counts else []
             if not loose:
@@ -53,48 +57,57 @@ def open_folder(root: Path, *, classes: Sequence[str] | None, names: str | Path 
             # As competitions keep it: images to predict, without labels.
             what = f"{root / place} has {_count(loose, 'image')} without class folders, such as a competition's test set, whose labels are not known"
             if "val" in split_names[:split]:
-                notes.lines.append(f"{what}: left out; predict them after training with `dtl predict runs/NAME {quote(str(root / place))}`")
+                predict = f"predict them after training with `dtl predict runs/NAME {quote(str(root / place))}`"
+                notes.lines.append(f"{what}: left out{'' if tree.is_archive else f'; {predict}'}")
                 notes.loose = [path for path in notes.loose if path not in set(loose)]
                 split_names = split_names[:split]
                 break
+            if tree.is_archive:
+                raise UserError(f"{what}. Unpack the archive, and train on its folder {parts['train']} with --data.val-fraction 0.2")
             train = quote(str(root / parts["train"]))
             raise UserError(
                 f"{what}. Train on a part of the other images and validate on the rest: --data.train {train} --data.val-fraction 0.2 "
                 f"(dtl pack {train} DST --val-fraction 0.2), and predict these afterwards: dtl predict runs/NAME {quote(str(root / place))}"
             )
         if order is None:
-            order = _train_classes(root / place, counts, notes, drop_empty=on_error == "skip")
+            order = _train_classes(tree, place, counts, notes, drop_empty=on_error == "skip")
         else:
             _refuse_unknown(root / place, [name for name, count in counts.items() if count], order, given=classes is not None)
             _note_empty(place, counts, order, notes)
     assert order is not None
-    display = find_display_names(order, given=names, beside=[root / parts[split_names[0]], root, root.parent], notes=notes.lines)
-    return builder.build(kind="image folder", root=root, classes=order, split_names=split_names, display_names=display, notes=notes.all())
+    beside = [root.parent] if tree.is_archive else [root / parts[split_names[0]], root, root.parent]
+    display = find_display_names(order, given=names, beside=beside, notes=notes.lines)
+    return builder.build(kind=tree.kind, root=root, classes=order, split_names=split_names, display_names=display, notes=notes.all())
 
 
-def _has_classes(root: Path) -> bool:
+def _has_classes(tree: Tree) -> bool:
     """Whether the folder is one for a classifier, so that all phases share what it is packed into."""
     notes = _Notes()
-    place = next(iter(_find_splits(root, notes, of_classes=False).values()))
-    return len(_class_folders(root / place, root, notes)) > 1 and not notes.loose
+    place = next(iter(_find_splits(tree, notes, of_classes=False).values()))
+    return len(_class_folders(tree, place, notes)) > 1 and not notes.loose
 
 
-def _open_unlabelled(root: Path, notes: _Notes) -> Source:
+def _open_unlabelled(tree: Tree, notes: _Notes) -> Source:
     """All images below the root, or below its train/ and val/, as one class."""
-    parts = _find_splits(root, notes, of_classes=False)
+    parts = _find_splits(tree, notes, of_classes=False)
     builder = SourceBuilder()
     for split, place in enumerate(parts.values()):
-        listed = _images(root, Path(place), notes)
+        listed = _images(tree, place, notes)
         if not listed:
-            raise UserError(_why_no_images(root / place, root, notes))
+            raise UserError(_why_no_images(tree.root / place, tree.root, notes))
         paths, sizes, mtimes = zip(*listed)
         builder.add(paths, label=0, split=split, sizes=sizes, mtimes=mtimes)
     return builder.build(
-        kind="folder of images without labels", root=root, classes=(UNLABELLED,), split_names=tuple(parts), display_names={}, notes=notes.all()
+        kind=f"{tree.kind} without labels" if tree.is_archive else "folder of images without labels",
+        root=tree.root,
+        classes=(UNLABELLED,),
+        split_names=tuple(parts),
+        display_names={},
+        notes=notes.all(),
     )
 
 
-def _add_split(builder: SourceBuilder, root: Path, place: str, notes: _Notes, *, split: int, order: Sequence[str] | None) -> dict[str, int]:
+def _add_split(builder: SourceBuilder, tree: Tree, place: str, notes: _Notes, *, split: int, order: Sequence[str] | None) -> dict[str, int]:
     """Add the images of a split class by class, so that no more than one class is held as objects; returns images per class folder.
 
     Without an `order` the classes are the folders that have images, as they come. A folder that `order` lacks is counted, not added.
@@ -102,8 +115,8 @@ def _add_split(builder: SourceBuilder, root: Path, place: str, notes: _Notes, *,
     counts: dict[str, int] = {}
     labels = None if order is None else {name: label for label, name in enumerate(order)}
     found = 0
-    for name in _class_folders(root / place, root, notes):
-        listed = _images(root, Path(place) / name, notes)
+    for name in _class_folders(tree, place, notes):
+        listed = _images(tree, joined(place, name), notes)
         counts[name] = len(listed)
         label = found if labels is None else labels.get(name)
         if not listed or label is None:
@@ -114,35 +127,34 @@ def _add_split(builder: SourceBuilder, root: Path, place: str, notes: _Notes, *,
     return counts
 
 
-def _find_splits(root: Path, notes: _Notes, *, of_classes: bool = True) -> dict[str, str]:
+def _find_splits(tree: Tree, notes: _Notes, *, of_classes: bool = True) -> dict[str, str]:
     """Split -> its folder under root; {"all": ""} where the root's own folders are the classes, or hold the images.
 
     The folders of the splits may lie in the only folder of the root.
     """
-    _entries(root)  # UserError where it cannot be listed
-    names = sub_folders(root)
-    parts = _splits_in(root, notes, of_classes=of_classes)
+    tree.entries("")  # UserError where it cannot be listed
+    names = folders_in(tree, "")
+    parts = _splits_in(tree, "", notes, of_classes=of_classes)
     if parts is None and len(names) == 1:
-        inner = _splits_in(root / names[0], notes, of_classes=of_classes)
-        parts = inner and {split: f"{names[0]}/{name}" for split, name in inner.items()}
+        parts = _splits_in(tree, names[0], notes, of_classes=of_classes)
     if parts is not None:
         return parts
     if of_classes and len(names) > 1 and all(map(split_named, names)):
-        _refuse_classes_of_splits(root, names)
+        _refuse_classes_of_splits(tree.root, names)
     return {ALL: ""}
 
 
-def _splits_in(place: Path, notes: _Notes, *, of_classes: bool) -> dict[str, str] | None:
+def _splits_in(tree: Tree, place: str, notes: _Notes, *, of_classes: bool) -> dict[str, str] | None:
     """The folders in `place` for train, val and test; None where its folders are not splits."""
-    names = sub_folders(place)
+    names, shown = folders_in(tree, place), tree.root / place
     folders = group_by_split(name for name in names if split_named(name))
     if "train" in folders and len(folders) > 1:
         # Classes that happen to be called train and test hold images, not folders.
-        if of_classes and not sub_folders(place / folders["train"][0]):
+        if of_classes and not folders_in(tree, joined(place, folders["train"][0])):
             return None
     else:
-        folders = _same_classes(place, names)
-    train, val, test = choose(folders, "train", place), choose(folders, "own val", place), choose(folders, "test", place)
+        folders = _same_classes(tree, place, names)
+    train, val, test = choose(folders, "train", shown), choose(folders, "own val", shown), choose(folders, "test", shown)
     held_out = {split: name for split, name in (("val", val), ("test", test)) if name is not None}
     if train is None or not held_out:
         return None
@@ -155,16 +167,16 @@ def _splits_in(place: Path, notes: _Notes, *, of_classes: bool) -> dict[str, str
         notes.lines.append(f"'{test}' is the test set")
     if others := [name for name in names if name not in parts.values()]:
         notes.lines.append(f"other folders than {', '.join([train, *held_out.values()][:-1])} and {[*held_out.values()][-1]} left out: {_few(others)}")
-    return {split: _unwrapped(place, name) for split, name in parts.items()}
+    return {split: _unwrapped(tree, joined(place, name)) for split, name in parts.items()}
 
 
-def _same_classes(place: Path, names: Sequence[str]) -> dict[str, list[str]]:
+def _same_classes(tree: Tree, place: str, names: Sequence[str]) -> dict[str, list[str]]:
     """Split -> folders whose names have a word for it (`seg_train`), where one for train and one for val or test hold the same class folders.
 
     So the classes `test_positive` and `test_negative` stay classes. A val or test folder may lack some of the classes.
     """
     found = group_by_split(names)
-    classes = {name: set(sub_folders(place / _unwrapped(place, name))) for several in found.values() for name in several}
+    classes = {name: set(folders_in(tree, _unwrapped(tree, joined(place, name)))) for several in found.values() for name in several}
     train = [name for name in found.get("train", ()) if classes[name]]
     held = set().union(*(classes[name] for name in train))
     same = {split: [name for name in several if classes[name] and classes[name] <= held] for split, several in found.items() if split != "train"}
@@ -172,9 +184,10 @@ def _same_classes(place: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return {"train": train, **same} if train and same else {}
 
 
-def _unwrapped(place: Path, name: str) -> str:
+def _unwrapped(tree: Tree, place: str) -> str:
     """The folder itself, or the one in it where that is all it has, and of the same name (as unpacking an archive leaves it)."""
-    return f"{name}/{name}" if sub_folders(place / name) == [name] else name
+    name = os.path.basename(place)
+    return f"{place}/{name}" if folders_in(tree, place) == [name] else place
 
 
 def _refuse_classes_of_splits(root: Path, names: Sequence[str]) -> None:
@@ -187,39 +200,40 @@ def _refuse_classes_of_splits(root: Path, names: Sequence[str]) -> None:
     raise UserError(f"{root} has the splits {_few(names)}, but {place} has no class folders in it; put each class in its own folder ({place}/CLASS/IMAGE)")
 
 
-def _class_folders(place: Path, root: Path, notes: _Notes) -> list[str]:
+def _class_folders(tree: Tree, place: str, notes: _Notes) -> list[str]:
     folders = []
-    for entry in _entries(place):
+    for entry in tree.entries(place):
+        path = joined(place, entry.name)
         if is_hidden(entry.name):
-            notes.hidden.append(_below(entry.path, root))
-        elif _is_folder(entry):
-            _refuse_not_utf8(place, entry.name)
+            notes.hidden.append(path)
+        elif entry.is_folder:
+            _refuse_not_utf8(tree, place, entry.name)
             folders.append(entry.name)
         elif _is_image(entry.name):
-            notes.loose.append(_below(entry.path, root))
+            notes.loose.append(path)
         elif extension_of(entry.name) in UNREAD_EXTENSIONS:
-            notes.unread.append(_below(entry.path, root))
-    return sorted(folders)
+            notes.unread.append(path)
+    return folders
 
 
-def _images(root: Path, folder: Path, notes: _Notes) -> list[tuple[str, int, int]]:
+def _images(tree: Tree, folder: str, notes: _Notes) -> list[tuple[str, int, int]]:
     """(path under root, bytes, mtime) of all images in a class folder and the folders in it, sorted by path."""
     listed: list[tuple[str, int, int]] = []
-    stack = [(str(folder), frozenset[tuple[int, int]]())]
+    stack = [(folder, frozenset[Hashable]())]
     while stack:
         place, above = stack.pop()
-        status = os.stat(root / place)
-        if (status.st_dev, status.st_ino) in above:
+        identity = tree.identity(place)
+        if identity in above:
             continue  # a link back to a folder that we are in
-        inside = above | {(status.st_dev, status.st_ino)}
-        for entry in _entries(root / place):
-            path = entry.name if place == "." else f"{place}/{entry.name}"
+        inside = above | {identity}
+        for entry in tree.entries(place):
+            path = joined(place, entry.name)
             if is_hidden(entry.name):
                 notes.hidden.append(path)
-            elif _is_folder(entry):
+            elif entry.is_folder:
                 stack.append((path, inside))
             elif _is_image(entry.name):
-                listed.append((path, *_size_and_time(entry)))
+                listed.append((path, *entry.size_and_time()))
             elif extension_of(entry.name) in UNREAD_EXTENSIONS:
                 notes.unread.append(path)
             else:
@@ -227,22 +241,8 @@ def _images(root: Path, folder: Path, notes: _Notes) -> list[tuple[str, int, int
     return sorted(listed)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        status = entry.stat()
-    except OSError:
-        return 0, 0  # a broken link: packing lists it as unreadable
-    return status.st_size, status.st_mtime_ns
-
-
-def _train_classes(place: Path, counts: dict[str, int], notes: _Notes, *, drop_empty: bool) -> tuple[str, ...]:
+def _train_classes(tree: Tree, inside: str, counts: dict[str, int], notes: _Notes, *, drop_empty: bool) -> tuple[str, ...]:
+    place = tree.root / inside
     order = tuple(name for name, count in counts.items() if count)
     empty = [name for name, count in counts.items() if not count]
     if empty and not drop_empty:
@@ -255,7 +255,7 @@ def _train_classes(place: Path, counts: dict[str, int], notes: _Notes, *, drop_e
     if empty:
         notes.lines.append(f"class folders without an image left out: {_few(empty)}")
     if len(order) == 1:
-        inner = sorted(entry.name for entry in _entries(place / order[0]) if entry.is_dir() and not is_hidden(entry.name))
+        inner = [] if tree.is_archive else folders_in(tree, joined(inside, order[0]))
         hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
         raise UserError(f"{place} has only one class, '{order[0]}'{hint}; without labels, use the task rotate")
     return order
@@ -292,31 +292,18 @@ def _why_no_images(place: Path, root: Path, notes: _Notes) -> str:
     return f"{place} holds no images"
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
-
-
-def _refuse_not_utf8(place: Path, name: str) -> None:
+def _refuse_not_utf8(tree: Tree, place: str, name: str) -> None:
     """A class's name goes into files of text."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"{place}: the name of the class folder '{name}' is not UTF-8 (it may come from an old archive); rename it, "
-            f"or all of them: convmv -f latin1 -t utf8 -r --notest {quote(str(place))}"
-        ) from None
+        where = tree.root / place
+        rename = "unpack it and rename it" if tree.is_archive else f"rename it, or all of them: convmv -f latin1 -t utf8 -r --notest {quote(str(where))}"
+        raise UserError(f"{where}: the name of the class folder '{name}' is not UTF-8 (it may come from an old archive); {rename}") from None
 
 
 def _is_image(name: str) -> bool:
     return extension_of(name) in IMAGE_EXTENSIONS
-
-
-def _below(path: str, root: Path) -> str:
-    return os.path.relpath(path, root)
 
 
 def _count(items: Sequence[str], one: str, many: str = "") -> str:

@@ -1,20 +1,23 @@
-"""Recognise what can be packed: an image folder, a root with train/ and val/ of such folders, a list file, CIFAR's python batches, `digits`."""
+"""Recognise what can be packed: an image folder, a root with train/ and val/ of such folders, an archive of them, a list file, CIFAR's batches, `digits`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from dtl.data.sources.archive import open_archive
 from dtl.data.sources.arrays import cifar_folder, open_cifar, open_digits
 from dtl.data.sources.base import Source
 from dtl.data.sources.folder import open_folder
 from dtl.data.sources.list import open_list
+from dtl.data.sources.tree import Folder
 from dtl.data.sources.unread import data_set_of_others
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, user_path
 from dtl.text import near_path
 
-_ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz")
+_UNREAD_ARCHIVES = (".zst", ".lz4", ".7z", ".rar")
 
 
 def open_source(
@@ -37,9 +40,13 @@ def open_source(
     else:
         path = user_path(source)
         _check_exists(path)
+        if path.is_file() and path.suffix.lower() in _UNREAD_ARCHIVES:
+            raise UserError(
+                f"{path} is an archive of a kind that dtl does not read (it reads .zip, .tar, .tar.gz, .tar.bz2, .tar.xz); unpack it and give the folder"
+            )
         if path.is_file() and path.suffix.lower() in _ARCHIVES:
-            raise UserError(f"{path} is an archive; unpack it and give the folder")
-        if path.is_file():
+            found = open_archive(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
+        elif path.is_file():
             found = open_list(path, classes=classes, names=names, labelled=labelled, max_bytes=max_file_bytes)
         elif not path.is_dir():
             raise UserError(f"{path} is neither a folder nor a regular file; give a folder of images, a list file, or the word digits")
@@ -47,7 +54,7 @@ def open_source(
             found = open_cifar(batches)
         else:
             try:
-                found = open_folder(path, classes=classes, names=names, on_error=on_error, labelled=labelled)
+                found = open_folder(Folder(path), classes=classes, names=names, on_error=on_error, labelled=labelled)
             except UserError:
                 if other := data_set_of_others(path):
                     raise UserError(f"{path} holds no images: {other}") from None

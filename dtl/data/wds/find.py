@@ -15,6 +15,7 @@ from dtl.credentials import bare, expand_braces
 from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
+from dtl.data.sources.archive import is_tar_of_folders
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list_file import list_text
 from dtl.data.sources.splits import SERVES_AS, NoSplit, choose, plain_name, split_folders, split_in
@@ -78,7 +79,9 @@ def shards_for_training(source: str | Path, split: str) -> Sequence[Tar] | None:
             return tars
         return next((groups[served] for served in SERVES_AS[split] if served in groups), None) or _refuse_split(place, split, groups)
     if place.exists():
-        return find_shards([text]) if _TAR.search(place.name) or _is_list(place) else None
+        if _TAR.search(place.name):
+            return None if is_tar_of_folders(place) else find_shards([text])
+        return find_shards([text]) if _is_list(place) else None
     return find_shards([text]) if _is_pattern(text) else None
 
 

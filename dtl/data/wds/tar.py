@@ -55,13 +55,15 @@ class Member:
 class TarFile:
     """One tar, read once from its start. After `members` is exhausted, `sha256` and `num_bytes` are those of the whole file.
 
-    `name` is what messages call it.
+    `name` is what messages call it. `unpacked`: the file is decompressed while it is read, to at most so many bytes. `quick`: what is not wanted
+    is skipped, and no sha256 is made.
     """
 
-    def __init__(self, file: BinaryIO, name: str | None = None) -> None:
+    def __init__(self, file: BinaryIO, name: str | None = None, *, unpacked: int | None = None, quick: bool = False) -> None:
         self.name = os.fsdecode(file.name) if name is None else name
-        self._file, self._digest = file, hashlib.sha256()
-        self._size = os.fstat(file.fileno()).st_size
+        self._file, self._digest, self._quick = file, hashlib.sha256(), quick
+        self._unpacked = unpacked is not None
+        self._size = os.fstat(file.fileno()).st_size if unpacked is None else unpacked
         self._at = 0
 
     @property
@@ -115,7 +117,8 @@ class TarFile:
 
     def _read(self, size: int, what: str) -> bytes:
         data = self._file.read(size)
-        self._digest.update(data)
+        if not self._quick:
+            self._digest.update(data)
         if len(data) < size:
             if what == "a header" and not data:
                 raise DamagedTar(self._at, "the tar ends without two zero blocks: it is truncated between two members")
@@ -124,6 +127,9 @@ class TarFile:
         return data
 
     def _skip(self, size: int) -> None:
+        if self._quick and not self._unpacked:
+            self._at = self._file.seek(size, os.SEEK_CUR)
+            return
         while size:
             size -= len(self._read(min(size, _READ_BYTES), "a member"))
 
@@ -131,16 +137,24 @@ class TarFile:
         if limit is not None and size > limit:
             raise DamagedTar(start, f"{what} has {size:,} bytes according to its header: the header is damaged")
         missing = self._at + _padded(size) - self._size
+        if missing > 0 and self._unpacked:
+            raise UserError(f"{self.name} unpacks to more than {self._size / 2**30:.0f} GiB, far more than it holds; unpack it, and give the folder")
         if missing > 0:
             raise DamagedTar(start, f"{what} has {size:,} bytes according to its header, but the file ends {missing:,} bytes earlier: it is truncated")
 
     def _end(self, start: int) -> None:
         """After the first zero block: a second one, and only zeros behind it."""
-        if self._size - self._at < BLOCK:
+        if self._unpacked:
+            self._read(BLOCK, "the second zero block")
+        elif self._size - self._at < BLOCK:
             raise DamagedTar(start, "the tar ends after one zero block instead of two: it is truncated")
         while rest := min(_READ_BYTES, self._size - self._at):
             at = self._at
-            data = self._read(rest, "the padding")
+            data = self._file.read(rest) if self._unpacked else self._read(rest, "the padding")
+            if self._unpacked:
+                self._at += len(data)
+                if not data:
+                    return
             if data.count(0) != len(data):
                 where = at + len(data) - len(data.lstrip(b"\0"))
                 raise DamagedTar(where, "there is data after the end of the tar: a part was overwritten with zeros, or the file holds several tars")

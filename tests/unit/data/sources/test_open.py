@@ -23,9 +23,3 @@ def test_missing_sources(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / name)
-
-
-def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
-    (tmp_path / "photos.tar.gz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"photos.tar.gz is an archive; unpack it and give the folder"):
-        open_source(tmp_path / "photos.tar.gz")
