@@ -161,7 +161,11 @@ def test_encrypted_unknown_and_overlapping_zips(tmp_path: Path) -> None:
     path = _zip_of(tmp_path / "a.zip", _info("a/1.png"), _info("b/1.png"))
     whole = path.read_bytes()
     entry = whole.index(b"PK\1\2")
-    for at, value, message in [(8, 1, "is encrypted"), (10, 14, "compressed by a method that is not read here .14;"), (20, 1 << 20, "has members that overlap")]:
+    for at, value, message in [
+        (8, 1, "is encrypted"),
+        (10, 14, "compressed by a method that is not read here .14;"),
+        (20, 1 << 20, "has members that overlap"),
+    ]:
         path.write_bytes(whole[: entry + at] + struct.pack("<H" if at < 20 else "<I", value) + whole[entry + at + (2 if at < 20 else 4) :])
         with pytest.raises(UserError, match=message):
             open_source(path)
