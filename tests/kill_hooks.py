@@ -59,3 +59,21 @@ def in_the_test() -> None:
         return real(self, split, batches)
 
     Trainer._agree_on_eval_step = step  # type: ignore[method-assign]
+
+
+def in_the_second_fold() -> None:
+    """In the fourth step of the second run of this process."""
+    from dtl.training.loop import Trainer
+
+    real_train, real_step, runs = Trainer.train, Trainer._after_step, [0]
+
+    def train(self: Any, checkpoint: Any) -> None:
+        runs[0] += 1
+        real_train(self, checkpoint)
+
+    def after_step(self: Any, *given: Any, **named: Any) -> None:
+        real_step(self, *given, **named)
+        if runs[0] == 2 and self.state.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer.train, Trainer._after_step = train, after_step  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ COMMANDS = {
     "transfer": "show what a transfer of pretrained weights would load (a dry run)",
     "convert": "convert a file of weights to safetensors, without running anything in it",
     "models": "list the networks that model.name accepts",
+    "folds": "cross-validation: one run for each fold, all images predicted out of fold, then one run on all",
     "evaluate": "exact metrics of a run or model folder on a validation set",
     "calibrate": "fit a temperature, and a threshold for two classes, on validation images",
     "predict": "class names and probabilities for images, to CSV or JSON lines",

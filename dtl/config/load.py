@@ -400,6 +400,13 @@ def _check_whole(config: Config, given: _Given) -> None:
         raise UserError(
             f"{given.of('data.val_fraction', 'data.test_fraction')}: data.val_fraction and data.test_fraction leave no image to train on; make them smaller"
         )
+    fold = config.data.fold
+    if fold is not None and fold.number:
+        for key in ("data.test", "data.test_fraction"):
+            if getattr(config.data, key.removeprefix("data.")):
+                raise UserError(f"{given.of(key, 'data.fold')}: {key} and data.fold are both given, and the fold is the test set; use one of them")
+        if config.data.val_fraction + 1 / fold.of >= 1:
+            raise UserError(f"{given.of('data.val_fraction', 'data.fold')}: data.val_fraction and data.fold leave no image to train on")
     if config.data.val is not None and config.data.val_fraction:
         raise UserError(f"{given.of('data.val', 'data.val_fraction')}: data.val and data.val_fraction are both given; use one of them")
     for key, place in (("run.dir", config.run.dir), ("data.cache_dir", config.data.cache_dir)):

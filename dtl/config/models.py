@@ -152,6 +152,23 @@ class GroupConfig(Section):
         return self
 
 
+class FoldConfig(Section):
+    """One fold of a cross-validation: see `dtl folds`."""
+
+    number: Annotated[int, Field(ge=0)] = 1
+    """Which fold of the training images is the test set, from 1 on; 0: none, all images are trained on."""
+    of: Annotated[int, Field(ge=2)] = 5
+    """Number of folds."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the folds; with another one other images are together."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> FoldConfig:
+        if self.number > self.of:
+            raise ValueError(f"there is no fold {self.number} of {self.of}")
+        return self
+
+
 class DataConfig(Section):
     train: Address | None = None
     """Training data: an image folder (one folder per class), a zip or tar of one, a list file, CIFAR batches, packed shards, WebDataset tars (local or
@@ -169,6 +186,8 @@ class DataConfig(Section):
     """Images that belong together (a patient, a camera, a session): a group is in one split only. `regex: R`, `column: C` or `file: F`."""
     group_check: Literal["refuse", "warn"] = "refuse"
     """What happens if splits that were made by hand have a group in common."""
+    fold: FoldConfig | None = None
+    """Hold out one fold of the training images as the test set; stratified by class, groups in one fold. `dtl folds` sets it for each of its runs."""
     image_size: Annotated[int, Field(ge=8)] = 224
     """Side of the square input image, in pixels."""
     fit: Fit = "crop"

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dtl.config.models import GroupConfig
 from dtl.data.shards.index import GROUPS_NAME, Shards
 from dtl.data.shards.strings import StringTable
+from dtl.data.sources.content_split import too_few_for_folds
 from dtl.data.sources.list_file import PATH_COLUMNS, list_text
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, user_path
@@ -174,11 +175,7 @@ def split_by_group(groups: Groups, labels: npt.NDArray[np.int32], fraction: floa
         raise UserError(
             f"all {counted(len(labels), 'image')} are of one group, '{groups.names[int(groups.codes[0])]}', which cannot be on both sides of a split"
         )
-    pairs, sizes = np.unique(groups.codes * num_classes + labels, return_counts=True)
-    owners, classes = np.divmod(pairs, num_classes)
-    first = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
-    last = np.append(first[1:], len(owners))
-    members = {int(owners[begin]): (classes[begin:end], sizes[begin:end]) for begin, end in zip(first, last)}
+    members = _members(groups, labels, num_classes)
     total = np.bincount(labels, minlength=num_classes)
     wanted, left = total * fraction, total.copy()
     taken: list[int] = []
@@ -199,6 +196,39 @@ def split_by_group(groups: Groups, labels: npt.NDArray[np.int32], fraction: floa
             raise UserError(f"none of the {counted(len(members), 'group')} can be held out: each has all images of a class; give --data.val FOLDER")
         taken = [fallback[1]]
     return np.isin(groups.codes, taken)
+
+
+def folds_by_group(groups: Groups, labels: npt.NDArray[np.int32], folds: int, *, seed: int, classes: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The fold of each sample, from 0, so that a group is in one fold only, and each class is spread as evenly as groups allow.
+
+    The largest groups come first (equal ones in an order that `seed` decides); each goes to the fold that has the smallest share of its classes so far, and
+    of such folds to the smallest. UserError where there are too few groups, of all images or of a class.
+    """
+    members = _members(groups, labels, len(classes))
+    if len(members) < folds:
+        raise UserError(f"{folds} folds need as many groups of images, but there are only {len(members)}")
+    owned = np.bincount(np.concatenate([kinds for kinds, _ in members.values()]), minlength=len(classes))
+    for one in np.flatnonzero((owned > 0) & (owned < folds)):
+        raise UserError(too_few_for_folds(folds, classes[one], counted(int(owned[one]), "group"), int(owned[one])))
+    total, have = np.bincount(labels, minlength=len(classes)), np.zeros((folds, len(classes)))
+    found = np.full(len(groups.names), -1, np.int64)
+    for group in sorted(members, key=lambda code: (-int(members[code][1].sum()), _hash(f"{seed} {groups.names[code]}"))):
+        kinds, counts = members[group]
+        crowding = np.round((have[:, kinds] * (counts / total[kinds] ** 2)).sum(axis=1), 12)
+        found[group] = np.lexsort((have.sum(axis=1), crowding))[0]
+        have[found[group], kinds] += counts
+    if (lonely := np.flatnonzero((have == total).any(axis=0) & (total > 0))).size:
+        raise UserError(f"{folds} folds: all images of class '{classes[lonely[0]]}' would be in one of them; use fewer folds, or smaller groups")
+    return found[groups.codes]
+
+
+def _members(groups: Groups, labels: npt.NDArray[np.int32], num_classes: int) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Code of a group -> its classes, and how many images of each."""
+    pairs, sizes = np.unique(groups.codes * num_classes + labels, return_counts=True)
+    owners, classes = np.divmod(pairs, num_classes)
+    first = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
+    last = np.append(first[1:], len(owners))
+    return {int(owners[begin]): (classes[begin:end], sizes[begin:end]) for begin, end in zip(first, last)}
 
 
 def _hash(name: str) -> bytes:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl import keyed
-from dtl.config.models import DataConfig
-from dtl.data.groups import Groups, find_groups, refuse_broken, split_by_group
+from dtl.config.models import DataConfig, FoldConfig
+from dtl.data.groups import Groups, find_groups, folds_by_group, refuse_broken, split_by_group
 from dtl.data.open import cache_lock, open_split
 from dtl.data.remote.address import cache_place
 from dtl.data.shards.index import Shards, is_packed, write_part
@@ -25,7 +25,7 @@ from dtl.data.shards.manifest import check_class_maps
 from dtl.data.shards.mirror import Unreachable
 from dtl.data.shards.part import PART_NAME
 from dtl.data.sources.base import Source
-from dtl.data.sources.content_split import split_by_content
+from dtl.data.sources.content_split import folds_by_content, split_by_content
 from dtl.data.sources.splits import HasSplits, NoSplit
 from dtl.errors import UserError
 from dtl.files import expand_home
@@ -87,9 +87,12 @@ class _Opening:
         self.listed: dict[str, Source] = {}
 
     def splits(self) -> Splits:
-        data = self.data
+        data, fold = self.data, self.data.fold
         train, val = self._as_packed()
         test = self._named("test", train) if data.test is not None else self._of_train("test", train)
+        if fold is not None and fold.number and test is not None:
+            self.notes(f"the test set is fold {fold.number} of {fold.of}: left out {counted(test.num_samples, 'test image')} that {self.source} has of its own")
+            test = None
         if data.val is not None:
             val = self._named("val", train)
         if test is not None and data.test_fraction:
@@ -97,7 +100,9 @@ class _Opening:
         if test is not None and data.test is None and val is not None and content_id(test) == content_id(val):
             test = None  # data.val names it: the user wants it to choose
         shares: dict[str, float | None] = {"test": data.test_fraction} if data.test_fraction else {}
-        if val is None and (data.val_fraction or test is not None or shares):
+        if fold is not None and fold.number:
+            shares["test"] = 1 / fold.of
+        if val is None and (data.val_fraction or test is not None or shares or fold is not None):
             shares["val"] = data.val_fraction or None
         held_out = self._hold_out(train, shares) if shares else {"train": train}
         val, test = held_out.get("val", val), held_out.get("test", test)
@@ -110,7 +115,7 @@ class _Opening:
 
     def _as_packed(self) -> tuple[Shards, Shards | None]:
         """Training images, and the validation images that their source has of its own, or that packing splits off."""
-        if self.data.val_fraction and not self.data.test_fraction and self.data.group is None:
+        if self.data.val_fraction and not self.data.test_fraction and self.data.group is None and self.data.fold is None:
             try:
                 train = self.one(self.source, self.data, split="train", listed=self.listed)
             except HasSplits:
@@ -146,18 +151,28 @@ class _Opening:
     def _hold_out(self, train: Shards, shares: Mapping[str, float | None]) -> dict[str, Shards]:
         """The training images in parts: a share of them for each name, in this order, and the rest as train. None: the usual share for validation."""
         groups = None if self.data.group is None else find_groups(train, self.data.group, self.source)
-        facts = [_VERSION, None if groups is None else groups.digest, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
+        fold = self.data.fold if self.data.fold is not None and self.data.fold.number else None
+        digest = None if groups is None else groups.digest
+        facts: list[object] = [_VERSION, digest, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
+        facts += [] if fold is None else [fold.model_dump()]
         home = cache_place(self.data.cache_dir, shared=self.data.cache_shared) / "parts" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
         names = ("train", *shares)
         if not all((home / name / PART_NAME).is_file() for name in names):
             home.parent.mkdir(exist_ok=True)
             with cache_lock(home.with_name(home.name + ".lock"), f"splits {self.source}", self.log):
-                for name, chosen in chosen_parts(train, shares, groups).items():
+                for name, chosen in chosen_parts(train, shares, groups, fold).items():
                     write_part(train, chosen, home / name)
         opened = {name: self.one(self.source, self.options, split="train", found=home / name) for name in names}
         for name in shares:
             what = {"val": "validation", "test": "test"}[name]
-            why = "" if shares[name] is not None else ", because there are test images and no validation images, and test images choose nothing"
+            if name == "test" and fold is not None:
+                why = f": fold {fold.number} of {fold.of}"
+            elif shares[name] is not None:
+                why = ""
+            elif self.data.fold is not None and fold is None:
+                why = ", as in each fold"
+            else:
+                why = ", because there are test images and no validation images, and test images choose nothing"
             some = f"{opened[name].num_samples:,} of {counted(train.num_samples, 'training image')}"
             how = "stratified" if groups is None else _reached(opened[name], train, groups)
             self.notes(f"{some} ({opened[name].num_samples / train.num_samples:.1%}, {how}) are used as {what} images{why}")
@@ -192,11 +207,20 @@ def _reached(part: Shards, train: Shards, groups: Groups) -> str:
     return f"{len(mine):,} of {counted(len(groups.names), 'group')}, {min(shares):.1%} to {max(shares):.1%} of a class"
 
 
-def chosen_parts(shards: Shards, shares: Mapping[str, float | None], groups: Groups | None = None) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which samples [N] each part has: `train` those that no other has. Every sample is in exactly one, and so is every group."""
+def chosen_parts(
+    shards: Shards, shares: Mapping[str, float | None], groups: Groups | None = None, fold: FoldConfig | None = None
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which samples [N] each part has: `train` those that no other has. Every sample is in exactly one, and so is every group.
+
+    `fold`: these are the test images, whatever their share.
+    """
     left, found = np.ones(shards.num_samples, bool), dict[str, npt.NDArray[np.bool_]]()
     hashes, labels = content_keys(shards), np.asarray(shards.labels)
     for name, share in shares.items():
+        if name == "test" and fold is not None:
+            found[name] = folds_of(shards, fold, groups) == fold.number
+            left = ~found[name]
+            continue
         count = int(left.sum())
         fraction = min(0.5, max(VAL_FRACTION, LEAST_VAL / count)) if share is None else share * shards.num_samples / count
         chosen = np.zeros(shards.num_samples, bool)
@@ -208,6 +232,14 @@ def chosen_parts(shards: Shards, shares: Mapping[str, float | None], groups: Gro
             raise UserError("no class has two different images, so that none can be held out of the training images; give --data.val FOLDER")
         found[name], left = chosen, left & ~chosen
     return {"train": left, **found}
+
+
+def folds_of(shards: Shards, fold: FoldConfig, groups: Groups | None = None) -> npt.NDArray[np.int64]:
+    """The fold of each sample [N], from 1, whichever of them `fold` is."""
+    labels = np.asarray(shards.labels)
+    if groups is None:
+        return 1 + folds_by_content(content_keys(shards), labels, fold.of, seed=fold.seed, classes=shards.classes)
+    return 1 + folds_by_group(groups, labels, fold.of, seed=fold.seed, classes=shards.classes)
 
 
 def content_keys(shards: Shards) -> npt.NDArray[np.uint64]:

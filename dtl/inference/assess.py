@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -355,6 +355,37 @@ def assess_groups(sums: GroupSums, forward: ForwardPass, *, num_outputs: int) ->
     )
     seen.add(0, Outputs(batch, logits, forward.decide(logits), batch.labels, batch.weights), numbers)
     return seen.all_ranks(Runtime.alone("cpu"))
+
+
+def pooled(parts: Sequence[tuple[Assessment, npt.NDArray[np.int64]]], *, num_hardest: int = NUM_HARDEST) -> Assessment:
+    """Several sets of images as one: what `assess` has seen of each in one process, and the number [n] that each of its samples has among all of them.
+
+    It does not depend on the order of the parts: counts are integers, and the images' losses are added exactly and rounded once.
+    """
+    seen = [one for one, _ in parts]
+    num_samples = sum(int(one.result["num_samples"]) for one in seen)
+
+    def share(name: str) -> float:
+        found = sum(round(one.result[name] * one.result["num_samples"]) for one in seen if one.result["num_samples"])
+        return found / num_samples if num_samples else math.nan
+
+    total_loss = math.fsum(value for one in seen for value in one.predictions.loss.tolist())
+    integers = [np.column_stack([where[one.predictions.samples], one.predictions.labels, one.predictions.predicted]) for one, where in parts]
+    floats = [np.column_stack([one.predictions.probability, one.predictions.loss]) for one in seen]
+    hardest = [replace(hard, sample=int(where[hard.sample])) for one, where in parts for hard in one.hardest]
+    rankings = [(one.ranking, where) for one, where in parts if one.ranking is not None]
+    with_scores = len(rankings) == len(parts) and num_samples * seen[0].confusion.num_classes <= _MOST_SCORES
+    return Assessment(
+        result={"top1": share("top1"), "top5": share("top5"), "loss": total_loss / num_samples if num_samples else math.nan, "num_samples": num_samples},
+        confusion=_counted(seen[0].confusion.num_classes, [one.confusion for one in seen]),
+        bin_samples=[sum(column) for column in zip(*(one.bin_samples for one in seen))],
+        bin_correct=[sum(column) for column in zip(*(one.bin_correct for one in seen))],
+        bin_confidence=[sum(column) for column in zip(*(one.bin_confidence for one in seen))],
+        hardest=sorted(hardest, key=lambda one: (-one.loss, one.sample, one.label))[:num_hardest],
+        damaged=sorted((int(where[sample]), reason) for one, where in parts for sample, reason in one.damaged),
+        predictions=ImagePredictions.joined(np.concatenate(integers), np.concatenate(floats)),
+        ranking=Ranking.joined(rankings) if with_scores else None,
+    )
 
 
 def _hard(numbers: list[int], values: list[float]) -> Hard:

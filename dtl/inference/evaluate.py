@@ -212,7 +212,7 @@ def note_test_look(model: RunningModel, shards: Shards, split: Split) -> int | N
 def _packed_val(source: _Source, split: Split, runtime: Runtime, log: Log, *, labelled: bool) -> Shards | None:
     """Validation images that were packed as such, without a look at the training images; None where they may be held out of these."""
     data = source.options
-    if split != "val" or data.test_fraction or (data.val_fraction and data.group is not None):
+    if split != "val" or data.test_fraction or data.fold is not None or (data.val_fraction and data.group is not None):
         return None
     try:
         shards = open_split(source.place, data, split="own val", labelled=labelled, progress=runtime.is_main, log=log, leads=runtime.local_rank == 0)

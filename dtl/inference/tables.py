@@ -93,8 +93,13 @@ def group_lines(values: dict[str, Any]) -> list[str]:
     return lines + [f"  {pair['label']} -> {pair['predicted']}: {counted(pair['count'], 'group')}" for pair in values["confused_pairs"][:_TABLE_PAIRS]]
 
 
-def write_csv(file: str, seen: Assessment, shards: Shards, classes: Sequence[str]) -> None:
-    """One line per image, in the order of the data: path, label, prediction, its probability, loss; of a damaged image the path alone."""
+def write_csv(
+    file: str | Path, seen: Assessment, shards: Shards, classes: Sequence[str], *, folds: npt.NDArray[np.int64] | None = None, what: str = "--csv "
+) -> None:
+    """One line per image, in the order of the data: path, label, prediction, its probability, loss; of a damaged image the path alone.
+
+    `folds` of all images [N] make one more column. `what` names the file in a message.
+    """
     found = seen.predictions
     damaged = dict(seen.damaged)
     rows = zip(*(column.tolist() for column in (found.samples, found.labels, found.predicted, found.probability, found.loss)))
@@ -104,14 +109,15 @@ def write_csv(file: str, seen: Assessment, shards: Shards, classes: Sequence[str
     every = heapq.merge(lines, ((sample, (None,) * 4) for sample in sorted(damaged)), key=itemgetter(0))
 
     def write(out: IO[bytes]) -> None:
-        out.write(csv_line(CSV_COLUMNS).encode())
+        out.write(csv_line(CSV_COLUMNS if folds is None else (*CSV_COLUMNS, "fold")).encode())
         for sample, cells in every:
-            out.write(csv_line([shards.name(sample), *cells]).encode("utf-8", "surrogateescape"))
+            fold = [] if folds is None else [int(folds[sample])]
+            out.write(csv_line([shards.name(sample), *cells, *fold]).encode("utf-8", "surrogateescape"))
 
     try:
         write_whole(Path(file), write)
     except OSError as error:
-        raise UserError(f"--csv {file}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{what}{file}: cannot be written: {error.strerror or error}") from error
 
 
 def class_rates(confusion: Confusion) -> list[dict[str, Any]]:

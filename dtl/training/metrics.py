@@ -162,6 +162,13 @@ class Ranking:
     """This rank's, [most, K], or [most, 1] with two classes."""
     runtime: Runtime
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Ranking, Ints]]) -> Ranking:
+        """Of several sets of images together, each in one process, and the number that each of its samples has among all of them."""
+        numbers = [np.column_stack([where[one._numbers[:, 0]], one._numbers[:, 1:]]) for one, where in parts]
+        first = parts[0][0]
+        return cls(first.num_classes, np.concatenate(numbers), torch.cat([one._values for one, _ in parts]), first.runtime)
+
     def _order(self) -> Ints:
         real = np.flatnonzero(self._numbers[:, 2])
         return np.asarray(real[np.lexsort((self._numbers[real, 1], self._numbers[real, 0]))], np.int64)

@@ -1,14 +1,17 @@
-"""Which samples go to validation: decided by each image's content, so that it survives renaming, copies and new images."""
+"""Which samples go to validation, or into which fold: decided by each image's content, so that it survives renaming, copies and new images."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
 
+from dtl import keyed
 from dtl.errors import UserError
+from dtl.text import counted
 
 
 def content_hash(data: bytes) -> int:
@@ -53,3 +56,47 @@ def _shares(counts: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.in
     remainders = np.round(exact - shares, 9)
     shares[np.argsort(-remainders, kind="stable")[:left]] += 1
     return shares
+
+
+def folds_by_content(hashes: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32], folds: int, *, seed: int, classes: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The fold of each sample, from 0. The images of a class, in an order that `seed` decides, are dealt to the folds in turn, each to one with the fewest of
+    its class, and of such folds to the smallest. So each class, and all of them together, differ by at most one image between folds.
+
+    Copies of one content go together, also under two labels; where they are many, folds differ by more. UserError where a class has too few images.
+    """
+    contents, content = np.unique(hashes, return_inverse=True)
+    label, size = np.full(len(contents), len(classes), np.int64), np.bincount(content)
+    np.minimum.at(label, content, labels)
+    present = np.unique(labels[(labels >= 0) & (labels < len(classes))])
+    for one in present:
+        if (number := int((label == one).sum())) < folds:
+            raise UserError(too_few_for_folds(folds, classes[one], counted(number, "different image"), number))
+    order = np.lexsort((keyed.keys(contents, "fold", seed), -size, label))
+    dealt, total = np.empty(len(contents), np.int64), np.zeros(folds, np.int64)
+    for members in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
+        have = np.zeros(folds, np.int64)
+        copies = int((size[members] > 1).sum())
+        for one in members[:copies]:
+            dealt[one] = np.lexsort((total, have))[0]
+            for counts in (have, total):
+                counts[dealt[one]] += size[one]
+        dealt[members[copies:]] = _fill(have, total, len(members) - copies)
+        total += np.bincount(dealt[members[copies:]], minlength=folds)
+    return np.asarray(dealt[content])
+
+
+def _fill(have: npt.NDArray[np.int64], total: npt.NDArray[np.int64], number: int) -> npt.NDArray[np.int64]:
+    """The folds of so many images of a class, one after another into that with the fewest of it. `have`, `total`: images of the class, and all, by fold."""
+    highest = int(have.max()) + -(-number // len(have))
+    height = np.arange(int(have.min()), highest + 1)[:, None]
+    heights, folds = np.broadcast_to(height, (len(height), len(have))), np.broadcast_to(np.arange(len(have)), (len(height), len(have)))
+    free = heights >= have
+    heights, folds = heights[free], folds[free]
+    order = np.lexsort((folds, total[folds] - have[folds], heights))
+    return np.asarray(folds[order][:number])
+
+
+def too_few_for_folds(folds: int, name: str, has: str, most: int) -> str:
+    """The line about a class that cannot be in each fold: it `has` so many images or groups, `most` of them."""
+    what = f"at most {most} folds (--folds {most})" if most > 1 else "it cannot be held out and trained on"
+    return f"{folds} folds need images of each class in each of them, but class '{name}' has {has}: {what}"

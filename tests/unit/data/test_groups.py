@@ -15,7 +15,7 @@ from tiny_images import encoded
 
 from dtl.cli import main
 from dtl.config.models import DataConfig, GroupConfig
-from dtl.data.groups import Groups, find_groups, split_by_group
+from dtl.data.groups import Groups, find_groups, folds_by_group, split_by_group
 from dtl.data.shards.index import Shards
 from dtl.data.splits_of_run import Splits, content_id, open_splits
 from dtl.errors import UserError
@@ -177,3 +177,54 @@ def test_groups_are_never_torn_and_the_order_decides_nothing(samples: list[tuple
     order.shuffle(shuffled)
     again = split(shuffled)
     assert again == found or isinstance(found, str)
+
+
+# ---- folds
+
+
+@settings(max_examples=80)
+@given(num_groups=st.integers(1, 40), num_classes=st.integers(1, 4), pure=st.booleans(), folds=st.integers(2, 6), seed=st.integers(0, 1000))
+def test_folds_keep_groups_whole(num_groups: int, num_classes: int, pure: bool, folds: int, seed: int) -> None:
+    generator, names = np.random.default_rng(seed), [f"class{label}" for label in range(num_classes)]
+    codes = np.repeat(np.arange(num_groups), generator.integers(1, 9, num_groups)).astype(np.int64)
+    labels = (generator.integers(0, num_classes, num_groups)[codes] if pure else generator.integers(0, num_classes, len(codes))).astype(np.int32)
+    groups = Groups(codes, tuple(f"patient {code}" for code in range(num_groups)))
+    owners = [len(np.unique(codes[labels == label])) for label in range(num_classes)]
+    if num_groups < folds or any(0 < number < folds for number in owners):
+        with pytest.raises(UserError, match=r"folds need as many groups|folds need images of each class .* has \d+ groups?: "):
+            folds_by_group(groups, labels, folds, seed=seed, classes=names)
+        return
+    found = folds_by_group(groups, labels, folds, seed=seed, classes=names)
+    assert set(found.tolist()) == set(range(folds)), "each image is in one fold, and none is empty"
+    assert all(len(set(found[codes == code].tolist())) == 1 for code in range(num_groups))
+    for label in np.unique(labels):
+        assert len(set(found[labels == label].tolist())) > 1, "each run has images of each class to train on"
+    order = generator.permutation(len(codes))
+    np.testing.assert_array_equal(folds_by_group(Groups(codes[order], groups.names), labels[order], folds, seed=seed, classes=names), found[order])
+
+
+def test_folds_of_groups_are_stratified() -> None:
+    generator = np.random.default_rng(0)
+    codes = np.repeat(np.arange(100), generator.integers(1, 9, 100)).astype(np.int64)
+    labels = generator.choice(3, 100, p=[0.6, 0.3, 0.1])[codes].astype(np.int32)
+    found = folds_by_group(Groups(codes, tuple(map(str, range(100)))), labels, 5, seed=0, classes=("a", "b", "c"))
+    for label in range(3):
+        sizes = np.bincount(found[labels == label], minlength=5)
+        assert sizes.max() - sizes.min() <= 8, "no more than one group apart"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ([], "5 folds need as many groups of images, but there are only 2"),
+        (["--folds", "3"], "3 folds need as many groups of images, but there are only 2"),
+    ],
+)
+def test_more_folds_than_groups_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], options: list[str], line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
+    assert main(["folds", "--config", "finetune", "--data.train", str(photos), "--data.group.regex", "/p([01])", *options]) == 2
+    assert f"dtl: {line}\n" == capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -199,3 +199,42 @@ def test_every_sample_is_on_one_side_whatever_the_order(
     for name, members in found.items():
         for _, number in members:
             assert sides.setdefault(number, name) == name  # copies of one image are on one side
+
+
+# ---- folds
+
+
+@pytest.mark.parametrize("more", [{}, {"val_fraction": 0.2}, {"group": {"regex": "([0-9]+)"}, "val_fraction": 0.2}], ids=["plain", "val", "groups"])
+def test_every_image_is_held_out_once(tmp_path: Path, two: Path, more: dict[str, object]) -> None:
+    root = {"train": str(two / "train"), "cache_dir": str(tmp_path / "cache"), **more}
+    said: list[str] = []
+    whole, seen = set[tuple[str | None, bytes]](), list[tuple[str | None, bytes]]()
+    for number in (2, 3, 1):
+        splits = open_splits(DataConfig(**root, fold={"number": number, "of": 3}), progress=False, log=said.append)  # type: ignore[arg-type]
+        assert splits.test is not None
+        parts = [images(shards) for shards in splits.all().values()]
+        whole = set().union(*parts)
+        assert sum(map(len, parts)) == len(whole) == 260
+        seen += parts[2]
+        if "group" not in more:
+            assert shape(splits)["test"] in ([43, 43], [43, 44], [44, 43], [44, 44])
+    assert set(seen) == whole
+    assert len(seen) == 260
+    assert any("are used as test images: fold 2 of 3" in line for line in said)
+
+
+def test_a_run_on_all_images_validates_as_each_fold_does(tmp_path: Path, two: Path) -> None:
+    said: list[str] = []
+    data = DataConfig(train=str(two / "train"), cache_dir=str(tmp_path / "cache"), fold={"number": 0, "of": 5})  # type: ignore[arg-type]
+    splits = open_splits(data, progress=False, log=said.append)
+    assert shape(splits) == {"train": [117, 117], "val": [13, 13]}
+    assert said[-1] == "26 of 260 training images (10.0%, stratified) are used as validation images, as in each fold"
+
+
+def test_a_test_set_of_its_own_is_no_part_of_a_fold(tmp_path: Path, two: Path) -> None:
+    said: list[str] = []
+    data = {"train": str(two), "cache_dir": str(tmp_path / "cache")}
+    splits = open_splits(DataConfig(**data, fold={"number": 1, "of": 2}), progress=False, log=said.append)  # type: ignore[arg-type]
+    assert shape(splits)["test"] == [65, 65]
+    assert f"the test set is fold 1 of 2: left out 10 test images that {two} has of its own" in said
+    assert shape(opened(tmp_path, train=str(two), fold={"number": 0, "of": 2}))["test"] == [5, 5]
