@@ -44,6 +44,16 @@ run_sweep_element() {  # CONFIG SETTINGS.txt [--section.key VALUE ...]
   run_job "$config" --run.dir "runs/${name%.*}" --run.name "$(element_name "$task" "${settings[@]}")" "$@" "${settings[@]}"
 }
 
+run_fold_element() {  # FOLDS CONFIG [--section.key VALUE ...]
+  [[ $# -ge 2 && $1 =~ ^[1-9][0-9]{0,8}$ ]] || fail "usage: sbatch --array=1-K slurm/array_folds.sbatch K CONFIG [--section.key VALUE ...], K the number of folds"
+  local folds=$1 config=$2 name fold=${SLURM_ARRAY_TASK_ID:-0}
+  shift 2
+  [[ $fold -ge 1 && $fold -le $folds ]] || fail "there are $folds folds, and this is element $fold of the array: submit with --array=1-$folds"
+  name=$(basename "$config")
+  # As dtl folds names and sets them.
+  run_job "$config" --run.dir "runs/${name%.*}-folds" --run.name "fold-$fold" --data.fold.number "$fold" --data.fold.of "$folds" "$@"
+}
+
 element_name() {  # 2 --phases.all.lr 0.03 --run.seed=1  ->  2-lr0.03-seed1
   local name=$1 word option value
   shift

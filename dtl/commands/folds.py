@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
             parser.error(f"unrecognized arguments: {word}")
     if options.fold is not None and options.fold > options.folds:
         raise UserError(f"--fold {options.fold}: there are {options.folds} folds (--folds)")
-    if options.json is not None and not user_path(options.json).absolute().parent.is_dir():
+    if options.json not in (None, "-") and not user_path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {user_path(options.json).absolute().parent} does not exist")
     if options.fold is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("several processes train one fold at a time: launch each with --fold N, and then run dtl folds by itself, which adds them up")
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     config, name = load_config([*recipe, *rest, "--data.fold.number", "0", "--data.fold.of", str(options.folds)])
     from dtl.inference.folds import begin, open_folds
 
-    folds = open_folds(config, name, log=to_stdout)
+    folds = open_folds(config, name, log=to_stderr)
     begin(folds)
     wanted = [options.fold] if options.fold is not None else folds.missing()
     for number in wanted:
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
             return status
     if options.fold is not None:
         left = [str(number) for number in folds.missing()]
-        to_stdout(f"folds left: {', '.join(left)}" if left else "all folds are done: dtl folds without --fold adds them up")
+        to_stderr(f"folds left: {', '.join(left)}" if left else "all folds are done: dtl folds without --fold adds them up")
         return 0
     return _results(folds, options, started)
 
@@ -72,7 +73,7 @@ def _train(folds: Folds, number: int, started: float) -> int:
     from dtl.training.run import run as run_training
 
     if folds.is_done(number):
-        to_stdout(f"{folds.folder / folds.name(number)} is done")
+        to_stderr(f"{folds.folder / folds.name(number)} is done")
         return 0
     if stopped_under_this_agent(folds.folder / folds.name(number)):
         return EXIT_STOPPED
@@ -84,12 +85,17 @@ def _results(folds: Folds, options: argparse.Namespace, started: float) -> int:
     from dtl.inference.tables import table
 
     values = _write(folds, options)
-    to_stdout("", *lines(values), "", *table(values).split("\n"))
+    if options.json != "-":
+        to_stdout("", *lines(values), "", *table(values).split("\n"))
     if options.refit:
         if status := _train(folds, 0, started):
             return status
         if values["refit"] is None:
             values = _write(folds, options)
+    if options.json == "-":
+        print(json.dumps(values, allow_nan=False))
+        return 0
+    if values["refit"] is not None:
         to_stdout("", f"{values['refit']} is trained on all images; {expected(values)}")
     to_stdout("", f"report       {folds.folder}/report/index.html", f"each image   {folds.folder}/predictions.csv", f"all numbers  {folds.folder}/results.json")
     return 0
@@ -102,7 +108,7 @@ def _write(folds: Folds, options: argparse.Namespace) -> dict[str, object]:
 
     found = collect(folds, log=to_stderr)
     write_csv(folds.folder / CSV_NAME, found.seen, folds.shards, found.values["classes"], folds=folds.numbers, what="")
-    for file in [folds.folder / RESULTS_NAME, *([] if options.json is None else [user_path(options.json)])]:
+    for file in [folds.folder / RESULTS_NAME, *([] if options.json in (None, "-") else [user_path(options.json)])]:
         try:
             write_json_whole(file, found.values)
         except OSError as error:
@@ -118,5 +124,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--folds", type=at_least(2), default=5, metavar="K", help="number of folds (default: 5)")
     add("--fold", type=at_least(1), metavar="N", help="train fold N alone: on several processes, or several folds at once")
     add("--refit", action="store_true", help="afterwards train the recipe on all images (RUNS/NAME-folds/refit)")
-    add("--json", metavar="FILE", help="write all numbers to FILE too")
+    add("--json", metavar="FILE", help="write all numbers to FILE too; - prints them instead of the table")
     return parser

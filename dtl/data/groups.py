@@ -208,7 +208,7 @@ def folds_by_group(groups: Groups, labels: npt.NDArray[np.int32], folds: int, *,
     if len(members) < folds:
         raise UserError(f"{folds} folds need as many groups of images, but there are only {len(members)}")
     owned = np.bincount(np.concatenate([kinds for kinds, _ in members.values()]), minlength=len(classes))
-    for one in np.flatnonzero((owned > 0) & (owned < folds)):
+    for one in np.flatnonzero((owned > 0) & (owned < folds)).tolist():
         raise UserError(too_few_for_folds(folds, classes[one], counted(int(owned[one]), "group"), int(owned[one])))
     total, have = np.bincount(labels, minlength=len(classes)), np.zeros((folds, len(classes)))
     found = np.full(len(groups.names), -1, np.int64)
@@ -218,7 +218,7 @@ def folds_by_group(groups: Groups, labels: npt.NDArray[np.int32], folds: int, *,
         found[group] = np.lexsort((have.sum(axis=1), crowding))[0]
         have[found[group], kinds] += counts
     if (lonely := np.flatnonzero((have == total).any(axis=0) & (total > 0))).size:
-        raise UserError(f"{folds} folds: all images of class '{classes[lonely[0]]}' would be in one of them; use fewer folds, or smaller groups")
+        raise UserError(f"{folds} folds: all images of class '{classes[int(lonely[0])]}' would be in one of them; use fewer folds, or smaller groups")
     return found[groups.codes]
 
 

@@ -55,6 +55,23 @@ def test_a_sweep_element_is_named_after_its_settings(words: str, name: str) -> N
     assert shell(f"element_name {words}") == name
 
 
+@pytest.mark.parametrize(
+    ("element", "words", "line"),
+    [
+        (
+            "2",
+            "3 configs/x.yaml --data.train p",
+            "configs/x.yaml --run.dir runs/x-folds --run.name fold-2 --data.fold.number 2 --data.fold.of 3 --data.train p",
+        ),
+        ("4", "3 configs/x.yaml", "there are 3 folds, and this is element 4 of the array: submit with --array=1-3"),
+        ("1", "configs/x.yaml --data.train p", "usage: sbatch --array=1-K slurm/array_folds.sbatch K CONFIG"),
+    ],
+)
+def test_an_element_of_folds_trains_one(element: str, words: str, line: str) -> None:
+    ends = 0 if element == "2" else 2
+    assert line in shell(f'run_job() {{ echo "$*"; }}; run_fold_element {words} 2>&1', ends, SLURM_ARRAY_TASK_ID=element)
+
+
 def port(**environment: str) -> int:
     return int(shell('round=${ROUND:-0}; choose_port; echo "$port"', **environment))
 

@@ -39,6 +39,8 @@ NOT_RUN = {
     "--rdzv-endpoint HOST:29400 --rdzv-id NAME --rdzv-conf join_timeout=120 dtl/train.py --config configs/finetune.yaml "
     "--data.train photos/train --data.val photos/val": ("takes two hosts", "tests/distributed/test_elastic.py"),
     "python -m benchmarks.transfer --show": ("minutes", "tests/unit/test_benchmarks.py"),
+    "dtl folds --config finetune --data.train all_photos --folds 3": ("trains three networks", "tests/unit/commands/test_folds.py"),
+    "dtl folds --config configs/finetune.yaml --folds 3 --data.train all_photos": ("trains three networks", "tests/unit/commands/test_folds.py"),
     "dtl doctor --json": ("looks at the machine for seconds", "tests/unit/doctor/test_examine.py"),
 }
 # Commands in sentences that name an option or a way of using one, rather than what to type.
@@ -182,7 +184,10 @@ def submit(world: World, place: Path, words: list[str]) -> None:
     template, rest = Path(words[at]), words[at + 1 :]
     assert f'"{template.name}"' in (ROOT / "tests/slurm/test_templates.py").read_text()
     assert (place / template).is_file()
-    if "array" in template.name:
+    if template.name == "array_folds.sbatch":
+        folds = rest.pop(0)
+        rest += ["--run.dir", f"runs/{Path(rest[0]).stem}-folds", "--run.name", f"fold-{folds}", "--data.fold.number", folds, "--data.fold.of", folds]
+    elif "array" in template.name:
         settings = (place / rest.pop(1)).read_text().splitlines()
         rest += settings[-1].split()
     if "--data.train" not in rest:

@@ -84,7 +84,7 @@ def test_the_stored_config_reads_back_as_the_same() -> None:
         (["--data.micro_batch_size", "128"], "micro_batch_size 128 is larger than data.global_batch_size 64"),
         (["--data.val", "x", "--data.val_fraction", "0.1"], "both given"),
         (["--data.fold.number", "3", "--data.fold.of", "2"], "data.fold: there is no fold 3 of 2"),
-        (["--data.fold.number", "2", "--data.test", "x"], "--data.test, --data.fold.number: data.test and data.fold are both given"),
+        (["--data.fold.number", "2", "--data.test", "x"], "--data.test: data.test and data.fold are both given, and the fold is the test set"),
         (["--data.fold.of", "2", "--data.val_fraction", "0.5"], "data.val_fraction and data.fold leave no image to train on"),
         (["--data.train", "photos"], "would use the digits recipe; give --config finetune"),
         (["--phases.all.task", "rotate"], "phase all \\(rotate\\) is the last phase"),

@@ -216,8 +216,8 @@ def test_folds_of_groups_are_stratified() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ([], "5 folds need as many groups of images, but there are only 2"),
-        (["--folds", "3"], "3 folds need as many groups of images, but there are only 2"),
+        ([], "5 folds need as many groups of images, but there are only 3"),
+        (["--folds", "4", "--data.fold.seed", "7"], "4 folds need as many groups of images, but there are only 3"),
     ],
 )
 def test_more_folds_than_groups_is_one_line(
@@ -225,6 +225,6 @@ def test_more_folds_than_groups_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
-    assert main(["folds", "--config", "finetune", "--data.train", str(photos), "--data.group.regex", "/p([01])", *options]) == 2
+    assert main(["folds", "--config", "finetune", "--data.train", str(photos), "--data.group.regex", "/p([012])", *options]) == 2
     assert f"dtl: {line}\n" == capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
