@@ -64,7 +64,7 @@ def make(folder: Path, num: int, classes: int) -> None:
     """`num` files of different bytes, in `classes` folders."""
     import numpy as np
 
-    from dtl.data.sources.png import store_png
+    from dtl.data.decoding.png import store_png
 
     draw = np.random.default_rng(num)
     for label in range(classes):

@@ -23,6 +23,7 @@ SRC is one of
   a folder that contains train/ and val/ image folders       (valid, validation or test instead of val work too)
   an archive of such folders                                 photos.zip, photos.tar.gz
   a list file with one line `path label` per image, or CSV with the header path,label (and split, if it has train, val and test rows)
+  Parquet or Arrow files with images, as Hugging Face's datasets keeps them (needs pyarrow)
   the Python batches of CIFAR-10 or CIFAR-100
   digits, the built-in example
 DST is a new folder. It gets manifest.json, index.bin and the shards, or train/ and val/ with these files.
@@ -39,6 +40,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def run(argv: list[str]) -> int:
     """The command. UserError if something is wrong with the source, the destination or the options."""
     options = _parser().parse_args(argv)
+    from dtl.config.models import ColumnsConfig, arguments_checked
     from dtl.data.copies import describe_copies, find_copies_quickly
     from dtl.data.groups import read_groups, store_groups
     from dtl.data.open import describe_trouble, packed_folder
@@ -48,14 +50,18 @@ def run(argv: list[str]) -> int:
     from dtl.data.shards.manifest import Manifest
     from dtl.data.sources.open import open_source
 
-    groups = None if options.group_column is None else read_groups(options.source, options.group_column)
+    with arguments_checked():
+        columns = {} if options.columns is None else ColumnsConfig.model_validate(options.columns).given()
+    groups = None if options.group_column is None else read_groups(options.source, options.group_column, path_column=columns.get("path"))
     like = options.classes_from
     classes = Manifest.read(packed_folder(like, "train") or Path(like)).classes if like else None
     shard_bytes = parse_size(options.shard_size)
     given = limits(options)
     limits_of_files = {name: value for name, value in given.items() if name == "max_file_bytes"}
     # An empty class folder is reported and left out: whoever packs reads the notes. Nobody watches a training job, so it refuses.
-    source = open_source(options.source, classes=classes, names=options.names, on_error="skip", labelled=not options.unlabelled, **limits_of_files)
+    source = open_source(
+        options.source, classes=classes, names=options.names, on_error="skip", labelled=not options.unlabelled, columns=columns, **limits_of_files
+    )
     if not options.quiet:
         to_stderr(
             f"{options.source}: {source.kind}, {counted(source.num_samples, 'image')} of {counted(len(source.classes), 'class')}, {_size(source.num_bytes)}"
@@ -111,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("destination", metavar="DST", help="a new folder for the shards")
     split = parser.add_argument_group("splits and classes")
     split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="share for validation; split by content, stratified by class (default: 0)")
+    split.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of a list or table with other names: path=file,label=species,split=fold")
     split.add_argument("--group-column", metavar="C", help="SRC is a list: store its column C, for data.group.column (a patient, a camera, a session)")
     split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards (for a validation set that belongs to them)")
     split.add_argument("--unlabelled", action="store_true", help="SRC may be a folder or list of images without labels (for task: rotate)")

@@ -176,7 +176,8 @@ def _classes_of_data(data: DataConfig) -> list[str]:
     if is_remote(train):
         raise UserError(f"the classes of {train} are known once it is packed or indexed: give --num-classes K or --classes NAMES")
     packed = packed_folder(train, "train")
-    return list(open_source(train, on_error="skip").classes) if packed is None else read_class_names(packed, "data.train")
+    columns = None if data.columns is None else data.columns.given()
+    return list(open_source(train, on_error="skip", columns=columns).classes) if packed is None else read_class_names(packed, "data.train")
 
 
 def _plan(wanted: _Wanted, weights: SourceWeights) -> TransferReport:

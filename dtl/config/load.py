@@ -335,7 +335,7 @@ def _one_line(error: ValidationError, given: _Given) -> str:
     if first["type"] == "missing" and keys == place:
         return f"{given.of('.'.join(keys[:-1]))}: {dotted} is missing"
     inner = _known_keys(place)
-    if inner and not isinstance(first["input"], dict):
+    if inner and not isinstance(first["input"], dict) and first["type"] != "value_error":  # of a section that text can be
         settings = f"{dotted}.{inner[0]}, {some(inner[1:])}"
         return f"{given.of(dotted)}: {dotted} is a section, not a single value (got {first['input']!r}); its settings are {settings}"
     messages = [in_words(problem) for problem in problems if [str(part) for part in problem["loc"]][: len(keys)] == keys]

@@ -169,6 +169,33 @@ class FoldConfig(Section):
         return self
 
 
+class ColumnsConfig(Section):
+    """The columns of a list or a table, by their names, where they are not found by themselves: `path=file,label=species`."""
+
+    path: str | None = None
+    """Column of the images: of a list their paths, of Parquet and Arrow files the images themselves."""
+    label: str | None = None
+    """Column of the classes."""
+    split: str | None = None
+    """Column of the splits, of a list: train, val, test (or valid, testing ...) in each row."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found = dict[str, str]()
+        for part in value.split(","):
+            role, _, name = (piece.strip() for piece in part.partition("="))
+            if role not in ("path", "label", "split") or not name or role in found:
+                raise ValueError(f"columns are `path=COLUMN,label=COLUMN,split=COLUMN`, each at most once; got `{part.strip()}`")
+            found[role] = name
+        return found
+
+    def given(self) -> dict[str, str]:
+        return self.model_dump(exclude_none=True)
+
+
 class DataConfig(Section):
     train: Address | None = None
     """Training data: an image folder (one folder per class), a zip or tar of one, a list file, CIFAR batches, packed shards, WebDataset tars (local or
@@ -182,6 +209,8 @@ class DataConfig(Section):
     the training images (20 or more) is validated on."""
     test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images that is used as the test set; split by content, stratified by class."""
+    columns: ColumnsConfig | None = None
+    """Columns of a list, or of Parquet and Arrow files, whose names are not found by themselves: `path=file,label=species,split=fold`."""
     group: GroupConfig | None = None
     """Images that belong together (a patient, a camera, a session): a group is in one split only. `regex: R`, `column: C` or `file: F`."""
     group_check: Literal["refuse", "warn"] = "refuse"

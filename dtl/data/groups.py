@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dtl.config.models import GroupConfig
+from dtl.config.models import ColumnsConfig, GroupConfig
 from dtl.data.shards.index import GROUPS_NAME, Shards
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.content_split import too_few_for_folds
@@ -42,15 +42,18 @@ class Groups:
         return digest.hexdigest()
 
 
-def find_groups(shards: Shards, given: GroupConfig, source: str) -> Groups:
-    """The group of each sample of `shards`, which `source` names. UserError for a sample without one: it could stand on both sides."""
+def find_groups(shards: Shards, given: GroupConfig, source: str, *, columns: ColumnsConfig | None = None) -> Groups:
+    """The group of each sample of `shards`, which `source` names. UserError for a sample without one: it could stand on both sides.
+
+    `columns`: those of the list that `source` is, if they are not the usual ones.
+    """
     names = [shards.name(sample) for sample in range(shards.num_samples)]
     if given.regex is not None:
         found = _by_regex(names, given.regex, source)
     elif given.file is not None:
         found = _by_file(names, given.file, source)
     else:
-        found = _by_column(shards, names, str(given.column), source)
+        found = _by_column(shards, names, str(given.column), source, path_column=None if columns is None else columns.path)
     codes: dict[str, int] = {}
     numbers = np.fromiter((codes.setdefault(name, len(codes)) for name in found), np.int64, len(found))
     return Groups(numbers, tuple(codes))
@@ -100,8 +103,8 @@ def _looked_up(names: list[str], groups: Mapping[str, str], what: str, source: s
     return [groups[os.path.normpath(name)] for name in names]
 
 
-def read_groups(file: str, column: str | None = None) -> dict[str, str]:
-    """path -> group, of a CSV with these columns; `column`: the name of that of groups, of a list of images."""
+def read_groups(file: str, column: str | None = None, *, path_column: str | None = None) -> dict[str, str]:
+    """path -> group, of a CSV with these columns; `column`, `path_column`: their names, of a list of images."""
     what = f"data.group.file {file}" if column is None else f"the column of groups {column!r}: {file}"
     try:
         text = list_text(user_path(file), MAX_FILE_BYTES)
@@ -117,7 +120,8 @@ def read_groups(file: str, column: str | None = None) -> dict[str, str]:
         raise UserError(f"{what} is not readable as CSV: {error}") from None
     header = [cell.strip() for cell in rows[0]] if rows else []
     lower = [cell.lower().replace(" ", "_") for cell in header]
-    path = next((lower.index(name) for name in PATH_COLUMNS if name in lower), None)
+    usual = PATH_COLUMNS if path_column is None else (path_column.strip().lower().replace(" ", "_"),)
+    path = next((lower.index(name) for name in usual if name in lower), None)
     if column is not None:
         if column not in header:
             raise UserError(f"{what} has no such column{nearest(column, header) or f'; it has {some(header, quoted=True)}'}")
@@ -140,7 +144,7 @@ def read_groups(file: str, column: str | None = None) -> dict[str, str]:
     return found
 
 
-def _by_column(shards: Shards, names: list[str], column: str, source: str) -> list[str]:
+def _by_column(shards: Shards, names: list[str], column: str, source: str, *, path_column: str | None) -> list[str]:
     """From the list that names the images, or from what packing stored of it."""
     stored = shards.group_column
     if stored == column:
@@ -152,7 +156,7 @@ def _by_column(shards: Shards, names: list[str], column: str, source: str) -> li
             f"data.group.column {column}: {source} has no groups stored: pack the list with this column again (dtl pack LIST DST --group-column {column}), "
             "or give data.group.regex or data.group.file"
         )
-    return _looked_up(names, read_groups(source, column), f"data.group.column {column}: the list", source)
+    return _looked_up(names, read_groups(source, column, path_column=path_column), f"data.group.column {column}: the list", source)
 
 
 def store_groups(folder: Path, groups: Mapping[str, str], column: str) -> None:

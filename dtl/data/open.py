@@ -79,7 +79,7 @@ def ensure_packed(
     opened = None if listed is None else listed.get(str(source))
     again = opened is not None
     if opened is None:
-        opened = open_source(source, classes=classes, names=options.names, on_error=options.on_error, labelled=labelled, max_file_bytes=options.max_file_bytes)
+        opened = _list(source, options, classes=classes, labelled=labelled)
     if listed is not None:
         listed[str(source)] = opened
     if options.val_fraction and opened.has_splits:
@@ -106,6 +106,18 @@ def ensure_packed(
                 log(f"  {line}")
             log(f"  packed in {report.seconds:.1f} s; it is used again as long as the source does not change")
     return folder
+
+
+def _list(source: str | Path, options: DataConfig, *, classes: Sequence[str] | None, labelled: bool) -> Source:
+    return open_source(
+        source,
+        classes=classes,
+        names=options.names,
+        on_error=options.on_error,
+        labelled=labelled,
+        max_file_bytes=options.max_file_bytes,
+        columns=None if options.columns is None else options.columns.given(),
+    )
 
 
 def open_split(

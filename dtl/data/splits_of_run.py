@@ -150,7 +150,7 @@ class _Opening:
 
     def _hold_out(self, train: Shards, shares: Mapping[str, float | None]) -> dict[str, Shards]:
         """The training images in parts: a share of them for each name, in this order, and the rest as train. None: the usual share for validation."""
-        groups = None if self.data.group is None else find_groups(train, self.data.group, self.source)
+        groups = None if self.data.group is None else find_groups(train, self.data.group, self.source, columns=self.data.columns)
         fold = self.data.fold if self.data.fold is not None and self.data.fold.number else None
         digest = None if groups is None else groups.digest
         facts: list[object] = [_VERSION, digest, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
@@ -192,7 +192,8 @@ class _Opening:
         if given is None or len(held_out) == len(splits.all()):
             return
         named = {name: str(getattr(self.data, name) or self.source) for name in ("train", "val", "test")}
-        line = refuse_broken({name: (shards, find_groups(shards, given, named[name])) for name, shards in splits.all().items()})
+        groups = {name: (shards, find_groups(shards, given, named[name], columns=self.data.columns)) for name, shards in splits.all().items()}
+        line = refuse_broken(groups)
         if line is None:
             return
         if self.data.group_check == "refuse":

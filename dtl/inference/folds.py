@@ -110,7 +110,7 @@ def open_folds(config: Config, name: str, *, log: Log) -> Folds:
         raise UserError("the last phase does not classify, so there is nothing to measure on the folds")
     options = config.data.model_copy(update={"val_fraction": 0.0})
     shards = open_split(config.data.train, options, split="train", log=log)
-    groups = None if config.data.group is None else find_groups(shards, config.data.group, config.data.train)
+    groups = None if config.data.group is None else find_groups(shards, config.data.group, config.data.train, columns=config.data.columns)
     numbers = folds_of(shards, config.data.fold, groups)
     return Folds(Path(config.run.dir) / f"{name}-folds", config, shards, groups, numbers)
 

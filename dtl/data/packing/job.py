@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.data.decoding.headers import MAX_PIXELS
+from dtl.data.decoding.png import store_png
 from dtl.data.shards.manifest import MANIFEST_NAME
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import ALL, WHOLE, ZIP_DEFLATED, Source
-from dtl.data.sources.png import store_png
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, TEMPORARY, open_regular, read_regular, write_whole
 from dtl.untrusted import read_json

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl import pickles
+from dtl.data.decoding.png import store_png
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.base import Source
 from dtl.data.sources.content_split import content_hash, split_by_content
 from dtl.data.sources.digits import DIGITS_VAL_FRACTION, read_digits
-from dtl.data.sources.png import store_png
 from dtl.errors import UserError
 from dtl.untrusted import read_regular
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,17 @@ _SHOWN_ERRORS = 3
 _MISSING_VALUES = ("nan", "null", "n/a", "#n/a", "<na>")
 
 
-def open_list(path: Path, *, classes: Sequence[str] | None, names: str | Path | None, labelled: bool = True, max_bytes: int = MAX_FILE_BYTES) -> Source:
+def open_list(
+    path: Path,
+    *,
+    classes: Sequence[str] | None,
+    names: str | Path | None,
+    labelled: bool = True,
+    max_bytes: int = MAX_FILE_BYTES,
+    columns: Mapping[str, str] | None = None,
+) -> Source:
     """Read a list. Labels are text, and are the names of the classes; where all are numbers they sort as numbers. See `open_source`."""
-    rows = read_list(path, labelled=labelled, max_bytes=max_bytes)
+    rows = read_list(path, labelled=labelled, max_bytes=max_bytes, columns=columns)
     if not len(rows.lines):
         raise UserError(f"{path} lists no images; each line is `path label`, or CSV with a header path,label")
     numeric = all(map(_NUMBER.fullmatch, rows.label_names))

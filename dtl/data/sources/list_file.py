@@ -11,7 +11,7 @@ import io
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -78,26 +78,29 @@ def list_text(path: Path, max_bytes: int) -> str:
         ) from None
 
 
-def read_list(path: Path, *, labelled: bool, max_bytes: int) -> Listing:
-    """Read a list file. UserError for the first line that is wrong, by its number."""
+def read_list(path: Path, *, labelled: bool, max_bytes: int, columns: Mapping[str, str] | None = None) -> Listing:
+    """Read a list file. UserError for the first line that is wrong, by its number. `columns`: see `parse_list`."""
     try:
         text = list_text(path, max_bytes)
     except ValueError as error:
         raise UserError(f"{path} is not a list: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return parse_list(text, origin=str(path), folder=path.parent, labelled=labelled)
+    return parse_list(text, origin=str(path), folder=path.parent, labelled=labelled, columns=columns)
 
 
-def parse_list(text: str, *, origin: str, folder: Path, labelled: bool, paths_only: bool = False) -> Listing:
+def parse_list(text: str, *, origin: str, folder: Path, labelled: bool, paths_only: bool = False, columns: Mapping[str, str] | None = None) -> Listing:
     """Rows of a list's text. Where labels are not needed, a line may be a path alone, and a header names no other column.
 
-    `origin` begins each message; `folder`: where its paths begin. `paths_only`: nothing else is looked at, as for a prediction.
+    `origin` begins each message; `folder`: where its paths begin. `paths_only`: nothing else is looked at, as for a prediction. `columns`: the
+    names of those for path, label and split, where they are not the usual ones.
     """
     lines, labels, splits = array("q"), array("i"), array("B")
     label_codes: dict[str, int] = {}
     split_codes: dict[str, int] = {}
-    table = _find_header(text, labelled=labelled, paths_only=paths_only)
+    table = _find_header(text, labelled=labelled, paths_only=paths_only, columns=columns or {})
+    if table is None and columns:
+        raise UserError(f"{origin}, {_without_columns(text, columns)}")
     if table is None:
         if origin.lower().endswith(".csv") and labelled:
             raise UserError(f"{origin}, {_no_header(text, folder)}")
@@ -172,18 +175,37 @@ def _is_it_csv(row: str) -> str:
 # ---- CSV
 
 
-def _find_header(text: str, *, labelled: bool, paths_only: bool) -> _Table | None:
+def _find_header(text: str, *, labelled: bool, paths_only: bool, columns: Mapping[str, str]) -> _Table | None:
     """The columns, where the first line that is not blank names one of paths and one of labels (or the former alone, where labels are not needed)."""
     first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+    given = {role: _column_name(name) for role, name in columns.items()}
+    path, label = (given.get(role) for role in ("path", "label"))
     for delimiter in _DELIMITERS:
         try:
             cells = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error:
             continue
-        names = [cell.strip().lower().replace(" ", "_") for cell in cells]
-        if not set(names).isdisjoint(PATH_COLUMNS) and not (labelled and set(names).isdisjoint(LABEL_COLUMNS)):
-            return _Table(delimiter, names, labelled=labelled, paths_only=paths_only)
+        names = [_column_name(cell) for cell in cells]
+        has_label = not set(names).isdisjoint((label,) if label else LABEL_COLUMNS)
+        if not set(names).isdisjoint((path,) if path else PATH_COLUMNS) and (has_label or not labelled) and set(given.values()) <= set(names):
+            return _Table(delimiter, names, labelled=labelled, paths_only=paths_only, given=given)
     return None
+
+
+def _column_name(cell: str) -> str:
+    return cell.strip().lower().replace(" ", "_")
+
+
+def _without_columns(text: str, columns: Mapping[str, str]) -> str:
+    """Which of the columns that were asked for the header lacks."""
+    first = next((line.strip() for line in io.StringIO(text, newline="") if line.strip()), "")
+    cells = [_unquoted(cell) for cell in first.split(max(_DELIMITERS, key=first.count))]
+    known = {_column_name(cell) for cell in cells}
+    missing = [f"{role}={name}" for role, name in columns.items() if _column_name(name) not in known]
+    has = f"its first line has {some(cells, limit=10, quoted=True)}"
+    if missing:
+        return f"data.columns {','.join(missing)}: no such column; {has}"
+    return f"data.columns: which column is the {'label' if 'path' in columns else 'path'}? {has}; name it too (path=COLUMN,label=COLUMN)"
 
 
 def _no_header(text: str, folder: Path) -> str:
@@ -210,6 +232,8 @@ class _Table:
     names: list[str]
     labelled: bool
     paths_only: bool
+    given: Mapping[str, str] = field(default_factory=dict)
+    """path, label, split: the columns that were asked for."""
     _spelled_splits: dict[int, set[str]] = field(default_factory=dict)
     """Unused columns that have named nothing but splits so far, and what they named."""
     _suspects: list[tuple[int, int, str]] = field(default_factory=list)
@@ -217,9 +241,13 @@ class _Table:
     _splits_of: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.path = next(self.names.index(name) for name in PATH_COLUMNS if name in self.names)
-        self.label = None if self.paths_only else next((self.names.index(name) for name in LABEL_COLUMNS if name in self.names), None)
-        self.splits = [] if self.paths_only else [name for name in (*SPLIT_COLUMNS, *TRUTH_COLUMNS) if name in self.names]
+        def named(role: str, usual: Sequence[str]) -> list[str]:
+            return [name for name in ([self.given[role]] if role in self.given else usual) if name in self.names]
+
+        self.path = self.names.index(named("path", PATH_COLUMNS)[0])
+        labels = [] if self.paths_only else named("label", LABEL_COLUMNS)
+        self.label = self.names.index(labels[0]) if labels else None
+        self.splits = [] if self.paths_only else named("split", (*SPLIT_COLUMNS, *TRUTH_COLUMNS))
         self.split = self.names.index(self.splits[0]) if self.splits else None
         used = {self.path, self.label, self.split}
         self.unused = [at for at in range(len(self.names)) if at not in used]

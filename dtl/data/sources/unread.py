@@ -57,13 +57,16 @@ def data_set_of_others(folder: Path) -> str:
     kind = next((kind for kind, holds in _DATA_SETS.items() if any(map(holds, names))), None)
     if kind is None:
         return ""
+    if kind in _PACKED:
+        return f"it is {kind}: give it to --data.train, or pack it first (dtl pack SRC DST)"
     return f"it is {kind}, which dtl does not read: write its images into a folder for each class (CLASS/IMAGE), or into tars for `dtl index` (docs/data.md)"
 
 
+_PACKED = ("a data set of Hugging Face's datasets (.arrow files)", "a data set in Parquet files")
 _DATA_SETS = {
-    "a data set of Hugging Face's datasets (.arrow files)": lambda name: name.endswith(".arrow"),
+    _PACKED[0]: lambda name: name.endswith(".arrow"),
     "a data set in MosaicML's format (MDS shards)": lambda name: ".mds" in name,
-    "a data set in Parquet files": lambda name: name.endswith(".parquet"),
+    _PACKED[1]: lambda name: name.endswith(".parquet"),
     "a data set in TFRecord files": lambda name: ".tfrecord" in name or name.endswith(".tfrec"),
     "a data set in LMDB": lambda name: name in ("data.mdb", "lock.mdb") or name.endswith(".lmdb"),
     "a data set in HDF5 or NumPy files": lambda name: name.endswith((".h5", ".hdf5", ".npz", ".npy")),

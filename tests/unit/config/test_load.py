@@ -342,3 +342,13 @@ def test_names_of_phases_and_classes_keep_their_hyphens(own: str) -> None:
     Path(own).write_text("data: {train: a, val: b}\nphases: {warm-up: {epochs: 1}, on: {epochs: 2}}\n")
     config, _ = load_config(["--config", own, "--phases.warm-up.head-lr-scale", "3", "--phases.on.lr", "0.5"])
     assert (config.phases["warm-up"].head_lr_scale, config.phases["on"].lr) == (3.0, 0.5)
+
+
+def test_a_section_that_text_can_be() -> None:
+    config, _ = load_config(["--config", "finetune", "--data.train", "a.csv", "--data.columns", "path=file,label=species"])
+    assert config.data.columns is not None
+    assert config.data.columns.given() == {"path": "file", "label": "species"}
+    by_key, _ = load_config(["--config", "finetune", "--data.train", "a.csv", "--data.columns.path", "file", "--data.columns.label", "species"])
+    assert by_key == config
+    with pytest.raises(UserError, match=r"--data.columns: .*columns are `path=COLUMN,label=COLUMN,split=COLUMN`, each at most once; got `lable=species`"):
+        load_config(["--config", "finetune", "--data.train", "a.csv", "--data.columns", "path=file,lable=species"])

@@ -18,8 +18,8 @@ from tiny_images import encoded, image_folder
 from dtl.commands import index, verify
 from dtl.commands import pack as pack_command
 from dtl.data.copies import COPIES_NAME, Copies, describe_copies, find_copies
+from dtl.data.decoding.png import store_png
 from dtl.data.shards.index import Shards
-from dtl.data.sources.png import store_png
 
 
 def opened(place: Path, *splits: str) -> dict[str, Shards]:

@@ -235,3 +235,21 @@ def test_a_list_of_many_rows_is_columns() -> None:
     listing = parsed("path,label,split\n" + "".join(f"img/{row}.png,{row % 7},train\n" for row in range(count)))
     assert len(listing.paths) == len(listing.labels) == count
     assert listing.labels.nbytes + listing.splits.nbytes + listing.lines.nbytes == 13 * count
+
+
+def test_columns_by_their_names(tmp_path: Path) -> None:
+    text = "file,species,class,Fold Of\na.jpg,ant,1,valid\nb.jpg,bee,2,train\n"
+    listing = parsed(text, columns={"label": "species", "split": "fold of"})
+    assert rows(listing) == [("a.jpg", "ant", "val"), ("b.jpg", "bee", "train")]
+    assert "column not used: 'class'" in listing.notes
+    assert rows(parsed(text, columns={"path": "species", "label": "File"}))[0] == ("ant", "a.jpg", "all")
+    for columns, message in [
+        ({"label": "spezies"}, "list.csv, data.columns label=spezies: no such column; its first line has 'file', 'species', 'class', 'Fold Of'"),
+        ({"path": "species", "label": "x", "split": "y"}, "data.columns label=x,split=y: no such column"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parsed(text, columns=columns)
+    with pytest.raises(UserError, match=r"which column is the label\? its first line has 'datei', 'art'; name it too"):
+        parsed("datei;art\na.jpg;ant\n", columns={"path": "datei"})
+    with pytest.raises(UserError, match=r"data.columns label=species: no such column; its first line has 'a.jpg ant'"):
+        parsed("a.jpg ant\n", columns={"label": "species"})

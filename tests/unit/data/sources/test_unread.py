@@ -89,8 +89,10 @@ def test_data_sets_of_other_tools_are_named(tmp_path: Path, which: str) -> None:
     files, kind = OTHERS[which]
     for name in files:
         put(tmp_path / "set" / name)
-    said = rf"set holds no (images|tar files).*it is a data set .*{kind}.*, which dtl does not read: write its images into a folder for each class"
-    for read in (open_source, lambda place: find_images([str(place)]), lambda place: find_shards([place])):
+    packed = which in ("parquet", "Hugging Face")
+    what = r": give it to --data.train, or pack it first" if packed else ", which dtl does not read: write its images into a folder for each class"
+    said = rf"set holds no (images|tar files).*it is a data set .*{kind}.*{what}"
+    for read in (*([] if packed else [open_source]), lambda place: find_images([str(place)]), lambda place: find_shards([place])):
         with pytest.raises(UserError, match=said):
             read(tmp_path / "set")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_images import pixels
 
-from dtl.data.sources.png import store_png
+from dtl.data.decoding.png import store_png
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (32, 32, 3), (200, 150, 3), (1, 65_600)])
