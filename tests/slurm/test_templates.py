@@ -110,16 +110,14 @@ def test_a_job_that_loses_a_node_goes_on_with_others(desk: Desk, lab: SlurmLab, 
     assert_same(job.run, reference[2])
 
 
-def test_folds_are_trained_side_by_side_for_dtl_folds(desk: Desk) -> None:
-    config, options = recipe(desk.folder), ["--array=1-2", "--gpus-per-node=0"]
-    job = desk.submit("array_folds.sbatch", "2", config, "--phases.all.steps", "2", "--data.workers", "0", options=options, DTL_LAUNCH="")
-    folder = desk.folder / "runs/tiny-folds"
-    job.wait("to end", lambda: not job.lab.call("squeue", "--noheader", f"--jobs={job.number}"))
-    assert sorted(path.name for path in folder.iterdir()) == ["fold-1", "fold-2"], job.log
-    words = ["--config", config, "--folds", "2", "--phases.all.steps", "2", "--data.workers", "0"]
-    added = run(words, cwd=desk.folder, command="folds", env={"HOLD": str(desk.folder / "hold")})
+def test_an_array_element_trains_its_fold_for_dtl_folds(desk: Desk) -> None:
+    config, options, short = recipe(desk.folder), ["--array=2", "--gpus-per-node=0"], ["--phases.all.steps", "2", "--data.workers", "0"]
+    job = desk.submit("array_folds.sbatch", "2", config, *short, options=options, run="runs/tiny-folds/fold-2", DTL_LAUNCH="", DTL_DRY_RUN="off")
+    job.wait_until_done()
+    added = run(["--config", config, "--folds", "2", *short], cwd=desk.folder, command="folds", env={"HOLD": str(desk.folder / "hold")})
     assert "over 2 folds: top1" in added.out()
-    assert "run runs/tiny-folds/fold" not in added.err(), "both are done"
+    assert "run runs/tiny-folds/fold-1: " in added.err()
+    assert "run runs/tiny-folds/fold-2: " not in added.err(), "it is done"
 
 
 def test_a_sweep_leaves_its_results_side_by_side(desk: Desk, reference: dict[int, Path]) -> None:

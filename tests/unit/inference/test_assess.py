@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.inference import assess
-from dtl.inference.assess import NUM_BINS, Assessment, Confusion, PairCounts
+from dtl.inference.assess import NUM_BINS, Assessment, Confusion, PairCounts, pooled
 from dtl.runs.predictions import ImagePredictions
+from dtl.training.evaluate import Outputs
 from dtl.training.metrics import Scores
 
 EMPTY = np.zeros(0, np.int64)
@@ -85,3 +87,39 @@ def test_many_classes_take_no_more_than_their_images() -> None:
     pairs.add(torch.tensor([19_999, 0, 19_999]), torch.tensor([19_999, 5, 19_999]), torch.tensor([True, True, True]))
     found = pairs.all_ranks(Runtime.alone("cpu"))
     assert (found.labels.tolist(), found.predicted.tolist(), found.counts.tolist()) == ([0, 19_999], [5, 19_999], [1, 2])
+
+
+# ---- parts of a data set as one
+
+
+def _measured(logits: torch.Tensor, labels: torch.Tensor) -> Assessment:
+    """What one process sees of these images, the last of which is damaged."""
+    numbers = torch.arange(len(labels))
+    weights = (numbers < len(labels) - 1).float()
+    batch = Batch(torch.zeros(0, dtype=torch.uint8), labels, weights, numbers, numbers, 0, 0)
+    found = assess._Seen(logits.shape[1], 1, torch.device("cpu"), 5, with_scores=True)
+    found.add(0, Outputs(batch, logits, logits, labels, weights), numbers)
+    found.damaged = [(len(labels) - 1, "cut off")]
+    return found.all_ranks(Runtime.alone("cpu"))
+
+
+@pytest.mark.parametrize("num_classes", [2, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_parts_are_one_whole_to_the_last_digit_in_any_order(num_classes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(203, num_classes, generator=generator)
+    labels = torch.randint(num_classes, (203,), generator=generator)
+    wheres = [np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(200), 5)]
+    parts = [(_measured(logits[[*where, 202]], labels[[*where, 202]]), np.append(where, 200 + fold)) for fold, where in enumerate(wheres)]
+    one = pooled([(_measured(logits[[*range(200), 202]], labels[[*range(200), 202]]), np.arange(201))], num_hardest=5)
+    first, second = (pooled(order, num_hardest=5) for order in (parts, parts[::-1]))
+    for found in (first, second):
+        assert (found.result, found.calibration_error, found.hardest) == (one.result, one.calibration_error, one.hardest)
+        assert found.confusion.dense().tolist() == one.confusion.dense().tolist()
+        for mine, other in zip(vars(found.predictions).values(), vars(one.predictions).values(), strict=True):
+            np.testing.assert_array_equal(mine, other)
+        assert found.ranking is not None
+        assert one.ranking is not None
+        assert [found.ranking.value(name) for name in ("auroc", "average_precision")] == [one.ranking.value(name) for name in ("auroc", "average_precision")]
+        assert found.damaged == [(200 + fold, "cut off") for fold in range(5)]
+    assert one.result["num_samples"] == 200
