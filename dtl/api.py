@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtl.checkpoint.transfer.apply import TransferReport, load_pretrained
 from dtl.config import resolve_config
-from dtl.config.models import AugmentConfig, DataConfig
+from dtl.config.models import AugmentConfig, DataConfig, ImageSize
 from dtl.data.loading.batch import Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.open import open_split
@@ -58,7 +58,7 @@ class BatchIterable:
 
     shards: Shards
     transform: Transform
-    image_size: int
+    image_size: ImageSize
     batch_size: int
     workers: int
     seed: int
@@ -103,7 +103,7 @@ class BatchIterable:
 def build_loader(
     source: str | Path,
     split: str = "train",
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     batch_size: int = 64,
     workers: int = 2,
     seed: int = 0,

@@ -65,7 +65,7 @@ def make_model(folder: Path, config: Config) -> None:
         architecture={"name": network.name, "num_classes": len(classes), "options": {}},
         classes=classes,
         display_names={},
-        preprocessing={**vars(network.preprocessing), "image_size": config.data.image_size},
+        preprocessing={**network.preprocessing.to_json(), "image_size": config.data.image_size},
         metrics={},
         made_by={"run": str(folder), "data": train.dataset_id},
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.config import Config
+from dtl.config.models import ImageSize, sides
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.index import Shards
 from dtl.distributed.deadline import Deadline
@@ -77,11 +78,12 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
         log(f"data: {counted(shards.num_samples, f'{split} image')} of {counted(shards.num_classes, 'class')} in {shards.folder}")
         with runtime.together("data"):
             _fetch_all(shards, log)
+    log(network.preprocessing.line(cropped=build.crop_matters(config)))
     log(loaders.evaluation_view)
     log(f"network: {network.name}, {sum(parameter.numel() for parameter in network.module.parameters()):,} parameters")
     build.check_phases(parts.phases, network, loaders, runtime, monitor=config.checkpoint.monitor)
     if parts.checkpoint is None:
-        build.load_pretrained(config, network, runtime, loaders.train, log)
+        build.load_pretrained(config, network, runtime, loaders.train, log, weights=parts.weights)
     elif is_at_end(parts.state, parts.phases):
         log(f"{folder.path} has no step left to train (it ended at step {step})")
     else:
@@ -91,12 +93,12 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
     for phase in parts.phases:
         with runtime.together("phases"):
             set_head(network, phase, init=config.model.init, seed=config.run.seed)
-            trained = trained_names(network, phase, image_size=config.data.image_size, log=log)
+            trained = trained_names(network, phase, image_size=loaders.image_size, log=log)
             freeze(network.module, trained, freeze_norm=config.model.freeze_norm)
             size = loaders.layout(phase).micro_batch_size
             kind = (trained, phase.task.name, size, phase.config.optimizer, bool(phase.config.ema))
             if kind not in memories:
-                memories[kind] = memory(network, phase, size, config.data.image_size)
+                memories[kind] = memory(network, phase, size, loaders.image_size)
         log(phase_line(phase, network.module))
         log(f"phase {phase.name}: memory of each of {counted(runtime.world_size, 'process')} in float32, about {memories[kind]}{checkpointed}")
 
@@ -118,7 +120,7 @@ def _fetch_all(shards: Shards, log: Log) -> None:
         raise UserError(str(error)) from None
 
 
-def memory(network: Network, phase: Phase, micro_batch_size: int, image_size: int) -> str:
+def memory(network: Network, phase: Phase, micro_batch_size: int, image_size: ImageSize) -> str:
     """What training the phase takes, in words. The network is frozen as in the phase. Activations are counted on the meta device, as autograd saves them."""
     parameters = list(network.module.parameters())
     trained = sum(_bytes(parameter) for parameter in parameters if parameter.requires_grad)
@@ -130,7 +132,7 @@ def memory(network: Network, phase: Phase, micro_batch_size: int, image_size: in
         "optimizer": trained * MOMENTS[phase.config.optimizer],
         "moving average": trained + buffers if phase.config.ema else 0,
     }
-    saved = saved_bytes(network.module, torch.empty((rows, 3, image_size, image_size), device="meta"))
+    saved = saved_bytes(network.module, torch.empty((rows, 3, *sides(image_size)), device="meta"))
     parts |= {f"activations of {counted(rows, 'image')}": saved} if saved is not None else {}
     unknown = "" if saved is not None else "; the activations come on top of it (this network does not run on shapes alone)"
     shown = ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)

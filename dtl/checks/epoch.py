@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.sampling.plan import EpochPlan, RankLayout
@@ -54,7 +55,7 @@ def prove_epoch(
     micro_batch_size: int | None,
     workers: int,
     first_step: int,
-    image_size: int,
+    image_size: ImageSize,
     pixels: bool,
     advance: Callable[[int], None],
 ) -> EpochProof:

@@ -7,10 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtl.files import user_path
 from dtl.text import OptionParser, counted, to_stdout
+
+if TYPE_CHECKING:
+    from dtl.config.models import ImageSize, ModelConfig
 
 _DESCRIPTION = """\
 Check this machine before a run: versions of PyTorch, CUDA and the driver; GPUs and the links between them; shared memory, open files,
@@ -76,9 +79,21 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
         "cache_dir": user_path(options.cache_dir or data.cache_dir or default_cache_dir()),
         "model": options.model or config.model.name,
         "keep": config.checkpoint.keep,
-        "need": Need(image_size=data.image_size, batch_size=micro, workers=0 if workers == "auto" else workers, ranks=ranks),
+        "need": Need(
+            image_size=_size_of(config.model) if data.image_size == "auto" else data.image_size,
+            batch_size=micro,
+            workers=0 if workers == "auto" else workers,
+            ranks=ranks,
+        ),
         "auto_workers": workers == "auto",
     }
+
+
+def _size_of(model: ModelConfig) -> ImageSize:
+    """Of the images of this network's published weights; another source of weights may have been trained at another size."""
+    from dtl.models.build import build
+
+    return build(model.name, num_classes=10, options=dict(model.options), meta=True, own=True).preprocessing.image_size
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -106,6 +106,7 @@ def _lost(line: str) -> None:
 
 
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, heart: Heartbeat) -> LrCurve:
+    from dtl.checkpoint.transfer.source.read import preprocessing_for
     from dtl.checks.lr_range import find_lr
     from dtl.training import build
     from dtl.training.active import enter, set_head
@@ -116,9 +117,12 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         data = build.open_data(config, runtime, log)
         train = data.train
         network = build.build_network(config, train.num_classes, runtime)
+        weights = build.read_pretrained(config, network, runtime)
+        with runtime.together("model"):
+            network.preprocessing = build.with_settings(config, preprocessing_for(network.preprocessing, weights))
         loaders = build.build_dataloaders(config, runtime, data, network)
         phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)
-        build.load_pretrained(config, network, runtime, train, log)
+        build.load_pretrained(config, network, runtime, train, log, weights=weights)
         normalise = build.place_network(config, network, runtime)
         set_head(network, phase, init=config.model.init, seed=config.run.seed)
         if options.start is not None:
@@ -132,7 +136,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
             classes=loaders.classes,
             freeze_norm=config.model.freeze_norm,
             micro_batch_size=loaders.layout(phase).micro_batch_size,
-            image_size=config.data.image_size,
+            image_size=loaders.image_size,
             sync_bn=config.model.sync_bn,
             log=log,
         )

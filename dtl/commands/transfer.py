@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dtl.checkpoint.transfer.apply import TransferReport
     from dtl.checkpoint.transfer.source.read import SourceWeights
     from dtl.config import Config
-    from dtl.config.models import DataConfig, TransferOptions
+    from dtl.config.models import DataConfig, ImageSize, TransferOptions
+    from dtl.models.preprocessing import Preprocessing
 
 _EPILOG = """\
 examples:
@@ -71,7 +72,8 @@ class _Wanted:
     """Names, or where to find them."""
     num_classes: int
     source_classes: str | None
-    image_size: int | None
+    image_size: ImageSize | None
+    """Of `--image-size` or the recipe; None: as in a run of its own."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -89,10 +91,10 @@ def run(argv: Sequence[str]) -> int:
     from dtl.checkpoint.transfer.source.read import read_weights
 
     weights = read_weights(wanted.source)
-    report = _plan(wanted, weights)
+    report, preprocessing = _plan(wanted, weights)
     if options.verify and report.plan.ok:
         report = _verify(wanted, report, weights)
-    to_stdout(*report.lines())
+    to_stdout(*report.lines(), preprocessing.line())
     if options.save_map:
         from dtl.checkpoint.transfer.apply import save_map
 
@@ -149,7 +151,7 @@ def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
         classes=classes,
         num_classes=_outputs(classes, options.num_classes),
         source_classes=options.source_classes,
-        image_size=options.image_size or (config.data.image_size if options.config else None),
+        image_size=options.image_size or (config.data.image_size if config.data.image_size != "auto" else None),
     )
 
 
@@ -180,12 +182,14 @@ def _classes_of_data(data: DataConfig) -> list[str]:
     return list(open_source(train, on_error="skip", columns=columns).classes) if packed is None else read_class_names(packed, "data.train")
 
 
-def _plan(wanted: _Wanted, weights: SourceWeights) -> TransferReport:
+def _plan(wanted: _Wanted, weights: SourceWeights) -> tuple[TransferReport, Preprocessing]:
     from dtl.checkpoint.transfer.apply import preview
     from dtl.checkpoint.transfer.plan import plan_weights
+    from dtl.checkpoint.transfer.source.read import preprocessing_for
     from dtl.models.build import build
 
     network = build(wanted.model, num_classes=wanted.num_classes, options=wanted.model_options, meta=True, own=True)
+    network.preprocessing = preprocessing_for(network.preprocessing, weights)
     source_model = None
     if wanted.source_arch:
         source_model = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), meta=True, own=True).module
@@ -199,8 +203,7 @@ def _plan(wanted: _Wanted, weights: SourceWeights) -> TransferReport:
         target_classes=wanted.classes,
         image_size=wanted.image_size or network.preprocessing.image_size,
     )
-    normalisation = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
-    return preview(plan, weights, network.module, target_preprocessing=normalisation)
+    return preview(plan, weights, network.module), network.preprocessing
 
 
 def _number(given: str | None) -> int | None:

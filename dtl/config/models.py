@@ -24,9 +24,37 @@ Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Strength = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=8)]
 Address = Annotated[str, AfterValidator(bare)]
 """A source of data or weights. Of a web address the config keeps no password and no token: see dtl.credentials."""
 TransferBy = Literal["auto", "name", "order", "strict", "map"]
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+ImageSize = int | tuple[int, int]
+"""Pixels: the side of a square, or (height, width) that differ."""
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def as_size(height: int, width: int) -> ImageSize:
+    return height if height == width else (height, width)
+
+
+def num_pixels(size: ImageSize) -> int:
+    height, width = sides(size)
+    return height * width
+
+
+def shown_size(size: ImageSize) -> str:
+    """As the config takes it: `224`, `[160, 224]`."""
+    return str(size) if isinstance(size, int) else str(list(size))
+
+
+def _square_as_one(value: Any) -> Any:
+    return as_size(*value) if isinstance(value, tuple) else value
 
 
 RECALL_OF = "recall:"
@@ -217,10 +245,10 @@ class DataConfig(Section):
     """What happens if splits that were made by hand have a group in common."""
     fold: FoldConfig | None = None
     """Hold out one fold of the training images as the test set; stratified by class, groups in one fold. `dtl folds` sets it for each of its runs."""
-    image_size: Annotated[int, Field(ge=8)] = 224
-    """Side of the square input image, in pixels."""
+    image_size: Annotated[Literal["auto"] | Side | tuple[Side, Side], AfterValidator(_square_as_one)] = "auto"
+    """Size of the input image in pixels: the side of a square, or [height, width]. auto: that of the pretrained weights, else of the network, else 224."""
     fit: Fit = "crop"
-    """How an image becomes square. crop: its middle; stretch: all of it, with other proportions; pad: all of it, with bars of the mean colour."""
+    """How an image gets the shape of the input. crop: its middle; stretch: all of it, with other proportions; pad: all of it, with bars of the mean colour."""
     global_batch_size: Count = 64
     """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dtl.config.load import check_phase_names, config_from_dict, parse_config
-from dtl.config.models import Config, DataConfig
+from dtl.config.models import Config, DataConfig, sides
 from dtl.errors import UserError
 from dtl.files import expand_home, flock
 from dtl.text import Log
@@ -31,7 +31,8 @@ from dtl.untrusted import parse_json, read_regular
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_FILE_BYTES = 64 << 20
 _MAX_WORKERS = 8
-_MAX_IMAGE_SIZE = 4096
+MAX_IMAGE_SIZE = 4096
+"""Pixels of a side, in a config that is not the user's own."""
 _noted: set[tuple[str, str]] = set()
 """What this process has recorded: it counts here even if the file cannot be written."""
 
@@ -90,15 +91,20 @@ def parse_stored(data: bytes, origin: str, *, own: bool) -> StoredConfig:
     check_phase_names(config, origin)  # reports make file names of them
     if own:
         return StoredConfig(config, text, own, origin)
-    if config.data.image_size > _MAX_IMAGE_SIZE:
-        raise UserError(f"{origin}: data.image_size {config.data.image_size:,} is larger than {_MAX_IMAGE_SIZE:,}, the limit for a config that is not yours")
+    if _longest_side(config) > MAX_IMAGE_SIZE:
+        raise UserError(f"{origin}: data.image_size {_longest_side(config):,} is larger than {MAX_IMAGE_SIZE:,}, the limit for a config that is not yours")
     safe, withheld = _harmless(config)
     return StoredConfig(safe, text, own, origin, withheld)
 
 
 def needs_record(config: Config) -> bool:
     """Whether a config contains something that is used only in the user's own: a run with it is recorded."""
-    return is_function(config.model.name) or config.data.image_size > _MAX_IMAGE_SIZE or _harmless(config)[0] != config
+    return is_function(config.model.name) or _longest_side(config) > MAX_IMAGE_SIZE or _harmless(config)[0] != config
+
+
+def _longest_side(config: Config) -> int:
+    size = config.data.image_size
+    return 0 if size == "auto" else max(sides(size))
 
 
 def _harmless(config: Config) -> tuple[Config, dict[str, str]]:

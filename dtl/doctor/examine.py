@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from dtl import machine
+from dtl.config.models import num_pixels
 from dtl.doctor import judge_cluster, judge_gpus, judge_machine, probe
 from dtl.doctor.finding import Finding
 from dtl.doctor.judge_machine import Need
@@ -77,7 +78,7 @@ class Doctor:
         if self.auto_workers:
             gpus, left = int(self.torch.get("count") or 0), [one for one in machine.memory_left() if one is not None]
             cores, memory = machine.core_share() / max(1, gpus, self.need.ranks), min(left) // (2 * max(1, gpus, self.need.ranks)) if left else None
-            batch_bytes = 3 * self.need.image_size**2 * self.need.batch_size
+            batch_bytes = 3 * num_pixels(self.need.image_size) * self.need.batch_size
             self.need = replace(self.need, workers=machine.loader_processes(cores, memory, on_cpu=not gpus, batch_bytes=batch_bytes))
 
     def _disk(self, name: str, folder: Path) -> list[Finding]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dtl.config.models import ImageSize, num_pixels
 from dtl.data.loading.shared_memory import bytes_needed
 from dtl.doctor.finding import Finding
 from dtl.text import counted
@@ -20,7 +21,7 @@ SLOW_DISK = 50.0
 class Need:
     """What a run needs of the machine."""
 
-    image_size: int = 224
+    image_size: ImageSize = 224
     batch_size: int = 64
     """Samples of one micro-batch of one rank."""
     workers: int = 2
@@ -50,7 +51,7 @@ class Need:
     @property
     def batch_bytes(self) -> int:
         """Batches in memory at once: what every worker has ready, what it makes, and the one in use."""
-        return self.ranks * (self.workers * (self.prefetch + 1) + 1) * 3 * self.image_size**2 * self.batch_size
+        return self.ranks * (self.workers * (self.prefetch + 1) + 1) * 3 * num_pixels(self.image_size) * self.batch_size
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -15,7 +15,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dtl.config.models import ImageSize, as_size, sides
+
 REDUCE_MIB = 8
+
+
+def _size(given: dict[str, Any]) -> ImageSize:
+    size = given["image_size"]
+    return as_size(*map(int, size if isinstance(size, list) else (size, size)))
 
 
 def torch_facts(given: dict[str, Any]) -> dict[str, Any]:
@@ -79,10 +86,10 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
     from dtl.data.transforms.transforms import train_transform
 
     torch.set_num_threads(1)
-    size = int(given["image_size"])
+    size = _size(given)
     images, what = _some_images(given.get("data"))
     transform = train_transform(image_size=size, augment=AugmentConfig())
-    out = torch.empty((1, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)[0]
+    out = torch.empty((1, 3, *sides(size)), dtype=torch.uint8, memory_format=torch.channels_last)[0]
     headers = [probe(data) for data in images]
     end = time.process_time() + float(given["seconds"])
     count, start = 0, 0.0
@@ -106,11 +113,11 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
     from dtl.distributed.runtime import Runtime, resolve_precision
     from dtl.models.build import build, forward_logits
 
-    name, size, batch = str(given["model"]), int(given["image_size"]), int(given["batch_size"])
+    name, size, batch = str(given["model"]), _size(given), int(given["batch_size"])
     device = Runtime.alone(str(given["device"])).device
     precision = resolve_precision("auto", read_launch({}, []), device.type == "cpu")
     module = build(name, num_classes=10, own=True).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, *sides(size), device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
     deadline, steps, start = time.perf_counter() + float(given["seconds"]), 0, 0.0

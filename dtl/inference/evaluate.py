@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dtl.config.models import DataConfig, GroupConfig
+from dtl.config.models import DataConfig, GroupConfig, num_pixels
 from dtl.config.own import StoredConfig, stored_config
 from dtl.data.groups import Groups, find_groups
 from dtl.data.open import open_split
@@ -105,7 +105,7 @@ def open_images(
         source = _source(model, data, run, split, on_error, allow_pipe)
     shards = _open(source, split, model, log)
     wanted = workers if workers is not None else run.config.data.workers if run is not None else "auto"
-    return shards, choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * model.stored.transform.image_size**2 * batch_size)
+    return shards, choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * num_pixels(model.stored.transform.image_size) * batch_size)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dtl.config.models import sides
 from dtl.data.decoding.decode import DecodeError
 from dtl.data.sources.digits import read_digits
 from dtl.errors import UserError
@@ -61,7 +62,7 @@ class _Logits(nn.Module):
 
 
 def export(model: StoredModel, target: Path, *, to: str, images: Tensor, opset: int | None = None) -> Exported:
-    """Write `model` (on the CPU) to `target`. `images` float32 [n, 3, S, S] are normalised, and what the check runs on.
+    """Write `model` (on the CPU) to `target`. `images` float32 [n, 3, H, W] are normalised, and what the check runs on.
 
     UserError where the format's package is missing, the network cannot be exported, or the result differs from PyTorch: then
     nothing is written.
@@ -107,7 +108,7 @@ def _describe(model: StoredModel, *, divided: bool) -> dict[str, Any]:
         "input": {
             "name": "images",
             "dtype": "float32",
-            "shape": ["batch", 3, size, size],
+            "shape": ["batch", 3, *sides(size)],
             "channels": "RGB",
             "values": "(pixel / 255 - mean) / std",
         },
@@ -123,7 +124,7 @@ def _describe(model: StoredModel, *, divided: bool) -> dict[str, Any]:
         "preprocessing": {
             "mean": list(values.mean),
             "std": list(values.std),
-            "image_size": size,
+            "image_size": size if isinstance(size, int) else list(size),
             "interpolation": values.interpolation,
             "crop_ratio": values.crop_ratio,
             "transform": model.transform.describe(),
@@ -138,7 +139,7 @@ def _describe(model: StoredModel, *, divided: bool) -> dict[str, Any]:
 
 
 def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
-    """Up to 8 readable images as the network takes them, [n, 3, S, S]; of the built-in digits where none are given."""
+    """Up to 8 readable images as the network takes them, [n, 3, H, W]; of the built-in digits where none are given."""
     found: list[np.ndarray] = []
     problem = ""
     if inputs is None:
@@ -153,8 +154,7 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
                 break
     if not found:
         raise UserError(f"none of the images for the check can be read ({problem})")
-    size = model.transform.image_size
-    pixels = torch.empty((len(found), 3, size, size), dtype=torch.uint8)
+    pixels = torch.empty((len(found), 3, *sides(model.transform.image_size)), dtype=torch.uint8)
     heights, widths = zip(*(image.shape[:2] for image in found))
     draws = model.transform.draw(range(len(found)), widths, heights, seed=0, epoch=0)
     for row, image in enumerate(found):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from dtl.checkpoint.resume.resume import FREE_SETTINGS
 from dtl.checkpoint.resume.state import config_conflicts
 from dtl.config import Config
-from dtl.config.models import DataConfig, FoldConfig
+from dtl.config.models import DataConfig, FoldConfig, num_pixels
 from dtl.config.own import stored_config
 from dtl.data.groups import Groups, find_groups
 from dtl.data.open import open_split
@@ -225,7 +225,7 @@ def _test_of(folds: Folds, number: int) -> tuple[Shards, npt.NDArray[np.int64]]:
 
 def _measured(model: RunningModel, test: Shards, data: DataConfig) -> Assessment:
     runtime, transform = model.runtime, model.stored.transform
-    workers = choose_workers(data.workers, runtime, rank_cores(runtime), batch_bytes=3 * transform.image_size**2 * _BATCH_SIZE)
+    workers = choose_workers(data.workers, runtime, rank_cores(runtime), batch_bytes=3 * num_pixels(transform.image_size) * _BATCH_SIZE)
     batches = RankBatches(test, transform, batch_size=_BATCH_SIZE, workers=workers, runtime=runtime)
     return assess(model.forward, batches, task=model.stored.task, num_outputs=len(model.stored.classes), skip_damaged=data.on_error == "skip")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from dtl import files
 from dtl.checkpoint.resume.model_folder import load_network
+from dtl.config.models import ImageSize, as_size
 from dtl.config.own import stored_config
 from dtl.data.transforms.geometry import BLACK, Colour, Fitted, ShortSide, Square
 from dtl.data.transforms.transforms import EVALUATION_VERSION, Transform, eval_transform
@@ -131,16 +132,7 @@ def _is_model(folder: Path) -> bool:
 
 def _preprocessing(folder: Path, values: dict[str, Any]) -> Preprocessing:
     try:
-        mean, std = (tuple(float(number) for number in values[name]) for name in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean {mean} and std {std} must be three numbers each, and std positive")
-        return Preprocessing(
-            mean=mean,
-            std=std,
-            image_size=int(values["image_size"]),
-            interpolation=str(values["interpolation"]),
-            crop_ratio=float(values["crop_ratio"]),
-        )
+        return Preprocessing.from_values(values)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'model.json'} is damaged: preprocessing: {error}") from error
 
@@ -153,7 +145,7 @@ def _transform(folder: Path, facts: ModelFacts) -> Transform:
         return _described_transform(folder, described)
     config = stored_config(folder.parent).config if (folder.parent / "config.yaml").is_file() else None
     return eval_transform(
-        image_size=int(values["image_size"]),
+        image_size=_size(values["image_size"]),
         crop_ratio=float(values["crop_ratio"]),
         interpolation=str(values["interpolation"]),
         square=config is not None and config.data.augment.preset == "cifar" and config.data.crop_ratio == "auto",
@@ -164,11 +156,11 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
     """The inverse of `Transform.describe()`."""
     path = folder / "model.json"
     try:
-        geometry = dict(described["geometry"])
+        geometry: dict[str, Any] = {name: _size(value) if name.endswith("_size") else value for name, value in dict(described["geometry"]).items()}
         kind = {"ShortSide": ShortSide, "Square": Square, "Fitted": Fitted}[geometry.pop("name")]
         # An older dtl wrote one number for training and evaluation, `version`: 1 and 2, between which evaluation was the same.
         version = int(described.get("evaluation_version", 1))
-        plain = eval_transform(image_size=int(geometry["image_size"]), interpolation=str(described["interpolation"]))
+        plain = eval_transform(image_size=geometry["image_size"], interpolation=str(described["interpolation"]))
         transform = replace(plain, geometry=kind(**geometry), fill=_colour(described.get("fill", BLACK)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: preprocessing.transform: {type(error).__name__} {error}") from error
@@ -178,6 +170,12 @@ def _described_transform(folder: Path, described: dict[str, Any]) -> Transform:
             "use the version of dtl that trained it, or train it again"
         )
     return transform
+
+
+def _size(value: Any) -> ImageSize:
+    """As JSON has it: a number, or a list of height and width."""
+    height, width = value if isinstance(value, list) else (value, value)
+    return as_size(int(height), int(width))
 
 
 def _colour(values: Any) -> Colour:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dtl.config.models import sides
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError
 from dtl.data.loading.processes import end_processes, start_processes
 from dtl.data.transforms.transforms import Transform
@@ -57,7 +58,7 @@ class _Images:
     names: list[str]
     problems: list[str | None]
     images: Tensor
-    """uint8 [readable, 3, S, S]"""
+    """uint8 [readable, 3, H, W]"""
 
     def pin_memory(self) -> _Images:
         self.images = self.images.pin_memory()
@@ -75,8 +76,7 @@ class _Batches(Dataset[_Images]):
 
     def __getitem__(self, number: int) -> _Images:
         numbers = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.inputs)))
-        size = self.transform.image_size
-        images = torch.empty((len(numbers), 3, size, size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        images = torch.empty((len(numbers), 3, *sides(self.transform.image_size)), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
         problems: list[str | None] = []
         row = 0
         for image in numbers:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
+from dtl.config.models import ImageSize, sides
 from dtl.errors import UserError
 from dtl.models import catalog
 from dtl.models.catalog import model_names
@@ -161,7 +162,9 @@ def _bounded(name: str, max_values: int | None) -> Iterator[None]:
         yield
 
 
-def _find_heads(entry: catalog.Entry, module: nn.Module, construct: Callable[[int], nn.Module], options: dict[str, Any], *, image_size: int) -> tuple[str, ...]:
+def _find_heads(
+    entry: catalog.Entry, module: nn.Module, construct: Callable[[int], nn.Module], options: dict[str, Any], *, image_size: ImageSize
+) -> tuple[str, ...]:
     advice = "name its layer with the option head, for instance {head: fc}"
     if "head" in options:
         return _chosen_head(entry.name, module, str(options["head"]))
@@ -209,7 +212,7 @@ def _heads_by_sentinel(constructor: Callable[[int], nn.Module]) -> tuple[str, ..
     return _main_first(found, main=_declared_main(module))
 
 
-def _heads_by_tracing(module: nn.Module, image_size: int) -> tuple[str, ...]:
+def _heads_by_tracing(module: nn.Module, image_size: ImageSize) -> tuple[str, ...]:
     """The name of the last classifier layer that runs and whose output count is the network's; empty when there is none."""
     ran: list[str] = []
     traced = meta_copy(module).eval()
@@ -217,7 +220,7 @@ def _heads_by_tracing(module: nn.Module, image_size: int) -> tuple[str, ...]:
         if _is_classifier(layer):
             layer.register_forward_hook(lambda _module, _inputs, _output, name=name: ran.append(name))
     with torch.no_grad():
-        output = traced(torch.empty(2, 3, image_size, image_size, device="meta"))
+        output = traced(torch.empty(2, 3, *sides(image_size), device="meta"))
     layers = dict(traced.named_modules())
     matching = [name for name in ran if isinstance(output, torch.Tensor) and num_outputs(layers[name]) == output.shape[-1]]
     return tuple(matching[-1:])

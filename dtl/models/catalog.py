@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 from dtl.errors import UserError
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 from dtl.models.plain_resnet import PLAIN_RESNETS
-from dtl.models.preprocessing import Preprocessing, timm_preprocessing, torchvision_preprocessing
+from dtl.models.preprocessing import OWN, Preprocessing, timm_preprocessing, torchvision_preprocessing
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Entry:
     """Options that the name implies."""
 
     def preprocessing(self, module: nn.Module) -> Preprocessing:
-        """The preprocessing of the default pretrained weights; ImageNet's values if there are none."""
+        """The preprocessing of the default pretrained weights; ImageNet's values if there are none. What is the network's own, any weights have."""
         if self.library == "torchvision":
-            return torchvision_preprocessing(self.name.removeprefix("torchvision/"))
+            return replace(torchvision_preprocessing(self.name.removeprefix("torchvision/")), origins={"image_size": OWN})
         if self.library == "timm":
-            return timm_preprocessing(dict(module.pretrained_cfg))  # type: ignore[arg-type]
+            return replace(timm_preprocessing(dict(module.pretrained_cfg)), origins={"image_size": OWN})  # type: ignore[arg-type]
         if self.library == "dtl" and module.get_submodule("0.0").kernel_size == (3, 3):  # the stem for small images
-            return Preprocessing(image_size=32, crop_ratio=1.0)
+            return Preprocessing(image_size=32, crop_ratio=1.0, origins={"image_size": OWN, "crop_ratio": OWN})
         return Preprocessing()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import nn
 
+from dtl.config.models import ImageSize, sides
 from dtl.errors import UserError
 from dtl.files import sha256_of_tensors
 from dtl.models.groups import head_parameters, layer_groups
@@ -83,7 +84,7 @@ def checksum(module: nn.Module, names: Iterable[str]) -> str:
     return sha256_of_tensors({name: tensors[name] for name in names})
 
 
-def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: int | None = None) -> frozenset[str]:
+def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: ImageSize | None = None) -> frozenset[str]:
     """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
 
     `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass on the meta device, once for each set of layers that
@@ -97,13 +98,13 @@ def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary
     return network.without_gradient[question]
 
 
-def _unused(network: Network, trainable: Collection[str], size: int, auxiliary: bool) -> frozenset[str]:
+def _unused(network: Network, trainable: Collection[str], size: ImageSize, auxiliary: bool) -> frozenset[str]:
     try:
-        return _without_gradient(meta_copy(network.module), trainable, torch.empty(2, 3, size, size, device="meta"), auxiliary)
+        return _without_gradient(meta_copy(network.module), trainable, torch.empty(2, 3, *sides(size), device="meta"), auxiliary)
     except (RuntimeError, NotImplementedError):
         # A forward that looks at values cannot run on shapes alone. A real fault fails here again.
         device = next(network.module.parameters()).device
-        return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(2, 3, size, size, device=device), auxiliary)
+        return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(2, 3, *sides(size), device=device), auxiliary)
 
 
 def _without_gradient(module: nn.Module, trainable: Collection[str], images: torch.Tensor, auxiliary: bool) -> frozenset[str]:

@@ -46,17 +46,14 @@ def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
     rest: list[Any] = [facts]
     while rest:
         one = rest.pop()
-        for key, least, most in (
-            ("image_size", 1, MAX_IMAGE_SIZE),
-            ("resize_size", 1, 2 * MAX_IMAGE_SIZE),
-            ("padding", 0, MAX_IMAGE_SIZE),
-            ("shift", 0, MAX_IMAGE_SIZE),
-        ):
+        for key, (least, most) in _SIZES.items():
             size = one.get(key, 1)
-            if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= most:
+            pair = size if key.endswith("_size") and isinstance(size, list) and len(size) == 2 else [size]  # an oblong one is [height, width]
+            if not all(isinstance(side, int) and not isinstance(side, bool) and least <= side <= most for side in pair):
                 raise ValueError(f"{key} {str(size)[:40]} is not from {least} to {most}")
         rest += [inner for inner in one.values() if isinstance(inner, dict)]
-    if not 0 < facts["crop_ratio"] <= 1 or facts["image_size"] / facts["crop_ratio"] > 2 * MAX_IMAGE_SIZE:
+    size = facts["image_size"]
+    if not 0 < facts["crop_ratio"] <= 1 or (max(size) if isinstance(size, list) else size) / facts["crop_ratio"] > 2 * MAX_IMAGE_SIZE:
         raise ValueError(f"crop_ratio {facts['crop_ratio']} is not above 0 and at most 1, or its images are over {2 * MAX_IMAGE_SIZE} pixels wide")
     return facts
 
@@ -112,7 +109,7 @@ class ModelFacts(Record):
     display_names: dict[Text, Text]
     """By class, where it has one."""
     preprocessing: Annotated[PlainObject, Check(_preprocessing)]
-    """`mean`, `std`, `image_size` (pixels), `interpolation`, `crop_ratio`; and `transform`, what evaluation did exactly, where it is known."""
+    """`mean`, `std`, `image_size` (pixels, or [height, width]), `interpolation`, `crop_ratio`; and `transform`, what evaluation did, where it is known."""
     metrics: PlainObject
     made_by: PlainObject
     order: tuple[Text, ...]

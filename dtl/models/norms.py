@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dtl.config.models import ImageSize, sides
 from dtl.models.network import eval_mode, forward_logits
 from dtl.text import counted, some
 
@@ -39,7 +40,7 @@ def plain_norms(module: nn.Module) -> frozenset[str]:
     return frozenset(converted)
 
 
-def synchronise_norms(module: nn.Module, *, image_size: int, agree: Callable[[bool], bool]) -> tuple[frozenset[str], str]:
+def synchronise_norms(module: nn.Module, *, image_size: ImageSize, agree: Callable[[bool], bool]) -> tuple[frozenset[str], str]:
     """Make SyncBatchNorm of the norms that gather statistics: their names, and a line about those that are left as they are ("" where none is).
 
     An eval forward of two images before and after it must give the same outputs, or all is undone; `agree` makes that one answer for all ranks.
@@ -99,9 +100,9 @@ def _replace(module: nn.Module, by: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = by[child]
 
 
-def _eval_outputs(module: nn.Module, image_size: int) -> Tensor:
+def _eval_outputs(module: nn.Module, image_size: ImageSize) -> Tensor:
     """Of two images of noise, the same ones each time."""
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, *sides(image_size), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), eval_mode(module):
         logits, _ = forward_logits(module, images.to(next(module.parameters()).device))
     return logits.float()

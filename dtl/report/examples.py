@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dtl.checkpoint.resume.model_folder import load_network, may_build
 from dtl.config import Config
-from dtl.config.own import is_function
+from dtl.config.models import shown_size, sides
+from dtl.config.own import MAX_IMAGE_SIZE, is_function
 from dtl.data.loading.batch import Batch
 from dtl.data.loading.loader import BatchDataset
 from dtl.data.sampling.plan import MicroBatch
@@ -29,6 +30,7 @@ from dtl.errors import UnreachableSample, UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import build as build_model
 from dtl.models.model_json import read_model_json
+from dtl.models.preprocessing import Preprocessing
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.runs.predictions import ImagePredictions
@@ -38,6 +40,7 @@ from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass, PredictionRows, Sums
 from dtl.training.losses import Loss
 from dtl.training.phases import Phase, Task, task_named
+from dtl.untrusted import read_json
 
 Ints = npt.NDArray[np.int64]
 NUM_TILES = 24
@@ -106,6 +109,7 @@ class Examples:
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is no longer the data that the run was trained on")
         network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True, own=own)
+        network.preprocessing = _preprocessing(record, network.preprocessing, own=own)
         loaders = build.build_dataloaders(config, runtime, data, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
         return cls(config, runtime, loaders, build.planned(config, loaders), names, trust)
@@ -236,6 +240,22 @@ def _is_trusted(function: str, model: Path, trust: bool, log: Log) -> bool:
         return False
     facts = read_model_json(model)
     return facts.architecture["name"] == function and may_build(model, facts, trust=trust, log=log)
+
+
+def _preprocessing(record: RunRecord, network: Preprocessing, *, own: bool) -> Preprocessing:
+    """As the run's model.json has it, of an unfinished run its newest checkpoint; else the network's."""
+    try:
+        if record.model is not None:
+            found = Preprocessing.from_values(record.model.preprocessing)
+        else:
+            states = sorted((record.path / "checkpoints").glob("step-*/state.json"), key=lambda path: int(path.parent.name.partition("-")[2]))
+            stored = read_json(states[-1]).get("preprocessing") if states else None
+            found = network if stored is None else Preprocessing.from_values(stored)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"the preprocessing that the run stored is damaged: {type(error).__name__} {error}") from error
+    if not own and max(sides(found.image_size)) > MAX_IMAGE_SIZE:
+        raise UserError(f"the run is not yours, and its images of {shown_size(found.image_size)} pixels are larger than {MAX_IMAGE_SIZE:,}")
+    return found
 
 
 def _at_home(config: Config, run: Path) -> Config:

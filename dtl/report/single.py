@@ -216,7 +216,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
             ("Network", config.model.name),
             ("Training data", f"{record.settings['data.train']}{images}"),
             ("Pretrained weights", config.transfer.source if config.transfer else "none"),
-            ("Image size", f"{config.data.image_size} × {config.data.image_size} pixels"),
+            ("Image size", _image_size(record)),
             ("Global batch", counted(config.data.global_batch_size, "image")),
             ("Seed", str(config.run.seed)),
         ]
@@ -227,6 +227,16 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
         why = f" ({record.status.why})" if record.status.why else ""
         facts.append(("State", f"{state} at step {record.last_step:,}{why}"))
     return [*([html.Headline(numbers)] if numbers else []), *([html.Facts(facts)] if facts else [])]
+
+
+def _image_size(record: RunRecord) -> str:
+    """Of the model folder, where there is one: the config may leave it to the weights."""
+    assert record.config is not None
+    found = record.config.data.image_size if record.model is None else record.model.preprocessing["image_size"]
+    if found == "auto":
+        return "that of the weights or of the network"
+    height, width = found if isinstance(found, list | tuple) else (found, found)
+    return f"{width} × {height} pixels"
 
 
 def result(record: RunRecord) -> dict[str, float] | None:

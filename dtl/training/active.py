@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dtl.checkpoint.resume.state import load_optimizer, optimizer_tensors
 from dtl.checkpoint.resume.store import Checkpoint, copy_to_host
+from dtl.config.models import ImageSize
 from dtl.distributed.determinism import fix_buckets
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -155,7 +156,7 @@ def set_head(network: Network, phase: Phase, *, init: str, seed: int) -> bool:
     return True
 
 
-def trained_names(network: Network, phase: Phase, *, image_size: int, log: Callable[[str], None]) -> frozenset[str]:
+def trained_names(network: Network, phase: Phase, *, image_size: ImageSize, log: Callable[[str], None]) -> frozenset[str]:
     """The parameters that the phase trains: those that its config names, without those that get no gradient."""
     train = phase.config.train
     trainable = select(network, list(train) if isinstance(train, tuple) else train)
@@ -177,7 +178,7 @@ def enter(
     classes: list[str],
     freeze_norm: bool,
     micro_batch_size: int,
-    image_size: int,
+    image_size: ImageSize,
     sync_bn: str | bool = "auto",
     compile_network: bool = False,
     choose_cut: Callable[[frozenset[str]], str | None] = lambda trainable: None,
@@ -255,7 +256,7 @@ def _sync_norms(
     *,
     before: frozenset[str],
     micro_batch_size: int,
-    image_size: int,
+    image_size: ImageSize,
     log: Callable[[str], None],
 ) -> None:
     """Let the norms that gather statistics in this phase do so over all ranks; frozen ones evaluate, which is the same either way.

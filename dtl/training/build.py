@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from socket import gethostname
 
 import numpy as np
@@ -16,8 +16,9 @@ from dtl.checkpoint.transfer.apply import TransferReport, apply_plan
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.hubs import source_named
-from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, read_weights
+from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, preprocessing_for, read_weights
 from dtl.config import Config
+from dtl.config.models import shown_size
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
 from dtl.data.remote.cache import limit_in_bytes
@@ -34,6 +35,7 @@ from dtl.models.build import Network, build
 from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.models.network import Normalise, to_device
+from dtl.models.preprocessing import Preprocessing
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
 from dtl.training.dataloaders import DataLoaders, choose_workers, rank_cores
@@ -46,7 +48,7 @@ DEBUG_TRAIN_STEPS = 4
 DEBUG_VAL_STEPS = 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parts:
     """What a run is made of, before anything of it is on a device or in the run folder."""
 
@@ -56,6 +58,8 @@ class Parts:
     checkpoint: Checkpoint | None
     """What the run resumes from."""
     state: TrainState
+    weights: SourceWeights | None
+    """The pretrained weights of a run that begins, until they are loaded."""
 
 
 def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: Runtime, log: Log, *, enter: Callable[[str], None] = to_nobody) -> Parts:
@@ -65,9 +69,16 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     data = open_data(config, runtime, log)
     enter("model")
     network = build_network(config, data.train.num_classes, runtime)
-    loaders = build_dataloaders(config, runtime, data, network)
     checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
-    return Parts(network, loaders, planned(config, loaders), checkpoint, state)
+    weights = None if checkpoint else read_pretrained(config, network, runtime)
+    with runtime.together("model"):
+        network.preprocessing = (
+            with_settings(config, preprocessing_for(network.preprocessing, weights))
+            if checkpoint is None
+            else stored_preprocessing(config, network, checkpoint)
+        )
+    loaders = build_dataloaders(config, runtime, data, network)
+    return Parts(network, loaders, planned(config, loaders), checkpoint, state, weights)
 
 
 # ---- what can be refused before it costs anything
@@ -89,6 +100,10 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
             check_monitor(monitor, loaders.classes, loaders.val.manifest.class_counts)
         for phase in phases:
             config = phase.config
+            if config.task == "rotate" and not isinstance(loaders.image_size, int):
+                raise UserError(
+                    f"phase {phase.name}: the task rotate needs square images, but data.image_size is {shown_size(loaders.image_size)}; give one number"
+                )
             try:
                 select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
                 if config.task == "classify":
@@ -137,19 +152,18 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
             raise UserError(
                 f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs at least one sample per step"
             )
-        facts = network.preprocessing
-        crop_ratio = facts.crop_ratio if data.crop_ratio == "auto" else data.crop_ratio
+        facts = with_settings(config, network.preprocessing)
         train_view = train_transform(
-            image_size=data.image_size,
+            image_size=facts.image_size,
             augment=data.augment,
             interpolation=facts.interpolation,
-            crop_ratio=crop_ratio,
+            crop_ratio=facts.crop_ratio,
             erase_fill=_mean_colour(facts.mean),
             fit=data.fit,
         )
         val_view = eval_transform(
-            image_size=data.image_size,
-            crop_ratio=crop_ratio,
+            image_size=facts.image_size,
+            crop_ratio=facts.crop_ratio,
             interpolation=facts.interpolation,
             square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
             fit=data.fit,
@@ -167,7 +181,7 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
             evaluation_view=val_view.what_is_seen(*(np.asarray(sides, np.int64) for sides in (splits.val.widths, splits.val.heights))),
             rank=runtime.rank,
             world_size=runtime.world_size,
-            image_size=data.image_size,
+            image_size=facts.image_size,
             global_batch_size=data.global_batch_size,
             micro_batch_size=None if data.micro_batch_size == "auto" else data.micro_batch_size,
             workers=0,
@@ -206,6 +220,31 @@ def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
 # ---- model
 
 
+def stored_preprocessing(config: Config, network: Network, checkpoint: Checkpoint) -> Preprocessing:
+    """Of a run that continues: as it began. An older dtl stored none, and used what the network's published weights say, whatever was loaded."""
+    stored = checkpoint.state.get("preprocessing")
+    try:
+        return with_settings(config, network.preprocessing) if stored is None else Preprocessing.from_values(stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}/state.json is damaged: preprocessing: {type(error).__name__} {error}") from error
+
+
+def with_settings(config: Config, found: Preprocessing) -> Preprocessing:
+    """The settings decide where they give a number."""
+    size, crop_ratio = config.data.image_size, config.data.crop_ratio
+    if size != "auto":
+        found = replace(found, image_size=size, origins={**found.origins, "image_size": "data.image_size"})
+    if crop_ratio != "auto":
+        found = replace(found, crop_ratio=crop_ratio, origins={**found.origins, "crop_ratio": "data.crop_ratio"})
+    return found
+
+
+def crop_matters(config: Config) -> bool:
+    """Whether the crop ratio has an effect: see `data.fit` and the presets."""
+    data = config.data
+    return data.augment.preset == "light" or (data.fit == "crop" and not (data.augment.preset == "cifar" and data.crop_ratio == "auto"))
+
+
 def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network:
     """The network with its initial values, the same on every rank; no weights transferred yet. `config` is the user's own, not one that a run stored."""
     with runtime.together("model"):
@@ -221,14 +260,24 @@ def place_network(config: Config, network: Network, runtime: Runtime) -> Normali
     return Normalise(network.preprocessing, runtime.device, channels_last=channels_last)
 
 
-def load_pretrained(config: Config, network: Network, runtime: Runtime, train: Shards, log: Log) -> TransferReport | None:
-    """Load the pretrained weights that the config names; the same on every rank, or not at all."""
+def read_pretrained(config: Config, network: Network, runtime: Runtime) -> SourceWeights | None:
+    """The pretrained weights that the config names, the same file on every rank; not loaded yet."""
     if config.transfer is None:
         return None
     options = config.transfer
     with runtime.together("transfer"):
         weights = runtime.main_first(lambda: read_weights(source_named(options.source, network.name, named=config.model.name)))
     runtime.same("the pretrained weights' file", weights.fingerprint)
+    return weights
+
+
+def load_pretrained(
+    config: Config, network: Network, runtime: Runtime, train: Shards, log: Log, *, weights: SourceWeights | None = None
+) -> TransferReport | None:
+    """Load the pretrained weights that the config names; the same on every rank, or not at all. `weights`: what `read_pretrained` gave, if it was called."""
+    weights = weights or read_pretrained(config, network, runtime)
+    if weights is None:
+        return None
     with runtime.together("transfer"):
         # Planned once: what one process decided holds for all.
         plan = _plan_transfer(config, network, train, weights) if runtime.is_main else None
@@ -260,5 +309,5 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
         source_model=source_model,
         heads=network.heads,
         target_classes=list(train.classes),
-        image_size=config.data.image_size,
+        image_size=with_settings(config, network.preprocessing).image_size,
     )

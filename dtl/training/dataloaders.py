@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dtl import machine
+from dtl.config.models import ImageSize, num_pixels
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.loading.processes import PREFETCH
@@ -60,7 +61,7 @@ class DataLoaders:
     val_transform: Transform
     rank: int
     world_size: int
-    image_size: int
+    image_size: ImageSize
     global_batch_size: int
     micro_batch_size: int | None
     workers: int
@@ -125,7 +126,7 @@ class DataLoaders:
     def batch_bytes(self) -> int:
         """The images of a micro-batch of training, on their way to the device."""
         layout = RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
-        return 3 * self.image_size**2 * layout.micro_batch_size
+        return 3 * num_pixels(self.image_size) * layout.micro_batch_size
 
     @property
     def shared_bytes(self) -> int:

@@ -24,6 +24,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from dtl.config import PhaseConfig
+from dtl.config.models import ImageSize, sides
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.remote.address import own_folder
@@ -48,7 +49,7 @@ _EXCHANGE_BYTES = 64 * 2**20
 # ---- where the network is cut
 
 
-def find_cut(network: Network, trainable: Collection[str], *, image_size: int) -> tuple[str | None, str]:
+def find_cut(network: Network, trainable: Collection[str], *, image_size: ImageSize) -> tuple[str | None, str]:
     """(name of the module to train on cached features, "") or (None, why not).
 
     It is the head, with what stands before it in a container of its own (the dropout in `classifier` of MobileNetV2). All before it must
@@ -66,12 +67,12 @@ def find_cut(network: Network, trainable: Collection[str], *, image_size: int) -
     return _tried(module, cut, image_size)
 
 
-def _tried(module: nn.Module, cut: str, image_size: int) -> tuple[str | None, str]:
+def _tried(module: nn.Module, cut: str, image_size: ImageSize) -> tuple[str | None, str]:
     tail = module.get_submodule(cut)
     device = next(module.parameters()).device
     modes = {part: part.training for part in tail.modules()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
-        images = torch.randn(_PROBE_IMAGES, 3, image_size, image_size, device=device)
+        images = torch.randn(_PROBE_IMAGES, 3, *sides(image_size), device=device)
         tail.eval()  # its dropout stays with the head
         try:
             first, second = Backbone(module, cut), Backbone(module, cut)
@@ -169,7 +170,7 @@ class FeatureCache:
     runtime: Runtime
     normalise: Normalise
     seed: int
-    image_size: int
+    image_size: ImageSize
     workers: int
     batch_size: int
     """Images that a rank passes forward at once."""

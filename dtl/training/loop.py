@@ -122,7 +122,7 @@ class Trainer:
             classes=self.loaders.classes,
             freeze_norm=self.config.model.freeze_norm,
             micro_batch_size=self.loaders.layout(phase).micro_batch_size,
-            image_size=self.config.data.image_size,
+            image_size=self.loaders.image_size,
             sync_bn=self.config.model.sync_bn,
             compile_network=self.config.model.compile,
             choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
@@ -352,7 +352,7 @@ class Saver:
         with self.runtime.together("checkpoint"):
             if self.runtime.is_main:
                 groups, facts = active.checkpoint_tensors(self.runtime)
-                facts |= checkpoint_state(self.config, self.state, self.runtime)
+                facts |= checkpoint_state(self.config, self.state, self.runtime, active.network.preprocessing)
                 self.stall_seconds += self.store.save(self.state.step, groups, facts, wait=wait)
         self.deadline.saw_save(self.store.save_seconds)
         self._last_save = time.monotonic()

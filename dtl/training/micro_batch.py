@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dtl.checkpoint.resume.state import TrainState
+from dtl.config.models import ImageSize, sides
 from dtl.data.loading.batch import Batch
 from dtl.distributed.determinism import operators_noted
 from dtl.distributed.runtime import Runtime
@@ -104,7 +105,7 @@ def _room(device: torch.device) -> int:
     return int(ROOM * torch.cuda.get_per_process_memory_fraction() * torch.cuda.get_device_properties(device).total_memory)
 
 
-def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise, room: int = 0) -> str:
+def _trial(active: ActivePhase, size: int, image_size: ImageSize, runtime: Runtime, normalise: Normalise, room: int = 0) -> str:
     """Why a micro-batch of `size` does not fit here beside `room` bytes; empty where it does."""
     buffers = list(active.module.buffers())
     kept = [buffer.detach().clone() for buffer in buffers]
@@ -134,9 +135,9 @@ def _trial(active: ActivePhase, size: int, image_size: int, runtime: Runtime, no
     return problem
 
 
-def _compute(active: ActivePhase, size: int, image_size: int, runtime: Runtime, normalise: Normalise) -> None:
+def _compute(active: ActivePhase, size: int, image_size: ImageSize, runtime: Runtime, normalise: Normalise) -> None:
     batch = Batch(
-        images=torch.zeros((size, 3, image_size, image_size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
+        images=torch.zeros((size, 3, *sides(image_size)), dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
         labels=torch.zeros(size, dtype=torch.int64),
         weights=torch.ones(size),
         samples=torch.arange(size),

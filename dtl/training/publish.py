@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -185,7 +184,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
         architecture=architecture(network),
         classes=list(trainer.phases[-1].task.class_names(train.classes)),
         display_names=dict(train.manifest.display_names),
-        preprocessing=preprocessing(network, config, trainer),
+        preprocessing=preprocessing(network, trainer),
         metrics={
             "phase": last["phase"],
             **(last["val"] or {}),
@@ -199,6 +198,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
             "dtl": __version__,
             "torch": torch.__version__,
             "data": train.dataset_id,
+            "preprocessing": dict(network.preprocessing.origins),
             "predictions": predictions,
             "settings": redact(config.to_dict()),
         },
@@ -216,11 +216,9 @@ def architecture(network: Network) -> dict[str, Any]:
     return {"name": network.name, "num_classes": network.num_outputs, "options": network.options}
 
 
-def preprocessing(network: Network, config: Config, trainer: Trainer) -> dict[str, Any]:
+def preprocessing(network: Network, trainer: Trainer) -> dict[str, Any]:
     """What an image must go through before this network, as evaluation did it."""
     return {
-        **asdict(network.preprocessing),
-        "image_size": config.data.image_size,
-        "crop_ratio": network.preprocessing.crop_ratio if config.data.crop_ratio == "auto" else config.data.crop_ratio,
+        **network.preprocessing.to_json(),
         "transform": json.loads(json.dumps(trainer.loaders.val_transform.describe())),
     }

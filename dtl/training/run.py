@@ -51,7 +51,8 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
                 return session.result
             note_changes(config, parts.checkpoint, parts.state, runtime, log)
             build.check_phases(parts.phases, parts.network, parts.loaders, runtime, monitor=config.checkpoint.monitor)
-            transfer = None if parts.checkpoint else build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log)
+            transfer = None if parts.checkpoint else build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log, weights=parts.weights)
+            parts.weights = None  # their memory
             normalise = build.place_network(config, parts.network, runtime)
         trainer = Trainer(session, parts.network, normalise, parts.loaders, parts.phases, parts.state)
         _begin(session, trainer, transfer)
@@ -94,6 +95,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         f"{counted(train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
         f"{runtime.device.type}, precision {runtime.precision}{resumed}"
     )
+    log(trainer.network.preprocessing.line(cropped=build.crop_matters(config)))
     log(trainer.loaders.evaluation_view)
     if any(phase.config.task == "classify" for phase in trainer.phases):
         tested = None if test is None else test.manifest.class_counts

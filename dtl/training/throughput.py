@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from dtl.checkpoint.resume.state import TrainState
+from dtl.config.models import ImageSize, sides
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.machine import peak_bytes
@@ -68,7 +69,7 @@ class EpochFacts:
     """What to change, when loading is the limit."""
 
 
-def gather(speed: EpochSpeed, runtime: Runtime, *, workers: int, cores: float, image_size: int, short_side: float) -> EpochFacts:
+def gather(speed: EpochSpeed, runtime: Runtime, *, workers: int, cores: float, image_size: ImageSize, short_side: float) -> EpochFacts:
     """All ranks together. `short_side`: median of the images' shorter side, as they are stored."""
     everyone = runtime.gather((*astuple(speed), _memory(runtime.device)))
     speeds = [EpochSpeed(*values[:-1]) for values in everyone]
@@ -97,7 +98,7 @@ def first_line(speeds: Sequence[EpochSpeed], *, workers: int, cores: float, on_c
     )
 
 
-def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_size: int, short_side: float) -> str:
+def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_size: ImageSize, short_side: float) -> str:
     """One line, when the loader is what limits; empty otherwise. `cores`: of this rank's share of the machine."""
     if speed.wait < LEAST_WAIT or speed.seconds < LEAST_SECONDS or not speed.images:
         return ""
@@ -117,7 +118,7 @@ def advise(speed: EpochSpeed, *, workers: int, cores: int, on_cpu: bool, image_s
     if workers < most:
         short = f"; {wanted} workers would be needed" if wanted > most else ""
         return f"{measured}; --data.workers {min(wanted, most)} (this process has {counted(cores, 'core')}{short})"
-    target = round(image_size * 256 / 224)
+    target = round(max(sides(image_size)) * 256 / 224)
     if short_side > 1.25 * target:
         return (
             f"{measured} on {counted(cores, 'core')}, and {wanted} would be needed; the images are {short_side:.0f} pixels on the short side, "

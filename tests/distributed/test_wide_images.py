@@ -13,6 +13,7 @@ from PIL import Image
 from recipes import write_recipe
 
 LINES = {
+    "oblong": "evaluation sees 100 % of the median image (centre crop, 96x32)",
     "crop": "warning: evaluation sees 25 % of the median image (centre crop, 96x32); --data.fit pad sees all of it",
     "stretch": "evaluation sees the whole image, stretched to a square (median image 96x32)",
     "pad": "evaluation sees the whole image, padded to a square (median image 96x32)",
@@ -40,7 +41,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("fit", LINES)
 def test_training_evaluation_and_prediction_see_the_same(wide: Path, fit: str) -> None:
-    data = {"train": "photos", "image_size": 32, "fit": fit, "crop_ratio": "auto", "global_batch_size": 16, "workers": 1, "augment": {"preset": "none"}}
+    size, crop_ratio, kind = ([16, 48], 1.0, "crop") if fit == "oblong" else (32, "auto", fit)
+    data = {"train": "photos", "image_size": size, "fit": kind, "crop_ratio": crop_ratio, "global_batch_size": 16, "workers": 1, "augment": {"preset": "none"}}
     recipe = write_recipe(wide, fit, data=data, phases={"all": {"train": "all", "epochs": 6, "lr": 0.05}})
     job = run(["--config", str(recipe)], cwd=wide)
     assert [line for line in job.err().splitlines() if "evaluation sees" in line] == [LINES[fit]]
@@ -49,8 +51,10 @@ def test_training_evaluation_and_prediction_see_the_same(wide: Path, fit: str) -
         assert max(top1) == 1.0, "the network sees the block"
 
     stored = json.loads((wide / f"runs/{fit}/model/model.json").read_text())
-    assert stored["preprocessing"]["transform"]["geometry"]["name"] == ("ShortSide" if fit == "crop" else "Fitted")
+    assert stored["preprocessing"]["transform"]["geometry"]["name"] == ("ShortSide" if kind == "crop" else "Fitted")
     run([f"runs/{fit}", "--json", f"{fit}.json", "--workers", "0"], cwd=wide, command="evaluate")
+    assert stored["preprocessing"]["image_size"] == size
+    assert stored["made_by"]["preprocessing"]["image_size"] == "data.image_size"
     measured = json.loads((wide / f"{fit}.json").read_text())
     assert measured["top1"] == stored["metrics"]["top1"]
     assert measured["loss"] == pytest.approx(stored["metrics"]["loss"], rel=1e-5)

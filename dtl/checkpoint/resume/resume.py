@@ -19,6 +19,7 @@ from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.determinism import changed_facts, kernel_facts
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.models.preprocessing import Preprocessing
 from dtl.text import counted
 from dtl.untrusted import Count, NumbersObject, Record, Text
 
@@ -46,6 +47,8 @@ class StoredState(Record):
     device: Text | None = None
     kernels: dict[Text, Text] = field(default_factory=dict)
     transforms: dict[Text, int] = field(default_factory=dict)
+    preprocessing: NumbersObject | None = None
+    """What `dtl.models.preprocessing` came to; None of an older dtl."""
     optimizer: OptimizerFacts
     scaler: dict[Text, float] | None
     ema_updates: Count | None
@@ -80,7 +83,7 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, da
     return checkpoint, state
 
 
-def checkpoint_state(config: Config, state: TrainState, runtime: Runtime) -> dict[str, Any]:
+def checkpoint_state(config: Config, state: TrainState, runtime: Runtime, preprocessing: Preprocessing) -> dict[str, Any]:
     """What a checkpoint stores for `find_checkpoint`: the state, and all that a resume compares."""
     return {
         "train": state.to_json(),
@@ -90,6 +93,7 @@ def checkpoint_state(config: Config, state: TrainState, runtime: Runtime) -> dic
         "kernels": kernel_facts(config.run.deterministic, runtime.device),
         "transforms": VERSIONS,
         "plan": PLAN_VERSION,
+        "preprocessing": {**preprocessing.to_json(), "origins": dict(preprocessing.origins)},
     }
 
 

@@ -19,7 +19,7 @@ from dtl.checkpoint.transfer.adapt import apply_transform
 from dtl.checkpoint.transfer.outcomes import Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
-from dtl.config.models import FillConfig, TransferBy, TransferOptions, arguments_checked
+from dtl.config.models import FillConfig, ImageSize, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import TransferRefused, UserError, printable
 from dtl.files import sha256_of_tensors, write_json_whole, write_whole, written
 
@@ -43,7 +43,7 @@ def load_pretrained(
     ignore: Sequence[str] = (),
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     target_preprocessing: Mapping[str, Any] | None = None,
 ) -> TransferReport:
     """Load the weights of `source` (see `read_weights`) into `model`, in place, and report what became of each tensor.

@@ -26,7 +26,7 @@ from dtl.checkpoint.transfer.match.evidence import Clash, Flag, Match, Matching
 from dtl.checkpoint.transfer.outcomes import HeadClasses, Outcome, set_aside, settle
 from dtl.checkpoint.transfer.source.class_names import read_class_names, read_head_rows
 from dtl.checkpoint.transfer.source.read import SourceWeights
-from dtl.config.models import FillConfig, TransferBy, TransferOptions, arguments_checked
+from dtl.config.models import FillConfig, ImageSize, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import UserError
 
 
@@ -106,7 +106,7 @@ def plan_transfer(
     ignore: Sequence[str] = (),
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     trace: bool = True,
 ) -> TransferPlan:
     """Plan how `source_tensors` go into `model`, by names and shapes alone.
@@ -155,7 +155,7 @@ def plan_weights(
     source_model: nn.Module | None = None,
     heads: Sequence[str] | None = None,
     target_classes: str | Path | Sequence[str] | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
 ) -> TransferPlan:
     """Plan with what is known of the weights themselves: their order, the chosen prefix, their classes."""
     given = options.source_classes

@@ -15,6 +15,7 @@ from torch import nn
 
 from dtl.checkpoint.transfer.adapt import apply_transform
 from dtl.checkpoint.transfer.plan import TransferPlan
+from dtl.config.models import ImageSize, sides
 from dtl.errors import printable
 
 _SETTINGS = ("eps", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode")
@@ -51,7 +52,7 @@ class Verification:
         return {**vars(self), "settings": list(self.settings)}
 
 
-def verify_plan(plan: TransferPlan, source_model: nn.Module, target_model: nn.Module, *, image_size: int = 224) -> Verification:
+def verify_plan(plan: TransferPlan, source_model: nn.Module, target_model: nn.Module, *, image_size: ImageSize = 224) -> Verification:
     """Compare both networks under the plan. Neither is changed; both must have memory (not on the meta device)."""
     source, target = copy.deepcopy(source_model).eval(), copy.deepcopy(target_model).eval()
     randomise(source)
@@ -71,7 +72,7 @@ def verify_plan(plan: TransferPlan, source_model: nn.Module, target_model: nn.Mo
             state[outcome.target].copy_(apply_transform(outcome.transform, [own[key] for key in outcome.sources], shape))
     pairs = _paired_modules(plan, source, target, own)
     channels = next((m.in_channels for m in source.modules() if isinstance(m, nn.Conv2d)), 3)
-    images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, channels, *sides(image_size), generator=torch.Generator().manual_seed(0))
     # Of norms only the settings are compared: some hold their activation. What they do shows in the next layer's output.
     partner = {b: a for a, b in pairs if _weight_of(source, a).dim() > 1}
     ours, _, ours_out = _activations(source, list(partner.values()), images)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtl.config.models import ImageSize, sides
 from dtl.data.decoding.decode import Region, is_plain_jpeg
 from dtl.data.decoding.headers import MAX_PIXELS, without_exif
 from dtl.data.sampling.plan import MicroBatch
@@ -161,11 +162,11 @@ _pools: dict[int, BatchBuffers] = {}
 
 
 class BatchBuffers:
-    """`num` buffers for uint8 images [B, 3, S, S], channels last. Make it before the processes that fill it are forked."""
+    """`num` buffers for uint8 images [B, 3, H, W], channels last. Make it before the processes that fill it are forked."""
 
-    def __init__(self, num: int, *, micro_batch_size: int, image_size: int) -> None:
+    def __init__(self, num: int, *, micro_batch_size: int, image_size: ImageSize) -> None:
         assert sys.platform == "linux", "only forked processes share these"
-        self._shape = (micro_batch_size, image_size, image_size, 3)
+        self._shape = (micro_batch_size, *sides(image_size), 3)
         self._maps = [mmap.mmap(-1, int(np.prod(self._shape))) for _ in range(num)]
         self._free = deque(range(num))
         self.number = next(_numbers)

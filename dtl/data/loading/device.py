@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from dtl.config.models import sides
 from dtl.data.decoding.decode import DecodeError, decode
 from dtl.data.loading.batch import Batch
 from dtl.data.transforms.geometry import clip_to_window
@@ -85,11 +86,11 @@ class DeviceDecoder:
             return batch
         if self._stream is not None:
             self._stream.synchronize()
-        size, num = self._transform.image_size, len(batch.samples)
+        (height, width), num = sides(self._transform.image_size), len(batch.samples)
         with torch.inference_mode(False), torch.no_grad(), contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             # First, while nothing queued can still read memory that the decoder gets.
             pictures = self._pictures(list(torch.split(encoded.data, encoded.sizes)))
-            images = torch.empty((num, 3, size, size), dtype=torch.uint8, device=self._device, memory_format=torch.channels_last).zero_()
+            images = torch.empty((num, 3, height, width), dtype=torch.uint8, device=self._device, memory_format=torch.channels_last).zero_()
             if encoded.decoded:
                 images[torch.tensor(encoded.decoded, device=self._device)] = batch.images.to(self._device, non_blocking=True)
             for row, picture in zip(encoded.rows, pictures, strict=True):
@@ -187,7 +188,7 @@ def _check(transform: Transform) -> None:
 
 
 def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transform: Transform) -> None:
-    """`Transform.apply` on a device: write sample `i`, whose whole image is `picture` uint8 [3,H,W], into `out` uint8 [3,S,S]."""
+    """`Transform.apply` on a device: write sample `i`, whose whole image is `picture` uint8 [3,H,W], into `out` uint8 [3,H,W]."""
     placement = draws.placement
     top, left, height, width = placement.boxes[i].tolist()
     crop = picture[:, top : top + height, left : left + width]

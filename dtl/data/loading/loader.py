@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dtl.config.models import ImageSize, sides
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, crop_jpeg, decode
 from dtl.data.decoding.headers import MAX_PIXELS, check_size
 from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
@@ -33,7 +34,7 @@ from dtl.errors import DamagedSample
 class BatchDataset:
     """A map-style dataset for torch's DataLoader: its "index" is a whole MicroBatch, its item a Batch."""
 
-    def __init__(self, shards: Shards, transform: Transform, *, image_size: int, seed: int) -> None:
+    def __init__(self, shards: Shards, transform: Transform, *, image_size: ImageSize, seed: int) -> None:
         self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
         self._buffers: BatchBuffers | None = None
         self.ships = False
@@ -102,7 +103,7 @@ class BatchDataset:
         buffer = request.buffer if isinstance(request, Request) else None
         if self._buffers is not None and buffer is not None:
             return self._buffers.view(buffer), (self._buffers.number, buffer)
-        shape = (max(1, len(self.views)) * len(request.samples), 3, self.image_size, self.image_size)
+        shape = (max(1, len(self.views)) * len(request.samples), 3, *sides(self.image_size))
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
     def _damage_before_decoding(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
@@ -120,7 +121,7 @@ class BatchDataset:
         return None
 
     def _fill(self, sample: int, data: bytes, views: list[Any], i: int, out: Tensor) -> DamagedSample | None:
-        """Sample `i` of the request into `out` [V, 3, S, S], a row a view."""
+        """Sample `i` of the request into `out` [V, 3, H, W], a row a view."""
         shards = self.shards
         height, width = int(shards.heights[sample]), int(shards.widths[sample])
         try:
@@ -180,7 +181,7 @@ class StepLoader:
         plans: Callable[[int], EpochPlan],
         layout: RankLayout,
         rank: int,
-        image_size: int,
+        image_size: ImageSize,
         seed: int,
         workers: int,
         pin_memory: bool = False,

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from dtl.config.models import ImageSize, num_pixels
 from dtl.errors import UserError
 from dtl.text import counted
 
@@ -27,7 +28,7 @@ def batch_bytes(*, micro_batch_size: int, image_bytes: int) -> int:
 def bytes_needed(
     *,
     micro_batch_size: int,
-    image_size: int,
+    image_size: ImageSize,
     accumulation_steps: int,
     workers: int,
     prefetch: int,
@@ -42,7 +43,9 @@ def bytes_needed(
     if not workers:
         return 0
     batches = 0 if own_buffers else workers * prefetch + 2 * accumulation_steps
-    return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(micro_batch_size=micro_batch_size, image_bytes=max(3 * image_size**2, file_bytes))
+    return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(
+        micro_batch_size=micro_batch_size, image_bytes=max(3 * num_pixels(image_size), file_bytes)
+    )
 
 
 def fits(needed: int, *, ranks: int, folder: Path = SHM) -> bool:

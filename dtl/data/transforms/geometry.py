@@ -1,26 +1,26 @@
 """Crop, resize and window of training and evaluation images: drawn for a whole batch before anything is decoded.
 
 Three steps describe every geometry here: cut a box out of the decoded image, resize it once, and look at the result through a
-window of image_size x image_size pixels that may reach over the edge (one colour there). B samples, H W pixels, S image_size.
+window of image_size pixels that may reach over the edge (one colour there). B samples, H W pixels, S image_size where it is a square.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
+from dtl.config.models import ImageSize, Interpolation, sides
 from dtl.data.decoding.decode import Region
 from dtl.keyed import uniform
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
-Interpolation = Literal["bilinear", "bicubic"]
 Colour = tuple[int, int, int]
 BLACK: Colour = (0, 0, 0)
 T = TypeVar("T", Pixels, torch.Tensor)
@@ -59,9 +59,9 @@ class Placement:
         top, left, height, width = self.boxes[i].tolist()
         return Region(factor, top // factor, left // factor, -(-height // factor), -(-width // factor))
 
-    def seen(self, widths: Ints, heights: Ints, image_size: int) -> Floats:
+    def seen(self, widths: Ints, heights: Ints, image_size: ImageSize) -> Floats:
         """The share [B] of each image's area that the window shows."""
-        ends = np.minimum(self.offsets + image_size, self.resized)
+        ends = np.minimum(self.offsets + np.array(sides(image_size)), self.resized)
         shown = np.maximum(ends - np.maximum(self.offsets, 0), 0) / self.resized * self.boxes[:, 2:]
         shares: Floats = shown[:, 0] * shown[:, 1] / (heights * widths)
         return shares
@@ -75,12 +75,12 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A box of random area and aspect ratio, resized to the square (Szegedy et al. 2015, "Going deeper with convolutions").
+    """A box of random area and aspect ratio, resized to the window (Szegedy et al. 2015, "Going deeper with convolutions").
 
     The distribution is torchvision's: up to ten tries, then the largest central box within the ratios.
     """
 
-    image_size: int
+    image_size: ImageSize
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     reduced: bool = True
@@ -90,7 +90,7 @@ class RandomResizedCrop:
         boxes = _central_boxes(widths, heights, ratio=self.ratio)
         found = random_boxes(samples, widths, heights, scale=self.scale, ratio=self.ratio, names=(seed, epoch, "crop"))
         boxes = np.where(found[:, 2:3] > 0, found, boxes)
-        resized = np.full((len(samples), 2), self.image_size, np.int64)
+        resized = _each(self.image_size, len(samples))
         reductions = None
         if self.reduced:
             boxes, reductions = on_reduced_grid(boxes, widths, heights, image_size=self.image_size)
@@ -99,16 +99,16 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class Square:
-    """The whole image resized to the square, then shifted by up to `padding` pixels each way with zeros moving in.
+    """The whole image resized to the window, then shifted by up to `padding` pixels each way with zeros moving in.
 
     With padding 4 at 32 pixels it is the usual CIFAR recipe (pad 4, random crop 32); with padding 0 it is its evaluation.
     """
 
-    image_size: int
+    image_size: ImageSize
     padding: int = 0
 
     def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
-        resized = np.full((len(samples), 2), self.image_size, np.int64)
+        resized = _each(self.image_size, len(samples))
         offsets = np.zeros_like(resized)
         if self.padding:
             places = np.full(len(samples), 2 * self.padding + 1)
@@ -119,23 +119,22 @@ class Square:
 
 @dataclass(frozen=True)
 class ShortSide:
-    """The short side resized to `resize_size`, then a central or a random window.
+    """The short side resized to `resize_size`, then a central or a random window. An oblong window has an oblong `resize_size`, which is covered.
 
     Sizes and the central window round as torchvision's Resize and CenterCrop do, so the pixels are the same.
     """
 
-    image_size: int
-    resize_size: int
+    image_size: ImageSize
+    resize_size: ImageSize
     random: bool = False
 
     def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
         boxes = self._stripes(samples, widths, heights, seed=seed, epoch=epoch)
-        sizes = boxes[:, 2:]
-        short, long = sizes.min(axis=1), sizes.max(axis=1)
+        sizes, target = boxes[:, 2:], _each(self.resize_size, len(samples))
         # int(size * long / short): the division of the product is what torchvision computes, and it rounds down.
-        new_long = (self.resize_size * long / short).astype(np.int64)
-        resized = np.where(sizes == short[:, None], self.resize_size, new_long[:, None])
-        spare = resized - self.image_size
+        free = (target[:, ::-1] * sizes / sizes[:, ::-1]).astype(np.int64)
+        resized = np.maximum(free, target)  # the side that binds, the other one in proportion
+        spare = resized - np.array(sides(self.image_size))
         offsets = np.where(spare >= 0, np.rint(spare / 2).astype(np.int64), -((-spare) // 2))
         if self.random:
             for axis, name in enumerate(("window.top", "window.left")):
@@ -145,13 +144,13 @@ class ShortSide:
         return Placement(boxes=boxes, resized=resized, offsets=offsets)
 
     def _stripes(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Ints:
-        boxes = _whole(widths, heights)
-        limit = MAX_ASPECT * np.minimum(widths, heights)
-        if (np.maximum(widths, heights) <= limit).all():
+        boxes, target = _whole(widths, heights), sides(self.resize_size)
+        limits = [MAX_ASPECT * boxes[:, 3 - axis] * target[axis] // target[1 - axis] for axis in (0, 1)]
+        if all((boxes[:, 2 + axis] <= limits[axis]).all() for axis in (0, 1)):
             return boxes
         for axis in (0, 1):
             sizes = boxes[:, 2 + axis]
-            kept = np.minimum(sizes, limit)
+            kept = np.minimum(sizes, limits[axis])
             spare = sizes - kept
             start = below(spare + 1, uniform(samples, seed, epoch, "stripe", axis)) if self.random else spare // 2
             boxes[:, axis], boxes[:, 2 + axis] = start, kept
@@ -160,40 +159,40 @@ class ShortSide:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The whole image in a square of `resize_size`, stretched to it, or padded: the long side fills it, and the image stands in the middle.
+    """The whole image in a canvas of `resize_size`, stretched to it, or padded: one side fills it, and the image stands in the middle.
 
-    The window is that square. Where it is smaller, or may be shifted by up to `shift` pixels, its place is random. Sizes and the middle round as
+    The window is that canvas. Where it is smaller, or may be shifted by up to `shift` pixels, its place is random. Sizes and the middle round as
     Pillow's ImageOps.pad does.
     """
 
-    image_size: int
-    resize_size: int
+    image_size: ImageSize
+    resize_size: ImageSize
     padded: bool
     shift: int = 0
 
     def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
         boxes = _whole(widths, heights)
-        resized = np.full((len(samples), 2), self.resize_size, np.int64)
+        resized = canvas = _each(self.resize_size, len(samples))
         if self.padded:
             sizes = boxes[:, 2:]
-            shrunk = np.rint(sizes / sizes.max(axis=1, keepdims=True) * self.resize_size).astype(np.int64)
-            resized = np.maximum(shrunk, 1)
-        offsets = -np.rint((self.resize_size - resized) * 0.5).astype(np.int64)
-        choices = self.resize_size - self.image_size + 2 * self.shift + 1
-        if choices > 1:
-            for axis, name in enumerate(("window.top", "window.left")):
+            free = np.rint(sizes / sizes[:, ::-1] * canvas[:, ::-1]).astype(np.int64)
+            resized = np.maximum(np.minimum(free, canvas), 1)  # the side that binds, the other one in proportion
+        offsets = -np.rint((canvas - resized) * 0.5).astype(np.int64)
+        for axis, name in enumerate(("window.top", "window.left")):
+            choices = sides(self.resize_size)[axis] - sides(self.image_size)[axis] + 2 * self.shift + 1
+            if choices > 1:
                 offsets[:, axis] += below(np.full(len(samples), choices), uniform(samples, seed, epoch, name)) - self.shift
         return Placement(boxes=boxes, resized=resized, offsets=offsets)
 
 
 @dataclass(frozen=True)
 class FittedCrop:
-    """RandomResizedCrop in the square into which the whole image was stretched or padded, so that a crop may hold all of it.
+    """RandomResizedCrop in the canvas into which the whole image was stretched or padded, so that a crop may hold all of it.
 
     A padded image's crop lies inside of the image along each axis or holds all of it, since a crop of padding alone would teach nothing.
     """
 
-    image_size: int
+    image_size: ImageSize
     padded: bool
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -201,26 +200,29 @@ class FittedCrop:
 
     def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
         sizes = np.stack([heights, widths], axis=1)
-        square = np.repeat(sizes.max(axis=1, keepdims=True), 2, axis=1) if self.padded else sizes
-        lengths = np.maximum(np.rint(self._shares(samples, seed=seed, epoch=epoch) * square).astype(np.int64), 1)
-        margins = (square - sizes) // 2
-        # Inside of the image, or around it and inside of the square.
+        window = np.array(sides(self.image_size))
+        canvas = sizes
+        if self.padded:  # of the window's proportions: one side is the image's, the other one larger
+            canvas = np.maximum(np.rint(sizes[:, ::-1] * window / window[::-1]).astype(np.int64), sizes)
+        lengths = np.maximum(np.rint(self._shares(samples, seed=seed, epoch=epoch) * canvas).astype(np.int64), 1)
+        margins = (canvas - sizes) // 2
+        # Inside of the image, or around it and inside of the canvas.
         first = np.where(lengths <= sizes, 0, np.maximum(-margins, sizes - lengths))
-        last = np.where(lengths <= sizes, sizes - lengths, np.maximum(np.minimum(0, square - margins - lengths), first))
+        last = np.where(lengths <= sizes, sizes - lengths, np.maximum(np.minimum(0, canvas - margins - lengths), first))
         starts = np.empty_like(sizes)
         for axis, name in enumerate(("fitted.top", "fitted.left")):
             starts[:, axis] = first[:, axis] + below(last[:, axis] - first[:, axis] + 1, uniform(samples, seed, epoch, name))
         begin, end = np.maximum(starts, 0), np.minimum(starts + lengths, sizes)
         boxes = np.concatenate([begin, end - begin], axis=1)
-        resized = np.maximum(np.rint((end - begin) * self.image_size / lengths).astype(np.int64), 1)
-        offsets = -np.rint((begin - starts) * self.image_size / lengths).astype(np.int64)
+        resized = np.maximum(np.rint((end - begin) * window / lengths).astype(np.int64), 1)
+        offsets = -np.rint((begin - starts) * window / lengths).astype(np.int64)
         reductions = None
         if self.reduced:
             boxes, reductions = on_reduced_grid(boxes, widths, heights, image_size=self.image_size)
         return Placement(boxes=boxes, resized=resized, offsets=offsets, reductions=reductions)
 
     def _shares(self, samples: Ints, *, seed: int, epoch: int) -> Floats:
-        """Height and width [B,2] of each crop as shares of the square's sides, at most 1; the first of ten tries that fits, else the whole square."""
+        """Height and width [B,2] of each crop as shares of the canvas's sides, at most 1; the first of ten tries that fits, else the whole canvas."""
         shares = np.ones((len(samples), 2))
         rest = np.arange(len(samples))
         for attempt in range(_TRIES):
@@ -237,15 +239,14 @@ class FittedCrop:
         return shares
 
 
-def on_reduced_grid(boxes: Ints, widths: Ints, heights: Ints, *, image_size: int) -> tuple[Ints, Ints]:
+def on_reduced_grid(boxes: Ints, widths: Ints, heights: Ints, *, image_size: ImageSize) -> tuple[Ints, Ints]:
     """Boxes moved by less than a pixel of the reduced image, and the reductions [B] (1, 2, 4, 8) that leave `image_size` pixels or more.
 
     JPEG decoders reduce by powers of two for less than the work of decoding; a box off the grid would shift the picture.
     """
-    smallest = boxes[:, 2:].min(axis=1)
-    reductions = np.ones(len(boxes), np.int64)
+    reductions, window = np.ones(len(boxes), np.int64), np.array(sides(image_size))
     for factor in REDUCTIONS:
-        reductions[smallest >= factor * image_size] = factor
+        reductions[(boxes[:, 2:] >= factor * window).all(axis=1)] = factor
     steps = reductions[:, None]
     starts, ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     starts, ends = (starts + steps // 2) // steps * steps, (ends + steps // 2) // steps * steps
@@ -304,7 +305,7 @@ def place(
     interpolation: Interpolation,
     fill: Colour = BLACK,
 ) -> None:
-    """Write the window of one sample, cut out already, into `out` (uint8 [3,S,S], any strides; a channels_last batch is the faster one).
+    """Write the window of one sample, cut out already, into `out` (uint8 [3,H,W], any strides; a channels_last batch is the faster one).
 
     `fill` is the colour where the window reaches over the image's edge.
     """
@@ -347,9 +348,8 @@ def _as_batch(pixels: Pixels) -> torch.Tensor:
 
 def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_flip: bool, vertical_flip: bool, fill: Colour = BLACK) -> tuple[T, T]:
     """The part of the picture [H,W,3] that the window sees, and the part of the target where it goes; the rest of the target is filled."""
-    size = target.shape[0]
     taken, given = [], []
-    for start, length, flipped in zip(offset, picture.shape[:2], (vertical_flip, horizontal_flip)):
+    for start, length, size, flipped in zip(offset, picture.shape[:2], target.shape[:2], (vertical_flip, horizontal_flip)):
         first, last = max(start, 0), min(start + size, length)
         at = first - start
         if flipped:
@@ -366,6 +366,11 @@ def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_fl
 def _writable(pixels: Pixels) -> Pixels:
     """torch refuses to view read-only memory (which is what Pillow's arrays are) without a warning."""
     return pixels if pixels.flags.writeable else pixels.copy()
+
+
+def _each(size: ImageSize, num: int) -> Ints:
+    """[num, 2] (height, width)."""
+    return np.tile(np.array(sides(size), np.int64), (num, 1))
 
 
 def _whole(widths: Ints, heights: Ints) -> Ints:

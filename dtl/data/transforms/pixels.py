@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import grid_sample
 
+from dtl.config.models import ImageSize, sides
 from dtl.data.transforms.geometry import Ints, Pixels, below
 from dtl.keyed import uniform
 
@@ -208,33 +209,40 @@ def _gather(image: Pixels, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64
 NUM_BINS = 31
 
 
+Magnitudes = Callable[[ImageSize], npt.NDArray[np.float64]]
+
+
 class Operation(NamedTuple):
     """`magnitudes(image_size)` gives the value of each bin, None where the operation has no strength; `signed` ones turn by a coin."""
 
     name: str
-    magnitudes: Callable[[int], npt.NDArray[np.float64]] | None
+    magnitudes: Magnitudes | None
     signed: bool
 
 
-def _even(start: float, end: float) -> Callable[[int], npt.NDArray[np.float64]]:
+def _even(start: float, end: float) -> Magnitudes:
     return lambda size: np.linspace(start, end, NUM_BINS)
 
 
-def _share_of_size(share: float) -> Callable[[int], npt.NDArray[np.float64]]:
-    return lambda size: _even(0.0, share * size)(size)
+def _share_of_width(share: float) -> Magnitudes:
+    return lambda size: np.linspace(0.0, share * sides(size)[1], NUM_BINS)
 
 
-def _bits(most: int) -> Callable[[int], npt.NDArray[np.float64]]:
+def _share_of_height(share: float) -> Magnitudes:
+    return lambda size: np.linspace(0.0, share * sides(size)[0], NUM_BINS)
+
+
+def _bits(most: int) -> Magnitudes:
     return lambda size: np.rint(8 - np.arange(NUM_BINS) * most / (NUM_BINS - 1))
 
 
-def _space(*, shear: float, shift: Callable[[int], npt.NDArray[np.float64]], turn: float, colour: float, bits: int) -> tuple[Operation, ...]:
+def _space(*, shear: float, right: Magnitudes, down: Magnitudes, turn: float, colour: float, bits: int) -> tuple[Operation, ...]:
     return (
         Operation("Identity", None, False),
         Operation("ShearX", _even(0.0, shear), True),
         Operation("ShearY", _even(0.0, shear), True),
-        Operation("TranslateX", shift, True),
-        Operation("TranslateY", shift, True),
+        Operation("TranslateX", right, True),
+        Operation("TranslateY", down, True),
         Operation("Rotate", _even(0.0, turn), True),
         Operation("Brightness", _even(0.0, colour), True),
         Operation("Color", _even(0.0, colour), True),
@@ -247,8 +255,8 @@ def _space(*, shear: float, shift: Callable[[int], npt.NDArray[np.float64]], tur
     )
 
 
-RAND_AUGMENT = _space(shear=0.3, shift=_share_of_size(150.0 / 331.0), turn=30.0, colour=0.9, bits=4)
-TRIVIAL_AUGMENT_WIDE = _space(shear=0.99, shift=_even(0.0, 32.0), turn=135.0, colour=0.99, bits=6)
+RAND_AUGMENT = _space(shear=0.3, right=_share_of_width(150.0 / 331.0), down=_share_of_height(150.0 / 331.0), turn=30.0, colour=0.9, bits=4)
+TRIVIAL_AUGMENT_WIDE = _space(shear=0.99, right=_even(0.0, 32.0), down=_even(0.0, 32.0), turn=135.0, colour=0.99, bits=6)
 
 _APPLY: dict[str, Callable[[Pixels, float], Pixels]] = {
     "Identity": lambda image, magnitude: image,
@@ -274,7 +282,7 @@ def draw_operations(
     *,
     num_ops: int,
     magnitude: int | None,
-    image_size: int,
+    image_size: ImageSize,
     seed: int,
     epoch: int,
 ) -> tuple[Ints, npt.NDArray[np.float64]]:
@@ -296,5 +304,5 @@ def draw_operations(
 
 
 def apply_operation(space: tuple[Operation, ...], number: int, magnitude: float, image: Pixels) -> Pixels:
-    """One operation on uint8 [S,S,3]."""
+    """One operation on uint8 [H,W,3]."""
     return _APPLY[space[number].name](image, magnitude)

@@ -2,7 +2,7 @@
 
 `Transform.draw` makes all random choices of a batch from (seed, epoch, sample) and the indexed sizes, before any image is decoded.
 `Transform.apply` is a pure function of one image and its draws. So a sample's pixels are the same in any batch, on any rank, in any worker and
-after any restart. B samples, H W pixels of the decoded image, S image_size. Images are normalised on the device; nothing here is float.
+after any restart. B samples, H W pixels of the decoded image, S those of a square output. Images are normalised on the device; nothing here is float.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dtl.config.models import AugmentConfig, Fit
+from dtl.config.models import INTERPOLATIONS, AugmentConfig, Fit, ImageSize, Interpolation, as_size, shown_size, sides
 from dtl.data.decoding.decode import Region
 from dtl.data.transforms import pixels
 from dtl.data.transforms.geometry import (
@@ -24,7 +24,6 @@ from dtl.data.transforms.geometry import (
     FittedCrop,
     Floats,
     Geometry,
-    Interpolation,
     Ints,
     Pixels,
     Placement,
@@ -44,8 +43,6 @@ from dtl.keyed import uniform
 TRANSFORM_VERSION = 2
 EVALUATION_VERSION = 1
 VERSIONS = {"training": TRANSFORM_VERSION, "evaluation": EVALUATION_VERSION}
-
-INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
 # torchvision erases after normalising, with zeros: that is the mean of the data set, here ImageNet's in 0 ... 255.
 IMAGENET_MEAN: Colour = (124, 116, 104)
@@ -93,8 +90,8 @@ class Transform:
     """Around an image that does not fill the window."""
 
     @property
-    def image_size(self) -> int:
-        """S, the side of the output in pixels."""
+    def image_size(self) -> ImageSize:
+        """Of the output, in pixels."""
         return self.geometry.image_size
 
     @property
@@ -144,7 +141,8 @@ class Transform:
         share, size = float(shares[median]), f"{widths[median]}x{heights[median]}"
         if isinstance(self.geometry, Square | Fitted):
             how = "padded" if isinstance(self.geometry, Fitted) and self.geometry.padded else "stretched"
-            return f"evaluation sees the whole image, {how} to a square (median image {size})"
+            shape = "a square" if isinstance(self.image_size, int) else shown_size(self.image_size)
+            return f"evaluation sees the whole image, {how} to {shape} (median image {size})"
         line = f"evaluation sees {100 * share:.0f} % of the median image (centre crop, {size})"
         if share > 0.995:
             return line
@@ -159,7 +157,7 @@ class Transform:
         return draws.placement.region(i)
 
     def apply(self, image: Pixels, draws: Draws, i: int, out: torch.Tensor) -> None:
-        """Write sample `i`, whose decoded pixels are `image` [H,W,3], whole or reduced, into `out` (uint8 [3,S,S], any strides).
+        """Write sample `i`, whose decoded pixels are `image` [H,W,3], whole or reduced, into `out` (uint8 [3,H,W], any strides).
 
         ValueError if the image is not of the size the index gave: a box of another image would be cut.
         """
@@ -243,7 +241,7 @@ class Transform:
 
 def train_transform(
     *,
-    image_size: int,
+    image_size: ImageSize,
     augment: AugmentConfig,
     interpolation: str = "bilinear",
     crop_ratio: float = 0.875,
@@ -252,11 +250,12 @@ def train_transform(
 ) -> Transform:
     """The transform of training: the preset's geometry and the augmentations of `augment`. The presets `light` and `none` use `crop_ratio`.
 
-    imagenet: random resized crop (8 % to 100 % of the area) and flip. cifar: resized to the square, shifted by up to an eighth, flip.
-    light: short side to image_size / crop_ratio, random crop, flip. none: the central crop of evaluation.
-    With `fit` "stretch" or "pad" the whole image is first made square, padded with `erase_fill` (the mean); imagenet and light crop that square.
+    imagenet: random resized crop (8 % to 100 % of the area, 3/4 to 4/3 of the output's proportions) and flip. cifar: resized to the output, shifted by
+    up to an eighth, flip. light: short side to image_size / crop_ratio, random crop, flip. none: the central crop of evaluation.
+    With `fit` "stretch" or "pad" the whole image first gets the output's shape, padded with `erase_fill` (the mean); imagenet and light crop that.
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
+    shift = min(sides(size)) // 8 if augment.preset == "cifar" else 0
     geometry: RandomResizedCrop | Square | ShortSide | Fitted | FittedCrop
     if fit != "crop":
         padded = fit == "pad"
@@ -265,11 +264,13 @@ def train_transform(
         elif augment.preset == "light":
             geometry = Fitted(size, _resize_size(size, crop_ratio), padded)
         else:
-            geometry = Fitted(size, size, padded, shift=size // 8 if augment.preset == "cifar" else 0)
+            geometry = Fitted(size, size, padded, shift=shift)
     elif augment.preset == "imagenet":
-        geometry = RandomResizedCrop(size, reduced=augment.reduced_decode)
+        height, width = sides(size)
+        aspect = width / height
+        geometry = RandomResizedCrop(size, ratio=(3 / 4 * aspect, 4 / 3 * aspect), reduced=augment.reduced_decode)
     elif augment.preset == "cifar":
-        geometry = Square(size, padding=size // 8)
+        geometry = Square(size, padding=shift)
     else:
         geometry = ShortSide(size, _resize_size(size, crop_ratio), random=augment.preset == "light")
     return Transform(geometry, interpolation=mode, augment=augment, erase_fill=erase_fill, fill=erase_fill if fit == "pad" else BLACK)
@@ -277,25 +278,25 @@ def train_transform(
 
 def eval_transform(
     *,
-    image_size: int,
+    image_size: ImageSize,
     crop_ratio: float = 0.875,
     interpolation: str = "bilinear",
-    resize_size: int | None = None,
+    resize_size: ImageSize | None = None,
     square: bool = False,
     fit: Fit = "crop",
     fill: Colour = IMAGENET_MEAN,
 ) -> Transform:
     """The transform of evaluation: resize the short side to `resize_size` (round(image_size / crop_ratio) if not given), then centre crop.
 
-    `square` resizes the whole image to the square instead, which goes with the preset `cifar`. With `fit` "stretch" or "pad" the whole image is
-    made square, whatever the crop ratio; `fill` is the colour around a padded one.
+    `square` resizes the whole image to the output instead, which goes with the preset `cifar`. With `fit` "stretch" or "pad" the whole image
+    gets the output's shape, whatever the crop ratio; `fill` is the colour around a padded one.
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
     if fit != "crop":
         return Transform(Fitted(size, size, padded=fit == "pad"), interpolation=mode, fill=fill if fit == "pad" else BLACK)
     if square:
         return Transform(Square(size), interpolation=mode)
-    if resize_size is not None and resize_size < 1:
+    if resize_size is not None and min(sides(resize_size)) < 1:
         raise UserError(f"resize_size is {resize_size}; it must be at least 1 (pixels)")
     return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode)
 
@@ -306,14 +307,15 @@ def jitter_strengths(augment: AugmentConfig) -> tuple[float, float, float, float
     return given if isinstance(given, tuple) else (given, given, given, 0.0)
 
 
-def _resize_size(image_size: int, crop_ratio: float) -> int:
+def _resize_size(image_size: ImageSize, crop_ratio: float) -> ImageSize:
     if not 0 < crop_ratio <= 1:
         raise UserError(f"crop_ratio is {crop_ratio}; it must be above 0 and at most 1 (the fraction of the resized short side that the crop keeps)")
-    return round(image_size / crop_ratio)
+    height, width = sides(image_size)
+    return as_size(round(height / crop_ratio), round(width / crop_ratio))
 
 
-def _checked_size(image_size: int) -> int:
-    if image_size < 1:
+def _checked_size(image_size: ImageSize) -> ImageSize:
+    if min(sides(image_size)) < 1:
         raise UserError(f"image_size is {image_size}; it must be at least 1 (pixels)")
     return image_size
 
@@ -345,10 +347,10 @@ def _jittered(image: Pixels, factors: list[float], order: list[int]) -> Pixels:
     return image
 
 
-def _draw_erase(probability: float, size: int, ids: Ints, *, seed: int, epoch: int) -> Ints:
+def _draw_erase(probability: float, size: ImageSize, ids: Ints, *, seed: int, epoch: int) -> Ints:
     """Rectangles [B,4] in the output, zeros for none; area and aspect ratio as torchvision draws them, ten tries."""
     boxes = np.zeros((len(ids), 4), np.int64)
     hit = np.flatnonzero(uniform(ids, seed, epoch, "erase") < probability)
-    sides = np.full(len(hit), size)
-    boxes[hit] = random_boxes(ids[hit], sides, sides, scale=_ERASE_SCALE, ratio=_ERASE_RATIO, names=(seed, epoch, "erase.box"))
+    heights, widths = (np.full(len(hit), side) for side in sides(size))
+    boxes[hit] = random_boxes(ids[hit], widths, heights, scale=_ERASE_SCALE, ratio=_ERASE_RATIO, names=(seed, epoch, "erase.box"))
     return boxes

@@ -299,7 +299,7 @@ def test_none_resets_a_section_and_removes_a_phase(own: str) -> None:
         ({"data.augment": {"randaugment": [1, 2, 3]}}, "^--data.augment.randaugment: data.augment.randaugment: must have at most 2 values"),
         ({"phases.all.betas": 9}, "^--phases.all.betas: phases.all.betas: must be a list \\(got 9\\)$"),
         ({"phases.all.betas": ["x", 1]}, "^--phases.all.betas: phases.all.betas: must be a number \\(got 'x'\\)$"),
-        ({"data.image_size": 5.5}, "^--data.image_size: data.image_size: must be a whole number \\(got 5.5\\)$"),
+        ({"data.image_size": 5.5}, "^--data.image_size: data.image_size: must be 'auto'; or must be a whole number; or must be a list \\(got 5.5\\)$"),
         ({"run.name": 5}, "^--run.name: run.name: must be a string \\(got 5\\)$"),
         ({"run.debug": "maybe"}, "^--run.debug: run.debug: must be true or false \\(got 'maybe'\\)$"),
         ({"data.val": "x", "data.val_fraction": 0.5}, "^--data.val, --data.val_fraction: data.val and data.val_fraction are both given"),

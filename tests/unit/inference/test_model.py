@@ -9,7 +9,7 @@ import pytest
 from model_folders import model_folder
 
 from dtl.config import own
-from dtl.config.models import Fit
+from dtl.config.models import Fit, ImageSize
 from dtl.data.transforms.transforms import eval_transform
 from dtl.errors import UserError
 from dtl.inference.model import open_model
@@ -42,12 +42,15 @@ def test_a_model_whose_images_were_resized_otherwise_is_refused(tmp_path: Path) 
         open_model(described(tmp_path / "model", evaluation_version=2))
 
 
-@pytest.mark.parametrize("fit", ["stretch", "pad"])
-def test_a_model_sees_whole_images_as_its_training_did(tmp_path: Path, fit: Fit) -> None:
-    transform = eval_transform(image_size=16, fit=fit, fill=(9, 8, 7))
-    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": 16, "interpolation": "bilinear", "crop_ratio": 0.8}
+@pytest.mark.parametrize("size", [16, (16, 24)])
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+def test_a_model_sees_images_as_its_training_did(tmp_path: Path, fit: Fit, size: ImageSize) -> None:
+    transform = eval_transform(image_size=size, crop_ratio=0.8, fit=fit, fill=(9, 8, 7))
+    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": size, "interpolation": "bilinear", "crop_ratio": 0.8}
     folder = model_folder(tmp_path / "model", preprocessing={**facts, "transform": json.loads(json.dumps(transform.describe()))})
-    assert open_model(folder).transform == transform
+    model = open_model(folder)
+    assert model.transform == transform
+    assert model.network.preprocessing.image_size == size
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,8 @@ def test_a_model_sees_whole_images_as_its_training_did(tmp_path: Path, fit: Fit)
         ({"name": "Fitted", "image_size": 16, "resize_size": 16, "padded": True, "shift": -1}, [1, 2, 3], "shift -1 is not from 0"),
         ({"name": "Fitted", "image_size": 16, "resize_size": 16, "padded": True, "shift": 0}, [1, 2, 300], r"fill \[1, 2, 300\] is no colour"),
         ({"name": "Fitted", "image_size": 16, "resize_size": 16, "padded": True, "shift": 0}, [1], "damaged"),
+        ({"name": "ShortSide", "image_size": [16, 10**9], "resize_size": 16}, None, r"image_size \[16, 1000000000\] is not from 1 to 16384"),
+        ({"name": "ShortSide", "image_size": [16, 16, 16], "resize_size": 16}, None, r"image_size \[16, 16, 16\] is not from"),
         ({"name": "ShortSide", "image_size": 16, "resize_size": 10**9}, None, "resize_size 1000000000 is not from 1 to 32768"),
     ],
 )

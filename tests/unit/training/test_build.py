@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from model_folders import model_folder
 from recipes import write_images
 
+from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, load_config
 from dtl.data.shards.index import Shards
 from dtl.data.splits_of_run import Splits
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.models.preprocessing import Preprocessing
 from dtl.runs.folder import RunFolder
 from dtl.training import build
 
@@ -140,3 +143,42 @@ def test_a_network_of_ones_own_has_no_published_weights(digits: Pair, runtime: R
     network = build.build_network(config, 10, runtime)
     with pytest.raises(UserError, match=r"transfer\.source is pretrained, but networks:small has no published weights; give a file with --transfer\.source"):
         build.load_pretrained(config, network, runtime, digits[0], lambda line: None)
+
+
+def test_the_size_comes_from_the_weights_unless_a_number_is_given(tmp_path: Path, runtime: Runtime) -> None:
+    said = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": [24, 40], "interpolation": "bicubic", "crop_ratio": 0.8}
+    folder = model_folder(tmp_path / "model", preprocessing=said)
+
+    def prepared(*options: str) -> build.Parts:
+        run = RunFolder(tmp_path / "run")
+        config = load_config(["--model.name", "networks:small", "--data.workers", "0", "--data.cache_dir", str(tmp_path / "cache"), *options])[0]
+        return build.prepare(config, run, CheckpointStore(run.path / "checkpoints", config.checkpoint), runtime, print)
+
+    auto = ("--data.image_size", "auto")
+    parts = prepared("--transfer.source", str(folder), *auto, "--phases", "{all: {train: all}}")
+    assert parts.network.preprocessing == Preprocessing.from_values(said)
+    assert (parts.loaders.image_size, parts.loaders.val_transform.image_size, parts.loaders.train_transform.interpolation) == ((24, 40), (24, 40), "bicubic")
+    assert set(parts.network.preprocessing.origins.values()) == {f"from {folder}/model.safetensors"}
+    with pytest.raises(UserError, match=r"phase pretext: the task rotate needs square images, but data\.image_size is \[24, 40\]; give one number"):
+        build.check_phases(prepared("--transfer.source", str(folder), *auto).phases, parts.network, parts.loaders, runtime, monitor="top1")
+    given = prepared("--transfer.source", str(folder), "--data.image_size", "[16, 16]", "--data.crop_ratio", "0.9")
+    assert given.network.preprocessing == replace(Preprocessing.from_values(said), image_size=16, crop_ratio=0.9)
+    assert given.network.preprocessing.origins["image_size"] == "data.image_size"
+    assert prepared(*auto).network.preprocessing == Preprocessing(), "without weights the usual values"
+
+
+def test_a_run_goes_on_with_the_preprocessing_that_it_began_with(runtime: Runtime) -> None:
+    """Its weights may be gone. An older dtl stored none, and used that of the published weights, whatever was loaded."""
+    config = config_of("--model.name", "mobilenet_v2", "--data.image_size", "96")
+    network = build.build_network(config, 10, runtime)
+    stored = Preprocessing(image_size=(24, 40), crop_ratio=0.7, mean=(0.5, 0.5, 0.5))
+    for state, expected in (
+        ({"preprocessing": {**stored.to_json(), "origins": {"mean": "from x"}}}, stored),
+        ({}, replace(network.preprocessing, image_size=96, crop_ratio=224 / 232)),
+    ):
+        checkpoint = Checkpoint(path=Path("step-3"), step=3, groups=(), aliases={}, state=state)
+        assert build.stored_preprocessing(config, network, checkpoint) == expected
+    with pytest.raises(UserError, match=r"step-3/state\.json is damaged: preprocessing: KeyError 'std'"):
+        build.stored_preprocessing(
+            config, network, Checkpoint(path=Path("step-3"), step=3, groups=(), aliases={}, state={"preprocessing": {"mean": [1, 2, 3]}})
+        )

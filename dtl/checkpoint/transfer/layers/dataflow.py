@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Layer, TensorSpec, layers_of, loose_signature, specs_of
+from dtl.config.models import ImageSize, as_size, sides
 
 # Reads of attributes and sizes: not uses.
 _NO_USE = frozenset(
@@ -113,7 +114,7 @@ def on_meta(module: nn.Module) -> nn.Module:
     return shadow(module)
 
 
-def trace_dataflow(module: nn.Module, *, image_size: int | None = None) -> Dataflow | None:
+def trace_dataflow(module: nn.Module, *, image_size: ImageSize | None = None) -> Dataflow | None:
     """Run the module once on the meta device in eval mode; None where it cannot run there (control flow by values)."""
     shadow = on_meta(module)
     names: dict[int, str] = {}
@@ -132,7 +133,7 @@ def trace_dataflow(module: nn.Module, *, image_size: int | None = None) -> Dataf
     return None
 
 
-def _input_shapes(module: nn.Module, image_size: int | None) -> list[tuple[int, ...]]:
+def _input_shapes(module: nn.Module, image_size: ImageSize | None) -> list[tuple[int, ...]]:
     """Inputs to try: images of the channels that a convolution takes, at the size the module hints at, else at common ones."""
     convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     if not convolutions:
@@ -142,21 +143,20 @@ def _input_shapes(module: nn.Module, image_size: int | None) -> list[tuple[int, 
     # The first one registered is nearly always the one that sees the image; else one that takes as many channels as images have.
     channels = [next(iter(taken)), *(count for count in (3, 1, 4, 2) if count in taken)]
     sizes = dict.fromkeys([size for size in (image_size, *_size_hints(module)) if size] + list(_SIZES))
-    return [(2, count, size, size) for count in dict.fromkeys(channels) for size in sizes]
+    return [(2, count, *sides(size)) for count in dict.fromkeys(channels) for size in sizes]
 
 
-def _size_hints(module: nn.Module) -> list[int | None]:
+def _size_hints(module: nn.Module) -> list[ImageSize | None]:
     """Where torchvision and timm keep the input size of networks that take no other."""
     config = getattr(module, "default_cfg", None)
     size = config.get("input_size", (None,)) if isinstance(config, dict) else None
     places = (getattr(getattr(module, "patch_embed", None), "img_size", None), getattr(module, "image_size", None))
-    return [_last_size(value) for value in (*places, getattr(module, "img_size", None), size)]
+    return [_size_of(value) for value in (*places, getattr(module, "img_size", None), size)]
 
 
-def _last_size(value: Any) -> int | None:
-    if isinstance(value, (tuple, list)) and value:
-        value = value[-1]
-    return value if isinstance(value, int) and value > 0 else None
+def _size_of(value: Any) -> ImageSize | None:
+    sides_of = [value, value] if isinstance(value, int) else list(value)[-2:] if isinstance(value, (tuple, list)) else []
+    return as_size(*sides_of) if len(sides_of) == 2 and all(isinstance(side, int) and side > 0 for side in sides_of) else None
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Target:
     layers: list[Layer]
     ties: dict[str, str] = field(default_factory=dict)
     module: nn.Module | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     trace: bool = True
 
     @cached_property
@@ -178,7 +178,7 @@ class Target:
         return trace_dataflow(self.module, image_size=self.image_size)
 
 
-def target_of(model: nn.Module | Mapping[str, torch.Tensor], *, image_size: int | None = None, trace: bool = True) -> Target:
+def target_of(model: nn.Module | Mapping[str, torch.Tensor], *, image_size: ImageSize | None = None, trace: bool = True) -> Target:
     if not isinstance(model, nn.Module):
         specs = specs_of(model)
         return Target(specs, layers_of(specs))

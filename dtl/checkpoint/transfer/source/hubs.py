@@ -18,6 +18,7 @@ from dtl.credentials import bare, redacted_line
 from dtl.data.remote.fetch import Unfetched, fetch_file
 from dtl.errors import UserError
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
+from dtl.models.preprocessing import of_torchvision, timm_preprocessing
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,7 @@ def _torchvision_facts(weights: Any) -> dict[str, Any]:
         facts["classes"] = list(weights.meta["categories"])
     preset = weights.transforms()
     if all(hasattr(preset, word) for word in ("mean", "std", "crop_size", "resize_size")):
-        facts["preprocessing"] = {
-            "mean": list(preset.mean),
-            "std": list(preset.std),
-            "image_size": preset.crop_size[0],
-            "interpolation": preset.interpolation.value,
-            "crop_ratio": round(preset.crop_size[0] / preset.resize_size[0], 4),
-        }
+        facts["preprocessing"] = of_torchvision(preset).to_json()
     return facts
 
 
@@ -141,15 +136,7 @@ def _hub_tensors(repository: str) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 
 def _timm_facts(config: dict[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "preprocessing": {
-            "mean": list(config["mean"]),
-            "std": list(config["std"]),
-            "image_size": config["input_size"][-1],
-            "interpolation": config["interpolation"],
-            "crop_ratio": config["crop_pct"],
-        }
-    }
+    facts: dict[str, Any] = {"preprocessing": timm_preprocessing(config).to_json()}
     if config.get("label_names"):
         facts["classes"] = list(config["label_names"])
     return facts

@@ -25,6 +25,7 @@ from dtl.errors import UserError
 from dtl.files import expand_home
 from dtl.models.hub import hub_name
 from dtl.models.model_json import check_weights, read_model_json
+from dtl.models.preprocessing import Preprocessing, resolve
 from dtl.text import counted, near_path, to_nobody
 from dtl.untrusted import FileName, Record, Text, open_regular, read_json
 
@@ -90,6 +91,15 @@ def read_weights(source: str | Path | Mapping[str, Any] | nn.Module | SourceWeig
     named = named.removeprefix("file://")
     path, chosen = split_fragment(named)
     return _from_path(path, key=key or chosen)
+
+
+def preprocessing_for(network: Preprocessing, weights: SourceWeights | None) -> Preprocessing:
+    """What a network uses with these weights, or without any. `network`: as it was built. UserError where the weights' own words are damaged."""
+    said = None if weights is None else weights.facts.get("preprocessing")
+    try:
+        return resolve(network, said if isinstance(said, Mapping) else None, source="" if weights is None else str(weights.origin))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{weights and weights.origin}: its preprocessing is damaged: {type(error).__name__} {error}") from error
 
 
 def check_is_there(source: str) -> None:

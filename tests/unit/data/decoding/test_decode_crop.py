@@ -17,7 +17,7 @@ from damage import put_image, rewrite_index
 from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
-from dtl.config.models import AugmentConfig, Fit
+from dtl.config.models import AugmentConfig, Fit, ImageSize
 from dtl.data.decoding import decode as decode_crop
 from dtl.data.decoding.decode import Region, crop_jpeg, decode, decode_jpeg, native
 from dtl.data.loading.loader import BatchDataset, decode_into
@@ -223,10 +223,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
-def batches(folder: Path, *, training: bool, fit: Fit) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
+def batches(folder: Path, *, training: bool, fit: Fit, size: ImageSize) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
     shards = Shards.open(folder)
-    transform = train_transform(image_size=32, augment=AugmentConfig(color_jitter=0.2), fit=fit) if training else eval_transform(image_size=32, fit=fit)
-    dataset = BatchDataset(shards, transform, image_size=32, seed=0)
+    transform = train_transform(image_size=size, augment=AugmentConfig(color_jitter=0.2), fit=fit) if training else eval_transform(image_size=size, fit=fit)
+    dataset = BatchDataset(shards, transform, image_size=size, seed=0)
     samples = np.arange(shards.num_samples)
     found = []
     for epoch in range(6 if training else 1):
@@ -237,19 +237,19 @@ def batches(folder: Path, *, training: bool, fit: Fit) -> list[tuple[np.ndarray,
 
 
 @needs_native
-@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize(("fit", "size"), [("crop", 32), ("stretch", 32), ("pad", 32), ("crop", (24, 40)), ("stretch", (40, 24)), ("pad", (24, 40))])
 @pytest.mark.parametrize("training", [True, False])
-def test_batches_and_reports_are_the_same_with_and_without_it(shards: Path, training: bool, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_reports_are_the_same_with_and_without_it(shards: Path, training: bool, fit: Fit, size: ImageSize, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native().on
     taken = []
     real = decode_crop._crop
     monkeypatch.setattr(decode_crop, "_crop", lambda *given: taken.append(found := real(*given)) or found)
-    with_it = batches(shards, training=training, fit=fit)
+    with_it = batches(shards, training=training, fit=fit, size=size)
     if training or fit == "crop":  # else every image is needed whole
         assert sum(one is not None for one in taken) > len(with_it)
     switch_off(monkeypatch)
     taken.clear()
-    without = batches(shards, training=training, fit=fit)
+    without = batches(shards, training=training, fit=fit, size=size)
     assert not taken
     for (images, bad), (expected, expected_bad) in zip(with_it, without):
         np.testing.assert_array_equal(images, expected)

@@ -59,7 +59,9 @@ def steps(shards: Shards, transform: Transform, *, device: bool, workers: int = 
         return EpochPlan(shards.shard_sizes, seed=3, epoch=epoch, global_batch_size=12)
 
     layout = RankLayout.for_plan(plan(0), num_ranks=world, micro_batch_size=micro)
-    loader = StepLoader(shards, transform, plans=plan, layout=layout, rank=rank, image_size=SIZE, seed=3, workers=workers, decode_on=DEVICE if device else None)
+    loader = StepLoader(
+        shards, transform, plans=plan, layout=layout, rank=rank, image_size=transform.image_size, seed=3, workers=workers, decode_on=DEVICE if device else None
+    )
     return [batch for batches in loader.steps(0, 0, 4) for batch in batches]
 
 
@@ -80,6 +82,8 @@ TRANSFORMS = {
     "evaluation": eval_transform(image_size=SIZE),
     "evaluation, bicubic": eval_transform(image_size=SIZE, interpolation="bicubic", crop_ratio=1.0),
     "evaluation, stretch": eval_transform(image_size=SIZE, fit="stretch"),
+    "evaluation, oblong": eval_transform(image_size=(SIZE, 2 * SIZE)),
+    "imagenet, oblong, pad": train_transform(image_size=(SIZE, 2 * SIZE), augment=AugmentConfig(preset="imagenet", reduced_decode=False), fit="pad"),
     "evaluation, pad": eval_transform(image_size=SIZE, fit="pad"),
     "imagenet, pad": train_transform(image_size=SIZE, augment=AugmentConfig(preset="imagenet", vertical_flip=0.5, reduced_decode=False), fit="pad"),
 }

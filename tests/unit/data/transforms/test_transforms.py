@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtl.config.models import AugmentConfig, Fit
+from dtl.config.models import AugmentConfig, Fit, sides
 from dtl.data.decoding.decode import decode
 from dtl.data.transforms.geometry import FittedCrop, RandomResizedCrop
 from dtl.data.transforms.transforms import EVALUATION_VERSION, TRANSFORM_VERSION, Draws, Transform, eval_transform, jitter_strengths, train_transform
@@ -36,6 +36,11 @@ TRANSFORMS = {
     "imagenet, pad": train_transform(image_size=48, augment=AugmentConfig(), fit="pad"),
     "light, pad": train_transform(image_size=40, augment=AugmentConfig(preset="light"), fit="pad"),
     "cifar, pad": train_transform(image_size=32, augment=AugmentConfig(preset="cifar"), fit="pad"),
+    "oblong imagenet": train_transform(image_size=(48, 80), augment=EVERYTHING),
+    "oblong imagenet, pad": train_transform(image_size=(48, 80), augment=AugmentConfig(), fit="pad"),
+    "oblong light, stretch": train_transform(image_size=(80, 40), augment=AugmentConfig(preset="light"), fit="stretch"),
+    "oblong cifar": train_transform(image_size=(24, 40), augment=AugmentConfig(preset="cifar")),
+    "oblong eval": eval_transform(image_size=(24, 40)),
     "cifar, stretch": train_transform(image_size=32, augment=AugmentConfig(preset="cifar"), fit="stretch"),
 }
 SHAPES = [(60, 80), (80, 60), (33, 33), (200, 50), (8, 8), (41, 97), (300, 401)]
@@ -51,8 +56,7 @@ def _image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def _apply(transform: Transform, samples: list[int], images: list[np.ndarray], *, channels_last: bool = True) -> torch.Tensor:
     draws = transform.draw(samples, [i.shape[1] for i in images], [i.shape[0] for i in images], seed=3, epoch=5)
-    size = transform.image_size
-    out = torch.full((len(images), 3, size, size), 77, dtype=torch.uint8)
+    out = torch.full((len(images), 3, *sides(transform.image_size)), 77, dtype=torch.uint8)
     if channels_last:
         out = out.contiguous(memory_format=torch.channels_last)
     for i, image in enumerate(images):
@@ -129,6 +133,28 @@ def test_evaluation_is_torchvisions_resize_and_center_crop(interpolation: str, s
         assert torch.equal(ours, reference(torch.from_numpy(image).permute(2, 0, 1))), shape
 
 
+@pytest.mark.parametrize("size", [(24, 60), (60, 24), (33, 40)])
+def test_an_oblong_evaluation_covers_its_output_and_cuts_the_middle(size: tuple[int, int]) -> None:
+    """As timm's centre crop does it: the image keeps its proportions, and the smallest resize that covers output / crop ratio is cut."""
+    from torchvision.transforms.v2 import functional
+
+    for shape in [*SHAPES, (1, 1), (45, 61), (24, 60)]:  # of a longer one a stripe is resized: see MAX_ASPECT
+        image = _image(*shape)
+        planes = torch.from_numpy(image).permute(2, 0, 1)
+        scale = max(round(target / 0.8) / side for target, side in zip(size, shape))
+        resized = functional.resize(planes, [int(side * scale + 1e-6) for side in shape], antialias=True)
+        ours = _apply(eval_transform(image_size=size, crop_ratio=0.8), [0], [image])[0]
+        assert torch.equal(ours, functional.center_crop(resized, list(size))), shape
+
+
+def test_crops_for_an_oblong_output_have_its_proportions() -> None:
+    transform = train_transform(image_size=(40, 120), augment=AugmentConfig())
+    boxes = transform.draw(np.arange(500), np.full(500, 900), np.full(500, 600), seed=0, epoch=0).placement.boxes
+    aspects = boxes[:, 3] / boxes[:, 2] / 3
+    assert 0.74 < aspects.min() < 0.8
+    assert 1.25 < aspects.max() < 1.36
+
+
 @pytest.mark.parametrize("interpolation", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 def test_pixels_are_within_rounding_of_pillows(interpolation: Image.Resampling) -> None:
     name = interpolation.name.lower()
@@ -149,18 +175,20 @@ def test_pad_is_pillows_pad_and_stretch_its_resize(interpolation: str, shape: tu
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     image, fill, mode = _image(*shape), (124, 116, 104), InterpolationMode(interpolation)
-    for size in (40, 33):
+    for size in (40, 33, (24, 60), (61, 32)):
+        high, wide = sides(size)
         stretched = _apply(eval_transform(image_size=size, interpolation=interpolation, fit="stretch"), [0], [image])[0]
         planes = torch.from_numpy(image).permute(2, 0, 1)
-        assert torch.equal(stretched, functional.resize(planes, [size, size], interpolation=mode, antialias=True))
+        assert torch.equal(stretched, functional.resize(planes, [high, wide], interpolation=mode, antialias=True))
 
         padded = _apply(eval_transform(image_size=size, interpolation=interpolation, fit="pad"), [0], [image])[0]
-        white = ImageOps.pad(Image.fromarray(np.full_like(image, 255)), (size, size), color=(0, 0, 0)) if min(shape) * size >= max(shape) else None
+        holds = min(shape) * min(high, wide) >= max(shape)  # Pillow cannot make a picture of no height
+        white = ImageOps.pad(Image.fromarray(np.full_like(image, 255)), (wide, high), color=(0, 0, 0)) if holds else None
         if white is not None:
             rows, columns = np.nonzero(np.asarray(white)[..., 0])
             box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
             inner = functional.resize(planes, [box[0].stop - box[0].start, box[1].stop - box[1].start], interpolation=mode, antialias=True)
-            expected = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+            expected = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, high, wide)
             expected[:, box[0], box[1]] = inner
             assert torch.equal(padded, expected)
 
@@ -215,6 +243,13 @@ def test_crops_of_a_stretched_image_are_drawn_in_the_square() -> None:
 def test_what_evaluation_sees(fit: Fit, sizes: list[tuple[int, int]], line: str) -> None:
     widths, heights = np.array(sizes).T
     assert eval_transform(image_size=224, fit=fit).what_is_seen(widths, heights) == line
+
+
+def test_what_an_oblong_evaluation_sees() -> None:
+    assert (
+        eval_transform(image_size=(160, 320), fit="pad").what_is_seen(np.array([640]), np.array([480])).endswith("padded to [160, 320] (median image 640x480)")
+    )
+    assert eval_transform(image_size=(160, 320), crop_ratio=1.0).what_is_seen(np.array([640]), np.array([320])).startswith("evaluation sees 100 %")
 
 
 def test_real_photos_have_the_pixels_of_torchvisions_image_pipeline(real_images: Path) -> None:
