@@ -203,3 +203,25 @@ def waiting_device() -> None:
         return step(self, batches, **more)
 
     Stepper.step = held  # type: ignore[method-assign]
+
+
+def no_proc() -> None:
+    """This machine has no /proc, as some containers and sandboxes have none."""
+    readlink, read_text, read_bytes = os.readlink, Path.read_text, Path.read_bytes
+
+    def refusing(real):  # type: ignore[no-untyped-def]
+        def read(path, *more, **options):  # type: ignore[no-untyped-def]
+            if str(path).startswith("/proc/"):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            return real(path, *more, **options)
+
+        return read
+
+    os.readlink, Path.read_text, Path.read_bytes = refusing(readlink), refusing(read_text), refusing(read_bytes)  # type: ignore[method-assign]
+
+
+def other_host() -> None:
+    """This process computes on cores of its own, those of another host."""
+    from dtl.training import dataloaders
+
+    dataloaders.gethostname = lambda: "elsewhere"

@@ -6,6 +6,7 @@ A browser looks for fonts by itself, so the page's text needs none of this; the 
 from __future__ import annotations
 
 import math
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
@@ -13,10 +14,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtl.data.remote.address import default_cache_dir, has_home
 from dtl.errors import printable
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
+
+if "MPLCONFIGDIR" not in os.environ and not has_home():
+    # matplotlib would make a folder for each process, and print two lines about it. It reads this when it is imported.
+    os.environ["MPLCONFIGDIR"] = str(default_cache_dir() / "matplotlib")
 
 FAMILY = "DejaVu Sans"
 _SIZE = 14  # pixels, of grids

@@ -83,7 +83,7 @@ def test_what_may_not_go_unsaid_is_said_once_at_the_start(tmp_path: Path) -> Non
     write_images(tmp_path / "train", {"ants": 6, "bees": 6, "cows": 1})
     write_images(tmp_path / "val", {"ants": 3, "bees": 1})
     recipe = write_recipe(tmp_path, phases={"all": {"epochs": 1}}, data={"global_batch_size": 13, "train": "train", "val": "val"})
-    job = run(["--config", str(recipe)], cwd=tmp_path, world=2, env={"LOCAL_WORLD_SIZE": "1"})
+    job = run(["--config", str(recipe)], cwd=tmp_path, world=2, by_rank={1: {"before": "obstacles:other_host"}})
     lines = job.err(rank=0).splitlines()
     assert lines.count("1 of 3 classes without a validation image (left out of top1): cows") == 1
     assert any(line.startswith("phase all: classify, 1 epoch of 1 step, ") for line in lines)
@@ -123,3 +123,10 @@ def test_whose_statistics_count_is_told_where_ranks_have_their_own(tmp_path: Pat
     assert "separate running statistics" not in told[1]
     lines = [line for line in told[2].splitlines() if "separate running statistics" in line]
     assert lines == ["phase all: 2 norms keep separate running statistics on each rank; those of rank 0 are evaluated and saved"]
+
+
+def test_a_machine_without_proc_trains_all_the_same(tmp_path: Path) -> None:
+    before = {"before": "obstacles:no_proc"}
+    job = run(["--config", str(write_recipe(tmp_path, **SHORT))], cwd=tmp_path, world=2, by_rank={0: before, 1: before})
+    assert "lost rank" not in job.err()
+    assert status(tmp_path / "runs/tiny")["state"] == "done"

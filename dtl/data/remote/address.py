@@ -17,12 +17,17 @@ def default_cache_dir() -> Path:
     """$DTL_CACHE, or ~/.cache/dtl; where there is no home that can be written (containers with a bare user id), .dtl-cache in the working folder."""
     if given := os.environ.get("DTL_CACHE"):
         return user_path(given)
+    return Path.home() / ".cache" / "dtl" if has_home() else Path(".dtl-cache").absolute()
+
+
+def has_home() -> bool:
+    """Whether this user has a home folder whose caches can be written."""
     try:
         place = Path.home() / ".cache" / "dtl"
     except RuntimeError:  # no $HOME, and no entry in /etc/passwd
-        return Path(".dtl-cache").absolute()
+        return False
     existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    return place if os.access(existing, os.W_OK) else Path(".dtl-cache").absolute()
+    return os.access(existing, os.W_OK)
 
 
 def cache_place(cache_dir: str | Path | None, *, shared: bool = False, own: bool = True) -> Path:

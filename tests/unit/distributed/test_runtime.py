@@ -114,3 +114,18 @@ def test_a_gpu_has_the_names_by_which_ranks_that_share_it_are_found(monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: slice_of_first)
     assert _names_of_gpu(torch.device("cuda", 0)) == ("GPU-7a", f"{socket.gethostname()} 0000:c1:00")
     assert _names_of_gpu(torch.device("cpu")) == ()
+
+
+def test_what_torch_warns_of_is_printed_by_one_rank() -> None:
+    """DDP's line about strides came once a rank."""
+    filters = list(warnings.filters)
+    for rank in (0, 1):
+        runtime = Runtime.alone("cpu")
+        runtime.rank = rank
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with runtime:
+                warnings.warn_explicit("Grad strides do not match", UserWarning, "graph.py", 1, module="torch.autograd.graph")
+                warnings.warn_explicit("of another package", UserWarning, "x.py", 1, module="torchlike")
+        assert [str(one.message) for one in caught] == ["Grad strides do not match", "of another package"][rank:]
+    assert warnings.filters == filters

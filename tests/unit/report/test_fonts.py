@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +136,13 @@ def test_a_report_of_such_classes(installed: list[str], tmp_path: Path, monkeypa
         assert "no installed font" in line
         assert f"Classes that the plots number in the plots class class 1 {min(SCISSORS, FORCEPS)} class 2 {max(SCISSORS, FORCEPS)}" in page.text
     assert json.loads((run / "model/model.json").read_text())["classes"] == sorted(classes, key=str.encode)
+
+
+def test_without_a_home_matplotlib_has_its_cache_beside_the_run(tmp_path: Path) -> None:
+    """A container with a bare user id: matplotlib printed two lines, and made a folder for each process."""
+    code = "import os; os.access = lambda *_: False; from dtl.report import fonts; print(os.environ.get('MPLCONFIGDIR'))"
+    for given, used in ((None, tmp_path / ".dtl-cache/matplotlib"), ("mine", "mine")):
+        environment = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "DTL_CACHE")}
+        environment |= {} if given is None else {"MPLCONFIGDIR": given}
+        done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(used)
