@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -97,17 +98,18 @@ def num_cores() -> int:
     return max(1, math.ceil(core_share()))
 
 
-def num_physical_cores() -> int:
-    """Like `num_cores`, with the two hyperthreads of a core counted as one."""
-    if not hasattr(os, "sched_getaffinity"):
-        return num_cores()
-    cores = set()
-    for number in os.sched_getaffinity(0):
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(number))
-    return min(len(cores), num_cores())
+def physical_cores(cores: frozenset[int]) -> frozenset[int]:
+    """The cores of this machine that these numbers stand for: the two hyperthreads of a core are one."""
+    return frozenset(map(_first_thread, cores))
+
+
+@functools.cache
+def _first_thread(core: int) -> int:
+    try:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+        return int(re.split("[-,]", siblings)[0])
+    except (OSError, ValueError):
+        return core
 
 
 def peak_bytes() -> int:

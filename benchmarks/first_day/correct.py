@@ -41,13 +41,13 @@ def correctness(day: Day, section: Section) -> None:
         section.mark(f"{name} in float32 computes what the CPU computes", max(found.values()) < 1e-3, f"{max(found.values()):.1e}, at most 1e-3")
     section.lines += [*table(("network", "logits, relative to the CPU's", "losses of three steps"), rows), ""]
 
-    found = {}
+    curves = {}
     for world in day.worlds:
         recipe = day.recipe(**WITHOUT_NORMS, data={"global_batch_size": 16 if day.small else 64})
         day.train(recipe, world=world)
-        found[world] = losses(recipe.parent / "runs/tiny")
+        curves[world] = losses(recipe.parent / "runs/tiny")
     for world in day.worlds[1:]:
-        difference = largest(found[world], found[1])
+        difference = largest(curves[world], curves[1])
         section.mark(f"{world} GPUs train as one does", difference < 1e-4, f"{difference:.1e}, at most 1e-4")
 
     steps = {"all": {"train": "all", "epochs": 1 if day.small else 3, "lr": 0.05}}

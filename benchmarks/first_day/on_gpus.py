@@ -28,7 +28,7 @@ def machine_facts() -> dict[str, Any]:
 
     return machine() | {
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         "capability": [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())],
         "memory_gib_of_a_gpu": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
@@ -59,7 +59,7 @@ def all_reduce(mebibytes: list[float], times: int) -> dict[str, float]:
     world = dist.get_world_size()
     for size in mebibytes:
         values = torch.ones(int(size * 2**18), device=device)
-        seconds = _seconds(lambda values=values: dist.all_reduce(values), times)  # type: ignore[misc]
+        seconds = _seconds(lambda values=values: dist.all_reduce(values), times)
         found[str(size)] = values.numel() * 4 / seconds * 2 * (world - 1) / world / 1e9
     dist.destroy_process_group()
     return found
@@ -70,7 +70,7 @@ def host_to_device(mebibytes: int, times: int) -> dict[str, float]:
     pageable = torch.ones(mebibytes * 2**20, dtype=torch.uint8)
     there = torch.empty_like(pageable, device="cuda")
     sources = {"pinned": pageable.pin_memory(), "pageable": pageable}
-    return {name: mebibytes * 2**20 / _seconds(lambda host=host: there.copy_(host, non_blocking=True), times) / 1e9 for name, host in sources.items()}  # type: ignore[misc]
+    return {name: mebibytes * 2**20 / _seconds(lambda host=host: there.copy_(host, non_blocking=True), times) / 1e9 for name, host in sources.items()}
 
 
 def loader(shards: str, image_size: int, batch: int, workers: int, batches: int, on_device: bool) -> float:

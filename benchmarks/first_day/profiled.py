@@ -37,7 +37,7 @@ def profiled() -> None:
 
 def _kernels(profiler: Any) -> dict[str, list[Interval]]:
     """Microseconds from and to, of what ran on the device."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
     found: dict[str, list[Interval]] = {"compute": [], "communication": [], "copies": []}
     for event in profiler.events():

@@ -53,10 +53,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(config: Config, name: str, phase: str, options: argparse.Namespace) -> int:
     from dtl.checks.lr_range import SweepStopped
+    from dtl.distributed.determinism import deterministic_kernels
     from dtl.distributed.runtime import Runtime
     from dtl.distributed.signals import StoppedBeforeFirstStep
 
-    with Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime:
+    with (
+        deterministic_kernels(config.run.deterministic),
+        Runtime(device=config.run.device, precision=config.precision, timeout_minutes=config.run.timeout_minutes) as runtime,
+    ):
         try:
             curve = _watched(config, phase, options, runtime)
         except (StoppedBeforeFirstStep, SweepStopped) as stopped:
@@ -108,9 +112,10 @@ def _lost(line: str) -> None:
 def _measure(config: Config, phase_name: str, options: argparse.Namespace, runtime: Runtime, heart: Heartbeat) -> LrCurve:
     from dtl.checkpoint.transfer.source.read import preprocessing_for
     from dtl.checks.lr_range import find_lr
+    from dtl.distributed.determinism import name_operators
     from dtl.training import build
     from dtl.training.active import enter, set_head
-    from dtl.training.micro_batch import fit
+    from dtl.training.micro_batch import fit, unstable_operators
 
     log = to_stderr if runtime.is_main else to_nobody
     with runtime.before_first_step(lambda: None):
@@ -142,6 +147,9 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         )
         if config.data.micro_batch_size == "auto":
             fit(active, loaders, runtime, normalise=normalise, state=None, log=log)
+        if config.run.deterministic:
+            for line in name_operators(unstable_operators(active, loaders, runtime, normalise=normalise), phase_name, runtime.device.type):
+                log(line)
     log(f"phase {phase_name}: up to {options.steps} steps, learning rate from {options.first:g} to {options.last:g}")
     return find_lr(
         active,

@@ -94,7 +94,7 @@ class Arrivals:
                 if store is None:
                     store = rendezvous_store(2.0)
                     store.set(f"{self._key}/{self._rank}", "")
-                away = [rank for rank in range(self._world) if not store.check([f"{self._key}/{rank}"])] if age >= due else []
+                away = [rank for rank in range(self._world) if not store.check([f"{self._key}/{rank}"])] if age >= FIRST_LINE else []
                 prints = self._rank == min(set(range(self._world)).difference(away))
             except RuntimeError:  # nobody listens
                 away, prints, store = [0], self._speaks_alone, None

@@ -14,6 +14,7 @@ import secrets
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -143,6 +144,7 @@ class Runtime:
         if not alone and not os.environ.get("LOCAL_WORLD_SIZE"):
             self.launch = replace(launch, local_world_size=leaders.count(self._leader))
         self.signals = Signals(prints=self.is_main and not alone)
+        self._stack = contextlib.ExitStack()
 
     @classmethod
     def alone(cls, device: str = "auto") -> Runtime:
@@ -174,9 +176,13 @@ class Runtime:
 
     def __enter__(self) -> Runtime:
         self.signals.catch()
+        if not self.is_main:  # what torch warns of, it warns of on all ranks
+            self._stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"torch(\.|$)")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
         self.signals.release()
         # After a fault the peers may be stuck or gone: destroying the group would wait for them.
         if kind is None or issubclass(kind, (UserError, SystemExit)):

@@ -397,6 +397,12 @@ class Watchdog:
         return Loss(f"lost {_names(notes)}", min((rank for rank in self._world if rank not in gone), default=self.rank))
 
     def _watch(self) -> None:
+        pause = self._interval / 20
+        while pause < self._interval and not self._stop.wait(pause):  # a rank that dies in its first seconds was not in stage start of step 0
+            pause *= 2
+            with self._lock, suppress(RuntimeError):
+                if self._notes is not None:
+                    self._notes.write(self.heart)
         while not self._stop.wait(self._interval):
             age = self.heart.clock() - self.heart.since
             stalled = age > self.limit / 6

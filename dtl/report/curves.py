@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 600
 _MOST_MARKERS = 40
+_MOST_MARKED = 40
+"""Phases. Of more the borders, names and best evaluations would cover the curves: only the last phase's best is marked, whose weights the run delivers."""
 _EPOCH_TICKS = 7
 # Learning rates that differ by more than this between phases need a logarithmic axis to be seen.
 _LOG_LR = 20.0
@@ -28,15 +31,15 @@ def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
     figure = new_figure(width, 560, fit=False)
     figure.subplots_adjust(left=54 / width, right=1 - 12 / width, top=1 - 40 / 560, bottom=44 / 560, hspace=0.22)
     loss, top1, lr = figure.subplots(3, 1, sharex=True, height_ratios=[5, 5, 2.6])
-    for phase in record.phases:
-        _line(loss, phase.train["step"], phase.train["loss"], BLUE, "train")
-        _dots(loss, phase.val["step"], phase.val["loss"], "validation")
-        _dots(top1, phase.val["step"], phase.val["top1"], "validation")
+    phases = record.phases
+    _lines(loss, [thinned(phase.train["step"], phase.train["loss"]) for phase in phases], BLUE, "train")
+    for axes, metric in ((loss, "loss"), (top1, "top1")):
+        _lines(axes, [thinned(phase.val["step"], phase.val[metric]) for phase in phases], VERMILION, "validation", dots=_MOST_MARKERS, clip_on=False)
+    for phase in phases if len(phases) <= _MOST_MARKED else phases[-1:]:
         _mark_best(top1, phase, record.monitor, record.last_step)
-    rates = [learning_rates(record, phase) for phase in record.phases]
-    for steps, values, in_stairs in rates:
-        if len(steps):
-            lr.plot(steps, values, color=GREY, drawstyle="steps-pre" if in_stairs else "default", marker="o" if len(steps) == 1 else None)
+    rates = [learning_rates(record, phase) for phase in phases]
+    _lines(lr, [(steps, values) for steps, values, in_stairs in rates if not in_stairs], GREY)
+    _lines(lr, [(steps, values) for steps, values, in_stairs in rates if in_stairs], GREY, drawstyle="steps-pre")
     loss.set_title("Loss", pad=17)
     _title(top1, "Top-1 on validation images (◇ best)")
     _title(lr, "Learning rate")
@@ -95,9 +98,14 @@ def _nice_step(least: float) -> int:
     return step
 
 
-def _line(axes: Axes, x: Column, y: Column, color: str, label: str) -> None:
-    if len(x):
-        axes.plot(*thinned(x, y), color=color, label=label, marker="o" if len(x) == 1 else None)
+def _lines(axes: Axes, pieces: Sequence[tuple[Column, Column]], color: str, label: str = "", *, dots: int = 1, **style: Any) -> None:
+    """Lines that do not touch, one of each phase; of at most `dots` points with a dot at each. As one line or two, for a phase may be a step: 1,000 phases
+    took a minute otherwise."""
+    for few in (False, True):
+        chosen = [piece for piece in pieces if len(piece[0]) and (len(piece[0]) <= dots) == few]
+        if chosen:
+            x, y = (np.concatenate([part for piece in chosen for part in (piece[axis], [np.nan])])[:-1] for axis in (0, 1))
+            axes.plot(x, y, color=color, label=label or None, marker="o" if few else None, **style)
 
 
 def learning_rates(record: RunRecord, phase: PhaseRecord) -> tuple[Column, Column, bool]:
@@ -124,12 +132,6 @@ def learning_rates(record: RunRecord, phase: PhaseRecord) -> tuple[Column, Colum
     if settings is not None and settings.schedule == "step" and 0 < len(steps) <= _MOST_POINTS:
         return np.append(phase.first_step, steps), np.append(logged[0], logged), True
     return *thinned(steps, logged), False
-
-
-def _dots(axes: Axes, x: Column, y: Column, label: str) -> None:
-    if len(x):
-        x, y = thinned(x, y)
-        axes.plot(x, y, color=VERMILION, label=label, marker="o" if len(x) <= _MOST_MARKERS else None, clip_on=False)
 
 
 def _mark_best(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> None:
@@ -180,11 +182,11 @@ def _legend(axes: Axes) -> None:
 
 def _mark_phases(panels: list[Axes], record: RunRecord, *, letters: float) -> None:
     """`letters`: how many fit on the whole width."""
+    if not 2 <= len(record.phases) <= _MOST_MARKED:
+        return
     for phase in record.phases[1:]:
         for axes in panels:
             axes.axvline(phase.first_step, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    if len(record.phases) < 2:
-        return
     total = max(1, record.last_step)
     for phase in record.phases:
         room = int(letters * phase.num_steps / total)

@@ -5,6 +5,7 @@ Whatever is missing is None or empty, and `missing` says so in words; only a fol
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class RunRecord:
     def last_step(self) -> int:
         return self.phases[-1].last_step if self.phases else 0
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int | None:
         """From the events' steps and epochs, helped by the planned durations; None where no epoch was ever finished."""
         return _steps_per_epoch(self)
@@ -283,14 +284,14 @@ def _number(value: Any) -> float:
 def _steps_per_epoch(record: RunRecord) -> int | None:
     """History has no such number. Event (step s, epoch e) of a phase begun at (f, e0) says (s-1-f) // n == e-e0: that bounds n."""
     low, high = 1, None
-    for phase in record.phases:
+    for before, phase in zip([None, *record.phases], record.phases):
         seen = [events for events in (phase.train, phase.val) if len(events["step"])]
         if not seen:
             continue
         steps = np.concatenate([events["step"] for events in seen]).astype(np.int64) - 1 - phase.first_step
         epochs = np.concatenate([events["epoch"] for events in seen]).astype(np.int64)
         # A phase begins in a new epoch; its first event may come after that epoch when an epoch is shorter than the log interval.
-        epochs -= _first_epoch_of(record, phase, int(epochs.min()))
+        epochs -= _first_epoch_after(before, int(epochs.min()))
         low = max(low, int((steps // (epochs + 1) + 1).max()))
         later = epochs > 0
         if later.any():
@@ -302,22 +303,21 @@ def _steps_per_epoch(record: RunRecord) -> int | None:
     return high if high is not None and high >= low else None
 
 
-def _first_epoch_of(record: RunRecord, phase: PhaseRecord, seen: int) -> int:
-    index = record.phases.index(phase)
-    if index == 0:
+def _first_epoch_after(before: PhaseRecord | None, seen: int) -> int:
+    """The epoch that a phase began with, whose first event is of epoch `seen`."""
+    if before is None:
         return 0
-    before = record.phases[index - 1]
     last = max((int(events["epoch"].max()) for events in (before.train, before.val) if len(events["epoch"])), default=seen - 1)
     return min(seen, last + 1)
 
 
 def _planned_steps_per_epoch(record: RunRecord) -> Iterator[int]:
     """Likely values: from finished phases with a duration in epochs, from the status, from the first evaluation of a phase."""
+    ended_early = {note.get("phase") for note in record.notes if note.get("note") == "early stop" and isinstance(note.get("phase"), str)}
     for place, phase in enumerate(record.phases):
         settings = record.config.phases.get(phase.name) if record.config is not None else None
         finished = place < len(record.phases) - 1 or record.status.state == "done"
-        ended_early = any(note.get("note") == "early stop" and note.get("phase") == phase.name for note in record.notes)
-        if settings is not None and settings.epochs and not settings.steps and finished and not ended_early:
+        if settings is not None and settings.epochs and not settings.steps and finished and phase.name not in ended_early:
             yield max(1, round(phase.num_steps / settings.epochs))
     for phase in record.phases:
         epochs = phase.row.get("epochs")

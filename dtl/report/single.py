@@ -25,7 +25,7 @@ from dtl.report.style import NARROW, percent
 from dtl.runs.folder import REPORT_FILE
 from dtl.runs.looks import describe_look
 from dtl.runs.predictions import ImagePredictions, read_predictions, recorded_file
-from dtl.text import Log, counted
+from dtl.text import Log, counted, some
 from dtl.untrusted import open_regular
 from dtl.version import __version__
 
@@ -294,7 +294,7 @@ def _interval(phase: PhaseRecord, place: int | None) -> str:
 
 
 def _curves(parts: _Parts, record: RunRecord) -> html.Section | None:
-    names = ", ".join(phase.name for phase in record.phases)
+    names = some([phase.name for phase in record.phases], limit=40)
     alt = f"Loss, top-1 and learning rate over {record.last_step} steps in the phases {names}."
     plot = parts.plot("curves", lambda: curves_figure(record), alt=alt, narrow=lambda: curves_figure(record, NARROW))
     return html.section("Training curves", plot) if plot else None
@@ -308,7 +308,7 @@ def _training(parts: _Parts, examples: Examples | None) -> html.Section | None:
     for view in views:
         name = f"training-{view.phases[0]}" if len(views) > 1 else "training"
         save_grid(view.tiles, parts.out / f"{name}.png")
-        heading = ", ".join(view.phases) + (f": {view.words}" if view.words else "")
+        heading = some(view.phases, limit=40) + (f": {view.words}" if view.words else "")
         if len(views) > 1 or view.words:
             blocks.append(html.Subheading(heading))
         blocks.append(html.Tiles(view.tiles, fours=view.words.endswith("rotations")))

@@ -28,9 +28,9 @@ from dtl.text import counted
 from dtl.training.phases import Phase
 
 
-def rank_cores(runtime: Runtime) -> float:
-    """The cores that this rank may use, those of its machine divided among the ranks there. All ranks together."""
-    mine = machine.own_cores()
+def rank_cores(runtime: Runtime, *, physical: bool = False) -> float:
+    """The cores that this rank may use, those of its machine divided among the ranks there. All ranks together. `physical`: hyperthreads are not counted."""
+    mine = machine.physical_cores(machine.own_cores()) if physical else machine.own_cores()
     everyone = runtime.gather((gethostname(), mine))
     others = [cores for rank, (host, cores) in enumerate(everyone) if host == gethostname() and rank != runtime.rank]
     return machine.core_share(mine, others)

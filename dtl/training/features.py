@@ -31,6 +31,7 @@ from dtl.data.remote.address import own_folder
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
+from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import DamagedSample, UserError
 from dtl.files import fsync_folder, temporary_suffix
 from dtl.models.network import Network, Normalise
@@ -176,6 +177,7 @@ class FeatureCache:
     """Images that a rank passes forward at once."""
     before_step: Callable[[list[Batch]], bool]
     """Makes all ranks agree, takes damaged samples, and says whether to stop."""
+    heart: Heartbeat
     log: Callable[[str], None]
 
     def folder(self, module: nn.Module, cut: str, parts: list[Part], *, frozen: str) -> Path | None:
@@ -285,19 +287,25 @@ class FeatureCache:
             return np.load(path, mmap_mode="r+")
 
     def _exchange_nodes(self, values: Any, plan: EpochPlan, layout: RankLayout) -> None:
-        """Give each node's file the rows of the others, in messages of some megabytes between one rank of each."""
+        """Give each node's file the rows of the others, in messages of some megabytes between one rank of each.
+
+        All ranks wait for each message, so that the watchdog sees progress on all of them: over a slow network the whole may take longer than its limit.
+        """
         runtime = self.runtime
         runtime.join_nodes()
+        steps = max(1, _EXCHANGE_BYTES // max(1, values[:, :1].nbytes * plan.largest_step))
+        for first in range(0, plan.num_steps if len(runtime.nodes) > 1 else 0, steps):
+            self.heart.enter("features")
+            for leader, ranks in runtime.nodes.items() if runtime.leads_node else ():
+                spans = [_span(plan, layout, step, rank) for step in range(first, min(first + steps, plan.num_steps)) for rank in ranks]
+                numbers = np.concatenate([np.arange(*span) for span in spans])
+                rows = torch.from_numpy(values[:, numbers])
+                runtime.from_node(leader, rows)
+                if leader != runtime.rank:
+                    values[:, numbers] = rows.numpy()
+            runtime.barrier()
+        self.heart.enter("features")
         if len(runtime.nodes) > 1 and runtime.leads_node:
-            steps = max(1, _EXCHANGE_BYTES // max(1, values[:, :1].nbytes * plan.largest_step))
-            for first in range(0, plan.num_steps, steps):
-                for leader, ranks in runtime.nodes.items():
-                    spans = [_span(plan, layout, step, rank) for step in range(first, min(first + steps, plan.num_steps)) for rank in ranks]
-                    numbers = np.concatenate([np.arange(*span) for span in spans])
-                    rows = torch.from_numpy(values[:, numbers])
-                    runtime.from_node(leader, rows)
-                    if leader != runtime.rank:
-                        values[:, numbers] = rows.numpy()
             values.flush()
         runtime.barrier()
 
@@ -436,6 +444,7 @@ class PhaseFeatures:
     normalise: Normalise
     seed: int
     cache_dir: Path | None
+    heart: Heartbeat
     log: Callable[[str], None]
 
     def choose_cut(self, phase: Phase, trainable: frozenset[str]) -> str | None:
@@ -472,6 +481,7 @@ class PhaseFeatures:
             workers=loaders.workers,
             batch_size=max(_LEAST_BATCH, loaders.layout(phase).micro_batch_size),
             before_step=before_step,
+            heart=self.heart,
             log=self.log,
         )
         parts = [Part("train", loaders.train, transform, epochs), Part("val", loaders.val, loaders.val_transform, (0,))]

@@ -61,7 +61,7 @@ class Trainer:
         self._saver = Saver(session, self._log, self._bad_samples, state)
         data = self.config.data
         cache_dir = None if self.config.run.debug else private_cache(data.cache_dir, shared=data.cache_shared)
-        self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.tracker.print)
+        self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.heart, self.tracker.print)
         self._trace = open_trace(self.runtime.rank)
         self._move_bar = session.console.move if session.console.has_bar else None
 

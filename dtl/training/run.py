@@ -20,11 +20,11 @@ from dtl.distributed.devices import gpu_expected
 from dtl.distributed.launch import launch_variables
 from dtl.distributed.runtime import Runtime, fp16_instead
 from dtl.files import write_whole
-from dtl.machine import num_physical_cores
 from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
 from dtl.text import counted, some
 from dtl.training import build
+from dtl.training.dataloaders import rank_cores
 from dtl.training.loop import Trainer
 from dtl.training.publish import MakeReport, is_finished, publish, show_result_again
 from dtl.training.session import Result, Session
@@ -68,6 +68,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     config, runtime, folder, state, log = session.config, session.runtime, session.folder, trainer.state, session.console.print
     state.incarnation = folder.incarnation
     starts = runtime.agree(folder.count_starts(state.step) if runtime.is_main else 0)
+    idle = too_few_threads(runtime)
     if not runtime.is_main:
         return
     write_whole(folder.path / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
@@ -105,7 +106,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         log(warning)
     for line in [
         *too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch),
-        *too_few_threads(runtime),
+        *idle,
         *fp16_instead(config.precision, runtime),
     ]:
         log(line)
@@ -152,12 +153,9 @@ def too_few_steps(images: int, batch: int, steps: int) -> list[str]:
 
 
 def too_few_threads(runtime: Runtime) -> list[str]:
-    """Launchers give each process one thread on a CPU; one line says what that leaves idle."""
-    if runtime.device.type != "cpu":
-        return []
-    threads, processes = torch.get_num_threads(), max(1, runtime.launch.local_world_size)
-    share = num_physical_cores() // processes
-    if threads >= share or "OMP_NUM_THREADS" not in os.environ:
+    """Launchers give each process one thread on a CPU; one line says what that leaves idle. All ranks together."""
+    threads, share = torch.get_num_threads(), int(rank_cores(runtime, physical=True))
+    if runtime.device.type != "cpu" or threads >= share or "OMP_NUM_THREADS" not in os.environ:
         return []
     return [
         f"each process computes with {counted(threads, 'thread')}, but {share} cores per process are available: "

@@ -121,3 +121,14 @@ def test_a_report_without_its_data_still_has_the_numbers_and_one_with_others_pre
     job = run([str(folder)], cwd=tmp_path, command="report")
     assert "predictions.npy is not the file that model.json is about (another SHA-256)" in job.err()
     assert "There is no predictions.npy of these weights. The model was evaluated on all 360 validation images" in Page.read(folder / "report/index.html").text
+
+
+@pytest.mark.parametrize("case", ["bf16", "cached features"])
+def test_in_the_precision_of_the_run_and_from_cached_features(tmp_path: Path, case: str) -> None:
+    if case == "bf16":
+        folder = train(tmp_path, {"train": "all", "steps": 12, "lr": 0.05}, precision="bf16")
+        assert json.loads((folder / "model/model.json").read_text())["made_by"]["settings"]["precision"] == "bf16"
+    else:
+        folder = train(tmp_path, {"train": "head", "epochs": 2, "lr": 0.05, "cache_features": True})
+        assert list(tmp_path.glob("cache/**/features/*/val.npy"))
+    check(folder)

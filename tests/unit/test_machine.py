@@ -59,8 +59,13 @@ def test_loader_processes_follow_from_cores_and_memory(cores: float, gib: float 
     assert machine.loader_processes(cores, memory, on_cpu=on_cpu, batch_bytes=64 * 3 * 224**2) == workers
 
 
-def test_physical_cores_are_no_more_than_cores() -> None:
-    assert 1 <= machine.num_physical_cores() <= machine.num_cores()
+def test_two_hyperthreads_are_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= len(machine.physical_cores(machine.own_cores())) <= len(machine.own_cores())
+    for siblings in ("{0},{1}", "{0}-{1}"):
+        machine._first_thread.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda self, s=siblings: s.format(int(self.parts[5][3:]) % 4, int(self.parts[5][3:]) % 4 + 4))
+        assert machine.physical_cores(frozenset({0, 1, 4, 7})) == {0, 1, 3}
+    machine._first_thread.cache_clear()
 
 
 def test_a_process_is_known_by_its_start_and_state() -> None:

@@ -112,3 +112,8 @@ def test_missing_packages_are_named(model: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx and onnxscript.*pip install onnx onnxscript$"):
         run([str(model), "--to", "onnx", "--out", str(tmp_path / "m.onnx")])
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(model: Path) -> None:
+    with pytest.raises(UserError, match=r"^/proc/model\.safetensors cannot be written: [A-Z][a-z -]+$"):  # not even by root
+        run([str(model), "--to", "safetensors", "--out", "/proc/model.safetensors"])

@@ -167,3 +167,18 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(model: Path, photo
         run([str(model), str(photos), "--out", str(out), "--workers", "0"])
     assert out.read_text() == "old"
     assert [one.name for one in tmp_path.glob("*out*")] + [one.name for one in tmp_path.glob(".*")] == ["out.csv"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_image_is_read(model: Path, photos: Path) -> None:
+    with pytest.raises(UserError, match=r"^--out /proc/out\.csv: cannot be written: [A-Z][a-z -]+$"):  # not even by root
+        run([str(model), str(photos), "--out", "/proc/out.csv"])
+
+
+def test_too_little_memory_is_told_as_what_it_is(model: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, number: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("dtl.inference.images.ImageInputs.pixels", full)
+    with pytest.raises(UserError, match="the image could not be read"):
+        predicted(model, photos / "c.jpg")
+    assert "c.jpg: there is not enough memory to decode it" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 from harness import free_port
 from launchers import ROOT
 
+from dtl.distributed import rendezvous
 from dtl.distributed.rendezvous import check_variables
 from dtl.errors import UserError
 
@@ -85,3 +86,18 @@ def test_without_rank_0_the_others_wait_for_it_until_it_comes() -> None:
     first = start(0, 2, port, 2.0)
     assert first.communicate(timeout=120)[0].splitlines()[-1] == "met 2"  # before it torch 2.9 prints a line of gloo's own
     assert late.communicate(timeout=120)[0].splitlines()[-1] == "met 2"
+
+
+def test_who_is_missing_is_known_between_two_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines come after 10, 20, 40 s ...: at the end of the time limit most of the time since the last one has passed."""
+    from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {**WHOLE, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rendezvous, "FIRST_LINE", 0.5)
+    arrivals = rendezvous.Arrivals(30.0)
+    arrivals.__enter__()
+    time.sleep(3.25)  # after the line at 2 s, long before that at 4 s
+    with pytest.raises(UserError, match=r"no ranks 1, 2 of 3 within 30 minutes \(run\.timeout_minutes\)"):
+        arrivals.__exit__(DistStoreError, DistStoreError("Timed out after 16 seconds waiting for clients"), None)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -340,3 +341,15 @@ def test_in_a_stall_two_ranks_read_and_one_of_them_speaks(store: Any, exits: thr
 )
 def test_who_speaks(notes: list[Note], waiting: list[int], speaks: int) -> None:
     assert module._spokesman(notes, waiting) == speaks
+
+
+def test_the_first_notes_come_early(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that died within its first 2 s was said to have been in stage start of step 0."""
+    monkeypatch.setattr(module, "INTERVAL", 30.0)
+    heart = Heartbeat()
+    with dog(heart, world_size=2):
+        heart.enter("load", 3)
+        deadline = time.monotonic() + 15
+        while (seen := Notes(1, 2, "run").read()[0]).stage == "start" and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert (seen.stage, seen.step) == ("load", 3)

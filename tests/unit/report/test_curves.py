@@ -13,6 +13,7 @@ from PIL import Image
 from report_runs import make_config, make_events, make_run, write_history
 
 from dtl.optim.schedule import Schedule, lr_at
+from dtl.report import record as module
 from dtl.report import style
 from dtl.report.curves import curves_figure, epoch_marks, learning_rates, thinned
 from dtl.report.record import PhaseRecord, RunRecord, read_run
@@ -125,3 +126,21 @@ def test_a_rate_that_falls_in_stairs_is_drawn_so(tmp_path: Path, schedule: str, 
     x, y = line.get_xdata(), line.get_ydata()
     assert (x[0] == 0) != sloping
     assert y[-1] == record.phases[0].train["lr"][-1]
+
+
+def test_a_thousand_phases_are_few_artists_and_one_count_of_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def phase(number: int) -> PhaseRecord:
+        row = {"step": 1.0 + number, "epoch": float(number), "loss": 1 / (1 + number), "lr": 0.1, "top1": number / 1000, "num_samples": 10.0}
+        columns = {name: np.array([value]) for name, value in row.items()}
+        return PhaseRecord(f"p{number}", "classify", number, columns, columns)
+
+    record = RunRecord(tmp_path, phases=[phase(number) for number in range(1000)])
+    counted: list[RunRecord] = []
+    count = module._steps_per_epoch
+    monkeypatch.setattr(module, "_steps_per_epoch", lambda record: counted.append(record) or count(record))
+    with style.plain():
+        figure = curves_figure(record)
+    assert figure is not None
+    assert len(counted) == 1
+    assert sum(len(axes.get_children()) for axes in figure.axes) < 100
+    assert [line.get_ydata().size for line in figure.axes[0].lines[:2]] == [1999, 1999], "each phase's point, and a gap between two"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import networks
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from dtl.config.models import AugmentConfig, PhaseConfig
 from dtl.data.loading.loader import BatchDataset
-from dtl.data.sampling.plan import MicroBatch
+from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.distributed.runtime import Runtime
+from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.models.network import Network, Normalise
 from dtl.models.preprocessing import Preprocessing
+from dtl.training import features
 from dtl.training.features import Backbone, FeatureCache, FeatureDataset, Part, decide, find_cut
 
 Pair = tuple[Shards, Shards]
@@ -132,7 +135,16 @@ def test_caching_that_is_demanded_and_cannot_be_is_refused() -> None:
 
 def cache_in(place: Path, runtime: Runtime, **options: Any) -> tuple[FeatureCache, list[str]]:
     lines: list[str] = []
-    values = {"seed": 0, "image_size": 8, "workers": 0, "batch_size": 200, "before_step": lambda batches: False, "log": lines.append, **options}
+    values = {
+        "seed": 0,
+        "image_size": 8,
+        "workers": 0,
+        "batch_size": 200,
+        "before_step": lambda batches: False,
+        "heart": Heartbeat(),
+        "log": lines.append,
+        **options,
+    }
     return FeatureCache(place=place, runtime=runtime, normalise=Normalise(Preprocessing(), torch.device("cpu"), channels_last=False), **values), lines
 
 
@@ -207,3 +219,22 @@ def test_a_damaged_sample_has_no_weight_and_is_told_where_it_was_trained_on(tmp_
     assert batch.weights.tolist() == [1.0, 0.0, 0.0]
     assert [(sample, damage.reason) for sample, damage in batch.bad] == [(7, "broken")]
     assert asked.weights.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_each_message_between_nodes_is_a_sign_of_life_of_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leads: bool) -> None:
+    """The exchange may take longer than run.timeout_minutes, and ranks that only wait must pass as many stages as those that send."""
+    monkeypatch.setattr(features, "_EXCHANGE_BYTES", 1)
+    nodes = {0: [0, 1], 2: [2, 3]}
+    sent: list[int] = []
+    waits: list[int] = []
+    runtime: Any = SimpleNamespace(
+        rank=0 if leads else 1, leads_node=leads, nodes=nodes, join_nodes=lambda: None, from_node=lambda leader, rows: sent.append(leader),
+        barrier=lambda: waits.append(heart.tick),
+    )  # fmt: skip
+    heart = Heartbeat()
+    cache, _ = cache_in(tmp_path, runtime, heart=heart)
+    plan = EpochPlan(np.array([40]), seed=0, epoch=0, global_batch_size=8, shuffle=False)
+    cache._exchange_nodes(np.memmap(tmp_path / "rows", np.float32, "w+", shape=(1, 40, 3)), plan, RankLayout.for_plan(plan, num_ranks=4, micro_batch_size=2))
+    assert waits == [1, 2, 3, 4, 5, 6], "five messages, and the end"
+    assert sent == ([0, 2] * 5 if leads else [])

@@ -20,7 +20,7 @@ from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import train_transform
-from dtl.errors import UserError
+from dtl.errors import UnreachableSample, UserError
 
 SAMPLE = 9  # the one that is damaged
 
@@ -190,3 +190,15 @@ def test_a_whole_batch_of_damage(copy: Path) -> None:
     assert len(batches) == 8
     assert all(torch.count_nonzero(batch.weights) == 0 for batch in batches)
     assert sum(len(batch.bad) for batch in batches) == 35
+
+
+def test_too_little_memory_is_not_damage(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample is masked and forgotten for it: it counts as one that cannot be read now, which ends a run whatever data.on_error is."""
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("dtl.data.loading.loader.decode_into", full)
+    (_, damaged), *_ = epoch(packed)[0].bad
+    assert isinstance(damaged, UnreachableSample)
+    assert damaged.reason.startswith("there is not enough memory to decode it (")
