@@ -16,7 +16,7 @@ import math
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,20 +38,28 @@ from dtl.inference.tables import report
 from dtl.intervals import shown
 from dtl.models.model_json import read_model_json
 from dtl.runs.folder import read_status
+from dtl.runs.looks import FOLDS_END
 from dtl.text import Column, Log, counted, table, to_nobody
 from dtl.training.dataloaders import choose_workers, rank_cores
-from dtl.untrusted import Count, Record, Text
+from dtl.untrusted import Check, Count, Record, Text
 
 FOLDS_NAME, RESULTS_NAME, CSV_NAME, REFIT = "folds.json", "results.json", "predictions.csv", "refit"
 OF_A_FOLD = ("top1", "loss", "balanced_accuracy", "macro_f1", "auroc", "average_precision")
 """What is given of each fold, with mean and range over the folds."""
 _BATCH_SIZE = 64
+_VERSION = 1  # of folds.json, and of how images are dealt to folds
+
+
+def _version(number: int) -> int:
+    if number != _VERSION:
+        raise ValueError(f"version {number}, but this dtl reads version {_VERSION}")
+    return number
 
 
 class FoldsFile(Record):
     """folds.json."""
 
-    version: int = 1
+    version: Annotated[int, Check(_version)] = _VERSION
     folds: Count
     seed: Count
     data: Text
@@ -112,7 +120,7 @@ def open_folds(config: Config, name: str, *, log: Log) -> Folds:
     shards = open_split(config.data.train, options, split="train", log=log)
     groups = None if config.data.group is None else find_groups(shards, config.data.group, config.data.train, columns=config.data.columns)
     numbers = folds_of(shards, config.data.fold, groups)
-    return Folds(Path(config.run.dir) / f"{name}-folds", config, shards, groups, numbers)
+    return Folds(Path(config.run.dir) / f"{name}{FOLDS_END}", config, shards, groups, numbers)
 
 
 def begin(folds: Folds) -> None:
@@ -204,7 +212,7 @@ def collect(folds: Folds, *, log: Log = to_nobody) -> Together:
         "per_fold": rows,
         "mean": {key: math.fsum(ones) / len(ones) if ones else None for key, ones in known.items()},
         "range": {key: [min(ones), max(ones)] if ones else None for key, ones in known.items()},
-        "groups": None if folds.groups is None else len(folds.groups.names),
+        "num_groups": None if folds.groups is None else len(folds.groups.names),
         "dataset_id": folds.shards.dataset_id,
         "precision": precision,
         "refit": str(folds.folder / REFIT) if folds.is_done(0) else None,

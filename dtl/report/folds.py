@@ -39,7 +39,7 @@ def _numbers(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     low, high = values["range"]["top1"]
-    groups = "stratified" if values["groups"] is None else f"{counted(values['groups'], 'group')}, each in one fold"
+    groups = "stratified" if values["num_groups"] is None else f"{counted(values['num_groups'], 'group')}, each in one fold"
     return [
         ("Folds", f"{values['folds']} ({groups}), seed {values['seed']}"),
         ("Top-1 of the folds", f"{percent(values['mean']['top1'], 2)} on average, {percent(low, 2)} to {percent(high, 2)}"),
@@ -49,18 +49,19 @@ def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _folds(values: dict[str, Any]) -> html.Section:
-    names = {"top1": "top-1", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc": "AUROC", "loss": "loss"}
+    names = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc": "AUROC", "loss": "loss"}
     rows = [
         [
             Cell(str(row["fold"])),
             Cell(f"{row['num_samples']:,}", number=True),
+            Cell(percent(row["top1"], 2), number=True),
             Cell(shown(row["top1_interval"]) or "–", number=True),
             *(Cell("–" if row[key] is None else f"{row[key]:.4f}" if key == "loss" else percent(row[key], 2), number=True) for key in names),
         ]
         for row in [*values["per_fold"], {**values, "fold": "all"}]
     ]
     about = "Each fold is the test set of one run, which chose nothing by it. The last line counts all images together: it is no mean of the others."
-    return html.section("Folds", html.Table(["fold", "images", "95\u00a0% interval of top-1", *names.values()], rows), html.Text(about, soft=True))
+    return html.section("Folds", html.Table(["fold", "images", "top-1", "95\u00a0% interval", *names.values()], rows), html.Text(about, soft=True))
 
 
 def _confusion(out: Path, values: dict[str, Any], labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> html.Section:

@@ -14,6 +14,8 @@ from dtl.text import to_stderr
 from dtl.untrusted import json_lines
 
 LOOKS_NAME = "looks.jsonl"
+FOLDS_END = "-folds"
+"""How the folder of the runs of `dtl folds` is called: NAME-folds."""
 
 
 def note_look(run: Path, content: str, *, weights: str, step: int) -> int | None:
@@ -31,14 +33,24 @@ def note_look(run: Path, content: str, *, weights: str, step: int) -> int | None
 
 
 def count_looks(runs: Path, content: str) -> int:
-    """How many different weights of runs in `runs` were measured on the test set."""
-    with os.scandir(runs) as found:
-        folders = [Path(entry.path) for entry in found if (Path(entry.path) / LOOKS_NAME).is_file()]
+    """How many different weights of runs in `runs` were measured on the test set. The runs of `dtl folds` there count, too."""
+    homes = [_home(runs)]
+    with os.scandir(homes[0]) as found:
+        homes += [Path(entry.path) for entry in found if entry.name.endswith(FOLDS_END) and entry.is_dir()]
+    folders = []
+    for home in homes:
+        with os.scandir(home) as found:
+            folders += [Path(entry.path) for entry in found if (Path(entry.path) / LOOKS_NAME).is_file()]
     return len({look for folder in folders for look in _looks(folder) if look[0] == content})
 
 
 def describe_look(look: object, runs: Path) -> str:
-    return f"look {look} at this test set by runs in {runs}/" if isinstance(look, int) else "looks at it are not counted"
+    return f"look {look} at this test set by runs in {_home(runs)}/" if isinstance(look, int) else "looks at it are not counted"
+
+
+def _home(runs: Path) -> Path:
+    """Of the runs of `dtl folds`, where their folder lies."""
+    return runs.parent if runs.name.endswith(FOLDS_END) else runs
 
 
 def _looks(run: Path) -> set[tuple[str, str]]:

@@ -229,6 +229,8 @@ def test_a_run_on_all_images_validates_as_each_fold_does(tmp_path: Path, two: Pa
     splits = open_splits(data, progress=False, log=said.append)
     assert shape(splits) == {"train": [117, 117], "val": [13, 13]}
     assert said[-1] == "26 of 260 training images (10.0%, stratified) are used as validation images, as in each fold"
+    least = data.model_copy(update={"val_fraction": 0.001})
+    assert shape(open_splits(least, progress=False, log=said.append)) == {"train": [129, 129], "val": [1, 1]}
 
 
 def test_a_test_set_of_its_own_is_no_part_of_a_fold(tmp_path: Path, two: Path) -> None:

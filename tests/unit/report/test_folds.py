@@ -14,8 +14,8 @@ from dtl.report.folds import make_folds_page
 
 METRICS: dict[str, Any] = {"top1": 0.5, "loss": 0.7, "balanced_accuracy": 0.5, "macro_f1": 0.4, "auroc": None}
 VALUES: dict[str, Any] = {
-    **METRICS, **{f"{key}_interval": (0.1, 0.9) for key in METRICS}, "auroc_interval": None, "num_samples": 4, "correct": 2, "folds": 2, "seed": 0, "groups": 3,
-    "refit": None, "mean": METRICS, "range": {"top1": [0.25, 0.75]}, "per_class": [{"name": "<b>ant</b>"}, {"name": "\u8702"}],
+    **METRICS, **{f"{key}_interval": (0.1, 0.9) for key in METRICS}, "auroc_interval": None, "num_samples": 4, "correct": 2, "folds": 2, "seed": 0,
+    "num_groups": 3, "refit": None, "mean": METRICS, "range": {"top1": [0.25, 0.75]}, "per_class": [{"name": "<b>ant</b>"}, {"name": "\u8702"}],
     "per_fold": [{"fold": number, "num_samples": 2, "correct": 1, "top1_interval": None, **METRICS} for number in (1, 2)],
 }  # fmt: skip
 

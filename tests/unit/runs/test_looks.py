@@ -21,6 +21,16 @@ def test_different_weights_count_over_runs_and_equal_ones_once(tmp_path: Path) -
     assert describe_look(2, tmp_path) == f"look 2 at this test set by runs in {tmp_path}/"
 
 
+def test_the_runs_of_folds_count_with_those_beside_them(tmp_path: Path) -> None:
+    for name in ("a", "b-folds/refit", "b-folds/fold-1"):
+        (tmp_path / name).mkdir(parents=True)
+    assert note_look(tmp_path / "a", "t", weights="1", step=5) == 1
+    assert note_look(tmp_path / "b-folds/refit", "t", weights="2", step=5) == 2
+    assert note_look(tmp_path / "b-folds/fold-1", "fold", weights="3", step=5) == 1
+    assert count_looks(tmp_path, "t") == count_looks(tmp_path / "b-folds", "t") == 2
+    assert describe_look(2, tmp_path / "b-folds") == f"look 2 at this test set by runs in {tmp_path}/"
+
+
 def test_a_torn_line_is_read_past_and_a_file_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a").mkdir()
     note_look(tmp_path / "a", "t", weights="1", step=5)
