@@ -28,6 +28,8 @@ DRAWS = 1000
 _CHUNK = 1 << 22  # counts in memory at a time
 _MOST_COUNTS = 50_000_000  # of all draws together: more images get fewer draws
 FEWEST_DRAWS = 100
+MOST_VALUES = _MOST_COUNTS // FEWEST_DRAWS
+"""Of more values of images nothing is drawn."""
 _DIFFERENT = 0.05
 
 

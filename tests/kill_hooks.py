@@ -77,3 +77,36 @@ def in_the_second_fold() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Trainer.train, Trainer._after_step = train, after_step  # type: ignore[method-assign]
+
+
+def in_the_entering_evaluation(number: int = signal.SIGKILL) -> None:
+    """In the evaluation before a phase's first step, before its second step."""
+    from dtl.training.loop import Trainer
+
+    real, seen = Trainer._agree_on_eval_step, [0]
+
+    def step(self: Any, split: str, batches: Any) -> Any:
+        seen[0] += self.state.phase.pending_eval and self.state.phase.step == 0
+        if seen[0] == 2:
+            os.kill(os.getpid(), number)
+        return real(self, split, batches)
+
+    Trainer._agree_on_eval_step = step  # type: ignore[method-assign]
+
+
+def stopped_in_the_entering_evaluation() -> None:
+    in_the_entering_evaluation(signal.SIGTERM)
+
+
+def before_the_first_step_of_the_second_phase(number: int = signal.SIGKILL) -> None:
+    """After that evaluation."""
+    from dtl.training.loop import Trainer
+
+    real = Trainer._next
+
+    def load(self: Any, phase: Any, stream: Any) -> Any:
+        if phase.index == 1 and self.state.phase.step == 0:
+            os.kill(os.getpid(), number)
+        return real(self, phase, stream)
+
+    Trainer._next = load  # type: ignore[method-assign]

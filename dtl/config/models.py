@@ -439,8 +439,9 @@ class PhaseConfig(Section):
     """Compute the features of a frozen backbone once; auto: if the images are the same in each epoch, or with `views`."""
     views: Count = 1
     """Cached features: number of augmented views of each image, used in turn, one per epoch; 1: the images without augmentation."""
-    keep: Literal["best", "last"] = "best"
-    """Weights passed to the next phase: those of the best evaluation, or the last ones."""
+    keep: Literal["one_se", "best", "last"] = "one_se"
+    """Weights passed to the next phase. one_se: of the evaluations within one standard error of the best metric the one with the lowest validation loss, those
+    before the first step included; best: of the best evaluation; last: the last ones."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> PhaseConfig:
@@ -473,7 +474,7 @@ class CheckpointConfig(Section):
     asynchronous: Annotated[bool, Field(alias="async")] = True
     """Write checkpoints in the background while training continues."""
     monitor: Annotated[Metric | str, AfterValidator(_monitor)] = "top1"
-    """Validation metric that decides which weights are best, and that early stopping follows; or the recall of one class: `recall:CLASS`."""
+    """Validation metric that decides which weights are kept (`keep`), and that early stopping follows; or the recall of one class: `recall:CLASS`."""
 
     model_config = ConfigDict(populate_by_name=True)
 

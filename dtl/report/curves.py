@@ -36,16 +36,16 @@ def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
     for axes, metric in ((loss, "loss"), (top1, "top1")):
         _lines(axes, [thinned(phase.val["step"], phase.val[metric]) for phase in phases], VERMILION, "validation", dots=_MOST_MARKERS, clip_on=False)
     for phase in phases if len(phases) <= _MOST_MARKED else phases[-1:]:
-        _mark_best(top1, phase, record.monitor, record.last_step)
+        _mark_kept(top1, phase, record.monitor, record.last_step)
     rates = [learning_rates(record, phase) for phase in phases]
     _lines(lr, [(steps, values) for steps, values, in_stairs in rates if not in_stairs], GREY)
     _lines(lr, [(steps, values) for steps, values, in_stairs in rates if in_stairs], GREY, drawstyle="steps-pre")
     loss.set_title("Loss", pad=17)
-    _title(top1, "Top-1 on validation images (◇ best)")
+    _title(top1, "Top-1 on validation images (◇ kept)")
     _title(lr, "Learning rate")
     _limit_loss(loss, record.phases)
     as_percent(top1)
-    # Room for the numbers of the best above, and for the phases' names below.
+    # Room for the numbers of what is kept above, and for the phases' names below.
     low, high = top1.dataLim.intervaly if top1.lines else (0.0, 1.0)
     height = max(high - low, 0.02)
     top1.set_ylim(low - 0.17 * height, high + 0.17 * height)
@@ -134,8 +134,8 @@ def learning_rates(record: RunRecord, phase: PhaseRecord) -> tuple[Column, Colum
     return *thinned(steps, logged), False
 
 
-def _mark_best(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> None:
-    best = phase.best(monitor)
+def _mark_kept(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> None:
+    best = phase.kept(monitor)
     if best is None or not np.isfinite(phase.val["top1"][best]):
         return
     step, value = phase.val["step"][best], phase.val["top1"][best]

@@ -28,7 +28,7 @@ from dtl.untrusted import Count, Record, Text, json_lines
 
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
-VAL_COLUMNS = ("step", "epoch", "loss", "top1", "top5", "num_samples")
+VAL_COLUMNS = ("step", "epoch", "loss", "top1", "top5", "num_samples", "kept", "entering")
 _COLUMNS = {"train": TRAIN_COLUMNS, "val": VAL_COLUMNS, "epoch": ("step", "loss")}
 """By event."""
 
@@ -43,7 +43,7 @@ class PhaseRecord:
     train: dict[str, Column]
     val: dict[str, Column]
     keep: str = "best"
-    """Which weights the phase keeps for the next: those of its best evaluation, or the last."""
+    """`phases.NAME.keep`"""
     row: dict[str, Any] = field(default_factory=dict)
     """The entry of status.json for the phase once it is finished."""
     epochs: dict[str, Column] = field(default_factory=lambda: {name: np.empty(0) for name in _COLUMNS["epoch"]})
@@ -62,11 +62,18 @@ class PhaseRecord:
         """The place of the best evaluation in `val`, among equals the one with the lower loss, as the run decided; None where there was none."""
         # A pretext task has no recall of a class of the data: the run judged it by top1.
         known = metric if np.isfinite(self.val.get(metric, np.empty(0))).any() else "top1"
-        return best_of(self.val[known], self.val["loss"], lowest=known == "loss")
+        values = self.val[known]
+        if "entering" in self.val:  # what came before the phase's first step is not its own
+            values = np.where(self.val["entering"] == 1, np.nan, values)
+        return best_of(values, self.val["loss"], lowest=known == "loss")
 
     def kept(self, metric: str = "top1") -> int | None:
         """The place in `val` of the weights that the phase kept."""
-        return self.best(metric) if self.keep == "best" else len(self.val["step"]) - 1 if len(self.val["step"]) else None
+        kept = np.flatnonzero(self.val["kept"] == 1) if "kept" in self.val else np.empty(0)
+        if len(kept):
+            return int(kept[-1])
+        # An older dtl did not write it.
+        return self.best(metric) if self.keep != "last" else len(self.val["step"]) - 1 if len(self.val["step"]) else None
 
     def train_loss_at(self, step: float) -> float | None:
         """The mean training loss of the epoch of an evaluation, up to it, as the run's own table has it.
@@ -325,5 +332,6 @@ def _planned_steps_per_epoch(record: RunRecord) -> Iterator[int]:
             yield max(1, round(phase.num_steps / epochs))
     for phase in record.phases:
         settings = record.config.phases.get(phase.name) if record.config is not None else None
-        if settings is not None and len(phase.val["step"]):
-            yield max(1, round((int(phase.val["step"][0]) - phase.first_step) / settings.eval_every))
+        own = phase.val["step"][phase.val["step"] > phase.first_step]  # not the evaluation before its first step
+        if settings is not None and len(own):
+            yield max(1, round((int(own[0]) - phase.first_step) / settings.eval_every))

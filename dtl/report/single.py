@@ -261,8 +261,25 @@ def _phases(record: RunRecord) -> html.Section | None:
     rows = []
     for phase in record.phases:
         rows.append([Cell(phase.name), *_phase_cells(record, phase)])
-    columns = ["phase", "task", "trained", "epochs", "steps", "optimizer, lr", "kept epoch", "train loss", "val loss", "top-1", "95\u00a0% interval", "time"]
-    chosen = f"Losses and top-1 belong to the weights that each phase keeps: those of its best evaluation by {record.monitor}, or of its last one (keep: last)."
+    columns = [
+        "phase",
+        "task",
+        "trained",
+        "epochs",
+        "steps",
+        "optimizer, lr",
+        "kept epoch",
+        "train loss",
+        "val loss",
+        "top-1",
+        "95\u00a0% interval",
+        "looks",
+        "time",
+    ]
+    chosen = (
+        f"Losses and top-1 belong to the weights that each phase keeps. With keep: one_se these have the lowest validation loss within one standard error of "
+        f"the best {record.monitor}, with keep: best the best {record.monitor}. Looks: the evaluations that they were chosen of (keep: last: 1)."
+    )
     return html.section("Phases", html.Table(columns, rows), html.Text(chosen, soft=True))
 
 
@@ -278,13 +295,18 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
         Cell(f"{round(phase.num_steps / per_epoch, 2):g}" if per_epoch else "–", number=True),
         Cell(f"{phase.num_steps:,}", number=True),
         Cell("–" if settings is None else f"{settings.optimizer}, {settings.lr:g}"),
-        Cell("–" if best is None else f"{phase.val['epoch'][best]:g}", number=True),
+        Cell("–" if best is None else _kept_epoch(phase, best), number=True),
         Cell("–" if train_loss is None else f"{train_loss:.4f}", number=True),
         Cell("–" if best is None else f"{phase.val['loss'][best]:.4f}", number=True),
         Cell("–" if best is None else percent(float(phase.val["top1"][best]), 2), number=True),
         Cell(_interval(phase, best), number=True),
+        Cell("–" if best is None else "1" if phase.keep == "last" else f"{len(phase.val['step']):,}", number=True),
         Cell(duration(seconds) if seconds else "–", number=True),
     ]
+
+
+def _kept_epoch(phase: PhaseRecord, place: int) -> str:
+    return "before" if phase.val["step"][place] == phase.first_step else f"{phase.val['epoch'][place]:g}"
 
 
 def _interval(phase: PhaseRecord, place: int | None) -> str:

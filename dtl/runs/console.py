@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _REFRESH_SECONDS = 0.25
-_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1", "interval", "test top1")
+_COLUMNS = ("phase", "epochs", "seconds", "images/s", "kept epoch", "train loss", "val loss", "top1", "interval", "looks", "test top1")
 
 
 class Console:
@@ -124,13 +124,13 @@ class Console:
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table that closes a run. Each row: phase, epochs, seconds, images_per_second, kept_epoch (whose weights it keeps), train_loss,
-    val_loss, top1 (0..1) and its 95 % interval of these;
+    val_loss, top1 (0..1) and its 95 % interval of these, looks (the number of evaluations that these were chosen of);
     what a phase does not have (None or absent, for instance no validation) is shown as a dash. test_top1 has a column where a row has it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.ASCII2)
+    table = Table(box=box.ASCII2, padding=(0, 0, 0, 1))  # with all columns, and a name of 12 letters, 100 characters wide
     formats = {
         "epochs": "{:g}",
         "seconds": "{:.1f}",
@@ -142,7 +142,9 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     }
     columns = _COLUMNS if any(row.get("test_top1") is not None for row in rows) else _COLUMNS[:-1]
     for column in columns:
-        table.add_column(column, justify="left" if column == "phase" else "right")
+        # Only the words of narrow columns stand below each other.
+        header = column if column in ("images/s", "interval") else column.replace(" ", "\n")
+        table.add_column(header, justify="left" if column == "phase" else "right")
     for row in rows:
         values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in columns]
         table.add_row(

@@ -104,14 +104,29 @@ class Tracker:
         self._copy("train", phase, epoch, step, facts)
         self.console.progress(step=step, epoch=epoch, loss=loss, lr=lr, images_per_second=images_per_second, data_wait=data_wait)
 
-    def val(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:
-        """One evaluation."""
+    def val(
+        self,
+        *,
+        phase: str,
+        epoch: int,
+        step: int,
+        loss: float,
+        top1: float | None,
+        top5: float | None,
+        num_samples: int,
+        kept: bool = False,
+        entering: bool = False,
+        **more: Any,
+    ) -> None:
+        """One evaluation. `kept`: the phase keeps its weights, until another is kept. `entering`: before the phase's first step; history alone has it."""
         facts = {"loss": loss, "top1": top1, "top5": top5, "num_samples": num_samples, **more}
-        self._write({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts})
-        self._copy("val", phase, epoch, step, facts)
+        self._write({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts, "kept": kept} | ({"entering": True} if entering else {}))
+        if not entering:  # trackers have had a row of this step
+            self._copy("val", phase, epoch, step, facts)
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
         shown += "".join(f"  {name} {value:.2%}" for name, value in more.items() if isinstance(value, float))
-        self.print(f"{phase}  epoch {epoch}  step {step}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
+        when = "before its first step" if entering else f"epoch {epoch}  step {step}"
+        self.print(f"{phase}  {when}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
 
     def test(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:
         """The one evaluation on the test set, of the weights that the run delivers."""

@@ -31,6 +31,7 @@ from dtl.optim.groups import build_groups, build_optimizer
 from dtl.optim.schedule import Schedule, lr_at, schedule_of
 from dtl.runs.predictions import ImagePredictions
 from dtl.text import counted
+from dtl.training.keep import Evaluated, PairedError, choose
 from dtl.training.losses import Loss, build_loss, class_weights
 from dtl.training.phases import Phase
 
@@ -72,8 +73,10 @@ class ActivePhase:
     parameters: list[nn.Parameter]
     cut: str | None = None
     """Name of the module that is trained on cached features, instead of the whole network on images."""
-    best: dict[str, Tensor] = field(default_factory=dict)
-    """In the main process: the network's state dict at the phase's best evaluation so far, in host memory."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """In the main process: the network's state dict at the evaluation that the phase keeps so far, in host memory."""
+    candidates: dict[str, Evaluated] = field(default_factory=dict)
+    """In the main process, with `keep: one_se`: what the evaluations `kept` and `best` found for each image."""
     predictions: ImagePredictions | None = None
     """In the main process: what the evaluation of the weights that the phase would leave behind has predicted; of a run's last phase."""
 
@@ -99,8 +102,9 @@ class ActivePhase:
         groups = {"model": dict(self.module.state_dict()), "optimizer": tensors}
         if self.ema is not None:
             groups["ema"] = self.ema.state_tensors()
-        if self.best:
-            groups["best"] = self.best
+        if self.kept:
+            groups["best"] = self.kept
+        groups |= {f"{name}_images": candidate.tensors() for name, candidate in self.candidates.items()}
         if self.predictions is not None:
             groups["predictions"] = {name: torch.from_numpy(column) for name, column in vars(self.predictions).items()}
         scaler = runtime.accelerator.scaler
@@ -111,30 +115,38 @@ class ActivePhase:
         }
 
     def restore(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
-        """Optimizer, moving average, best weights and scaler as `checkpoint_tensors` gave them. The weights were loaded before the phase was entered."""
+        """Optimizer, moving average, kept weights and scaler as `checkpoint_tensors` gave them. The weights were loaded before the phase was entered."""
         load_optimizer(self.optimizer.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.load(checkpoint.tensors("ema"), num_updates=int(checkpoint.state["ema_updates"]))
         if runtime.is_main and "best" in checkpoint.groups:
-            self.best = checkpoint.tensors("best")
+            self.kept = checkpoint.tensors("best")
+        if runtime.is_main and "kept_images" in checkpoint.groups:
+            self.candidates = {name: Evaluated.from_tensors(checkpoint.tensors(f"{name}_images")) for name in ("kept", "best")}
         if runtime.is_main and "predictions" in checkpoint.groups:
             self.predictions = ImagePredictions(**{name: column.numpy() for name, column in checkpoint.tensors("predictions").items()})
         if runtime.accelerator.scaler is not None and checkpoint.state["scaler"] is not None:
             runtime.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
-    def keep_best(self, runtime: Runtime) -> None:
-        """The present weights are the phase's best so far."""
-        if runtime.is_main and self.phase.config.keep == "best":
-            self.best = copy_to_host(self.module.state_dict(), self.best)
+    def choose(self, new: Evaluated, error: PairedError) -> bool:
+        """Whether the present weights, which came to `new`, take the place of what the phase keeps (main process)."""
+        kept, best = choose(new, self.candidates.get("kept"), self.candidates.get("best"), error)
+        self.candidates = {"kept": kept, "best": best}
+        return kept is new
+
+    def keep_weights(self, runtime: Runtime) -> None:
+        """The present weights are what the phase keeps so far."""
+        if runtime.is_main and self.phase.config.keep != "last":
+            self.kept = copy_to_host(self.module.state_dict(), self.kept)
 
     def take_result(self, runtime: Runtime) -> None:
-        """Put the weights that the phase passes on into the network: those of its best evaluation, of its moving average, or the last."""
-        if self.phase.config.keep == "best":
-            if runtime.is_main and self.best:
+        """Put the weights that the phase passes on into the network: those of the evaluation that it keeps, of its moving average, or the last."""
+        if self.phase.config.keep != "last":
+            if runtime.is_main and self.kept:
                 own = self.module.state_dict()
-                check_tensors(own, self.best, "the phase's best weights belong to another network")
+                check_tensors(own, self.kept, "the weights that the phase keeps belong to another network")
                 for name, tensor in own.items():
-                    tensor.copy_(self.best[name], non_blocking=True)
+                    tensor.copy_(self.kept[name], non_blocking=True)
             runtime.sync_tensors([*self.module.parameters(), *self.module.buffers()])
         elif self.ema is not None:
             self.ema.copy_to(self.module)

@@ -7,11 +7,13 @@ without smoothing and class weights, so that runs can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -110,11 +112,10 @@ def evaluate(
     loss: Loss,
     normalise: Normalise,
     agree: Callable[[list[Batch]], Callable[[], bool]] | None = None,
-    rows: PredictionRows | None = None,
-    monitored: Callable[[Outputs], None] | None = None,
+    takers: Sequence[Callable[[Outputs, Tensor], None]] = (),
 ) -> Sums | None:
     """Sums over all ranks, the same on each of them. `steps` is this rank's share, with the same number of steps on every rank.
-    `rows` takes what is predicted for each image of this rank, `monitored` each batch's outputs.
+    `takers` take each batch's outputs, and its unweighted losses [B].
 
     `agree(batches)` is called before a step, and what it returns after it: that may end the pass, on all ranks at once, and the result is
     None. So ranks can exchange flags while they compute.
@@ -126,10 +127,8 @@ def evaluate(
             for outputs in forward.over(batches, task):
                 losses, _ = loss(outputs.logits, outputs.labels)
                 sums.update(outputs.logits, outputs.labels, outputs.weights, losses)
-                if rows is not None:
-                    rows.add(outputs, losses)
-                if monitored is not None:
-                    monitored(outputs)
+                for take in takers:
+                    take(outputs, losses)
             if is_over is not None and is_over():
                 return None
     return reduce_sums(sums, runtime)
@@ -165,18 +164,25 @@ class PredictionRows:
         """Of all ranks together, without pads and damaged images; every rank must call it, and all get the same."""
         nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 2))
         samples, numbers, values = (torch.cat([none, *(part.cpu() for part in parts)]) for none, parts in zip(nothing, self._parts()))
-        real = numbers[:, 2] > 0
-        integers, floats = torch.cat([samples[real, None], numbers[real, :2]], dim=1), values[real]
-        most = max(runtime.gather(len(integers)))
-        pad = most - len(integers)
-        integers = torch.cat([integers, integers.new_full((pad, 3), -1)])
-        everyone = torch.cat(runtime.gather_rows(integers)).numpy()
-        everyones = torch.cat(runtime.gather_rows(torch.cat([floats, floats.new_zeros(pad, 2)]))).numpy()
-        found = everyone[:, 0] >= 0
-        return ImagePredictions.joined(everyone[found], everyones[found])
+        integers, floats = rows_of_all_ranks(runtime, torch.stack([samples, numbers[:, 0], numbers[:, 2], numbers[:, 1]], dim=1), values)
+        return ImagePredictions.joined(integers[:, [0, 1, 3]], floats)
 
     def _parts(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return self._samples, self._numbers, self._values
+
+
+def rows_of_all_ranks(runtime: Runtime, integers: Tensor, floats: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Rows [n, 3 or more] of sample, label, whether there is an image, and [n, m], of all ranks, without pads, in the order of samples, then of labels.
+
+    Every rank must call it, and all get the same."""
+    real = integers[:, 2] > 0
+    integers, floats = integers[real], floats[real]
+    pad = max(runtime.gather(len(integers))) - len(integers)
+    everyone = torch.cat(runtime.gather_rows(torch.cat([integers, integers.new_zeros(pad, integers.shape[1])]))).numpy()
+    everyones = torch.cat(runtime.gather_rows(torch.cat([floats, floats.new_zeros(pad, floats.shape[1])]))).numpy()
+    found = np.flatnonzero(everyone[:, 2])
+    order = found[np.lexsort((everyone[found, 1], everyone[found, 0]))]
+    return everyone[order], everyones[order]
 
 
 # ---- metrics: integer counts and float64 sums over real samples, one division at the very end
@@ -207,7 +213,7 @@ class Sums:
         assert labels.shape == weights.shape == losses.shape
         with torch.no_grad():
             real = weights > 0
-            rank = _rank_of_label(logits, labels)
+            rank = ranks_of_labels(logits, labels)
             top1 = real & (rank == 0)
             top5 = real & (rank < min(_TOP, self.num_classes))
             self._counts += torch.stack([real.sum(), top1.sum(), top5.sum()])
@@ -246,7 +252,7 @@ class Sums:
         }
 
 
-def _rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
+def ranks_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the label's, int64 [B]; K where the row has a NaN."""
     num_classes = logits.shape[1]
     own = logits.gather(1, labels.clamp(0, num_classes - 1)[:, None])

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dtl.checkpoint.resume.resume import checkpoint_state
 from dtl.checkpoint.resume.state import PhaseProgress, TrainState
 from dtl.checkpoint.resume.store import Checkpoint
+from dtl.data.groups import find_groups
 from dtl.data.loading.batch import Batch
 from dtl.data.remote.address import private_cache
 from dtl.distributed.determinism import name_operators
@@ -30,9 +34,10 @@ from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import PredictionRows, evaluate
 from dtl.training.features import PhaseFeatures
+from dtl.training.keep import ImageResults, PairedError
 from dtl.training.losses import build_loss
 from dtl.training.metrics import Monitored, monitored_in
-from dtl.training.phases import Phase, judge, note_result
+from dtl.training.phases import Judgement, Phase, judge, note_kept, note_result
 from dtl.training.session import Session
 from dtl.training.step import Stepper, step_weight
 from dtl.training.throughput import StepLog
@@ -47,8 +52,19 @@ SECONDS_BETWEEN_SAVES = 15.0
 class Trainer:
     """Takes a network through the phases of a run, from where `state` stands; `train` does it."""
 
-    def __init__(self, session: Session, network: Network, normalise: Normalise, loaders: DataLoaders, phases: list[Phase], state: TrainState) -> None:
-        """`normalise` gives the network its input from the loaders' images. From here on this start writes to the run folder."""
+    def __init__(
+        self,
+        session: Session,
+        network: Network,
+        normalise: Normalise,
+        loaders: DataLoaders,
+        phases: list[Phase],
+        state: TrainState,
+        *,
+        head_is_loaded: bool = False,
+    ) -> None:
+        """`normalise` gives the network its input from the loaders' images. `head_is_loaded`: the head has pretrained weights too. From here on this
+        start writes to the run folder."""
         self.session, self.config, self.runtime, self.heart = session, session.config, session.runtime, session.heart
         self.network, self.normalise, self.loaders, self.phases, self.state = network, normalise, loaders, phases, state
         self.tracker = session.open_tracker(state)
@@ -62,16 +78,22 @@ class Trainer:
         data = self.config.data
         cache_dir = None if self.config.run.debug else private_cache(data.cache_dir, shared=data.cache_shared)
         self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.heart, self.tracker.print)
+        self._head_is_loaded = head_is_loaded
+        self._val_groups = self._groups_of_val()
         self._trace = open_trace(self.runtime.rank)
         self._move_bar = session.console.move if session.console.has_bar else None
 
     def train(self, checkpoint: Checkpoint | None) -> None:
         """All phases that are left; `checkpoint` is what `state` was read from. Raises Stopped after a signal."""
         for phase in self.phases[self.state.phase.index :]:
-            if phase.index > self.state.phase.index or not self.state.phase.name:
+            begins = phase.index > self.state.phase.index or not self.state.phase.name
+            if begins:
                 self._begin(phase)
             self.heart.enter("phase", self.state.step)
-            set_head(self.network, phase, init=self.config.model.init, seed=self.config.run.seed)
+            is_new = set_head(self.network, phase, init=self.config.model.init, seed=self.config.run.seed)
+            if begins and phase.config.keep == "one_se":
+                # Weights that know the labels may be better than all that the phase makes of them; a new head's are not worth a look.
+                self.state.phase.pending_eval = not is_new and (phase.index > 0 or self._head_is_loaded)
             if checkpoint is not None:
                 strict_load(self.network.module, checkpoint.tensors("model"), str(checkpoint.path))
             active = self._enter(phase)
@@ -245,10 +267,11 @@ class Trainer:
         self._log.check_loss(active)
         phase, state = active.phase, self.state
         active.sync_buffers(self.runtime)
+        monitor, classes = monitored_in(phase, self.config.checkpoint.monitor), phase.task.class_names(self.loaders.classes)
+        monitored = None if monitor in ("top1", "top5", "loss") else Monitored(monitor, classes, self.runtime.device)
         # The run delivers weights of its last phase: what these predict for each image is kept with them.
         rows = PredictionRows() if phase is self.phases[-1] else None
-        monitor = monitored_in(phase, self.config.checkpoint.monitor)
-        monitored = None if monitor in ("top1", "top5", "loss") else Monitored(monitor, phase.task.class_names(self.loaders.classes), self.runtime.device)
+        results = ImageResults(monitor, classes, self.loaders.val.num_samples) if phase.config.keep == "one_se" else None
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
                 active.evaluated,
@@ -259,12 +282,11 @@ class Trainer:
                 loss=active.eval_loss,
                 normalise=self.normalise,
                 agree=lambda batches: self._agree_on_eval_step("val", batches),
-                rows=rows,
-                monitored=None if monitored is None else monitored.add,
+                takers=[taker.add for taker in (monitored, rows, results) if taker is not None],
             )
             if sums is not None:
                 more = {} if monitored is None else {monitor: monitored.value(self.runtime)}
-                self._judge(active, {**sums.result(), **more}, rows, monitor)
+                self._judge(active, {**sums.result(), **more}, rows, results, monitor)
         if sums is None:
             self._saver.stop(active)
         state.phase.pending_eval = False
@@ -304,22 +326,37 @@ class Trainer:
         self.heart.enter("features", self.state.step)
         return self._settle(self._exchange(batches), "train", batches).stop
 
-    def _judge(self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None, monitor: str) -> None:
-        """Log the evaluation, keep the weights if they are the best so far, and see whether the phase has reached its end early."""
+    def _judge(self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None, results: ImageResults | None, monitor: str) -> None:
+        """Log the evaluation, keep the weights where the phase's rule says so, and see whether the phase has reached its end early."""
         phase, state = active.phase, self.state
-        epoch = phase.epoch_of(max(0, state.phase.step - 1))[0]
-        self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, **metrics)
-        judgement = judge(metrics, phase, state, monitor=monitor)
-        kept, ended = self.runtime.agree((judgement.gain or phase.config.keep == "last", judgement.end is not None))
-        if judgement.gain:
-            active.keep_best(self.runtime)
-        if kept and rows is not None:
+        epoch, entering = phase.epoch_of(max(0, state.phase.step - 1))[0], state.phase.step == 0
+        state.phase.looks = None if state.phase.looks is None else state.phase.looks + 1
+        # Early stopping goes by what the phase's own steps come to.
+        judgement = Judgement(gain=False, end=None) if entering else judge(metrics, phase, state, monitor=monitor)
+        keeps = judgement.gain or phase.config.keep == "last"
+        if results is not None:
+            new = results.all_ranks(self.runtime, metrics)
+            keeps = self.runtime.is_main and active.choose(new, PairedError(monitor, phase.num_outputs, self._val_groups))
+        keeps, ended = self.runtime.agree((keeps, judgement.end is not None))
+        self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, kept=keeps, entering=entering, **metrics)
+        if keeps:
+            note_kept(metrics, phase, state)
+            active.keep_weights(self.runtime)
+        if keeps and rows is not None:
             predictions = rows.all_ranks(self.runtime)
             active.predictions = predictions if self.runtime.is_main else None
         if ended and state.phase.step < phase.num_steps:
             state.phase.ended = True
             self.tracker.note("early stop", step=state.step, phase=phase.name, why=judgement.end)
             self.tracker.print(f"phase {phase.name} ends early at step {state.step}: {judgement.end}")
+
+    def _groups_of_val(self) -> npt.NDArray[np.int64] | None:
+        """In the main process: the group of each validation image, where the config names groups."""
+        data = self.config.data
+        with self.runtime.together("groups"):
+            if data.group is None or not self.runtime.is_main:
+                return None
+            return find_groups(self.loaders.val, data.group, str(data.val or data.train)).codes
 
 
 class Saver:

@@ -231,7 +231,7 @@ class Monitored:
         self._scores = Scores(len(classes)) if name in RANKED else None
         self._counts = torch.zeros(3, len(classes), dtype=torch.int64, device=device)  # hits, support, predictions
 
-    def add(self, outputs: Outputs) -> None:
+    def add(self, outputs: Outputs, losses: Tensor) -> None:
         """A batch. Nothing waits for the device, but for `Scores` now and then."""
         logits, labels, weights = outputs.logits, outputs.labels, outputs.weights
         if self._scores is not None:

@@ -168,7 +168,7 @@ class Judgement:
 
 
 def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: str) -> Judgement:
-    """Compare with the best of the phase, and write that, early stopping's counter and the metrics into `state`."""
+    """Compare with the best of the phase, and write that and early stopping's counter into `state`."""
     value, loss = float(metrics[monitor]), float(metrics["loss"])
     best = state.results.best.get(phase.name)
     assert best is None or best.metric == monitor, "a resume refuses another monitor"
@@ -178,15 +178,18 @@ def judge(metrics: dict[str, Any], phase: Phase, state: TrainState, *, monitor: 
         state.results.best[phase.name] = Best(metric=monitor, value=value, step=state.step, loss=loss)
     # A loss that falls for ever at one top1 is no reason to continue.
     state.phase.evaluations_without_gain = 0 if better else state.phase.evaluations_without_gain + 1
-    if gain or phase.config.keep == "last":
-        epoch, _ = phase.epoch_of(max(0, state.phase.step - 1))
-        state.phase.kept = Kept(state.step, epoch, state.phase.train_loss, metrics)
     stop = phase.config.early_stop
     if stop.threshold is not None and (value <= stop.threshold if monitor == "loss" else value >= stop.threshold):
         return Judgement(gain, f"{monitor} {value:.4f} reached {stop.threshold}")
     if stop.patience is not None and state.phase.evaluations_without_gain >= stop.patience:
         return Judgement(gain, f"no better {monitor} in {counted(stop.patience, 'evaluation')}")
     return Judgement(gain, None)
+
+
+def note_kept(metrics: dict[str, Any], phase: Phase, state: TrainState) -> None:
+    """The weights of this evaluation are what the phase leaves behind, for now."""
+    epoch, _ = phase.epoch_of(max(0, state.phase.step - 1))
+    state.phase.kept = Kept(state.step, epoch, state.phase.train_loss, metrics)
 
 
 def top1_interval(task: str, val: Mapping[str, Any]) -> Interval | None:
@@ -207,7 +210,9 @@ def note_result(phase: Phase, state: TrainState) -> None:
         "seconds": max(state.results.seconds.get(phase.name, 0.0), 1e-9),
         "images_per_second": state.phase.num_images / max(state.phase.train_seconds, 1e-9),
         "kept_step": None if kept is None else kept.step,
-        "kept_epoch": None if kept is None else kept.epoch,
+        # The weights that entered the phase are of no epoch of its own.
+        "kept_epoch": None if kept is None or kept.step == state.step - state.phase.step else kept.epoch,
+        "looks": state.phase.looks if phase.config.keep != "last" else 1,
         "train_loss": None if kept is None else kept.train_loss,
         "val": None if kept is None else kept.val,
         "top1_interval": None if kept is None else top1_interval(phase.config.task, kept.val),

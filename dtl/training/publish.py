@@ -120,12 +120,15 @@ def _make_report(report: MakeReport, run: Path, log: Callable[[str], None]) -> P
 
 
 def table_rows(results: Sequence[dict[str, Any]], test: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The closing table. `interval`: the 95 % Wilson interval of top1, in percent. `test`: what the last phase's weights came to on the test set."""
+    """The closing table. `interval`: the 95 % Wilson interval of top1, in percent. `looks`: of how many evaluations the kept one was chosen.
+
+    `test`: what the last phase's weights came to on the test set."""
     rows = []
     for row in results:
         val = row["val"] or {}
         interval = shown(top1_interval(row["task"], val)).replace(" to ", "-") or None
-        rows.append({**row, "val_loss": val.get("loss"), "top1": val.get("top1"), "interval": interval})
+        epoch = "before" if row["kept_epoch"] is None and row["kept_step"] is not None else row["kept_epoch"]
+        rows.append({**row, "kept_epoch": epoch, "val_loss": val.get("loss"), "top1": val.get("top1"), "interval": interval})
     return rows if test is None else [*rows[:-1], {**rows[-1], "test_top1": test.get("top1")}]
 
 

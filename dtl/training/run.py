@@ -54,7 +54,8 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
             transfer = None if parts.checkpoint else build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log, weights=parts.weights)
             parts.weights = None  # their memory
             normalise = build.place_network(config, parts.network, runtime)
-        trainer = Trainer(session, parts.network, normalise, parts.loaders, parts.phases, parts.state)
+        loaded = transfer is not None and not {f"{head}.weight" for head in parts.network.heads} & set(transfer.fresh)
+        trainer = Trainer(session, parts.network, normalise, parts.loaders, parts.phases, parts.state, head_is_loaded=loaded)
         _begin(session, trainer, transfer)
         if config.run.debug:
             overfit_one_batch(trainer)

@@ -43,6 +43,9 @@ def test_the_history_tells_every_epoch_once(finished: tuple[Path, subprocess.Com
     folder, _ = finished
     events = history(folder / "runs/digits")
     evaluations = [event for event in events if event["event"] == "val"]
+    entering = [event for event in evaluations if event.get("entering")]
+    assert [event["phase"] for event in entering] == ["all"], "the others begin with a new head"
+    evaluations = [event for event in evaluations if event not in entering]
     assert [event["epoch"] for event in evaluations] == list(range(len(evaluations)))
     steps = [event["step"] for event in events]
     assert steps == sorted(steps)

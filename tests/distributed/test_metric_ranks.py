@@ -35,7 +35,10 @@ def test_one_two_and_three_processes_give_scikit_learns_numbers(tmp_path: Path) 
 
 @pytest.mark.parametrize(("monitor", "world"), [("auroc", 2), ("balanced_accuracy", 3), ("recall:7", 1)])
 def test_a_run_keeps_the_weights_that_are_best_by_the_metric(tmp_path: Path, monitor: str, world: int) -> None:
-    phases = {"turns": {"task": "rotate", "steps": 2, "lr": 0.05}, "all": {"steps": 8, "lr": 0.05, "eval_every": 0.1, "early_stop": {"patience": 50}}}
+    phases = {
+        "turns": {"task": "rotate", "steps": 2, "lr": 0.05},
+        "all": {"steps": 8, "lr": 0.05, "eval_every": 0.1, "early_stop": {"patience": 50}, "keep": "best"},
+    }
     recipe = write_recipe(tmp_path, phases=phases, checkpoint={"monitor": monitor})
     run(["--config", str(recipe)], cwd=tmp_path, world=world)
     values = [event for event in history(tmp_path / "runs/tiny") if event["event"] == "val" and event["phase"] == "all"]

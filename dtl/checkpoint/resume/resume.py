@@ -152,7 +152,9 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
     if conflicts:
         name, before, after = conflicts[0]
         more = f" (and {len(conflicts) - 1} more settings)" if len(conflicts) > 1 else ""
-        unasked = "" if before is None or _given(config, name) else f", its default, which may have changed: go on with --{name} {_option(before)}"
+        defaults = [f"--{key} {_option(old)}" for key, old, _ in conflicts if old is not None and not _given(config, key)]
+        is_default = before is not None and not _given(config, name)
+        unasked = f", its default, which may have changed: go on with {' '.join(defaults)}" if is_default else ""
         raise UserError(f"{run} was started with {name} {_shown(before)}, now it is {_shown(after)}{unasked}{more}; {OTHERWISE}")
 
 

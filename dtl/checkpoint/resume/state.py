@@ -63,6 +63,8 @@ class PhaseProgress:
     evaluations_without_gain: int = 0
     """The counter of early stopping."""
     kept: Kept | None = None
+    looks: int | None = 0
+    """Evaluations of the phase so far, of which the kept one was chosen; None where an older dtl did not count them."""
     num_images: int = 0
     """Trained on so far, over all ranks."""
     train_seconds: float = 0.0
@@ -126,6 +128,8 @@ class TrainState:
             raise UserError("the checkpoint's state has no format number: it was not written by dtl")
         check_format(found, "the checkpoint's state")
         values = _fields(cls, {key: inner for key, inner in value.items() if key != "format"})
+        if isinstance(values["phase"], Mapping):
+            values["phase"] = {"looks": None, **values["phase"]}  # an older dtl did not write it
         check_form(cls, values, "the checkpoint's state")
         phase, results = _fields(PhaseProgress, values["phase"]), _fields(RunResults, values["results"])
         if phase["kept"] is not None:

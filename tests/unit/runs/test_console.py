@@ -67,14 +67,21 @@ def test_the_closing_table() -> None:
             "val_loss": 0.2,
             "top1": 0.97654,
             "interval": "91.7-98.2",
+            "looks": 10,
+            "test_top1": 0.9612,
         },
     ]
     assert summary_table(rows).row_count == 2
     out = io.StringIO()
     Console(stream=out).table(rows)
     text = out.getvalue()
-    assert re.search(r"phase +\| +epochs +\| +seconds +\| +images/s +\| +kept epoch +\| +train loss +\| +val loss +\| +top1 +\| +interval", text)
-    assert re.search(r"pretext +\| +3 +\| +61\.2 +\| +12,346 +\| +- +\| +0\.2500 +\| +- +\| +- ", text)
-    assert re.search(r"all +\| +1\.5 +\| +5\.0 +\| +800 +\| +4 +\| +0\.1000 +\| +0\.2000 +\| +97\.65% +\| +91\.7-98\.2 ", text)
+    columns = (
+        ("", "", "", "", "kept", "train", "val", "", "", "", "test"),
+        (*("phase", "epochs", "seconds", "images/s", "epoch", "loss", "loss", "top1", "interval", "looks", "top1"),),
+    )
+    for words in columns:
+        assert re.search(r" *\| *".join(words), text)
+    assert re.search(r"pretext *\| +3 *\| +61\.2 *\| +12,346 *\| +- *\| +0\.2500 *\| +- *\| +- ", text.replace("|", " |"))
+    assert re.search(r"all +\| +1\.5 *\| +5\.0 *\| +800 *\| +4 *\| +0\.1000 *\| +0\.2000 *\| +97\.65% *\| +91\.7-98\.2 *\| +10 *\| +96\.12%", text)
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 100
