@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from dtl.errors import EXIT_STOPPED, UserError
 from dtl.files import user_path, write_json_whole
-from dtl.text import OptionParser, at_least, to_stderr, to_stdout
+from dtl.text import Log, OptionParser, at_least, to_nobody, to_stderr, to_stdout
 
 if TYPE_CHECKING:
-    from dtl.inference.folds import Folds
+    from dtl.inference.folds import Folds, Together
 
 _DESCRIPTION = """\
 Cross-validation: train a recipe once for each fold of the training images, without that fold, and predict every image with the run that did not see it.
@@ -47,33 +47,39 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--fold {options.fold}: there are {options.folds} folds (--folds)")
     if options.json not in (None, "-") and not user_path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {user_path(options.json).absolute().parent} does not exist")
-    if options.fold is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UserError("several processes train one fold at a time: launch each with --fold N, and then run dtl folds by itself, which adds them up")
+    if options.fold is not None and options.refit:
+        raise UserError("--fold trains one fold, and --refit needs all of them: use one of the two")
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several and options.fold is None and not options.refit:
+        raise UserError("several processes train one run at a time: --fold N, or --refit when all are done; dtl folds by itself then adds them up")
     recipe = ["--config", options.config] if options.config else []
     config, name = load_config([*recipe, *rest, "--data.fold.number", "0", "--data.fold.of", str(options.folds)])
     from dtl.inference.folds import begin, open_folds
 
-    folds = open_folds(config, name, log=to_stderr)
+    log = to_stderr if os.environ.get("RANK", "0") == "0" else to_nobody
+    folds = open_folds(config, name, log=log)
     begin(folds)
-    wanted = [options.fold] if options.fold is not None else folds.missing()
-    for number in wanted:
-        if status := _train(folds, number, started):
+    if several and options.refit and (left := folds.missing()):
+        raise UserError(f"--refit on several processes is the last: train fold {left[0]} before it (--fold {left[0]})")
+    alone = 0 if several and options.refit else options.fold
+    for number in folds.missing() if alone is None else [alone]:
+        if status := _train(folds, number, started, log):
             return status
-    if options.fold is not None:
-        left = [str(number) for number in folds.missing()]
-        to_stderr(f"folds left: {', '.join(left)}" if left else "all folds are done: dtl folds without --fold adds them up")
+    if alone is not None:
+        left = folds.missing()
+        log(f"folds left: {', '.join(map(str, left))}" if left else "all folds are done: dtl folds by itself adds them up")
         return 0
     return _results(folds, options, started)
 
 
-def _train(folds: Folds, number: int, started: float) -> int:
+def _train(folds: Folds, number: int, started: float, log: Log) -> int:
     """Train one fold, or all images (0); 0 when it is done."""
     from dtl.report import report_at_end
     from dtl.runs.folder import stopped_under_this_agent
     from dtl.training.run import run as run_training
 
     if folds.is_done(number):
-        to_stderr(f"{folds.folder / folds.name(number)} is done")
+        log(f"{folds.folder / folds.name(number)} is done")
         return 0
     if stopped_under_this_agent(folds.folder / folds.name(number)):
         return EXIT_STOPPED
@@ -81,17 +87,21 @@ def _train(folds: Folds, number: int, started: float) -> int:
 
 
 def _results(folds: Folds, options: argparse.Namespace, started: float) -> int:
-    from dtl.inference.folds import expected, lines
-    from dtl.inference.tables import table
+    from dtl.inference.folds import CSV_NAME, collect, expected, lines
+    from dtl.inference.tables import table, write_csv
 
-    values = _write(folds, options)
+    found = collect(folds, log=to_stderr)
+    values = found.values
+    write_csv(folds.folder / CSV_NAME, found.seen, folds.shards, values["classes"], folds=folds.numbers, what="")
+    _write(folds, found, options)
     if options.json != "-":
         to_stdout("", *lines(values), "", *table(values).split("\n"))
     if options.refit:
-        if status := _train(folds, 0, started):
+        if status := _train(folds, 0, started, to_stderr):
             return status
         if values["refit"] is None:
-            values = _write(folds, options)
+            values["refit"] = folds.refit
+            _write(folds, found, options)
     if options.json == "-":
         print(json.dumps(values, allow_nan=False))
         return 0
@@ -101,20 +111,17 @@ def _results(folds: Folds, options: argparse.Namespace, started: float) -> int:
     return 0
 
 
-def _write(folds: Folds, options: argparse.Namespace) -> dict[str, object]:
-    from dtl.inference.folds import CSV_NAME, RESULTS_NAME, collect
-    from dtl.inference.tables import write_csv
+def _write(folds: Folds, found: Together, options: argparse.Namespace) -> None:
+    """All numbers, and the page."""
+    from dtl.inference.folds import RESULTS_NAME
     from dtl.report.folds import make_folds_page
 
-    found = collect(folds, log=to_stderr)
-    write_csv(folds.folder / CSV_NAME, found.seen, folds.shards, found.values["classes"], folds=folds.numbers, what="")
     for file in [folds.folder / RESULTS_NAME, *([] if options.json in (None, "-") else [user_path(options.json)])]:
         try:
             write_json_whole(file, found.values)
         except OSError as error:
             raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
     make_folds_page(folds.folder, found.values, found.seen.predictions.labels, found.seen.predictions.predicted)
-    return found.values
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -101,6 +101,11 @@ class Folds:
         status = read_status(self.folder / self.name(number))
         return status.state == "done" and status.model is not None
 
+    @property
+    def refit(self) -> str | None:
+        """The run on all images, if it is done."""
+        return str(self.folder / self.name(0)) if self.is_done(0) else None
+
     def missing(self) -> list[int]:
         return [number for number in range(1, self.fold.of + 1) if not self.is_done(number)]
 
@@ -117,7 +122,7 @@ def open_folds(config: Config, name: str, *, log: Log) -> Folds:
     if list(config.phases.values())[-1].task != "classify":
         raise UserError("the last phase does not classify, so there is nothing to measure on the folds")
     options = config.data.model_copy(update={"val_fraction": 0.0})
-    shards = open_split(config.data.train, options, split="train", log=log)
+    shards = open_split(config.data.train, options, split="train", progress=log is not to_nobody, log=log)
     groups = None if config.data.group is None else find_groups(shards, config.data.group, config.data.train, columns=config.data.columns)
     numbers = folds_of(shards, config.data.fold, groups)
     return Folds(Path(config.run.dir) / f"{name}{FOLDS_END}", config, shards, groups, numbers)
@@ -215,7 +220,7 @@ def collect(folds: Folds, *, log: Log = to_nobody) -> Together:
         "num_groups": None if folds.groups is None else len(folds.groups.names),
         "dataset_id": folds.shards.dataset_id,
         "precision": precision,
-        "refit": str(folds.folder / REFIT) if folds.is_done(0) else None,
+        "refit": folds.refit,
     }
     return Together(values, whole)
 

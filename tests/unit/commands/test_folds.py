@@ -110,6 +110,7 @@ def test_what_was_begun_otherwise_is_refused_by_name(
             "12 folds need images of each class in each of them, but class 'b' has 11 different images: at most 11 folds",
         ),
         (["--folds", "10", "--run.name", "many"], "class 'c' has 9 different images: at most 9 folds (--folds 9)"),
+        (["--fold", "1", "--refit"], "--fold trains one fold, and --refit needs all of them"),
         (["--fold", "4"], "--fold 4: there are 3 folds (--folds)"),
         (["--run.resume", "never"], "run.resume never is for one run"),
         (["--run.debug", "true"], "run.debug is for one run: dtl train --run.debug true"),
@@ -121,7 +122,10 @@ def test_what_was_begun_otherwise_is_refused_by_name(
         assert said.count("dtl: ") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["folds", *FOLDS]) == 2
-    assert "several processes train one fold at a time: launch each with --fold N" in capfd.readouterr().err
+    assert "several processes train one run at a time: --fold N, or --refit when all are done" in capfd.readouterr().err
+    assert main(["folds", *FOLDS, "--run.name", "many", "--refit"]) == 2
+    assert "--refit on several processes is the last: train fold 1 before it (--fold 1)" in capfd.readouterr().err
+    shutil.rmtree(reference / "runs/many-folds")
     assert (reference / "runs/tiny-folds/folds.json").read_bytes() == before
     assert not (reference / "runs/many-folds").exists()
 
