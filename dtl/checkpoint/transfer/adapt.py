@@ -13,7 +13,17 @@ from math import isqrt
 import torch
 from torch.nn import functional as F
 
-from dtl.checkpoint.transfer.layers.layer import Shape, is_position_table, is_relative_table, num_elements, squeezed
+from dtl.checkpoint.transfer.layers.layer import (
+    Grid,
+    Shape,
+    is_position_table,
+    is_relative_table,
+    num_elements,
+    position_transform,
+    relative_transform,
+    rows_in_front,
+    squeezed,
+)
 from dtl.errors import UserError
 
 
@@ -40,7 +50,7 @@ def reshape_kernel(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 def resize_position_embedding(table: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """[1, N, D] or [1, D, H, W] to another grid, bicubic with antialiasing; class tokens in front are kept as they are."""
+    """[1, N, D] or [1, D, H, W] to another square grid, bicubic with antialiasing; class tokens in front are kept as they are."""
     if table.dim() == 4:
         return _resize(table, (shape[2], shape[3]))
     have, want = _tokens_in_front(table.shape[1]), _tokens_in_front(shape[1])
@@ -54,15 +64,41 @@ def resize_position_embedding(table: torch.Tensor, shape: Shape) -> torch.Tensor
     return torch.cat([front, grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)
 
 
+def resize_positions_to(table: torch.Tensor, shape: Shape, grid: Grid) -> torch.Tensor:
+    """[1, N, D] of a square grid to the rows of another one. Rows in front (class token, registers) are kept, as many as there is room for."""
+    room = shape[1] - grid[0] * grid[1]
+    have = rows_in_front(table.shape[1], room)
+    if have is None:
+        raise UserError(f"the position embedding has {table.shape[1]} tokens, which are no square with {room} or more in front of it")
+    side = isqrt(table.shape[1] - have)
+    resized = _resize(table[:, have:].reshape(1, side, side, -1).permute(0, 3, 1, 2), grid)
+    return torch.cat([table[:, :room], resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)], dim=1)
+
+
+def add_position(token: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """A class token [1, 1, D] with its row of the position embedding, for a network whose table has no such row: what the first block sees is the same."""
+    return token + table[:, :1].reshape(token.shape)
+
+
 def _tokens_in_front(num_tokens: int) -> int:
     return next(extra for extra in (0, 1, 2) if isqrt(num_tokens - extra) ** 2 == num_tokens - extra)
 
 
 def resize_relative_table(table: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Swin's relative position biases [(2s-1)^2, heads] for another window size."""
+    """Swin's relative position biases [(2s-1)^2, heads] for another window size, or MaxViT's [heads, 2h-1, 2w-1]."""
+    if table.dim() == 3:
+        return _resize(table[None], (shape[1], shape[2]))[0]
     old, new = isqrt(table.shape[0]), isqrt(shape[0])
     grid = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     return _resize(grid, (new, new)).permute(0, 2, 3, 1).reshape(new * new, -1)
+
+
+def resize_distances_to(table: torch.Tensor, shape: Shape, grid: Grid) -> torch.Tensor:
+    """[(2s-1)^2 + extra, heads] to another grid of distances; the extra rows (BEiT's class token) stay at the end as they are."""
+    extra = shape[0] - grid[0] * grid[1]
+    side = isqrt(table.shape[0] - extra)
+    resized = _resize(table[: side**2].reshape(1, side, side, -1).permute(0, 3, 1, 2), grid)
+    return torch.cat([resized.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1), table[side**2 :]])
 
 
 def resize_patches(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -137,11 +173,22 @@ _BY_SHAPE: dict[str, Callable[[torch.Tensor, Shape], torch.Tensor]] = {
     )
 }
 _SPLIT = re.compile(r"^split_(\d)_of_(\d)$")
-TRANSFORMS = (*_BY_SHAPE, "fuse", "split_0_of_3", "split_1_of_3", "split_2_of_3", "rows", "fold_norm_weight", "fold_norm_bias")
+_TO_GRID = re.compile(r"^(resize_position_embedding|resize_relative_table)_(\d{1,5})x(\d{1,5})$")
+TRANSFORMS = (
+    *_BY_SHAPE,
+    "add_position",
+    "fuse",
+    "split_0_of_3",
+    "split_1_of_3",
+    "split_2_of_3",
+    "rows",
+    "fold_norm_weight",
+    "fold_norm_bias",
+)
 
 
 def is_transform(name: str) -> bool:
-    return name == "" or name in TRANSFORMS or _SPLIT.match(name) is not None
+    return name == "" or name in TRANSFORMS or _SPLIT.match(name) is not None or _TO_GRID.match(name) is not None
 
 
 def apply_transform(
@@ -158,6 +205,11 @@ def apply_transform(
         return _BY_SHAPE[name](tensors[0], shape)
     if name == "fuse":
         return fuse(tensors)
+    if name == "add_position":
+        return add_position(*tensors)
+    if found := _TO_GRID.match(name):
+        resize_to = resize_positions_to if found.group(1) == "resize_position_embedding" else resize_distances_to
+        return resize_to(tensors[0], shape, (int(found.group(2)), int(found.group(3))))
     if found := _SPLIT.match(name):
         return split(tensors[0], int(found.group(1)), int(found.group(2)))
     if name == "rows" and picks is not None:
@@ -179,6 +231,9 @@ def why_not(transform: str, have: Sequence[Shape], want: Shape, *, picks: Sequen
         return _why_no_fuse(have, want)
     if transform.startswith("fold_norm"):
         return _why_no_fold(have, want, bias=transform.endswith("bias"))
+    if transform == "add_position":
+        fits_token = len(have) == 2 and len(have[1]) == 3 and num_elements(have[0]) == num_elements(want) == have[1][2]
+        return None if fits_token else "takes a class token [1, 1, D] and its position embedding [1, N, D]"
     if len(have) != 1:
         return f"takes one source, not {len(have)}"
     if transform == "rows":
@@ -186,6 +241,11 @@ def why_not(transform: str, have: Sequence[Shape], want: Shape, *, picks: Sequen
     if transform.startswith("split_"):
         parts = int(transform.rpartition("_")[2])
         return None if have[0] == (parts * want[0], *want[1:]) else f"splits dimension 0 into {parts} equal parts"
+    if found := _TO_GRID.match(transform):
+        grid, absolute = (int(found.group(2)), int(found.group(3))), found.group(1) == "resize_position_embedding"
+        fits_grid = (position_transform if absolute else relative_transform)(have[0], want, grid) is not None
+        shown = "[1, N, D] position embeddings" if absolute else "[(2s-1)^2 + extra, heads] tables"
+        return None if fits_grid else f"resizes {shown} of square grids to {grid[0]} x {grid[1]} places"
     fits, rule = _RULES[transform]
     return None if fits(have[0], want) else rule
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dtl.checkpoint.transfer.layers.dataflow import Dataflow, Side, Target, target_of
-from dtl.checkpoint.transfer.layers.layer import Key, Layer, TensorSpec, detect_heads, head_layers, layers_of, looks_sorted, specs_of
+from dtl.checkpoint.transfer.layers.layer import Key, Layer, TensorSpec, detect_heads, head_layers, layers_of, looks_sorted, rows_in_front, specs_of
 from dtl.checkpoint.transfer.match.alignment import first_layer
 from dtl.checkpoint.transfer.match.auto import match_auto
 from dtl.checkpoint.transfer.match.by_map import Rule, match_map, read_rules
@@ -202,6 +202,8 @@ def make_plan(
         prefix=prefix,
     )
     found = match(request)
+    if options.by != "map":
+        _keep_token_positions(found.matching, source, target)
     settled = settle(found.matching, source, target, request.heads, options, classes, inside=found.inside, ignored=ignored)
     return TransferPlan(
         by=options.by,
@@ -217,6 +219,22 @@ def make_plan(
         ties=tuple(target.ties),
         head_rows=settled.head_rows,
     )
+
+
+def _keep_token_positions(matching: Matching, source: Sequence[TensorSpec], target: Target) -> None:
+    """A table without a row for the class token, from one with it (DINOv2 into its variant with registers): the row is added to the token."""
+    have, want = ({spec.name: spec.shape for spec in specs} for specs in (source, target.specs))
+    grids = {layer.names[0]: layer.grid for layer in target.layers}
+    tables = [(name, match) for name, match in matching.matches.items() if match.transform.startswith("resize_position_embedding") and len(want[name]) == 3]
+    for name, match in tables:
+        rows, places = have[match.source[0]][1], want[name][1]
+        tokens = [token for token in matching.matches if token.endswith(("cls_token", "class_token")) and want[token] == (1, 1, want[name][2])]
+        grid = grids.get(name)
+        if rows_in_front(rows, 0) != 1 or (rows_in_front(places, 0) if grid is None else places - grid[0] * grid[1]) != 0 or len(tokens) != 1:
+            continue
+        token = matching.matches[tokens[0]]
+        if not token.transform and len(token.source) == 1:
+            matching.matches[tokens[0]] = replace(token, source=(*token.source, *match.source), transform="add_position")
 
 
 @dataclass(frozen=True)

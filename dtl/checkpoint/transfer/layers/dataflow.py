@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Layer, TensorSpec, layers_of, loose_signature, specs_of
+from dtl.checkpoint.transfer.layers.layer import MOST_IN_FRONT, NORMS, WEIGHTED, Layer, TensorSpec, layers_of, loose_signature, specs_of
 from dtl.config.models import ImageSize, as_size, sides
 
 # Reads of attributes and sizes: not uses.
@@ -189,7 +189,31 @@ def target_of(model: nn.Module | Mapping[str, torch.Tensor], *, image_size: Imag
         if isinstance(value, torch.Tensor) and first.setdefault(id(value), name) != name:
             ties[name] = first[id(value)]
     specs = specs_of(state)
-    return Target(specs, layers_of(specs), ties, model, image_size, trace)
+    layers, grids = layers_of(specs), _grids(model)
+    for layer in layers:
+        layer.grid = grids.get(layer.names[0])
+    return Target(specs, layers, ties, model, image_size, trace)
+
+
+def _grids(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """How the rows of each table of positions lie, where the module that holds it says so, as timm's and torchvision's do."""
+    found = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        window = _pair(getattr(module, "window_size", None))
+        if window is not None and isinstance(getattr(module, "relative_position_bias_table", None), torch.Tensor):
+            found[f"{prefix}relative_position_bias_table"] = (2 * window[0] - 1, 2 * window[1] - 1)
+        grid = _pair(getattr(getattr(module, "patch_embed", None), "grid_size", None))
+        if grid is None:
+            continue
+        for name, table in module.named_parameters(prefix=path, recurse=False):
+            if "pos" in name and table.dim() == 3 and 0 <= table.shape[1] - grid[0] * grid[1] <= MOST_IN_FRONT:
+                found[name] = grid
+    return found
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    return (value[0], value[1]) if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(side, int) for side in value) else None
 
 
 Link = tuple[str, int]

@@ -51,6 +51,8 @@ class Layer:
     index: int = -1
     flat: bool = field(default=False)
     """True where the layer was cut out of a sequence of shapes, because the names carry no roles."""
+    grid: tuple[int, int] | None = None
+    """Of a table of positions, where the module that holds it says how its rows lie."""
 
     @property
     def shape(self) -> Shape:
@@ -385,26 +387,24 @@ def layer_transform(source: Layer, target: Layer, *, first: bool) -> str | None:
         have = source.roles[role][1]
         if have == shape:
             continue
-        how = tensor_transform(have, shape, kinds=(source.kind, target.kind), name=target.path, first=first and role == "weight")
+        how = tensor_transform(have, shape, kinds=(source.kind, target.kind), name=target.path, first=first and role == "weight", grid=target.grid)
         if how is None:
             return None
         transform = how
     return transform
 
 
-def tensor_transform(have: Shape, want: Shape, *, kinds: tuple[str, str], name: str, first: bool) -> str | None:
-    """The transform from shape `have` to shape `want`, by what kind of layer and what name it is; None where there is none."""
+def tensor_transform(have: Shape, want: Shape, *, kinds: tuple[str, str], name: str, first: bool, grid: tuple[int, int] | None = None) -> str | None:
+    """The transform from shape `have` to shape `want`, by what kind of layer and what name it is; None where there is none. `grid`: see Layer."""
     weighted = kinds[0] in WEIGHTED and kinds[1] in WEIGHTED
     if weighted:
         return _weight_transform(have, want, first=first, patches="patch" in name or "proj" in name.split(".")[-1])
     if squeezed(have) == squeezed(want):
         return "squeeze"
     lowered = name.lower()
-    if "pos" in lowered and "relative" not in lowered and is_position_table(have, want):
-        return "resize_position_embedding"
-    if "relative_position_bias_table" in lowered and is_relative_table(have, want):
-        return "resize_relative_table"
-    return None
+    if "relative_position_bias_table" in lowered:
+        return relative_transform(have, want, grid)
+    return position_transform(have, want, grid) if "pos" in lowered and "relative" not in lowered else None
 
 
 def _weight_transform(have: Shape, want: Shape, *, first: bool, patches: bool) -> str | None:
@@ -420,6 +420,38 @@ def _weight_transform(have: Shape, want: Shape, *, first: bool, patches: bool) -
     return None
 
 
+Grid = tuple[int, int]
+MOST_IN_FRONT = 8
+"""Rows of a position table that belong to no place: class token, distillation token, registers."""
+
+
+def position_transform(have: Shape, want: Shape, grid: Grid | None) -> str | None:
+    """The transform that resizes a table of positions; None where these are none. `grid`: the target's; by default it is a square."""
+    if grid is None or len(want) != 3:
+        return "resize_position_embedding" if is_position_table(have, want) else None
+    if not (len(have) == 3 and have[0] == want[0] == 1 and have[2] == want[2]) or rows_in_front(have[1], want[1] - grid[0] * grid[1]) is None:
+        return None
+    usual = grid[0] == grid[1] and (_grid(have[1]), _grid(want[1])) != (None, None) and want[1] - grid[0] ** 2 <= 2
+    return "resize_position_embedding" if usual and is_position_table(have, want) else f"resize_position_embedding_{grid[0]}x{grid[1]}"
+
+
+def rows_in_front(rows: int, wanted: int) -> int | None:
+    """Of a table of `rows` whose other rows are a square: `wanted` where that fits, else the fewest, which must be more; None where none does."""
+    fitting = [front for front in range(min(MOST_IN_FRONT, rows - 1) + 1) if isqrt(rows - front) ** 2 == rows - front]
+    return wanted if wanted in fitting else next((front for front in fitting[:1] if front > wanted), None)
+
+
+def relative_transform(have: Shape, want: Shape, grid: Grid | None) -> str | None:
+    """The same for a table of relative positions. `grid`: of the distances, (2h-1, 2w-1); BEiT has three more rows, for the class token."""
+    if is_relative_table(have, want):
+        return "resize_relative_table"
+    if grid is None or not (len(have) == len(want) == 2 and have[1] == want[1]):
+        return None
+    extra = want[0] - grid[0] * grid[1]
+    side = isqrt(max(have[0] - extra, 0))
+    return f"resize_relative_table_{grid[0]}x{grid[1]}" if 0 <= extra <= 3 and side % 2 == 1 and side**2 == have[0] - extra else None
+
+
 def is_position_table(have: Shape, want: Shape) -> bool:
     """[1, N, D] both, or [1, D, H, W] both, of one width."""
     if len(have) == len(want) == 3:
@@ -433,7 +465,9 @@ def _grid(num_tokens: int) -> int | None:
 
 
 def is_relative_table(have: Shape, want: Shape) -> bool:
-    """[(2s-1)^2, heads], the same number of heads."""
+    """[(2s-1)^2, heads], or [heads, 2h-1, 2w-1]; the same number of heads."""
+    if len(have) == len(want) == 3:
+        return have[0] == want[0] and all(side % 2 == 1 for side in (*have[1:], *want[1:]))
     if not (len(have) == len(want) == 2 and have[1] == want[1]):
         return False
     return all(isqrt(rows) ** 2 == rows and isqrt(rows) % 2 == 1 for rows in (have[0], want[0]))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtl.checkpoint.transfer.layers.dataflow import Candidates, Dataflow, Link
-from dtl.checkpoint.transfer.layers.layer import IMAGE_CHANNELS, NORMS, WEIGHTED, Layer, is_position_table, is_relative_table, num_elements, squeezed
+from dtl.checkpoint.transfer.layers.layer import IMAGE_CHANNELS, NORMS, WEIGHTED, Layer, num_elements, position_transform, relative_transform, squeezed
 
 TAU = 0.75
 """Alignments within this of the best count as equally good: less than a skipped layer costs."""
@@ -63,10 +63,10 @@ def fit(source: Layer, target: Layer, ends: tuple[bool, bool, bool, bool]) -> tu
     if kinds <= {"param", "vector"}:
         if squeezed(have) == squeezed(want) and squeezed(have):
             return 0.9, "squeeze"
-        if is_position_table(have, want) and min(have[1], want[1]) > 4:
-            return 0.7, "resize_position_embedding"
-        if is_relative_table(have, want) and "relative" in target.path:
-            return 0.7, "resize_relative_table"
+        if min(have[1:2] + want[1:2], default=0) > 4 and (how := position_transform(have, want, target.grid)):
+            return 0.7, how
+        if "relative" in target.path and (how := relative_transform(have, want, target.grid)):
+            return 0.7, how
     return None
 
 
@@ -138,7 +138,7 @@ def _classes(layers: Sequence[Layer], first: int | None) -> tuple[list[tuple[Lay
     of = []
     for layer in layers:
         ends = (layer.index == first, layer.index == last)
-        key = (layer.signature, "bias" in layer.roles, ends, "relative" in layer.path)
+        key = (layer.signature, "bias" in layer.roles, ends, "relative" in layer.path, layer.grid)
         if key not in seen:
             seen[key] = len(classes)
             classes.append((layer, ends))

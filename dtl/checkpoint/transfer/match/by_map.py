@@ -225,7 +225,8 @@ def _check_uniqueness(matching: Matching, hits: list[_Hit]) -> None:
 
 
 def _may_share(first: _Hit, other: _Hit) -> bool:
-    """Different parts of one projection; weight and bias of one folding; what the map marks as shared."""
+    """Different parts of one projection; weight and bias of one folding; a class token its row of the table; what the map marks as shared."""
     kinds = first.rule.transform, other.rule.transform
     parts = any(all(kind.startswith(family) for kind in kinds) for family in ("split_", "fold_norm_"))
-    return first.rule.shared or other.rule.shared or (parts and kinds[0] != kinds[1] and first.sources == other.sources)
+    token = kinds[0] != kinds[1] and "add_position" in kinds
+    return first.rule.shared or other.rule.shared or token or (parts and kinds[0] != kinds[1] and first.sources == other.sources)

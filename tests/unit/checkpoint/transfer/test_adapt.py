@@ -129,3 +129,83 @@ def test_a_transfer_resizes_relative_tables() -> None:
     report = load_pretrained(target, source.state_dict())
     assert [o.transform for o in report.outcomes if o.transform] == ["resize_relative_table"]
     torch.testing.assert_close(target.relative_position_bias_table, adapt.resize_relative_table(source.relative_position_bias_table, (529, 2)))
+
+
+def small_vit(**options: object) -> nn.Module:
+    """timm's own ViT, which has all kinds of position tables, with random values everywhere: 16 tokens of a class and a square of 64 pixels."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    given = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3, **options}
+    network = VisionTransformer(**given)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (96, 64), (32, 112)])
+@pytest.mark.parametrize("options", [{}, {"no_embed_class": True}, {"reg_tokens": 4}, {"reg_tokens": 4, "no_embed_class": True}])
+def test_positions_are_resized_as_timm_does_it(size: tuple[int, int], options: dict[str, object]) -> None:
+    """Into the same network at another size, oblong too, whatever stands in front of the grid: class token, registers, or nothing."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    source, target, reference = small_vit(**options), small_vit(img_size=size, **options), small_vit(img_size=size, **options)
+    reference.load_state_dict(checkpoint_filter_fn(source.state_dict(), reference))  # type: ignore[arg-type]
+    report = load_pretrained(target, source.state_dict())
+    assert report.fresh == ()
+    torch.testing.assert_close(target.pos_embed, reference.pos_embed, rtol=0, atol=1e-6)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(target(images), reference(images))
+
+
+def test_the_class_tokens_position_is_added_to_the_token_where_the_table_has_no_row_for_it() -> None:
+    """As timm does it with DINOv2's files that hold registers. Without registers the network computes the same."""
+    source = small_vit()
+    plain, registers = small_vit(no_embed_class=True), small_vit(no_embed_class=True, reg_tokens=4, img_size=(96, 64))
+    report = load_pretrained(plain, source.state_dict())
+    assert {o.target: o.transform for o in report.outcomes if o.transform} == {"cls_token": "add_position", "pos_embed": "resize_position_embedding"}
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(plain(images), source(images))
+
+    report = load_pretrained(registers, source.state_dict())
+    assert report.fresh == ("reg_token",), "there is nothing to load them from, and the report says so"
+    assert torch.equal(registers.cls_token, source.cls_token + source.pos_embed[:, :1])
+    torch.testing.assert_close(registers.pos_embed, adapt.resize_positions_to(source.pos_embed[:, 1:], (1, 24, 24), (6, 4)))
+
+
+@pytest.mark.parametrize(("size", "rows"), [((64, 64), 49), ((96, 96), 121), ((96, 64), 77)])
+def test_beits_relative_tables_keep_the_rows_of_the_class_token(size: tuple[int, int], rows: int) -> None:
+    from timm.models.beit import Beit
+
+    given = {"patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+    source, target = Beit(img_size=64, **given), Beit(img_size=size, **given)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_(0, 0.3)
+        source.blocks[0].attn.relative_position_bias_table[:-3] = 0.25
+    report = load_pretrained(target, source.state_dict())
+    assert report.fresh == ()
+    table, before = (network.blocks[0].attn.relative_position_bias_table for network in (target, source))
+    assert torch.equal(table[-3:], before[-3:])
+    torch.testing.assert_close(table[:-3], torch.full((rows, 2), 0.25))
+
+
+def test_tables_of_heads_by_height_and_width() -> None:
+    torch.testing.assert_close(adapt.apply_transform("resize_relative_table", [torch.full((2, 13, 13), 0.5)], (2, 19, 15)), torch.full((2, 19, 15), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("transform", "have", "want", "why"),
+    [
+        ("resize_position_embedding_6x4", [(1, 17, 24)], (1, 25, 24), None),
+        ("resize_position_embedding_6x4", [(1, 17, 24)], (1, 24, 24), None),
+        ("resize_position_embedding_6x4", [(1, 16, 24)], (1, 25, 24), "resizes [1, N, D] position embeddings of square grids to 6 x 4 places"),
+        ("resize_relative_table_11x7", [(52, 2)], (80, 2), None),
+        ("resize_relative_table_11x7", [(53, 2)], (80, 2), "resizes [(2s-1)^2 + extra, heads] tables of square grids to 11 x 7 places"),
+        ("add_position", [(1, 1, 24), (1, 17, 24)], (1, 1, 24), None),
+        ("add_position", [(1, 1, 24)], (1, 1, 24), "takes a class token [1, 1, D] and its position embedding [1, N, D]"),
+    ],
+)
+def test_tables_that_a_map_asks_for_are_checked(transform: str, have: list[tuple[int, ...]], want: tuple[int, ...], why: str | None) -> None:
+    assert adapt.is_transform(transform)
+    assert adapt.why_not(transform, have, want) == why

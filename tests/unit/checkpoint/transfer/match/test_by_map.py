@@ -60,6 +60,19 @@ class Patches(nn.Module):
         return self.head(self.fc1(self.patch_embed(x).mean((2, 3))))
 
 
+class TokensApart(Tokens):
+    """Without a position of the class token."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.pos_embed = nn.Parameter(torch.randn(1, (size // 8) ** 2, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return self.head((x + self.fc2(torch.relu(self.fc1(self.norm(x)))))[:, 0])
+
+
 def dense(*, kernel: int, as_convolution: bool) -> nn.Sequential:
     """A layer over kernel x kernel features, as a convolution or as a linear layer behind a flatten."""
     layer = [nn.Conv2d(6, 10, kernel), nn.Flatten()] if as_convolution else [nn.Flatten(), nn.Linear(6 * kernel * kernel, 10)]
@@ -82,6 +95,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "fuse": lambda: (Attention(fused=False).state_dict(), Attention(fused=True), {}),
     "split": lambda: (Attention(fused=True).state_dict(), Attention(fused=False), {}),
     "positions": lambda: (Tokens(32).state_dict(), Tokens(64), {}),
+    "token": lambda: (Tokens(32).state_dict(), TokensApart(32), {}),
     "window": lambda: (Window(7).state_dict(), Window(12), {}),
     "patches": lambda: (Patches(8).state_dict(), Patches(16), {"by": "name"}),
     "squeeze": lambda: (dense(kernel=1, as_convolution=False).state_dict(), dense(kernel=1, as_convolution=True), {"assume_order": True}),
@@ -150,6 +164,7 @@ SHAPES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
     "reshape_kernel": ([(8, 18)], (8, 2, 3, 3)),
     "resize_position_embedding": ([(1, 17, 6)], (1, 26, 6)),
     "resize_relative_table": ([(25, 3)], (49, 3)),
+    "add_position": ([(1, 1, 6), (1, 17, 6)], (1, 1, 6)),
     "resize_patches": ([(6, 3, 8, 8)], (6, 3, 16, 16)),
     "transpose_kernel": ([(3, 2, 4, 8)], (8, 4, 3, 2)),
     "fuse": ([(4, 6), (4, 6), (4, 6)], (12, 6)),
