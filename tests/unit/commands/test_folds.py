@@ -63,6 +63,9 @@ def test_a_fold_is_an_ordinary_run(reference: Path) -> None:
         assert (found["test"]["num_samples"], found["test"]["top1"], found["test"]["look"]) == (fold["num_samples"], fold["top1"], 1)
     job = run(["runs/tiny-folds/fold-2", "--split", "test", "--json", "-"], cwd=reference, command="evaluate")
     assert json.loads(job.out())["top1"] == results(reference)["per_fold"][1]["top1"]
+    val = json.loads(run(["runs/tiny-folds/fold-2", "--json", "-"], cwd=reference, command="evaluate").out())
+    kept = json.loads((reference / "runs/tiny-folds/fold-2/model/model.json").read_text())["metrics"]
+    assert (val["num_samples"], val["top1"]) == (kept["num_samples"], kept["top1"])
 
 
 def test_the_page(reference: Path) -> None:
