@@ -130,7 +130,7 @@ class RunConfig(Section):
 
 
 class AugmentConfig(Section):
-    """A preset and what is added to it, in this order: crop, flips, rotation, randaugment or trivial, color_jitter, grayscale, erasing."""
+    """A preset and what is added to it, in this order: function, crop, flips, turns, rotation, randaugment or trivial, color_jitter, grayscale, erasing."""
 
     preset: Literal["imagenet", "cifar", "light", "none"] = "imagenet"
     """imagenet: random resized crop and flip; cifar: pad, random crop, flip; light: random crop near the full size, flip; none: as in evaluation."""
@@ -142,6 +142,11 @@ class AugmentConfig(Section):
     """Flip half of the images horizontally; by default the preset decides. Set it to false if left and right differ (digits, text)."""
     vertical_flip: Fraction = 0.0
     """Probability of flipping an image vertically."""
+    turns: bool = False
+    """Turn images by 0, 90, 180 or 270 degrees, without loss, for images that have no up (microscopes, satellites). With the horizontal flip, which is then
+    on with any preset, all eight positions are equally likely; set that to false if left and right differ."""
+    function: str | None = None
+    """A function of your own, as package.module:function, that is called on each training image before the preset: it takes and gives uint8 [3, H, W]."""
     grayscale: Fraction = 0.0
     """Probability of converting an image to grayscale."""
     erasing: Fraction = 0.0
@@ -157,6 +162,8 @@ class AugmentConfig(Section):
     def _one_policy(self) -> AugmentConfig:
         if self.randaugment is not None and self.trivial:
             raise ValueError("randaugment and trivial are both on; use one of them")
+        if self.function is not None and ":" not in self.function:
+            raise ValueError(f"function is named as package.module:function, got '{self.function}'")
         return self
 
 

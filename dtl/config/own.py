@@ -117,6 +117,8 @@ def _harmless(config: Config) -> tuple[Config, dict[str, str]]:
         f"data.{name}": value for name in ("train", "val", "test", "names") if (value := getattr(data, name)) and (value.startswith("pipe:") or "://" in value)
     }
     changes: dict[str, Any] = {name.partition(".")[2]: None for name in withheld}
+    if data.augment.function is not None:
+        withheld["data.augment.function"], changes["augment"] = data.augment.function, data.augment.model_copy(update={"function": None})
     if data.group is not None and data.group.regex is not None:  # a regular expression may take for ever
         withheld["data.group.regex"], changes["group"] = data.group.regex, None
     changes |= {"allow_pipe": False, "cache_dir": None, "cache_shared": False, "workers": "auto" if data.workers == "auto" else min(data.workers, _MAX_WORKERS)}

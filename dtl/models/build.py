@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
+from dtl.config.functions import raised
 from dtl.config.models import ImageSize, sides
 from dtl.errors import UserError
 from dtl.models import catalog
@@ -118,10 +119,10 @@ def _named_when_it_raises(entry: catalog.Entry, arguments: dict[str, Any]) -> It
         raise
     except Exception as error:
         if entry.library == "function":
-            raise UserError(f"model {entry.name!r}: the function raised {catalog.raised(error)}") from error
+            raise UserError(f"model {entry.name!r}: the function raised {raised(error)}") from error
         if not arguments:
             raise
-        raise UserError(f"model {entry.name!r} cannot be built with the options {str(arguments)[:300]}: {catalog.raised(error)[:300]}") from error
+        raise UserError(f"model {entry.name!r} cannot be built with the options {str(arguments)[:300]}: {raised(error)[:300]}") from error
 
 
 def _check_sizes(name: str, options: dict[str, Any]) -> None:

@@ -9,9 +9,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from dtl.config.functions import import_function
 from dtl.errors import UserError
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 from dtl.models.plain_resnet import PLAIN_RESNETS
@@ -138,34 +136,15 @@ def _check_timm_tag(name: str) -> None:
 
 
 def _function_entry(name: str) -> Entry:
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        # A launcher puts the script's own folder on the path, and the user's modules lie in the working directory.
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"model {name!r}: cannot import {module_name!r} ({error}); give it as package.module:function") from error
-    except (Exception, SystemExit) as error:  # the module's own code; a script without a main guard may even end the process
-        raise UserError(f"model {name!r}: importing {module_name!r} raised {raised(error)}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        near = nearest(function_name, [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")])
-        raise UserError(f"model {name!r}: {module_name} has no function {function_name!r}{near}")
+    function = import_function(name, f"model {name!r}")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:  # most builtins have no signature
-        raise UserError(f"model {name!r}: {function_name} is a builtin without a signature; give a Python function that returns a torch.nn.Module") from error
+        raise UserError(
+            f"model {name!r}: {name.partition(':')[2]} is a builtin without a signature; give a Python function that returns a torch.nn.Module"
+        ) from error
     takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     return Entry(name, "function", function, takes_num_classes=takes)
-
-
-def raised(error: BaseException) -> str:
-    """An error of the user's code in one line: its type, its text and the last line of code outside torch and dtl."""
-    libraries = ("<frozen ", os.path.dirname(nn.__path__[0]) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep, importlib.__path__[0] + os.sep)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{' '.join(f'{type(error).__name__}: {error}'.split())}{place}"
 
 
 @lru_cache(maxsize=1)

@@ -26,6 +26,7 @@ from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
 from dtl.data.shards.index import Shards
 from dtl.data.splits_of_run import Splits, open_splits
+from dtl.data.transforms.own import OwnFunction
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -169,6 +170,8 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
             fit=data.fit,
             fill=_mean_colour(facts.mean),
         )
+        if data.augment.function is not None:
+            OwnFunction(data.augment.function).function  # noqa: B018  # a mistake in its name is told here, not by a loader process
         if data.decode == "device":
             device_decode.ready(train_view, runtime.device)
     with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here

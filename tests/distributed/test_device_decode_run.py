@@ -29,7 +29,7 @@ def test_what_it_cannot_do_is_one_line_before_the_first_step(tmp_path: Path) -> 
     recipe = write_recipe(tmp_path, data={**DATA, "train": str(images), "decode": "device", "augment": {"preset": "light", "rotation": 5}}, phases=PHASES)
     done = run(["--config", str(recipe)], cwd=tmp_path, world=2, code=2)
     lines = [line for line in done.err().splitlines() if line.startswith("dtl: ")]
-    assert lines == ["dtl: data.decode device supports crop, resize, flips and erasing only; data.augment.rotation needs data.decode workers"]
+    assert lines == ["dtl: data.decode device supports crop, resize, flips, turns and erasing only; data.augment.rotation needs data.decode workers"]
 
 
 def test_a_machine_without_the_decoder_is_named_on_all_ranks(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from dtl.checkpoint.resume.state import OTHERWISE, OptimizerFacts, TrainState, config_conflicts
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, Section, config_from_dict
+from dtl.config.functions import code_sha256
 from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.determinism import changed_facts, kernel_facts
@@ -47,6 +49,7 @@ class StoredState(Record):
     device: Text | None = None
     kernels: dict[Text, Text] = field(default_factory=dict)
     transforms: dict[Text, int] = field(default_factory=dict)
+    functions: dict[Text, Text] = field(default_factory=dict)
     preprocessing: NumbersObject | None = None
     """What `dtl.models.preprocessing` came to; None of an older dtl."""
     optimizer: OptimizerFacts
@@ -92,14 +95,27 @@ def checkpoint_state(config: Config, state: TrainState, runtime: Runtime, prepro
         "device": runtime.device.type,
         "kernels": kernel_facts(config.run.deterministic, runtime.device),
         "transforms": VERSIONS,
+        "functions": _functions(config),
         "plan": PLAN_VERSION,
         "preprocessing": {**preprocessing.to_json(), "origins": dict(preprocessing.origins)},
     }
 
 
+def _functions(config: Config) -> dict[str, str]:
+    """Key -> SHA-256 of the code of the user's own function that it names, for data."""
+    name = config.data.augment.function
+    return {} if name is None else {"data.augment.function": _code_of(name)}
+
+
+@cache
+def _code_of(name: str) -> str:
+    """As it was when this process first asked, at the start of the run."""
+    return code_sha256(name, "data.augment.function")
+
+
 def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainState, runtime: Runtime, log: Callable[[str], None]) -> None:
     """Log what has changed since the last start and may change; then the state takes this start's facts."""
-    threads = torch.get_num_threads()
+    threads, functions = torch.get_num_threads(), _functions(config)
     if checkpoint is not None:
         if state.world_size != runtime.world_size:
             log(
@@ -113,6 +129,9 @@ def note_changes(config: Config, checkpoint: Checkpoint | None, state: TrainStat
             log(f"this run was on {device} and is now on {runtime.device.type}: the rounding of sums may differ")
         for line in changed_facts(checkpoint.state.get("kernels", {}), kernel_facts(config.run.deterministic, runtime.device)):
             log(line)
+        for key, code in functions.items():
+            if checkpoint.state.get("functions", {}).get(key) != code:
+                log(f"warning: the file of {key} has changed since the checkpoint: from here on it may change an image otherwise")
         before, now = checkpoint.state["config"].get("data", {}).get("micro_batch_size", "auto"), config.data.micro_batch_size
         if before != now:
             log(

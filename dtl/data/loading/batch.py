@@ -41,6 +41,11 @@ class Transform(Protocol):
         """A sample has the same pixels in each epoch: nothing is random."""
         ...
 
+    @property
+    def function(self) -> str | None:
+        """A function of the user's own, package.module:function, that is called on each decoded image first."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Everything that the pixels depend on, as JSON: part of the keys of caches."""
         ...
@@ -126,6 +131,8 @@ class Batch:
     """Only between processes: the pool and the buffer that hold the images."""
     encoded: Encoded | None = None
     """Only with `data.decode: device`, until the device has decoded: the images that `images` lacks."""
+    failed: str = ""
+    """Only between processes: what failed in the user's own function. The rest of the batch means nothing then."""
     num_real: int = -1
     """Slots that are not padding; -1: count them."""
 

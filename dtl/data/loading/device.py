@@ -180,11 +180,11 @@ def _check(transform: Transform) -> None:
         return
     others = {
         "rotation": augment.rotation, "color_jitter": any(jitter_strengths(augment)), "grayscale": augment.grayscale,
-        "randaugment": augment.randaugment, "trivial": augment.trivial,
+        "randaugment": augment.randaugment, "trivial": augment.trivial, "function": augment.function,
     }  # fmt: skip
     names = [f"data.augment.{name}" for name, value in others.items() if value]
     if names:
-        raise UserError(f"data.decode device supports crop, resize, flips and erasing only; {' and '.join(names)} needs data.decode workers")
+        raise UserError(f"data.decode device supports crop, resize, flips, turns and erasing only; {' and '.join(names)} needs data.decode workers")
 
 
 def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transform: Transform) -> None:
@@ -203,6 +203,8 @@ def place_on_device(picture: Tensor, draws: Draws, i: int, out: Tensor, transfor
         seen, target = clip_to_window(seen, target, offset, *flips, transform.fill)
     axes = [axis for axis, flip in zip((1, 0), flips, strict=True) if flip]
     target.copy_(seen.flip(axes) if axes else seen)
+    if draws.turns is not None and draws.turns[i]:
+        out.copy_(torch.rot90(out, int(draws.turns[i]), (1, 2)).clone())
     if draws.erase is not None and draws.erase[i, 2]:
         top, left, height, width = draws.erase[i].tolist()
         for channel, value in zip(out, transform.erase_fill, strict=True):

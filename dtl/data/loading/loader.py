@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dtl import keyed
 from dtl.config.models import ImageSize, sides
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, crop_jpeg, decode
 from dtl.data.decoding.headers import MAX_PIXELS, check_size
@@ -28,7 +29,8 @@ from dtl.data.remote.prefetch import Prefetcher, prefetcher
 from dtl.data.remote.schedule import ShardUses
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
-from dtl.errors import DamagedSample
+from dtl.data.transforms.own import OwnFunction
+from dtl.errors import DamagedSample, UserError
 
 
 class BatchDataset:
@@ -36,6 +38,8 @@ class BatchDataset:
 
     def __init__(self, shards: Shards, transform: Transform, *, image_size: ImageSize, seed: int) -> None:
         self.shards, self.transform, self.image_size, self.seed = shards, transform, image_size, seed
+        self._sides = sides(image_size)
+        self._own = None if transform.function is None else OwnFunction(transform.function)
         self._buffers: BatchBuffers | None = None
         self.ships = False
         """JPEGs are not decoded here but by a DeviceDecoder."""
@@ -61,6 +65,7 @@ class BatchDataset:
         keyed_by = distinct if request.draws is None else request.draws[: len(distinct)]
         views = [self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=epoch) for epoch in self.views or (request.epoch,)]
         size = len(request.samples)
+        failed = ""
         encoded, jpegs = Encoded(views[0], heights, widths) if self.ships else None, list[bytes]()
         for i, data in enumerate(shards.read(distinct)):
             damage = self._damage_before_decoding(int(distinct[i]), data)
@@ -68,7 +73,13 @@ class BatchDataset:
                 assert isinstance(data, bytes)
                 if encoded is not None and encoded.take(i, data, jpegs, shards.limits.max_pixels):
                     continue
-                damage = self._fill(int(distinct[i]), data, views, i, images[i::size])
+                out = images[i::size]
+                if self._own is None:
+                    damage = self._fill(int(distinct[i]), data, views, i, out)
+                else:
+                    damage, failed = self._fill_by(self._own, int(distinct[i]), data, int(keyed_by[i]), self.views or (request.epoch,), out)
+                    if failed:
+                        break
             if encoded is not None:
                 encoded.decoded.append(i)
             if damage is not None:
@@ -96,6 +107,7 @@ class BatchDataset:
             seconds=(time.perf_counter() - started[0], time.thread_time() - started[1]),
             place=place,
             encoded=encoded,
+            failed=failed,
         )
 
     def _room(self, request: MicroBatch) -> tuple[Tensor, tuple[int, int] | None]:
@@ -103,7 +115,7 @@ class BatchDataset:
         buffer = request.buffer if isinstance(request, Request) else None
         if self._buffers is not None and buffer is not None:
             return self._buffers.view(buffer), (self._buffers.number, buffer)
-        shape = (max(1, len(self.views)) * len(request.samples), 3, *sides(self.image_size))
+        shape = (max(1, len(self.views)) * len(request.samples), 3, *self._sides)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
     def _damage_before_decoding(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
@@ -134,6 +146,24 @@ class BatchDataset:
         except MemoryError:
             return shards.unreachable(sample, f"{NO_MEMORY} ({width} x {height} pixels)")
         return None
+
+    def _fill_by(self, own: OwnFunction, sample: int, data: bytes, number: int, epochs: Sequence[int], out: Tensor) -> tuple[DamagedSample | None, str]:
+        """The same by way of the user's own function, which may give another size. `number`: what the random choices are keyed by. Also what failed in it."""
+        shards = self.shards
+        height, width = int(shards.heights[sample]), int(shards.widths[sample])
+        try:
+            image = _decoded(data, 1, height=height, width=width, max_pixels=shards.limits.max_pixels)
+            for row, epoch in zip(out, epochs, strict=True):
+                changed = own(image, keyed.int_key(self.seed, epoch, number, "function"), shards.name(sample))
+                draws = self.transform.draw(np.array([number]), np.array([changed.shape[1]]), np.array([changed.shape[0]]), seed=self.seed, epoch=epoch)
+                self.transform.apply(changed, draws, 0, row)
+        except DecodeError as error:
+            return shards.damaged(sample, str(error)), ""
+        except UserError as error:
+            return None, str(error)
+        except MemoryError:
+            return shards.unreachable(sample, f"{NO_MEMORY} ({width} x {height} pixels)"), ""
+        return None, ""
 
 
 def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -232,7 +262,10 @@ class StepLoader:
             for plan, step in self.walk(first_epoch, first_step, num_steps):
                 if ahead is not None:
                     ahead.at(plan.epoch, step)
-                yield [next(batches) for _ in range(self.layout.accumulation_steps)]
+                batch = [next(batches) for _ in range(self.layout.accumulation_steps)]
+                if failed := next((one.failed for one in batch if one.failed), ""):
+                    raise UserError(failed)  # by the user's own function, in a loader process
+                yield batch
         finally:
             if self._decoder is not None:
                 batches.close()  # type: ignore[attr-defined]

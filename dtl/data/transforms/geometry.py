@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
-from dtl.config.models import ImageSize, Interpolation, sides
+from dtl.config.models import ImageSize, Interpolation
 from dtl.data.decoding.decode import Region
 from dtl.keyed import uniform
 
@@ -61,7 +61,7 @@ class Placement:
 
     def seen(self, widths: Ints, heights: Ints, image_size: ImageSize) -> Floats:
         """The share [B] of each image's area that the window shows."""
-        ends = np.minimum(self.offsets + np.array(sides(image_size)), self.resized)
+        ends = np.minimum(self.offsets + _pair(image_size), self.resized)
         shown = np.maximum(ends - np.maximum(self.offsets, 0), 0) / self.resized * self.boxes[:, 2:]
         shares: Floats = shown[:, 0] * shown[:, 1] / (heights * widths)
         return shares
@@ -134,7 +134,7 @@ class ShortSide:
         # int(size * long / short): the division of the product is what torchvision computes, and it rounds down.
         free = (target[:, ::-1] * sizes / sizes[:, ::-1]).astype(np.int64)
         resized = np.maximum(free, target)  # the side that binds, the other one in proportion
-        spare = resized - np.array(sides(self.image_size))
+        spare = resized - _pair(self.image_size)
         offsets = np.where(spare >= 0, np.rint(spare / 2).astype(np.int64), -((-spare) // 2))
         if self.random:
             for axis, name in enumerate(("window.top", "window.left")):
@@ -144,7 +144,7 @@ class ShortSide:
         return Placement(boxes=boxes, resized=resized, offsets=offsets)
 
     def _stripes(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Ints:
-        boxes, target = _whole(widths, heights), sides(self.resize_size)
+        boxes, target = _whole(widths, heights), _pair(self.resize_size)
         limits = [MAX_ASPECT * boxes[:, 3 - axis] * target[axis] // target[1 - axis] for axis in (0, 1)]
         if all((boxes[:, 2 + axis] <= limits[axis]).all() for axis in (0, 1)):
             return boxes
@@ -179,7 +179,7 @@ class Fitted:
             resized = np.maximum(np.minimum(free, canvas), 1)  # the side that binds, the other one in proportion
         offsets = -np.rint((canvas - resized) * 0.5).astype(np.int64)
         for axis, name in enumerate(("window.top", "window.left")):
-            choices = sides(self.resize_size)[axis] - sides(self.image_size)[axis] + 2 * self.shift + 1
+            choices = _pair(self.resize_size)[axis] - _pair(self.image_size)[axis] + 2 * self.shift + 1
             if choices > 1:
                 offsets[:, axis] += below(np.full(len(samples), choices), uniform(samples, seed, epoch, name)) - self.shift
         return Placement(boxes=boxes, resized=resized, offsets=offsets)
@@ -200,7 +200,7 @@ class FittedCrop:
 
     def draw(self, samples: Ints, widths: Ints, heights: Ints, *, seed: int, epoch: int) -> Placement:
         sizes = np.stack([heights, widths], axis=1)
-        window = np.array(sides(self.image_size))
+        window = _pair(self.image_size)
         canvas = sizes
         if self.padded:  # of the window's proportions: one side is the image's, the other one larger
             canvas = np.maximum(np.rint(sizes[:, ::-1] * window / window[::-1]).astype(np.int64), sizes)
@@ -244,7 +244,7 @@ def on_reduced_grid(boxes: Ints, widths: Ints, heights: Ints, *, image_size: Ima
 
     JPEG decoders reduce by powers of two for less than the work of decoding; a box off the grid would shift the picture.
     """
-    reductions, window = np.ones(len(boxes), np.int64), np.array(sides(image_size))
+    reductions, window = np.ones(len(boxes), np.int64), _pair(image_size)
     for factor in REDUCTIONS:
         reductions[(boxes[:, 2:] >= factor * window).all(axis=1)] = factor
     steps = reductions[:, None]
@@ -287,6 +287,11 @@ def random_boxes(
         if not len(rest):
             break
     return boxes
+
+
+def _pair(size: ImageSize) -> Ints:
+    """(height, width) [2], as NumPy spreads one number or two."""
+    return np.broadcast_to(np.asarray(size, np.int64), 2)
 
 
 def below(counts: Ints, uniforms: Floats) -> Ints:
@@ -370,7 +375,7 @@ def _writable(pixels: Pixels) -> Pixels:
 
 def _each(size: ImageSize, num: int) -> Ints:
     """[num, 2] (height, width)."""
-    return np.tile(np.array(sides(size), np.int64), (num, 1))
+    return np.tile(_pair(size), (num, 1))
 
 
 def _whole(widths: Ints, heights: Ints) -> Ints:

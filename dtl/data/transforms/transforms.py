@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dtl.config.functions import code_sha256
 from dtl.config.models import INTERPOLATIONS, AugmentConfig, Fit, ImageSize, Interpolation, as_size, shown_size, sides
 from dtl.data.decoding.decode import Region
 from dtl.data.transforms import pixels
@@ -58,13 +59,15 @@ class Draws:
     """The random choices for B samples; None where the transform has no such step.
 
     `sizes` [B,2] are the (height, width) the boxes are meant for; `erase` [B,4] is (top, left, height, width) in the output, height 0
-    for none; `jitter` [B,4] holds the factors of brightness, contrast, saturation and the hue shift, `jitter_order` [B,4] their order.
+    for none; `turns` [B] counts turns by 90 degrees to the left; `jitter` [B,4] holds the factors of brightness, contrast, saturation and the
+    hue shift, `jitter_order` [B,4] their order.
     """
 
     sizes: Ints
     placement: Placement
     horizontal_flip: npt.NDArray[np.bool_]
     vertical_flip: npt.NDArray[np.bool_]
+    turns: Ints | None = None
     angles: Floats | None = None
     operations: Ints | None = None
     magnitudes: Floats | None = None
@@ -95,6 +98,11 @@ class Transform:
         return self.geometry.image_size
 
     @property
+    def function(self) -> str | None:
+        """The user's own, which is called on the decoded image first; its result is then drawn for by its own size."""
+        return None if self.augment is None else self.augment.function
+
+    @property
     def is_fixed(self) -> bool:
         """A sample has the same pixels in each epoch: nothing is random."""
         if self.augment is None:
@@ -107,6 +115,9 @@ class Transform:
         augment = None
         if self.augment is not None:
             augment = {**self.augment.model_dump(), "color_jitter": list(jitter_strengths(self.augment))}
+            augment = {key: value for key, value in augment.items() if key not in ("turns", "function") or value}
+            if self.augment.function is not None:
+                augment["function"] = [self.augment.function, code_sha256(self.augment.function, "data.augment.function")]
             augment["randaugment"] = list(self.augment.randaugment) if self.augment.randaugment else None
         geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.geometry).items()}
         return {
@@ -183,16 +194,20 @@ class Transform:
             interpolation=self.interpolation,
             fill=self.fill,
         )
+        if draws.turns is not None and draws.turns[i]:
+            out.copy_(torch.rot90(out, int(draws.turns[i]), (1, 2)).clone())
         if self._changes_pixels(draws, i):
             target = out.permute(1, 2, 0).numpy()
             np.copyto(target, self._augmented(np.ascontiguousarray(target), draws, i))
 
     def _draw_augment(self, augment: AugmentConfig, draws: Draws, ids: Ints, seed: int, epoch: int) -> Draws:
-        flips = augment.preset != "none" if augment.horizontal_flip is None else augment.horizontal_flip
+        flips = augment.preset != "none" or augment.turns if augment.horizontal_flip is None else augment.horizontal_flip
         if flips:
             draws = replace(draws, horizontal_flip=uniform(ids, seed, epoch, "horizontal_flip") < 0.5)
         if augment.vertical_flip:
             draws = replace(draws, vertical_flip=uniform(ids, seed, epoch, "vertical_flip") < augment.vertical_flip)
+        if augment.turns:
+            draws = replace(draws, turns=(4 * uniform(ids, seed, epoch, "turns")).astype(np.int64))
         if augment.rotation:
             draws = replace(draws, angles=augment.rotation * (2 * uniform(ids, seed, epoch, "rotation") - 1))
         if augment.randaugment is not None or augment.trivial:
@@ -255,6 +270,8 @@ def train_transform(
     With `fit` "stretch" or "pad" the whole image first gets the output's shape, padded with `erase_fill` (the mean); imagenet and light crop that.
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
+    if augment.turns and len({*sides(size)}) > 1:
+        raise UserError(f"data.augment.turns needs a square data.image_size: turned by 90 degrees, {sides(size)[0]} x {sides(size)[1]} pixels are not the same")
     shift = min(sides(size)) // 8 if augment.preset == "cifar" else 0
     geometry: RandomResizedCrop | Square | ShortSide | Fitted | FittedCrop
     if fit != "crop":

@@ -133,6 +133,16 @@ def test_commands_and_addresses_are_taken_out(tmp_path: Path, key: str, value: s
         found.require("data.train", "data.val", "data.test", "data.names")
 
 
+def test_a_function_for_images_is_not_taken_from_a_stranger(tmp_path: Path) -> None:
+    text = config(data={"train": "photos", "augment": {"function": "os:system", "turns": True}}).to_yaml()
+    found = own.parse_stored(text.encode(), "config.yaml", own=False)
+    assert found.config.data.augment.function is None
+    assert found.config.data.augment.turns
+    assert found.withheld == {"data.augment.function": "os:system"}
+    assert own.parse_stored(text.encode(), "config.yaml", own=True).config.data.augment.function == "os:system"
+    assert own.needs_record(own.parse_stored(text.encode(), "config.yaml", own=True).config)
+
+
 def test_a_run_of_the_users_own_keeps_them(tmp_path: Path) -> None:
     data = {"train": "photos", "val": "pipe:cat x.tar", "allow_pipe": True, "cache_dir": "/scratch"}
     text = config(data=data).to_yaml()

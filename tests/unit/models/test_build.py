@@ -178,7 +178,7 @@ def test_a_users_function(mine: str) -> None:
         ("resnet18", {"widht": 3}, "torchvision/resnet18' cannot be built with the options {'widht': 3}"),
         ("resnet18", {"head": "fcc"}, "the option head names 'fcc', which is not a linear layer or 1x1 convolution of this network; did you mean fc?"),
         ("no_such_package:f", {}, "cannot import 'no_such_package'"),
-        ("my_networks:count", {}, "has no function 'count'; did you mean counted?"),
+        ("my_networks:count", {}, "has no function 'count'; did you mean 'counted'?"),
         ("my_networks:nothing", {}, "returned a str, not a torch.nn.Module"),
         ("my_networks:number", {}, "has no function 'number'"),
         ("my_networks:", {}, "has no function ''"),

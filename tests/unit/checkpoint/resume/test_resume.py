@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtl.checkpoint.resume.resume import FREE_SETTINGS, check_plan, check_transforms, note_changes
+from dtl.checkpoint.resume.resume import FREE_SETTINGS, check_plan, check_transforms, checkpoint_state, note_changes
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config
 from dtl.config.help import sections
@@ -18,6 +18,7 @@ from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.models.preprocessing import Preprocessing
 
 KEYS = [name for _, rows in sections() for name, *_ in rows]
 
@@ -31,6 +32,19 @@ def told(*, device: str | None = "cpu", micro_batch_size: object = "auto", now: 
         state = TrainState(step=3, num_threads=torch.get_num_threads())
         note_changes(Config.model_validate({"data": {"micro_batch_size": now}}), checkpoint, state, runtime, lines.append)
     return lines
+
+
+def test_an_own_function_whose_code_has_changed_is_told() -> None:
+    config = Config.model_validate({"data": {"augment": {"function": "own_functions:noisy"}}})
+    with Runtime(device="cpu") as runtime:
+        state = TrainState(num_threads=torch.get_num_threads())
+        now = checkpoint_state(config, state, SimpleNamespace(precision="no", device=runtime.device), Preprocessing())["functions"]  # type: ignore[arg-type]
+        assert now.keys() == {"data.augment.function"}
+        for code, expected in ((now["data.augment.function"], []), ("0" * 64, [True])):
+            lines: list[str] = []
+            before: Any = SimpleNamespace(state={"config": {}, "device": "cpu", "functions": {"data.augment.function": code}})
+            note_changes(config, before, state, runtime, lines.append)
+            assert [line.startswith("warning: the file of data.augment.function has changed since the checkpoint") for line in lines] == expected
 
 
 def test_what_stays_as_it_was_is_not_told() -> None:

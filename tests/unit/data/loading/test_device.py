@@ -78,6 +78,7 @@ def compare(ours: Batch, theirs: Batch) -> None:
 TRANSFORMS = {
     "imagenet": train_transform(image_size=SIZE, augment=AugmentConfig(preset="imagenet", vertical_flip=0.5, reduced_decode=False)),
     "light": train_transform(image_size=SIZE, augment=AugmentConfig(preset="light")),
+    "light, turns": train_transform(image_size=SIZE, augment=AugmentConfig(preset="light", turns=True)),
     "cifar, erasing": train_transform(image_size=SIZE, augment=AugmentConfig(preset="cifar", erasing=0.7)),
     "evaluation": eval_transform(image_size=SIZE),
     "evaluation, bicubic": eval_transform(image_size=SIZE, interpolation="bicubic", crop_ratio=1.0),
@@ -151,7 +152,7 @@ def batches_as_shipped(shards: Shards, transform: Transform) -> list[Batch]:
     return [dataset.__getitems__(request) for request in layout.micro_batches(plan, 0, 0)]
 
 
-@pytest.mark.parametrize("knob", [{"rotation": 10}, {"color_jitter": 0.4}, {"grayscale": 0.1}, {"trivial": True}])
+@pytest.mark.parametrize("knob", [{"rotation": 10}, {"color_jitter": 0.4}, {"grayscale": 0.1}, {"trivial": True}, {"function": "own_functions:noisy"}])
 def test_what_the_device_cannot_do_is_refused_by_name(knob: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"data\.augment\.{next(iter(knob))} needs data\.decode workers"):
         ready(train_transform(image_size=SIZE, augment=AugmentConfig(**knob)), DEVICE)

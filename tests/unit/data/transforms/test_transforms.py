@@ -480,3 +480,25 @@ def test_golden_evaluation() -> None:
         ([[0, 0, 50, 37], [0, 0, 31, 50], [0, 760, 30, 480]], [[40, 30], [30, 48], [30, 480]], [[8, 3], [3, 12], [3, 228]]),
         ([[0, 0, 50, 37], [0, 0, 31, 50], [0, 0, 30, 2000]], [[24, 24], [24, 24], [24, 24]], [[0, 0], [0, 0], [0, 0]]),
     ]
+
+
+def test_turns_are_exact_and_all_positions_are_equally_likely() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    positions = [np.rot90(mirrored, turns) for mirrored in (image, image[:, ::-1]) for turns in range(4)]
+    numbers = np.arange(4000)
+    for preset, flip, expected in (("none", None, 8), ("none", False, 4), ("cifar", None, 8)):
+        augment = AugmentConfig(preset=preset, turns=True, horizontal_flip=flip)  # type: ignore[arg-type]
+        transform = train_transform(image_size=16, augment=augment, crop_ratio=1.0)
+        draws = transform.draw(numbers, np.full(4000, 16), np.full(4000, 16), seed=0, epoch=0)
+        seen = np.zeros(8, np.int64)
+        out = torch.empty(3, 16, 16, dtype=torch.uint8)
+        for i in range(0 if preset == "cifar" else 400):
+            transform.apply(image, draws, i, out)
+            seen[[bool((out.permute(1, 2, 0).numpy() == position).all()) for position in positions].index(True)] += 1
+        assert draws.turns is not None
+        counts = np.bincount(4 * draws.horizontal_flip + draws.turns, minlength=8)
+        assert (abs(counts[:expected] - 4000 / expected) < 4 * (4000 / expected) ** 0.5).all(), counts
+        assert counts[expected:].sum() == 0
+        assert preset == "cifar" or (seen > 0).sum() == expected
+    with pytest.raises(UserError, match=r"data.augment.turns needs a square data.image_size: turned by 90 degrees, 16 x 24 pixels are not the same"):
+        train_transform(image_size=(16, 24), augment=AugmentConfig(turns=True))
