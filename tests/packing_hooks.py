@@ -58,8 +58,8 @@ def count_work() -> None:
 
 
 def another_node() -> None:
-    """This rank is the first of a node of its own."""
-    os.environ["LOCAL_RANK"] = "0"
+    """This rank is the first of a node of its own, with a GPU that no rank of the other has."""
+    os.environ |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": os.environ["RANK"]}
 
 
 def count_work_of_another_node() -> None:
