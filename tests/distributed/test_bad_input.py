@@ -132,7 +132,14 @@ def test_a_node_that_sees_other_data_is_told(tmp_path: Path) -> None:
     port = free_port()
     jobs = []
     for rank, name in enumerate(("a", "b")):
-        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = {
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "CUDA_VISIBLE_DEVICES": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         arguments = ["--config", str(recipe), "--run.dir", str(tmp_path / "runs")]
         jobs.append(start(arguments, cwd=tmp_path / name, env={**variables, "GLOO_SOCKET_IFNAME": "lo"}))
     for job in jobs:
