@@ -115,7 +115,7 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        mp.spawn(one_rank, (chosen.processes, port, chosen.steps, chosen.rounds, file.name), nprocs=chosen.processes)
+        mp.spawn(one_rank, (chosen.processes, port, chosen.steps, chosen.rounds, file.name), nprocs=chosen.processes)  # type: ignore[attr-defined]
         found = json.loads(Path(file.name).read_text())
     (share,) = found.pop("doctor")
     rows = [[name, Spread.of(values).show(1)] for name, values in found.items()]

@@ -87,7 +87,7 @@ def webdataset(data: ImageSet, workers: int) -> Iterator[Any]:
 
 
 def timm(data: ImageSet, workers: int) -> Iterator[Any]:
-    from timm.data import create_dataset, create_loader
+    from timm.data import create_dataset, create_loader  # type: ignore[attr-defined]
 
     dataset = create_dataset("", root=str(data.images))
     loader = create_loader(

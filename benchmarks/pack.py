@@ -61,7 +61,7 @@ def main() -> None:
         def timed(work: str) -> Timing:
             before = cpu_seconds()
             ways = {"copy": partial(copy_all, sync=False), "copy_sync": partial(copy_all, sync=True), "dtl": pack_all}
-            took = seconds(lambda: ways[work](images, target))
+            took = seconds(lambda: ways[work](images, target))  # type: ignore[operator]
             used = cpu_seconds() - before
             shutil.rmtree(target)
             return Timing(round(count / took, 1), round(1000 * used / count, 3))

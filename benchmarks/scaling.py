@@ -92,7 +92,7 @@ def start(options: Any, world: int) -> dict[str, list[float]]:
         errors = [process.communicate()[1] for process in running]
         if any(process.returncode for process in running):
             raise SystemExit("\n".join(errors))
-        return json.loads(Path(folder, "found.json").read_text())  # type: ignore[no-any-return]
+        return json.loads(Path(folder, "found.json").read_text())
 
 
 def launched_rank(options: Any) -> dict[str, list[float]]:

@@ -155,7 +155,7 @@ def _network(case: Case, device: torch.device, world: int, *, static_graph: bool
     from dtl.models.build import build
 
     memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
-    module: Any = build(case.network, num_classes=CLASSES, own=True).module.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
+    module: Any = build(case.network, num_classes=CLASSES, own=True).module.to(device).to(memory_format=memory_format)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9, fused=True)
     if world > 1:
         ids = [device] if device.type == "cuda" else None

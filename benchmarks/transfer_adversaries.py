@@ -119,7 +119,7 @@ def changed_layers() -> Iterator[Pair]:
 
     source = _model("vgg16_bn")
     target = _model("vgg16_bn")
-    layers = list(target.features)
+    layers = list(target.features)  # type: ignore[arg-type]
     layers.insert(7, meta(nn.Conv2d, 64, 64, 3, padding=1))
     target.features = nn.Sequential(*layers)
     truth = {}
@@ -132,9 +132,9 @@ def changed_layers() -> Iterator[Pair]:
     yield Pair("vgg16_bn -> a convolution inserted, numbers shifted", "adversarial", state_of(source), target, truth, source)
 
     source, target = _model("resnet18"), _model("resnet18")
-    target.layer3[1].conv1 = meta(nn.Conv2d, 256, 128, 3, padding=1, bias=False)
-    target.layer3[1].bn1 = meta(nn.BatchNorm2d, 128)
-    target.layer3[1].conv2 = meta(nn.Conv2d, 128, 256, 3, padding=1, bias=False)
+    target.layer3[1].conv1 = meta(nn.Conv2d, 256, 128, 3, padding=1, bias=False)  # type: ignore[index, union-attr]
+    target.layer3[1].bn1 = meta(nn.BatchNorm2d, 128)  # type: ignore[index, union-attr]
+    target.layer3[1].conv2 = meta(nn.Conv2d, 128, 256, 3, padding=1, bias=False)  # type: ignore[index, union-attr]
     truth = {t: t for t in learned(target) if not t.startswith(("layer3.1.conv", "layer3.1.bn"))}
     yield Pair("resnet18 -> one block of another width", "adversarial", state_of(source), target, truth, source)
 
@@ -152,7 +152,7 @@ class _SeparateBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm_before(x)
-        q, k, v = self.query(y), self.key(y), self.value(y)
+        q, k, v = self.query(y), self.key(y), self.value(y)  # type: ignore[operator]
         x = x + self.output(torch.nn.functional.scaled_dot_product_attention(q, k, v))
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm_after(x))))
 
@@ -195,7 +195,7 @@ def attention() -> Iterator[Pair]:
             **{f"norm.{r}": f"layernorm.{r}" for r in ("weight", "bias")},
             **{f"head.{r}": f"classifier.{r}" for r in ("weight", "bias")},
         }
-        parts = {}
+        parts: dict[str, str] = {}
         for n in range(4):
             for role in ("weight", "bias"):
                 truth |= {f"blocks.{n}.{a}.{role}": f"layer.{n}.{b}.{role}" for a, b in _VIT_NAMES.items()}

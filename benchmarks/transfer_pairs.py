@@ -264,7 +264,7 @@ def _same_function(a: nn.Module, b: nn.Module, truth: dict[str, str]) -> bool:
         for module in (*a.modules(), *b.modules()):
             # timm and torchvision differ in eps; the map is what is tested.
             if hasattr(module, "eps"):
-                module.eps = 1e-5
+                module.eps = 1e-5  # type: ignore[assignment]
         images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
         x, y = a(images), b(images)
     return bool((x - y).norm() <= 1e-4 * x.norm())

@@ -28,8 +28,8 @@ def machine_facts() -> dict[str, Any]:
 
     return machine() | {
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "capability": [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())],
         "memory_gib_of_a_gpu": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
     }
@@ -108,7 +108,7 @@ def family(name: str, image_size: int, device: str, steps: int) -> dict[str, lis
     optimizer, losses = torch.optim.SGD(module.parameters(), lr=1e-3), []
     for _ in range(steps):  # in eval mode: no dropout, no stochastic depth, and norms that do not magnify rounding
         loss = torch.nn.functional.cross_entropy(forward_logits(module, images)[0], labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -71,7 +71,7 @@ def one_gpu(day: Day, section: Section) -> None:
         for name, seconds in found["seconds"].items():
             ratio = "1" if name == BARE else with_interval([bare / one for one, bare in zip(seconds, found["seconds"][BARE])], 3)
             rows.append([*kind, name, f"{case.batch / Spread.of(seconds).median:.0f}", ratio, f"{found['memory'].get(name, 0):.2f}"])
-        return found  # type: ignore[no-any-return]
+        return found
 
     try:
         for network in ("networks:small",) if day.small else NETWORKS:
