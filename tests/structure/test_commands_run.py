@@ -30,7 +30,9 @@ NOT_RUN = {
     **dict.fromkeys(_ENVIRONMENT, ("makes an environment from the network", "tests/release/test_distributions.py")),
     **dict.fromkeys(_DOWNLOAD, ("comes from the network", ".ci/run")),
     **dict.fromkeys(["pytest -n 2 --dist loadfile", "pytest"], ("it is what is running", ".ci/run")),
-    **dict.fromkeys(["ruff check .", "ruff format --check .", "mypy dtl benchmarks"], ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml")),
+    **dict.fromkeys(
+        ["ruff check .", "ruff format --check .", "mypy dtl benchmarks"], ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml")
+    ),
     "pytest tests/resilience/test_kills.py -k ends_as_if --kills 100": ("the same with 8 kills is running anyway", "tests/resilience/test_kills.py"),
     "DTL_MBV2=mbv2.pt pytest tests/unit/checkpoint/transfer/test_apply.py": ("is running anyway", "tests/unit/checkpoint/transfer/test_apply.py"),
     "wandb sweep sweeps/learning_rate.yaml": ("asks wandb's server", "tests/structure/test_sweeps.py"),
