@@ -54,10 +54,11 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("several processes train one run at a time: --fold N, or --refit when all are done; dtl folds by itself then adds them up")
     recipe = ["--config", options.config] if options.config else []
     config, name = load_config([*recipe, *rest, "--data.fold.number", "0", "--data.fold.of", str(options.folds)])
-    from dtl.inference.folds import begin, open_folds
+    from dtl.inference.folds import begin, check_splits, open_folds
 
     log = to_stderr if os.environ.get("RANK", "0") == "0" else to_nobody
     folds = open_folds(config, name, log=log)
+    check_splits(folds, folds.missing() if options.fold is None else [options.fold])
     begin(folds)
     if several and options.refit and (left := folds.missing()):
         raise UserError(f"--refit on several processes is the last: train fold {left[0]} before it (--fold {left[0]})")

@@ -13,6 +13,7 @@ many kills. Counts are integers, and losses are added with `math.fsum`, which is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,6 +127,15 @@ def open_folds(config: Config, name: str, *, log: Log) -> Folds:
     groups = None if config.data.group is None else find_groups(shards, config.data.group, config.data.train, columns=config.data.columns)
     numbers = folds_of(shards, config.data.fold, groups)
     return Folds(Path(config.run.dir) / f"{name}{FOLDS_END}", config, shards, groups, numbers)
+
+
+def check_splits(folds: Folds, numbers: Sequence[int]) -> None:
+    """UserError where one of these folds leaves no images to validate on: now, not after the hours of the folds before it."""
+    for number in numbers:
+        try:
+            open_splits(folds.config_of(number).data, progress=False, log=to_nobody)
+        except UserError as error:
+            raise UserError(f"without fold {number} of {folds.fold.of}: {error}") from error
 
 
 def begin(folds: Folds) -> None:

@@ -213,6 +213,21 @@ def test_folds_of_groups_are_stratified() -> None:
         assert sizes.max() - sizes.min() <= 8, "no more than one group apart"
 
 
+def test_a_fold_that_leaves_nothing_to_validate_on_is_refused_before_the_first_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
+    for number in range(8):
+        file = tmp_path / "photos" / "ab"[number % 2] / f"p{number % 4}_{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(height=10, width=12, seed=number))
+    assert main(["folds", "--config", "finetune", "--data.train", "photos", "--data.group.regex", "(p[0-9])", "--folds", "2"]) == 2
+    line = "dtl: without fold 1 of 2: none of the 2 groups can be held out: each has all images of a class; give --data.val FOLDER\n"
+    assert capfd.readouterr().err.endswith(line)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
