@@ -124,7 +124,8 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         network = build.build_network(config, train.num_classes, runtime)
         weights = build.read_pretrained(config, network, runtime)
         with runtime.together("model"):
-            network.preprocessing = build.with_settings(config, preprocessing_for(network.preprocessing, weights))
+            found = build.with_settings(config, preprocessing_for(network.preprocessing, weights))
+        network = build.network_for(found, config, network, runtime)
         loaders = build.build_dataloaders(config, runtime, data, network)
         phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)
         build.load_pretrained(config, network, runtime, train, log, weights=weights)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dtl.checkpoint.transfer.source.read import SourceWeights
     from dtl.config import Config
     from dtl.config.models import DataConfig, ImageSize, TransferOptions
+    from dtl.models.build import Network
     from dtl.models.preprocessing import Preprocessing
 
 _EPILOG = """\
@@ -185,11 +186,9 @@ def _classes_of_data(data: DataConfig) -> list[str]:
 def _plan(wanted: _Wanted, weights: SourceWeights) -> tuple[TransferReport, Preprocessing]:
     from dtl.checkpoint.transfer.apply import preview
     from dtl.checkpoint.transfer.plan import plan_weights
-    from dtl.checkpoint.transfer.source.read import preprocessing_for
     from dtl.models.build import build
 
-    network = build(wanted.model, num_classes=wanted.num_classes, options=wanted.model_options, meta=True, own=True)
-    network.preprocessing = preprocessing_for(network.preprocessing, weights)
+    network = _network(wanted, weights, meta=True)
     source_model = None
     if wanted.source_arch:
         source_model = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), meta=True, own=True).module
@@ -204,6 +203,21 @@ def _plan(wanted: _Wanted, weights: SourceWeights) -> tuple[TransferReport, Prep
         image_size=wanted.image_size or network.preprocessing.image_size,
     )
     return preview(plan, weights, network.module), network.preprocessing
+
+
+def _network(wanted: _Wanted, weights: SourceWeights, *, meta: bool) -> Network:
+    """For images of the size that a run would choose, with the preprocessing of that run."""
+    from dtl.checkpoint.transfer.source.read import preprocessing_for
+    from dtl.models.build import build, size_in, sized
+
+    def again(options: dict[str, Any], *, meta: bool = meta) -> Network:
+        return build(wanted.model, num_classes=wanted.num_classes, options=options, meta=meta, own=True)
+
+    network = again(wanted.model_options)
+    found = preprocessing_for(network.preprocessing, weights)
+    network = sized(network, wanted.image_size or size_in(wanted.model_options) or found.image_size, again)
+    network.preprocessing = found
+    return network
 
 
 def _number(given: str | None) -> int | None:
@@ -249,7 +263,7 @@ def _verify(wanted: _Wanted, report: TransferReport, weights: SourceWeights) -> 
     from dtl.models.build import build
 
     assert wanted.source_arch is not None
-    target = build(wanted.model, num_classes=wanted.num_classes, options=wanted.model_options, own=True)
+    target = _network(wanted, weights, meta=False)
     source = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), own=True)
     size = wanted.image_size or target.preprocessing.image_size
     verification = verify_plan(report.plan, source.module, target.module, image_size=size)

@@ -8,8 +8,10 @@ traced instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 from dtl.config.functions import raised
-from dtl.config.models import ImageSize, sides
+from dtl.config.models import ImageSize, as_size, shown_size, sides
 from dtl.errors import UserError
 from dtl.models import catalog
 from dtl.models.catalog import model_names
@@ -28,6 +30,8 @@ from dtl.models.preprocessing import Preprocessing
 
 __all__ = ["Network", "Preprocessing", "build", "forward_logits", "model_names", "replace_head"]
 
+# What constructors call the size of the images: timm's; torchvision's ViT; its MaxViT.
+_SIZE_OPTIONS = ("img_size", "image_size", "input_size")
 # A prime that is no width of any network we know.
 _SENTINEL_CLASSES = 1511
 # Options of a network that only a file names. The largest networks there are have 12,288 features and 3,000 layers.
@@ -71,6 +75,8 @@ def build(
             build_on_meta(lambda: construct(num_classes))  # sizes that no machine has are found before memory is taken
         module = build_on_meta(lambda: construct(num_classes)) if meta else construct(num_classes)
     preprocessing = entry.preprocessing(module)
+    if entry.library != "function" and (given := size_in(options)) is not None:
+        preprocessing = replace(preprocessing, image_size=given)
     heads = _find_heads(entry, module, construct, options, image_size=preprocessing.image_size)
     network = Network(module=module, name=entry.name, heads=heads, preprocessing=preprocessing, options=options)
     if network.num_outputs != num_classes:
@@ -78,6 +84,49 @@ def build(
     if not meta:
         initialize([module], init)
     return network
+
+
+def size_in(options: Mapping[str, Any]) -> ImageSize | None:
+    """The size of images that a network of a catalogue is told by its constructor's options."""
+    size = next((options[name] for name in _SIZE_OPTIONS if name in options), None)
+    pair: list[Any] = list(size) if isinstance(size, list | tuple) else [size, size]
+    return as_size(*pair) if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair) else None
+
+
+def sized(network: Network, image_size: ImageSize, again: Callable[..., Network]) -> Network:
+    """A network of a catalogue for images of this size: itself if it takes them, else as its constructor makes it when it is told the size.
+
+    `again(options, meta=...)` builds it once more. UserError where it takes one size only.
+    """
+    own = network.preprocessing.image_size
+    if image_size == own or ":" in network.name or not (why := _why_not_at(network.module, image_size)) or _why_not_at(network.module, own):
+        return network  # what does not run on shapes alone at its own size either is not known
+    for option in _SIZE_OPTIONS:
+        pair = option == "input_size" or not isinstance(image_size, int)
+        options = {**network.options, option: list(sides(image_size)) if pair else image_size}
+        if option in network.options:
+            break
+        try:
+            told = again(options, meta=True)
+        except UserError:  # no such option, or a size that it cannot have
+            continue
+        if not _why_not_at(told.module, image_size):
+            return again(options, meta=False)
+    raise UserError(
+        f"{network.name} takes images of {shown_size(own)} pixels, not of {shown_size(image_size)} ({why}); "
+        f"use --data.image_size {quote(shown_size(own))}, or another network"
+    )
+
+
+def _why_not_at(module: nn.Module, image_size: ImageSize) -> str:
+    """Why the network cannot run at this size, found on the meta device; empty where it can."""
+    copied = meta_copy(module).train()  # auxiliary heads too
+    try:
+        with torch.no_grad():
+            forward_logits(copied, torch.empty((2, 3, *sides(image_size)), device="meta"))
+    except Exception as error:  # any layer may refuse a size, in its own way
+        return raised(error).partition(" (/")[0][:200]
+    return ""
 
 
 def replace_head(network: Network, num_outputs: int, *, init: Init = "default") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from socket import gethostname
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
-from dtl.models.build import Network, build
+from dtl.models.build import Network, build, size_in, sized
 from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.models.network import Normalise, to_device
@@ -73,11 +74,12 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
     weights = None if checkpoint else read_pretrained(config, network, runtime)
     with runtime.together("model"):
-        network.preprocessing = (
+        found = (
             with_settings(config, preprocessing_for(network.preprocessing, weights))
             if checkpoint is None
             else stored_preprocessing(config, network, checkpoint)
         )
+    network = network_for(found, config, network, runtime)
     loaders = build_dataloaders(config, runtime, data, network)
     return Parts(network, loaders, planned(config, loaders), checkpoint, state, weights)
 
@@ -237,6 +239,8 @@ def with_settings(config: Config, found: Preprocessing) -> Preprocessing:
     size, crop_ratio = config.data.image_size, config.data.crop_ratio
     if size != "auto":
         found = replace(found, image_size=size, origins={**found.origins, "image_size": "data.image_size"})
+    elif (told := size_in(config.model.options)) is not None:
+        found = replace(found, image_size=told, origins={**found.origins, "image_size": "model.options"})
     if crop_ratio != "auto":
         found = replace(found, crop_ratio=crop_ratio, origins={**found.origins, "crop_ratio": "data.crop_ratio"})
     return found
@@ -251,8 +255,24 @@ def crop_matters(config: Config) -> bool:
 def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network:
     """The network with its initial values, the same on every rank; no weights transferred yet. `config` is the user's own, not one that a run stored."""
     with runtime.together("model"):
-        torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
-        return build(config.model.name, num_classes=num_classes, init=config.model.init, options=dict(config.model.options), own=True)
+        return _build(config, num_classes, dict(config.model.options))
+
+
+def network_for(preprocessing: Preprocessing, config: Config, network: Network, runtime: Runtime) -> Network:
+    """`network`, as `build_network` made it, or another one that takes images of this size; with this preprocessing."""
+
+    def again(options: dict[str, Any], *, meta: bool) -> Network:
+        return _build(config, network.num_outputs, options, meta=meta)
+
+    with runtime.together("model"):
+        made = sized(network, preprocessing.image_size, again)
+    made.preprocessing = preprocessing
+    return made
+
+
+def _build(config: Config, num_classes: int, options: dict[str, Any], *, meta: bool = False) -> Network:
+    torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
+    return build(config.model.name, num_classes=num_classes, init=config.model.init, options=options, meta=meta, own=True)
 
 
 def place_network(config: Config, network: Network, runtime: Runtime) -> Normalise:

@@ -11,13 +11,16 @@ import pytest
 import torch
 from model_folders import model_folder
 from recipes import write_images
+from timm.layers import resample_abs_pos_embed
 
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, load_config
+from dtl.config.models import sides
 from dtl.data.shards.index import Shards
 from dtl.data.splits_of_run import Splits
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.models.build import build as build_model
 from dtl.models.preprocessing import Preprocessing
 from dtl.runs.folder import RunFolder
 from dtl.training import build
@@ -182,3 +185,52 @@ def test_a_run_goes_on_with_the_preprocessing_that_it_began_with(runtime: Runtim
         build.stored_preprocessing(
             config, network, Checkpoint(path=Path("step-3"), step=3, groups=(), aliases={}, state={"preprocessing": {"mean": [1, 2, 3]}})
         )
+
+
+VIT = (
+    "--model.name",
+    "timm/vit_tiny_patch16_224",
+    "--model.options",
+    "{embed_dim: 24, depth: 1, num_heads: 2}",
+    "--data.workers",
+    "0",
+    "--phases",
+    "{all: {train: all}}",
+)
+
+
+@pytest.mark.parametrize("size", [64, [32, 80]])
+def test_a_network_of_one_size_is_built_for_the_size_that_is_wanted(tmp_path: Path, runtime: Runtime, size: int | list[int]) -> None:
+    """Its constructor is told; the weights of another size are resized; model.json has what builds it again."""
+    import timm
+
+    given = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=3, **given)
+    torch.nn.init.normal_(source.pos_embed)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    config = load_config([*VIT, "--data.image_size", str(size), "--transfer.source", str(tmp_path / "w.pth"), "--data.cache_dir", str(tmp_path / "cache")])[0]
+    run = RunFolder(tmp_path / "run")
+    parts = build.prepare(config, run, CheckpointStore(run.path / "checkpoints", config.checkpoint), runtime, print)
+    network = parts.network
+    assert network.options == {**given, "img_size": size}
+    report = build.load_pretrained(config, network, runtime, parts.loaders.train, print, weights=parts.weights)
+    assert report is not None
+    assert report.fresh == ("head.weight", "head.bias")
+    height, width = sides(parts.loaders.image_size)
+    expected = resample_abs_pos_embed(source.pos_embed, [height // 16, width // 16])
+    torch.testing.assert_close(network.module.get_parameter("pos_embed"), expected, rtol=0, atol=1e-6)
+    assert network.module(torch.zeros(2, 3, height, width)).shape == (2, 10)
+    again = build_model(network.name, num_classes=10, options=network.options)
+    assert again.module.load_state_dict(network.module.state_dict())
+    assert again.preprocessing.image_size == parts.loaders.image_size
+
+
+def test_a_network_that_takes_one_size_only_says_which(tmp_path: Path, runtime: Runtime) -> None:
+    config = load_config(["--model.name", "vit_b_16", "--data.image_size", "[224, 160]", "--data.workers", "0", "--data.cache_dir", str(tmp_path / "cache")])[0]
+    network = build_model("vit_b_16", num_classes=10, meta=True)
+    with pytest.raises(UserError) as refused:
+        build.network_for(replace(network.preprocessing, image_size=(224, 160)), config, network, runtime)
+    assert str(refused.value) == (
+        "torchvision/vit_b_16 takes images of 224 pixels, not of [224, 160] (AssertionError: Wrong image width! Expected 224 but got 160!); "
+        "use --data.image_size 224, or another network"
+    )
