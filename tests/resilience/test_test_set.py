@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_looks_are_counted_over_runs_and_of_equal_weights_once(tmp_path: Path, p
     # Finished: its result again, and no look.
     job = run([*options, "--run.name", "third", "--run.seed", "2", "--data.test", "elsewhere"], cwd=tmp_path)
     assert "look 3 at this test set by runs in runs/)" in job.err()
-    assert "test top1" in job.err()
+    assert re.search(r" test\|\n\|.* top1\|\n", job.err()), "the closing table's column, whose title has two lines"
     # Weights that were never measured there, by `--data.val`: a look too.
     run([*options, "--run.name", "other", "--run.seed", "5", "--data.val", "elsewhere"], cwd=tmp_path)
     run(["runs/other", "--json", "other.json"], cwd=tmp_path, command="evaluate")
