@@ -189,7 +189,7 @@ def target_of(model: nn.Module | Mapping[str, torch.Tensor], *, image_size: Imag
         if isinstance(value, torch.Tensor) and first.setdefault(id(value), name) != name:
             ties[name] = first[id(value)]
     specs = specs_of(state)
-    layers, grids = layers_of(specs), _grids(model)
+    layers, grids = layers_of(specs, named=True), _grids(model)
     for layer in layers:
         layer.grid = grids.get(layer.names[0])
     return Target(specs, layers, ties, model, image_size, trace)

@@ -101,10 +101,10 @@ def names_speak(specs: Iterable[TensorSpec]) -> bool:
     return sum(word in ROLES for word in words) >= 0.6 * len(words)
 
 
-def layers_of(specs: list[TensorSpec], like: Iterable[Layer] = ()) -> list[Layer]:
+def layers_of(specs: list[TensorSpec], like: Iterable[Layer] = (), *, named: bool = False) -> list[Layer]:
     """The layers behind a list of tensors, in the list's order. `like`: layers of a network that these may be, which settle how a
-    sequence of shapes is cut where names carry no roles and there is more than one way."""
-    layers = _by_path(specs) if names_speak(specs) else _Cutter(specs, list(like)).cut()
+    sequence of shapes is cut where names carry no roles and there is more than one way. `named`: the names are those of modules, whatever they say."""
+    layers = _by_path(specs) if named or names_speak(specs) else _Cutter(specs, list(like)).cut()
     for index, layer in enumerate(layers):
         layer.index = index
     return layers
