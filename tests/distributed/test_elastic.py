@@ -46,7 +46,8 @@ class Launched:
         self.stages.mkdir(exist_ok=True)
         environment = {
             **os.environ, "DTL_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1", "DTL_STAGES": str(self.stages),
-            "PYTHONPATH": str(ROOT / "tests"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "HOLD": str(folder / "hold"), **variables,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "HOLD": str(folder / "hold"), **variables,
         }  # fmt: skip
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -136,7 +137,7 @@ def test_a_host_that_is_cut_off_is_named_and_the_other_goes_on_alone(tmp_path: P
         "--rdzv-id", "lab", "--rdzv-conf", rendezvous, SCRIPT, *arguments,
     ]  # fmt: skip
     (tmp_path / "hold").touch()
-    first, second = (launch(hosts("on", host, "env", "GLOO_SOCKET_IFNAME=eth0", *command)) for host in "12")
+    first, second = (launch(hosts("on", host, "env", "GLOO_SOCKET_IFNAME=eth0", f"CUDA_VISIBLE_DEVICES={host}", *command)) for host in "12")
     wait_for(lambda: max(read_stage(file)[1] for launched in (first, second) for file in [launched.stages / "rank-0"]) >= 4, what="step 4", seconds=120)
     assert f"2 processes on {kind()}" in first.text() + second.text()
     subprocess.run(hosts("cut", "2"), check=True)
