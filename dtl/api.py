@@ -24,6 +24,7 @@ from dtl.data.open import open_split
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
+from dtl.data.sources.splits import NoSplit
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.errors import TransferRefused, UserError
 from dtl.text import to_stderr
@@ -100,6 +101,18 @@ class BatchIterable:
         return EpochPlan(self.shards.shard_sizes, seed=self.seed, epoch=epoch, global_batch_size=self.batch_size, shuffle=self.shuffle)
 
 
+def _validation_images(source: str | Path, data: DataConfig) -> Shards:
+    """The source's validation images, or all of it where it has no splits. Never its test set: test images choose nothing."""
+    try:
+        return open_split(source, data, split="own val")
+    except NoSplit as error:
+        try:
+            open_split(source, data, split="own test")
+        except NoSplit:
+            return open_split(source, data, split="val")
+        raise UserError(f"{source} has test images, but no validation images; give the folder of the images to look at as the source") from error
+
+
 def build_loader(
     source: str | Path,
     split: str = "train",
@@ -122,8 +135,8 @@ def build_loader(
     """
     if split not in ("train", "val"):
         raise UserError(f"split is {split!r}; it must be train or val")
-    shards = open_split(source, DataConfig(cache_dir=None if cache_dir is None else str(cache_dir)), split=split)
-    training = split == "train"
+    data, training = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir)), split == "train"
+    shards = open_split(source, data, split=split) if training else _validation_images(source, data)
     transform = train_transform(image_size=image_size, augment=augment or AugmentConfig()) if training else eval_transform(image_size=image_size)
     return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size, decode_on)
 
@@ -139,7 +152,7 @@ class Run:
     state: str
     """done, or stopped (by a signal, after saving: `dtl.fit` again resumes it)."""
     phases: tuple[dict[str, Any], ...]
-    """One row per finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, train_loss, val, best."""
+    """One row per finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, looks, train_loss, val, best."""
     test: dict[str, Any] | None = None
     """Metrics on the test set (top1, top5, loss, num_samples, and `look`: which look at it this was), once the run is done; None without one."""
 

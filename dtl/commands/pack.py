@@ -81,8 +81,10 @@ def run(argv: list[str]) -> int:
                 short_side=options.short_side,
                 quality=options.quality,
                 verify=options.verify,
+                group_column=options.group_column,
                 **given,
             ),
+            groups=groups,
             processes=options.processes,
             fixed_classes=classes is not None,
             existing="replace" if options.overwrite else "refuse",
@@ -116,7 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SRC", help="where the images are")
     add("destination", metavar="DST", help="a new folder for the shards")
     split = parser.add_argument_group("splits and classes")
-    split.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="share for validation; split by content, stratified by class (default: 0)")
+    split.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share for validation; split by content (with --group-column by whole groups), stratified by class (default: 0)",
+    )
     split.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of a list or table with other names: path=file,label=species,split=fold")
     split.add_argument("--group-column", metavar="C", help="SRC is a list: store its column C, for data.group.column (a patient, a camera, a session)")
     split.add_argument("--classes-from", metavar="SHARDS", help="use the class list of these packed shards (for a validation set that belongs to them)")

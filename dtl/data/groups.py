@@ -54,9 +54,18 @@ def find_groups(shards: Shards, given: GroupConfig, source: str, *, columns: Col
         found = _by_file(names, given.file, source)
     else:
         found = _by_column(shards, names, str(given.column), source, path_column=None if columns is None else columns.path)
+    return _numbered(found)
+
+
+def _numbered(found: list[str]) -> Groups:
     codes: dict[str, int] = {}
     numbers = np.fromiter((codes.setdefault(name, len(codes)) for name in found), np.int64, len(found))
     return Groups(numbers, tuple(codes))
+
+
+def listed_groups(names: list[str], groups: Mapping[str, str], what: str) -> Groups:
+    """The groups of images by their paths; UserError where one has none. `what` names the list."""
+    return _numbered(_looked_up(names, groups, what, "the list"))
 
 
 def _by_regex(names: list[str], regex: str, source: str) -> list[str]:
@@ -169,11 +178,12 @@ def store_groups(folder: Path, groups: Mapping[str, str], column: str) -> None:
     StringTable.build([*(groups[os.path.normpath(name)] for name in names), column]).write(folder / GROUPS_NAME)
 
 
-def split_by_group(groups: Groups, labels: npt.NDArray[np.int32], fraction: float, *, num_classes: int) -> npt.NDArray[np.bool_]:
+def split_by_group(groups: Groups, labels: npt.NDArray[np.int32], fraction: float, *, num_classes: int, least: int = 0) -> npt.NDArray[np.bool_]:
     """True for the samples that are held out: whole groups, so that each class comes as close to its share as groups allow.
 
-    Groups are tried in the order of their names' hashes, which does not depend on the order of the samples; one is taken if that brings the counts
-    of the classes closer to what is wanted, and leaves training an image of each class. UserError where no group can be held out.
+    `least`: so many samples are held out, even if the shares then are too large, where groups allow it. Groups are tried in the order of their
+    names' hashes, which does not depend on the order of the samples; one is taken if that brings the counts of the classes closer to what is wanted,
+    and leaves training an image of each class. UserError where no group can be held out.
     """
     if len(np.unique(groups.codes)) < 2:
         raise UserError(
@@ -199,6 +209,19 @@ def split_by_group(groups: Groups, labels: npt.NDArray[np.int32], fraction: floa
         if fallback is None:
             raise UserError(f"none of the {counted(len(members), 'group')} can be held out: each has all images of a class; give --data.val FOLDER")
         taken = [fallback[1]]
+        left[members[taken[0]][0]] -= members[taken[0]][1]
+    while (total - left).sum() < least:
+        more = [
+            (float(np.abs(wanted[kinds] - total[kinds] + left[kinds] - counts).sum() - np.abs(wanted[kinds] - total[kinds] + left[kinds]).sum()), order, group)
+            for order, group in enumerate(sorted(members, key=lambda code: _hash(groups.names[code])))
+            for kinds, counts in [members[group]]
+            if group not in taken and not (left[kinds] <= counts).any()
+        ]
+        if not more:
+            break
+        group = min(more)[2]
+        left[members[group][0]] -= members[group][1]
+        taken.append(group)
     return np.isin(groups.codes, taken)
 
 

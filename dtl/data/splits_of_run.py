@@ -31,7 +31,7 @@ from dtl.errors import UserError
 from dtl.files import expand_home
 from dtl.text import Log, counted, to_stdout
 
-_VERSION = 1  # of how images are chosen
+_VERSION = 2  # of how images are chosen
 _NO_VAL = "no validation data; give --data.val FOLDER, or --data.val-fraction 0.1"
 VAL_FRACTION, LEAST_VAL = 0.1, 20  # of training images, where there is a test set and no validation set
 
@@ -228,7 +228,8 @@ def chosen_parts(
         if groups is None:
             chosen[left] = split_by_content(hashes[left], labels[left], fraction, num_classes=shards.num_classes)
         else:
-            chosen[left] = split_by_group(Groups(groups.codes[left], groups.names), labels[left], fraction, num_classes=shards.num_classes)
+            mine, least = Groups(groups.codes[left], groups.names), min(LEAST_VAL, count // 2) if share is None else 0
+            chosen[left] = split_by_group(mine, labels[left], fraction, num_classes=shards.num_classes, least=least)
         if not chosen.any():
             raise UserError("no class has two different images, so that none can be held out of the training images; give --data.val FOLDER")
         found[name], left = chosen, left & ~chosen

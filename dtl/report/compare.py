@@ -65,9 +65,9 @@ class Course:
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % interval of `best`."""
+        """The 95 % interval of `best`; None where images come in groups, which history does not know."""
         place = best_of(self.top1, self.loss, lowest=False)
-        if self.record.phases[-1].task != "classify":
+        if self.record.phases[-1].task != "classify" or self.record.is_grouped:
             return None
         return None if place is None else wilson(float(self.top1[place]), float(self.num_samples[place]))
 

@@ -145,6 +145,11 @@ class RunRecord:
         return {} if self.stored is None else {**self.stored.config.flat(), **self.stored.withheld}
 
     @property
+    def is_grouped(self) -> bool:
+        """Its images come in groups (`data.group`), so that they are not independent."""
+        return any((key == "data.group" or key.startswith("data.group.")) and value is not None for key, value in self.settings.items())
+
+    @property
     def monitor(self) -> str:
         return self.config.checkpoint.monitor if self.config is not None else "top1"
 

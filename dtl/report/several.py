@@ -115,7 +115,7 @@ def _same_images(records: Sequence[RunRecord]) -> str:
 def _paired(first: RunRecord, second: RunRecord) -> str:
     kept = []
     for record in (first, second):
-        if any((key == "data.group" or key.startswith("data.group.")) and value is not None for key, value in record.settings.items()):
+        if record.is_grouped:
             raise UserError(f"{record.name} has groups of images, which the test takes for independent")
         facts = None if record.model is None else recorded_file(record.model.made_by, str(record.path / "model" / "model.json"))
         found = None if record.model is None or facts is None else read_predictions(record.path, facts, len(record.model.classes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from dtl.errors import UserError
 from dtl.files import user_path, write_whole
-from dtl.intervals import shown, wilson
+from dtl.intervals import Interval, shown, wilson
 from dtl.report import html, style
 from dtl.report.confusion import MOST_BARS, MOST_NAMES, ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
 from dtl.report.curves import curves_figure
@@ -195,7 +195,8 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
     if metrics:
         numbers.append((percent(metrics["top1"], 2), "top-1"))
         rotated = bool(record.phases) and record.phases[-1].task != "classify"
-        if interval := shown(None if rotated else wilson(metrics["top1"], metrics["num_samples"])):
+        own = metrics if record.model is None or not isinstance(record.model.metrics, dict) else {**record.model.metrics, **metrics}
+        if interval := shown(_top1_interval("rotate" if rotated else "classify", own)):
             numbers.append((f"{interval}\u00a0%".replace(" to ", "\u00a0to\u00a0"), "95\u00a0% interval of top-1"))
         if record.model is not None and len(record.model.classes) >= _WITHOUT_TOP5:
             numbers.append((percent(metrics["top5"], 2), "top-5"))
@@ -203,7 +204,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
         numbers.append((f"{metrics['num_samples']:,.0f}", "validation images"))
     if record.test is not None:
         numbers.append((percent(record.test["top1"], 2), f"top-1 on {record.test['num_samples']:,.0f} test images"))
-        if within := shown(wilson(record.test["top1"], record.test["num_samples"])):
+        if within := shown(_top1_interval("classify", record.test)):
             numbers.append((f"{within}\u00a0%".replace(" to ", "\u00a0to\u00a0"), "95\u00a0% interval on test images"))
     seconds = sum(phase.row.get("seconds") or 0.0 for phase in record.phases)
     if seconds:
@@ -311,8 +312,21 @@ def _kept_epoch(phase: PhaseRecord, place: int) -> str:
 
 def _interval(phase: PhaseRecord, place: int | None) -> str:
     """Of top1. The rotations of one image are not independent: there is none."""
-    known = place is not None and phase.task == "classify"
-    return shown(wilson(float(phase.val["top1"][place]), float(phase.val["num_samples"][place]))) or "–" if known else "–"
+    if place is None:
+        return "–"
+    val = {name: float(phase.val[name][place]) for name in ("top1", "num_samples")}
+    row = phase.row if phase.row.get("kept_step") == phase.val["step"][place] else {}
+    return shown(_top1_interval(phase.task, {**val, **{key: value for key, value in row.items() if key == "top1_interval"}})) or "–"
+
+
+def _top1_interval(task: str, metrics: Mapping[str, Any]) -> Interval | None:
+    """As the run wrote it down, who knows its groups of images; else Wilson's."""
+    found = metrics.get("top1_interval")
+    if task != "classify":
+        return None
+    if isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(end, (int, float)) and 0 <= end <= 1 for end in found):
+        return float(found[0]), float(found[1])
+    return wilson(metrics["top1"], metrics["num_samples"])
 
 
 def _curves(parts: _Parts, record: RunRecord) -> html.Section | None:

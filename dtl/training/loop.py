@@ -19,10 +19,12 @@ from dtl.checkpoint.resume.store import Checkpoint
 from dtl.data.groups import find_groups
 from dtl.data.loading.batch import Batch
 from dtl.data.remote.address import private_cache
+from dtl.data.shards.index import Shards
 from dtl.distributed.determinism import name_operators
 from dtl.distributed.runtime import Exchange, Flags
 from dtl.distributed.signals import Stopped
 from dtl.errors import UserError
+from dtl.intervals import Bootstrap, Interval, accuracy_interval
 from dtl.models.build import Network
 from dtl.models.network import Normalise
 from dtl.models.strict_load import strict_load
@@ -79,7 +81,7 @@ class Trainer:
         cache_dir = None if self.config.run.debug else private_cache(data.cache_dir, shared=data.cache_shared)
         self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.heart, self.tracker.print)
         self._head_is_loaded = head_is_loaded
-        self._val_groups = self._groups_of_val()
+        self._val_groups = self._groups(loaders.val, self.config.data.val)
         self._trace = open_trace(self.runtime.rank)
         self._move_bar = session.console.move if session.console.has_bar else None
 
@@ -270,7 +272,7 @@ class Trainer:
         monitor, classes = monitored_in(phase, self.config.checkpoint.monitor), phase.task.class_names(self.loaders.classes)
         monitored = None if monitor in ("top1", "top5", "loss") else Monitored(monitor, classes, self.runtime.device)
         # The run delivers weights of its last phase: what these predict for each image is kept with them.
-        rows = PredictionRows() if phase is self.phases[-1] else None
+        rows = PredictionRows() if phase is self.phases[-1] or self.config.data.group is not None else None
         results = ImageResults(monitor, classes, self.loaders.val.num_samples) if phase.config.keep == "one_se" else None
         with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
             sums = evaluate(
@@ -294,8 +296,10 @@ class Trainer:
 
     def _measure_test(self) -> None:
         """Metrics of the weights that the run delivers, on images that chose nothing. A start that is killed here does it anew, from the last checkpoint."""
-        phase, state = self.phases[-1], self.state
+        phase, state, test = self.phases[-1], self.state, self.loaders.test
+        assert test is not None
         self.heart.enter("evaluate", state.step)
+        rows = None if self.config.data.group is None else PredictionRows()
         sums = evaluate(
             self.network.module,
             self.loaders.test_steps(),
@@ -305,12 +309,15 @@ class Trainer:
             loss=build_loss("cross_entropy"),
             normalise=self.normalise,
             agree=lambda batches: self._agree_on_eval_step("test", batches),
+            takers=[] if rows is None else [rows.add],
         )
         if sums is None:
             self._saver.stop_at_end()
         assert sums is not None
-        self.test = sums.result()
-        self.tracker.test(phase=phase.name, epoch=phase.epoch_of(max(0, state.phase.step - 1))[0], step=state.step, **self.test)  # type: ignore[arg-type]
+        self.test = {**sums.result()}
+        if rows is not None:
+            self.test |= self._interval(phase, rows.all_ranks(self.runtime), self._groups(test, self.config.data.test))
+        self.tracker.test(phase=phase.name, epoch=phase.epoch_of(max(0, state.phase.step - 1))[0], step=state.step, **self.test)
 
     def _agree_on_eval_step(self, split: str, batches: list[Batch]) -> Callable[[], bool]:
         exchange = self._exchange(batches)
@@ -339,24 +346,32 @@ class Trainer:
             keeps = self.runtime.is_main and active.choose(new, PairedError(monitor, phase.num_outputs, self._val_groups))
         keeps, ended = self.runtime.agree((keeps, judgement.end is not None))
         self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, kept=keeps, entering=entering, **metrics)
-        if keeps:
-            note_kept(metrics, phase, state)
-            active.keep_weights(self.runtime)
         if keeps and rows is not None:
             predictions = rows.all_ranks(self.runtime)
             active.predictions = predictions if self.runtime.is_main else None
+            metrics |= self._interval(phase, predictions, self._val_groups)
+        if keeps:
+            note_kept(metrics, phase, state)
+            active.keep_weights(self.runtime)
         if ended and state.phase.step < phase.num_steps:
             state.phase.ended = True
             self.tracker.note("early stop", step=state.step, phase=phase.name, why=judgement.end)
             self.tracker.print(f"phase {phase.name} ends early at step {state.step}: {judgement.end}")
 
-    def _groups_of_val(self) -> npt.NDArray[np.int64] | None:
-        """In the main process: the group of each validation image, where the config names groups."""
+    def _groups(self, shards: Shards, source: str | None) -> npt.NDArray[np.int64] | None:
+        """In the main process: the group of each image, where the config names groups. Every rank must call it."""
         data = self.config.data
         with self.runtime.together("groups"):
             if data.group is None or not self.runtime.is_main:
                 return None
-            return find_groups(self.loaders.val, data.group, str(data.val or data.train)).codes
+            return find_groups(shards, data.group, str(source or data.train), columns=data.columns).codes
+
+    def _interval(self, phase: Phase, predictions: ImagePredictions, groups: npt.NDArray[np.int64] | None) -> dict[str, Interval | None]:
+        """`top1_interval` of metrics, where it is not Wilson's: whole groups are drawn (main process)."""
+        if groups is None or phase.task.name != "classify":
+            return {}
+        right = ~predictions.wrong & ~np.isnan(predictions.probability)
+        return {"top1_interval": accuracy_interval(right, Bootstrap(len(right), groups[predictions.samples]))}
 
 
 class Saver:

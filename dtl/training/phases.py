@@ -193,7 +193,11 @@ def note_kept(metrics: dict[str, Any], phase: Phase, state: TrainState) -> None:
 
 
 def top1_interval(task: str, val: Mapping[str, Any]) -> Interval | None:
-    """The 95 % interval of an evaluation's top1; None where its images are no independent ones, as the four rotations of one."""
+    """The 95 % interval of an evaluation's top1: that of its groups of images, else Wilson's; None where its images are no independent ones, as the four
+    rotations of one."""
+    if task == "classify" and "top1_interval" in val:
+        found = val["top1_interval"]
+        return None if found is None else (float(found[0]), float(found[1]))
     return wilson(val.get("top1"), val.get("num_samples") or 0) if task == "classify" else None
 
 
@@ -214,7 +218,7 @@ def note_result(phase: Phase, state: TrainState) -> None:
         "kept_epoch": None if kept is None or kept.step == state.step - state.phase.step else kept.epoch,
         "looks": state.phase.looks if phase.config.keep != "last" else 1,
         "train_loss": None if kept is None else kept.train_loss,
-        "val": None if kept is None else kept.val,
+        "val": None if kept is None else {name: value for name, value in kept.val.items() if name != "top1_interval"},
         "top1_interval": None if kept is None else top1_interval(phase.config.task, kept.val),
         "best": None if best is None else vars(best),
     }

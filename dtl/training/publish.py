@@ -18,7 +18,7 @@ from dtl.config.own import is_function, needs_record, note_made
 from dtl.credentials import redact
 from dtl.data.splits_of_run import content_id
 from dtl.errors import UserError
-from dtl.intervals import shown, wilson
+from dtl.intervals import shown
 from dtl.models.build import Network
 from dtl.models.model_json import read_model_json
 from dtl.runs.folder import RunFolder, read_status
@@ -126,7 +126,7 @@ def table_rows(results: Sequence[dict[str, Any]], test: Mapping[str, Any] | None
     rows = []
     for row in results:
         val = row["val"] or {}
-        interval = shown(top1_interval(row["task"], val)).replace(" to ", "-") or None
+        interval = shown(top1_interval(row["task"], {**val, **{name: row[name] for name in ("top1_interval",) if name in row}})).replace(" to ", "-") or None
         epoch = "before" if row["kept_epoch"] is None and row["kept_step"] is not None else row["kept_epoch"]
         rows.append({**row, "kept_epoch": epoch, "val_loss": val.get("loss"), "top1": val.get("top1"), "interval": interval})
     return rows if test is None else [*rows[:-1], {**rows[-1], "test_top1": test.get("top1")}]
@@ -135,7 +135,7 @@ def table_rows(results: Sequence[dict[str, Any]], test: Mapping[str, Any] | None
 def test_line(test: Mapping[str, Any], run: Path) -> str:
     """The result on the test set, and how often it has been looked at."""
     images, look = counted(test["num_samples"], "sample"), describe_look(test.get("look"), run.parent)
-    within = shown(wilson(test["top1"], test["num_samples"]))
+    within = shown(top1_interval("classify", test))
     return f"test  loss {test['loss']:.4f}  top1 {test['top1']:.2%}{f', 95 % interval {within} %' if within else ''}  ({images}; {look})"
 
 

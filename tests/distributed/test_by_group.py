@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import run
+from harness import run, status
+from page_reader import Page
 from recipes import write_recipe
 from tiny_images import encoded
 
 import dtl
+from dtl.intervals import shown, wilson
 
 REGEX = "/(p[0-9]+)_"
 
@@ -52,6 +54,25 @@ def test_evaluate(folder: Path, flip: bool) -> None:
     assert found[0]["by_group"]["top1"] == (means > 0.5).mean()
     assert found[0]["by_group"]["loss"] == pytest.approx(-np.log(means).mean(), rel=1e-5)
     assert sum(map(sum, found[0]["by_group"]["confusion"])) == 6
+
+
+def test_a_runs_own_intervals_draw_whole_groups(folder: Path) -> None:
+    """As those of `dtl evaluate`, in the closing table, on the page and in its files."""
+    more = ["--data.test-fraction", "0.25", "--run.name", "tested", "--tracking.report", "true"]
+    job = run(["--config", "tiny.yaml", *more], cwd=folder, world=2)
+    measured = {}
+    for split in ("val", "test"):
+        run(["runs/tested", "--split", split, "--json", "measured.json"], cwd=folder, command="evaluate")
+        measured[split] = json.loads((folder / "measured.json").read_text())
+    row, test = status(folder / "runs/tested")["phases"][-1], status(folder / "runs/tested")["test"]
+    text, page = " ".join(job.err().split()), Page.read(folder / "runs/tested/report/index.html").text
+    for split, found, top1 in (("val", row["top1_interval"], row["val"]["top1"]), ("test", test["top1_interval"], test["top1"])):
+        assert measured[split]["top1"] == top1
+        assert found == measured[split]["top1_interval"]
+        assert tuple(found) != wilson(top1, 30)
+        assert shown(tuple(found)).replace(" to ", "-" if split == "val" else " to ") in text
+        assert shown(tuple(found)) in page.replace("\u00a0", " ")
+    assert json.loads((folder / "runs/tested/model/model.json").read_text())["metrics"]["top1_interval"] == row["top1_interval"]
 
 
 def test_predict_and_the_mean_over_both_views(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,26 @@ def test_a_wrong_split_or_source_is_told() -> None:
         dtl.build_loader("digits", "training")
     with pytest.raises(dtl.UserError, match="nowhere"):
         dtl.build_loader("nowhere")
+
+
+def test_validation_images_are_never_those_of_the_test_set(tmp_path: Path) -> None:
+    for split, number in (("train", 8), ("test", 4), ("val", 6)):
+        for image in range(number):
+            file = tmp_path / "photos" / split / "ab"[image % 2] / f"{image}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, image, 0)).save(file)
+
+    def num_images(source: Path, split: str) -> int:
+        return sum(
+            int((weights > 0).sum()) for _, _, weights in dtl.build_loader(source, split, image_size=8, batch_size=4, workers=0, cache_dir=tmp_path / "cache")
+        )
+
+    assert num_images(tmp_path / "photos", "val") == 6
+    assert num_images(tmp_path / "photos/test", "val") == 4
+    shutil.rmtree(tmp_path / "photos/val")
+    with pytest.raises(dtl.UserError, match=r"photos has test images, but no validation images; give the folder of the images to look at as the source$"):
+        num_images(tmp_path / "photos", "val")
+    assert num_images(tmp_path / "photos", "train") == 8
 
 
 def test_a_notebook_from_images_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ class PackOptions:
     verify: bool = True
     max_pixels: int = MAX_PIXELS
     max_file_bytes: int = MAX_FILE_BYTES
+    group_column: str | None = None
+    """Of the list that is packed: what is split off are whole groups of it."""
 
     def check(self) -> None:
         """UserError for values that are wrong."""

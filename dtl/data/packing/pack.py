@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from dtl import keyed
 from dtl.data.decoding.headers import MAX_PIXELS
+from dtl.data.groups import listed_groups, split_by_group
 from dtl.data.packing.destination import Existing, clear_errors, make_room, prepare_destination, working_alone
 from dtl.data.packing.job import DOUBTFUL, MADE, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, PackOptions
 from dtl.data.packing.tasks import SCANNED, ShardFacts, load_chunk, shard_name, shrink_factor
@@ -115,8 +116,10 @@ def pack_source(
     fixed_classes: bool = False,
     existing: Existing = "refuse",
     progress: bool = True,
+    groups: Mapping[str, str] | None = None,
 ) -> PackReport:
-    """`pack` of an opened source. With `fixed_classes` its class list was given, so a class may have no image."""
+    """`pack` of an opened source. With `fixed_classes` its class list was given, so a class may have no image. `groups`: path -> group, as the
+    options' `group_column` has them."""
     begun = time.monotonic()
     options.check()
     if processes is not None and processes < 1:
@@ -132,7 +135,7 @@ def pack_source(
             job = Job.create(folder, source, options)
             workers = processes or _default_processes(source)
             with PackProgress(visible=progress) as shown:
-                report = _Packing(job, source, workers, shown, fixed_classes=fixed_classes).run()
+                report = _Packing(job, source, workers, shown, groups, fixed_classes=fixed_classes).run()
             clear_folder(folder, MADE)
     return PackReport(destination=place, notes=source.notes, seconds=time.monotonic() - begun, **report)
 
@@ -140,8 +143,8 @@ def pack_source(
 class _Packing:
     """The steps of one packing, over a working folder that may hold some of their results already."""
 
-    def __init__(self, job: Job, source: Source, processes: int, shown: PackProgress, *, fixed_classes: bool) -> None:
-        self.job, self.source, self.processes, self.shown = job, source, processes, shown
+    def __init__(self, job: Job, source: Source, processes: int, shown: PackProgress, groups: Mapping[str, str] | None, *, fixed_classes: bool) -> None:
+        self.job, self.source, self.processes, self.shown, self.groups = job, source, processes, shown, groups
         self.fixed_classes = fixed_classes
 
     def run(self) -> dict[str, Any]:
@@ -181,7 +184,12 @@ class _Packing:
         if not self.job.options.val_fraction:
             return {name: np.flatnonzero(usable & (self.source.splits == number)) for number, name in enumerate(self.source.split_names)}
         samples = np.flatnonzero(usable)
-        val = split_by_content(scan["hash"][samples], self.source.labels[samples], self.job.options.val_fraction, num_classes=len(self.source.classes))
+        labels, fraction, num_classes = self.source.labels[samples], self.job.options.val_fraction, len(self.source.classes)
+        if self.groups is None:
+            val = split_by_content(scan["hash"][samples], labels, fraction, num_classes=num_classes)
+        else:
+            groups = listed_groups([self.source.names[int(sample)] for sample in samples], self.groups, f"--group-column {self.job.options.group_column}")
+            val = split_by_group(groups, labels, fraction, num_classes=num_classes)
         return {"train": samples[~val], "val": samples[val]}
 
     def refuse_empty_classes(self, members: dict[str, npt.NDArray[np.int64]], num_unreadable: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtl.data.remote.cache import ShardCache
 from dtl.data.remote.schedule import ShardUses
@@ -32,26 +33,30 @@ class Demand:
 def divide(demands: Sequence[Demand], limit: int | None) -> None:
     """Give each split its share of `limit` bytes (None: keep all). UserError where a share, or the disk, would be too small.
 
-    All of them get what they need at once; what is left goes to the smaller sets first, which then are fetched only once.
+    All of them get what they need at once; what is left goes to the smaller sets first, which then are fetched only once. Parts of one set (train and
+    val, held out of it) read the same files: they have one share, and their files are counted once.
     """
-    if not demands:
-        return
-    needs = [demand.least() for demand in demands]
+    sets: dict[tuple[Path, tuple[str, ...]], list[Demand]] = {}
+    for demand in demands:
+        sets.setdefault((demand.cache.folder, tuple(demand.cache.digests)), []).append(demand)
+    needs = {demand.what: demand.least() for demand in demands}
+    needed = {key: min(sum(needs[part.what][0] for part in parts), parts[0].cache.num_bytes) for key, parts in sets.items()}
     if limit is not None:
-        least = sum(needed for needed, _ in needs)
+        least = sum(needed.values())
         if least > limit:
-            parts = "; ".join(f"{d.what}: {number} of {len(d.cache.urls)} shards, {_gb(needed)}, {_why(d)}" for d, (needed, number) in zip(demands, needs))
+            parts = "; ".join(f"{d.what}: {needs[d.what][1]} of {len(d.cache.urls)} shards, {_gb(needs[d.what][0])}, {_why(d)}" for d in demands)
             raise UserError(
                 f"data.cache_gb {limit / 1e9:g} ({_gb(limit)}) is too small for the remote shards that are in use at the same time ({parts}): "
                 f"use --data.cache-gb {_up(least)} or more{_or_smaller(demands)}"
             )
         spare = limit - least
-        for at in sorted(range(len(demands)), key=lambda at: demands[at].cache.num_bytes):
-            cache, (needed, _) = demands[at].cache, needs[at]
-            more = min(spare, cache.num_bytes - needed)
-            cache.limit, spare = needed + more, spare - more
-    for demand, (needed, _) in zip(demands, needs):
-        _check_disk(demand, needed)
+        for key in sorted(sets, key=lambda key: sets[key][0].cache.num_bytes):
+            more = min(spare, sets[key][0].cache.num_bytes - needed[key])
+            spare -= more
+            for part in sets[key]:
+                part.cache.limit = needed[key] + more
+    for key, several in sets.items():
+        _check_disk(several[0], needed[key])
 
 
 def _check_disk(demand: Demand, needed: int) -> None:

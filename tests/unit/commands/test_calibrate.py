@@ -129,6 +129,33 @@ def test_a_threshold_decides_in_predict_and_evaluate(place: Path) -> None:
     assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-5)
 
 
+def test_a_threshold_decides_for_groups_and_flipped_views(place: Path) -> None:
+    """By the mean probability of a group's images and their mirror images, in predict and evaluate alike."""
+    stored = read_model_json(place / "runs/tiny/model")
+    threshold = Threshold(criterion="f1", value=0.7)
+    write_calibration(place / "runs/tiny/model", Calibration(temperature=1.5, threshold=threshold, data="x", num_samples=9), stored)
+    groups = ["--flip", "--by-group", "--group-regex", r"(bright/\d|dark/\d)"]
+
+    def predicted(*more: str) -> dict[str, tuple[str, float]]:
+        run(["runs/tiny", "photos/val", "--out", "found.jsonl", "--top", "2", "--workers", "0", *more], cwd=place, command="predict")
+        rows = [json.loads(line) for line in (place / "found.jsonl").read_text().splitlines()]
+        return {row["path"]: (row["label"], next(one["probability"] for one in row["predictions"] if one["label"] == "dark")) for row in rows}
+
+    flipped, found = predicted("--flip"), predicted(*groups)
+    for probabilities in (flipped, found):
+        assert {label for label, _ in probabilities.values()} == {"bright", "dark"}
+        assert all(label == ("dark" if dark >= 0.7 else "bright") for label, dark in probabilities.values())
+    assert any(0.5 <= dark < 0.7 for _, dark in flipped.values()), "the threshold decides"
+    assert len(found) == 20
+    for name, (_, dark) in found.items():
+        assert dark == pytest.approx(np.mean([one for path, (_, one) in flipped.items() if name in path]), abs=1e-5)
+    measured = _evaluated(place, "grouped", *groups)
+    assert np.asarray(measured["confusion"])[:, 1].sum() == sum(label == "dark" for label, _ in flipped.values())
+    right = sum(name.startswith(label) for name, (label, _) in found.items())
+    assert measured["by_group"]["top1"] == pytest.approx(right / 20)
+    assert np.asarray(measured["by_group"]["confusion"])[:, 1].sum() == sum(label == "dark" for label, _ in found.values())
+
+
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     model_folder(tmp_path / "model")
     job = run(["model", "--data.val", "photos", "--threshold", "f1"], cwd=tmp_path, command="calibrate", code=2)

@@ -92,6 +92,32 @@ def test_a_column_is_stored_when_the_list_is_packed(tmp_path: Path, photos: Path
         opened(tmp_path, train=str(tmp_path / "packed"), val_fraction=0.2, group={"column": "patient"})
 
 
+def test_what_packing_splits_off_are_whole_groups(tmp_path: Path, photos: Path) -> None:
+    rows = [f"{file.relative_to(photos)},{file.parent.name},{file.name[:3]}" for file in sorted(photos.rglob("*.jpg"))]
+    (photos / "list.csv").write_text("\n".join(["path,label,patient", *rows]))
+    arguments = ["pack", str(photos / "list.csv"), str(tmp_path / "packed"), "--val-fraction", "0.2", "--quiet"]
+    assert main(arguments) == 0
+    torn = [patients(Shards.open(tmp_path / "packed" / split)) for split in ("train", "val")]
+    assert torn[0] & torn[1], "by content: groups say nothing"
+    assert main([*arguments, "--group-column", "patient", "--overwrite"]) == 0
+    splits = opened(tmp_path, train=str(tmp_path / "packed"), group={"column": "patient"})  # refused if one were broken
+    assert not patients(splits.train) & patients(splits.val)
+    reference = opened(tmp_path, train=str(photos), val_fraction=0.2, group=PATIENT)
+    assert content_id(splits.val) == content_id(reference.val)
+
+
+def test_a_share_that_nobody_asked_for_has_twenty_images_where_groups_allow_it(tmp_path: Path) -> None:
+    """Ten patients with six images each: three patients are nearer to the share of 20 images, and four are enough."""
+    for split, first in (("train", 0), ("test", 100)):
+        for number in range(first, first + 60):
+            file = tmp_path / "photos" / split / "ab"[number % 2] / f"p{number // 6:02d}_{number % 6}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encoded(height=10, width=12, seed=number))
+    splits = opened(tmp_path, train=str(tmp_path / "photos"), group=PATIENT)
+    assert splits.val.num_samples == 24
+    assert not patients(splits.val) & patients(splits.train)
+
+
 def test_splits_made_by_hand_are_checked(tmp_path: Path, photos: Path) -> None:
     for label in "ab":
         for file in (photos / label).glob("p0[45]_*.jpg"):

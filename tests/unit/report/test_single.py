@@ -32,7 +32,7 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     record = read_run(run)
     assert record.steps_per_epoch == 12
     assert [(phase.first_step, phase.num_steps, record.first_epoch(phase)) for phase in record.phases] == [(0, 2, 0), (2, 3, 1), (5, 14, 2)]
-    best = record.phases[-1].best()
+    best = record.phases[-1].kept()
     assert best is not None
     top1 = percent(float(record.phases[-1].val["top1"][best]), 2).replace("\u00a0", " ")
     assert "The run evaluated these weights (precision no) on all 360" in page.text

@@ -59,6 +59,7 @@ def test_wandb_offline_is_one_run_over_resumes_and_never_goes_back(tmp_path: Pat
     second = make_tracker(run_dir, resume_step=8, history_offset=offset)  # not even the id was remembered by a checkpoint
     assert second.wandb_id == first.wandb_id
     log_steps(second, 9, 20)
+    second.test(phase="head", epoch=0, step=20, loss=0.25, top1=0.75, top5=1.0, num_samples=40)
     second.close("done")
     assert capfd.readouterr() == ("", ""), "wandb itself is silent"
     assert re.search(r"^wandb: \S*/digits/wandb/offline-run-\S+ \(`wandb sync` uploads it\)$", err.getvalue(), re.MULTILINE)
@@ -78,10 +79,11 @@ def test_wandb_offline_is_one_run_over_resumes_and_never_goes_back(tmp_path: Pat
         "epoch": 0,
         "train/images_per_second": 100,
     }
+    tested = {"top1": 0.75, "top5": 1.0, "loss": 0.25, "num_samples": 40}
+    assert {name: rows[19][f"test/{name}"] for name in tested} == {name: runs[1]["summary"][f"test/{name}"] for name in tested} == tested
     assert runs[1]["summary"]["head/top1"] == 0.2
-    assert [(line["event"], line["step"]) for line in lines(run_dir / "history.jsonl")] == [
-        (event, step) for step in range(1, 21) for event in (("train", "val") if step % 10 == 0 else ("train",))
-    ]
+    logged = [(event, step) for step in range(1, 21) for event in (("train", "val") if step % 10 == 0 else ("train",))]
+    assert [(line["event"], line["step"]) for line in lines(run_dir / "history.jsonl")] == [*logged, ("test", 20)]
 
 
 def test_a_fresh_run_in_an_old_folder_is_another_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
