@@ -59,6 +59,7 @@ class World:
             (self.template / name).symlink_to(ROOT / name)
         _make_images(self.template)
         _make_weights(self.template, folder / "torch/hub/checkpoints")
+        (self.template / "my_augment.py").write_text("def colours(image):\n    return 255 - image\n")
         (self.template / "lr.txt").write_text("--phases.all.lr 0.003\n--phases.all.lr 0.01\n--phases.all.lr 0.03 --run.seed 1\n")
         shutil.copy(self.template / "lr.txt", self.template / "settings.txt")
         self.environment = {

@@ -48,6 +48,7 @@ NOT_RUN = {
 # Commands in sentences that name an option or a way of using one, rather than what to type.
 SPOKEN = {
     "dtl train --config finetune",
+    "dtl train --data.train photos.zip",
     "dtl evaluate --json",
     "dtl export --to onnx",
     "dtl pack --short-side 256",

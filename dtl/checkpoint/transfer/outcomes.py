@@ -205,7 +205,7 @@ class _Settlement:
 
     def _ties(self) -> None:
         for name, first in self.target.ties.items():
-            if name in self.matches and self.matches[name].evidence == "name" and first in self.matches:
+            if name in self.matches and self.matches[name].evidence in ("name", "map") and first in self.matches:
                 continue  # the source has it under both names too; the values are compared before they are loaded
             if first in self.matches:
                 self.matches[name] = self.matches[first]

@@ -133,6 +133,8 @@ def test_tied_tensors_are_loaded_once_and_must_agree() -> None:
     assert target.b.weight is target.a.weight
     once = {name: value for name, value in source.state_dict().items() if name != "b.weight"}
     assert load_pretrained(Tied(), once).coverage == 1.0
+    with pytest.raises(TransferRefused, match=r"a.weight and b.weight share one tensor in this network, but the source has two different ones"):
+        load_pretrained(Tied(), {**source.state_dict(), "b.weight": torch.ones(4, 4)})
 
 
 def test_an_untrained_source_is_told(source: Net) -> None:
