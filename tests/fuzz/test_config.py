@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtl.config import Config, flat, load_config, resolve_config
+from dtl.config.models import sides
 from dtl.config.own import needs_record, parse_stored
 from dtl.data.remote.address import is_remote
 from dtl.errors import UserError
@@ -92,7 +93,8 @@ def test_a_stored_config_is_harmless(options: dict[str, Any]) -> None:
     assert not any(is_remote(one) for one in (data.train, data.val, data.test, data.names) if one is not None)
     assert (data.allow_pipe, data.cache_dir) == (False, None)
     assert data.workers == "auto" or data.workers <= 8
-    assert data.image_size <= 4096
+    assert data.image_size == "auto" or max(sides(data.image_size)) <= 4096
+    assert data.augment.function is None
     assert all("/" not in name and name.isprintable() for name in stored.config.phases)
     assert not needs_record(stored.config) or ":" in stored.config.model.name
 
