@@ -109,7 +109,8 @@ def partition(num_samples: int, num_shards: int) -> float:
     for step in (0, plan.num_steps // 2, plan.num_steps - 1):
         taken = np.full(np.diff(plan.step_bounds(step))[0], -1, np.int64)
         for rank in range(RANKS):
-            loader = StepLoader(None, None, plans=lambda epoch: plan, layout=layout, rank=rank, image_size=8, seed=0, workers=WORKERS)  # type: ignore[arg-type]
+            no_data: Any = None
+            loader = StepLoader(no_data, no_data, dataset=object(), plans=lambda epoch: plan, layout=layout, rank=rank, image_size=8, seed=0, workers=WORKERS)
             # torch gives request i to loader process i % WORKERS.
             requests = list(_Requests(loader, plan.epoch, step, 1, None))
             for worker in range(WORKERS):

@@ -376,7 +376,11 @@ class Watchdog:
                 if loss is None and (gone := self._gone(everyone=self.rank < _READERS or age > INTERVAL)):
                     loss = self._notes.declare(self._loss_of(gone))
             except RuntimeError:
-                return _NO_MAIN if self._reports_without_store() else ""
+                if not self._reports_without_store():
+                    return ""
+                if self._here.keys() - self._ended_here():
+                    time.sleep(3.0)  # ranks of this machine must have had their look: who has left before it would be one that is lost, too
+                return _NO_MAIN
             if loss is not None:
                 return loss.line if loss.reporter == self.rank else ""
             time.sleep(0.2)

@@ -31,7 +31,7 @@ find-lr --config {}; find-lr --config finetune --data.train {} --data.retries 0;
 train {}; train --config {}; train --run.dir {}; train --run.name {}; train --model.name {}; train --data.workers {}; train --{} x; train --data.cache_dir {}
 train --data.names {} --data.train photos; train --data.test {} --data.train photos; train --data.train photos --data.group {}
 train --data.train photos --data.group.file {}; train --data.train photos --run.profile {}; train --phases.all.train {} --transfer.source {} --run.seed x
-folds --config {}; folds --data.train {} --config finetune; folds --folds {}; folds --json {}/x
+folds --config {}; folds --data.train {} --config finetune --data.retries 0; folds --folds {}; folds --json {}/x
 models {}; completion {}; doctor {}; doctor --run-dir {} --quick; doctor --workers {}; doctor --config {}
 {}; --{}
 """
