@@ -24,9 +24,9 @@ from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UnreachableSample, UserError
+from dtl.optim.losses import Loss
 from dtl.runs.predictions import ImagePredictions
 from dtl.training.evaluate import ForwardPass, Outputs, PredictionRows, Sums, first_greatest, reduce_sums
-from dtl.training.losses import Loss
 from dtl.training.metrics import Ranking, Scores
 from dtl.training.phases import Task
 

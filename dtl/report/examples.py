@@ -31,6 +31,7 @@ from dtl.keyed import permutation, uniform
 from dtl.models.build import build as build_model
 from dtl.models.model_json import read_model_json
 from dtl.models.preprocessing import Preprocessing
+from dtl.optim.losses import Loss
 from dtl.report.record import RunRecord
 from dtl.report.style import percent
 from dtl.runs.predictions import ImagePredictions
@@ -38,7 +39,6 @@ from dtl.text import Log, to_nobody
 from dtl.training import build
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass, PredictionRows, Sums
-from dtl.training.losses import Loss
 from dtl.training.phases import Phase, Task, task_named
 from dtl.untrusted import read_json
 

@@ -28,11 +28,11 @@ from dtl.models.groups import layer_groups
 from dtl.models.norms import gathering_norms, plain_norms, synchronise_norms
 from dtl.models.strict_load import check_tensors
 from dtl.optim.groups import build_groups, build_optimizer
+from dtl.optim.losses import Loss, build_loss, class_weights
 from dtl.optim.schedule import Schedule, lr_at, schedule_of
 from dtl.runs.predictions import ImagePredictions
 from dtl.text import counted
 from dtl.training.keep import Evaluated, PairedError, choose
-from dtl.training.losses import Loss, build_loss, class_weights
 from dtl.training.phases import Phase
 
 SYNC_BN_BELOW = 16

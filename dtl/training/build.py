@@ -38,10 +38,10 @@ from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.models.network import Normalise, to_device
 from dtl.models.preprocessing import Preprocessing
+from dtl.optim.losses import class_weights
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
 from dtl.training.dataloaders import DataLoaders, choose_workers, rank_cores
-from dtl.training.losses import class_weights
 from dtl.training.metrics import check_monitor
 from dtl.training.phases import Phase, plan_phases
 

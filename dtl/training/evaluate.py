@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.network import Network, Normalise, eval_mode, forward_logits, to_device
+from dtl.optim.losses import Loss
 from dtl.runs.predictions import ImagePredictions
-from dtl.training.losses import Loss
 from dtl.training.phases import Task
 
 

@@ -28,6 +28,7 @@ from dtl.intervals import Bootstrap, Interval, accuracy_interval
 from dtl.models.build import Network
 from dtl.models.network import Normalise
 from dtl.models.strict_load import strict_load
+from dtl.optim.losses import build_loss
 from dtl.runs.bad_samples import BadSamples
 from dtl.runs.predictions import ImagePredictions
 from dtl.runs.trace import open_trace
@@ -37,7 +38,6 @@ from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import PredictionRows, evaluate
 from dtl.training.features import PhaseFeatures
 from dtl.training.keep import ImageResults, PairedError
-from dtl.training.losses import build_loss
 from dtl.training.metrics import Monitored, monitored_in
 from dtl.training.phases import Judgement, Phase, judge, note_kept, note_result
 from dtl.training.session import Session

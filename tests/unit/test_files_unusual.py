@@ -28,7 +28,7 @@ from dtl.data.wds.labels import read_classes
 from dtl.errors import UserError
 from dtl.files import hash_file
 from dtl.inference.images import find_images
-from dtl.training.losses import _weights_of_file
+from dtl.optim.losses import _weights_of_file
 
 UNUSUAL: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtl.training.losses import build_loss
+from dtl.optim.losses import build_loss
 from dtl.training.step import _weighted_sum
 
 

@@ -1,4 +1,4 @@
-"""dtl.training.losses: against torch's own, against the formula, at the edges, and with a global denominator."""
+"""dtl.optim.losses: against torch's own, against the formula, at the edges, and with a global denominator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dtl.config import PhaseConfig
 from dtl.errors import UserError
-from dtl.training.losses import LOSSES, build_loss, class_weights
+from dtl.optim.losses import LOSSES, build_loss, class_weights
 
 
 def _data(num_samples: int = 12, num_classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
