@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -170,6 +170,13 @@ class OptionParser(argparse.ArgumentParser):
             message = f"unknown option {word}" if word.startswith("-") else f"{word} is not expected here"
             hint = self._meant(word)
         raise UserError(f"{message}{hint} ({self.prog} --help lists the options)")
+
+    def refuse_unknown(self, rest: Sequence[str], sections: Container[str]) -> None:
+        """Of the words that are no options of the command, those must be a config's: with a dot, or the name of one of its `sections`."""
+        for word in rest:
+            name = word.partition("=")[0]
+            if name.startswith("--") and "." not in name and name[2:] not in sections:
+                self.error(f"unrecognized arguments: {word}")
 
     def _meant(self, word: str) -> str:
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]

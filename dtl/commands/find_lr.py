@@ -40,10 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(list(arguments))
     from dtl.config import Config, load_config
 
-    for word in rest:
-        name = word.partition("=")[0]
-        if name.startswith("--") and "." not in name and name[2:] not in Config.model_fields:
-            parser.error(f"unrecognized arguments: {word}")
+    parser.refuse_unknown(rest, Config.model_fields)
     config, name = load_config([*(["--config", options.config] if options.config else []), *rest])
     if options.phase is not None and options.phase not in config.phases:
         raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")

@@ -39,10 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(list(arguments))
     from dtl.config import Config, load_config
 
-    for word in rest:
-        name = word.partition("=")[0]
-        if name.startswith("--") and "." not in name and name[2:] not in Config.model_fields:
-            parser.error(f"unrecognized arguments: {word}")
+    parser.refuse_unknown(rest, Config.model_fields)
     if options.fold is not None and options.fold > options.folds:
         raise UserError(f"--fold {options.fold}: there are {options.folds} folds (--folds)")
     if options.json not in (None, "-") and not user_path(options.json).absolute().parent.is_dir():
@@ -125,7 +122,7 @@ def _write(folds: Folds, found: Together, options: argparse.Namespace) -> None:
     make_folds_page(folds.folder, found.values, found.seen.predictions.labels, found.seen.predictions.predicted)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = OptionParser(prog="dtl folds", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the recipe; its keys are options too: --section.key VALUE (default: the built-in digits)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -38,8 +39,9 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
 
 def raised(error: BaseException) -> str:
     """An error of the user's code in one line: its type, its text and the last line of code outside torch and dtl."""
-    torch = [os.path.dirname(str(sys.modules["torch"].__file__)) + os.sep] if "torch" in sys.modules else []
-    libraries = ("<frozen ", *torch, os.path.dirname(os.path.dirname(__file__)) + os.sep, importlib.__path__[0] + os.sep)
+    torch = importlib.util.find_spec("torch")
+    places = [*((torch and torch.submodule_search_locations) or ()), os.path.dirname(os.path.dirname(__file__)), importlib.__path__[0]]
+    libraries = ("<frozen ", *(place + os.sep for place in places))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{' '.join(f'{type(error).__name__}: {error}'.split())}{place}"
@@ -48,9 +50,10 @@ def raised(error: BaseException) -> str:
 def code_sha256(name: str, what: str) -> str:
     """Of the files of the module that is named, and of that which defines the function if it is another one. UserError as `import_function`."""
     function = import_function(name, what)
-    files = {getattr(sys.modules[name.partition(":")[0]], "__file__", None)}
-    with suppress(TypeError):  # an object that can be called, or a builtin
-        files.add(inspect.getsourcefile(inspect.unwrap(function)))
+    files = set()
+    for defined in (importlib.import_module(name.partition(":")[0]), inspect.unwrap(function)):
+        with suppress(TypeError):  # an object that can be called, or a builtin
+            files.add(inspect.getsourcefile(defined))
     digest = hashlib.sha256()
     for file in sorted(file for file in files if file is not None):
         with suppress(OSError):
