@@ -76,6 +76,16 @@ def _names_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, Path)) and not isinstance(value, bool) else value
 
 
+def _no_single_text(value: Any) -> Any:
+    """A text is a sequence of its letters, and nobody means those."""
+    if isinstance(value, str):
+        raise ValueError(f"must be a list: ['{value}']")
+    return value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_no_single_text)]
+
+
 def check_device(value: Any) -> Any:
     """ValueError for a device that dtl does not use, by its name; any other value as it is."""
     kind, colon, number = str(value).lower().partition(":")
@@ -101,7 +111,7 @@ def arguments_checked() -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"][:1]))
+        name = ".".join(map(str, first["loc"][: 2 if first["loc"][:1] == ("fill",) else 1]))
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         raise UserError(f"{name}{': ' if name else ''}{in_words(first)}{got}") from None
 
@@ -348,7 +358,7 @@ class TransferOptions(Section):
     """If a pair is not certain. error: refuse the transfer; fresh: leave those layers at their initial values."""
     min_coverage: Fraction = 0.6
     """Refuse the transfer if a smaller share of the convolution and linear layers would be used, of the network or of the source."""
-    ignore: tuple[str, ...] = ()
+    ignore: Patterns = ()
     """Patterns of names in the source (`decoder.*`) to leave out: not loaded, and not counted by min_coverage."""
     keep_head: Literal["auto", "rows"] | bool = "auto"
     """auto: load the source's head if it is for exactly the same classes; rows: choose its rows by class names."""

@@ -19,7 +19,7 @@ from dtl.checkpoint.transfer.adapt import apply_transform
 from dtl.checkpoint.transfer.outcomes import Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
-from dtl.config.models import FillConfig, ImageSize, TransferBy, TransferOptions, arguments_checked
+from dtl.config.models import ImageSize, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import TransferRefused, UserError, printable
 from dtl.files import sha256_of_tensors, write_json_whole, write_whole, written
 
@@ -55,17 +55,19 @@ def load_pretrained(
     """
     started = time.perf_counter()
     with arguments_checked():
-        options = TransferOptions(
-            by=by,
-            assume_order=assume_order,
-            on_ambiguous=on_ambiguous,
-            min_coverage=min_coverage,
-            ignore=tuple(ignore),
-            keep_head="auto" if keep_head is None else keep_head,
-            head_rows=head_rows,
-            source_classes=source_classes,
-            fill=FillConfig(**dict(fill or {})),
-            fold_norms=fold_norms,
+        options = TransferOptions.model_validate(
+            {
+                "by": by,
+                "assume_order": assume_order,
+                "on_ambiguous": on_ambiguous,
+                "min_coverage": min_coverage,
+                "ignore": ignore,
+                "keep_head": "auto" if keep_head is None else keep_head,
+                "head_rows": head_rows,
+                "source_classes": source_classes,
+                "fill": {} if fill is None else fill,
+                "fold_norms": fold_norms,
+            }
         )
     weights = read_weights(source, key=key)
     plan = plan_weights(
@@ -165,6 +167,8 @@ def _unusable(tensor: torch.Tensor, target: torch.Tensor) -> str | None:
     """Why a source tensor's values cannot be read as they are."""
     if tensor.is_meta:
         return "has no values (meta device)"
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return f"has dtype {tensor.dtype}, whose values mean something with their scale only; convert it to float16 or float32 first".replace("torch.", "")
     if tensor.is_quantized or (target.is_floating_point() and not tensor.is_floating_point()):
         return f"has dtype {tensor.dtype} (quantised, or not a weight); convert it to floating point first".replace("torch.", "")
     return None
@@ -231,7 +235,7 @@ def _unchecked(weights: SourceWeights) -> tuple[str, ...]:
 def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:
     """A network that never saw data has running means of zero."""
     means = [weights.tensors[o.sources[0]] for o in plan.outcomes if o.target and o.target.endswith("running_mean") and len(o.sources) == 1]
-    if means and not any(bool(mean.any()) for mean in means):
+    if means and plan.ok and not any(bool(mean.any()) for mean in means):
         return ("the source looks untrained: all of its running means are zero",)
     return ()
 

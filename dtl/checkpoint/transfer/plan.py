@@ -26,7 +26,7 @@ from dtl.checkpoint.transfer.match.evidence import Clash, Flag, Match, Matching
 from dtl.checkpoint.transfer.outcomes import HeadClasses, Outcome, set_aside, settle
 from dtl.checkpoint.transfer.source.class_names import read_class_names, read_head_rows
 from dtl.checkpoint.transfer.source.read import SourceWeights
-from dtl.config.models import FillConfig, ImageSize, TransferBy, TransferOptions, arguments_checked
+from dtl.config.models import ImageSize, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import UserError
 
 
@@ -127,17 +127,19 @@ def plan_transfer(
     Raises UserError on contradictory arguments; a plan that must not be applied is returned with `refusals`.
     """
     with arguments_checked():
-        options = TransferOptions(
-            by=by,
-            assume_order=assume_order,
-            on_ambiguous=on_ambiguous,
-            min_coverage=min_coverage,
-            ignore=tuple(ignore),
-            keep_head="auto" if keep_head is None else keep_head,
-            head_rows=head_rows,
-            source_classes=source_classes,
-            fill=FillConfig(**dict(fill or {})),
-            fold_norms=fold_norms,
+        options = TransferOptions.model_validate(
+            {
+                "by": by,
+                "assume_order": assume_order,
+                "on_ambiguous": on_ambiguous,
+                "min_coverage": min_coverage,
+                "ignore": ignore,
+                "keep_head": "auto" if keep_head is None else keep_head,
+                "head_rows": head_rows,
+                "source_classes": source_classes,
+                "fill": {} if fill is None else fill,
+                "fold_norms": fold_norms,
+            }
         )
     target = target_of(model, image_size=image_size, trace=trace)
     classes = HeadClasses(source_classes, target_classes, read_head_rows(head_rows, "head_rows") if head_rows else None)

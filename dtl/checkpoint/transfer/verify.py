@@ -101,7 +101,7 @@ def randomise(module: nn.Module, *, seed: int = 0) -> None:
             elif value.dim() == 1 and name.endswith("weight"):
                 value.copy_(1 + 0.2 * noise)
             else:
-                value.copy_(noise * (value[0].numel() ** -0.5 if value.dim() > 1 else 0.2))
+                value.copy_(noise * (max(1, value.numel() // max(1, len(value))) ** -0.5 if value.dim() > 1 else 0.2))
 
 
 def _by_plan_names(plan: TransferPlan, source: nn.Module) -> dict[str, torch.Tensor]:

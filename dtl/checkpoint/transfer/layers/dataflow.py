@@ -286,7 +286,7 @@ def links_by_names(layers: Sequence[Layer]) -> dict[int, int]:
     layer of a module with as many outputs (`conv_stem` and `bn1`), if no other norm there has that size."""
     inside: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
-        if layer.kind in (*WEIGHTED, *NORMS) and not layer.flat:
+        if layer.kind in (*WEIGHTED, *NORMS) and layer.shape and not layer.flat:
             inside[layer.path.rpartition(".")[0]].append(layer)
     links = {}
     for siblings in inside.values():

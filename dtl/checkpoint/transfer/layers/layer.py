@@ -6,6 +6,7 @@ layers the tensors are paired by role, so that a bias cannot end up as another l
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,13 +266,15 @@ def looks_sorted(specs: Sequence[TensorSpec]) -> bool:
     return len(names) > 8 and names == sorted(names)
 
 
-_HEAD_WORDS = ("head", "heads", "fc", "classifier", "linear", "last_linear", "logits", "output", "out", "cls")
+_HEAD_WORDS = ("head", "heads", "head_dist", "fc", "classifier", "classif", "linear", "last_linear", "logits", "output", "out", "cls")
 
 
 def head_layers(layers: Sequence[Layer], heads: Sequence[str] | None) -> list[Layer]:
     """The head's layers: those inside the modules named in `heads`, else found. UserError on a name that holds no layer."""
     if heads is None:
         return detect_heads(layers)
+    if isinstance(heads, str):
+        raise UserError(f"heads: must be a list: ['{heads}']")
     found = []
     for head in heads:
         inside = [layer for layer in layers if layer.path == head or layer.path.startswith(head + ".")]
@@ -291,12 +294,31 @@ def detect_heads(layers: Sequence[Layer]) -> list[Layer]:
         return []
     called = [layer for layer in weighted if layer.kind == "linear" and _called_head(layer.path.split(".")[0]) and not _auxiliary(layer.path)]
     last = called[-1] if called and weighted[-1].kind == "linear" and not _called_head(weighted[-1].path) else weighted[-1]
+    if _sorted(layers):
+        named = _top_heads(weighted)
+        if not named:
+            return []
+        last = named[-1]
     if last.kind == "conv" and not _called_head(last.path):
         return []
     if last.kind == "linear" and len(last.shape) != 2:
         return []
     outputs = last.shape[0]
     return [layer for layer in weighted if layer is last or (layer.shape[0] == outputs and _auxiliary(layer.path) and _called_head(layer.path))]
+
+
+def _sorted(layers: Sequence[Layer]) -> bool:
+    paths = [layer.path for layer in layers]
+    return len(paths) > 4 and paths == sorted(paths)
+
+
+def _top_heads(weighted: Sequence[Layer]) -> list[Layer]:
+    """The layers whose top module, below the modules around all of them, is called a head. Sorted names (safetensors) say nothing else of what comes
+    last: a ViT's patch embedding does."""
+    shared = os.path.commonprefix([f"{layer.path.rpartition('.')[0]}." for layer in weighted])
+    inside = len(shared[: shared.rfind(".") + 1].lstrip("."))
+    named = [layer for layer in weighted if _called_head(layer.path[inside:].split(".")[0]) and not re.search(r"aux|\bpre_", layer.path.lower())]
+    return [layer for layer in named if layer.kind == "linear"] or named
 
 
 def _called_head(path: str) -> bool:

@@ -373,9 +373,14 @@ def _choose(candidates: dict[str, int], origin: str) -> str:
     # As many tensors, or nearly: a second network of the same kind (an average of weights, a teacher).
     rivals = [container for container, count in candidates.items() if count >= 0.9 * most and (count > 4 or count == most)]
     if len(rivals) > 1:
-        named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')})" for container in rivals)
-        raise UserError(f"{origin}: contains {named}; choose one, for instance source: {origin}#{rivals[0]}")
+        named = " and ".join(f"'{container}' ({counted(candidates[container], 'tensor')}{_averaged(container)})" for container in rivals)
+        raise UserError(f"{origin}: contains {named}; choose one: {' or '.join(f'source: {origin}#{container}' for container in rivals)}")
     return rivals[0]
+
+
+def _averaged(container: str) -> str:
+    """Of the names that training programs give to a moving average of the weights (timm's state_dict_ema)."""
+    return ", a moving average of the weights" if "ema" in re.split(r"[^a-z]+", container.lower()) or "averaged" in container.lower() else ""
 
 
 def by_key(content: Any, key: str, origin: str) -> dict[str, torch.Tensor]:

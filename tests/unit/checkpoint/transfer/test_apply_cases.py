@@ -19,5 +19,5 @@ def test_advice_is_read_as_it_is_written() -> None:
     assert advice("to decide it, write into a map: a.weight: {source: b.weight, transform: squeeze}") == {
         "mapping": {"a.weight": {"source": "b.weight", "transform": "squeeze"}}
     }
-    assert advice("choose one, for instance source: x/best.pth#model_ema") == {"key": "model_ema"}
+    assert advice("choose one: source: x/best.pth#model_ema or source: x/best.pth#model") == {"key": "model_ema"}
     assert advice("nothing matches") == {}

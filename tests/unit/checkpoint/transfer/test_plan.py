@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import random
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_networks import net
 from torch import nn
 from transfer_networks import RandomNetwork, edit, random_plan, rename, truth
 
+from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.transfer.plan import plan_transfer
+from dtl.errors import UserError
 
 EDITS = ("insert", "delete", "width", "classes", "permute")
 NAMES = ("keep", "wrap", "words", "hash parts", "hash")
@@ -177,3 +181,21 @@ def test_a_shortcut_is_what_is_left_of_a_block_whose_other_layers_stand(first: b
     assert {t: s for t, s in plan.pairs.items() if s != there(t)} == {}
     assert plan.ok, plan.refusals
     assert plan.coverage == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_ambiguous": "eror"}, r"on_ambiguous: must be 'error' or 'fresh' \(got 'eror'\)"),
+        ({"keep_head": "maybe"}, r"keep_head: must be 'auto' or 'rows'"),
+        ({"fill": {"conv_bias": "ones"}}, r"fill\.conv_bias: must be 'keep' or 'zero' \(got 'ones'\)"),
+        ({"fill": {"bias": "zero"}}, r"fill\.bias: "),
+        ({"fill": "zero"}, r"fill: "),
+        ({"ignore": "decoder.*"}, r"ignore: must be a list: \['decoder\.\*'\]"),
+        ({"heads": "fc"}, r"heads: must be a list: \['fc'\]"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    for call in (lambda: plan_transfer(net().state_dict(), net(), **options), lambda: load_pretrained(net(), net().state_dict(), **options)):
+        with pytest.raises(UserError, match=f"^{message}"):
+            call()
