@@ -6,10 +6,10 @@ layers the tensors are paired by role, so that a bias cannot end up as another l
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import isqrt, prod
 from typing import TYPE_CHECKING
 
@@ -315,9 +315,8 @@ def _sorted(layers: Sequence[Layer]) -> bool:
 def _top_heads(weighted: Sequence[Layer]) -> list[Layer]:
     """The layers whose top module, below the modules around all of them, is called a head. Sorted names (safetensors) say nothing else of what comes
     last: a ViT's patch embedding does."""
-    shared = os.path.commonprefix([f"{layer.path.rpartition('.')[0]}." for layer in weighted])
-    inside = len(shared[: shared.rfind(".") + 1].lstrip("."))
-    named = [layer for layer in weighted if _called_head(layer.path[inside:].split(".")[0]) and not re.search(r"aux|\bpre_", layer.path.lower())]
+    shared = list(takewhile(lambda words: len(set(words)) == 1, zip(*(layer.path.split(".")[:-1] for layer in weighted))))
+    named = [layer for layer in weighted if _called_head(layer.path.split(".")[len(shared)]) and not re.search(r"aux|\bpre_", layer.path.lower())]
     return [layer for layer in named if layer.kind == "linear"] or named
 
 
