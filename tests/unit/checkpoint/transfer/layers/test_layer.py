@@ -19,7 +19,7 @@ def test_the_head_is_found_under_sorted_names() -> None:
     """As safetensors writes them: a ViT's patch embedding comes last, and a prefix stands before all."""
     for prefix in ("", "model."):
         names = ["head.bias", "head.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "head.pre_logits.fc.weight", "patch_embed.proj.weight"]
-        shapes = {"head.bias": (5,), "patch_embed.proj.weight": (8, 3, 4, 4)}
+        shapes = {"head.bias": (5,), "head.pre_logits.fc.weight": (8, 8), "patch_embed.proj.weight": (8, 3, 4, 4)}
         specs = [TensorSpec(prefix + name, shapes.get(name, (5, 8))) for name in sorted(names)]
         assert [layer.path for layer in detect_heads(layers_of(specs))] == [f"{prefix}head"]
     specs = [TensorSpec(f"classifier.1.{word}", (5,) if word == "bias" else (5, 8, 1, 1)) for word in ("bias", "weight")]
