@@ -110,3 +110,17 @@ def before_the_first_step_of_the_second_phase(number: int = signal.SIGKILL) -> N
         return real(self, phase, stream)
 
     Trainer._next = load  # type: ignore[method-assign]
+
+
+def at_a_step() -> None:
+    """After step KILL_AT, before anything that is due then."""
+    from dtl.training.loop import Trainer
+
+    real = Trainer._after_step
+
+    def after_step(self: Any, *given: Any, **more: Any) -> None:
+        if self.state.step == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *given, **more)
+
+    Trainer._after_step = after_step  # type: ignore[method-assign]

@@ -78,7 +78,7 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
         log(f"data: {counted(shards.num_samples, f'{split} image')} of {counted(shards.num_classes, 'class')} in {shards.folder}")
         with runtime.together("data"):
             _fetch_all(shards, log)
-    log(network.preprocessing.line(cropped=build.crop_matters(config)))
+    log(build.delivered(config, network.preprocessing).line(cropped=build.crop_matters(config)))
     log(loaders.evaluation_view)
     log(f"network: {network.name}, {sum(parameter.numel() for parameter in network.module.parameters()):,} parameters")
     build.check_phases(parts.phases, network, loaders, runtime, monitor=config.checkpoint.monitor)
@@ -91,15 +91,16 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
     checkpointed = "; less with model.checkpoint_activations" if config.model.checkpoint_activations else ""
     memories: dict[tuple[object, ...], str] = {}
     for phase in parts.phases:
+        loaders.use(phase)
         with runtime.together("phases"):
             set_head(network, phase, init=config.model.init, seed=config.run.seed)
             trained = trained_names(network, phase, image_size=loaders.image_size, log=log)
             freeze(network.module, trained, freeze_norm=config.model.freeze_norm)
             size = loaders.layout(phase).micro_batch_size
-            kind = (trained, phase.task.name, size, phase.config.optimizer, bool(phase.config.ema))
+            kind = (trained, phase.task.name, size, loaders.image_size, phase.config.optimizer, bool(phase.config.ema))
             if kind not in memories:
                 memories[kind] = memory(network, phase, size, loaders.image_size)
-        log(phase_line(phase, network.module))
+        log(phase_line(phase, network.module, loaders.image_size if loaders.views else None))
         log(f"phase {phase.name}: memory of each of {counted(runtime.world_size, 'process')} in float32, about {memories[kind]}{checkpointed}")
 
 

@@ -91,9 +91,9 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
 
 def _size_of(model: ModelConfig) -> ImageSize:
     """Of the images of this network's published weights; another source of weights may have been trained at another size."""
-    from dtl.models.build import build
+    from dtl.models.build import build, options_of
 
-    return build(model.name, num_classes=10, options=dict(model.options), meta=True, own=True).preprocessing.image_size
+    return build(model.name, num_classes=10, options=options_of(model), meta=True, own=True).preprocessing.image_size
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -122,9 +122,10 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         weights = build.read_pretrained(config, network, runtime)
         with runtime.together("model"):
             found = build.with_settings(config, preprocessing_for(network.preprocessing, weights))
-        network = build.network_for(found, config, network, runtime)
+        network = build.network_for(found, config, network, runtime, pretrained=weights is not None)
         loaders = build.build_dataloaders(config, runtime, data, network)
         phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)
+        loaders.use(phase)
         build.load_pretrained(config, network, runtime, train, log, weights=weights)
         normalise = build.place_network(config, network, runtime)
         set_head(network, phase, init=config.model.init, seed=config.run.seed)

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="a recipe: its model, transfer and classes of data.train; the options here, and --section.key VALUE, replace them")
     add("--model", help="the network that gets the weights: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
     add("--model.options", metavar="MAPPING", dest="model_options", help="arguments of the network's constructor, such as '{num_blocks: 2}'")
+    add("--model.pool", choices=("token", "avg", "token+avg"), dest="model_pool", help="what the head of a vision transformer sees (as in a config)")
     add("--source", help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY selects one of several state dicts")
     add("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
     add("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file with one name per line, an image folder, packed shards")
@@ -113,6 +114,7 @@ def run(argv: Sequence[str]) -> int:
 def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
     from dtl.checkpoint.transfer.source.hubs import source_named
     from dtl.config.models import TransferOptions, arguments_checked
+    from dtl.models.build import options_of
     from dtl.models.catalog import find
 
     config = _config(options, rest)
@@ -144,7 +146,7 @@ def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
         classes = _classes_of_data(config.data)
     return _Wanted(
         model=model,
-        model_options=config.model.options,
+        model_options=options_of(config.model.model_copy(update={"name": model})),
         source=source_named(source, find(model, own=True).name, named=model) if source == "pretrained" else source,
         map=map_file,
         source_arch=options.source_arch or (of_recipe.source_arch if of_recipe else None),
@@ -163,6 +165,8 @@ def _config(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     arguments = ["--config", options.config, *rest] if options.config else []
     if options.model_options is not None:
         arguments += ["--model.options", options.model_options]
+    if options.model_pool is not None:
+        arguments += ["--model.pool", options.model_pool]
     if options.config and (options.classes or options.num_classes):
         arguments += ["--data.train", "digits"]  # never opened: its classes are given
     return load_config(arguments)[0]
@@ -215,7 +219,7 @@ def _network(wanted: _Wanted, weights: SourceWeights, *, meta: bool) -> Network:
 
     network = again(wanted.model_options)
     found = preprocessing_for(network.preprocessing, weights)
-    network = sized(network, wanted.image_size or size_in(wanted.model_options) or found.image_size, again)
+    network = sized(network, wanted.image_size or size_in(wanted.model_options) or found.image_size, again, pretrained=True)
     network.preprocessing = found
     return network
 

@@ -178,6 +178,7 @@ class AugmentConfig(Section):
 
 
 Fit = Literal["crop", "stretch", "pad"]
+Pool = Literal["token", "avg", "token+avg"]
 
 
 class GroupConfig(Section):
@@ -321,6 +322,9 @@ class ModelConfig(Section):
     """Initialisation of new layers, or of the whole network if no weights are transferred."""
     options: dict[str, Any] = {}
     """Keyword arguments for the network's constructor."""
+    pool: Pool | None = None
+    """What the head of one of timm's vision transformers sees: the class token, the mean of the patch tokens, or both one behind the other (DINOv2's linear
+    evaluation). By default what the network itself does."""
     freeze_norm: bool = True
     """Freeze the running statistics of normalisation layers in frozen parts; false: they are updated with the new images."""
     sync_bn: Literal["auto"] | bool = "auto"
@@ -403,6 +407,9 @@ class PhaseConfig(Section):
     """Duration in epochs; fractions are allowed."""
     steps: Count | None = None
     """Duration in steps, instead of epochs."""
+    image_size: Annotated[Side | tuple[Side, Side] | None, AfterValidator(_square_as_one)] = None
+    """Size of the input images in this phase, as in `data.image_size`, which is the default. A phase trains and evaluates at its size; the model has that of
+    the last phase."""
     lr: NotNegative = 0.01
     """Learning rate."""
     head_lr_scale: NotNegative = 1.0

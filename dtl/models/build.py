@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from shlex import quote
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
 from dtl.config.functions import raised
-from dtl.config.models import ImageSize, as_size, shown_size, sides
+from dtl.config.models import ImageSize, ModelConfig, Pool, as_size, shown_size, sides
+from dtl.config.own import is_function
 from dtl.errors import UserError
 from dtl.models import catalog
 from dtl.models.catalog import model_names
+from dtl.models.hub import hub_name
 from dtl.models.init import Init, initialize
 from dtl.models.meta import build_on_meta, meta_copy
 from dtl.models.network import Network, forward_logits, num_outputs
@@ -32,6 +34,8 @@ __all__ = ["Network", "Preprocessing", "build", "forward_logits", "model_names",
 
 # What constructors call the size of the images: timm's; torchvision's ViT; its MaxViT.
 _SIZE_OPTIONS = ("img_size", "image_size", "input_size")
+# With which constructors make a network that takes any size: timm's ViTs, which then resize their table at each step; its Swin.
+_ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 # A prime that is no width of any network we know.
 _SENTINEL_CLASSES = 1511
 # Options of a network that only a file names. The largest networks there are have 12,288 features and 3,000 layers.
@@ -50,7 +54,7 @@ def build(
 ) -> Network:
     """Build the network `name`, newly initialised.
 
-    `options` go to its constructor, except `head`: the dotted name of the head's layer, for a function whose head is not found.
+    `options` go to its constructor, except `head`: the dotted name of the head's layer, for a function whose head is not found, and `pool`: see `model.pool`.
     With `meta` all tensors are on the meta device: for plans and tables that need no memory.
     `own`: the user has named it, or trusts who did. Otherwise it must be in a catalogue, and have plain options of sensible size and at most `max_values`
     parameters.
@@ -61,7 +65,10 @@ def build(
         raise UserError(f"model.init must be default, xavier or kaiming, not {init!r}")
     entry = catalog.find(name, own=own)
     options = {**entry.options, **(options or {})}
-    arguments = {key: value for key, value in options.items() if key != "head"}
+    pool = None if entry.library == "function" else options.get("pool")
+    if pool not in (None, *get_args(Pool)):
+        raise UserError(f"model {name!r}: the option pool is {pool!r}; it must be one of {', '.join(get_args(Pool))}")
+    arguments = {key: value for key, value in options.items() if key != "head" and not (key == "pool" and entry.library != "function")}
     bounded = not own and bool(arguments)
     if bounded:
         _check_sizes(entry.name, arguments)
@@ -79,11 +86,66 @@ def build(
         preprocessing = replace(preprocessing, image_size=given)
     heads = _find_heads(entry, module, construct, options, image_size=preprocessing.image_size)
     network = Network(module=module, name=entry.name, heads=heads, preprocessing=preprocessing, options=options)
+    if pool is not None:
+        _pool_tokens(network, pool)
     if network.num_outputs != num_classes:
         replace_head(network, num_classes)
     if not meta:
         initialize([module], init)
     return network
+
+
+def options_of(model: ModelConfig) -> dict[str, Any]:
+    """What `build` takes as the options of the network that a config names."""
+    if model.pool is None:
+        return dict(model.options)
+    if is_function(model.name) and hub_name(model.name) is None:
+        raise UserError(f"model.pool {model.pool}: {model.name} is a function of your own, which pools itself; leave out model.pool")
+    return {**model.options, "pool": model.pool}
+
+
+class _Pooled(nn.Module):
+    """Beside the class of a vision transformer of timm's, whose head it feeds otherwise. The modules and their names stay what they are."""
+
+    pool_of_head: Pool
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens [B, N, D], those that are no patches in front, to logits [B, K]."""
+        parts = [x[:, 0]] if "token" in self.pool_of_head else []
+        if "avg" in self.pool_of_head:
+            parts.append(x[:, self.num_prefix_tokens :].mean(dim=1))
+        norm, drop = getattr(self, "fc_norm", None), getattr(self, "head_drop", None)
+        x = torch.cat([part if norm is None else norm(part) for part in parts], dim=1)
+        x = x if drop is None else drop(x)
+        return x if pre_logits else self.get_submodule("head")(x)
+
+
+def _pool_tokens(network: Network, pool: Pool) -> None:
+    """Feed the head with the class token, the mean of the patch tokens, or both one behind the other, whatever the network does by itself."""
+    module, refused = network.module, f"model.pool {pool}: {network.name}"
+    head = module.get_submodule(network.heads[0])
+    if network.heads != ("head",) or not isinstance(head, nn.Linear) or not _gives_tokens(module, head.in_features, network.preprocessing.image_size):
+        raise UserError(f"{refused} is no vision transformer of timm's with one linear head, so there are no tokens to pool; leave out model.pool")
+    if "token" in pool and getattr(module, "cls_token", None) is None:
+        raise UserError(f"{refused} has no class token; use model.pool avg, or leave it out: the network then pools as it was made to")
+    if getattr(module, "attn_pool", None) is not None:
+        setattr(module, "attn_pool", None)  # noqa: B010  # a module's attributes are modules to mypy
+    if pool == "token+avg":
+        like = {"device": head.weight.device, "dtype": head.weight.dtype}
+        module.head = nn.Linear(2 * head.in_features, head.out_features, bias=head.bias is not None, **like)
+    module.__class__ = type(f"Pooled{type(module).__name__}", (_Pooled, type(module)), {"pool_of_head": pool})
+
+
+def _gives_tokens(module: nn.Module, width: int, image_size: ImageSize) -> bool:
+    """Whether it has timm's two halves, and the first one gives tokens [B, N, width]."""
+    if not all(hasattr(module, name) for name in ("forward_features", "forward_head", "num_prefix_tokens")):
+        return False
+    try:
+        with torch.no_grad():
+            tokens: Any = meta_copy(module).eval().forward_features(torch.empty((2, 3, *sides(image_size)), device="meta"))  # type: ignore[operator]
+    except Exception:  # it takes something else
+        return False
+    return isinstance(tokens, torch.Tensor) and tokens.dim() == 3 and tokens.shape[2] == width
 
 
 def size_in(options: Mapping[str, Any]) -> ImageSize | None:
@@ -93,10 +155,11 @@ def size_in(options: Mapping[str, Any]) -> ImageSize | None:
     return as_size(*pair) if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair) else None
 
 
-def sized(network: Network, image_size: ImageSize, again: Callable[..., Network]) -> Network:
+def sized(network: Network, image_size: ImageSize, again: Callable[..., Network], *, pretrained: bool = False) -> Network:
     """A network of a catalogue for images of this size: itself if it takes them, else as its constructor makes it when it is told the size.
 
-    `again(options, meta=...)` builds it once more. UserError where it takes one size only.
+    `again(options, meta=...)` builds it once more. `pretrained`: it gets weights of its own size, whose tables of positions can be resized, and layers cannot.
+    UserError where it takes one size only.
     """
     own = network.preprocessing.image_size
     if image_size == own or ":" in network.name or not (why := _why_not_at(network.module, image_size)) or _why_not_at(network.module, own):
@@ -110,23 +173,67 @@ def sized(network: Network, image_size: ImageSize, again: Callable[..., Network]
             told = again(options, meta=True)
         except UserError:  # no such option, or a size that it cannot have
             continue
-        if not _why_not_at(told.module, image_size):
+        if _why_not_at(told.module, image_size):
+            continue
+        if not pretrained or (layer := _layer_of_other_shape(network.module, told.module)) is None:
             return again(options, meta=False)
+        raise UserError(
+            f"{network.name} takes images of {shown_size(own)} pixels with pretrained weights, not of {shown_size(image_size)} (its layer {layer} has one "
+            f"input for each patch); use --data.image_size {quote(shown_size(own))}, another network, or no pretrained weights"
+        )
     raise UserError(
         f"{network.name} takes images of {shown_size(own)} pixels, not of {shown_size(image_size)} ({why}); "
         f"use --data.image_size {quote(shown_size(own))}, or another network"
     )
 
 
-def _why_not_at(module: nn.Module, image_size: ImageSize) -> str:
-    """Why the network cannot run at this size, found on the meta device; empty where it can."""
-    copied = meta_copy(module).train()  # auxiliary heads too
-    try:
-        with torch.no_grad():
-            forward_logits(copied, torch.empty((2, 3, *sides(image_size)), device="meta"))
-    except Exception as error:  # any layer may refuse a size, in its own way
-        return raised(error).partition(" (/")[0][:200]
-    return ""
+def for_phases(network: Network, sizes: Mapping[str, ImageSize], again: Callable[..., Network]) -> Network:
+    """A network for images of all these sizes, by phase, the last of which `network` takes: itself, else one that is built to take any size.
+
+    UserError where there is none.
+    """
+    *others, (_, last) = sizes.items()
+    if not (other := next(((phase, size) for phase, size in others if size != last and _why_not_at(network.module, size, last)), None)):
+        return network
+    for option in _ANY_SIZE:
+        options = {**network.options, **option}
+        try:
+            told = again(options, meta=True)
+        except UserError:  # no such option
+            continue
+        if not any(_why_not_at(told.module, size, last) for size in {size for _, size in others}):
+            return again(options, meta=False)
+    raise UserError(
+        f"phase {other[0]} has images of {shown_size(other[1])} pixels, and the model is for {shown_size(last)}, but {network.name} takes only one size "
+        f"in a run ({_why_not_at(network.module, other[1], last)}); give all phases one size, or use another network"
+    )
+
+
+def _layer_of_other_shape(one: nn.Module, other: nn.Module) -> str | None:
+    """The first linear layer or convolution whose weight has another shape in the other network of the same layers."""
+    shapes = {name: layer.weight.shape for name, layer in other.named_modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)}
+    layers = ((name, layer) for name, layer in one.named_modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd))
+    return next((name for name, layer in layers if shapes.get(name, layer.weight.shape) != layer.weight.shape), None)
+
+
+def _why_not_at(module: nn.Module, image_size: ImageSize, known: ImageSize | None = None) -> str:
+    """Why the network cannot run at this size, found on the meta device; empty where it can. `known`: a size that it takes; a network that does not run
+    on the meta device at that is run in memory."""
+
+    def why_not(copied: nn.Module, images: torch.Tensor) -> str:
+        try:
+            with torch.no_grad():
+                forward_logits(copied.train(), images)  # auxiliary heads too
+        except Exception as error:  # any layer may refuse a size, in its own way
+            return raised(error).partition(" (/")[0][:200]
+        return ""
+
+    found = why_not(meta_copy(module), torch.empty((2, 3, *sides(image_size)), device="meta"))
+    parameter = next(module.parameters(), None)
+    if not found or known is None or parameter is None or parameter.is_meta or not _why_not_at(module, known):
+        return found
+    with torch.random.fork_rng(devices=[]):
+        return why_not(copy.deepcopy(module), torch.zeros((2, 3, *sides(image_size)), device=parameter.device))
 
 
 def replace_head(network: Network, num_outputs: int, *, init: Init = "default") -> None:

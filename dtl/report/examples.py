@@ -29,6 +29,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import UnreachableSample, UserError
 from dtl.keyed import permutation, uniform
 from dtl.models.build import build as build_model
+from dtl.models.build import options_of
 from dtl.models.model_json import read_model_json
 from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import Loss
@@ -108,7 +109,7 @@ class Examples:
         made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is no longer the data that the run was trained on")
-        network = build_model(config.model.name, num_classes=train.num_classes, options=dict(config.model.options), meta=True, own=own)
+        network = build_model(config.model.name, num_classes=train.num_classes, options=options_of(config.model), meta=True, own=own)
         network.preprocessing = _preprocessing(record, network.preprocessing, own=own)
         loaders = build.build_dataloaders(config, runtime, data, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
@@ -118,10 +119,17 @@ class Examples:
 
     def training_views(self, num_tiles: int = NUM_TILES) -> list[TrainingView]:
         """The first images of each kind of phase: phases with the same task and mixing look alike."""
-        kinds: dict[tuple[str, float, float, bool], list[Phase]] = {}
+        kinds: dict[tuple[object, ...], list[Phase]] = {}
         for phase in self.phases:
-            kinds.setdefault((phase.config.task, phase.config.mixup, phase.config.cutmix, self._unaugmented(phase)), []).append(phase)
-        return [self._training_view(phases, num_tiles) for phases in kinds.values()]
+            kinds.setdefault((phase.config.task, phase.config.mixup, phase.config.cutmix, self._unaugmented(phase), self.loaders.size_of(phase)), []).append(
+                phase
+            )
+        views = []
+        for phases in kinds.values():
+            self.loaders.use(phases[0])
+            views.append(self._training_view(phases, num_tiles))
+        self.loaders.use(self.phases[-1])
+        return views
 
     def _training_view(self, phases: Sequence[Phase], num_tiles: int) -> TrainingView:
         phase, tiles = phases[0], list[Tile]()

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dtl.checkpoint.resume.state import load_optimizer, optimizer_tensors
 from dtl.checkpoint.resume.store import Checkpoint, copy_to_host
-from dtl.config.models import ImageSize
+from dtl.config.models import ImageSize, shown_size
 from dtl.distributed.determinism import fix_buckets
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
@@ -289,18 +289,19 @@ def _sync_norms(
             log(left)
 
 
-def phase_line(phase: Phase, module: nn.Module) -> str:
-    """What a phase is: of `module`, the parameters that require a gradient are trained."""
+def phase_line(phase: Phase, module: nn.Module, image_size: ImageSize | None = None) -> str:
+    """What a phase is: of `module`, the parameters that require a gradient are trained. `image_size`: where not all phases have one."""
     num = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in module.parameters())
     length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
-    return f"phase {phase.name}: {phase.config.task}, {length}, {num:,} of {total:,} parameters trained"
+    images = "" if image_size is None else f", images of {shown_size(image_size)} pixels"
+    return f"phase {phase.name}: {phase.config.task}, {length}{images}, {num:,} of {total:,} parameters trained"
 
 
-def phase_lines(active: ActivePhase, runtime: Runtime) -> list[str]:
+def phase_lines(active: ActivePhase, runtime: Runtime, image_size: ImageSize | None = None) -> list[str]:
     """What a phase is, at its start; and that its norms' statistics are rank 0's, where ranks have statistics of their own."""
     phase = active.phase
-    lines = [phase_line(phase, active.module)]
+    lines = [phase_line(phase, active.module, image_size)]
     own = [
         part
         for part in active.evaluated.modules()

@@ -19,7 +19,7 @@ from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.hubs import source_named
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, preprocessing_for, read_weights
 from dtl.config import Config
-from dtl.config.models import shown_size
+from dtl.config.models import DataConfig, ImageSize, shown_size
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
 from dtl.data.remote.cache import limit_in_bytes
@@ -33,7 +33,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
-from dtl.models.build import Network, build, size_in, sized
+from dtl.models.build import Network, build, for_phases, options_of, size_in, sized
 from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.models.network import Normalise, to_device
@@ -41,7 +41,7 @@ from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import class_weights
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
-from dtl.training.dataloaders import DataLoaders, choose_workers, rank_cores
+from dtl.training.dataloaders import DataLoaders, View, choose_workers, rank_cores
 from dtl.training.metrics import check_monitor
 from dtl.training.phases import Phase, plan_phases
 
@@ -79,7 +79,7 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
             if checkpoint is None
             else stored_preprocessing(config, network, checkpoint)
         )
-    network = network_for(found, config, network, runtime)
+    network = network_for(found, config, network, runtime, pretrained=weights is not None)
     loaders = build_dataloaders(config, runtime, data, network)
     return Parts(network, loaders, planned(config, loaders), checkpoint, state, weights)
 
@@ -103,10 +103,9 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
             check_monitor(monitor, loaders.classes, loaders.val.manifest.class_counts)
         for phase in phases:
             config = phase.config
-            if config.task == "rotate" and not isinstance(loaders.image_size, int):
-                raise UserError(
-                    f"phase {phase.name}: the task rotate needs square images, but data.image_size is {shown_size(loaders.image_size)}; give one number"
-                )
+            if config.task == "rotate" and not isinstance(size := loaders.size_of(phase), int):
+                setting = "data.image_size" if config.image_size is None else f"phases.{phase.name}.image_size"
+                raise UserError(f"phase {phase.name}: the task rotate needs square images, but {setting} is {shown_size(size)}; give one number")
             try:
                 select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
                 if config.task == "classify":
@@ -156,37 +155,24 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
                 f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs at least one sample per step"
             )
         facts = with_settings(config, network.preprocessing)
-        train_view = train_transform(
-            image_size=facts.image_size,
-            augment=data.augment,
-            interpolation=facts.interpolation,
-            crop_ratio=facts.crop_ratio,
-            erase_fill=_mean_colour(facts.mean),
-            fit=data.fit,
-        )
-        val_view = eval_transform(
-            image_size=facts.image_size,
-            crop_ratio=facts.crop_ratio,
-            interpolation=facts.interpolation,
-            square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
-            fit=data.fit,
-            fill=_mean_colour(facts.mean),
-        )
+        views = {name: _view(data, replace(facts, image_size=size)) for name, size in phase_sizes(config, facts).items()}
+        view = views[list(views)[-1]]
         if data.augment.function is not None:
             OwnFunction(data.augment.function).function  # noqa: B018  # a mistake in its name is told here, not by a loader process
         if data.decode == "device":
-            device_decode.ready(train_view, runtime.device)
+            device_decode.ready(view.train, runtime.device)
     with runtime.together("batches"):  # not in one with the above: ranks that fail there would miss `main_first` here
         loaders = DataLoaders(
             train=train,
             val=splits.val,
             test=splits.test,
-            train_transform=train_view,
-            val_transform=val_view,
-            evaluation_view=val_view.what_is_seen(*(np.asarray(sides, np.int64) for sides in (splits.val.widths, splits.val.heights))),
+            train_transform=view.train,
+            val_transform=view.val,
+            views=views if len({one.image_size for one in views.values()}) > 1 else {},
+            evaluation_view=view.val.what_is_seen(*(np.asarray(sides, np.int64) for sides in (splits.val.widths, splits.val.heights))),
             rank=runtime.rank,
             world_size=runtime.world_size,
-            image_size=facts.image_size,
+            image_size=view.image_size,
             global_batch_size=data.global_batch_size,
             micro_batch_size=None if data.micro_batch_size == "auto" else data.micro_batch_size,
             workers=0,
@@ -210,6 +196,26 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
         if demands := loaders.cache_demands(planned(config, loaders)):
             divide(demands, limit_in_bytes(data))
     return loaders
+
+
+def _view(data: DataConfig, facts: Preprocessing) -> View:
+    train = train_transform(
+        image_size=facts.image_size,
+        augment=data.augment,
+        interpolation=facts.interpolation,
+        crop_ratio=facts.crop_ratio,
+        erase_fill=_mean_colour(facts.mean),
+        fit=data.fit,
+    )
+    val = eval_transform(
+        image_size=facts.image_size,
+        crop_ratio=facts.crop_ratio,
+        interpolation=facts.interpolation,
+        square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
+        fit=data.fit,
+        fill=_mean_colour(facts.mean),
+    )
+    return View(facts.image_size, train, val)
 
 
 def planned(config: Config, loaders: DataLoaders) -> list[Phase]:
@@ -246,6 +252,18 @@ def with_settings(config: Config, found: Preprocessing) -> Preprocessing:
     return found
 
 
+def phase_sizes(config: Config, found: Preprocessing) -> dict[str, ImageSize]:
+    """The size of the images in each phase; `found`: what holds for phases without one of their own."""
+    return {name: phase.image_size or found.image_size for name, phase in config.phases.items()}
+
+
+def delivered(config: Config, found: Preprocessing) -> Preprocessing:
+    """What holds for the model that a run makes: its images have the size of the last phase."""
+    name = list(config.phases)[-1]
+    size = config.phases[name].image_size
+    return found if size is None else replace(found, image_size=size, origins={**found.origins, "image_size": f"phases.{name}.image_size"})
+
+
 def crop_matters(config: Config) -> bool:
     """Whether the crop ratio has an effect: see `data.fit` and the presets."""
     data = config.data
@@ -255,17 +273,18 @@ def crop_matters(config: Config) -> bool:
 def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network:
     """The network with its initial values, the same on every rank; no weights transferred yet. `config` is the user's own, not one that a run stored."""
     with runtime.together("model"):
-        return _build(config, num_classes, dict(config.model.options))
+        return _build(config, num_classes, options_of(config.model))
 
 
-def network_for(preprocessing: Preprocessing, config: Config, network: Network, runtime: Runtime) -> Network:
-    """`network`, as `build_network` made it, or another one that takes images of this size; with this preprocessing."""
+def network_for(preprocessing: Preprocessing, config: Config, network: Network, runtime: Runtime, *, pretrained: bool = False) -> Network:
+    """`network`, as `build_network` made it, or another one that takes images of the size of each phase; with this preprocessing. `pretrained`: see `sized`."""
 
     def again(options: dict[str, Any], *, meta: bool) -> Network:
         return _build(config, network.num_outputs, options, meta=meta)
 
     with runtime.together("model"):
-        made = sized(network, preprocessing.image_size, again)
+        made = sized(network, delivered(config, preprocessing).image_size, again, pretrained=pretrained)
+        made = for_phases(made, phase_sizes(config, preprocessing), again)
     made.preprocessing = preprocessing
     return made
 
@@ -332,5 +351,5 @@ def _plan_transfer(config: Config, network: Network, train: Shards, weights: Sou
         source_model=source_model,
         heads=network.heads,
         target_classes=list(train.classes),
-        image_size=with_settings(config, network.preprocessing).image_size,
+        image_size=delivered(config, with_settings(config, network.preprocessing)).image_size,
     )

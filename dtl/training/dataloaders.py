@@ -23,6 +23,7 @@ from dtl.data.sampling.balance import AnyBalance, plan_epoch
 from dtl.data.sampling.class_members import ClassMembers
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
+from dtl.data.transforms import transforms
 from dtl.distributed.runtime import Runtime
 from dtl.text import counted
 from dtl.training.phases import Phase
@@ -49,6 +50,15 @@ class MicroBatchDataset(Protocol):
     """What a loader can read from in place of the images of the shards."""
 
     def __getitems__(self, request: MicroBatch) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class View:
+    """What becomes of an image at one size."""
+
+    image_size: ImageSize
+    train: transforms.Transform
+    val: transforms.Transform
 
 
 @dataclass
@@ -82,9 +92,25 @@ class DataLoaders:
     test: Shards | None = None
     evaluation_view: str = ""
     """One line about what evaluation sees of an image."""
+    views: dict[str, View] = field(default_factory=dict)
+    """By phase, where not all have one size; those of the phase that is trained, or else of the last one, are the transforms above."""
     cached: dict[str, MicroBatchDataset] = field(default_factory=dict, repr=False)
     """Features instead of images, by split, while a phase trains on them."""
     _plans: dict[int, EpochPlan] = field(default_factory=dict, repr=False)
+
+    def use(self, phase: Phase) -> None:
+        """From now on images have the size of this phase, in training and in evaluation."""
+        if phase.name in self.views:
+            view = self.views[phase.name]
+            self.image_size, self.train_transform, self.val_transform = view.image_size, view.train, view.val
+
+    def size_of(self, phase: Phase) -> ImageSize:
+        return self.views[phase.name].image_size if phase.name in self.views else self.image_size
+
+    @property
+    def largest_size(self) -> ImageSize:
+        """Of all phases."""
+        return max([self.image_size, *(view.image_size for view in self.views.values())], key=num_pixels)
 
     @property
     def classes(self) -> list[str]:
@@ -126,7 +152,7 @@ class DataLoaders:
     def batch_bytes(self) -> int:
         """The images of a micro-batch of training, on their way to the device."""
         layout = RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
-        return 3 * num_pixels(self.image_size) * layout.micro_batch_size
+        return 3 * num_pixels(self.largest_size) * layout.micro_batch_size
 
     @property
     def shared_bytes(self) -> int:
@@ -136,7 +162,7 @@ class DataLoaders:
             layout = RankLayout.for_plan(plan, num_ranks=self.world_size, micro_batch_size=self.micro_batch_size, pairs=True)
             sizes += bytes_needed(
                 micro_batch_size=layout.micro_batch_size,
-                image_size=self.image_size,
+                image_size=self.largest_size,
                 accumulation_steps=layout.accumulation_steps,
                 workers=self.workers,
                 prefetch=PREFETCH,

@@ -88,6 +88,7 @@ class Trainer:
     def train(self, checkpoint: Checkpoint | None) -> None:
         """All phases that are left; `checkpoint` is what `state` was read from. Raises Stopped after a signal."""
         for phase in self.phases[self.state.phase.index :]:
+            self.loaders.use(phase)
             begins = phase.index > self.state.phase.index or not self.state.phase.name
             if begins:
                 self._begin(phase)
@@ -152,7 +153,7 @@ class Trainer:
             choose_cut=lambda trainable: self._features.choose_cut(phase, trainable),
             log=self.tracker.print,
         )
-        for line in phase_lines(active, self.runtime):
+        for line in phase_lines(active, self.runtime, self.loaders.image_size if self.loaders.views else None):
             self.tracker.print(line)
         done = self.state.step - self.state.phase.step
         self.tracker.start_phase(phase.name, first_step=done, num_steps=phase.num_steps, step=self.state.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -26,6 +27,7 @@ from dtl.runs.looks import describe_look, note_look
 from dtl.runs.predictions import NAME as PREDICTIONS
 from dtl.runs.predictions import ImagePredictions, write_predictions
 from dtl.text import counted
+from dtl.training.build import delivered
 from dtl.training.loop import Trainer
 from dtl.training.phases import Phase, top1_interval
 from dtl.training.session import Session
@@ -201,7 +203,7 @@ def _save_model(trainer: Trainer, model: Path, folder: RunFolder, config: Config
             "dtl": __version__,
             "torch": torch.__version__,
             "data": train.dataset_id,
-            "preprocessing": dict(network.preprocessing.origins),
+            "preprocessing": dict(delivered(config, network.preprocessing).origins),
             "predictions": predictions,
             "settings": redact(config.to_dict()),
         },
@@ -222,6 +224,6 @@ def architecture(network: Network) -> dict[str, Any]:
 def preprocessing(network: Network, trainer: Trainer) -> dict[str, Any]:
     """What an image must go through before this network, as evaluation did it."""
     return {
-        **network.preprocessing.to_json(),
+        **replace(network.preprocessing, image_size=trainer.loaders.image_size).to_json(),
         "transform": json.loads(json.dumps(trainer.loaders.val_transform.describe())),
     }

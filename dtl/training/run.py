@@ -97,7 +97,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         f"{counted(train.num_classes, 'class')}, {trainer.network.name}, {counted(runtime.world_size, 'process')} on "
         f"{runtime.device.type}, precision {runtime.precision}{resumed}"
     )
-    log(trainer.network.preprocessing.line(cropped=build.crop_matters(config)))
+    log(build.delivered(config, trainer.network.preprocessing).line(cropped=build.crop_matters(config)))
     log(trainer.loaders.evaluation_view)
     if any(phase.config.task == "classify" for phase in trainer.phases):
         tested = None if test is None else test.manifest.class_counts

@@ -257,6 +257,8 @@ def _make_weights(world: Path, hub: Path) -> None:
     mobilenet = _random_weights("torchvision/mobilenet_v2", 1000)
     torch.save(mobilenet, world / "weights.pth")
     torch.save(bottleneck_names(mobilenet), world / "mbv2.pt")
+    dinov2 = {name: value.half() for name, value in _random_weights("timm/vit_small_patch14_dinov2", 2).items() if not name.startswith("head.")}
+    torch.save({**dinov2, "mask_token": torch.zeros(1, 384)}, world / "dinov2_vits14_pretrain.pth")
 
 
 def _random_weights(name: str, num_classes: int) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ def test_there_are_some() -> None:
     assert {file.stem for file in CONFIGS} >= {
         "digits", "finetune", "features", "cifar10_features", "cifar10_finetune", "ants_bees_features", "ants_bees_finetune", "flowers102",
         "flowers102_two_phase", "rotnet_cifar10", "rotnet_pretext", "supervised_cifar10", "transfer_by_order", "transfer_by_map", "top_layers",
-        "head_and_backbone_lr",
+        "head_and_backbone_lr", "dinov2",
     }  # fmt: skip
     assert MAPS
     assert {file.stem for file in LAUNCHES} >= {"cpu", "cpu_2", "gpu", "gpus", "nodes"}

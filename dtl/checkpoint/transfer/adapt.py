@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dtl.checkpoint.transfer.layers.layer import (
     Grid,
     Shape,
+    distances_transform,
     is_position_table,
     is_relative_table,
     num_elements,
@@ -50,7 +51,9 @@ def reshape_kernel(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 def resize_position_embedding(table: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """[1, N, D] or [1, D, H, W] to another square grid, bicubic with antialiasing; class tokens in front are kept as they are."""
+    """[1, N, D], [1, D, H, W] or [1, H, W, D] to another square grid, bicubic with antialiasing; class tokens in front are kept as they are."""
+    if table.dim() == 4 and table.shape[1] != shape[1]:
+        return _resize(table.permute(0, 3, 1, 2), (shape[1], shape[2])).permute(0, 2, 3, 1)
     if table.dim() == 4:
         return _resize(table, (shape[2], shape[3]))
     have, want = _tokens_in_front(table.shape[1]), _tokens_in_front(shape[1])
@@ -99,6 +102,12 @@ def resize_distances_to(table: torch.Tensor, shape: Shape, grid: Grid) -> torch.
     side = isqrt(table.shape[0] - extra)
     resized = _resize(table[: side**2].reshape(1, side, side, -1).permute(0, 3, 1, 2), grid)
     return torch.cat([resized.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1), table[side**2 :]])
+
+
+def resize_biases_to(table: torch.Tensor, shape: Shape, grid: Grid) -> torch.Tensor:
+    """Biases by distance without its sign, [heads, h * w] of a square, to another grid of distances."""
+    side = isqrt(table.shape[1])
+    return _resize(table.reshape(1, -1, side, side), grid).reshape(-1, grid[0] * grid[1])
 
 
 def resize_patches(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -173,7 +182,13 @@ _BY_SHAPE: dict[str, Callable[[torch.Tensor, Shape], torch.Tensor]] = {
     )
 }
 _SPLIT = re.compile(r"^split_(\d)_of_(\d)$")
-_TO_GRID = re.compile(r"^(resize_position_embedding|resize_relative_table)_(\d{1,5})x(\d{1,5})$")
+_TO_GRID = re.compile(r"^(resize_position_embedding|resize_relative_table|resize_attention_biases)_(\d{1,5})x(\d{1,5})$")
+# Of tables whose target grid is in the name: how they are resized, when they can be, and what they are.
+_GRIDS: dict[str, tuple[Callable[[torch.Tensor, Shape, Grid], torch.Tensor], Callable[[Shape, Shape, Grid], str | None], str]] = {
+    "resize_position_embedding": (resize_positions_to, position_transform, "[1, N, D] position embeddings"),
+    "resize_relative_table": (resize_distances_to, relative_transform, "[(2s-1)^2 + extra, heads] tables"),
+    "resize_attention_biases": (resize_biases_to, distances_transform, "[heads, N] attention biases"),
+}
 TRANSFORMS = (
     *_BY_SHAPE,
     "add_position",
@@ -208,8 +223,7 @@ def apply_transform(
     if name == "add_position":
         return add_position(*tensors)
     if found := _TO_GRID.match(name):
-        resize_to = resize_positions_to if found.group(1) == "resize_position_embedding" else resize_distances_to
-        return resize_to(tensors[0], shape, (int(found.group(2)), int(found.group(3))))
+        return _GRIDS[found.group(1)][0](tensors[0], shape, (int(found.group(2)), int(found.group(3))))
     if found := _SPLIT.match(name):
         return split(tensors[0], int(found.group(1)), int(found.group(2)))
     if name == "rows" and picks is not None:
@@ -242,10 +256,8 @@ def why_not(transform: str, have: Sequence[Shape], want: Shape, *, picks: Sequen
         parts = int(transform.rpartition("_")[2])
         return None if have[0] == (parts * want[0], *want[1:]) else f"splits dimension 0 into {parts} equal parts"
     if found := _TO_GRID.match(transform):
-        grid, absolute = (int(found.group(2)), int(found.group(3))), found.group(1) == "resize_position_embedding"
-        fits_grid = (position_transform if absolute else relative_transform)(have[0], want, grid) is not None
-        shown = "[1, N, D] position embeddings" if absolute else "[(2s-1)^2 + extra, heads] tables"
-        return None if fits_grid else f"resizes {shown} of square grids to {grid[0]} x {grid[1]} places"
+        grid, (_, transform_to, shown) = (int(found.group(2)), int(found.group(3))), _GRIDS[found.group(1)]
+        return None if transform_to(have[0], want, grid) is not None else f"resizes {shown} of square grids to {grid[0]} x {grid[1]} places"
     fits, rule = _RULES[transform]
     return None if fits(have[0], want) else rule
 
@@ -295,7 +307,7 @@ _RULES: dict[str, tuple[Callable[[Shape, Shape], bool], str]] = {
     ),
     "resize_position_embedding": (
         _positions,
-        "resizes [1, N, D] or [1, D, H, W] position embeddings of square grids and keeps class tokens in front of the grid",
+        "resizes [1, N, D], [1, D, H, W] or [1, H, W, D] position embeddings of square grids and keeps class tokens in front of the grid",
     ),
     "resize_relative_table": (is_relative_table, "resizes [(2s-1)^2, heads] tables"),
     "resize_patches": (lambda a, b: len(a) == len(b) == 4 and a[:2] == b[:2] and a[2] == a[3] and b[2] == b[3], "resizes square kernels"),

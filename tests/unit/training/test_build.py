@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,4 +234,69 @@ def test_a_network_that_takes_one_size_only_says_which(tmp_path: Path, runtime: 
     assert str(refused.value) == (
         "torchvision/vit_b_16 takes images of 224 pixels, not of [224, 160] (AssertionError: Wrong image width! Expected 224 but got 160!); "
         "use --data.image_size 224, or another network"
+    )
+
+
+def _phases(*sizes: object) -> list[str]:
+    given = {"first": sizes[0], "last": sizes[1]}
+    return ["--phases", json.dumps({name: {"train": "all", **({} if size is None else {"image_size": size})} for name, size in given.items()})]
+
+
+def test_each_phase_has_its_size(tmp_path: Path, runtime: Runtime) -> None:
+    options = ["--model.name", "networks:small", "--data.workers", "0", "--data.cache_dir", str(tmp_path / "cache"), "--data.image_size", "16"]
+    run = RunFolder(tmp_path / "run")
+
+    def prepared(*phases: str) -> build.Parts:
+        config = load_config([*options, *phases])[0]
+        return build.prepare(config, run, CheckpointStore(run.path / "checkpoints", config.checkpoint), runtime, print)
+
+    parts = prepared(*_phases(None, [24, 32]))
+    loaders = parts.loaders
+    phases = [phase for phase in parts.phases if phase.name in ("first", "last")]  # behind those of the built-in example
+    assert [loaders.size_of(phase) for phase in phases] == [16, (24, 32)]
+    assert loaders.image_size == (24, 32), "what is said at the start is about the model"
+    assert loaders.batch_bytes == 3 * 24 * 32 * loaders.layout(phases[0]).micro_batch_size, "the memory is that of the largest"
+    for phase, size in zip(phases, ([16, 16], [24, 32])):
+        loaders.use(phase)
+        batch = next(loaders.train_steps(phase, 0))[0]
+        assert list(batch.images.shape[2:]) == size
+        assert list(next(loaders.val_steps())[0].images.shape[2:]) == size
+    assert parts.network.preprocessing.image_size == 16, "what holds for phases without a size of their own, in a resume too"
+    delivered = build.delivered(load_config([*options, *_phases(None, [24, 32])])[0], parts.network.preprocessing)
+    assert (delivered.image_size, delivered.origins["image_size"]) == ((24, 32), "phases.last.image_size")
+    turned = prepared("--phases", "{first: {train: all, task: rotate, image_size: [24, 32]}, last: {train: all}}")
+    with pytest.raises(UserError, match=r"the task rotate needs square images, but phases\.first\.image_size is \[24, 32\]; give one number"):
+        build.check_phases(turned.phases, turned.network, turned.loaders, runtime, monitor="top1")
+
+
+def test_a_network_with_a_table_is_built_for_all_sizes_of_its_phases(runtime: Runtime) -> None:
+    config = load_config([*VIT[:-2], *_phases(32, 64), "--data.image_size", "32"])[0]
+    network = build.build_network(config, 10, runtime)
+    found = build.with_settings(config, network.preprocessing)
+    made = build.network_for(found, config, network, runtime)
+    assert made.options == {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64, "dynamic_img_size": True}
+    assert made.module.get_parameter("pos_embed").shape == (1, 17, 24), "the table is that of the last phase"
+    assert made.module(torch.zeros(2, 3, 32, 32)).shape == made.module(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_a_network_of_one_size_is_refused_before_phases_of_two(runtime: Runtime) -> None:
+    config = load_config(["--model.name", "vit_b_16", *_phases(128, 224), "--data.image_size", "224"])[0]
+    network = build_model("vit_b_16", num_classes=10, meta=True)
+    with pytest.raises(UserError) as refused:
+        build.network_for(network.preprocessing, config, network, runtime)
+    assert str(refused.value) == (
+        "phase first has images of 128 pixels, and the model is for 224, but torchvision/vit_b_16 takes only one size in a run (AssertionError: Wrong image "
+        "height! Expected 224 but got 128!); give all phases one size, or use another network"
+    )
+
+
+def test_layers_of_the_size_of_the_images_are_not_resized(runtime: Runtime) -> None:
+    config = load_config(["--model.name", "timm/gmixer_12_224", "--data.image_size", "64", "--phases", "{all: {train: all}}"])[0]
+    network = build_model("timm/gmixer_12_224", num_classes=10, meta=True)
+    found = replace(network.preprocessing, image_size=64)
+    with pytest.raises(UserError) as refused:
+        build.network_for(found, config, network, runtime, pretrained=True)
+    assert str(refused.value) == (
+        "timm/gmixer_12_224 takes images of 224 pixels with pretrained weights, not of 64 (its layer blocks.0.mlp_tokens.fc1 has one input for each patch); "
+        "use --data.image_size 224, another network, or no pretrained weights"
     )

@@ -203,6 +203,9 @@ def _grids(model: nn.Module) -> dict[str, tuple[int, int]]:
         window = _pair(getattr(module, "window_size", None))
         if window is not None and isinstance(getattr(module, "relative_position_bias_table", None), torch.Tensor):
             found[f"{prefix}relative_position_bias_table"] = (2 * window[0] - 1, 2 * window[1] - 1)
+        distances = _pair(getattr(module, "resolution", None))
+        if distances is not None and isinstance(getattr(module, "attention_biases", None), torch.Tensor):
+            found[f"{prefix}attention_biases"] = distances
         grid = _pair(getattr(getattr(module, "patch_embed", None), "grid_size", None))
         if grid is None:
             continue

@@ -423,6 +423,8 @@ def tensor_transform(have: Shape, want: Shape, *, kinds: tuple[str, str], name: 
     if squeezed(have) == squeezed(want):
         return "squeeze"
     lowered = name.lower()
+    if "attention_biases" in lowered:
+        return distances_transform(have, want, grid)
     if "relative_position_bias_table" in lowered:
         return relative_transform(have, want, grid)
     return position_transform(have, want, grid) if "pos" in lowered and "relative" not in lowered else None
@@ -473,11 +475,19 @@ def relative_transform(have: Shape, want: Shape, grid: Grid | None) -> str | Non
     return f"resize_relative_table_{grid[0]}x{grid[1]}" if 0 <= extra <= 3 and side % 2 == 1 and side**2 == have[0] - extra else None
 
 
+def distances_transform(have: Shape, want: Shape, grid: Grid | None) -> str | None:
+    """The same for biases by distance without its sign, [heads, h * w] (LeViT, EfficientFormer, TinyViT). `grid`: (h, w); by default it is a square."""
+    if not (len(have) == len(want) == 2 and have[0] == want[0]) or isqrt(have[1]) ** 2 != have[1]:
+        return None
+    height, width = grid or (isqrt(want[1]), isqrt(want[1]))
+    return f"resize_attention_biases_{height}x{width}" if height * width == want[1] else None
+
+
 def is_position_table(have: Shape, want: Shape) -> bool:
-    """[1, N, D] both, or [1, D, H, W] both, of one width."""
+    """[1, N, D], [1, D, H, W] or [1, H, W, D] both, of one width."""
     if len(have) == len(want) == 3:
         return have[0] == want[0] == 1 and have[2] == want[2] and _grid(have[1]) is not None and _grid(want[1]) is not None
-    return len(have) == len(want) == 4 and have[:2] == want[:2] and have[0] == 1
+    return len(have) == len(want) == 4 and have[0] == want[0] == 1 and (have[1] == want[1] or have[3] == want[3])
 
 
 def _grid(num_tokens: int) -> int | None:

@@ -15,7 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtl.checkpoint.transfer.layers.dataflow import Candidates, Dataflow, Link
-from dtl.checkpoint.transfer.layers.layer import IMAGE_CHANNELS, NORMS, WEIGHTED, Layer, num_elements, position_transform, relative_transform, squeezed
+from dtl.checkpoint.transfer.layers.layer import (
+    IMAGE_CHANNELS,
+    NORMS,
+    WEIGHTED,
+    Layer,
+    distances_transform,
+    num_elements,
+    position_transform,
+    relative_transform,
+    squeezed,
+)
 
 TAU = 0.75
 """Alignments within this of the best count as equally good: less than a skipped layer costs."""
@@ -66,6 +76,8 @@ def fit(source: Layer, target: Layer, ends: tuple[bool, bool, bool, bool]) -> tu
         if min(have[1:2] + want[1:2], default=0) > 4 and (how := position_transform(have, want, target.grid)):
             return 0.7, how
         if "relative" in target.path and (how := relative_transform(have, want, target.grid)):
+            return 0.7, how
+        if "attention_biases" in target.path and (how := distances_transform(have, want, target.grid)):
             return 0.7, how
     return None
 
@@ -138,7 +150,7 @@ def _classes(layers: Sequence[Layer], first: int | None) -> tuple[list[tuple[Lay
     of = []
     for layer in layers:
         ends = (layer.index == first, layer.index == last)
-        key = (layer.signature, "bias" in layer.roles, ends, "relative" in layer.path, layer.grid)
+        key = (layer.signature, "bias" in layer.roles, ends, "relative" in layer.path, "attention_biases" in layer.path, layer.grid)
         if key not in seen:
             seen[key] = len(classes)
             classes.append((layer, ends))

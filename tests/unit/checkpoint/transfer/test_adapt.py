@@ -10,6 +10,7 @@ from transfer_networks import Tokens, Window
 
 from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.transfer import adapt
+from dtl.checkpoint.transfer.layers import layer
 from dtl.checkpoint.transfer.outcomes import pick_rows
 from dtl.errors import UserError
 
@@ -53,6 +54,26 @@ def test_position_embeddings_keep_class_tokens_and_constants() -> None:
     with pytest.raises(UserError, match="lacks 1 class token"):
         adapt.resize_position_embedding(without, (1, 50, 6))
     assert adapt.resize_position_embedding(torch.randn(1, 6, 7, 7), (1, 6, 12, 12)).shape == (1, 6, 12, 12)
+
+
+def test_attention_biases_are_resized_as_timm_does() -> None:
+    from timm.layers import resize_rel_pos_bias_table_levit
+
+    table = torch.randn(3, 14 * 14)
+    expected = resize_rel_pos_bias_table_levit(table.T, (28 * 28, 3)).T
+    assert layer.distances_transform((3, 196), (3, 784), None) == layer.distances_transform((3, 196), (3, 784), (28, 28)) == "resize_attention_biases_28x28"
+    torch.testing.assert_close(adapt.apply_transform("resize_attention_biases_28x28", [table], (3, 784)), expected, rtol=0, atol=1e-6)
+    oblong = adapt.apply_transform("resize_attention_biases_14x28", [table.new_ones(3, 196)], (3, 392))
+    torch.testing.assert_close(oblong, torch.ones(3, 392))
+    assert adapt.why_not("resize_attention_biases_14x28", [(3, 196)], (3, 400)) == "resizes [heads, N] attention biases of square grids to 14 x 28 places"
+
+
+def test_position_embeddings_with_the_channels_last() -> None:
+    table = torch.randn(1, 14, 14, 6)
+    resized = adapt.resize_position_embedding(table, (1, 28, 21, 6))
+    expected = adapt.resize_position_embedding(table.permute(0, 3, 1, 2), (1, 6, 28, 21)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(resized, expected, rtol=0, atol=0)
+    torch.testing.assert_close(adapt.resize_position_embedding(table, (1, 14, 28, 6))[:, :, ::2].mean(), table.mean(), rtol=0, atol=0.2)
 
 
 def test_relative_tables() -> None:
