@@ -112,21 +112,27 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
     from dtl.distributed.launch import read_launch
     from dtl.distributed.runtime import Runtime, resolve_precision
     from dtl.models.build import build, forward_logits
+    from dtl.models.network import to_device
 
     name, size, batch = str(given["model"]), _size(given), int(given["batch_size"])
     device = Runtime.alone(str(given["device"])).device
-    precision = resolve_precision("auto", read_launch({}, []), device.type == "cpu")
-    module = build(name, num_classes=10, own=True).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch, 3, *sides(size), device=device).contiguous(memory_format=torch.channels_last)
+    wanted, on_cpu = given.get("precision", "auto"), device.type == "cpu"
+    # A recipe for GPUs that is looked at on a machine without one: what this machine would do.
+    precision = resolve_precision("auto" if on_cpu and wanted == "fp16" else wanted, read_launch({}, []), on_cpu)
+    module = build(name, num_classes=10, options=dict(given.get("options", {})), own=True).module
+    channels_last = to_device(module, device, channels_last=given.get("channels_last", "auto"))
+    images = torch.randn(batch, 3, *sides(size), device=device).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+    optimizer, scaler = torch.optim.SGD(module.parameters(), lr=1e-6), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
     deadline, steps, start = time.perf_counter() + float(given["seconds"]), 0, 0.0
     while steps < 2 or (time.perf_counter() < deadline and steps < 50):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, dtype=half, enabled=precision != "no"):
             logits, _ = forward_logits(module, images)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         _wait(device)
         steps += 1
