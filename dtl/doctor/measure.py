@@ -81,23 +81,24 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from dtl.config.models import AugmentConfig
+    from dtl.config.reading import Reading
     from dtl.data.decoding.decode import probe
-    from dtl.data.loading.loader import decode_into
+    from dtl.data.loading.loader import Stored, decode_into
     from dtl.data.transforms.transforms import train_transform
 
     torch.set_num_threads(1)
     size = _size(given)
     images, what = _some_images(given.get("data"))
-    transform = train_transform(image_size=size, augment=AugmentConfig())
+    transform = train_transform(image_size=size, augment=AugmentConfig(), reading=Reading((0.0, 65_535.0), alpha=True))
     out = torch.empty((1, 3, *sides(size)), dtype=torch.uint8, memory_format=torch.channels_last)[0]
     headers = [probe(data) for data in images]
     end = time.process_time() + float(given["seconds"])
     count, start = 0, 0.0
     while time.process_time() < end or count == 0:
         for number, data in enumerate(images):
-            width, height = headers[number].width, headers[number].height
+            width, height = headers[number].turned_size
             draws = transform.draw(np.array([number]), np.array([width]), np.array([height]), seed=0, epoch=count)
-            decode_into(out, data, transform, draws, 0, height=height, width=width)
+            decode_into(out, Stored(data, height, width, headers[number].orientation), transform, draws, 0)
         # The first round warms up.
         start, count = (start, count + 1) if count else (time.process_time(), 1)
         end = max(end, start + 0.01)

@@ -17,6 +17,7 @@ from dtl.checkpoint.transfer.source.convert import convert
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.cli import main
 from dtl.config.models import DataConfig
+from dtl.config.reading import Reading
 from dtl.data.decoding.decode import DecodeError
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
@@ -75,7 +76,7 @@ def test_among_images(kind: str, tmp_path: Path) -> None:
     problems = []
     for number in range(len(found)):
         try:
-            found.pixels(number)
+            found.pixels(number, Reading())
         except DecodeError as error:
             problems.append(f"{found.name(number)}: {error}")
     assert len(problems) == 1

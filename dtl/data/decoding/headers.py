@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -36,6 +37,7 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI, _COMMENT, _ADOBE = 0xDA, 0xD9, 0xFE, 0xEE
 _METADATA = frozenset(range(0xE1, 0xF0)) - {_ADOBE} | {_COMMENT}
 _APP1 = 0xE1
+_ORIENTATION, _MAX_TAGS = 0x0112, 1000
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,44 @@ def _check_scans(data: bytes, at: int, pixels: int) -> None:
         at += max(int.from_bytes(data[at : at + 2], "big"), 2)
     if scans * pixels > _VISITS + _VISITS_A_BYTE * len(data):
         raise DecodeError(f"it has {scans} scans of {pixels:,} pixels in {len(data):,} bytes, which no camera or encoder writes")
+
+
+def exif_orientation(data: bytes) -> int:
+    """1 to 8, as the EXIF of a JPEG, PNG or WebP says; 1 where it says nothing, and of other formats. What is damaged says nothing."""
+    block = b""
+    if data[:2] == b"\xff\xd8":
+        for marker, start, end in check_jpeg(data, 1 << 32).segments:
+            if marker == _APP1 and (at := data.find(b"Exif\0\0", start, start + 24)) >= 0:
+                block = data[at + 6 : end]
+                break
+    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+        block = _chunk(data, 8, b"eXIf", png=True)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        block = _chunk(data, 12, b"EXIF", png=False)
+    block = block.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if block[:2] == b"II" else "big"
+    if block[:2] not in (b"II", b"MM"):
+        return 1
+    table = int.from_bytes(block[4:8], order)
+    for entry in range(table + 2, table + 2 + 12 * min(int.from_bytes(block[table : table + 2], order), _MAX_TAGS), 12):
+        if int.from_bytes(block[entry : entry + 2], order) == _ORIENTATION:
+            size = {1: 1, 3: 2, 4: 4}.get(int.from_bytes(block[entry + 2 : entry + 4], order), 0)
+            found = int.from_bytes(block[entry + 8 : entry + 8 + size], order)
+            return found if 1 <= found <= 8 else 1
+    return 1
+
+
+def _chunk(data: bytes, at: int, wanted: bytes, *, png: bool) -> bytes:
+    """The first chunk of this kind; empty where there is none."""
+    for _ in range(_MAX_SEGMENTS):
+        head = data[at : at + 8]
+        if len(head) < 8 or head[4:] == b"IEND":
+            break
+        kind, length = (head[4:], int.from_bytes(head[:4], "big")) if png else (head[:4], int.from_bytes(head[4:], "little"))
+        if kind == wanted:
+            return data[at + 8 : at + 8 + length]
+        at += 12 + length if png else 8 + length + length % 2
+    return b""
 
 
 def without_exif(data: bytes) -> bytes:
@@ -236,6 +276,9 @@ class _Tiff:
         parts = max(found.get(273, (0, 0, 0))[1], found.get(324, (0, 0, 0))[1], 1)
         if parts > _MAX_TILES:
             raise DecodeError(f"it has {parts:,} strips or tiles, more than the {_MAX_TILES:,} that are allowed")
+        if self._value(found, 284) == 2 and self._value(found, 277) > 1 and max(self._values(found, 258), default=1) > 8:
+            # Pillow misreads it, without an error.
+            raise DecodeError("its channels have more than 8 bits and lie in separate planes, which is not read: write them pixel by pixel")
         if self._value(found, 259) in (6, 7):  # JPEG inside
             scans = self.data.count(b"\xff\xda")
             stored = sum(self._values(found, 279)) + sum(self._values(found, 325))

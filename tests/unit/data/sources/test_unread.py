@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_images import encoded, image_folder
 
 from dtl.config.models import DataConfig
+from dtl.config.reading import Reading
 from dtl.data.open import ensure_packed
 from dtl.data.packing.pack import pack
 from dtl.data.sources.open import open_source
@@ -71,7 +72,7 @@ def test_the_advice_converts(tmp_path: Path) -> None:
     Image.open(put(tmp_path / "a.jpg", encoded(height=10, width=12))).save(tmp_path / "new.jp2")
     assert ".jp2" in UNREAD_EXTENSIONS
     Image.open(tmp_path / "new.jp2").convert("RGB").save(tmp_path / "new.jpg", quality=95)
-    assert find_images([str(tmp_path / "new.jpg")]).pixels(0).shape == (10, 12, 3)
+    assert find_images([str(tmp_path / "new.jpg")]).pixels(0, Reading()).shape == (10, 12, 3)
 
 
 OTHERS = {
