@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtl.config.models import DataConfig
-from dtl.config.reading import Reading
 from dtl.credentials import bare
 from dtl.data.packing.job import PACK_VERSION, PackOptions
 from dtl.data.packing.pack import PackReport, pack_source
@@ -27,6 +26,7 @@ from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_tra
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
 from dtl.files import expand_home, flock, open_lock
+from dtl.reading import Reading
 from dtl.text import Log, counted, to_nobody, to_stdout
 
 _MOST_LISTED = 10  # images in one line of trouble

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, decode
 from dtl.data.decoding.headers import Limits
 from dtl.data.remote.address import shown as shown_address
@@ -21,6 +20,7 @@ from dtl.data.wds.samples import Ignored, Rules, Sample, open_tar, read_samples,
 from dtl.data.wds.tar import DamagedTar, TarFile
 from dtl.errors import DamagedSample, UnreachableSample, UserError
 from dtl.files import sha256_of_file
+from dtl.reading import Reading
 
 WHOLE = -1
 _ANY_VALUES = Reading(range=(0.0, 1.0))  # only the size of what comes out matters

@@ -81,10 +81,10 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from dtl.config.models import AugmentConfig
-    from dtl.config.reading import Reading
     from dtl.data.decoding.decode import probe
     from dtl.data.loading.loader import Stored, decode_into
     from dtl.data.transforms.transforms import train_transform
+    from dtl.reading import Reading
 
     torch.set_num_threads(1)
     size = _size(given)

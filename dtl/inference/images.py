@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from dtl.config.models import DataConfig
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import DecodeError, decode, pixels_of, probe
 from dtl.data.decoding.headers import MAX_PIXELS
 from dtl.data.open import packed_splits
@@ -28,6 +27,7 @@ from dtl.data.sources.splits import is_hidden
 from dtl.data.sources.unread import data_set_of_others, describe_passed_over, extension_of
 from dtl.errors import DamagedSample, UserError
 from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, user_path, without_path
+from dtl.reading import Reading
 from dtl.text import Log, counted, to_stderr
 
 _LOOK_BYTES = 65_536

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dtl.config.models import INTERPOLATIONS, ImageSize, as_size, shown_size, sides
-from dtl.config.reading import AS_BEFORE, Reading
+from dtl.reading import AS_BEFORE, Reading
 
 FACTS = ("image_size", "crop_ratio", "interpolation", "mean", "std")
 USUAL, OWN = "usual values", "the network's own"

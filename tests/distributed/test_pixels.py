@@ -71,7 +71,7 @@ def test_a_model_folder_without_the_mark_refuses_what_it_saw_as_white(trained: t
     del facts["preprocessing"]["pixels"]
     try:
         path.write_text(json.dumps(facts))
-        job = run(["runs/twelve/model", "photos/val/left/0.png", "--out", "q.csv", "--workers", "0"], cwd=folder, command="predict", code=2)
+        job = run(["runs/twelve/model", "photos/val/left/0.png", "--out", "q.csv", "--workers", "0", "--trust"], cwd=folder, command="predict", code=2)
     finally:
         path.write_text(text)
     assert "its values have more than 8 bits (mode I;16), and there is no range for them" in job.err()

@@ -17,7 +17,6 @@ from dtl.checkpoint.transfer.source.convert import convert
 from dtl.checkpoint.transfer.source.read import read_weights
 from dtl.cli import main
 from dtl.config.models import DataConfig
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import DecodeError
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
@@ -30,6 +29,7 @@ from dtl.errors import UserError
 from dtl.files import hash_file
 from dtl.inference.images import find_images
 from dtl.optim.losses import _weights_of_file
+from dtl.reading import Reading
 
 UNUSUAL: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,

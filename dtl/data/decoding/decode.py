@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from dtl.config.reading import AS_BEFORE, BACKGROUND, Reading
-from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, check_size, exif_orientation, lean
+from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, check_size, container_of, exif_orientation, lean
 from dtl.data.decoding.headers import DecodeError as DecodeError
+from dtl.reading import AS_BEFORE, BACKGROUND, Reading
 
 # What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "JXL")
+_ALWAYS = FORMATS[:7]
+# Of those that Pillow may need a plugin for: its module and its package.
+_PLUGINS = {"AVIF": ("pillow_avif", "pillow-avif-plugin"), "HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
 NO_MEMORY = "there is not enough memory to decode it"
 """What to report of a MemoryError here, which says nothing about the image."""
 # Larger ones are converted in stripes, so that they do not take three times their memory.
@@ -60,7 +63,7 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         with _open(data, max_pixels) as image:
             # A phone's MPO is a JPEG with more pictures behind it; the first one counts.
             name = "JPEG" if image.format == "MPO" else str(image.format)
-            return ImageHeader(image.width, image.height, name, image.mode, exif_orientation(data), image.mode in _WIDE or bool(_raw_modes(image)))
+            return ImageHeader(image.width, image.height, name, image.mode, _orientation(image, data), image.mode in _WIDE or bool(_raw_modes(image)))
 
 
 def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS, reading: Reading = AS_BEFORE, turn: int | None = None) -> npt.NDArray[np.uint8]:
@@ -76,7 +79,7 @@ def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS, rea
         reduced = decode_jpeg(data, reduction, strict=False, max_pixels=max_pixels) if reduction > 1 else None
         pixels = pixels if reduced is None else reduced
     if turn is None:
-        turn = exif_orientation(data) if reading.exif else 1
+        turn = 1 if not reading.exif else exif_orientation(data) if container_of(data) is None else probe(data, max_pixels).orientation
     return turned(pixels, turn)
 
 
@@ -265,7 +268,8 @@ def _wide_values(image: Image.Image, again: Callable[[], Image.Image] | None) ->
     if mode not in _LOWER:
         raise DecodeError(f"its 16 bits a channel are stored in a way that is not read ({image.format}, {mode}): write it as RGB, or as gray")
     with _with_raw_mode(again(), _LOWER[mode]) as lower:
-        return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        return values
 
 
 def _with_raw_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -292,11 +296,14 @@ def _of_8_bits(values: npt.NDArray[Any], bounds: tuple[float, float]) -> Image.I
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
+    kind = container_of(data)
+    if kind is not None:
+        _load_plugin(kind)
     data = lean(data, max_pixels)
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many, and has no other setting for it
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_ALWAYS if kind is None else (kind,))
     except UnidentifiedImageError:
         raise DecodeError(f"not an image ({look(data)})") from None
     except Image.DecompressionBombError as error:
@@ -305,6 +312,34 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise _failure(error) from error
     check_size(image.width, image.height, max_pixels)
     return image
+
+
+@functools.cache
+def _load_plugin(kind: str) -> None:
+    """DecodeError, with the package to install, where Pillow cannot read AVIF, HEIF or JXL here."""
+    if kind == "AVIF" and features.check("avif"):
+        Image.init()
+        return
+    module, package = _PLUGINS[kind]
+    try:
+        plugin = importlib.import_module(module)
+    except ImportError:
+        raise DecodeError(f"not an image that can be read here: {_NAMES.get(kind, kind)}, which needs the package {package} (pip install {package})") from None
+    if kind == "HEIF":
+        plugin.register_heif_opener(thumbnails=False)
+    if kind == "JXL":
+        plugin.JpegXLImagePlugin.DECODE_THREADS = 0  # loader processes are one thread each
+
+
+_NAMES = {"HEIF": "HEIC", "JXL": "JPEG XL"}
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """1 to 8. HEIC and JPEG XL are turned by their decoders, TIFF by Pillow."""
+    if image.format == "AVIF" or getattr(image, "jpeg", False):  # a JPEG inside of JPEG XL is not
+        found = image.getexif().get(0x0112, 1)
+        return found if found in range(1, 9) else 1
+    return exif_orientation(data)
 
 
 def _failure(error: Exception) -> Exception:
@@ -334,12 +369,10 @@ def look(data: bytes) -> str:
 
 
 def _media(data: bytes) -> str:
-    """What the brand of an ISO media file says; that of pictures in general leaves it to those that it is compatible with."""
-    brand, brands = data[8:12], data[8 : max(12, min(int.from_bytes(data[:4], "big"), 256))]
-    if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in brands):
-        return f"AVIF{_CONVERT}"
-    if brand[:3] in (b"hei", b"hev", b"mif", b"msf"):
-        return f"HEIC{_CONVERT}"
+    """What the brand of an ISO media file says."""
+    brand = data[8:12]
+    if (kind := container_of(data)) is not None:
+        return f"a damaged {_NAMES.get(kind, kind)}"
     if brand == b"crx ":
         return f"a camera's raw image (CR3){_CONVERT}"
     return "a QuickTime video" if brand == b"qt  " else "an MP4 video"
@@ -349,8 +382,8 @@ _CONVERT = ", which has to be converted first"
 _MAGIC = (
     (0, b"\0\0\0\x0cjP  ", f"JPEG 2000{_CONVERT}"),
     (0, b"\xff\x4f\xff\x51", f"JPEG 2000{_CONVERT}"),
-    (0, b"\0\0\0\x0cJXL ", f"JPEG XL{_CONVERT}"),
-    (0, b"\xff\x0a", f"JPEG XL{_CONVERT}"),
+    (0, b"\0\0\0\x0cJXL ", "a damaged JPEG XL"),
+    (0, b"\xff\x0a", "a damaged JPEG XL"),
     (0, b"8BPS", f"a Photoshop file{_CONVERT}"),
     (0, b"\x76\x2f\x31\x01", f"OpenEXR{_CONVERT}"),
     (0, b"\0\0\1\0", f"an icon (ICO){_CONVERT}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,7 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI, _COMMENT, _ADOBE = 0xDA, 0xD9, 0xFE, 0xEE
 _METADATA = frozenset(range(0xE1, 0xF0)) - {_ADOBE} | {_COMMENT}
 _APP1 = 0xE1
+_JXL_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 _ORIENTATION, _MAX_TAGS = 0x0112, 1000
 
 
@@ -80,6 +82,12 @@ def lean(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
             raise DecodeError(f"a run-length BMP of {len(data):,} bytes, more than the {_MAX_SLOW_BYTES:,} that are allowed")
     elif data[:1] == b"P" and data[1:2] in b"123456" and data[1:2]:
         return _scaled_ppm(data)
+    elif (kind := container_of(data)) is not None:
+        sizes = [_jxl_size(data)] if kind == "JXL" else _item_sizes(data)
+        for width, height in sizes:
+            check_size(width, height, max_pixels)
+            if width * height > max_pixels // 2:
+                raise DecodeError(f"{width} x {height} pixels, more than the {max_pixels // 2:,} that are allowed for {kind} (half of data.max_pixels)")
     return data
 
 
@@ -249,6 +257,76 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
     check_size(width, height, max_pixels)
     if width * height > max_pixels // 2:
         raise DecodeError(f"{width} x {height} pixels, more than the {max_pixels // 2:,} that are allowed for WebP (half of data.max_pixels)")
+
+
+# ---- AVIF, HEIC, JPEG XL: whoever decodes them makes room for several copies of an image
+
+
+def container_of(data: bytes) -> str | None:
+    """AVIF, HEIF or JXL, by Pillow's names; None of any other."""
+    if data[:2] == b"\xff\x0a" or data[:12] == _JXL_CONTAINER:
+        return "JXL"
+    if data[4:8] != b"ftyp":
+        return None
+    # The brand of pictures in general leaves it to those that it is compatible with.
+    brand, brands = data[8:12], data[8 : max(12, min(int.from_bytes(data[:4], "big"), 256))]
+    if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in brands):
+        return "AVIF"
+    return "HEIF" if brand[:3] in (b"hei", b"hev", b"mif", b"msf") else None
+
+
+def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, first byte, end) of the boxes of an ISO media file, one after another."""
+    for _ in range(_MAX_SEGMENTS):
+        size, kind, start = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], at + 8
+        if at + 8 > end:
+            return
+        if size == 1:
+            size, start = int.from_bytes(data[start : start + 8], "big"), start + 8
+        after = end if size == 0 else min(at + size, end)
+        if after < start:
+            return
+        yield kind, start, after
+        at = after
+    raise DecodeError(f"it has more than {_MAX_SEGMENTS:,} boxes")
+
+
+def _item_sizes(data: bytes) -> list[tuple[int, int]]:
+    """(width, height) of all pictures in an AVIF or HEIC file; tiles and thumbnails are pictures too."""
+    places = [(0, len(data))]
+    for wanted in (b"meta", b"iprp", b"ipco", b"ispe"):
+        skipped = 4 if wanted == b"meta" else 0  # its version
+        places = [(start + skipped, end) for first, last in places for kind, start, end in _boxes(data, first, last) if kind == wanted]
+    found = [(int.from_bytes(data[at + 4 : at + 8], "big"), int.from_bytes(data[at + 8 : at + 12], "big")) for at, _ in places]
+    if not found:
+        raise DecodeError(f"not an image (a damaged {container_of(data)}: its header says no size)")
+    return found
+
+
+def _jxl_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a JPEG XL image (ISO 18181-1, SizeHeader)."""
+    start = 2
+    if data[:12] == _JXL_CONTAINER:
+        places = [at + (4 if kind == b"jxlp" else 0) for kind, at, _ in _boxes(data, 0, len(data)) if kind in (b"jxlc", b"jxlp")]
+        if not places or data[places[0] : places[0] + 2] != b"\xff\x0a":
+            raise DecodeError(f"not an image (a damaged {container_of(data)}: its header says no size)")
+        start = places[0] + 2
+    bits = int.from_bytes(data[start : start + 16], "little")
+
+    def take(number: int) -> int:
+        nonlocal bits
+        value = bits & (1 << number) - 1
+        bits >>= number
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height = side()
+    ratio = ((0, 1), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[take(3)]
+    return (height * ratio[0] // ratio[1] if ratio[0] else side()), height
 
 
 # ---- TIFF

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from dtl.config.models import ImageSize, sides
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import Region, is_plain_jpeg
 from dtl.data.decoding.headers import MAX_PIXELS, without_exif
 from dtl.data.sampling.plan import MicroBatch
 from dtl.errors import DamagedSample
+from dtl.reading import Reading
 
 _SMALL = ("labels", "weights", "samples", "slots")
 

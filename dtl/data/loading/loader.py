@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from dtl import keyed
 from dtl.config.models import ImageSize, sides
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, crop_jpeg, decode
 from dtl.data.decoding.headers import MAX_PIXELS, check_size
 from dtl.data.loading.batch import Batch, BatchBuffers, Encoded, Request, Transform
@@ -33,6 +32,7 @@ from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.own import OwnFunction
 from dtl.errors import DamagedSample, UserError
+from dtl.reading import Reading
 
 
 class BatchDataset:

@@ -14,16 +14,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, bounds_of, decode_jpeg, decode_with_pillow, probe
 from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, load_rows, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS, flags_of
 from dtl.data.sources.content_split import content_hash
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, without_path, write_whole
+from dtl.reading import Reading
 from dtl.untrusted import Count, Record, Sha256, Text, as_utf8
 
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
+_EXTENSIONS = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tiff",
+    "PPM": "ppm",
+    "AVIF": "avif",
+    "HEIF": "heic",
+    "JXL": "jxl",
+}
 _BLOCK = 512
 # What is wrong with a file itself: it is not there, or a link that leads nowhere. All else (no permission, a disk that fails) may pass.
 _OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)

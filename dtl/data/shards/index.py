@@ -225,7 +225,7 @@ class Shards:
 
     def shapes(self, samples: npt.NDArray[np.int64] | slice = slice(None), *, exif: bool = True) -> tuple[Sides, Sides, npt.NDArray[np.uint8]]:
         """Widths, heights, and EXIF orientations (1 to 8) of these samples; without `exif` as the images are stored, and 1."""
-        turns = 1 + (self.flags[samples] >> _TURN_BITS & _TURN_MASK)
+        turns = ((self.flags[samples] >> _TURN_BITS & _TURN_MASK) + 1).astype(np.uint8)
         widths, heights = self.widths[samples].astype(np.int64), self.heights[samples].astype(np.int64)
         if exif:
             return widths, heights, turns

@@ -16,7 +16,6 @@ import torch
 
 from dtl.config.functions import code_sha256
 from dtl.config.models import INTERPOLATIONS, AugmentConfig, Fit, ImageSize, Interpolation, as_size, shown_size, sides
-from dtl.config.reading import AS_BEFORE, Reading
 from dtl.data.decoding.decode import Region
 from dtl.data.transforms import pixels
 from dtl.data.transforms.geometry import (
@@ -38,6 +37,7 @@ from dtl.data.transforms.geometry import (
 from dtl.data.transforms.pixels import RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
 from dtl.errors import UserError
 from dtl.keyed import uniform
+from dtl.reading import AS_BEFORE, Reading
 
 # Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION covers
 # evaluation, here and in geometry.py (resize, crop, square, pad): model folders of another version are refused. TRANSFORM_VERSION covers training;

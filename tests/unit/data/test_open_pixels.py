@@ -15,7 +15,6 @@ from wds_tars import write_tar
 from wide_images import wide_png
 
 from dtl.config.models import DataConfig
-from dtl.config.reading import Reading
 from dtl.data.loading.loader import BatchDataset
 from dtl.data.open import check_reading, reading_of
 from dtl.data.sampling.plan import MicroBatch
@@ -25,6 +24,7 @@ from dtl.data.splits_of_run import content_keys
 from dtl.data.transforms.transforms import eval_transform
 from dtl.data.wds.index import index_shards
 from dtl.errors import UserError
+from dtl.reading import Reading
 
 RNG = np.random.default_rng(0)
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny_images import encoded
 
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import decode
 from dtl.data.sources.open import open_source
 from dtl.errors import UserError
 from dtl.inference.images import find_images
+from dtl.reading import Reading
 from dtl.text import csv_line
 
 

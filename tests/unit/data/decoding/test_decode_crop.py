@@ -18,7 +18,6 @@ from PIL import Image
 from tiny_images import encoded, image_folder, pixels
 
 from dtl.config.models import AugmentConfig, Fit, ImageSize
-from dtl.config.reading import Reading
 from dtl.data.decoding import decode as decode_crop
 from dtl.data.decoding.decode import Region, crop_jpeg, decode, decode_jpeg, native
 from dtl.data.loading.loader import BatchDataset, Stored, decode_into
@@ -26,6 +25,7 @@ from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import eval_transform, train_transform
+from dtl.reading import Reading
 
 needs_native = pytest.mark.skipif(
     importlib.util.find_spec("dtl.data.decoding._jpeg_crop") is None,

@@ -14,9 +14,9 @@ from PIL import Image, ImageCms, ImageOps
 from tiny_images import encoded, pixels
 from wide_images import saved, wide_png, wide_tiff
 
-from dtl.config.reading import Reading
 from dtl.data.decoding.decode import DecodeError, bounds_of, crop_jpeg, decode, native, pixels_of, probe, stored_region, turned
 from dtl.data.decoding.decode import Region as Region
+from dtl.reading import Reading
 
 LOW, HIGH = 500.0, 60_000.0
 NOW = Reading((LOW, HIGH), exif=True, alpha=True)

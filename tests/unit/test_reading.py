@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtl.config.reading import AS_BEFORE, Reading
+from dtl.reading import AS_BEFORE, Reading
 
 
 @pytest.mark.parametrize("reading", [AS_BEFORE, Reading((0.0, 4095.0), exif=True, alpha=True), Reading((-0.5, 1e9))])
