@@ -45,7 +45,7 @@ def test_predict_accounts_for_every_file(tmp_path: Path) -> None:
     assert lines[0].endswith("1 .json without an image's extension")
     with pytest.raises(
         UserError,
-        match=r"heic is neither an image nor a list of images: not an image that can be read here: HEIC, which needs the package pillow-heif \(pip install pillow-heif\)",
+        match=r"neither an image nor a list of images: not an image that can be read here: HEIC, which needs the package pillow-heif \(pip",
     ):
         find_images([str(put(tmp_path / "x.heic", b"\0\0\0\x18ftypheix" + bytes(50)))])
     for path in (tmp_path / "new").rglob("*.jpg"):
