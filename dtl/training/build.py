@@ -272,9 +272,9 @@ def delivered(config: Config, found: Preprocessing) -> Preprocessing:
 
 def with_data(config: Config, found: Preprocessing, splits: Splits) -> Preprocessing:
     """`with_settings`, and what the training images decide."""
+    found, reading = with_settings(config, found), reading_of(splits.train, config.data)
     known = "data.range" if config.data.range != "auto" else "data.range auto: the training images' values"
-    found = with_settings(config, found)
-    return replace(found, reading=reading_of(splits.train, config.data), origins={**found.origins, "pixels": known})
+    return replace(found, reading=reading, origins={**found.origins, **({} if reading.range is None else {"pixels": known})})
 
 
 def crop_matters(config: Config) -> bool:
