@@ -21,7 +21,8 @@ with a probability of 90 % nine in ten are right. The predicted classes stay the
 from which on the second class (in the order of the class names) is predicted.
 
 Both are stored in model.json and used by dtl predict, dtl evaluate and dtl export; the weights are not changed. They are reported on the run's
-test images, if it has some, and on each half of the validation images with the temperature of the other half.
+test images, if it has some, and on each half of the validation images with the temperature of the other half (a group of data.group is in one half),
+with the 95 % interval of each change. The loss is what is fitted; of few images, much of a calibration error is there by chance.
 """
 _EPILOG = """\
 examples:
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _calibrated(model: RunningModel, options: argparse.Namespace) -> Any:
     from dtl.inference.calibrate import answers, calibrate, check_threshold
-    from dtl.inference.evaluate import Split, note_test_look, open_images
+    from dtl.inference.evaluate import Split, groups_of_images, note_test_look, open_images
     from dtl.runs.folder import read_status
 
     runtime, stored = model.runtime, model.stored
@@ -82,7 +83,15 @@ def _calibrated(model: RunningModel, options: argparse.Namespace) -> Any:
             allow_pipe=False,
             log=to_stderr if runtime.is_main else to_nobody,
         )
-        found[split] = answers(model, shards, batch_size=options.batch_size, workers=workers, skip_damaged=options.on_error == "skip")
+        groups = groups_of_images(model, shards, place, split)
+        found[split] = answers(
+            model,
+            shards,
+            batch_size=options.batch_size,
+            workers=workers,
+            skip_damaged=options.on_error == "skip",
+            groups=None if groups is None else groups.codes,
+        )
         with runtime.together("looks"):
             if runtime.is_main and split == "test":
                 note_test_look(model, shards, split)

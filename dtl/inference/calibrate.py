@@ -7,6 +7,7 @@ N images, K classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from dtl.data.shards.index import Shards
 from dtl.errors import UserError
 from dtl.inference.assess import NUM_BINS, RankBatches, readable
 from dtl.inference.model import RunningModel
-from dtl.keyed import permutation
+from dtl.intervals import Bootstrap
+from dtl.keyed import permutation, uniform
 from dtl.models.model_json import Calibration, Threshold
 from dtl.text import counted
 
@@ -27,6 +29,53 @@ CRITERIA: tuple[Criterion, ...] = ("accuracy", "balanced_accuracy", "f1")
 _LOWEST, _HIGHEST = 1e-2, 1e2  # temperatures
 _STEPS = 50
 _FEWEST = 10
+_MOST_LOGITS = 1 << 28  # images x classes, 4 bytes each
+_CHUNK = 1 << 22  # logits that are worked on at a time
+_DRAWS = 200
+_Z = 1.959963984540054
+
+Measured = dict[str, float]
+"""`loss` (mean cross-entropy) and `calibration_error` (expected calibration error), which sees the predicted class alone."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the two measures need of each image at one temperature, all [N]."""
+
+    loss: Array
+    confidence: Array
+    """Probability of the predicted class."""
+    right: npt.NDArray[np.bool_]
+
+    def measured(self) -> Measured:
+        return {"loss": float(self.loss.mean()), "calibration_error": float(self._error(np.ones((1, len(self.loss)), np.int64))[0])}
+
+    def by_chance(self) -> float:
+        """The calibration error that so many images with these confidences have on average if each is right as often as it says: bins of few images
+        never agree exactly. From seeded draws."""
+        images = np.arange(len(self.loss))
+        drawn = (replace(self, right=uniform(images, 0, "calibration", draw) < self.confidence).measured() for draw in range(_DRAWS))
+        return math.fsum(one["calibration_error"] for one in drawn) / _DRAWS
+
+    def change_from(self, before: Seen, bootstrap: Bootstrap) -> dict[str, list[float] | None]:
+        """The 95 % interval of how much each measure has changed on these images; None where it is not known (one group, or too many images)."""
+        now, then = self.measured(), before.measured()
+        draws = bootstrap.num_draws() if bootstrap.num_units > 1 else 0
+        if not draws:
+            return dict.fromkeys(now)
+        drawn = [[self.drawn(name, counts) - before.drawn(name, counts) for name in now] for counts in bootstrap.counts(draws)]
+        halves = [_Z * float(np.concatenate(parts).std(ddof=1)) for parts in zip(*drawn)]
+        return {name: [now[name] - then[name] - half, now[name] - then[name] + half] for name, half in zip(now, halves)}
+
+    def drawn(self, measure: str, counts: npt.NDArray[np.int64]) -> Array:
+        """A measure of each draw: `counts` [D, N] says how often each image is in it."""
+        return np.asarray((counts @ self.loss) / counts.sum(axis=1)) if measure == "loss" else self._error(counts)
+
+    def _error(self, counts: npt.NDArray[np.int64]) -> Array:
+        gaps = np.zeros((len(self.loss), NUM_BINS))
+        places = np.clip(np.ceil(self.confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+        gaps[np.arange(len(places)), places] = self.right - self.confidence
+        return np.asarray(np.abs(counts @ gaps).sum(axis=1) / counts.sum(axis=1))
 
 
 @dataclass(frozen=True)
@@ -38,23 +87,51 @@ class Answers:
     labels: npt.NDArray[np.int64]
     data: str
     """The dataset id."""
+    groups: npt.NDArray[np.int64] | None = None
+    """A number for each image [N]; those with the same one belong together (one patient, or the rotations of one image). None: each by itself."""
 
     def part(self, rows: npt.NDArray[np.int64]) -> Answers:
-        return Answers(self.logits[rows], self.labels[rows], self.data)
+        return Answers(self.logits[rows], self.labels[rows], self.data, None if self.groups is None else self.groups[rows])
 
     def probabilities(self, temperature: float) -> Array:
-        scaled = self.logits.astype(np.float64) / temperature
-        scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return np.asarray(scaled / scaled.sum(axis=1, keepdims=True))
+        return np.concatenate([np.zeros((0, self.logits.shape[1])), *(probabilities for _, probabilities in self._chunks(temperature))])
 
-    def measured(self, temperature: float = 1.0) -> dict[str, float]:
-        """`loss` and `calibration_error` at a temperature."""
-        return _measured(self.probabilities(temperature), self.labels)
+    def seen(self, temperature: float = 1.0) -> Seen:
+        n = len(self.labels)
+        loss, confidence, right = np.zeros(n), np.zeros(n), np.zeros(n, bool)
+        for rows, probabilities in self._chunks(temperature):
+            labels = self.labels[rows]
+            loss[rows] = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-300))
+            confidence[rows], right[rows] = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+        return Seen(loss, confidence, right)
+
+    def expected_logit(self, temperature: float) -> float:
+        """The mean over images of the logit that the probabilities expect."""
+        return float(np.concatenate([(probabilities * self.logits[rows]).sum(axis=1) for rows, probabilities in self._chunks(temperature)]).mean())
+
+    def _chunks(self, temperature: float) -> Iterator[tuple[slice, Array]]:
+        """So that float64 takes a bounded part of memory."""
+        size = max(1, _CHUNK // self.logits.shape[1])
+        for first in range(0, len(self.labels), size):
+            rows = slice(first, first + size)
+            scaled = self.logits[rows].astype(np.float64) / temperature
+            scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+            yield rows, scaled / scaled.sum(axis=1, keepdims=True)
 
 
-def answers(model: RunningModel, shards: Shards, *, batch_size: int, workers: int, skip_damaged: bool) -> Answers:
-    """One pass of all ranks over the images, the same on every rank. It takes 4 K bytes for each image there. UserError as of an evaluation."""
+def answers(model: RunningModel, shards: Shards, *, batch_size: int, workers: int, skip_damaged: bool, groups: npt.NDArray[np.int64] | None = None) -> Answers:
+    """One pass of all ranks over the images, the same on every rank. `groups`: a number for each sample of the shards.
+
+    It takes 4 K bytes for each image on every rank, and as much again while ranks exchange them. UserError as of an evaluation, and where that is over 1 GiB.
+    """
     runtime, task = model.runtime, model.stored.task
+    num_images, num_classes = shards.num_samples * task.expansion, len(model.stored.classes)
+    if num_images * num_classes > _MOST_LOGITS:
+        raise UserError(
+            f"calibration keeps 4 bytes for each image and class: {num_images:,} images of {num_classes:,} classes would take "
+            f"{num_images * num_classes * 4 / 2**30:.1f} GiB on each process, and 1 GiB is the most; give at most {_MOST_LOGITS // num_classes:,} images "
+            "(--data.val SRC, --data.test SRC)"
+        )
     forward = replace(model.forward, temperature=1.0, threshold=None)
     batches = RankBatches(shards, model.stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
     mine = [(np.zeros((0, 2), np.int64), np.zeros((0, len(model.stored.classes)), np.float32))]
@@ -66,7 +143,9 @@ def answers(model: RunningModel, shards: Shards, *, batch_size: int, workers: in
     parts = runtime.gather((np.concatenate([one for one, _ in mine]), np.concatenate([one for _, one in mine])))
     numbers, logits = (np.concatenate(column) for column in zip(*parts))
     order = np.lexsort((numbers[:, 1], numbers[:, 0]))
-    found = Answers(logits[order], numbers[order, 1], shards.dataset_id)
+    samples = numbers[order, 0]
+    own = samples if task.expansion > 1 else None
+    found = Answers(logits[order], numbers[order, 1], shards.dataset_id, own if groups is None else groups[samples])
     if len(found.labels) < _FEWEST:
         raise UserError(f"a temperature needs at least {_FEWEST} images, and there are {len(found.labels)}")
     if not np.isfinite(found.logits).all():
@@ -80,14 +159,12 @@ def fit_temperature(found: Answers) -> float:
     The second term, a normal prior of log(T), is worth one image: where all answers are right, cross-entropy alone falls for ever towards T = 0.
     """
     n = len(found.labels)
-    logits = found.logits.astype(np.float64)
-    own = float(logits[np.arange(n), found.labels].mean())
+    own = float(found.logits[np.arange(n), found.labels].astype(np.float64).mean())
 
     def slope(log_temperature: float) -> float:
         """Of what is minimised."""
         temperature = math.exp(log_temperature)
-        expected = float((found.probabilities(temperature) * logits).sum(axis=1).mean())
-        return (own - expected) / temperature + log_temperature / n
+        return (own - found.expected_logit(temperature)) / temperature + log_temperature / n
 
     low, high = math.log(_LOWEST), math.log(_HIGHEST)
     if slope(high) <= 0 or slope(low) >= 0:
@@ -98,15 +175,39 @@ def fit_temperature(found: Answers) -> float:
     return math.exp((low + high) / 2)
 
 
-def held_out(found: Answers) -> dict[str, dict[str, float]]:
-    """`before` and `after`, each half of the images measured at the temperature that the other half gives."""
-    order = permutation(len(found.labels), 0, "calibrate")
-    half = len(order) // 2
-    probabilities, labels = [], []
-    for mine, others in ((order[:half], order[half:]), (order[half:], order[:half])):
-        probabilities.append(found.part(mine).probabilities(fit_temperature(found.part(others))))
-        labels.append(found.labels[mine])
-    return {"before": found.measured(), "after": _measured(np.concatenate(probabilities), np.concatenate(labels))}
+def held_out(found: Answers) -> dict[str, Any] | None:
+    """`before` and `after`, each half of the images measured at the temperature that the other half gives; a group is in one half.
+
+    None where there are no two halves: groups are so large that one has next to no images, or no temperature fits one half.
+    """
+    codes = np.arange(len(found.labels)) if found.groups is None else found.groups
+    groups, members = np.unique(codes, return_inverse=True)
+    order = permutation(len(groups), 0, "calibrate")
+    ends = np.cumsum(np.bincount(members, minlength=len(groups))[order])
+    first = np.isin(members, order[ends <= max(len(codes) // 2, ends[0])])
+    halves = [np.flatnonzero(first), np.flatnonzero(~first)]
+    if min(map(len, halves)) < _FEWEST // 2:
+        return None
+    try:
+        temperatures = [fit_temperature(found.part(other)) for other in reversed(halves)]
+    except UserError:
+        return None
+    parts = [found.part(mine).seen(temperature) for mine, temperature in zip(halves, temperatures)]
+    back = np.argsort(np.concatenate(halves))
+    after = Seen(*(np.concatenate([getattr(part, name) for part in parts])[back] for name in ("loss", "confidence", "right")))
+    return compared(found.seen(), after, found.groups)
+
+
+def compared(before: Seen, after: Seen, groups: npt.NDArray[np.int64] | None) -> dict[str, Any]:
+    """JSON values: both measures `before` and `after`, the 95 % interval of their `change` (a seeded bootstrap of images, or of whole groups), and the
+    calibration error that is there by chance (None with groups, whose images are right and wrong together)."""
+    change = after.change_from(before, Bootstrap(len(before.loss), groups))
+    return {
+        "before": before.measured(),
+        "after": after.measured(),
+        "change": change,
+        "calibration_error_by_chance": after.by_chance() if groups is None else None,
+    }
 
 
 def check_threshold(classes: tuple[str, ...]) -> None:
@@ -149,16 +250,19 @@ def calibrate(model: RunningModel, val: Answers, *, criterion: Criterion | None,
         threshold, value, usual = choose_threshold(val, temperature, criterion, model.stored.classes)
         found["threshold"] = {"criterion": criterion, "value": threshold.value, criterion: value, "at_one_half": usual}
     if test is not None:
-        found["test"] = {"num_samples": len(test.labels), "before": test.measured(), "after": test.measured(temperature)}
+        found["test"] = {"num_samples": len(test.labels), **compared(test.seen(), test.seen(temperature), test.groups)}
     return Calibration(temperature=temperature, threshold=threshold, data=val.data, num_samples=len(val.labels)), found
 
 
 def in_words(found: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
     """Lines for a terminal."""
     lines = [f"temperature {found['temperature']:.4g}, fitted on {counted(found['num_samples'], 'validation image')}"]
-    lines.append(f"  validation images, each half at the other half's temperature: {_change(found['val'])}")
+    if found["val"] is None:
+        lines.append("  validation images: no two halves that have a temperature each (groups too large, or too few images)")
+    else:
+        lines += _compared("validation images, each half at the other half's temperature", found["val"])
     if "test" in found:
-        lines.append(f"  {counted(found['test']['num_samples'], 'test image')}: {_change(found['test'])}")
+        lines += _compared(counted(found["test"]["num_samples"], "test image"), found["test"])
     if "threshold" in found:
         chosen = found["threshold"]
         name = chosen["criterion"].replace("_", " ")
@@ -169,15 +273,17 @@ def in_words(found: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def _change(values: dict[str, dict[str, float]]) -> str:
-    before, after = values["before"], values["after"]
-    errors = f"calibration error {100 * before['calibration_error']:.2f} -> {100 * after['calibration_error']:.2f} %"
-    return f"loss {before['loss']:.4f} -> {after['loss']:.4f}, {errors}"
-
-
-def _measured(probabilities: Array, labels: npt.NDArray[np.int64]) -> dict[str, float]:
-    own = probabilities[np.arange(len(labels)), labels]
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    places = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
-    gaps = np.bincount(places, weights=right - confidence, minlength=NUM_BINS)
-    return {"loss": float(-np.log(np.maximum(own, 1e-300)).mean()), "calibration_error": float(np.abs(gaps).sum() / len(labels))}
+def _compared(what: str, values: dict[str, Any]) -> list[str]:
+    lines = [f"  {what}:"]
+    for name, shown, scale, unit in (("loss", "loss", 1, ""), ("calibration_error", "calibration error", 100, " %")):
+        digits = 4 if scale == 1 else 2
+        before, after = (scale * values[when][name] for when in ("before", "after"))
+        line = f"    {shown} {before:.{digits}f} -> {after:.{digits}f}{unit}"
+        if values["change"][name] is not None:
+            low, high = (scale * end for end in values["change"][name])
+            sure = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
+            line += f" (95 % interval of the change {low:+.{digits}f} to {high:+.{digits}f}: {sure})"
+        lines.append(line)
+    if values["calibration_error_by_chance"] is not None:
+        lines[-1] += f"; {100 * values['calibration_error_by_chance']:.2f} % is there by chance, with so many images"
+    return lines

@@ -55,11 +55,7 @@ def evaluate(
     """
     runtime, stored = model.runtime, model.stored
     shards, workers = open_images(model, data, split, batch_size=batch_size, workers=workers, on_error=on_error, allow_pipe=allow_pipe, log=log)
-    groups = None
-    with runtime.together("groups"):
-        run = stored_config(model.run) if model.run is not None else None
-        if by_group or (data is None and run is not None and run.config.data.group is not None and stored.task.name == "classify"):
-            groups = _groups(model, shards, run, group)  # intervals draw whole groups, too
+    groups = groups_of_images(model, shards, data, split, given=group, by_group=by_group)
     batches = RankBatches(shards, stored.transform, batch_size=batch_size, workers=workers, runtime=runtime)
     seen = assess(
         model.forward,
@@ -174,15 +170,25 @@ def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shard
     return shards
 
 
-def _groups(model: RunningModel, shards: Shards, run: StoredConfig | None, given: GroupConfig | None) -> Groups:
-    if given is None and run is not None:
-        run.require("data.group.regex")
-        given = run.config.data.group
-    if given is None:
-        raise UserError("--by-group: which images belong together is not known; give --group-regex R, or train with data.group")
-    if model.stored.task.name != "classify":
-        raise UserError(f"--by-group: the model was trained for the task {model.stored.task.name}, which has several answers for each image")
-    return find_groups(shards, given, str(shards.folder))
+def groups_of_images(
+    model: RunningModel, shards: Shards, data: str | None, split: Split, *, given: GroupConfig | None = None, by_group: bool = False
+) -> Groups | None:
+    """The groups of `open_images`: where they are asked for, and for the run's own images where it has data.group, because intervals draw whole groups."""
+    with model.runtime.together("groups"):
+        run, classifies = stored_config(model.run) if model.run is not None else None, model.stored.task.name == "classify"
+        if not by_group and (data is not None or run is None or run.config.data.group is None or not classifies):
+            return None
+        if given is None and run is not None:
+            run.require("data.group.regex")
+            given = run.config.data.group
+        if given is None:
+            raise UserError("--by-group: which images belong together is not known; give --group-regex R, or train with data.group")
+        if not classifies:
+            raise UserError(f"--by-group: the model was trained for the task {model.stored.task.name}, which has several answers for each image")
+        if data is not None or run is None:
+            return find_groups(shards, given, str(data or shards.folder))
+        own = run.config.data
+        return find_groups(shards, given, str((own.val if split == "val" else own.test) or own.train), columns=own.columns)
 
 
 def _of_groups(seen: Assessment, groups: Groups, shards: Shards, model: RunningModel) -> dict[str, Any]:

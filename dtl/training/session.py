@@ -136,7 +136,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 wandb="off" if config.run.debug else tracking.wandb,
                 tensorboard=tracking.tensorboard and not config.run.debug,
                 config=redact(config.to_dict()),
-                name=self.name,
+                # A fold by itself is one of many in a project.
+                name=self.name if config.data.fold is None else f"{self.folder.path.parent.name}/{self.name}",
                 wandb_id=state.wandb_id,
                 console=self.console,
                 resume_step=state.step,

@@ -56,7 +56,7 @@ def test_a_stored_temperature_is_used_everywhere(place: Path) -> None:
         job = run(["runs/tiny", "--json", "calibration.json", "--workers", "0", "--batch-size", "7"], cwd=place, command="calibrate", world=world)
         found[world] = json.loads((place / "calibration.json").read_text())
         assert f"temperature {found[world]['temperature']:.4g}, fitted on 80 validation images" in job.out()
-        assert "60 test images: loss" in job.out()
+        assert "  60 test images:\n    loss " in job.out()
     assert found[1] == found[2], "fitted on the network's own logits each time"
     temperature = found[1]["temperature"]
     facts = json.loads((model / "model.json").read_text())
@@ -154,6 +154,25 @@ def test_a_threshold_decides_for_groups_and_flipped_views(place: Path) -> None:
     right = sum(name.startswith(label) for name, (label, _) in found.items())
     assert measured["by_group"]["top1"] == pytest.approx(right / 20)
     assert np.asarray(measured["by_group"]["confusion"])[:, 1].sum() == sum(label == "dark" for label, _ in found.values())
+
+
+def test_groups_of_the_run_stand_in_one_half(place: Path) -> None:
+    """data.group of the run, by a column of its list: calibrate and evaluate find it there."""
+    rows = [f"photos/{split}/{label}/{number}.png,{label},{split},{label}{split}{number // 10}"
+            for split in ("train", "val", "test") for label in ("bright", "dark") for number in range({"train": 60, "val": 40, "test": 30}[split])]  # fmt: skip
+    (place / "photos.csv").write_text("\n".join(["path,label,split,patient", *rows]) + "\n")
+    data = {"train": "photos.csv", "global_batch_size": 24, "augment": {"preset": "none"}, "group": {"column": "patient"}}
+    phases = {"all": {"train": "all", "steps": 12, "lr": 0.05}}
+    run(["--config", str(write_recipe(place, name="grouped", phases=phases, data=data))], cwd=place)
+    grouped = json.loads(run(["runs/grouped", "--json", "-"], cwd=place, command="evaluate").out())
+    job = run(["runs/grouped", "--json", "grouped.json", "--workers", "0"], cwd=place, command="calibrate")
+    assert "fitted on 80 validation images" in job.out()
+    found = json.loads((place / "grouped.json").read_text())
+    assert found["val"]["before"]["loss"] == pytest.approx(grouped["loss"], rel=1e-4)
+    run(["runs/grouped", "--data.val", "photos/val", "--json", "alone.json", "--workers", "0"], cwd=place, command="calibrate")
+    alone = json.loads((place / "alone.json").read_text())
+    assert alone["temperature"] == pytest.approx(found["temperature"], rel=1e-6), "the same images"
+    assert alone["val"]["change"] != found["val"]["change"], "eight groups, and eighty images"
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dtl.errors import UserError
-from dtl.inference.calibrate import Answers, choose_threshold, fit_temperature, held_out, in_words
+from dtl.inference import calibrate
+from dtl.inference.calibrate import Answers, choose_threshold, compared, fit_temperature, held_out, in_words
 
 
 def drawn(n: int, num_classes: int, *, temperature: float, seed: int = 0) -> Answers:
@@ -25,9 +29,10 @@ def test_a_known_temperature_is_found(temperature: float, num_classes: int) -> N
     fitted = fit_temperature(found)
     assert fitted == pytest.approx(temperature, rel=0.08)
     assert fit_temperature(found) == fitted
-    losses = {factor: found.measured(fitted * factor)["loss"] for factor in (0.9, 1.0, 1.1)}
+    losses = {factor: found.seen(fitted * factor).measured()["loss"] for factor in (0.9, 1.0, 1.1)}
     assert min(losses, key=losses.__getitem__) == 1.0
     halves = held_out(found)
+    assert halves is not None
     if temperature != 1:
         assert halves["after"]["loss"] < halves["before"]["loss"]
         assert halves["after"]["calibration_error"] < halves["before"]["calibration_error"] / 2
@@ -72,13 +77,96 @@ def test_no_threshold_for_ten_classes_or_for_one() -> None:
         choose_threshold(Answers(found.logits[:, :2], np.zeros(50, np.int64), ""), 1.0, "f1", ("a", "b"))
 
 
+def test_a_group_stands_in_one_half() -> None:
+    """Ten copies of each image as a group: halves of groups give what halves of the images without copies give; halves that tear groups do not."""
+    found = drawn(60, 3, temperature=1.6)
+    again = np.repeat(np.arange(60), 10)
+    copies = Answers(found.logits[again], found.labels[again], "data", again)
+    alone, grouped, torn = held_out(found), held_out(copies), held_out(Answers(copies.logits, copies.labels, "data"))
+    assert alone is not None and grouped is not None and torn is not None  # noqa: PT018
+    assert grouped["after"]["loss"] == pytest.approx(alone["after"]["loss"], rel=0.01)  # the prior is worth a tenth as much
+    assert torn["after"]["loss"] != pytest.approx(alone["after"]["loss"], rel=0.001)
+    changes = [compared(one.seen(), one.seen(1.6), codes)["change"]["loss"] for one, codes in ((found, None), (copies, again), (copies, None))]
+    assert changes[1] == pytest.approx(changes[0]), "ten copies say no more than one"
+    assert changes[2][1] - changes[2][0] < (changes[0][1] - changes[0][0]) / 2.5
+    for sizes, is_known in (([59, 1], False), ([1, 1, 58], False), ([20, 20, 20], True)):
+        halves = held_out(Answers(found.logits, found.labels, "data", np.repeat(np.arange(len(sizes)), sizes)))
+        assert (halves is not None) == is_known, sizes
+    assert (alone["calibration_error_by_chance"] is None, grouped["calibration_error_by_chance"] is None) == (False, True)
+
+
+def test_one_group_has_no_halves_and_no_interval() -> None:
+    found = drawn(40, 3, temperature=1.5)
+    one = Answers(found.logits, found.labels, "data", np.zeros(40, np.int64))
+    assert held_out(one) is None
+    assert compared(one.seen(), one.seen(2.0), one.groups)["change"] == {"loss": None, "calibration_error": None}
+
+
+def test_the_interval_of_a_change_is_that_of_the_mean_difference() -> None:
+    """Of the loss, by the formula of any textbook; that of the calibration error is as wide as values of other sets of images are apart."""
+    found = drawn(400, 4, temperature=1.7)
+    before, after = found.seen(), found.seen(1.7)
+    change = compared(before, after, None)["change"]
+    differences = after.loss - before.loss
+    half = 1.96 * differences.std(ddof=1) / 20
+    assert change["loss"] == pytest.approx([differences.mean() - half, differences.mean() + half], abs=0.1 * half)
+    others = [drawn(400, 4, temperature=1.7, seed=seed) for seed in range(1, 60)]
+    errors = [one.seen(1.7).measured()["calibration_error"] - one.seen().measured()["calibration_error"] for one in others]
+    assert (change["calibration_error"][1] - change["calibration_error"][0]) / 3.92 == pytest.approx(np.std(errors, ddof=1), rel=0.35)
+    assert change == compared(before, after, None)["change"]
+
+
+def test_true_probabilities_have_a_calibration_error_by_chance() -> None:
+    for n, least, most in ((60, 0.06, 0.2), (6000, 0.005, 0.02)):
+        found = drawn(n, 4, temperature=1.7)
+        seen = found.seen(1.7)
+        chance = seen.by_chance()
+        assert least < chance < most
+        assert chance == seen.by_chance()
+        others = [drawn(n, 4, temperature=1.7, seed=seed).seen(1.7).measured()["calibration_error"] for seed in range(1, 30)]
+        assert np.mean(others) == pytest.approx(chance, rel=0.15)
+
+
+def test_logits_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = drawn(101, 5, temperature=1.3)
+    whole = fit_temperature(found), found.probabilities(1.3), found.seen(1.3).measured()
+    monkeypatch.setattr(calibrate, "_CHUNK", 40)
+    parts = fit_temperature(found), found.probabilities(1.3), found.seen(1.3).measured()
+    assert (whole[0], whole[2]) == (parts[0], parts[2])
+    assert np.array_equal(whole[1], parts[1])
+
+
+def test_more_logits_than_fit_are_refused_with_the_number() -> None:
+    """Before any of them is computed."""
+    model: Any = SimpleNamespace(runtime=None, stored=SimpleNamespace(task=SimpleNamespace(expansion=1), classes=range(21_841)))
+    shards: Any = SimpleNamespace(num_samples=50_000)
+    with pytest.raises(UserError) as refused:
+        calibrate.answers(model, shards, batch_size=64, workers=0, skip_damaged=False)
+    assert str(refused.value) == (
+        "calibration keeps 4 bytes for each image and class: 50,000 images of 21,841 classes would take 4.1 GiB on each process, and 1 GiB is the most; "
+        "give at most 12,290 images (--data.val SRC, --data.test SRC)"
+    )
+
+
 def test_in_words() -> None:
-    change = {"before": {"loss": 0.5, "calibration_error": 0.1}, "after": {"loss": 0.4, "calibration_error": 0.05}}
+    change = {
+        "before": {"loss": 0.5, "calibration_error": 0.1},
+        "after": {"loss": 0.4, "calibration_error": 0.05},
+        "change": {"loss": [-0.2, -0.01], "calibration_error": [-0.12, 0.02]},
+        "calibration_error_by_chance": 0.045,
+    }
+    unknown = {**change, "change": {"loss": None, "calibration_error": [0.01, 0.03]}}
     threshold = {"criterion": "f1", "value": 0.25, "f1": 0.9, "at_one_half": 0.8}
-    lines = in_words({"temperature": 1.5, "num_samples": 20, "val": change, "test": {"num_samples": 7, **change}, "threshold": threshold}, ("ant", "bee"))
+    lines = in_words({"temperature": 1.5, "num_samples": 20, "val": change, "test": {"num_samples": 7, **unknown}, "threshold": threshold}, ("ant", "bee"))
     assert lines == [
         "temperature 1.5, fitted on 20 validation images",
-        "  validation images, each half at the other half's temperature: loss 0.5000 -> 0.4000, calibration error 10.00 -> 5.00 %",
-        "  7 test images: loss 0.5000 -> 0.4000, calibration error 10.00 -> 5.00 %",
+        "  validation images, each half at the other half's temperature:",
+        "    loss 0.5000 -> 0.4000 (95 % interval of the change -0.2000 to -0.0100: lower)",
+        "    calibration error 10.00 -> 5.00 % (95 % interval of the change -12.00 to +2.00: not told apart); 4.50 % is there by chance, with so many images",
+        "  7 test images:",
+        "    loss 0.5000 -> 0.4000",
+        "    calibration error 10.00 -> 5.00 % (95 % interval of the change +1.00 to +3.00: higher); 4.50 % is there by chance, with so many images",
         "threshold 0.2500: an image is 'bee' from this probability on; f1 90.00 % on the validation images that chose it, 80.00 % at 0.5",
     ]
+    none = in_words({"temperature": 1.5, "num_samples": 20, "val": None}, ("ant", "bee"))
+    assert none[1] == "  validation images: no two halves that have a temperature each (groups too large, or too few images)"

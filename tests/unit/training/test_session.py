@@ -11,6 +11,7 @@ from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config, load_config
 from dtl.distributed.signals import Stopped, StoppedBeforeFirstStep
 from dtl.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from dtl.runs.tracker import Tracker
 from dtl.training.session import Session
 
 
@@ -76,3 +77,21 @@ def test_a_lost_rank_leaves_an_earlier_run_as_it_was(tmp_path: Path, fresh: bool
                 folder.write_status("running", step=0)
                 session.lost("lost rank 1")
                 assert (status(folder.path)["state"], status(folder.path)["why"]) == ("failed", "fault: lost rank 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [([], "fold-2"), (["--data.fold.number", "2"], "tiny-folds/fold-2"), (["--data.fold.number", "0"], "tiny-folds/fold-2")]
+)
+def test_a_fold_has_its_recipe_in_its_name_for_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str) -> None:
+    """In wandb all runs of a project stand in one list, where five are called fold-2."""
+    seen = []
+
+    def tracker(*arguments: object, **more: object) -> Tracker:
+        seen.append(more["name"])
+        return Tracker(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("dtl.training.session.Tracker", tracker)
+    session = Session(config_in(tmp_path / "tiny-folds", *options), "fold-2")
+    with session:
+        session.open_tracker(TrainState(dataset_ids={}))
+    assert seen == [name]
