@@ -164,3 +164,40 @@ def test_few_labels_draws_as_many_of_each_class_and_others_for_each_seed(tmp_pat
         assert all((tmp_path / "cifar" / line.split(",")[0]).exists() for line in lines)
         assert len(set(lines)) == 10
     assert set(first) != set(second)
+
+
+def test_held_out_divides_each_class_anew_for_each_seed(tmp_path: Path) -> None:
+    from benchmarks.held_out import draw
+
+    for name in ("cat", "dog"):
+        (tmp_path / "cifar/train" / name).mkdir(parents=True)
+        for number in range(50):
+            (tmp_path / "cifar/train" / name / f"{number}.png").touch()
+    found = {}
+    for seed in (0, 1):
+        draw(tmp_path, "cifar_30", seed)
+        for split, number in (("train", 24), ("val", 6)):
+            first, *rows = (tmp_path / f"cifar_30-{seed}-{split}.csv").read_text().splitlines()
+            assert first == "path,label"
+            assert [row.split(",")[1] for row in rows] == ["cat"] * number + ["dog"] * number
+            assert all((tmp_path / row.split(",")[0]).exists() for row in rows)
+            found[seed, split] = set(rows)
+        assert not found[seed, "train"] & found[seed, "val"]
+    assert found[0, "val"] != found[1, "val"]
+
+
+def test_held_out_compares_both_rules_run_by_run() -> None:
+    from benchmarks.held_out import rule_lines, rule_row
+
+    def kept(step: int, top1: float, loss: float) -> dict[str, float]:
+        return {"step": step, "val_top1": 0.95, "val_loss": 0.2, "val_num_samples": 20, "test_top1": top1, "test_loss": loss, "test_num_samples": 100}
+
+    runs = [{"best": kept(4, 0.90, 0.30), "one_se": kept(4, 0.90, 0.30)}, {"best": kept(8, 0.92, 0.35), "one_se": kept(2, 0.88, 0.25)}]
+    row = rule_row("ants", runs)
+    assert row[:5] == ("ants, 20 / 100", "90.0 =; 92.0 -> 88.0", "91.0 % (83.8 to 95.2)", "89.0 % (81.4 to 93.7)", "-2.00 ± 2.00")
+    assert row[7:] == ("-0.050 ± 0.050", "+4.0", "+6.0")
+    assert rule_lines(runs) == [
+        "The same weights in 1 of 2 runs.",
+        "Test top1, points, over all runs: -2.00 ± 2.00 (standard error); higher in 0, lower in 1.",
+        "Test loss, over all runs: -0.050 ± 0.050 (standard error); higher in 0, lower in 1.",
+    ]
