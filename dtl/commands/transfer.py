@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add("--source-classes", metavar="NAMES|K", help="classes of the source's head, as --classes, or how many (default: found in the weights)")
     add("--assume-order", action="store_true", help="trust the order of registration if nothing else distinguishes layers")
     add("--on-ambiguous", choices=("error", "fresh"), help="uncertain pairs: refuse, or leave layers at initial values (default: error)")
-    add("--min-coverage", type=float, metavar="X", help="refuse if a smaller share of layers, of either side, would be used (default: 0.6)")
+    add("--fresh", action="append", default=[], metavar="PATTERN", help="names in the network that may stay random, 'blocks.3.*' (may be repeated)")
+    add("--min-coverage", type=float, metavar="X", help="refuse weights of which fewer layers, of either side, would be used (default: 0.6)")
     add("--ignore", action="append", default=[], metavar="PATTERN", help="names in the source to leave out, 'decoder.*' (may be repeated)")
     heads = ("auto", "true", "false", "rows")
     add("--keep-head", choices=heads, help="load the source's head (auto: if its classes are the same), or its rows by class names")
@@ -132,6 +133,7 @@ def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
         "on_ambiguous": options.on_ambiguous,
         "min_coverage": options.min_coverage,
         "ignore": tuple(options.ignore) or None,
+        "fresh": tuple(options.fresh) or None,
         "keep_head": {"true": True, "false": False}.get(options.keep_head, options.keep_head),
         "head_rows": _head_rows(options.head_rows),
         "source_classes": None if _number(options.source_classes) else options.source_classes,

@@ -481,7 +481,7 @@ def _transfer(record: RunRecord) -> html.Section | None:
     if found is None:
         return None
     rows = [[Cell(name), Cell(f"{n.tensors:,}", number=True), Cell(f"{n.parameters:,}", number=True)] for name, n in found.totals.items()]
-    words = f"From {found.source}, by {found.by}: {percent(found.coverage)} of the convolution and linear layers were loaded."
+    words = f"From {found.source}, by {found.by}: {percent(found.coverage)} of all layers, norms and tables were loaded."
     notes = [*found.warnings, *found.notes]
     return html.section(
         "Pretrained weights",

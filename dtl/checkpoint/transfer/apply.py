@@ -41,6 +41,7 @@ def load_pretrained(
     source_classes: str | Path | Sequence[str] | None = None,
     target_classes: str | Path | Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    fresh: Sequence[str] = (),
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
     image_size: ImageSize | None = None,
@@ -62,6 +63,7 @@ def load_pretrained(
                 "on_ambiguous": on_ambiguous,
                 "min_coverage": min_coverage,
                 "ignore": ignore,
+                "fresh": fresh,
                 "keep_head": "auto" if keep_head is None else keep_head,
                 "head_rows": head_rows,
                 "source_classes": source_classes,
@@ -210,7 +212,7 @@ def _casts(values: Iterable[tuple[str, torch.Tensor]], targets: dict[str, torch.
 
 
 def _warnings(plan: TransferPlan, weights: SourceWeights, target_preprocessing: Mapping[str, Any] | None) -> tuple[str, ...]:
-    return _unchecked(weights) + _untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
+    return plan.warnings + _unchecked(weights) + _untrained(plan, weights) + _other_preprocessing(weights.facts.get("preprocessing"), target_preprocessing)
 
 
 def _other_preprocessing(source: Any, target: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -277,6 +279,7 @@ class TransferReport:
             passed_over=weights.passed_over,
             ordered=weights.ordered,
             facts=weights.facts,
+            warnings=plan.warnings,
         )
 
     def applied(self, *, casts: dict[str, int], checksum: str, warnings: tuple[str, ...], seconds: float | None) -> TransferReport:
@@ -284,7 +287,8 @@ class TransferReport:
 
     @property
     def coverage(self) -> float:
-        """Share (0..1) of the target's convolution and linear layers that were loaded, not counting a replaced head."""
+        """Share (0..1) of the target's layers that were loaded, not counting a replaced head: each layer, norm, table and scale counts once,
+        one of which only some tensors were loaded (a weight without its bias) by the share of these."""
         return self.plan.coverage
 
     @property
@@ -326,6 +330,7 @@ class TransferReport:
             "source_coverage": self.plan.source_coverage,
             "refusals": list(self.plan.refusals),
             "warnings": list(self.warnings),
+            "random": list(self.plan.random),
             "notes": list(self.plan.notes),
             "casts": self.casts,
             "checksum": self.checksum,
@@ -346,7 +351,7 @@ class TransferReport:
         fresh = sum(o.parameters for o in self.outcomes if o.outcome in ("fresh", "ambiguous"))
         target = sum(o.parameters for o in self.outcomes if o.target) or 1
         lines = [f"warning: {warning}" for warning in self.warnings]
-        lines.append(f"{self.source}: coverage {self.coverage:.1%} of convolution and linear layers, {fresh / target:.1%} of all parameters newly initialised")
+        lines.append(f"{self.source}: coverage {self.coverage:.1%} of all layers, norms and tables, {fresh / target:.1%} of all parameters newly initialised")
         details = [f"by {self.plan.by} ({self.plan.view})"]
         details += [f"{self.plan.source_coverage:.1%} of the source's layers used"] if self.plan.source_coverage < 1 else []
         details += [f"from '{self.container}'"] if self.container else []

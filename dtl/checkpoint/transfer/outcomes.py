@@ -14,9 +14,10 @@ from typing import Any, Literal
 from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
 from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Key, Layer, Shape, TensorSpec, detect_heads, layers_of, num_elements
 from dtl.checkpoint.transfer.match.evidence import Match, Matching
+from dtl.checkpoint.transfer.source.class_names import HeadClasses, rows_of_head
 from dtl.config.models import TransferOptions
 from dtl.errors import UserError
-from dtl.text import counted, some
+from dtl.text import counted
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,13 @@ class Outcome:
     source_shape: Shape | None = None
     parameters: int = 0
     head: bool = False
+    is_learned: bool = True
+    """False for integers (counters, indices), masks, and tensors without elements."""
 
     @property
     def source(self) -> str | tuple[str, ...] | None:
         """The name of the source tensor; a tuple of names where several are joined."""
         return self.sources if len(self.sources) > 1 else self.sources[0] if self.sources else None
-
-
-@dataclass(frozen=True)
-class HeadClasses:
-    """What is known of the classes of both heads. `rows`: class of the target -> classes of the source whose rows become its row."""
-
-    source: Sequence[str] | None = None
-    target: Sequence[str] | None = None
-    rows: Mapping[str, Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +93,7 @@ class _Settlement:
         self.head_names = {name for layer in heads for name in layer.names}
         self.matches = dict(matching.matches)
         self.source_shapes = {spec.name: spec.shape for spec in source}
+        self.target_specs = {spec.name: spec for spec in target.specs}
         self.source_layers = layers_of(source)
         self.reasons: dict[str, str] = {}
         clashed = {clash.target: clash for clash in matching.clashes}
@@ -107,10 +102,16 @@ class _Settlement:
                 self.reasons.update(dict.fromkeys(layer.names, f"same name, different shape: {clash}"))
         self.head_rows = matching.head_rows
         self.filled: dict[str, str] = {}
+        self.may_be_new = self._may_be_new()
+        self.norms: set[int] = set()
+        """Norms that must not stay random beside loaded layers; `on_ambiguous: fresh` allows it."""
+        self.random: str | None = None
         self.doubts: list[str] = []
         self.hard = list(matching.refusals)
 
     def run(self) -> Settled:
+        self._other_norms()
+        self._ties()  # before layers are judged by their weights, and again for what was dropped then
         for layer in self.target.layers:
             if layer.index in self.heads:
                 self._head(layer)
@@ -123,20 +124,39 @@ class _Settlement:
         self._ties()
         self._norms_of_fresh_layers()
         self._lonely_norms()
+        self._random_layers()
         coverage, used = self._coverage(), self._used()
         heads = [layer for layer in self.target.layers if layer.index in self.heads]
         counted = source_layers_that_count(self.source_layers, used, self.inside, heads)
         used_share = source_coverage(counted, used)
-        self._judge(coverage, why_too_little_is_used(counted, used, self.options.min_coverage))
+        self._judge(self._coverage(WEIGHTED), why_too_little_is_used(counted, used, self.options.min_coverage))
         if self.hard:
             self.matches, self.filled = {}, {}
         outcomes = [self._outcome(spec) for spec in self.target.specs] + self._unused()
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
             self.hard.append("nothing would be loaded")
-        doubts = self.doubts if self.options.on_ambiguous == "error" else []
-        return Settled(tuple(outcomes), coverage, used_share, tuple(self.hard or doubts), self.head_rows)
+        return Settled(tuple(outcomes), coverage, used_share, tuple(self.hard or self.doubts), self.head_rows)
+
+    def _may_be_new(self) -> frozenset[str]:
+        """What the option `fresh` names is new where it is in doubt, and no reason to refuse."""
+        if not self.options.fresh:
+            return frozenset()
+        from dtl.checkpoint.transfer.fresh import may_be_new
+
+        names = may_be_new(self.options.fresh, [spec.name for spec in self.target.specs])
+        for name in names & self.matching.flags.keys():
+            self.reasons[name] = f"new (fresh); {self.matching.flags.pop(name).reason}"
+        return names
 
     # --- single layers ---
+
+    def _other_norms(self) -> None:
+        """A norm whose namesake is of another kind stays undecided, but there is nothing to choose."""
+        for layer in self.target.layers:
+            flags = [flag for name in layer.names if (flag := self.matching.flags.get(name)) and not flag.alternatives]
+            if layer.kind in NORMS and flags:
+                self._drop(layer, flags[0].reason)
+                self.norms.add(layer.index)
 
     def _drop(self, layer: Layer, reason: str) -> None:
         for name in layer.names:
@@ -189,8 +209,8 @@ class _Settlement:
             return
         if len(found) < len(wanted):
             missing = next(name for name in wanted if name not in self.matches)
-            self._drop(layer, f"{missing} has no source, and a norm is loaded whole or not at all")
-            self.doubts.append(f"{layer.path}: the source has {found[0]} but not {missing}; a norm without its statistics is not loaded")
+            self._drop(layer, f"the source has {found[0]} but not {missing}; a norm without its statistics is not loaded")
+            self.norms.add(layer.index)
             return
         if counter is not None and counter[0][0] not in self.matches:
             self.filled[counter[0][0]] = "zero: the source has no num_batches_tracked"
@@ -242,9 +262,42 @@ class _Settlement:
             beside = [other for side, other in sorted(links.get(layer.index, ())) if side == "post" and self._is_matched(by_index[other])]
             if beside and not any(name in self.matching.flags for name in layer.names):
                 why = f"is newly initialised, but {by_index[beside[0]].path} before it is loaded: the source has no norm for it"
-                self.doubts.append(f"{layer.path} {why}")
+                self.norms.add(layer.index)
                 for name in layer.names:
-                    self.reasons[name] = why
+                    self.reasons.setdefault(name, why)
+
+    def _random_layers(self) -> None:
+        """Layers that would stay random in front of loaded ones, and norms that would beside them, unless `fresh` names them."""
+        left = [layer for layer in self.target.layers if self._stays_random(layer)]
+        if not left or self.hard:
+            return
+        from dtl.checkpoint.transfer.fresh import loaded_behind, random_and_followed
+
+        loaded = {layer.index for layer in self.target.layers if self._is_matched(layer)}
+        behind = loaded_behind(self.target, left, loaded)
+        bad = [layer for layer in left if layer.index in behind or layer.index in self.norms]
+        if not bad:
+            return
+        first, after = bad[0], behind.get(bad[0].index)
+        why = self.reasons.get(first.names[0]) or "has no source"
+        example = f"{first.path}: {why}" + ("" if after is None else f"; {self.target.layers[after].path} behind it is loaded")
+        names = [name for layer in bad for name in layer.names if self._is_random(name)]
+        every = [spec.name for spec in self.target.specs if spec.family == "f" and spec.name not in self.filled]
+        self.random = random_and_followed(names, every, example, self.options.fresh)
+
+    def _stays_random(self, layer: Layer) -> bool:
+        if layer.kind == "buffer" or layer.index in self.heads or self._is_matched(layer):
+            return False
+        if self.options.on_ambiguous == "fresh" and (layer.index in self.norms or any(name in self.matching.flags for name in layer.names)):
+            return False
+        return any(self._is_random(name) for name in layer.names)
+
+    def _is_random(self, name: str) -> bool:
+        """Whether a tensor is learned, without a value, and neither in doubt nor allowed to be new."""
+        spec = self.target_specs[name]
+        flag = self.matching.flags.get(name)
+        open_still = name in self.matches or name in self.filled or name in self.may_be_new or (flag is not None and flag.alternatives)
+        return spec.family == "f" and num_elements(spec.shape) > 0 and not open_still
 
     def _any_fresh_norm(self) -> bool:
         return any(layer.kind in NORMS and not self._is_matched(layer) for layer in self.target.layers)
@@ -253,16 +306,25 @@ class _Settlement:
         main = layer.roles.get("weight") or layer.roles.get("param") or next(iter(layer.roles.values()))
         return all(name in self.matches for name in main[0])
 
-    def _coverage(self) -> float:
-        layers = [u for u in self.target.layers if u.kind in WEIGHTED and not (u.index in self.heads and not self._is_matched(u))]
-        return sum(self._is_matched(layer) for layer in layers) / len(layers) if layers else float(bool(self.matches))
+    def _coverage(self, kinds: Collection[str] | None = None) -> float:
+        """Of the layers of these kinds (None: of all that learn), each counted once and by the share of its tensors that get a value."""
+        layers = [u for u in self.target.layers if u.kind != "buffer" and (kinds is None or u.kind in kinds)]
+        layers = [u for u in layers if u.index not in self.heads or self._is_matched(u)]
+        shares = [self._is_matched(layer) if kinds is not None else self._share(layer) for layer in layers]
+        return sum(shares) / len(shares) if shares else float(bool(self.matches))
+
+    def _share(self, layer: Layer) -> float:
+        learned = [name for name in layer.names if self.target_specs[name].family == "f"]
+        return sum(name in self.matches or name in self.filled for name in learned) / len(learned) if learned else 1.0
 
     def _used(self) -> set[str]:
         return {name for match in self.matches.values() for name in match.source}
 
     def _judge(self, coverage: float, source_left_behind: str | None) -> None:
-        if self.matching.flags:
-            self.doubts.insert(0, self._first_flag())
+        if self.options.on_ambiguous == "error" and any(flag.alternatives for flag in self.matching.flags.values()):
+            self.doubts.append(self._first_flag())
+        if self.random is not None:
+            self.doubts.append(self.random)
         if self.hard:
             return
         if not self.matches:
@@ -284,17 +346,22 @@ class _Settlement:
         return f"; the first layer without a source is {missing.path} {list(missing.shape)}" if missing else ""
 
     def _first_flag(self) -> str:
-        name, flag = next(iter(self.matching.flags.items()))
+        flags = [(name, flag) for name, flag in self.matching.flags.items() if flag.alternatives] or list(self.matching.flags.items())
+        name, flag = flags[0]
         could = f"; could be {', '.join(flag.names[:3])}" if flag.alternatives else ""
-        others = len(self.matching.flags) - 1
-        more = f", together with {counted(others, 'other tensor')}" if others else ""
+        more = f", together with {counted(len(flags) - 1, 'other tensor')}" if len(flags) > 1 else ""
         settle = f"; to decide it, write into a map: {flag.line(name)}" if flag.alternatives else ""
         return f"{name} is undecided{more}: {flag.reason}{could}{settle}"
 
     # --- per tensor ---
 
     def _outcome(self, spec: TensorSpec) -> Outcome:
-        common: dict[str, Any] = {"shape": spec.shape, "parameters": num_elements(spec.shape), "head": spec.name in self.head_names}
+        common: dict[str, Any] = {
+            "shape": spec.shape,
+            "parameters": num_elements(spec.shape),
+            "head": spec.name in self.head_names,
+            "is_learned": spec.family == "f" and num_elements(spec.shape) > 0,
+        }
         match = self.matches.get(spec.name)
         if match is not None:
             shape = self.source_shapes.get(match.source[0]) if len(match.source) == 1 else None
@@ -331,13 +398,17 @@ class _Settlement:
             elif self.inside is not None and spec.name not in self.inside:
                 reason = "outside of the prefix"
             else:
-                reason = "the source's head" if spec.name in head else "no matching layer in this network"
+                reason = "the source's head" if spec.name in head else NO_PLACE
             outcomes.append(_unused_outcome(spec, reason))
         return outcomes + [_unused_outcome(spec, "left out (ignore)") for spec in self.ignored]
 
 
 def _unused_outcome(spec: TensorSpec, reason: str) -> Outcome:
-    return Outcome(None, (spec.name,), "unused", reason, source_shape=spec.shape, parameters=num_elements(spec.shape))
+    size = num_elements(spec.shape)
+    return Outcome(None, (spec.name,), "unused", reason, source_shape=spec.shape, parameters=size, is_learned=spec.family == "f" and size > 0)
+
+
+NO_PLACE = "no matching layer in this network"
 
 
 _EVIDENCE = {
@@ -460,37 +531,6 @@ def _normed_layers(target: Target) -> Collection[int]:
     return {other for found in links.values() for side, other in found if side == "post"}
 
 
-def pick_rows(
-    source_classes: Sequence[str],
-    target_classes: Sequence[str],
-    head_rows: Mapping[str, str | Sequence[str]] | None = None,
-) -> tuple[tuple[int, ...], ...]:
-    """For each target class the rows of the source's head: its own name's, or those of the classes that `head_rows` gives it.
-
-    UserError on a class that the source does not have, or has twice (ImageNet has two called crane).
-    """
-    index = {name: row for row, name in enumerate(source_classes)}
-    wanted = dict(head_rows or {})
-    unknown = sorted(set(wanted) - set(target_classes))
-    if unknown:
-        raise UserError(f"head_rows: this network has no class '{unknown[0]}'; it has {', '.join(list(target_classes)[:6])} ...")
-    picks = []
-    missing = []
-    for name in target_classes:
-        given = wanted.get(name, name)
-        names = (given,) if isinstance(given, str) else tuple(given)
-        if not names:
-            raise UserError(f"head_rows: the list of class '{name}' is empty")
-        missing += [each for each in names if each not in index]
-        twice = [each for each in names if list(source_classes).count(each) > 1]
-        if twice:
-            raise UserError(f"several classes of the source are named '{twice[0]}'; choose a row by its number in a map (transform: rows)")
-        picks.append(tuple(index[each] for each in names if each in index))
-    if missing:
-        raise UserError(f"the source has no class {some(missing, limit=3, quoted=True)}")
-    return tuple(picks)
-
-
 def head_obstacle(
     layer: Layer,
     matches: Mapping[str, Match],
@@ -516,28 +556,3 @@ def head_obstacle(
     if keep_head == "auto" and ours is not None and theirs is not None and list(ours) != list(theirs):
         return "the class names differ"
     return ""
-
-
-def rows_of_head(
-    layer: Layer,
-    source: Sequence[Layer],
-    classes: HeadClasses,
-) -> tuple[dict[str, Match], tuple[tuple[int, ...], ...]] | str:
-    """(matches, rows to pick) that fill the target's head `layer` by class names; text where that cannot be done."""
-    theirs, ours = classes.source, classes.target
-    if ours is None or theirs is None:
-        return "the class names of both sides must be known to choose rows"
-    if layer.shape[0] != len(ours):
-        return f"it has {layer.shape[0]} outputs, but {len(ours)} class names were given for them"
-    fitting = [u for u in detect_heads(source) if u.shape[0] == len(theirs) and u.shape[1:] == layer.shape[1:]]
-    # An auxiliary head may have the shape of the main one: then their names decide.
-    namesakes = [u for u in fitting if u.path.endswith(layer.path) or layer.path.endswith(u.path)]
-    heads = namesakes if len(fitting) > 1 else fitting
-    if len(heads) != 1:
-        return f"the source has {'more than one' if fitting else 'no'} head of {len(theirs)} outputs and {list(layer.shape[1:])} inputs"
-    try:
-        picks = pick_rows(theirs, ours, classes.rows)
-    except UserError as error:
-        return str(error)
-    shared = [(key[0], heads[0].roles[role][0]) for role, (key, _) in layer.roles.items() if role in heads[0].roles and len(key) == 1]
-    return {name: Match(key, "rows", "class names") for name, key in shared}, picks

@@ -23,8 +23,8 @@ from dtl.checkpoint.transfer.match.by_map import Rule, match_map, read_rules
 from dtl.checkpoint.transfer.match.by_name import Renaming, Trust, kernels, match_names, rename, renamed_specs, trust_names, with_settled
 from dtl.checkpoint.transfer.match.by_order import match_strict_order
 from dtl.checkpoint.transfer.match.evidence import Clash, Flag, Match, Matching
-from dtl.checkpoint.transfer.outcomes import HeadClasses, Outcome, set_aside, settle
-from dtl.checkpoint.transfer.source.class_names import read_class_names, read_head_rows
+from dtl.checkpoint.transfer.outcomes import NO_PLACE, Outcome, set_aside, settle
+from dtl.checkpoint.transfer.source.class_names import HeadClasses, read_class_names, read_head_rows
 from dtl.checkpoint.transfer.source.read import SourceWeights
 from dtl.config.models import ImageSize, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import UserError
@@ -35,7 +35,7 @@ class TransferPlan:
     """What a transfer would do.
 
     `outcomes`: one per target tensor, in the target's order, then one per unused source tensor.
-    `coverage`: share of the target's convolution and linear layers that get weights, not counting a replaced head;
+    `coverage`: share of the target's layers that get values, each layer, norm, table and scale counted once, not counting a replaced head;
     `source_coverage`: share of the source's layers that are used, not counting its own head and tensors outside of the prefix.
     `refusals`: why the plan must not be applied, most serious first; empty if it may be. `pairs` is empty when the whole transfer is
     refused (coverage, several matching networks, misleading names); it holds the certain pairs when only single tensors are undecided.
@@ -77,6 +77,28 @@ class TransferPlan:
         return tuple(o.target for o in self.outcomes if o.target and o.outcome in ("fresh", "ambiguous"))
 
     @property
+    def random(self) -> tuple[str, ...]:
+        """The tensors besides the head that are learned and keep their initial values."""
+        return tuple(o.target for o in self.outcomes if o.target and o.outcome in ("fresh", "ambiguous") and o.is_learned and not o.head)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The source's tensors that are learned, belong to the network that is asked for, and have no place in it; its head aside."""
+        return tuple(o.sources[0] for o in self.outcomes if o.outcome == "unused" and o.reason == NO_PLACE and o.is_learned)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What stays random, and what is dropped. Of a plan that is refused as a whole there is nothing to say."""
+        random, dropped = (self.random, self.dropped) if self.count("loaded", "adapted") else ((), ())
+        if not (random or dropped):
+            return ()
+        from dtl.checkpoint.transfer.fresh import are_dropped, stay_random
+
+        ours = [name for o in self.outcomes if o.is_learned for name in o.sources]
+        theirs = [o.target for o in self.outcomes if o.target and o.is_learned]
+        return (*((stay_random(random, theirs),) if random else ()), *((are_dropped(dropped, ours),) if dropped else ()))
+
+    @property
     def digest(self) -> str:
         """SHA-256 of what goes where: ranks compare it."""
         text = json.dumps([[(o.target, o.source, o.outcome, o.transform) for o in self.outcomes], self.head_rows])
@@ -104,6 +126,7 @@ def plan_transfer(
     ordered: bool | None = None,
     prefix: str | None = None,
     ignore: Sequence[str] = (),
+    fresh: Sequence[str] = (),
     fill: Mapping[str, str] | None = None,
     fold_norms: bool = False,
     image_size: ImageSize | None = None,
@@ -121,7 +144,8 @@ def plan_transfer(
     source class, or several whose rows are averaged; all others by their own name.
     `ordered`: whether `source_tensors` are in registration order (guessed from the names when None).
     `prefix`: use only source names that begin with it. `ignore`: patterns (`decoder.*`) of source names to leave out: they are not
-    used, and `min_coverage` does not count them. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
+    used, and `min_coverage` does not count them. `fresh`: patterns (`blocks.3.*`) of names of `model` that may stay random though loaded
+    layers follow; without it that is refused. `fill={"conv_bias": "zero"}`: biases that the source's layers do not
     have are zero, not random. `fold_norms`: a norm of the source that `model` does not have is folded into its convolution.
     `trace=False` skips the run of `model` on the meta device.
     Raises UserError on contradictory arguments; a plan that must not be applied is returned with `refusals`.
@@ -134,6 +158,7 @@ def plan_transfer(
                 "on_ambiguous": on_ambiguous,
                 "min_coverage": min_coverage,
                 "ignore": ignore,
+                "fresh": fresh,
                 "keep_head": "auto" if keep_head is None else keep_head,
                 "head_rows": head_rows,
                 "source_classes": source_classes,

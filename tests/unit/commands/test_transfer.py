@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -188,6 +189,23 @@ def test_a_source_that_holds_more_than_the_network_is_refused_with_the_option_th
     assert main(arguments) == 2
     assert "To load it anyway, set ignore: ['decoder.*']" in capsys.readouterr().err
     assert main([*arguments, "--ignore", "decoder.*"]) == 0
+
+
+def test_what_may_be_new_is_named_by_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = resnet_tiny(num_classes=10).state_dict()
+    last = [name for name, value in state.items() if value.dim() == 4][1]
+    torch.save({name: value for name, value in state.items() if name != last}, tmp_path / "w.pth")
+    arguments = ["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "10", "--source", str(tmp_path / "w.pth")]
+    assert main(arguments) == 2
+    pattern = re.search(r"set fresh: \[(.*)\]$", capsys.readouterr().err.splitlines()[0])
+    assert pattern is not None
+    patterns = [each.strip("' ") for each in pattern[1].split(",")]
+    assert main([*arguments, *(word for each in patterns for word in ("--fresh", each)), "--report", str(tmp_path / "r.json")]) == 0
+    assert capsys.readouterr().out.startswith("warning: besides the head ")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert last in report["random"]
+    assert report["coverage"] < 1
+    assert report["warnings"][0].startswith("besides the head ")
 
 
 def test_the_dry_run_looks_at_the_values_too(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

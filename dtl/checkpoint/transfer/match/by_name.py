@@ -191,7 +191,7 @@ def match_names(source: list[TensorSpec], target: list[Layer], *, heads: Sequenc
         if {found.kind, layer.kind} == {"bn", "norm"}:
             lacking = "the source has no running_mean and running_var for it: it is another kind of norm, or the file was saved without them"
             changed = f"the kind of norm changed: {found.kind} in the source, {layer.kind} here"
-            matching.flag(layer, lacking if layer.kind == "bn" else changed, [] if layer.kind == "bn" else [(found, "")])
+            matching.flag(layer, lacking if layer.kind == "bn" else changed)
             continue
         transform = layer_transform(found, layer, first=not _equal(found, layer) and layer.kind == "conv" and layer.index == first())
         if transform is not None:

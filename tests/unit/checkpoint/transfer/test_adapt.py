@@ -11,7 +11,7 @@ from transfer_networks import Tokens, Window
 from dtl.checkpoint import load_pretrained
 from dtl.checkpoint.transfer import adapt
 from dtl.checkpoint.transfer.layers import layer
-from dtl.checkpoint.transfer.outcomes import pick_rows
+from dtl.checkpoint.transfer.source.class_names import pick_rows
 from dtl.errors import UserError
 
 
@@ -188,7 +188,7 @@ def test_the_class_tokens_position_is_added_to_the_token_where_the_table_has_no_
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(plain(images), source(images))
 
-    report = load_pretrained(registers, source.state_dict())
+    report = load_pretrained(registers, source.state_dict(), fresh=["reg_token"])
     assert report.fresh == ("reg_token",), "there is nothing to load them from, and the report says so"
     assert torch.equal(registers.cls_token, source.cls_token + source.pos_embed[:, :1])
     torch.testing.assert_close(registers.pos_embed, adapt.resize_positions_to(source.pos_embed[:, 1:], (1, 24, 24), (6, 4)))

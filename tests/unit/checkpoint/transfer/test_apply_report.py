@@ -26,7 +26,7 @@ def test_the_report_is_for_people_and_for_machines(source: Net, tmp_path: Path) 
     torch.save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "w.pth")
     report = load_pretrained(Net(classes=9), tmp_path / "w.pth")
     text = str(report)
-    assert "coverage 100.0% of convolution and linear layers, 11.1% of all parameters newly initialised" in text
+    assert "coverage 100.0% of all layers, norms and tables, 11.1% of all parameters newly initialised" in text
     assert "from 'state_dict'" in text
     assert "conv{1,2}.weight" in text
     assert "head fc.{weight,bias}: fresh, head: 9 outputs here, 4 in the source" in text

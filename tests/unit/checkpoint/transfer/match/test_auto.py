@@ -146,7 +146,7 @@ def test_a_norm_does_not_stay_with_a_layer_that_changed() -> None:
     with torch.device("meta"):
         target.conv1 = nn.Conv2d(3, 8, 5, padding=2, bias=False)
     for by in ("name", "auto"):
-        plan = plan_transfer(state(net()), target, by=by)  # type: ignore[arg-type]
+        plan = plan_transfer(state(net()), target, by=by, fresh=["conv1.*", "bn1.*"])  # type: ignore[arg-type]
         assert plan.ok
         assert {"conv1.weight", "bn1.weight", "bn1.running_mean"} <= set(plan.fresh)
         assert next(o.reason for o in plan.outcomes if o.target == "bn1.weight") == "the layer before it, conv1, has no source"

@@ -106,7 +106,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def saved_and_fed_back(state: State, target: nn.Module, plan: TransferPlan, path: Path, options: dict[str, Any]) -> TransferPlan:
     save_map(plan, path)
-    kept = {name: value for name, value in options.items() if name in ("fill", "on_ambiguous", "min_coverage")}
+    kept = {name: value for name, value in options.items() if name in ("fill", "on_ambiguous", "min_coverage", "fresh")}
     return plan_transfer(state, target, by="map", mapping=path, **kept)
 
 
@@ -150,7 +150,7 @@ def test_random_networks(tmp_path: Path, seed: int, edits: list[str], how: str) 
     with torch.device("meta"):
         source, target = RandomNetwork(ours), RandomNetwork(theirs)
     state = {rename(name, how): value for name, value in source.state_dict().items()}
-    options = {"on_ambiguous": "fresh", "min_coverage": 0.0}
+    options = {"on_ambiguous": "fresh", "min_coverage": 0.0, "fresh": ["*"]}
     plan = plan_transfer(state, target, **options)  # type: ignore[arg-type]
     if not plan.pairs:
         return

@@ -33,7 +33,9 @@ def test_low_coverage_is_refused() -> None:
     plan = plan_transfer(half, net())
     assert plan.pairs == {}
     assert "below min_coverage 60%" in plan.refusals[0]
-    assert plan_transfer(half, net(), min_coverage=0.4).ok
+    plan = plan_transfer(half, net(), min_coverage=0.4)
+    assert plan.refusals[0].endswith("set fresh: ['layer2.*']")
+    assert plan_transfer(half, net(), min_coverage=0.4, fresh=["layer2.*"]).ok
 
 
 def test_a_norm_without_statistics_is_not_loaded() -> None:
@@ -57,7 +59,8 @@ def test_norms_of_another_kind_are_flagged_and_never_loaded() -> None:
 def test_a_file_without_any_statistics_says_so() -> None:
     source = {name: value for name, value in state(net()).items() if "running" not in name and "num_batches" not in name}
     plan = plan_transfer(source, net())
-    assert "bn1.weight is undecided, together with 49 other tensors: the source has no running_mean and running_var for it" in plan.refusals[0]
+    assert plan.refusals[0].startswith("besides the head 40 tensors would stay random, and loaded layers follow: ")
+    assert "(bn1: the source has no running_mean and running_var for it" in plan.refusals[0]
     assert not {name for name in plan.pairs if "bn" in name}
 
 
