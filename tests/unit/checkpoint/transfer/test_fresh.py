@@ -60,7 +60,9 @@ def test_a_random_layer_in_front_of_loaded_ones_needs_the_line_of_the_message() 
     source, target = state(net()), net()
     plan = plan_transfer(without(source, "layer1.1.conv1"), target)
     assert not plan.ok
-    assert plan.refusals[0].startswith("besides the head 5 tensors would stay random, and loaded layers follow: layer1.1.conv1.*, layer1.1.bn1.* (layer1.1.conv1: ")
+    assert plan.refusals[0].startswith(
+        "besides the head 5 tensors would stay random, and loaded layers follow: layer1.1.conv1.*, layer1.1.bn1.* (layer1.1.conv1: "
+    )
     options = advice(plan.refusals[0])
     assert options == {"fresh": ["layer1.1.conv1.*", "layer1.1.bn1.*"]}
     allowed = plan_transfer(without(source, "layer1.1.conv1"), target, **options)
