@@ -1,6 +1,6 @@
 """Weights as people meet them, each with what dtl makes of it today. The list only grows.
 
-    python -m benchmarks.transfer_cases [--only TEXT]
+    python -m benchmarks.transfer_cases [--only TEXT] [--point N]
 
 One case is one way in which weights and a network differ in practice, built small from torch, torchvision and timm alone. `wanted` says what is right
 for it, `today` what dtl does; the test beside `dtl.checkpoint.transfer.apply` holds `today`, so that a change of either is seen. Truth is the function:
@@ -772,9 +772,9 @@ CASES = [
 ]
 
 
-def results(only: str = "") -> Iterator[tuple[Case, str]]:
+def results(only: str = "", point: int | None = None) -> Iterator[tuple[Case, str]]:
     for case in CASES:
-        if only in case.name:
+        if only in case.name and point in (None, case.point):
             with tempfile.TemporaryDirectory() as folder:
                 yield case, outcome(case, Path(folder))
 
@@ -782,7 +782,9 @@ def results(only: str = "") -> Iterator[tuple[Case, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    found = list(results(parser.parse_args().only))
+    parser.add_argument("--point", type=int, help="cases of this point of the issue, by its number")
+    options = parser.parse_args()
+    found = list(results(options.only, options.point))
     for case, now in found:
         print(f"{case.point:>2}  {case.name:62s} wanted {case.wanted:9s} {'as before' if now == case.today else 'before ' + case.today}: {now}")
     print(f"{sum(now == case.wanted for case, now in found)} of {len(found)} as wanted")

@@ -20,7 +20,7 @@ from dtl.config import resolve_config
 from dtl.config.models import AugmentConfig, DataConfig, ImageSize
 from dtl.data.loading.batch import Transform
 from dtl.data.loading.loader import StepLoader
-from dtl.data.open import open_split
+from dtl.data.open import open_split, reading_of
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import EpochPlan, RankLayout
 from dtl.data.shards.index import Shards
@@ -137,7 +137,12 @@ def build_loader(
         raise UserError(f"split is {split!r}; it must be train or val")
     data, training = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir)), split == "train"
     shards = open_split(source, data, split=split) if training else _validation_images(source, data)
-    transform = train_transform(image_size=image_size, augment=augment or AugmentConfig()) if training else eval_transform(image_size=image_size)
+    reading = reading_of(shards, data)
+    transform = (
+        train_transform(image_size=image_size, augment=augment or AugmentConfig(), reading=reading)
+        if training
+        else eval_transform(image_size=image_size, reading=reading)
+    )
     return BatchIterable(shards, transform, image_size, batch_size, workers, seed, epoch, training, rank, world_size, decode_on)
 
 

@@ -135,16 +135,22 @@ def other_precision() -> None:
 
 def with_bf16() -> None:
     """This machine computes in bf16."""
-    from dtl.distributed import runtime
-
-    runtime._cpu_has_bf16 = lambda: True
+    _bf16(True)
 
 
 def without_bf16() -> None:
     """This machine does not compute in bf16."""
+    _bf16(False)
+
+
+def _bf16(has: bool) -> None:
+    """On CPUs and on GPUs."""
+    import torch
+
     from dtl.distributed import runtime
 
-    runtime._cpu_has_bf16 = lambda: False
+    runtime._cpu_has_bf16 = lambda: has
+    torch.cuda.is_bf16_supported = lambda **_: has  # type: ignore[assignment]
 
 
 def other_augmentations() -> None:

@@ -1,6 +1,6 @@
 """The first day on GPUs: is dtl right on them, does it survive faults, is it fast? One command for a machine with 1, 2, 4 or 8 GPUs.
 
-    python -m benchmarks.first_day --out DIR [--only correct,speed] [--photos 20000] [--steps 20] [--rounds 5]
+    python -m benchmarks.first_day --out DIR [--only be] [--photos 20000] [--steps 20] [--rounds 8]
 
 About 30 to 40 minutes. It needs no download: 20,000 photos of about 500 x 375 pixels are made up, and packed once. DIR/report.md and DIR/report.json are
 written anew after each section, so what was found stays there if a later one fails. The exit status is 0 if every section ended and every pass mark holds,

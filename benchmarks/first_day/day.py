@@ -14,6 +14,7 @@ from typing import Any
 import harness
 import recipes
 
+from benchmarks.first_day.photos import num_validation, packed_photos
 from benchmarks.measure import machine, show_machine
 
 
@@ -73,6 +74,14 @@ class Day:
     def most(self) -> int:
         return self.worlds[-1]
 
+    @property
+    def global_batch_size(self) -> int:
+        return 16 if self.small else 64 * self.most
+
+    @property
+    def num_train(self) -> int:
+        return self.num_photos - num_validation(self.num_photos)
+
     # ---- runs
 
     def folder(self) -> Path:
@@ -86,6 +95,10 @@ class Day:
         words = ["--config", str(recipe), *options]
         return harness.start(words, cwd=recipe.parent, world=world, command=command, device=device or self.device, **more)
 
+    def run(self, command: str, *words: str, folder: Path, world: int = 1, timeout: float = 900.0) -> harness.Job:
+        """A command in this folder."""
+        return harness.start(words, cwd=folder, world=world, command=command, device=self.device).wait(timeout).check()
+
     def train(self, recipe: Path, *options: str, timeout: float = 900.0, **more: Any) -> harness.Job:
         return self.start(recipe, *options, **more).wait(timeout).check()
 
@@ -98,8 +111,6 @@ class Day:
 
     @cached_property
     def photos(self) -> Path:
-        from benchmarks.first_day.photos import packed_photos
-
         return packed_photos(self.out / "photos", self.num_photos)
 
     def recipe(self, **sections: Any) -> Path:
@@ -107,7 +118,7 @@ class Day:
         data = {"train": str(self.photos / "train"), "val": str(self.photos / "val"), "augment": {"preset": "imagenet"}, **sections.pop("data", {})}
         data = {
             "image_size": 32 if self.small else 224,
-            "global_batch_size": 16 if self.small else 64 * self.most,
+            "global_batch_size": self.global_batch_size,
             "workers": 1 if self.small else "auto",
             **data,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,20 @@ def host_to_device(mebibytes: int, times: int) -> dict[str, float]:
     return {name: mebibytes * 2**20 / _seconds(lambda host=host: there.copy_(host, non_blocking=True), times) / 1e9 for name, host in sources.items()}
 
 
-def loader(shards: str, image_size: int, batch: int, workers: int, batches: int, on_device: bool) -> float:
-    """Images/s of dtl's loader; the first quarter warms up."""
+def loader(shards: str, image_size: int, batch: int, workers: int, batches: int, on_device: bool) -> dict[str, float]:
+    """Images/s of dtl's loader, the first quarter warms up; and the host's time for an image's crop and resize, where they run on the device."""
     import dtl
+    from dtl.data.loading import device
 
+    place, spent, placed = device.place_on_device, 0.0, 0
+
+    def timed(*given: Any) -> None:
+        nonlocal spent, placed
+        asked = time.perf_counter()
+        place(*given)
+        spent, placed = spent + time.perf_counter() - asked, placed + 1
+
+    device.place_on_device = timed  # type: ignore[assignment]
     made = dtl.build_loader(shards, image_size=image_size, batch_size=batch, workers=workers, decode_on=torch.device("cuda") if on_device else None)
     warm, images, started = max(1, batches // 4), 0, time.perf_counter()
     for number, (pictures, *_) in enumerate(made):
@@ -87,7 +98,39 @@ def loader(shards: str, image_size: int, batch: int, workers: int, batches: int,
             torch.cuda.synchronize()
             images, started = 0, time.perf_counter()
     torch.cuda.synchronize()
-    return images / (time.perf_counter() - started)
+    return {"images_s": images / (time.perf_counter() - started), "host_seconds_an_image": spent / max(1, placed)}
+
+
+def beside_its_gpu() -> None:
+    """This rank, and the loader processes that it starts, on the cores of its GPU's NUMA node, where the system says which."""
+    properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+    place = [getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]
+    try:
+        text = Path("/sys/bus/pci/devices/{:04x}:{:02x}:{:02x}.0/local_cpulist".format(*place)).read_text().strip()
+    except OSError:
+        text = ""
+    spans = [part.partition("-") for part in text.split(",") if part]
+    cores = {core for first, _, last in spans for core in range(int(first), int(last or first) + 1)} & os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    print(f"cores beside its GPU: {text if cores else 'unknown'}", file=sys.stderr)
+
+
+def evaluating(name: str, batch: int, size: int, batches: int) -> dict[str, float]:
+    """Images/s of a network that evaluates, as it is written (which dtl does) and compiled, and the seconds that compiling takes."""
+    from dtl.models.build import build, forward_logits
+
+    module = build(name, num_classes=1000, own=True).module.cuda().to(memory_format=torch.channels_last).eval()
+    images = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+    compiled, found = torch.compile(module), {}
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        for how, network in (("as_written", module), ("compiled", compiled)):
+            started = time.perf_counter()
+            forward_logits(network, images)
+            torch.cuda.synchronize()
+            found[f"{how}_first_seconds"] = time.perf_counter() - started
+            found[f"{how}_images_s"] = batch / _seconds(lambda network=network: forward_logits(network, images), batches)
+    return found
 
 
 def family(name: str, image_size: int, device: str, steps: int) -> dict[str, list[float]]:

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CLASSES = 10
+CLASSES, CHANNELS = 10, 3
+
+
+def angle(kind: int) -> float:
+    """Of a class's stripes. A quarter turn in all, so that a mirrored photo is of no other class."""
+    return np.pi / 2 * kind / CLASSES
 
 
 def photo(number: int) -> bytes:
@@ -22,10 +27,9 @@ def photo(number: int) -> bytes:
         height, width = width, height
     coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     rows, columns = np.mgrid[0:height, 0:width]
-    angle = np.pi * kind / CLASSES
-    stripes = 60 * np.sin((np.cos(angle) * rows + np.sin(angle) * columns) / 6 + 6 * random.random())
+    stripes = 60 * np.sin((np.cos(angle(kind)) * rows + np.sin(angle(kind)) * columns) / 6 + 6 * random.random())
     pixels = np.asarray(coarse, dtype=np.float32) * 0.6 + 50
-    pixels[..., kind % 3] += stripes
+    pixels[..., kind % CHANNELS] += stripes
     pixels += random.normal(0, 6, pixels.shape)
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
@@ -37,6 +41,10 @@ def _write(folder: Path, numbers: range) -> None:
         (folder / f"class_{number % CLASSES}" / f"{number:06}.jpg").write_bytes(photo(number))
 
 
+def num_validation(count: int) -> int:
+    return max(CLASSES, count // 10)
+
+
 def packed_photos(folder: Path, count: int) -> Path:
     """`folder`/train and `folder`/val, a tenth of them; they are made once. `folder`/images has the same as image folders."""
     from dtl.data.packing.pack import pack
@@ -44,7 +52,7 @@ def packed_photos(folder: Path, count: int) -> Path:
     if (folder / "complete").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    num_val = max(CLASSES, count // 10)
+    num_val = num_validation(count)
     with ProcessPoolExecutor() as pool:
         jobs = []
         for split, numbers in (("train", range(count - num_val)), ("val", range(count - num_val, count))):

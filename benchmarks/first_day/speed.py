@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,11 @@ import harness
 
 from benchmarks import scaling
 from benchmarks.first_day import ROOT
-from benchmarks.first_day.correct import host_waits
+from benchmarks.first_day.correct import check_commands, host_waits
 from benchmarks.first_day.day import Day, Section
 from benchmarks.measure import Spread, table, with_interval
 from benchmarks.side_by_side import BARE, DTL, LOOPS, STATIC, Case
+from dtl.text import counted
 
 NETWORKS = ("torchvision/resnet50", "torchvision/vit_b_16", "torchvision/convnext_tiny", "torchvision/efficientnet_b0")
 
@@ -35,8 +37,8 @@ def facts(day: Day, section: Section) -> None:
     (speed,) = day.call(
         "benchmarks.first_day.on_gpus:loader", str(day.photos / "train"), 224, 8 if day.small else 50, 0, images // (8 if day.small else 50), False
     )
-    section.lines.append(f"- dtl's loader, one core: {speed:.0f} images/s of 224 pixels")
-    section.data |= {"host_to_device": copies, "loader_one_core": speed}
+    section.lines.append(f"- dtl's loader, one core: {speed['images_s']:.0f} images/s of 224 pixels")
+    section.data |= {"host_to_device": copies, "loader_one_core": speed["images_s"]}
     if day.num_gpus > 1:
         sizes = [0.25, 1.0] if day.small else [0.25, 1.0, 8.0, 64.0, 256.0]
         (bus, *_) = day.call("benchmarks.first_day.on_gpus:all_reduce", sizes, 2 if day.small else 20, world=day.most)
@@ -95,6 +97,10 @@ def one_gpu(day: Day, section: Section) -> None:
     finally:
         head = ("network", "batch", "precision", "channels last", "compiled", "loop", "images/s", "speed against the bare loop", "memory of a step, GiB")
         section.lines += table(head, rows)
+    if not day.small:  # Triton has no simulated GPUs
+        (found,) = day.call("benchmarks.first_day.on_gpus:evaluating", NETWORKS[0], batch, size, 4 * day.steps)
+        section.data["evaluating"] = found
+        section.lines += ["", f"Evaluating {NETWORKS[0]}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())]
     _with_loaders(day, section, size, batch)
 
 
@@ -118,20 +124,36 @@ def _with_loaders(day: Day, section: Section, size: int, batch: int) -> None:
 def overlap(day: Day, section: Section) -> None:
     """torch.profiler over steps in the midst of a run: what the device does while the host works, and the other way about."""
     host_waits(day, section)
-    recipe = day.recipe(phases={"all": {"train": "all", "steps": 4 if day.small else 60, "lr": 0.01}}, tracking={"log_every": 2 if day.small else 10})
-    world = day.most
-    trace = recipe.parent / "overlap.json"
+    if not day.small:
+        found, events = _profiled(day, first=10, steps=20, of=60)
+        section.data["overlap"] = found
+        section.lines += [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in found.items() if name != "gaps"]
+        wait = Spread.of([event["data_wait"] for event in events[1:]]).median
+        section.lines.append(f"- waiting for data, by the run's own lines: {100 * wait:.1f} %")
+        section.mark("the GPU's idle time in a run with its loader, from the profiler", found["idle"] < 0.03, f"{100 * found['idle']:.1f} %, under 3 %")
+    # An evaluation and a checkpoint among the steps.
+    first, steps, evaluated, saved = (1, 2, 2, 3) if day.small else (10, 18, 20, 24)
+    per_epoch = -(-day.num_train // day.global_batch_size)
+    phases = {"all": {"train": "all", "steps": first + steps + 4, "lr": 0.01, "eval_every": evaluated / per_epoch}}
+    found, _ = _profiled(day, first=first, steps=steps, phases=phases, checkpoint={"every_steps": saved}, places="1")
+    section.data["gaps"] = found["gaps"]
+    rows = [[name, gap["times"], f"{gap['median_ms']:.1f}", f"{gap['longest_ms']:.1f}"] for name, gap in found["gaps"].items()]
+    section.lines += ["", *table(("the GPU does nothing at", "times", "ms, median", "ms, longest"), rows)]
+
+
+def _profiled(
+    day: Day, *, first: int, steps: int, of: int = 0, places: str = "", phases: dict[str, Any] | None = None, **sections: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What benchmarks/first_day/profiled.py found on rank 0, and the run's lines."""
+    recipe = day.recipe(phases=phases or {"all": {"train": "all", "steps": of, "lr": 0.01}}, tracking={"log_every": 2 if day.small else 10}, **sections)
+    found = recipe.parent / "overlap.json"
     day.train(
         recipe,
-        world=world,
+        world=day.most,
         by_rank={0: {"before": "benchmarks.first_day.profiled:profiled"}},
-        env={"OVERLAP": str(trace), "OVERLAP_STEPS": "1" if day.small else "20"},
+        env={"OVERLAP": str(found), "OVERLAP_FIRST": str(first), "OVERLAP_STEPS": str(steps), "OVERLAP_PLACES": places},
     )
-    found = json.loads(trace.read_text())
-    section.data["overlap"] = found
-    section.lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in found.items()]
-    if not day.small:
-        section.mark("the GPU's idle time in a run with its loader, from the profiler", found["idle"] < 0.03, f"{100 * found['idle']:.1f} %, under 3 %")
+    return json.loads(found.read_text()), [event for event in harness.history(recipe.parent / "runs/tiny", times=True) if event["event"] == "train"]
 
 
 def scales(day: Day, section: Section) -> None:
@@ -150,6 +172,22 @@ def scales(day: Day, section: Section) -> None:
         if not day.small and not strong:
             ratio = Spread.of([bare / own for own, bare in zip(results[day.most][DTL], results[day.most][BARE])]).median
             section.mark(f"dtl's speed on {day.most} GPUs, of raw DDP's", ratio >= 0.98, f"{ratio:.3f}, at least 0.98")
+    _bound(day, section)
+
+
+def _bound(day: Day, section: Section) -> None:
+    """With the loader, each rank and its loader processes on any core, and on the cores beside its GPU: what binding ranks to cores would gain."""
+    rates = {}
+    for bound in (True,) if day.small else (False, True):
+        recipe = day.recipe(phases={"all": {"train": "all", "steps": day.steps if day.small else 60, "lr": 0.01}})
+        before = {rank: {"before": "benchmarks.first_day.on_gpus:beside_its_gpu"} for rank in range(day.most)} if bound else None
+        job = day.train(recipe, world=day.most, by_rank=before)
+        events = [event for event in harness.history(recipe.parent / "runs/tiny", times=True) if event["event"] == "train"]
+        rates["bound" if bound else "free"] = Spread.of([event["images_per_second"] for event in events[len(events) // 3 :]]).median
+    cores = sorted(set(re.findall(r"cores beside its GPU: (.*)", job.err())))
+    section.data["binding"] = {**rates, "cores": cores}
+    section.lines += [f"With the loader on {counted(day.most, 'GPU')}: " + ", ".join(f"{name} {rate:.0f} images/s" for name, rate in rates.items())
+                      + f" (each rank bound to the cores beside its GPU: {'; '.join(cores)})"]  # fmt: skip
 
 
 def device_decoding(day: Day, section: Section) -> None:
@@ -158,25 +196,21 @@ def device_decoding(day: Day, section: Section) -> None:
         section.lines.append("torchcodec is not installed: `pip install -e '.[device-decode]'`")
         return
     batch, batches = (4, 4) if day.small else (128, 60)
+    size, workers = (64, 1) if day.small else (224, _workers())
     for on_device in (False, True):
-        (speed,) = day.call(
-            "benchmarks.first_day.on_gpus:loader",
-            str(day.photos / "train"),
-            64 if day.small else 224,
-            batch,
-            1 if day.small else _workers(),
-            batches,
-            on_device,
+        (found,) = day.call("benchmarks.first_day.on_gpus:loader", str(day.photos / "train"), size, batch, workers, batches, on_device)
+        place = (
+            f"on the device, {1e6 * found['host_seconds_an_image']:.0f} us of host time an image for crop and resize" if on_device else "in loader processes"
         )
-        section.lines.append(f"- {'on the device' if on_device else 'in the loader processes'}: {speed:.0f} images/s")
-        section.data["device" if on_device else "workers"] = speed
+        section.lines.append(f"- {found['images_s']:.0f} images/s {place}")
+        section.data["device" if on_device else "workers"] = found
 
 
 def whole(day: Day, section: Section) -> None:
     """A whole fine-tune, and where its time goes."""
     phases = {
         "head": {"train": "head", "steps": 2 if day.small else 100, "lr": 0.05},
-        "all": {"train": "all", "epochs": 1 if day.small else 8, "lr": 0.01, "warmup": 0.5},
+        "all": {"train": "all", "epochs": 1 if day.small else 8, "lr": 0.01 * day.most, "warmup": 0.5},
     }
     network = "networks:small" if day.small else "torchvision/resnet18"
     recipe = day.recipe(phases=phases, model={"name": network}, tracking={"log_every": 10})
@@ -199,3 +233,4 @@ def whole(day: Day, section: Section) -> None:
     section.lines += table(("seconds", "of"), [[f"{seconds:.1f}", what] for what, seconds in split.items()])
     least = 0.0 if day.small else 0.9
     section.mark("the fine-tune learns the made-up classes", top1[-1] >= least, f"top1 {100 * top1[-1]:.1f} % after {seen:,} images")
+    check_commands(day, section, recipe.parent / "runs/tiny", "the fine-tune", day.photos / "images/val")

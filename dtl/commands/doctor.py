@@ -54,6 +54,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     """What the run would need, from its config if one is given."""
+    from dtl.config.models import DataConfig, ModelConfig
     from dtl.data.open import default_cache_dir
     from dtl.doctor.judge_machine import Need
 
@@ -62,7 +63,8 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
         return {
             "run_dir": user_path(options.run_dir or "runs"),
             "cache_dir": user_path(options.cache_dir) if options.cache_dir else default_cache_dir(),
-            "model": options.model or "torchvision/resnet18",
+            "model": ModelConfig(name=options.model) if options.model else ModelConfig(),
+            "global_batch_size": DataConfig.model_fields["global_batch_size"].default,
             "need": Need(workers=options.workers or 0, ranks=ranks),
             "auto_workers": options.workers is None,
         }
@@ -73,15 +75,16 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     config, _ = load_config(["--config", options.config, *source, "--data.val", "null", "--data.val-fraction", "0.1"])
     data = config.data
     workers = data.workers if options.workers is None else options.workers
-    micro = data.micro_batch_size if data.micro_batch_size != "auto" else -(-data.global_batch_size // ranks)
     return {
         "run_dir": user_path(options.run_dir or config.run.dir),
         "cache_dir": user_path(options.cache_dir or data.cache_dir or default_cache_dir()),
-        "model": options.model or config.model.name,
+        "model": config.model.model_copy(update={"name": options.model, "options": {}} if options.model else {}),
+        "precision": config.precision,
+        "global_batch_size": data.global_batch_size if data.micro_batch_size == "auto" else None,
         "keep": config.checkpoint.keep,
         "need": Need(
             image_size=_size_of(config.model) if data.image_size == "auto" else data.image_size,
-            batch_size=micro,
+            batch_size=-(-data.global_batch_size // ranks) if data.micro_batch_size == "auto" else data.micro_batch_size,
             workers=0 if workers == "auto" else workers,
             ranks=ranks,
         ),
@@ -99,7 +102,7 @@ def _size_of(model: ModelConfig) -> ImageSize:
 def _parser() -> argparse.ArgumentParser:
     parser = OptionParser(prog="dtl doctor", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="the recipe to check for: its folders, model, batch size and workers are used")
+    add("--config", metavar="FILE", help="the recipe to check for: its folders, model, precision, batch size and workers are used")
     add("--data", metavar="SRC", help="a folder of images or packed shards, to measure decoding on (default: a synthetic photo)")
     add("--model", metavar="NAME", help="the network whose speed decoding must keep up with (default: the recipe's, or torchvision/resnet18)")
     add("--workers", type=int, metavar="N", help="loader workers per rank (default: those of the recipe, or from the cores of this machine)")

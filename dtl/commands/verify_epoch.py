@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     from dtl.checks.epoch import prove_epoch
     from dtl.config.models import AugmentConfig, DataConfig, arguments_checked
     from dtl.data.loading.processes import PREFETCH
-    from dtl.data.open import open_split
+    from dtl.data.open import open_split, reading_of
     from dtl.data.progress import PackProgress
     from dtl.data.remote.cache import limit_in_bytes
     from dtl.data.remote.cache_space import Demand, divide
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
         shown.start("loading", plan.num_positions - plan.step_bounds(options.start)[0])
         proof = prove_epoch(
             shards,
-            train_transform(image_size=options.image_size, augment=AugmentConfig(preset=options.augment)),
+            train_transform(image_size=options.image_size, augment=AugmentConfig(preset=options.augment), reading=reading_of(shards, data)),
             plan=plan,
             num_ranks=options.world,
             micro_batch_size=options.micro_batch_size,

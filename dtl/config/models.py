@@ -267,6 +267,11 @@ class DataConfig(Section):
     """Size of the input image in pixels: the side of a square, or [height, width]. auto: that of the pretrained weights, else of the network, else 224."""
     fit: Fit = "crop"
     """How an image gets the shape of the input. crop: its middle; stretch: all of it, with other proportions; pad: all of it, with bars of the mean colour."""
+    range: Literal["auto"] | tuple[float, float] = "auto"
+    """Of images with more than 8 bits a channel (16-bit, float): [LOW, HIGH], the values that become black and white, for all images; auto: as packing found
+    it in the training images."""
+    exif: Literal["auto", "apply", "ignore"] = "auto"
+    """Whether images are turned as their EXIF orientation says; auto: yes, but for shards that an older dtl packed, where it is not known."""
     global_batch_size: Count = 64
     """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"
@@ -307,6 +312,12 @@ class DataConfig(Section):
     crop_ratio: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
     """Evaluation with `fit: crop`: the centre crop, as a share of the resized short side; auto: that of the pretrained weights, or the whole image
     for `cifar`. The preset `light` crops by it too."""
+
+    @model_validator(mode="after")
+    def _one_range(self) -> DataConfig:
+        if self.range != "auto" and self.range[0] >= self.range[1]:
+            raise ValueError(f"range {list(self.range)} must be [LOW, HIGH], with LOW below HIGH")
+        return self
 
     @model_validator(mode="after")
     def _one_crop(self) -> DataConfig:

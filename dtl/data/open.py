@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_tra
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
 from dtl.errors import UserError
 from dtl.files import expand_home, flock, open_lock
+from dtl.reading import Reading
 from dtl.text import Log, counted, to_nobody, to_stdout
 
 _MOST_LISTED = 10  # images in one line of trouble
@@ -153,6 +154,41 @@ def open_split(
         if leads and found is None:
             shards.cache.clean()
     return shards
+
+
+def reading_of(train: Shards, options: DataConfig) -> Reading:
+    """How the stored values of these training images, and of all other images of their run, become pixels."""
+    found = train.manifest.pixels
+    if options.exif == "apply" and found is None:
+        raise UserError(f"{train.folder}: data.exif apply needs the images' EXIF orientation, which an older dtl did not note; {train.again}")
+    known = (found.low, found.high) if found is not None and found.wide else None
+    return Reading(known if options.range == "auto" else options.range, exif=found is not None and options.exif != "ignore", alpha=True)
+
+
+def check_reading(reading: Reading, splits: Mapping[str, Shards]) -> list[str]:
+    """What to be warned of where these images are read so; by the names of their splits. UserError where they cannot be."""
+    lines = []
+    for name, shards in splits.items():
+        found = shards.manifest.pixels
+        if found is None:
+            if reading.exif:
+                lines.append(
+                    f"warning: {shards.folder} does not have the images' EXIF orientation, since an older dtl made it: its images are not turned, "
+                    f"those trained on are; {shards.again}"
+                )
+        elif found.wide and reading.range is None:
+            raise UserError(
+                f"{counted(found.wide, 'image')} of {name} have more than 8 bits a channel (from {found.low:g} to {found.high:g}), but no training image "
+                "has: train with --data.range [LOW, HIGH], the values that become black and white"
+            )
+        elif 0 < found.wide < shards.num_samples and shards.part is None:
+            lines.append(
+                f"warning: {found.wide:,} of {counted(shards.num_samples, 'image')} of {name} have more than 8 bits a channel and are scaled by "
+                "data.range; the others keep their values, so the same brightness may be another number in them"
+            )
+        if found is not None and found.wide and found.low == found.high:
+            lines.append(f"warning: all values of the images of {name} that have more than 8 bits are {found.low:g}")
+    return lines
 
 
 def mirrored_splits(source: str, options: DataConfig) -> list[Path]:

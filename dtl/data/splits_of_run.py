@@ -246,9 +246,8 @@ def folds_of(shards: Shards, fold: FoldConfig, groups: Groups | None = None) -> 
 
 def content_keys(shards: Shards) -> npt.NDArray[np.uint64]:
     """One number for each image, the same for copies of one, wherever they lie: from its size, its CRC-32, its width and height."""
-    return keyed.keys(
-        keyed.keys(shards.sizes, "size") ^ keyed.keys(shards.crcs, "crc") ^ keyed.keys(shards.widths, "width") ^ keyed.keys(shards.heights, "height")
-    )
+    widths, heights, _ = shards.shapes(exif=False)  # as stored: what is held out does not depend on how the images are read
+    return keyed.keys(keyed.keys(shards.sizes, "size") ^ keyed.keys(shards.crcs, "crc") ^ keyed.keys(widths, "width") ^ keyed.keys(heights, "height"))
 
 
 def content_id(shards: Shards) -> str:

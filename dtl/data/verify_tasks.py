@@ -20,8 +20,10 @@ from dtl.data.wds.samples import Ignored, Rules, Sample, open_tar, read_samples,
 from dtl.data.wds.tar import DamagedTar, TarFile
 from dtl.errors import DamagedSample, UnreachableSample, UserError
 from dtl.files import sha256_of_file
+from dtl.reading import Reading
 
 WHOLE = -1
+_ANY_VALUES = Reading(range=(0.0, 1.0))  # only the size of what comes out matters
 _IMAGES_AT_ONCE = 32
 # Findings about a shard whose index is about something else altogether would be as many as its samples.
 _MAX_UNKNOWN = 3
@@ -84,11 +86,12 @@ def check_images(shards: Shards, samples: np.ndarray) -> tuple[list[Finding], Un
 def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> str:
     if isinstance(data, DamagedSample):
         return data.reason
-    label, width, height = int(shards.labels[sample]), int(shards.widths[sample]), int(shards.heights[sample])
+    label, (widths, heights, turns) = int(shards.labels[sample]), shards.shapes(np.array([sample]))
+    width, height, turn = int(widths[0]), int(heights[0]), int(turns[0])
     if not 0 <= label < shards.num_classes:
         return f"label {label} is not one of {shards.num_classes} classes"
     try:
-        image = decode(data, max_pixels=shards.limits.max_pixels)
+        image = decode(data, max_pixels=shards.limits.max_pixels, reading=_ANY_VALUES, turn=turn)
     except DecodeError as error:
         return str(error)
     if image.shape[:2] != (height, width):

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from dtl import machine
-from dtl.config.models import num_pixels
+from dtl.config.models import ModelConfig, num_pixels
 from dtl.doctor import judge_cluster, judge_gpus, judge_machine, probe
 from dtl.doctor.finding import Finding
 from dtl.doctor.judge_machine import Need
@@ -31,7 +31,10 @@ class Doctor:
     run_dir: Path
     cache_dir: Path
     need: Need = field(default_factory=Need)
-    model: str = "torchvision/resnet18"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: str = "auto"
+    global_batch_size: int | None = None
+    """Divided among the GPUs, once they are known; None: `need` has the batch of a rank."""
     data: str | None = None
     measure: bool = True
     """Run the measurements that take seconds: the all-reduce of two processes, decoding, the network."""
@@ -70,6 +73,8 @@ class Doctor:
         except Unanswered as error:
             fix = "python -c 'import torch; print(torch.cuda.is_available())' shows why; nvidia-smi shows whether the driver answers"
             return [Finding("gpu", "fail", f"PyTorch could not query the GPUs: {error}", fix)]
+        if self.global_batch_size is not None:
+            self.need = replace(self.need, batch_size=-(-self.global_batch_size // max(1, int(self.torch.get("count") or 0), self.need.ranks)))
         self._choose_workers()
         return [*judge_gpus.judge_cuda(self.torch, self.gpus, knows), *judge_gpus.judge_links(links)]
 
@@ -105,18 +110,21 @@ class Doctor:
         # One after the other: at the same time they would compete for cores.
         decoding = Measurement("decode", {"image_size": size, "data": self.data, "seconds": 1.5}, seconds=60.0).result()
         batch = self.need.batch_size if device == "cuda" else min(self.need.batch_size, 8)
-        given = {"model": self.model, "image_size": size, "batch_size": batch, "device": device, "seconds": 5.0}
-        images_s, model = None, self.model
+        given = {
+            "model": self.model.name, "options": self.model.options, "channels_last": self.model.channels_last, "precision": self.precision,
+            "image_size": size, "batch_size": batch, "device": device, "seconds": 5.0,
+        }  # fmt: skip
+        images_s, model = None, self.model.name
         found = []
         try:
             trained = Measurement("model", given, seconds=90.0).result()
-            images_s, model = float(trained["images_s"]), f"{self.model} in precision {trained['precision']}"
+            images_s, model = float(trained["images_s"]), f"{model} in precision {trained['precision']}{', not compiled,' if self.model.compile else ''}"
             self.need = replace(self.need, parameters=int(trained["parameters"]))
             gpus = max(1, int(self.torch.get("count") or 0))
             if line := advise_batch(batch, gpus, used=int(trained.get("used") or 0), total=int(trained.get("total") or 0)):
                 found.append(Finding("batch", "warn", *line.split("; ", 1)))
         except Unanswered as error:
-            found.append(Finding("model", "warn", f"{self.model} could not be run: {error}", "use a smaller --data.micro-batch-size, or another --model"))
+            found.append(Finding("model", "warn", f"{self.model.name} could not be run: {error}", "use a smaller --data.micro-batch-size, or another --model"))
         judged = judge_machine.judge_decode(
             float(decoding["ms_per_image"]),
             machine.core_share(),

@@ -82,22 +82,23 @@ def decode(given: dict[str, Any]) -> dict[str, Any]:
 
     from dtl.config.models import AugmentConfig
     from dtl.data.decoding.decode import probe
-    from dtl.data.loading.loader import decode_into
+    from dtl.data.loading.loader import Stored, decode_into
     from dtl.data.transforms.transforms import train_transform
+    from dtl.reading import Reading
 
     torch.set_num_threads(1)
     size = _size(given)
     images, what = _some_images(given.get("data"))
-    transform = train_transform(image_size=size, augment=AugmentConfig())
+    transform = train_transform(image_size=size, augment=AugmentConfig(), reading=Reading((0.0, 65_535.0), alpha=True))
     out = torch.empty((1, 3, *sides(size)), dtype=torch.uint8, memory_format=torch.channels_last)[0]
     headers = [probe(data) for data in images]
     end = time.process_time() + float(given["seconds"])
     count, start = 0, 0.0
     while time.process_time() < end or count == 0:
         for number, data in enumerate(images):
-            width, height = headers[number].width, headers[number].height
+            width, height = headers[number].turned_size
             draws = transform.draw(np.array([number]), np.array([width]), np.array([height]), seed=0, epoch=count)
-            decode_into(out, data, transform, draws, 0, height=height, width=width)
+            decode_into(out, Stored(data, height, width, headers[number].orientation), transform, draws, 0)
         # The first round warms up.
         start, count = (start, count + 1) if count else (time.process_time(), 1)
         end = max(end, start + 0.01)
@@ -112,21 +113,27 @@ def model(given: dict[str, Any]) -> dict[str, Any]:
     from dtl.distributed.launch import read_launch
     from dtl.distributed.runtime import Runtime, resolve_precision
     from dtl.models.build import build, forward_logits
+    from dtl.models.network import to_device
 
     name, size, batch = str(given["model"]), _size(given), int(given["batch_size"])
     device = Runtime.alone(str(given["device"])).device
-    precision = resolve_precision("auto", read_launch({}, []), device.type == "cpu")
-    module = build(name, num_classes=10, own=True).module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch, 3, *sides(size), device=device).contiguous(memory_format=torch.channels_last)
+    wanted, on_cpu = given.get("precision", "auto"), device.type == "cpu"
+    # A recipe for GPUs that is looked at on a machine without one: what this machine would do.
+    precision = resolve_precision("auto" if on_cpu and wanted == "fp16" else wanted, read_launch({}, []), on_cpu)
+    module = build(name, num_classes=10, options=dict(given.get("options", {})), own=True).module
+    channels_last = to_device(module, device, channels_last=given.get("channels_last", "auto"))
+    images = torch.randn(batch, 3, *sides(size), device=device).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+    optimizer, scaler = torch.optim.SGD(module.parameters(), lr=1e-6), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
     deadline, steps, start = time.perf_counter() + float(given["seconds"]), 0, 0.0
     while steps < 2 or (time.perf_counter() < deadline and steps < 50):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, dtype=half, enabled=precision != "no"):
             logits, _ = forward_logits(module, images)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         _wait(device)
         steps += 1

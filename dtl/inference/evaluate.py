@@ -11,7 +11,7 @@ import numpy as np
 from dtl.config.models import DataConfig, GroupConfig, num_pixels
 from dtl.config.own import StoredConfig, stored_config
 from dtl.data.groups import Groups, find_groups
-from dtl.data.open import open_split
+from dtl.data.open import check_reading, open_split
 from dtl.data.shards.index import Shards, is_packed
 from dtl.data.shards.mirror import Unreachable
 from dtl.data.sources.splits import HasSplits, NoSplit
@@ -164,6 +164,8 @@ def _open(source: _Source, split: Split, model: RunningModel, log: Log) -> Shard
             _check_classes(source.place, shards.classes, classes)
         if shards.num_samples == 0:
             raise UserError(f"{source.place} holds no images to evaluate on")
+        for line in check_reading(model.stored.transform.reading, {source.place: shards}):
+            shown(line)
     runtime.same("the test data" if split == "test" else "the validation data", shards.dataset_id)
     return shards
 

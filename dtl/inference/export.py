@@ -127,6 +127,7 @@ def _describe(model: StoredModel, *, divided: bool) -> dict[str, Any]:
             "image_size": size if isinstance(size, int) else list(size),
             "interpolation": values.interpolation,
             "crop_ratio": values.crop_ratio,
+            "pixels": values.reading.to_json(),
             "transform": model.transform.describe(),
         },
         "architecture": model.facts.architecture,
@@ -147,7 +148,7 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
     else:
         for number in range(len(inputs)):
             try:
-                found.append(inputs.pixels(number))
+                found.append(inputs.pixels(number, model.transform.reading))
             except DecodeError as error:
                 problem = problem or f"{inputs.name(number)}: {error}"
             if len(found) == NUM_CHECKED:

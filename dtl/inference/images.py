@@ -27,6 +27,7 @@ from dtl.data.sources.splits import is_hidden
 from dtl.data.sources.unread import data_set_of_others, describe_passed_over, extension_of
 from dtl.errors import DamagedSample, UserError
 from dtl.files import MAX_FILE_BYTES, open_regular, read_regular, user_path, without_path
+from dtl.reading import Reading
 from dtl.text import Log, counted, to_stderr
 
 _LOOK_BYTES = 65_536
@@ -87,12 +88,12 @@ class InMemory:
     def name(self, number: int) -> str:
         return f"image {self.number}"
 
-    def pixels(self, max_pixels: int) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3], as of a file: gray becomes three channels, alpha is dropped."""
-        if isinstance(self.image, Image.Image):
-            return pixels_of(self.image, max_pixels=max_pixels)
-        channels = self.image if self.image.shape[2] > 1 else self.image.repeat(3, axis=2)
-        return np.ascontiguousarray(channels[:, :, :3])
+    def pixels(self, max_pixels: int, reading: Reading) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3], as of a file."""
+        image = self.image
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(np.ascontiguousarray(image if image.shape[2] > 1 else image[..., 0]))
+        return pixels_of(image, max_pixels=max_pixels, reading=reading)
 
 
 def in_memory(given: object, first: int) -> list[InMemory]:
@@ -132,11 +133,11 @@ class ImageInputs:
         group, within = self._at(number)
         return group.name(within)
 
-    def pixels(self, number: int) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3]. DecodeError where the image cannot be had; the message is the reason."""
+    def pixels(self, number: int, reading: Reading) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3], read as the network's training images were. DecodeError where the image cannot be had; the message is the reason."""
         group, within = self._at(number)
         if isinstance(group, InMemory):
-            return group.pixels(self.max_pixels)
+            return group.pixels(self.max_pixels, reading)
         try:
             data = group.read(within)
         except OSError as error:
@@ -145,7 +146,7 @@ class ImageInputs:
             raise DecodeError(damage.reason) from None
         except UserError as error:
             raise DecodeError(without_path(error)) from None
-        return decode(data, max_pixels=self.max_pixels)
+        return decode(data, max_pixels=self.max_pixels, reading=reading)
 
     def _at(self, number: int) -> tuple[Files | PackedImages | InMemory, int]:
         for group in self.groups:

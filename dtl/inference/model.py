@@ -112,7 +112,8 @@ def open_model(folder: Path, *, trust: bool = False, log: Log = to_stderr) -> St
     facts, network = load_network(folder, trust=trust, log=log)
     network.module.eval().requires_grad_(False)
     network.preprocessing = _preprocessing(folder, facts.preprocessing)
-    return StoredModel(folder=folder, facts=facts, network=network, transform=_transform(folder, facts), task=_task(facts))
+    transform = replace(_transform(folder, facts), reading=network.preprocessing.reading)
+    return StoredModel(folder=folder, facts=facts, network=network, transform=transform, task=_task(facts))
 
 
 def _trained_in(folder: Path, run: Path | None) -> str | None:
@@ -133,7 +134,7 @@ def _is_model(folder: Path) -> bool:
 def _preprocessing(folder: Path, values: dict[str, Any]) -> Preprocessing:
     try:
         return Preprocessing.from_values(values)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'model.json'} is damaged: preprocessing: {error}") from error
 
 

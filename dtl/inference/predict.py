@@ -86,7 +86,7 @@ class _Batches(Dataset[_Images]):
 
     def _fill(self, number: int, out: Tensor) -> str | None:
         try:
-            pixels = self.inputs.pixels(number)
+            pixels = self.inputs.pixels(number, self.transform.reading)
         except DecodeError as error:
             return str(error)
         except MemoryError:

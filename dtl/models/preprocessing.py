@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dtl.config.models import INTERPOLATIONS, ImageSize, as_size, shown_size, sides
+from dtl.reading import AS_BEFORE, Reading
 
 FACTS = ("image_size", "crop_ratio", "interpolation", "mean", "std")
 USUAL, OWN = "usual values", "the network's own"
@@ -26,6 +27,8 @@ class Preprocessing:
     crop_ratio: float = 0.875
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Where each of these came from, in words, by its name; empty where it is not known."""
+    reading: Reading = AS_BEFORE
+    """How stored values become pixels."""
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -37,7 +40,7 @@ class Preprocessing:
         crop_ratio = float(values["crop_ratio"])
         if min(sides(image_size)) < 1 or not 0 < crop_ratio <= 1:
             raise ValueError(f"image_size {size} or crop_ratio {crop_ratio} is out of range")
-        return cls(mean, std, image_size, str(values["interpolation"]), crop_ratio, dict(values.get("origins", {})))
+        return cls(mean, std, image_size, str(values["interpolation"]), crop_ratio, dict(values.get("origins", {})), Reading.from_values(values.get("pixels")))
 
     def to_json(self) -> dict[str, Any]:
         """Without `origins`."""
@@ -48,6 +51,7 @@ class Preprocessing:
             "image_size": size,
             "interpolation": self.interpolation,
             "crop_ratio": self.crop_ratio,
+            "pixels": self.reading.to_json(),
         }
 
     def line(self, *, cropped: bool = True) -> str:
@@ -56,7 +60,11 @@ class Preprocessing:
         for name in FACTS:
             if name != "crop_ratio" or cropped:
                 by_origin.setdefault(self.origins.get(name, "not recorded"), []).append(self._shown(name))
-        return "preprocessing: " + "; ".join(f"{', '.join(words)} ({origin})" for origin, words in by_origin.items())
+        parts = [f"{', '.join(words)} ({origin})" for origin, words in by_origin.items()]
+        if self.reading.range is not None:
+            low, high = self.reading.range
+            parts.append(f"values of more than 8 bits: {low:g} becomes 0, {high:g} becomes 255 ({self.origins.get('pixels', 'not recorded')})")
+        return "preprocessing: " + "; ".join(parts)
 
     def _shown(self, name: str) -> str:
         value = getattr(self, name)
@@ -75,7 +83,7 @@ def resolve(network: Preprocessing, weights: Mapping[str, Any] | None, *, source
     if weights is None:
         own = [name for name, origin in network.origins.items() if origin == OWN]
         return replace(Preprocessing(), **{name: getattr(network, name) for name in own}, origins=dict.fromkeys(FACTS, USUAL) | dict.fromkeys(own, OWN))
-    found = replace(Preprocessing.from_values(weights), origins=dict.fromkeys(FACTS, f"from {source}"))
+    found = replace(Preprocessing.from_values(weights), reading=AS_BEFORE, origins=dict.fromkeys(FACTS, f"from {source}"))
     if found.interpolation in INTERPOLATIONS:
         return found
     return replace(found, interpolation="bilinear", origins={**found.origins, "interpolation": f"instead of {found.interpolation}"})

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from socket import gethostname
 from typing import Any
 
-import numpy as np
 import torch
 
 from dtl.checkpoint.resume.resume import find_checkpoint
@@ -22,6 +21,7 @@ from dtl.config import Config
 from dtl.config.models import DataConfig, ImageSize, shown_size
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
+from dtl.data.open import check_reading, reading_of
 from dtl.data.remote.cache import limit_in_bytes
 from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
@@ -75,10 +75,14 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     weights = None if checkpoint else read_pretrained(config, network, runtime)
     with runtime.together("model"):
         found = (
-            with_settings(config, preprocessing_for(network.preprocessing, weights))
+            with_data(config, preprocessing_for(network.preprocessing, weights), data)
             if checkpoint is None
             else stored_preprocessing(config, network, checkpoint)
         )
+        warnings = check_reading(found.reading, data.all())
+    if runtime.is_main:
+        for line in warnings:
+            log(line)
     network = network_for(found, config, network, runtime, pretrained=weights is not None)
     loaders = build_dataloaders(config, runtime, data, network)
     return Parts(network, loaders, planned(config, loaders), checkpoint, state, weights)
@@ -169,7 +173,7 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
             train_transform=view.train,
             val_transform=view.val,
             views=views if len({one.image_size for one in views.values()}) > 1 else {},
-            evaluation_view=view.val.what_is_seen(*(np.asarray(sides, np.int64) for sides in (splits.val.widths, splits.val.heights))),
+            evaluation_view=view.val.what_is_seen(*splits.val.shapes(exif=facts.reading.exif)[:2]),
             rank=runtime.rank,
             world_size=runtime.world_size,
             image_size=view.image_size,
@@ -206,6 +210,7 @@ def _view(data: DataConfig, facts: Preprocessing) -> View:
         crop_ratio=facts.crop_ratio,
         erase_fill=_mean_colour(facts.mean),
         fit=data.fit,
+        reading=facts.reading,
     )
     val = eval_transform(
         image_size=facts.image_size,
@@ -214,6 +219,7 @@ def _view(data: DataConfig, facts: Preprocessing) -> View:
         square=data.augment.preset == "cifar" and data.crop_ratio == "auto",
         fit=data.fit,
         fill=_mean_colour(facts.mean),
+        reading=facts.reading,
     )
     return View(facts.image_size, train, val)
 
@@ -262,6 +268,13 @@ def delivered(config: Config, found: Preprocessing) -> Preprocessing:
     name = list(config.phases)[-1]
     size = config.phases[name].image_size
     return found if size is None else replace(found, image_size=size, origins={**found.origins, "image_size": f"phases.{name}.image_size"})
+
+
+def with_data(config: Config, found: Preprocessing, splits: Splits) -> Preprocessing:
+    """`with_settings`, and what the training images decide."""
+    found, reading = with_settings(config, found), reading_of(splits.train, config.data)
+    known = "data.range" if config.data.range != "auto" else "data.range auto: the training images' values"
+    return replace(found, reading=reading, origins={**found.origins, **({} if reading.range is None else {"pixels": known})})
 
 
 def crop_matters(config: Config) -> bool:

@@ -188,7 +188,7 @@ class FeatureCache:
             "frozen": frozen,
             "precision": self.runtime.precision,
             "seed": None if all(part.transform.is_fixed for part in parts) else self.seed,  # seeds of a study share what is not drawn
-            "parts": [[p.split, p.shards.dataset_id, p.shards.num_samples, p.transform.describe(), p.epochs] for p in parts],
+            "parts": [[p.split, p.shards.dataset_id, p.shards.num_samples, p.shards.manifest.pixels is None, p.transform.describe(), p.epochs] for p in parts],
             "mean_std": self.normalise.facts,
         }
         folder = self.place / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]

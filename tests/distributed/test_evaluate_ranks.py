@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import history, run
+from harness import history, kind, run
 from model_folders import model_folder, write_image
 from recipes import write_recipe
 
@@ -76,7 +76,7 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
     """What `auto` came to stands in model.json, also for a machine on which it would come to something else."""
     with_bf16, without = ({0: {"before": f"obstacles:{name}"}} for name in ("with_bf16", "without_bf16"))
     recipe = write_recipe(tmp_path, phases={"all": {"train": "all", "steps": 2, "lr": 0.05}}, precision="auto")
-    run(["--config", str(recipe)], cwd=tmp_path, by_rank=without, device="cpu")
+    run(["--config", str(recipe)], cwd=tmp_path, by_rank=without)
     facts = tmp_path / "runs/tiny/model/model.json"
     stored = json.loads(facts.read_text())
     assert (stored["made_by"]["precision"], stored["made_by"]["settings"]["precision"]) == ("no", "auto")
@@ -86,7 +86,7 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
         changed = {key: value for key, value in {**stored["made_by"], **(made_by or {})}.items() if value is not None}
         facts.write_text(json.dumps({**stored, "made_by": changed}))
         file = tmp_path / "evaluation.json"
-        job = run(["runs/tiny", "--json", str(file), "--workers", "0", "--trust", *arguments], cwd=tmp_path, command="evaluate", by_rank=before, device="cpu")
+        job = run(["runs/tiny", "--json", str(file), "--workers", "0", "--trust", *arguments], cwd=tmp_path, command="evaluate", by_rank=before)
         return json.loads(file.read_text())["precision"], "told" if "was trained with precision" in job.err() else ""
 
     assert asked(before=with_bf16) == ("no", "")
@@ -97,5 +97,5 @@ def test_a_model_computes_in_the_precision_of_its_run(tmp_path: Path) -> None:
 
     facts.write_text(json.dumps({**stored, "made_by": {"precision": "fp16"}}))
     write_image(tmp_path / "a.jpg", 0)
-    job = run(["runs/tiny", "a.jpg", "--workers", "0", "--trust"], cwd=tmp_path, command="predict", by_rank=without, device="cpu")
-    assert "was trained with precision fp16, but runs with no here" in job.err()
+    job = run(["runs/tiny", "a.jpg", "--workers", "0", "--trust"], cwd=tmp_path, command="predict", by_rank=without)
+    assert ("was trained with precision fp16, but runs with no here" in job.err()) == (kind() == "cpu"), "GPUs compute in it"

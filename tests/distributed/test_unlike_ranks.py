@@ -34,7 +34,7 @@ def test_another_precision(tmp_path: Path) -> None:
     """As of a node with older GPUs, or with none that works: each would choose by itself."""
     recipe = write_recipe(tmp_path, phases=PHASES, data={"workers": 0}, precision="auto")
     unlike = {0: {"before": "obstacles:without_bf16"}, 1: {"before": "obstacles:other_precision"}}
-    job = start(["--config", str(recipe)], cwd=tmp_path, world=2, by_rank=unlike, device="cpu").wait(60).check(2)
+    job = start(["--config", str(recipe)], cwd=tmp_path, world=2, by_rank=unlike).wait(60).check(2)
     assert re.search(r"the precision is 'bf16' on rank 1 \(host \S+\), 'no' on rank 0", the_line(job))
 
 

@@ -42,10 +42,21 @@ def no_waits_in_a_step() -> None:
     """A training step in which the host waits for its device is an error.
 
     But for DDP's own two waits: once a phase, the second step's forward sets up its buckets anew; and in each of the first ten steps and in every
-    hundredth it reads the clocks of the step before."""
+    hundredth it reads the clocks of the step before. And in fp16 the scaler must know whether the gradients are finite: one wait a step."""
     from dtl.training.step import Stepper
 
-    step = Stepper.step
+    step, update, waited = Stepper.step, torch.amp.GradScaler._maybe_opt_step, [0]
+
+    def scalers(*args: Any, **more: Any) -> Any:
+        before = plugin.num_waits() if plugin.is_simulated() else 0
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return update(*args, **more)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+            waited[0] += plugin.num_waits() - before if plugin.is_simulated() else 0
+
+    torch.amp.GradScaler._maybe_opt_step = scalers  # type: ignore[method-assign]
 
     def watched(self: Stepper, *args: Any, **more: Any) -> float:
         before = plugin.num_waits() if plugin.is_simulated() else 0
@@ -58,8 +69,9 @@ def no_waits_in_a_step() -> None:
             lr = step(self, *args, **more)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        waits = plugin.num_waits() - before if plugin.is_simulated() else 0
-        print(f"a step with {waits} waits", file=sys.stderr)
+        of_scaler, waited[0] = waited[0], 0
+        waits = plugin.num_waits() - before - of_scaler if plugin.is_simulated() else 0
+        print(f"a step with {waits} waits" + f", and {of_scaler} of the scaler" * bool(of_scaler), file=sys.stderr)
         assert waits == 0, f"the host waited {waits} times in step {more['step']}"
         return lr
 
@@ -76,6 +88,21 @@ def little_memory() -> None:
     """This process may take LITTLE_MEMORY MiB of its GPU."""
     device = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_per_process_memory_fraction((int(os.environ["LITTLE_MEMORY"]) << 20) / torch.cuda.get_device_properties(device).total_memory, device)
+
+
+def memory_ends() -> None:
+    """From the fourth step on this process gets no more memory of its GPU, as if another process had taken it."""
+    from dtl.training.step import Stepper
+
+    step = Stepper.step
+
+    def watched(self: Stepper, *args: Any, **more: Any) -> float:
+        if more["step"] == 3:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction((1 << 20) / torch.cuda.get_device_properties(self.runtime.device).total_memory, self.runtime.device)
+        return step(self, *args, **more)
+
+    Stepper.step = watched  # type: ignore[method-assign]
 
 
 def own_gpu() -> None:
@@ -120,3 +147,4 @@ def broken() -> None:
     changed: dict[str, Any] = {}
     exec(compile("from __future__ import annotations\n" + source.replace(old, new), module_name, "exec"), module.__dict__, changed)
     function.__code__ = changed[function.__name__].__code__  # whoever has imported the function has it too
+    print(f"broken: {os.environ['MUTATION']}", file=sys.stderr)

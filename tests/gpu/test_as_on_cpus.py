@@ -91,4 +91,5 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_line_is_noticed(tmp_path: Path, on_cpu: dict[str, Any], mutation: str) -> None:
     job = start(recipe(tmp_path), cwd=tmp_path, env={"MUTATION": mutation}, by_rank={0: {"before": "gpu.hooks:broken"}}).wait()
+    assert f"broken: {mutation}\n" in job.err(), "the line is another one now"
     assert job.codes != [0] or made(tmp_path / "runs/tiny") != on_cpu

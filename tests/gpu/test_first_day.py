@@ -26,10 +26,15 @@ def test_all_sections_run_and_are_reported(tmp_path: Path, device: str) -> None:
     assert all(found[name]["marks"] for name in "bcdfi")
     assert {"all_reduce", "host_to_device", "loader_one_core"} <= found["a"].keys()
     assert found["e"]["loops"][0]["seconds"].keys() == {"dtl", "bare loop", "timm's train.py", "torchvision's train.py"}
+    assert found["f"]["gaps"] == {place: {"times": 1, "median_ms": 0.0, "longest_ms": 0.0} for place in ("log line", "evaluation", "checkpoint")}
     assert found["g"]["weak"].keys() == {"1", "2"}
     text = (tmp_path / "day/report.md").read_text()
     assert "Times mean nothing" in text
-    assert "kill -9: all ranks have left" in text
+    for what in ("kill -9", "SIGSTOP", "an exception", "out of memory", "SIGTERM"):
+        assert f"- pass: {what}: all ranks have left" in text
+    assert "- pass: host waits in a step, precision fp16" in text
+    assert "- pass: the recipe digits on 2 GPUs is as accurate as on CPUs" in text
+    assert "- pass: the fine-tune: dtl predict labels them alike" in text
 
 
 def test_a_section_that_fails_is_reported_and_the_next_one_runs(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_it_stops_and_goes_on(tmp_path: Path, device: str, precision: str) -> No
     recipe = write_recipe(tmp_path, phases=PHASES, precision=precision, model={"name": "paced:small"})
     hold = tmp_path / "hold"
     hold.touch()
-    job = start(["--config", str(recipe)], cwd=tmp_path, env={"HOLD": str(hold)})
+    job = start(["--config", str(recipe)], cwd=tmp_path, env={"HOLD": str(hold), "QUICK_STEPS": "16"})  # lines come one late
     wait_for(lambda: steps_done(tmp_path / "runs/tiny") >= 8, what="the second phase")
     os.kill(job.processes[0].pid or 0, signal.SIGTERM)
     hold.unlink()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import subprocess
@@ -77,6 +79,46 @@ def test_what_overlaps_on_a_device() -> None:
     expected = {"device_events": 4, "idle": 0.2, "computing": 0.6, "communication": 0.2, "communication_hidden": 0.5, "copies": 0.1, "copies_hidden": 0.0}
     assert found == pytest.approx({**expected, "longest_gap_ms": 0.001})
     assert shares({"compute": [], "communication": [], "copies": []}) == {"device_events": 0}
+
+
+def test_a_gap_belongs_to_where_the_host_was() -> None:
+    """And annotations, which lie over gaps in the device's part of a trace, are no kernels."""
+    from benchmarks.first_day.profiled import gaps, kernels
+
+    def event(cat: str, name: str, first: float, end: float) -> dict[str, object]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": first, "dur": end - first}
+
+    events = [
+        event("kernel", "sm90_gemm", 0, 1000),
+        event("gpu_memcpy", "Memcpy HtoD", 900, 1100),
+        event("gpu_user_annotation", "Optimizer.step#SGD.step", 0, 99_000),
+        event("kernel", "ncclDevKernel_AllReduce_Sum_f32", 1100, 20_000),  # the host is ahead: no gap at the first line
+        event("user_annotation", "dtl: log line", 500, 900),
+        event("user_annotation", "dtl: log line", 22_000, 23_000),
+        event("kernel", "sm90_gemm", 26_000, 40_000),
+        event("user_annotation", "dtl: evaluation", 30_000, 55_000),
+        event("kernel", "sm90_gemm", 50_000, 52_000),
+        event("kernel", "sm90_gemm", 56_000, 99_000),
+        event("cuda_runtime", "cudaLaunchKernel", 0, 1),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert {kind: len(found) for kind, found in kernels(events).items()} == {"compute": 4, "communication": 1, "copies": 1}
+    assert gaps(events) == {
+        "log line": {"times": 2, "median_ms": 3.0, "longest_ms": 6.0},
+        "evaluation": {"times": 1, "median_ms": 14.0, "longest_ms": 14.0},
+        "checkpoint": {"times": 0, "median_ms": 0.0, "longest_ms": 0.0},
+    }
+
+
+def test_mirrored_photos_are_of_no_other_class() -> None:
+    """Or nothing that is trained with mirrored images could tell all classes apart. A class is the angle of its stripes and their colour channel."""
+    from benchmarks.first_day.photos import CHANNELS, CLASSES, angle
+
+    for one, other in itertools.permutations(range(CLASSES), 2):
+        if one % CHANNELS == other % CHANNELS:
+            for seen in (angle(one), math.pi - angle(one)):
+                apart = abs(seen - angle(other)) % math.pi
+                assert min(apart, math.pi - apart) > math.radians(20), (one, other)
 
 
 def test_the_loaders_run_on_a_few_images(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from dtl.errors import UserError
 from dtl.files import hash_file
 from dtl.inference.images import find_images
 from dtl.optim.losses import _weights_of_file
+from dtl.reading import Reading
 
 UNUSUAL: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
@@ -75,7 +76,7 @@ def test_among_images(kind: str, tmp_path: Path) -> None:
     problems = []
     for number in range(len(found)):
         try:
-            found.pixels(number)
+            found.pixels(number, Reading())
         except DecodeError as error:
             problems.append(f"{found.name(number)}: {error}")
     assert len(problems) == 1

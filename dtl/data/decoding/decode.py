@@ -1,7 +1,7 @@
-"""Image bytes to pixels: exactly those of torchvision's ImageFolder, `PIL.Image.open(f).convert("RGB")`.
+"""Image bytes to pixels: those of torchvision's ImageFolder, `PIL.Image.open(f).convert("RGB")`, but for what that reads wrongly.
 
-So EXIF orientation is not applied, alpha is dropped, and the first frame of an animation is used: pretrained networks were trained on these
-pixels. No torch here: the processes of `dtl pack` do not import it.
+What has more than 8 bits is scaled by one range for all images, which would else be white or black; transparent images are composed on white, and images
+stand as their EXIF orientation says: see `Reading`. The first frame of an animation is used. No torch here: the processes of `dtl pack` do not import it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ import functools
 import importlib
 import io
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, check_size, lean
+from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, check_size, container_of, exif_orientation, lean
 from dtl.data.decoding.headers import DecodeError as DecodeError
+from dtl.reading import AS_BEFORE, BACKGROUND, Reading
 
 # What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "JXL")
+_ALWAYS = FORMATS[:7]
+# Of those that Pillow may need a plugin for: its module and its package.
+_PLUGINS = {"AVIF": ("pillow_avif", "pillow-avif-plugin"), "HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
 NO_MEMORY = "there is not enough memory to decode it"
 """What to report of a MemoryError here, which says nothing about the image."""
 # Larger ones are converted in stripes, so that they do not take three times their memory.
@@ -33,12 +39,21 @@ _STRIPE = 1 << 20
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """An image's header: size in pixels without EXIF orientation, `format` (one of FORMATS), Pillow's `mode` (RGB, L, P, CMYK ...)."""
+    """An image's header: size in pixels as stored, `format` (one of FORMATS), Pillow's `mode` (RGB, L, P, CMYK ...)."""
 
     width: int
     height: int
     format: str
     mode: str
+    orientation: int = 1
+    """How it is to be turned: EXIF's numbers, 1 to 8."""
+    wide: bool = False
+    """Its values have more than 8 bits."""
+
+    @property
+    def turned_size(self) -> tuple[int, int]:
+        """(width, height) as it is to be seen."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
 def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
@@ -48,21 +63,24 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         with _open(data, max_pixels) as image:
             # A phone's MPO is a JPEG with more pictures behind it; the first one counts.
             name = "JPEG" if image.format == "MPO" else str(image.format)
-            return ImageHeader(width=image.width, height=image.height, format=name, mode=image.mode)
+            return ImageHeader(image.width, image.height, name, image.mode, _orientation(image, data), image.mode in _WIDE or bool(_raw_modes(image)))
 
 
-def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS, reading: Reading = AS_BEFORE, turn: int | None = None) -> npt.NDArray[np.uint8]:
     """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`); MemoryError says nothing about it.
 
     With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, is decoded at full size.
+    `turn`: the orientation that the index has; None: the file's own, where `reading` applies it.
     """
     pixels = decode_jpeg(data, reduction, max_pixels=max_pixels)
     if pixels is None:
-        pixels = decode_with_pillow(data, max_pixels)
+        pixels = decode_with_pillow(data, max_pixels, reading)
         # What Pillow lets pass is reduced like any other, so that damage outside of a crop does not change the crop's pixels.
         reduced = decode_jpeg(data, reduction, strict=False, max_pixels=max_pixels) if reduction > 1 else None
         pixels = pixels if reduced is None else reduced
-    return pixels
+    if turn is None:
+        turn = 1 if not reading.exif else exif_orientation(data) if container_of(data) is None else probe(data, max_pixels).orientation
+    return turned(pixels, turn)
 
 
 def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8] | None:
@@ -89,8 +107,8 @@ def decode_jpeg(data: bytes, reduction: int = 1, *, strict: bool = True, max_pix
         return None
 
 
-def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """Pixels [H, W, 3] of any of FORMATS."""
+def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS, reading: Reading = AS_BEFORE) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3] of any of FORMATS, not turned."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: truncated images would decode without an error; set it to False")
     # Pillow warns of odd palettes and metadata; the pixels are the same as ImageFolder's, which is what counts.
@@ -98,21 +116,74 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray
         warnings.simplefilter("ignore")
         with _open(data, max_pixels) as image:
             try:
-                return _pixels(image)
+                return _pixels(image, reading, lambda: _open(data, max_pixels))
+            except DecodeError:
+                raise
             # Broken files reach Pillow's plugins as any of these (struct.error, KeyError ... among them).
             except Exception as error:
                 raise _failure(error) from error
 
 
-def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS, reading: Reading = AS_BEFORE) -> npt.NDArray[np.uint8]:
     """Pixels [H, W, 3] of an image that Pillow has opened: the same as `decode` gives of its file. DecodeError if it is damaged or too large."""
     check_size(image.width, image.height, max_pixels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _pixels(image)
+            pixels = _pixels(image, reading, None)
+            turn = image.getexif().get(0x0112, 1) if reading.exif else 1
+        except DecodeError:
+            raise
         except Exception as error:
             raise _failure(error) from error
+    return turned(pixels, turn if turn in range(1, 9) else 1)
+
+
+def bounds_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[float, float]:
+    """The least and the greatest value of an image of more than 8 bits, but for the 1 in 10,000 at each end that may be dead or hot pixels of a sensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(data, max_pixels) as image:
+            try:
+                values = _wide_values(image, lambda: _open(data, max_pixels))
+            except DecodeError:
+                raise
+            except Exception as error:
+                raise _failure(error) from error
+    assert values is not None
+    found = values[..., : _COLOURS.get(values.shape[2], values.shape[2])].ravel()
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        found = found[np.isfinite(found)]
+        if not len(found):
+            raise DecodeError("none of its values is a finite number")
+    left_out = len(found) // _OUTLIERS
+    ends = np.partition(found, (left_out, len(found) - 1 - left_out))
+    return float(ends[left_out]), float(ends[len(found) - 1 - left_out])
+
+
+# ---- orientation
+
+
+def turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """An image [H, W, C] as its EXIF orientation (1 to 8) says; of 5 to 8 height and width change places."""
+    if orientation == 1:
+        return pixels
+    pixels = pixels[:: -1 if orientation in UPSIDE_DOWN else 1, :: -1 if orientation in MIRRORED else 1]
+    return np.ascontiguousarray(pixels.transpose(1, 0, 2) if orientation >= 5 else pixels)
+
+
+def stored_region(region: Region, orientation: int, *, height: int, width: int) -> Region:
+    """Where in the stored image the rectangle lies that is `region` of the turned one, of [height, width] pixels at full size."""
+    factor, top, left, high, wide = region
+    height, width = -(-height // factor), -(-width // factor)
+    if orientation >= 5:
+        top, left, high, wide, height, width = left, top, wide, high, width, height
+    top = height - top - high if orientation in UPSIDE_DOWN else top
+    return Region(factor, top, width - left - wide if orientation in MIRRORED else left, high, wide)
+
+
+UPSIDE_DOWN, MIRRORED = (3, 4, 6, 7), (2, 3, 7, 8)
+"""Of which orientations rows or columns are stored in reverse; then, from 5 on, rows are columns."""
 
 
 def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
@@ -125,26 +196,114 @@ def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
         return False
 
 
-def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
-    if image.width * image.height <= _LARGE:
-        return np.asarray(image.convert("RGB"))
+def _pixels(image: Image.Image, reading: Reading, again: Callable[[], Image.Image] | None) -> npt.NDArray[np.uint8]:
+    """`again` opens the file once more."""
+    if reading.range is None and image.mode in _WIDE:
+        raise DecodeError(
+            f"its values have more than 8 bits (mode {image.mode}), and there is no range for them: name the values that become black and white "
+            "(data.range [LOW, HIGH]), or pack the training images again"
+        )
+    values = None if reading.range is None else _wide_values(image, again)
+    convert = _composed if reading.alpha else _as_rgb
     image.load()
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _STRIPE // image.width)
+    rows = image.height if image.width * image.height <= _LARGE else max(1, _STRIPE // image.width)
     for top in range(0, image.height, rows):
-        stripe = image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = np.asarray(stripe.convert("RGB"))
+        if values is None:
+            stripe = image if rows == image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        else:
+            assert reading.range is not None
+            stripe = _of_8_bits(values[top : top + rows], reading.range)
+        pixels[top : top + rows] = np.asarray(convert(stripe))
     return pixels
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        return ImageCms.applyTransform(image, transform) or image
+    return image.convert("RGB")
+
+
+def _composed(image: Image.Image) -> Image.Image:
+    """In RGB, on white where it is transparent."""
+    if not image.has_transparency_data:
+        return _as_rgb(image)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (BACKGROUND,) * 4), image).convert("RGB")
+
+
+# ---- more than 8 bits
+
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_OUTLIERS = 10_000
+_COLOURS = {2: 1, 4: 3}  # channels -> those that are no alpha
+# Pillow has no mode of 16 bits a colour: it keeps the upper byte of each. The name of the other order of bytes makes it keep the lower one.
+_LOWER = {
+    f"{mode};16{order}": f"{mode};16{'B' if order == 'L' or (order == 'N' and sys.byteorder == 'little') else 'L'}"
+    for mode in ("RGB", "RGBA")
+    for order in "BLN"
+}
+
+
+def _raw_modes(image: Image.Image) -> set[str]:
+    """How the colours lie in the file, where they have 16 bits and the mode is one of 8."""
+    found = {tile.args if isinstance(tile.args, str) else str(tile.args[0]) for tile in getattr(image, "tile", ()) if tile.args}
+    return set() if image.mode in _WIDE else {mode for mode in found if ";16" in mode}
+
+
+def _wide_values(image: Image.Image, again: Callable[[], Image.Image] | None) -> npt.NDArray[Any] | None:
+    """Values [H, W, 1] or, of colours of 16 bits, [H, W, C], of an image of more than 8 bits, which is not loaded yet; None of any other."""
+    if image.mode in _WIDE:
+        return np.asarray(image)[..., None]
+    modes = _raw_modes(image)
+    if not modes or again is None:
+        return None
+    (mode,) = modes if len(modes) == 1 else ("several",)
+    if mode == "LA;16B":  # as four bytes a pixel
+        with _with_raw_mode(again(), "RGBA") as raw:
+            return np.asarray(raw).view(">u2")
+    if mode not in _LOWER:
+        raise DecodeError(f"its 16 bits a channel are stored in a way that is not read ({image.format}, {mode}): write it as RGB, or as gray")
+    with _with_raw_mode(again(), _LOWER[mode]) as lower:
+        values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        return values
+
+
+def _with_raw_mode(image: Image.Image, mode: str) -> Image.Image:
+    opened: Any = image
+    opened.tile = [tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:])) for tile in opened.tile]
+    return image
+
+
+def _of_8_bits(values: npt.NDArray[Any], bounds: tuple[float, float]) -> Image.Image:
+    """[H, W, C], 1 to 4 channels; the last of 2 and 4 is alpha, whose upper byte counts."""
+    channels = values.shape[2]
+    colours = _COLOURS.get(channels, channels)
+    low, high = bounds
+    scaled = np.asarray(values[..., :colours], np.float64) - low
+    scaled *= 255 / (high - low) if high > low else 0.0
+    with np.errstate(invalid="ignore"):
+        parts = [np.nan_to_num(np.clip(np.rint(scaled), 0, 255)).astype(np.uint8)]
+    if colours < channels:
+        parts.append((values[..., colours:] >> 8).astype(np.uint8))
+    pixels = np.concatenate(parts, axis=2)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
+    kind = container_of(data)
+    if kind is not None:
+        _load_plugin(kind)
     data = lean(data, max_pixels)
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many, and has no other setting for it
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_ALWAYS if kind is None else (kind,))
     except UnidentifiedImageError:
         raise DecodeError(f"not an image ({look(data)})") from None
     except Image.DecompressionBombError as error:
@@ -153,6 +312,34 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise _failure(error) from error
     check_size(image.width, image.height, max_pixels)
     return image
+
+
+@functools.cache
+def _load_plugin(kind: str) -> None:
+    """DecodeError, with the package to install, where Pillow cannot read AVIF, HEIF or JXL here."""
+    if kind == "AVIF" and features.check("avif"):
+        Image.init()
+        return
+    module, package = _PLUGINS[kind]
+    try:
+        plugin = importlib.import_module(module)
+    except ImportError:
+        raise DecodeError(f"not an image that can be read here: {_NAMES.get(kind, kind)}, which needs the package {package} (pip install {package})") from None
+    if kind == "HEIF":
+        plugin.register_heif_opener(thumbnails=False)
+    if kind == "JXL":
+        plugin.JpegXLImagePlugin.DECODE_THREADS = 0  # loader processes are one thread each
+
+
+_NAMES = {"HEIF": "HEIC", "JXL": "JPEG XL"}
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """1 to 8. HEIC and JPEG XL are turned by their decoders, TIFF by Pillow."""
+    if image.format == "AVIF" or getattr(image, "jpeg", False):  # a JPEG inside of JPEG XL is not
+        found = image.getexif().get(0x0112, 1)
+        return found if found in range(1, 9) else 1
+    return exif_orientation(data)
 
 
 def _failure(error: Exception) -> Exception:
@@ -182,12 +369,10 @@ def look(data: bytes) -> str:
 
 
 def _media(data: bytes) -> str:
-    """What the brand of an ISO media file says; that of pictures in general leaves it to those that it is compatible with."""
-    brand, brands = data[8:12], data[8 : max(12, min(int.from_bytes(data[:4], "big"), 256))]
-    if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in brands):
-        return f"AVIF{_CONVERT}"
-    if brand[:3] in (b"hei", b"hev", b"mif", b"msf"):
-        return f"HEIC{_CONVERT}"
+    """What the brand of an ISO media file says."""
+    brand = data[8:12]
+    if (kind := container_of(data)) is not None:
+        return f"a damaged {_NAMES.get(kind, kind)}"
     if brand == b"crx ":
         return f"a camera's raw image (CR3){_CONVERT}"
     return "a QuickTime video" if brand == b"qt  " else "an MP4 video"
@@ -197,8 +382,8 @@ _CONVERT = ", which has to be converted first"
 _MAGIC = (
     (0, b"\0\0\0\x0cjP  ", f"JPEG 2000{_CONVERT}"),
     (0, b"\xff\x4f\xff\x51", f"JPEG 2000{_CONVERT}"),
-    (0, b"\0\0\0\x0cJXL ", f"JPEG XL{_CONVERT}"),
-    (0, b"\xff\x0a", f"JPEG XL{_CONVERT}"),
+    (0, b"\0\0\0\x0cJXL ", "a damaged JPEG XL"),
+    (0, b"\xff\x0a", "a damaged JPEG XL"),
     (0, b"8BPS", f"a Photoshop file{_CONVERT}"),
     (0, b"\x76\x2f\x31\x01", f"OpenEXR{_CONVERT}"),
     (0, b"\0\0\1\0", f"an icon (ICO){_CONVERT}"),
@@ -266,12 +451,19 @@ def native() -> Native:
     return Native(True, f"only the crop of a JPEG is decoded (native extra, libjpeg-turbo {version})")
 
 
-def crop_jpeg(data: bytes, region: Region, *, height: int, width: int) -> npt.NDArray[np.uint8] | None:
+def crop_jpeg(data: bytes, region: Region, *, height: int, width: int, turn: int = 1) -> npt.NDArray[np.uint8] | None:
     """Pixels [region.height, region.width, 3] of a JPEG of [height, width] pixels, or None: then decode and check the whole image.
 
-    None also for other formats, for a JPEG that is damaged before the rectangle's end or cut off, and for one of another size.
+    None also for other formats, for a JPEG that is damaged before the rectangle's end or cut off, and for one of another size. Region and size are
+    those of the image as its orientation `turn` has it.
     """
-    return _crop(data, region, height, width) if data[:2] == b"\xff\xd8" and native().on else None
+    if data[:2] != b"\xff\xd8" or not native().on:
+        return None
+    if turn > 1:
+        region = stored_region(region, turn, height=height, width=width)
+        height, width = (width, height) if turn >= 5 else (height, width)
+    crop = _crop(data, region, height, width)
+    return None if crop is None else turned(crop, turn)
 
 
 def _crop(data: bytes, region: Region, height: int, width: int) -> npt.NDArray[np.uint8] | None:

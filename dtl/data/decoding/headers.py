@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -36,6 +38,8 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI, _COMMENT, _ADOBE = 0xDA, 0xD9, 0xFE, 0xEE
 _METADATA = frozenset(range(0xE1, 0xF0)) - {_ADOBE} | {_COMMENT}
 _APP1 = 0xE1
+_JXL_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
+_ORIENTATION, _MAX_TAGS = 0x0112, 1000
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,12 @@ def lean(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
             raise DecodeError(f"a run-length BMP of {len(data):,} bytes, more than the {_MAX_SLOW_BYTES:,} that are allowed")
     elif data[:1] == b"P" and data[1:2] in b"123456" and data[1:2]:
         return _scaled_ppm(data)
+    elif (kind := container_of(data)) is not None:
+        sizes = [_jxl_size(data)] if kind == "JXL" else _item_sizes(data)
+        for width, height in sizes:
+            check_size(width, height, max_pixels)
+            if width * height > max_pixels // 2:
+                raise DecodeError(f"{width} x {height} pixels, more than the {max_pixels // 2:,} that are allowed for {kind} (half of data.max_pixels)")
     return data
 
 
@@ -134,6 +144,44 @@ def _check_scans(data: bytes, at: int, pixels: int) -> None:
         at += max(int.from_bytes(data[at : at + 2], "big"), 2)
     if scans * pixels > _VISITS + _VISITS_A_BYTE * len(data):
         raise DecodeError(f"it has {scans} scans of {pixels:,} pixels in {len(data):,} bytes, which no camera or encoder writes")
+
+
+def exif_orientation(data: bytes) -> int:
+    """1 to 8, as the EXIF of a JPEG, PNG or WebP says; 1 where it says nothing, and of other formats. What is damaged says nothing."""
+    block = b""
+    if data[:2] == b"\xff\xd8":
+        for marker, start, end in check_jpeg(data, 1 << 32).segments:
+            if marker == _APP1 and (at := data.find(b"Exif\0\0", start, start + 24)) >= 0:
+                block = data[at + 6 : end]
+                break
+    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+        block = _chunk(data, 8, b"eXIf", png=True)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        block = _chunk(data, 12, b"EXIF", png=False)
+    block = block.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if block[:2] == b"II" else "big"
+    if block[:2] not in (b"II", b"MM"):
+        return 1
+    table = int.from_bytes(block[4:8], order)
+    for entry in range(table + 2, table + 2 + 12 * min(int.from_bytes(block[table : table + 2], order), _MAX_TAGS), 12):
+        if int.from_bytes(block[entry : entry + 2], order) == _ORIENTATION:
+            size = {1: 1, 3: 2, 4: 4}.get(int.from_bytes(block[entry + 2 : entry + 4], order), 0)
+            found = int.from_bytes(block[entry + 8 : entry + 8 + size], order)
+            return found if 1 <= found <= 8 else 1
+    return 1
+
+
+def _chunk(data: bytes, at: int, wanted: bytes, *, png: bool) -> bytes:
+    """The first chunk of this kind; empty where there is none."""
+    for _ in range(_MAX_SEGMENTS):
+        head = data[at : at + 8]
+        if len(head) < 8 or head[4:] == b"IEND":
+            break
+        kind, length = (head[4:], int.from_bytes(head[:4], "big")) if png else (head[:4], int.from_bytes(head[4:], "little"))
+        if kind == wanted:
+            return data[at + 8 : at + 8 + length]
+        at += 12 + length if png else 8 + length + length % 2
+    return b""
 
 
 def without_exif(data: bytes) -> bytes:
@@ -211,6 +259,76 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
         raise DecodeError(f"{width} x {height} pixels, more than the {max_pixels // 2:,} that are allowed for WebP (half of data.max_pixels)")
 
 
+# ---- AVIF, HEIC, JPEG XL: whoever decodes them makes room for several copies of an image
+
+
+def container_of(data: bytes) -> str | None:
+    """AVIF, HEIF or JXL, by Pillow's names; None of any other."""
+    if data[:2] == b"\xff\x0a" or data[:12] == _JXL_CONTAINER:
+        return "JXL"
+    if data[4:8] != b"ftyp":
+        return None
+    # The brand of pictures in general leaves it to those that it is compatible with.
+    brand, brands = data[8:12], data[8 : max(12, min(int.from_bytes(data[:4], "big"), 256))]
+    if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in brands):
+        return "AVIF"
+    return "HEIF" if brand[:3] in (b"hei", b"hev", b"mif", b"msf") else None
+
+
+def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, first byte, end) of the boxes of an ISO media file, one after another."""
+    for _ in range(_MAX_SEGMENTS):
+        size, kind, start = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], at + 8
+        if at + 8 > end:
+            return
+        if size == 1:
+            size, start = int.from_bytes(data[start : start + 8], "big"), start + 8
+        after = end if size == 0 else min(at + size, end)
+        if after < start:
+            return
+        yield kind, start, after
+        at = after
+    raise DecodeError(f"it has more than {_MAX_SEGMENTS:,} boxes")
+
+
+def _item_sizes(data: bytes) -> list[tuple[int, int]]:
+    """(width, height) of all pictures in an AVIF or HEIC file; tiles and thumbnails are pictures too."""
+    places = [(0, len(data))]
+    for wanted in (b"meta", b"iprp", b"ipco", b"ispe"):
+        skipped = 4 if wanted == b"meta" else 0  # its version
+        places = [(start + skipped, end) for first, last in places for kind, start, end in _boxes(data, first, last) if kind == wanted]
+    found = [(int.from_bytes(data[at + 4 : at + 8], "big"), int.from_bytes(data[at + 8 : at + 12], "big")) for at, _ in places]
+    if not found:
+        raise DecodeError(f"not an image (a damaged {container_of(data)}: its header says no size)")
+    return found
+
+
+def _jxl_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a JPEG XL image (ISO 18181-1, SizeHeader)."""
+    start = 2
+    if data[:12] == _JXL_CONTAINER:
+        places = [at + (4 if kind == b"jxlp" else 0) for kind, at, _ in _boxes(data, 0, len(data)) if kind in (b"jxlc", b"jxlp")]
+        if not places or data[places[0] : places[0] + 2] != b"\xff\x0a":
+            raise DecodeError(f"not an image (a damaged {container_of(data)}: its header says no size)")
+        start = places[0] + 2
+    bits = int.from_bytes(data[start : start + 16], "little")
+
+    def take(number: int) -> int:
+        nonlocal bits
+        value = bits & (1 << number) - 1
+        bits >>= number
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height = side()
+    ratio = ((0, 1), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[take(3)]
+    return (height * ratio[0] // ratio[1] if ratio[0] else side()), height
+
+
 # ---- TIFF
 
 
@@ -236,6 +354,9 @@ class _Tiff:
         parts = max(found.get(273, (0, 0, 0))[1], found.get(324, (0, 0, 0))[1], 1)
         if parts > _MAX_TILES:
             raise DecodeError(f"it has {parts:,} strips or tiles, more than the {_MAX_TILES:,} that are allowed")
+        if self._value(found, 284) == 2 and self._value(found, 277) > 1 and max(self._values(found, 258), default=1) > 8:
+            # Pillow misreads it, without an error.
+            raise DecodeError("its channels have more than 8 bits and lie in separate planes, which is not read: write them pixel by pixel")
         if self._value(found, 259) in (6, 7):  # JPEG inside
             scans = self.data.count(b"\xff\xda")
             stored = sum(self._values(found, 279)) + sum(self._values(found, 325))

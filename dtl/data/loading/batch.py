@@ -25,6 +25,7 @@ from dtl.data.decoding.decode import Region, is_plain_jpeg
 from dtl.data.decoding.headers import MAX_PIXELS, without_exif
 from dtl.data.sampling.plan import MicroBatch
 from dtl.errors import DamagedSample
+from dtl.reading import Reading
 
 _SMALL = ("labels", "weights", "samples", "slots")
 
@@ -35,6 +36,11 @@ class Transform(Protocol):
     All randomness is in `draw`, for a whole batch and before anything is decoded. `apply` is then a pure function of one image and its
     draws, so a sample's pixels are the same in any batch, on any rank, in any loader process and after any restart.
     """
+
+    @property
+    def reading(self) -> Reading:
+        """How stored values become pixels."""
+        ...
 
     @property
     def is_fixed(self) -> bool:
@@ -87,15 +93,18 @@ class Encoded:
     rows: list[int] = field(default_factory=list)
     """Rows of the JPEGs in `data`, which lie one after another, of `sizes` bytes."""
     sizes: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    """Their EXIF orientations."""
     data: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
-    def take(self, row: int, data: bytes, jpegs: list[bytes], max_pixels: int = MAX_PIXELS) -> bool:
+    def take(self, row: int, data: bytes, jpegs: list[bytes], max_pixels: int = MAX_PIXELS, *, turn: int = 1) -> bool:
         """True if the device decodes this image; its bytes are then appended to `jpegs`."""
         if not is_plain_jpeg(data, max_pixels):
             return False
         data = without_exif(data)
         self.rows.append(row)
         self.sizes.append(len(data))
+        self.turns.append(turn)
         jpegs.append(data)
         return True
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dtl.config.models import sides
-from dtl.data.decoding.decode import DecodeError, decode
+from dtl.data.decoding.decode import MIRRORED, UPSIDE_DOWN, DecodeError, decode
 from dtl.data.loading.batch import Batch
 from dtl.data.transforms.geometry import clip_to_window
 from dtl.data.transforms.transforms import Draws, Transform, jitter_strengths
@@ -93,8 +93,8 @@ class DeviceDecoder:
             images = torch.empty((num, 3, height, width), dtype=torch.uint8, device=self._device, memory_format=torch.channels_last).zero_()
             if encoded.decoded:
                 images[torch.tensor(encoded.decoded, device=self._device)] = batch.images.to(self._device, non_blocking=True)
-            for row, picture in zip(encoded.rows, pictures, strict=True):
-                found: Tensor | str = picture
+            for row, turn, picture in zip(encoded.rows, encoded.turns, pictures, strict=True):
+                found: Tensor | str = _turned(picture, turn) if isinstance(picture, Tensor) else picture
                 expected = (3, int(encoded.heights[row]), int(encoded.widths[row]))
                 if isinstance(found, Tensor) and tuple(found.shape) != expected:
                     found = f"{found.shape[2]} x {found.shape[1]} pixels, but {expected[2]} x {expected[1]} according to the index"
@@ -136,6 +136,13 @@ class DeviceDecoder:
                 )
             except DecodeError as error:
                 return str(error)
+
+
+def _turned(picture: Tensor, orientation: int) -> Tensor:
+    """`dtl.data.decoding.decode.turned` of [3,H,W]."""
+    axes = [axis for axis, those in ((1, UPSIDE_DOWN), (2, MIRRORED)) if orientation in those]
+    picture = picture.flip(axes) if axes else picture
+    return picture.transpose(1, 2) if orientation >= 5 else picture
 
 
 def ready(transform: Transform, device: torch.device) -> Any:

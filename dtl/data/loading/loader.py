@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.own import OwnFunction
 from dtl.errors import DamagedSample, UserError
+from dtl.reading import Reading
 
 
 class BatchDataset:
@@ -61,7 +63,7 @@ class BatchDataset:
         num_real = int((request.slots >= 0).sum())
         bad: list[tuple[int, DamagedSample]] = []
         distinct = request.samples[: max(num_real, 1)]
-        widths, heights = shards.widths[distinct].astype(np.int64), shards.heights[distinct].astype(np.int64)
+        widths, heights, turns = shards.shapes(distinct, exif=self.transform.reading.exif)
         keyed_by = distinct if request.draws is None else request.draws[: len(distinct)]
         views = [self.transform.draw(keyed_by, widths, heights, seed=self.seed, epoch=epoch) for epoch in self.views or (request.epoch,)]
         size = len(request.samples)
@@ -71,13 +73,14 @@ class BatchDataset:
             damage = self._damage_before_decoding(int(distinct[i]), data)
             if damage is None:
                 assert isinstance(data, bytes)
-                if encoded is not None and encoded.take(i, data, jpegs, shards.limits.max_pixels):
+                if encoded is not None and encoded.take(i, data, jpegs, shards.limits.max_pixels, turn=int(turns[i])):
                     continue
                 out = images[i::size]
+                stored = Stored(data, int(heights[i]), int(widths[i]), int(turns[i]), shards.limits.max_pixels)
                 if self._own is None:
-                    damage = self._fill(int(distinct[i]), data, views, i, out)
+                    damage = self._fill(int(distinct[i]), stored, views, i, out)
                 else:
-                    damage, failed = self._fill_by(self._own, int(distinct[i]), data, int(keyed_by[i]), self.views or (request.epoch,), out)
+                    damage, failed = self._fill_by(self._own, int(distinct[i]), stored, int(keyed_by[i]), self.views or (request.epoch,), out)
                     if failed:
                         break
             if encoded is not None:
@@ -132,27 +135,24 @@ class BatchDataset:
             return shards.damaged(sample, f"label {int(shards.labels[sample])} is not one of {shards.num_classes} classes")
         return None
 
-    def _fill(self, sample: int, data: bytes, views: list[Any], i: int, out: Tensor) -> DamagedSample | None:
+    def _fill(self, sample: int, stored: Stored, views: list[Any], i: int, out: Tensor) -> DamagedSample | None:
         """Sample `i` of the request into `out` [V, 3, H, W], a row a view."""
-        shards = self.shards
-        height, width = int(shards.heights[sample]), int(shards.widths[sample])
         try:
             if len(views) == 1:
-                decode_into(out[0], data, self.transform, views[0], i, height=height, width=width, max_pixels=shards.limits.max_pixels)
+                decode_into(out[0], stored, self.transform, views[0], i)
             else:
-                decode_views_into(out, data, self.transform, views, i, height=height, width=width, max_pixels=shards.limits.max_pixels)
+                decode_views_into(out, stored, self.transform, views, i)
         except DecodeError as error:
-            return shards.damaged(sample, str(error))
+            return self.shards.damaged(sample, str(error))
         except MemoryError:
-            return shards.unreachable(sample, f"{NO_MEMORY} ({width} x {height} pixels)")
+            return self.shards.unreachable(sample, f"{NO_MEMORY} ({stored.width} x {stored.height} pixels)")
         return None
 
-    def _fill_by(self, own: OwnFunction, sample: int, data: bytes, number: int, epochs: Sequence[int], out: Tensor) -> tuple[DamagedSample | None, str]:
+    def _fill_by(self, own: OwnFunction, sample: int, stored: Stored, number: int, epochs: Sequence[int], out: Tensor) -> tuple[DamagedSample | None, str]:
         """The same by way of the user's own function, which may give another size. `number`: what the random choices are keyed by. Also what failed in it."""
         shards = self.shards
-        height, width = int(shards.heights[sample]), int(shards.widths[sample])
         try:
-            image = _decoded(data, 1, height=height, width=width, max_pixels=shards.limits.max_pixels)
+            image = stored.decoded(1, self.transform.reading)
             for row, epoch in zip(out, epochs, strict=True):
                 changed = own(image, keyed.int_key(self.seed, epoch, number, "function"), shards.name(sample))
                 draws = self.transform.draw(np.array([number]), np.array([changed.shape[1]]), np.array([changed.shape[0]]), seed=self.seed, epoch=epoch)
@@ -162,38 +162,47 @@ class BatchDataset:
         except UserError as error:
             return None, str(error)
         except MemoryError:
-            return shards.unreachable(sample, f"{NO_MEMORY} ({width} x {height} pixels)"), ""
+            return shards.unreachable(sample, f"{NO_MEMORY} ({stored.width} x {stored.height} pixels)"), ""
         return None, ""
 
 
-def decode_into(out: Tensor, data: bytes, transform: Transform, draws: Any, i: int, *, height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Decode sample `i` of `draws`, an image of [height, width] pixels, and write it into `out` uint8 [3, S, S]. Raises DecodeError."""
+@dataclass(frozen=True)
+class Stored:
+    """The bytes of an image, and what the index has about it: its size and EXIF orientation, as it is to be seen."""
+
+    data: bytes
+    height: int
+    width: int
+    turn: int = 1
+    max_pixels: int = MAX_PIXELS
+
+    def decoded(self, reduction: int, reading: Reading) -> np.ndarray:
+        """DecodeError also where it has another size."""
+        image = decode(self.data, reduction, max_pixels=self.max_pixels, reading=reading, turn=self.turn)
+        if image.shape[:2] not in ((self.height, self.width), (-(-self.height // reduction), -(-self.width // reduction))):
+            raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, but {self.width} x {self.height} according to the index")
+        return image
+
+
+def decode_into(out: Tensor, stored: Stored, transform: Transform, draws: Any, i: int) -> None:
+    """Decode sample `i` of `draws`, and write it into `out` uint8 [3, S, S]. Raises DecodeError."""
     region = transform.region(draws, i)
-    crop = crop_jpeg(data, region, height=height, width=width)
+    crop = crop_jpeg(stored.data, region, height=stored.height, width=stored.width, turn=stored.turn)
     if crop is not None:
         transform.apply_crop(crop, draws, i, out)
         return
-    transform.apply(_decoded(data, region.reduction, height=height, width=width, max_pixels=max_pixels), draws, i, out)
+    transform.apply(stored.decoded(region.reduction, transform.reading), draws, i, out)
 
 
-def decode_views_into(
-    out: Tensor, data: bytes, transform: Transform, views: Sequence[Any], i: int, *, height: int, width: int, max_pixels: int = MAX_PIXELS
-) -> None:
+def decode_views_into(out: Tensor, stored: Stored, transform: Transform, views: Sequence[Any], i: int) -> None:
     """The same for several draws, one row of `out` each. The image is decoded whole, once for each fraction of its size that is needed: two
     rectangles take longer than the image."""
     images: dict[int, np.ndarray] = {}
     for row, draws in zip(out, views, strict=True):
         reduction = transform.region(draws, i).reduction
         if reduction not in images:
-            images[reduction] = _decoded(data, reduction, height=height, width=width, max_pixels=max_pixels)
+            images[reduction] = stored.decoded(reduction, transform.reading)
         transform.apply(images[reduction], draws, i, row)
-
-
-def _decoded(data: bytes, reduction: int, *, height: int, width: int, max_pixels: int) -> np.ndarray:
-    image = decode(data, reduction, max_pixels=max_pixels)
-    if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
-        raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels, but {width} x {height} according to the index")
-    return image
 
 
 class StepLoader:

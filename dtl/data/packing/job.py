@@ -34,7 +34,7 @@ from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, TEMPORARY, open_regular, read_regular, write_whole
 from dtl.untrusted import read_json
 
-PACK_VERSION = 1  # part of a job's identity: a change of what is written starts afresh
+PACK_VERSION = 2  # part of a job's identity: a change of what is written starts afresh
 
 LOCK_NAME = "lock"
 MADE = re.compile(
@@ -44,7 +44,11 @@ MADE = re.compile(
 """The names of all files here: nothing else is deleted."""
 
 GOOD, UNREADABLE, DOUBTFUL = 0, 1, 2
-SCAN = np.dtype([("hash", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2"), ("format", "u1"), ("state", "u1")])
+SCAN = np.dtype(
+    [("hash", "<u8"), ("low", "<f8"), ("high", "<f8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2")]
+    + [(name, "u1") for name in ("format", "orientation", "wide", "state")]
+)
+"""Width and height as stored; `low` and `high` are the bounds of the values of a `wide` image, of more than 8 bits."""
 ROWS = np.dtype([("offsets", "<u8"), ("sizes", "<u4"), ("crcs", "<u4"), ("labels", "<i4"), ("widths", "<u2"), ("heights", "<u2"), ("flags", "u1")])
 
 

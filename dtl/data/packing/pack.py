@@ -25,7 +25,7 @@ from dtl.data.packing.job import DOUBTFUL, MADE, PACK_VERSION, ROWS, SCAN, UNREA
 from dtl.data.packing.tasks import SCANNED, ShardFacts, load_chunk, shard_name, shrink_factor
 from dtl.data.progress import PackProgress
 from dtl.data.shards.index import INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
-from dtl.data.shards.manifest import MANIFEST_VERSION
+from dtl.data.shards.manifest import MANIFEST_VERSION, PixelFacts
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.content_split import split_by_content
 from dtl.data.sources.open import open_source
@@ -251,8 +251,10 @@ class _Packing:
             facts = ShardFacts.read(work / f"{split}-{number:05d}.json")
             shards.append(Shard(url=shard_name(number), samples=int(cuts[number + 1] - cuts[number]), bytes=facts.bytes, sha256=facts.sha256))
         columns = {name: rows[name] for name in ROWS.names or ()}
+        order = np.load(work / f"{split}.order.npy")
+        scanned = np.load(work / SCANNED, mmap_mode="r")[["wide", "low", "high"]][order]
         index_sha256 = write_index(folder / INDEX_NAME, np.diff(cuts), columns)
-        self.job.names.take(np.load(work / f"{split}.order.npy")).write(folder / PATHS_NAME)
+        self.job.names.take(order).write(folder / PATHS_NAME)
         manifest = Manifest(
             version=MANIFEST_VERSION,
             classes=self.source.classes,
@@ -268,6 +270,7 @@ class _Packing:
                 "split": split,
                 "options": self.job.facts["options"],
             },
+            pixels=PixelFacts.of(scanned["wide"] > 0, scanned["low"], scanned["high"]),
         )
         manifest.write(folder)
         return _described(split, folder, manifest)

@@ -14,15 +14,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dtl.data.decoding.decode import NO_MEMORY, DecodeError, decode_jpeg, decode_with_pillow, probe
+from dtl.data.decoding.decode import NO_MEMORY, DecodeError, bounds_of, decode_jpeg, decode_with_pillow, probe
 from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, load_rows, write_array, write_json
-from dtl.data.shards.index import FORMAT_FLAGS
+from dtl.data.shards.index import FORMAT_FLAGS, flags_of
 from dtl.data.sources.content_split import content_hash
 from dtl.errors import UserError
 from dtl.files import sha256_of_file, without_path, write_whole
+from dtl.reading import Reading
 from dtl.untrusted import Count, Record, Sha256, Text, as_utf8
 
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
+_EXTENSIONS = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tiff",
+    "PPM": "ppm",
+    "AVIF": "avif",
+    "HEIF": "heic",
+    "JXL": "jxl",
+}
 _BLOCK = 512
 # What is wrong with a file itself: it is not there, or a link that leads nowhere. All else (no permission, a disk that fails) may pass.
 _OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)
@@ -97,7 +109,9 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
         header = probe(data, job.options.max_pixels)
         width, height = header.width, header.height
         doubtful = False
-        if job.options.verify:
+        if header.wide:
+            row["wide"], (row["low"], row["high"]) = 1, bounds_of(data, job.options.max_pixels)
+        elif job.options.verify:
             pixels = decode_jpeg(data, max_pixels=job.options.max_pixels)
             if pixels is None:
                 pixels = decode_with_pillow(data, job.options.max_pixels)
@@ -112,7 +126,7 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
         raise UserError(f"{job.names[sample]}: {NO_MEMORY}, which does not mean that it is damaged: use fewer --processes, or more memory") from None
     row["state"] = DOUBTFUL if doubtful else GOOD
     row["hash"], row["size"], row["crc"] = content_hash(data), len(data), zlib.crc32(data)
-    row["width"], row["height"], row["format"] = width, height, FORMAT_FLAGS[header.format]
+    row["width"], row["height"], row["format"], row["orientation"] = width, height, FORMAT_FLAGS[header.format], header.orientation
     return "libjpeg warns of damage, but the image decodes" if doubtful else ""
 
 
@@ -158,13 +172,16 @@ def _write_tar(file: _HashingFile, job: Job, order: Any, *, first: int, digits: 
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for row, sample in enumerate(order.tolist()):
             data, (height, width, name) = _image(job, sample, scanned[sample])
+            orientation = int(scanned["orientation"][sample])
+            if orientation >= 5:
+                height, width = width, height
             extension, label = _EXTENSIONS[name], int(job.labels[sample])
             start = tar.offset
             add_sample(tar, f"{first + row:0{digits}d}", {extension: data, "cls": str(label).encode()})
             # Members are in the order of their extensions, each a header block and whole blocks of data.
             before = 0 if extension < "cls" else 2 * _BLOCK
             tar.members.clear()  # type: ignore[attr-defined]  # the standard library keeps a kilobyte of each
-            rows[row] = (start + before + _BLOCK, len(data), zlib.crc32(data), label, width, height, FORMAT_FLAGS[name])
+            rows[row] = (start + before + _BLOCK, len(data), zlib.crc32(data), label, width, height, flags_of(name, orientation))
 
 
 def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, str]]:
@@ -180,10 +197,10 @@ def _image(job: Job, sample: int, scanned: Any) -> tuple[bytes, tuple[int, int, 
     height, width = int(scanned["height"]), int(scanned["width"])
     name = next(name for name, flag in FORMAT_FLAGS.items() if flag == scanned["format"])
     scale = float(shrink_factor(width, height, max_side=job.options.max_side, short_side=job.options.short_side))
-    if scale >= 1:
+    if scale >= 1 or scanned["wide"]:  # what has more than 8 bits would lose them
         return data, (height, width, name)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    smaller, name = _shrink(data, size, name, job.options)
+    smaller, name = _shrink(data, size, name, job.options, int(scanned["orientation"]))
     return smaller, (size[1], size[0], name)
 
 
@@ -197,21 +214,25 @@ def shrink_factor(width: npt.ArrayLike, height: npt.ArrayLike, *, max_side: int 
     return factor
 
 
-def _shrink(data: bytes, size: tuple[int, int], name: str, options: PackOptions) -> tuple[bytes, str]:
-    """Lanczos, then JPEG; PNG stays PNG (it is lossless for a reason, or flat graphics)."""
+def _shrink(data: bytes, size: tuple[int, int], name: str, options: PackOptions, orientation: int) -> tuple[bytes, str]:
+    """Lanczos, then JPEG; PNG stays PNG (it is lossless for a reason, or flat graphics). The EXIF orientation is kept, as a tag."""
     try:
         pixels = decode_jpeg(data, max_pixels=options.max_pixels)
-        image = Image.fromarray(decode_with_pillow(data, options.max_pixels) if pixels is None else pixels)
+        image = Image.fromarray(decode_with_pillow(data, options.max_pixels, Reading(alpha=True)) if pixels is None else pixels)
     except DecodeError as error:  # with --no-verify nobody has decoded it yet
         raise UserError(f"an image cannot be resized: {error}; pack without --no-verify to find out which one") from None
     if name == "JPEG" and probe(data, options.max_pixels).mode == "L":
         image = image.convert("L")  # R = G = B: the conversion is exact
     image = image.resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
+    kept: dict[str, Any] = {}
+    if orientation > 1:
+        kept["exif"] = Image.Exif()
+        kept["exif"][0x0112] = orientation
     if name == "PNG":
-        image.save(out, "PNG")
+        image.save(out, "PNG", **kept)
         return out.getvalue(), "PNG"
-    image.save(out, "JPEG", quality=options.quality)
+    image.save(out, "JPEG", quality=options.quality, **kept)
     return out.getvalue(), "JPEG"
 
 

@@ -2,6 +2,7 @@
 
 index.bin, little-endian: magic, version, number of shards S, number of samples N, then columns one after another:
 samples per shard i64[S], offset u64[N], size u32[N], crc32 u32[N], label i32[N], width u16[N], height u16[N], flags u8[N].
+Width and height are those of the image as its EXIF orientation has it, which stands in the flags.
 Sample number = position in packed order: the samples of shard 0, then those of shard 1 ...
 """
 
@@ -52,7 +53,8 @@ INDEX_NAME = "index.bin"
 PATHS_NAME = "paths.bin"
 GROUPS_NAME = "groups.bin"  # of each sample, as in paths.bin, and at the end the name of their column
 KEYS_NAME = "keys.bin"  # of shards made by others, whose headers may hold less than the whole name
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)  # in version 1 no image is turned
 
 _MAGIC = b"DTLINDEX"
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, shards, samples, zero
@@ -67,9 +69,16 @@ _COLUMNS = (
 )
 ROW_COLUMNS = tuple(name for name, _ in _COLUMNS)
 _BLOCK = 512  # of a tar
+Sides = npt.NDArray[np.int64]
 
-# flags: the low 4 bits are the image's format, 1 + its place in FORMATS.
+# flags: the low 4 bits are the image's format, 1 + its place in FORMATS; the next 3 its EXIF orientation - 1.
 FORMAT_FLAGS = {name: number for number, name in enumerate(FORMATS, start=1)}
+_TURN_BITS, _TURN_MASK = 4, 7
+
+
+def flags_of(format: str, orientation: int) -> int:
+    return FORMAT_FLAGS[format] | (orientation - 1) << _TURN_BITS
+
 
 MAX_OPEN_SHARDS = 128  # of one process
 
@@ -214,6 +223,15 @@ class Shards:
     def num_classes(self) -> int:
         return len(self.manifest.classes)
 
+    def shapes(self, samples: npt.NDArray[np.int64] | slice = slice(None), *, exif: bool = True) -> tuple[Sides, Sides, npt.NDArray[np.uint8]]:
+        """Widths, heights, and EXIF orientations (1 to 8) of these samples; without `exif` as the images are stored, and 1."""
+        turns = ((self.flags[samples] >> _TURN_BITS & _TURN_MASK) + 1).astype(np.uint8)
+        widths, heights = self.widths[samples].astype(np.int64), self.heights[samples].astype(np.int64)
+        if exif:
+            return widths, heights, turns
+        swapped = turns >= 5
+        return np.where(swapped, heights, widths), np.where(swapped, widths, heights), np.ones_like(turns)
+
     def read(self, samples: npt.ArrayLike) -> list[bytes | DamagedSample]:
         """The images' bytes, in the order asked for. What fails its crc32 is a DamagedSample in its slot; what cannot be read for another
         reason, such as a server that is away, an UnreachableSample.
@@ -325,8 +343,8 @@ class Shards:
         if len(head) < _HEADER.size or head[:8] != _MAGIC:
             raise UserError(f"{path} is not an index written by dtl; {again}")
         _, version, num_shards, num_samples, _ = _HEADER.unpack(head)
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, but this dtl reads version {FORMAT_VERSION}; {again}")
+        if version not in READ_VERSIONS:
+            raise UserError(f"{path} has format version {version}, but this dtl reads version {FORMAT_VERSION} and older; {again}")
         expected = _HEADER.size + 8 * num_shards + num_samples * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
         if size != expected:
             raise UserError(f"{path} has {size} bytes where {expected} are expected; {again}")

@@ -68,6 +68,19 @@ class Shard(Record):
     sha256: Sha256
 
 
+class PixelFacts(Record):
+    """What packing found in the images. `wide` of them have values of more than 8 bits, from `low` to `high`; their EXIF orientation is in the index."""
+
+    wide: Count = 0
+    low: float = 0.0
+    high: float = 0.0
+
+    @classmethod
+    def of(cls, wide: npt.NDArray[np.bool_], lows: npt.NDArray[np.float64], highs: npt.NDArray[np.float64]) -> PixelFacts:
+        """Of all images, [N]."""
+        return cls(wide=int(wide.sum()), low=float(lows[wide].min()), high=float(highs[wide].max())) if wide.any() else cls()
+
+
 class Manifest(Record):
     """One split: its classes in the order of their labels, its shards, and how it was made.
 
@@ -85,6 +98,8 @@ class Manifest(Record):
     dataset_id: DatasetId
     index_sha256: Sha256
     made_by: Annotated[PlainObject, Check(_made_by)]
+    pixels: PixelFacts | None = None
+    """None of sets that an older dtl packed or indexed."""
 
     @property
     def num_samples(self) -> int:

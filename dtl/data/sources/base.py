@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +15,10 @@ import numpy.typing as npt
 from dtl.data.shards.strings import StringTable
 
 # The files that are taken for images, by their names; what they are is decided by their content.
-IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"))
+_ALWAYS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"))
+# Modules that read them, the first that is installed.
+_WITH = {".avif": ("PIL._avif", "pillow_avif"), ".heic": ("pillow_heif",), ".heif": ("pillow_heif",), ".hif": ("pillow_heif",), ".jxl": ("pillow_jxl",)}
+IMAGE_EXTENSIONS = _ALWAYS | {extension for extension, modules in _WITH.items() if any(find_spec(module) for module in modules)}
 UNLABELLED = "unlabelled"  # the one class of images that have no labels
 ALL = "all"  # the one split of a source that has no splits of its own
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 
-# Extensions of images that dtl does not read. Pillow reads those of _BY_PILLOW, and others with a plugin.
-_BY_PILLOW = frozenset((".avif", ".jp2", ".j2k", ".jpx", ".jpf", ".ico", ".tga", ".psd", ".dds", ".qoi"))
-_PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+# Extensions of images that dtl does not read. Pillow reads those of _BY_PILLOW; with a package of _PLUGINS dtl reads its formats.
+_BY_PILLOW = frozenset((".jp2", ".j2k", ".jpx", ".jpf", ".ico", ".tga", ".psd", ".dds", ".qoi"))
+_PLUGINS = {".avif": "pillow-avif-plugin", ".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 _RAW = frozenset((".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"))
 _OTHERS = frozenset((".exr", ".hdr", ".dcm", ".nii", ".fits", ".svg", ".eps"))
-UNREAD_EXTENSIONS = _BY_PILLOW | _PLUGINS.keys() | _RAW | _OTHERS
+UNREAD_EXTENSIONS = (_BY_PILLOW | _PLUGINS.keys() | _RAW | _OTHERS) - IMAGE_EXTENSIONS
 _MOST_EXTENSIONS = 6
 _MOST_ENTRIES = 1000  # that are looked at in one folder
 
@@ -40,12 +40,15 @@ def describe_passed_over(names: Iterable[str]) -> str:
 def how_to_read(extensions: Iterable[str]) -> str:
     """What to do about images of these extensions."""
     found = sorted(extensions)
+    plugins = dict.fromkeys(_PLUGINS[one] for one in found if one in _PLUGINS)
+    said = [f"{', '.join(one for one in found if _PLUGINS.get(one) == plugin)} is read after pip install {plugin}" for plugin in plugins]
+    found = [one for one in found if one not in _PLUGINS]
     ways = [f"Pillow reads {', '.join(by_pillow)}"] if (by_pillow := [one for one in found if one in _BY_PILLOW]) else []
-    for plugin in dict.fromkeys(_PLUGINS[one] for one in found if one in _PLUGINS):
-        ways.append(f"{', '.join(one for one in found if _PLUGINS.get(one) == plugin)} after pip install {plugin}")
     if raw := [one for one in found if one in _RAW]:
         ways.append(f"{', '.join(raw)} after pip install rawpy")
-    return "convert them to JPEG or PNG first" + (f" ({'; '.join(ways)})" if ways else "")
+    if found:
+        said.append(f"convert {'the others' if said else 'them'} to JPEG or PNG first" + (f" ({'; '.join(ways)})" if ways else ""))
+    return "; ".join(said)
 
 
 def data_set_of_others(folder: Path) -> str:

@@ -37,6 +37,7 @@ from dtl.data.transforms.geometry import (
 from dtl.data.transforms.pixels import RAND_AUGMENT, TRIVIAL_AUGMENT_WIDE, apply_operation, draw_operations
 from dtl.errors import UserError
 from dtl.keyed import uniform
+from dtl.reading import AS_BEFORE, Reading
 
 # Raise them with every change that gives other pixels for the same sample: resumes and caches compare them. EVALUATION_VERSION covers
 # evaluation, here and in geometry.py (resize, crop, square, pad): model folders of another version are refused. TRANSFORM_VERSION covers training;
@@ -91,6 +92,8 @@ class Transform:
     erase_fill: Colour = IMAGENET_MEAN
     fill: Colour = BLACK
     """Around an image that does not fill the window."""
+    reading: Reading = AS_BEFORE
+    """How stored values become pixels."""
 
     @property
     def image_size(self) -> ImageSize:
@@ -129,6 +132,7 @@ class Transform:
             "augment": augment,
             "erase_fill": list(self.erase_fill),
             **({} if self.fill == BLACK else {"fill": list(self.fill)}),
+            **({} if self.reading == AS_BEFORE else {"pixels": self.reading.to_json()}),
         }
 
     def draw(self, samples: npt.ArrayLike, widths: npt.ArrayLike, heights: npt.ArrayLike, *, seed: int, epoch: int) -> Draws:
@@ -262,6 +266,7 @@ def train_transform(
     crop_ratio: float = 0.875,
     erase_fill: Colour = IMAGENET_MEAN,
     fit: Fit = "crop",
+    reading: Reading = AS_BEFORE,
 ) -> Transform:
     """The transform of training: the preset's geometry and the augmentations of `augment`. The presets `light` and `none` use `crop_ratio`.
 
@@ -290,7 +295,7 @@ def train_transform(
         geometry = Square(size, padding=shift)
     else:
         geometry = ShortSide(size, _resize_size(size, crop_ratio), random=augment.preset == "light")
-    return Transform(geometry, interpolation=mode, augment=augment, erase_fill=erase_fill, fill=erase_fill if fit == "pad" else BLACK)
+    return Transform(geometry, interpolation=mode, augment=augment, erase_fill=erase_fill, fill=erase_fill if fit == "pad" else BLACK, reading=reading)
 
 
 def eval_transform(
@@ -302,6 +307,7 @@ def eval_transform(
     square: bool = False,
     fit: Fit = "crop",
     fill: Colour = IMAGENET_MEAN,
+    reading: Reading = AS_BEFORE,
 ) -> Transform:
     """The transform of evaluation: resize the short side to `resize_size` (round(image_size / crop_ratio) if not given), then centre crop.
 
@@ -310,12 +316,12 @@ def eval_transform(
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
     if fit != "crop":
-        return Transform(Fitted(size, size, padded=fit == "pad"), interpolation=mode, fill=fill if fit == "pad" else BLACK)
+        return Transform(Fitted(size, size, padded=fit == "pad"), interpolation=mode, fill=fill if fit == "pad" else BLACK, reading=reading)
     if square:
-        return Transform(Square(size), interpolation=mode)
+        return Transform(Square(size), interpolation=mode, reading=reading)
     if resize_size is not None and min(sides(resize_size)) < 1:
         raise UserError(f"resize_size is {resize_size}; it must be at least 1 (pixels)")
-    return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode)
+    return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode, reading=reading)
 
 
 def jitter_strengths(augment: AugmentConfig) -> tuple[float, float, float, float]:

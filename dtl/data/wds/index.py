@@ -21,7 +21,7 @@ from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.cache import limit_in_bytes, open_cache
 from dtl.data.shards.index import INDEX_NAME, KEYS_NAME, Manifest, Shard, dataset_id, write_index
-from dtl.data.shards.manifest import INDEXED, MANIFEST_NAME, MANIFEST_VERSION
+from dtl.data.shards.manifest import INDEXED, MANIFEST_NAME, MANIFEST_VERSION, PixelFacts
 from dtl.data.shards.strings import StringTable
 from dtl.data.sources.display_names import find_display_names
 from dtl.data.wds.find import Tar, find_shards
@@ -35,7 +35,7 @@ from dtl.machine import num_cores
 from dtl.untrusted import open_regular
 from dtl.version import __version__
 
-INDEX_VERSION = 1  # of what is found in a shard: part of the cache's name
+INDEX_VERSION = 2  # of what is found in a shard: part of the cache's name
 INDEXING = "dtl.data.wds.tasks"
 
 
@@ -226,6 +226,11 @@ class _Merged:
     def rule(self) -> str:
         return one_rule((rule, key) for facts in self.facts for rule, key in facts["rules"].items())
 
+    def pixels(self) -> PixelFacts:
+        found = [facts["wide"] for facts in self.facts if facts["wide"][0]]
+        counts, lows, highs = zip(*found) if found else ((0,), (0.0,), (0.0,))
+        return PixelFacts(wide=sum(counts), low=min(lows), high=max(highs))
+
     def rows(self, numbers: dict[Label, int], *, as_names: bool) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """All rows with their class numbers, and the samples of each shard."""
         parts = []
@@ -288,6 +293,7 @@ def _write(
             "keys_sha256": sha256_of_file(folder / KEYS_NAME),
             "skipped": num_skipped,
         },
+        pixels=merged.pixels(),
     )
     manifest.write(folder)
     return IndexReport(

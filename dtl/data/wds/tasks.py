@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtl.data.decoding.decode import DecodeError, bounds_of
 from dtl.data.decoding.headers import Limits
 from dtl.data.packing.job import LOCK_NAME, ROWS, write_array
 from dtl.data.remote.address import is_remote
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched, fetch_file, options_of_helper
-from dtl.data.shards.index import FORMAT_FLAGS
+from dtl.data.shards.index import flags_of
 from dtl.data.shards.strings import StringTable
 from dtl.data.wds.samples import Ignored, Label, Rules, Sample, open_tar, read_samples, shown
 from dtl.data.wds.tar import DamagedTar, TarFile
@@ -78,7 +79,7 @@ def _fetched(url: str, path: Path, options: DataConfig) -> Path:
 
 def _index(stem: Path, path: Path, name: str | None, job: IndexJob) -> dict[str, Any]:
     """`name`: what messages call the shard, where it is not its path."""
-    found = _Shard(name or str(path))
+    found = _Shard(name or str(path), job.limits.max_pixels)
     with open_tar(path, name) as file:
         tar = TarFile(file, name)
         try:
@@ -97,6 +98,7 @@ class _Shard:
     """What one pass over a shard has found."""
 
     path: str
+    max_pixels: int
     rows: bytearray = field(default_factory=bytearray)
     keys: list[str] = field(default_factory=list)
     labels: dict[Label, tuple[int, str]] = field(default_factory=dict)
@@ -104,22 +106,30 @@ class _Shard:
     problems: list[tuple[str, int, str]] = field(default_factory=list)
     num_problems: int = 0
     ignored: Ignored = field(default_factory=Ignored)
+    bounds: list[tuple[float, float]] = field(default_factory=list)
+    """Least and greatest value of each image of more than 8 bits."""
     _hashes: array[int] = field(default_factory=lambda: array("Q"))
     _usable: bytearray = field(default_factory=bytearray)
 
     def add(self, sample: Sample) -> None:
         self._hashes.append(int.from_bytes(hashlib.blake2b(sample.key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"))
-        self._usable.append(not sample.problem)
-        if sample.header is None or sample.label is None:
+        problem = sample.problem
+        if sample.header is not None and sample.header.wide:
+            try:
+                self.bounds.append(bounds_of(sample.data, self.max_pixels))
+            except DecodeError as error:
+                problem = f"its image: {error}"
+        self._usable.append(not problem)
+        if problem or sample.header is None or sample.label is None:
             self.num_problems += 1
             if len(self.problems) < MAX_PROBLEMS:
-                self.problems.append((sample.key, sample.offset, sample.problem))
+                self.problems.append((sample.key, sample.offset, problem))
             return
         code, _ = self.labels.setdefault(sample.label, (len(self.labels), sample.key))
         self.rules.setdefault(sample.rule, sample.key)
         self.keys.append(sample.key)
         header = sample.header
-        row = (sample.offset, sample.size, sample.crc, code, header.width, header.height, FORMAT_FLAGS[header.format])
+        row = (sample.offset, sample.size, sample.crc, code, *header.turned_size, flags_of(header.format, header.orientation))
         self.rows += np.array([row], ROWS).tobytes()
 
     def refuse_double_keys(self) -> None:
@@ -153,4 +163,5 @@ class _Shard:
             "problems": self.problems,
             "num_problems": self.num_problems,
             "ignored": [self.ignored.count, self.ignored.first],
+            "wide": [len(self.bounds), *((min(low for low, _ in self.bounds), max(high for _, high in self.bounds)) if self.bounds else (0.0, 0.0))],
         }

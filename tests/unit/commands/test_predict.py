@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_any_image_is_read(mo
 
 
 def test_too_little_memory_is_told_as_what_it_is(model: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: object, number: int) -> None:
+    def full(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("dtl.inference.images.ImageInputs.pixels", full)

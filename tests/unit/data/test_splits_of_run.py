@@ -181,7 +181,7 @@ def test_every_sample_is_on_one_side_whatever_the_order(
         column = np.array([number for _, number in samples], np.uint32)
         fake = SimpleNamespace(
             num_samples=len(samples), num_classes=4, labels=np.array([label for label, _ in samples], np.int32),
-            sizes=column, crcs=column, widths=column.astype(np.uint16), heights=column.astype(np.uint16),
+            sizes=column, crcs=column, shapes=lambda exif: (column.astype(np.int64), column.astype(np.int64), np.ones_like(column)),
         )  # fmt: skip
         try:
             found = chosen_parts(cast("Shards", fake), {**({} if test is None else {"test": test}), "val": val})

@@ -12,6 +12,7 @@ from dtl.data.decoding.decode import decode
 from dtl.data.sources.open import open_source
 from dtl.errors import UserError
 from dtl.inference.images import find_images
+from dtl.reading import Reading
 from dtl.text import csv_line
 
 
@@ -37,7 +38,7 @@ def test_places_keep_their_order_and_numbers_run_through(photos: Path) -> None:
     places = [str(photos / "b.jpg"), str(photos / "sub"), str(photos / "a.jpg"), str(photos / "b.jpg")]
     assert names([places[0], str(photos / "a.jpg")], photos) == ["b.jpg", "a.jpg"]
     found = find_images([places[0], places[2]])
-    np.testing.assert_array_equal(found.pixels(1), decode((photos / "a.jpg").read_bytes()))
+    np.testing.assert_array_equal(found.pixels(1, Reading()), decode((photos / "a.jpg").read_bytes()))
     with pytest.raises(IndexError):
         found.name(2)
 

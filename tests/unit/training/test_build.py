@@ -23,6 +23,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.models.build import build as build_model
 from dtl.models.preprocessing import Preprocessing
+from dtl.reading import Reading
 from dtl.runs.folder import RunFolder
 from dtl.training import build
 
@@ -149,6 +150,9 @@ def test_a_network_of_ones_own_has_no_published_weights(digits: Pair, runtime: R
         build.load_pretrained(config, network, runtime, digits[0], lambda line: None)
 
 
+NEW = Reading(exif=True, alpha=True)
+
+
 def test_the_size_comes_from_the_weights_unless_a_number_is_given(tmp_path: Path, runtime: Runtime) -> None:
     said = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "image_size": [24, 40], "interpolation": "bicubic", "crop_ratio": 0.8}
     folder = model_folder(tmp_path / "model", preprocessing=said)
@@ -160,15 +164,15 @@ def test_the_size_comes_from_the_weights_unless_a_number_is_given(tmp_path: Path
 
     auto = ("--data.image_size", "auto")
     parts = prepared("--transfer.source", str(folder), *auto, "--phases", "{all: {train: all}}")
-    assert parts.network.preprocessing == Preprocessing.from_values(said)
+    assert parts.network.preprocessing == replace(Preprocessing.from_values(said), reading=NEW)
     assert (parts.loaders.image_size, parts.loaders.val_transform.image_size, parts.loaders.train_transform.interpolation) == ((24, 40), (24, 40), "bicubic")
     assert set(parts.network.preprocessing.origins.values()) == {f"from {folder}/model.safetensors"}
     with pytest.raises(UserError, match=r"phase pretext: the task rotate needs square images, but data\.image_size is \[24, 40\]; give one number"):
         build.check_phases(prepared("--transfer.source", str(folder), *auto).phases, parts.network, parts.loaders, runtime, monitor="top1")
     given = prepared("--transfer.source", str(folder), "--data.image_size", "[16, 16]", "--data.crop_ratio", "0.9")
-    assert given.network.preprocessing == replace(Preprocessing.from_values(said), image_size=16, crop_ratio=0.9)
+    assert given.network.preprocessing == replace(Preprocessing.from_values(said), image_size=16, crop_ratio=0.9, reading=NEW)
     assert given.network.preprocessing.origins["image_size"] == "data.image_size"
-    assert prepared(*auto).network.preprocessing == Preprocessing(), "without weights the usual values"
+    assert prepared(*auto).network.preprocessing == Preprocessing(reading=NEW), "without weights the usual values"
 
 
 def test_a_run_goes_on_with_the_preprocessing_that_it_began_with(runtime: Runtime) -> None:

@@ -14,6 +14,7 @@ from tiny_images import encoded, pixels
 from dtl.data.decoding import decode as decode_module
 from dtl.data.decoding.decode import DecodeError, ImageHeader, decode, decode_jpeg, is_plain_jpeg, probe
 from dtl.data.decoding.headers import MAX_PIXELS, MAX_SIDE, check_size, without_exif
+from dtl.reading import Reading
 
 
 def as_image_folder_reads(data: bytes) -> np.ndarray:
@@ -21,6 +22,7 @@ def as_image_folder_reads(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+EIGHT_BITS = Reading((0.0, 255.0))  # what ImageFolder makes of 16 bits and of floats
 SIZES = [(1, 1), (7, 13), (16, 16), (33, 65), (2, 3), (1, 50)]
 
 
@@ -78,7 +80,6 @@ OTHERS = {
     "tiff": ("TIFF", "RGB", {}),
     "tiff cmyk": ("TIFF", "CMYK", {}),
     "tiff lzw": ("TIFF", "RGB", {"compression": "tiff_lzw"}),
-    "tiff float": ("TIFF", "F", {}),
     "ppm": ("PPM", "RGB", {}),
 }
 
@@ -109,8 +110,8 @@ def test_sixteen_bit_gray_png() -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels()[..., 0].astype(np.uint16) * 257).save(buffer, "PNG")
     data = buffer.getvalue()
-    assert probe(data) == ImageHeader(width=32, height=24, format="PNG", mode="I;16")
-    np.testing.assert_array_equal(decode(data), as_image_folder_reads(data))
+    assert probe(data) == ImageHeader(width=32, height=24, format="PNG", mode="I;16", wide=True)
+    np.testing.assert_array_equal(decode(data, reading=EIGHT_BITS), as_image_folder_reads(data))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -238,11 +239,6 @@ def test_no_torch_is_needed() -> None:
     [
         (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
         (b"\xff\x4f\xff\x51\0", "JPEG 2000"),
-        (b"\xff\x0a\0", "JPEG XL"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
-        (b"\0\0\0\x18ftypheix", "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "AVIF"),
         (b"\0\0\0\x18ftypisom", "MP4"),
         (b"\0\0\0\x14ftypqt  ", "QuickTime"),
         (b"\0\0\0\x18ftypcrx ", "CR3"),
@@ -255,3 +251,22 @@ def test_no_torch_is_needed() -> None:
 def test_what_is_no_image_here_is_named_by_its_first_bytes(data: bytes, name: str) -> None:
     with pytest.raises(DecodeError, match=rf"^not an image \(.*{name}"):
         probe(data + bytes(300))
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "module", "package"),
+    [
+        (b"\xff\x0a\0", "JPEG XL", "pillow_jxl", "pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", "pillow_jxl", "pillow-jxl-plugin"),
+        (b"\0\0\0\x18ftypheix", "HEIC", "pillow_heif", "pillow-heif"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC", "pillow_heif", "pillow-heif"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "AVIF", "pillow_avif", "pillow-avif-plugin"),
+    ],
+)
+def test_what_needs_a_plugin_names_the_package(data: bytes, name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("PIL.features.check", lambda feature: False)
+    decode_module._load_plugin.cache_clear()
+    with pytest.raises(DecodeError, match=rf"^not an image that can be read here: {name}, which needs the package {package} \(pip install {package}\)$"):
+        probe(data + bytes(300))
+    decode_module._load_plugin.cache_clear()

@@ -20,11 +20,12 @@ from tiny_images import encoded, image_folder, pixels
 from dtl.config.models import AugmentConfig, Fit, ImageSize
 from dtl.data.decoding import decode as decode_crop
 from dtl.data.decoding.decode import Region, crop_jpeg, decode, decode_jpeg, native
-from dtl.data.loading.loader import BatchDataset, decode_into
+from dtl.data.loading.loader import BatchDataset, Stored, decode_into
 from dtl.data.packing.pack import pack
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import eval_transform, train_transform
+from dtl.reading import Reading
 
 needs_native = pytest.mark.skipif(
     importlib.util.find_spec("dtl.data.decoding._jpeg_crop") is None,
@@ -207,6 +208,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mixed")
     folder = image_folder(root / "images", {"a": 4, "b": 4})
     kinds = [{"subsampling": "4:4:4"}, {"subsampling": "4:2:0"}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"restart_marker_blocks": 2}]
+    for orientation in range(2, 9):
+        kinds.append({"exif": (exif := Image.Exif())})
+        exif[0x0112] = orientation
     for number, kind in enumerate(kinds):
         (folder / "b" / f"1{number:03d}.jpg").write_bytes(encoded(height=130 + number, width=150, seed=number, **kind))
     (folder / "a" / "2000.png").write_bytes(encoded("PNG", height=90, width=70))
@@ -225,7 +229,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(folder: Path, *, training: bool, fit: Fit, size: ImageSize) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
     shards = Shards.open(folder)
-    transform = train_transform(image_size=size, augment=AugmentConfig(color_jitter=0.2), fit=fit) if training else eval_transform(image_size=size, fit=fit)
+    reading = Reading(exif=True)
+    transform = (
+        train_transform(image_size=size, augment=AugmentConfig(color_jitter=0.2), fit=fit, reading=reading)
+        if training
+        else eval_transform(image_size=size, fit=fit, reading=reading)
+    )
     dataset = BatchDataset(shards, transform, image_size=size, seed=0)
     samples = np.arange(shards.num_samples)
     found = []
@@ -315,7 +324,7 @@ def test_crops_of_real_photos_are_those_of_image_folder_within_a_255th(real_imag
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         draws = transform.draw([sample], [image.width], [image.height], seed=0, epoch=0)
-        decode_into(out[0], data, transform, draws, 0, height=image.height, width=image.width)
+        decode_into(out[0], Stored(data, image.height, image.width), transform, draws, 0)
         _, top, left, height, width = transform.region(draws, 0)
         expected = image.crop((left, top, left + width, top + height)).resize((112, 112), Image.Resampling.BILINEAR)
         assert np.abs(np.asarray(expected).astype(int) - out[0].permute(1, 2, 0).numpy()).mean() < 1, path

@@ -16,6 +16,9 @@ from dtl.config.models import DataConfig
 from dtl.data.decoding import decode as decoding
 from dtl.data.decoding.decode import DecodeError, decode, decode_with_pillow, probe
 from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, lean, without_exif
+from dtl.reading import Reading
+
+EIGHT_BITS = Reading((0.0, 255.0))  # what ImageFolder makes of 16 bits
 
 
 def picture(height: int = 40, width: int = 56) -> Image.Image:
@@ -171,9 +174,9 @@ def test_slow_decoders_get_few_bytes() -> None:
 def test_ppm_of_another_range_has_pillows_pixels(kind: str, most: int, bands: int) -> None:
     values = np.random.default_rng(0).integers(0, most + 1, 12 * 9 * bands)
     data = f"{kind}\n# a comment\n12 9\n{most}\n".encode() + values.astype(">u2" if most > 255 else np.uint8).tobytes()
-    np.testing.assert_array_equal(decode(data), pillow(data))
+    np.testing.assert_array_equal(decode(data, reading=EIGHT_BITS), pillow(data))
     with pytest.raises(DecodeError):
-        decode(data[:-1])
+        decode(data[:-1], reading=EIGHT_BITS)
 
 
 # ---- large ones, and all
@@ -185,10 +188,10 @@ def test_large_images_are_converted_in_stripes(mode: str, monkeypatch: pytest.Mo
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 3)
     data = encoded("TIFF", image)
-    whole = decode_with_pillow(data)
+    whole = decode_with_pillow(data, reading=EIGHT_BITS)
     monkeypatch.setattr(decoding, "_LARGE", 0)
     monkeypatch.setattr(decoding, "_STRIPE", 7 * 56)
-    np.testing.assert_array_equal(decode_with_pillow(data), whole)
+    np.testing.assert_array_equal(decode_with_pillow(data, reading=EIGHT_BITS), whole)
     np.testing.assert_array_equal(whole, pillow(data))
 
 

@@ -17,6 +17,7 @@ from dtl.data.sources.unread import UNREAD_EXTENSIONS, describe_passed_over
 from dtl.data.wds.find import find_shards
 from dtl.errors import UserError
 from dtl.inference.images import find_images
+from dtl.reading import Reading
 
 
 def put(path: Path, data: bytes = b"x") -> Path:
@@ -27,9 +28,9 @@ def put(path: Path, data: bytes = b"x") -> Path:
 
 def test_the_line() -> None:
     assert describe_passed_over([]) == ""
-    assert describe_passed_over(["a.HEIC", "b.heic", "c.cr2", "x.avif", "notes.txt", "Makefile"]) == (
-        "passed over: 2 .heic, 1 .avif, 1 .cr2 in image formats that dtl does not read: convert them to JPEG or PNG first "
-        "(Pillow reads .avif; .heic after pip install pillow-heif; .cr2 after pip install rawpy); 1 without any, 1 .txt without an image's extension"
+    assert describe_passed_over(["a.HEIC", "b.heic", "c.cr2", "x.jp2", "notes.txt", "Makefile"]) == (
+        "passed over: 2 .heic, 1 .cr2, 1 .jp2 in image formats that dtl does not read: .heic is read after pip install pillow-heif; convert the others to "
+        "JPEG or PNG first (Pillow reads .jp2; .cr2 after pip install rawpy); 1 without any, 1 .txt without an image's extension"
     )
 
 
@@ -42,7 +43,10 @@ def test_predict_accounts_for_every_file(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert lines[0].startswith(f"{tmp_path}/new: passed over: 2 .heic, 1 .cr2 in image formats that dtl does not read")
     assert lines[0].endswith("1 .json without an image's extension")
-    with pytest.raises(UserError, match=r"heic is neither an image nor a list of images: not an image \(HEIC, which has to be converted first\)"):
+    with pytest.raises(
+        UserError,
+        match=r"neither an image nor a list of images: not an image that can be read here: HEIC, which needs the package pillow-heif \(pip",
+    ):
         find_images([str(put(tmp_path / "x.heic", b"\0\0\0\x18ftypheix" + bytes(50)))])
     for path in (tmp_path / "new").rglob("*.jpg"):
         path.unlink()
@@ -54,7 +58,7 @@ def test_packing_and_training_say_it_each_time(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "photos", {"a": 3, "b": 3})
     put(root / "a/IMG_1.HEIC")
     put(root / "IMG_2.heic")
-    said = "passed over: 2 .heic in an image format that dtl does not read: convert them to JPEG or PNG first (.heic after pip install pillow-heif)"
+    said = "passed over: 2 .heic in an image format that dtl does not read: .heic is read after pip install pillow-heif"
     assert said in pack(root, tmp_path / "p", processes=1, progress=False).notes
     for _ in range(2):
         lines: list[str] = []
@@ -71,7 +75,7 @@ def test_the_advice_converts(tmp_path: Path) -> None:
     Image.open(put(tmp_path / "a.jpg", encoded(height=10, width=12))).save(tmp_path / "new.jp2")
     assert ".jp2" in UNREAD_EXTENSIONS
     Image.open(tmp_path / "new.jp2").convert("RGB").save(tmp_path / "new.jpg", quality=95)
-    assert find_images([str(tmp_path / "new.jpg")]).pixels(0).shape == (10, 12, 3)
+    assert find_images([str(tmp_path / "new.jpg")]).pixels(0, Reading()).shape == (10, 12, 3)
 
 
 OTHERS = {

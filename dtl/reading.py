@@ -1,0 +1,43 @@
+"""How the values that an image file stores become pixels: what a run decides once, for all of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BACKGROUND = 255
+"""Of transparent images, in each channel: white, as on a page."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The defaults are those of sets and models of before dtl knew any of this."""
+
+    range: tuple[float, float] | None = None
+    """Values of more than 8 bits: which become 0 and 255. None: there is none among the training images."""
+    exif: bool = False
+    """Images are turned as their EXIF orientation says."""
+    alpha: bool = False
+    """Transparent images are composed on white; else transparency is dropped."""
+
+    @classmethod
+    def from_values(cls, values: Any) -> Reading:
+        """What `to_json` gave; None of an older dtl. ValueError, KeyError or TypeError where it is something else."""
+        if values is None:
+            return cls()
+        if not isinstance(values, Mapping):
+            raise TypeError("pixels must be an object")
+        given = values["range"]
+        if given is not None:
+            low, high = (float(value) for value in given)
+            if not -1e38 < low <= high < 1e38:
+                raise ValueError(f"the range of pixels {low:g} to {high:g} is none")
+            given = low, high
+        return cls(given, bool(values["exif"]), bool(values["alpha"]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"range": None if self.range is None else list(self.range), "exif": self.exif, "alpha": self.alpha}
+
+
+AS_BEFORE = Reading()
