@@ -155,11 +155,11 @@ def size_in(options: Mapping[str, Any]) -> ImageSize | None:
     return as_size(*pair) if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair) else None
 
 
-def sized(network: Network, image_size: ImageSize, again: Callable[..., Network], *, pretrained: bool = False) -> Network:
+def sized(network: Network, image_size: ImageSize, again: Callable[..., Network], *, pretrained: bool = False, setting: str = "data.image_size") -> Network:
     """A network of a catalogue for images of this size: itself if it takes them, else as its constructor makes it when it is told the size.
 
     `again(options, meta=...)` builds it once more. `pretrained`: it gets weights of its own size, whose tables of positions can be resized, and layers cannot.
-    UserError where it takes one size only.
+    UserError where it takes one size only, which names `setting`.
     """
     own = network.preprocessing.image_size
     if image_size == own or ":" in network.name or not (why := _why_not_at(network.module, image_size)) or _why_not_at(network.module, own):
@@ -179,11 +179,11 @@ def sized(network: Network, image_size: ImageSize, again: Callable[..., Network]
             return again(options, meta=False)
         raise UserError(
             f"{network.name} takes images of {shown_size(own)} pixels with pretrained weights, not of {shown_size(image_size)} (its layer {layer} has one "
-            f"input for each patch); use --data.image_size {quote(shown_size(own))}, another network, or no pretrained weights"
+            f"input for each patch); use --{setting} {quote(shown_size(own))}, another network, or no pretrained weights"
         )
     raise UserError(
         f"{network.name} takes images of {shown_size(own)} pixels, not of {shown_size(image_size)} ({why}); "
-        f"use --data.image_size {quote(shown_size(own))}, or another network"
+        f"use --{setting} {quote(shown_size(own))}, or another network"
     )
 
 

@@ -37,7 +37,9 @@ class Entry:
     def preprocessing(self, module: nn.Module) -> Preprocessing:
         """The preprocessing of the default pretrained weights; ImageNet's values if there are none. What is the network's own, any weights have."""
         if self.library == "torchvision":
-            return replace(torchvision_preprocessing(self.name.removeprefix("torchvision/")), origins={"image_size": OWN})
+            found = torchvision_preprocessing(self.name.removeprefix("torchvision/"))
+            built_for = getattr(module, "image_size", None)  # vit_h_14: for 224, where the default weights are for 518
+            return replace(found, image_size=built_for if isinstance(built_for, int) else found.image_size, origins={"image_size": OWN})
         if self.library == "timm":
             return replace(timm_preprocessing(dict(module.pretrained_cfg)), origins={"image_size": OWN})  # type: ignore[arg-type]
         if self.library == "dtl" and module.get_submodule("0.0").kernel_size == (3, 3):  # the stem for small images

@@ -296,7 +296,9 @@ def network_for(preprocessing: Preprocessing, config: Config, network: Network, 
         return _build(config, network.num_outputs, options, meta=meta)
 
     with runtime.together("model"):
-        made = sized(network, delivered(config, preprocessing).image_size, again, pretrained=pretrained)
+        wanted = delivered(config, preprocessing)
+        named = wanted.origins.get("image_size", "")
+        made = sized(network, wanted.image_size, again, pretrained=pretrained, setting=named if named.startswith("phases.") else "data.image_size")
         made = for_phases(made, phase_sizes(config, preprocessing), again)
     made.preprocessing = preprocessing
     return made

@@ -62,9 +62,10 @@ def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalis
             break
         rank = next(i for i, problem in enumerate(problems) if problem)
         if size <= layout.unit:
+            size_setting = "data.image_size" if phase.config.image_size is None else f"phases.{phase.name}.image_size"
             raise UserError(
                 f"phase {phase.name}: not even {counted(size, 'image')} fits into memory (rank {rank}: {problems[rank]}); "
-                "use a smaller data.image_size or model, model.checkpoint_activations: true, or precision bf16"
+                f"use a smaller {size_setting} or model, model.checkpoint_activations: true, or precision bf16"
             )
         loaders.micro_batch_size = max(layout.unit, -(-size // 2))
         halved = True

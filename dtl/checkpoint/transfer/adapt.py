@@ -17,6 +17,7 @@ from dtl.checkpoint.transfer.layers.layer import (
     Grid,
     Shape,
     distances_transform,
+    is_axis_table,
     is_position_table,
     is_relative_table,
     num_elements,
@@ -110,6 +111,11 @@ def resize_biases_to(table: torch.Tensor, shape: Shape, grid: Grid) -> torch.Ten
     return _resize(table.reshape(1, -1, side, side), grid).reshape(-1, grid[0] * grid[1])
 
 
+def resize_relative_axis(table: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Embeddings of the distances along one axis, [2s-1, D], for another number of them: linear, as SAM's and MViT's own code does."""
+    return F.interpolate(table.float().T[None], size=shape[0], mode="linear")[0].T.to(table.dtype)
+
+
 def resize_patches(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Patch embedding [O, I, p, p] for another patch size, by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013).
 
@@ -177,6 +183,7 @@ _BY_SHAPE: dict[str, Callable[[torch.Tensor, Shape], torch.Tensor]] = {
         reshape_kernel,
         resize_position_embedding,
         resize_relative_table,
+        resize_relative_axis,
         resize_patches,
         transpose_kernel,
     )
@@ -310,6 +317,7 @@ _RULES: dict[str, tuple[Callable[[Shape, Shape], bool], str]] = {
         "resizes [1, N, D], [1, D, H, W] or [1, H, W, D] position embeddings of square grids and keeps class tokens in front of the grid",
     ),
     "resize_relative_table": (is_relative_table, "resizes [(2s-1)^2, heads] tables"),
+    "resize_relative_axis": (is_axis_table, "resizes [2s-1, D] tables of the distances along one axis"),
     "resize_patches": (lambda a, b: len(a) == len(b) == 4 and a[:2] == b[:2] and a[2] == a[3] and b[2] == b[3], "resizes square kernels"),
     "transpose_kernel": (_turned, "permutes [kh, kw, I, O] to [O, I, kh, kw], and [I, O] to [O, I]"),
 }

@@ -40,6 +40,8 @@ def test_what_the_loaded_weights_say_comes_first() -> None:
     assert "crop ratio" not in own.line(cropped=False)
     vit = build("timm/vit_small_patch14_dinov2", num_classes=2, meta=True).preprocessing
     assert (vit.image_size, resolve(vit, None)) == (518, Preprocessing(image_size=518))
+    huge = build("torchvision/vit_h_14", num_classes=2, meta=True).preprocessing
+    assert huge.image_size == 224, "what it is built for: its default weights are for 518"
     tiny = build("dtl/resnet_tiny", num_classes=2, meta=True).preprocessing
     assert resolve(tiny, None) == tiny
     assert resolve(Preprocessing(), None) == Preprocessing()

@@ -297,6 +297,9 @@ def test_a_network_of_one_size_is_refused_before_phases_of_two(runtime: Runtime)
 def test_layers_of_the_size_of_the_images_are_not_resized(runtime: Runtime) -> None:
     config = load_config(["--model.name", "timm/gmixer_12_224", "--data.image_size", "64", "--phases", "{all: {train: all}}"])[0]
     network = build_model("timm/gmixer_12_224", num_classes=10, meta=True)
+    last = load_config(["--model.name", "timm/gmixer_12_224", "--phases", "{all: {train: all, image_size: 64}}"])[0]
+    with pytest.raises(UserError, match=r"; use --phases\.all\.image_size 224, another network, or no pretrained weights$"):
+        build.network_for(network.preprocessing, last, network, runtime, pretrained=True)
     found = replace(network.preprocessing, image_size=64)
     with pytest.raises(UserError) as refused:
         build.network_for(found, config, network, runtime, pretrained=True)

@@ -425,6 +425,8 @@ def tensor_transform(have: Shape, want: Shape, *, kinds: tuple[str, str], name: 
     lowered = name.lower()
     if "attention_biases" in lowered:
         return distances_transform(have, want, grid)
+    if lowered.endswith(AXIS_TABLES):
+        return "resize_relative_axis" if is_axis_table(have, want) else None
     if "relative_position_bias_table" in lowered:
         return relative_transform(have, want, grid)
     return position_transform(have, want, grid) if "pos" in lowered and "relative" not in lowered else None
@@ -481,6 +483,14 @@ def distances_transform(have: Shape, want: Shape, grid: Grid | None) -> str | No
         return None
     height, width = grid or (isqrt(want[1]), isqrt(want[1]))
     return f"resize_attention_biases_{height}x{width}" if height * width == want[1] else None
+
+
+AXIS_TABLES = ("height_rel", "width_rel", "rel_pos_h", "rel_pos_w")
+
+
+def is_axis_table(have: Shape, want: Shape) -> bool:
+    """Embeddings of the distances along one axis, [2s-1, D] (BoTNet, SAM, MViT)."""
+    return len(have) == len(want) == 2 and have[1] == want[1] and have[0] % 2 == want[0] % 2 == 1
 
 
 def is_position_table(have: Shape, want: Shape) -> bool:

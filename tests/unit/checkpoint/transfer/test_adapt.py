@@ -68,6 +68,15 @@ def test_attention_biases_are_resized_as_timm_does() -> None:
     assert adapt.why_not("resize_attention_biases_14x28", [(3, 196)], (3, 400)) == "resizes [heads, N] attention biases of square grids to 14 x 28 places"
 
 
+def test_embeddings_of_distances_along_an_axis_are_resized_as_sam_does() -> None:
+    from timm.models.vision_transformer_sam import get_rel_pos
+
+    table = torch.randn(27, 6)
+    distances = torch.arange(28)[:, None] - torch.arange(28)[None, :] + 27
+    ours = adapt.apply_transform("resize_relative_axis", [table], (55, 6))
+    torch.testing.assert_close(ours[distances], get_rel_pos(28, 28, table), rtol=0, atol=1e-6)
+
+
 def test_position_embeddings_with_the_channels_last() -> None:
     table = torch.randn(1, 14, 14, 6)
     resized = adapt.resize_position_embedding(table, (1, 28, 21, 6))
