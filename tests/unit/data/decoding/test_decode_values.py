@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, features
 from tiny_images import encoded, pixels
 from wide_images import saved, wide_png, wide_tiff
 
@@ -23,7 +23,9 @@ NOW = Reading((LOW, HIGH), exif=True, alpha=True)
 RNG = np.random.default_rng(0)
 WIDE = RNG.integers(0, 65_536, (24, 32, 4)).astype(np.uint16)
 PAGE = (Path(__file__).resolve().parents[4] / "docs/data.md").read_text()
-ROWS = re.findall(r"^\| (JPEG|PNG|TIFF|WebP|GIF|BMP|PPM) \| ([^|]+) \| ([^|]+) \|$", PAGE, re.MULTILINE)
+ROWS = re.findall(r"^\| (JPEG|PNG|TIFF|WebP|GIF|BMP|PPM|AVIF|HEIC|JPEG XL) \| ([^|]+) \| ([^|]+) \|$", PAGE, re.MULTILINE)
+PLUGINS = {"HEIC": "pillow_heif", "JPEG XL": "pillow_jxl"}
+PILLOWS = {"HEIC": "HEIF", "JPEG XL": "JXL"}
 CASES = [(kind, mode, done) for kind, modes, done in ROWS for mode in modes.split(", ")]
 
 
@@ -105,15 +107,21 @@ DONE: dict[str, Callable[[bytes], np.ndarray]] = {
 
 
 def test_the_table_has_its_rows() -> None:
-    assert len(CASES) > 40
+    assert len(CASES) > 50
     assert {done for _, _, done in CASES} == set(DONE)
 
 
 @pytest.mark.parametrize(("kind", "mode", "done"), CASES)
 def test_each_row_of_the_table(kind: str, mode: str, done: str) -> None:
-    data = file_of(kind, mode)
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    if kind in PILLOWS:
+        plugin = pytest.importorskip(PLUGINS[kind], reason=f"Pillow reads {kind} only with a plugin, which is not installed")
+        if kind == "HEIC":
+            plugin.register_heif_opener()
+    data = file_of(PILLOWS.get(kind, kind), mode)
     header, plain = probe(data), mode.removesuffix("+")
-    assert header.format == kind.upper()
+    assert header.format == PILLOWS.get(kind, kind.upper())
     if ";16" not in mode and not (kind == "GIF" or plain == "I"):
         assert header.mode == plain
     assert header.wide == done.startswith("scaled")
@@ -169,8 +177,10 @@ def test_large_images_are_the_same_in_stripes(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "TIFF", "AVIF"])
 def test_all_eight_orientations_are_pillows(kind: str, orientation: int) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = {"lossless": True} if kind == "WebP" else {}

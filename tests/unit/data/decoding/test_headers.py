@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from dtl.config.models import DataConfig
 from dtl.data.decoding import decode as decoding
+from dtl.data.decoding import headers
 from dtl.data.decoding.decode import DecodeError, decode, decode_with_pillow, probe
-from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, lean, without_exif
+from dtl.data.decoding.headers import MAX_PIXELS, MAX_SIDE, check_jpeg, lean, without_exif
 from dtl.reading import Reading
 
 EIGHT_BITS = Reading((0.0, 255.0))  # what ImageFolder makes of 16 bits
@@ -212,3 +213,49 @@ def test_no_real_image_is_refused(real_images: Path) -> None:
             assert check_jpeg(data).scan < len(data)
     for path in files[:: len(files) // 40]:
         np.testing.assert_array_equal(decode(path.read_bytes()), pillow(path.read_bytes()))
+
+
+# ---- AVIF, HEIC, JPEG XL
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_an_avif_is_refused_by_the_sizes_in_its_header() -> None:
+    data = encoded("AVIF")
+    assert lean(data) == data
+    for size, reason in (
+        ((60_000, 60_000), "60000 x 60000 pixels, more than the 178,956,970"),
+        ((20_000, 8_000), r"20000 x 8000 pixels, more than the 89,478,485 that are allowed for AVIF \(half of data.max_pixels\)"),
+        ((70_000, 10), "a side longer than"),
+    ):
+        at = data.index(b"ispe") + 8
+        refused(data[:at] + struct.pack(">II", *size) + data[at + 8 :], reason)
+    refused(data.replace(b"ispe", b"free"), "a damaged AVIF: its header says no size")
+    refused(data.replace(b"ipco", b"free"), "a damaged AVIF: its header says no size")
+    many = struct.pack(">I4s", 8, b"free") * 10_001
+    refused(data[:32] + many + data[32:], "more than 10,000 boxes")
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ([(1, 1), (8, 5), (1, 3)], (72, 72)),  # eights, square
+        ([(1, 1), (1, 5), (0, 3), (4, 5)], (40, 16)),
+        ([(0, 1), (0, 2), (256, 9), (0, 3), (0, 2), (291, 9)], (292, 257)),
+        ([(0, 1), (2, 2), (131_072, 18), (5, 3)], (233_018, 131_073)),  # 16:9
+        ([(0, 1), (3, 2), ((1 << 30) - 1, 30), (1, 3)], (1 << 30, 1 << 30)),
+    ],
+)
+def test_the_size_of_a_jpeg_xl(fields: list[tuple[int, int]], size: tuple[int, int]) -> None:
+    """(value, number of bits), the lowest bit first."""
+    number = place = 0
+    for value, width in fields:
+        number, place = number | value << place, place + width
+    stream = b"\xff\x0a" + number.to_bytes(16, "little")
+    assert headers._jxl_size(stream) == size
+    boxed = b"\0\0\0\x0cJXL \r\n\x87\n" + struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4s", 8 + len(stream), b"jxlc") + stream
+    assert headers._jxl_size(boxed) == size
+    if max(size) > MAX_SIDE:
+        with pytest.raises(DecodeError, match=r"pixels, more than the 178,956,970 that are allowed"):
+            lean(boxed)
+    with pytest.raises(DecodeError, match="a damaged JXL: its header says no size"):
+        lean(boxed[:20])
