@@ -245,7 +245,7 @@ def predict(
         raise UserError(f"top is {top}; it must be at least 1")
     with running_model(_place(model), device=device, trust=trust, log=to_stderr) as running:
         with running.runtime.together("images"):
-            inputs = find_images(_images(images))
+            inputs = find_images(_images(images), channels=running.stored.transform.reading.channels)
         found = [one for part in predictions(running, inputs, top=top, batch_size=batch_size, workers=workers) for one in part]
         return [one.to_json(running.stored, lists=top > 1) for one in found]
 
@@ -287,7 +287,7 @@ def export(model: str | Path | Run, out: str | Path, *, to: str = "onnx", images
     if to == "onnx":
         need("onnx", "onnxscript")
     stored = open_model(find_model(_place(model))[0], trust=trust, log=to_stderr)
-    inputs = None if images is None else find_images(_images(images))
+    inputs = None if images is None else find_images(_images(images), channels=stored.transform.reading.channels)
     return Path(write(stored, Path(out), to=to, images=real_images(stored, inputs)).path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 BACKGROUND = 255
 """Of transparent images, in each channel: white, as on a page."""
+MAX_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Reading:
     """Images are turned as their EXIF orientation says."""
     alpha: bool = False
     """Transparent images are composed on white; else transparency is dropped."""
+    channels: int = 3
+    """Of the pixels: 3 are red, green and blue, 1 is gray, others are what the files hold."""
 
     @classmethod
     def from_values(cls, values: Any) -> Reading:
@@ -34,10 +37,14 @@ class Reading:
             if not -1e38 < low <= high < 1e38:
                 raise ValueError(f"the range of pixels {low:g} to {high:g} is none")
             given = low, high
-        return cls(given, bool(values["exif"]), bool(values["alpha"]))
+        channels = int(values.get("channels", 3))
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError(f"{channels} channels are not from 1 to {MAX_CHANNELS}")
+        return cls(given, bool(values["exif"]), bool(values["alpha"]), channels)
 
     def to_json(self) -> dict[str, Any]:
-        return {"range": None if self.range is None else list(self.range), "exif": self.exif, "alpha": self.alpha}
+        given = None if self.range is None else list(self.range)
+        return {"range": given, "exif": self.exif, "alpha": self.alpha, **({} if self.channels == 3 else {"channels": self.channels})}
 
 
 AS_BEFORE = Reading()

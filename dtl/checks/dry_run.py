@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtl.checkpoint.resume.store import CheckpointStore
 from dtl.config import Config
-from dtl.config.models import ImageSize, sides
+from dtl.config.models import ImageSize
 from dtl.data.remote.fetch import Unfetched
 from dtl.data.shards.index import Shards
 from dtl.distributed.deadline import Deadline
@@ -25,7 +25,7 @@ from dtl.errors import EXIT_DONE, EXIT_STOPPED, EXIT_WRONG_INPUT, UserError
 from dtl.models.build import Network
 from dtl.models.freeze import freeze, set_train_mode
 from dtl.models.meta import meta_copy
-from dtl.models.network import forward_logits
+from dtl.models.network import forward_logits, image_shape
 from dtl.models.norms import norms_alone
 from dtl.runs.console import Console
 from dtl.runs.folder import RunFolder, check_is_run
@@ -133,7 +133,7 @@ def memory(network: Network, phase: Phase, micro_batch_size: int, image_size: Im
         "optimizer": trained * MOMENTS[phase.config.optimizer],
         "moving average": trained + buffers if phase.config.ema else 0,
     }
-    saved = saved_bytes(network.module, torch.empty((rows, 3, *sides(image_size)), device="meta"))
+    saved = saved_bytes(network.module, torch.empty(image_shape(network.module, rows, image_size), device="meta"))
     parts |= {f"activations of {counted(rows, 'image')}": saved} if saved is not None else {}
     unknown = "" if saved is not None else "; the activations come on top of it (this network does not run on shapes alone)"
     shown = ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)

@@ -120,8 +120,9 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         train = data.train
         network = build.build_network(config, train.num_classes, runtime)
         weights = build.read_pretrained(config, network, runtime)
+        facts = build.data_facts(config, runtime, data)
         with runtime.together("model"):
-            found = build.with_data(config, preprocessing_for(network.preprocessing, weights), data)
+            found = build.with_data(config, preprocessing_for(network.preprocessing, weights), facts)
         network = build.network_for(found, config, network, runtime, pretrained=weights is not None)
         loaders = build.build_dataloaders(config, runtime, data, network)
         phase = next(phase for phase in build.planned(config, loaders) if phase.name == phase_name)

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dtl.credentials import bare
 from dtl.errors import UserError
+from dtl.reading import MAX_CHANNELS
 from dtl.text import nearest
 from dtl.untrusted import in_words
 
@@ -272,6 +273,8 @@ class DataConfig(Section):
     it in the training images."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
     """Whether images are turned as their EXIF orientation says; auto: yes, but for shards that an older dtl packed, where it is not known."""
+    channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 3
+    """Of the images: 3 are red, green and blue; 1 is gray; others are what the files hold (TIFF with so many pages, .npy). Then mean and std are measured."""
     global_batch_size: Count = 64
     """Samples per step, over all ranks and all gradient accumulation."""
     micro_batch_size: Literal["auto"] | Count = "auto"

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from dtl.config.models import DataConfig
 from dtl.credentials import bare
+from dtl.data.decoding.decode import DecodeError, decode
 from dtl.data.packing.job import PACK_VERSION, PackOptions
 from dtl.data.packing.pack import PackReport, pack_source
 from dtl.data.remote.address import cache_place, is_remote, kind_of, shown, without_query
@@ -24,11 +27,12 @@ from dtl.data.sources.open import open_source
 from dtl.data.sources.splits import SERVES_AS, SPLIT_WORDS, HasSplits, NoSplit, choose, plain_name, split_folders
 from dtl.data.wds.find import Tar, is_remote_folder, know_listed, shards_for_training
 from dtl.data.wds.index import INDEX_VERSION, IndexReport, index_shards
-from dtl.errors import UserError
+from dtl.errors import DamagedSample, UserError
 from dtl.files import expand_home, flock, open_lock
 from dtl.reading import Reading
 from dtl.text import Log, counted, to_nobody, to_stdout
 
+_MEASURED = 500  # images
 _MOST_LISTED = 10  # images in one line of trouble
 
 
@@ -162,7 +166,33 @@ def reading_of(train: Shards, options: DataConfig) -> Reading:
     if options.exif == "apply" and found is None:
         raise UserError(f"{train.folder}: data.exif apply needs the images' EXIF orientation, which an older dtl did not note; {train.again}")
     known = (found.low, found.high) if found is not None and found.wide else None
-    return Reading(known if options.range == "auto" else options.range, exif=found is not None and options.exif != "ignore", alpha=True)
+    return Reading(
+        known if options.range == "auto" else options.range, exif=found is not None and options.exif != "ignore", alpha=True, channels=options.channels
+    )
+
+
+def channel_statistics(shards: Shards, reading: Reading) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of each channel, for pixels in 0..1, of at most some hundred images from all over the set. UserError where they cannot be had."""
+    counts = np.zeros((reading.channels, 256), np.int64)
+    samples = np.unique(np.linspace(0, shards.num_samples - 1, _MEASURED).astype(np.int64))
+    problem = ""
+    for sample in samples:
+        (data,) = shards.read(sample[None])
+        try:
+            if isinstance(data, DamagedSample):
+                raise DecodeError(data.reason)
+            pixels = decode(data, max_pixels=shards.limits.max_pixels, reading=reading, turn=1)
+        except DecodeError as error:
+            problem = problem or f"{shards.name(int(sample))}: {error}"
+            continue
+        for channel in range(reading.channels):
+            counts[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
+    if not counts.any():
+        raise UserError(f"mean and std of {counted(reading.channels, 'channel')} cannot be measured: {problem}")
+    levels, total = np.arange(256) / 255, counts.sum(axis=1)
+    means = counts @ levels / total
+    deviations = np.sqrt(np.maximum(counts @ levels**2 / total - means**2, 0))
+    return tuple(means.tolist()), tuple(np.maximum(deviations, 1 / 255).tolist())
 
 
 def check_reading(reading: Reading, splits: Mapping[str, Shards]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dtl.data.decoding.decode import NO_MEMORY, DecodeError, decode
+from dtl.data.decoding.decode import NO_MEMORY, DecodeError, size_of_decoded
 from dtl.data.decoding.headers import Limits
 from dtl.data.remote.address import shown as shown_address
 from dtl.data.remote.fetch import Unfetched, options_of_helper
@@ -20,10 +20,8 @@ from dtl.data.wds.samples import Ignored, Rules, Sample, open_tar, read_samples,
 from dtl.data.wds.tar import DamagedTar, TarFile
 from dtl.errors import DamagedSample, UnreachableSample, UserError
 from dtl.files import sha256_of_file
-from dtl.reading import Reading
 
 WHOLE = -1
-_ANY_VALUES = Reading(range=(0.0, 1.0))  # only the size of what comes out matters
 _IMAGES_AT_ONCE = 32
 # Findings about a shard whose index is about something else altogether would be as many as its samples.
 _MAX_UNKNOWN = 3
@@ -91,11 +89,11 @@ def _check_image(shards: Shards, sample: int, data: bytes | DamagedSample) -> st
     if not 0 <= label < shards.num_classes:
         return f"label {label} is not one of {shards.num_classes} classes"
     try:
-        image = decode(data, max_pixels=shards.limits.max_pixels, reading=_ANY_VALUES, turn=turn)
+        found = size_of_decoded(data, shards.limits.max_pixels, turn=turn)
     except DecodeError as error:
         return str(error)
-    if image.shape[:2] != (height, width):
-        return f"{image.shape[1]} x {image.shape[0]} pixels, but {width} x {height} according to the index"
+    if found != (height, width):
+        return f"{found[1]} x {found[0]} pixels, but {width} x {height} according to the index"
     return ""
 
 

@@ -101,7 +101,9 @@ def open_images(
         source = _source(model, data, run, split, on_error, allow_pipe)
     shards = _open(source, split, model, log)
     wanted = workers if workers is not None else run.config.data.workers if run is not None else "auto"
-    return shards, choose_workers(wanted, runtime, rank_cores(runtime), batch_bytes=3 * num_pixels(model.stored.transform.image_size) * batch_size)
+    return shards, choose_workers(
+        wanted, runtime, rank_cores(runtime), batch_bytes=model.stored.transform.reading.channels * num_pixels(model.stored.transform.image_size) * batch_size
+    )
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ def _describe(model: StoredModel, *, divided: bool) -> dict[str, Any]:
         "input": {
             "name": "images",
             "dtype": "float32",
-            "shape": ["batch", 3, *sides(size)],
-            "channels": "RGB",
+            "shape": ["batch", values.reading.channels, *sides(size)],
+            "channels": "RGB" if values.reading.channels == 3 else values.reading.channels,
             "values": "(pixel / 255 - mean) / std",
         },
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(model.classes)]},
@@ -144,7 +144,7 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
     found: list[np.ndarray] = []
     problem = ""
     if inputs is None:
-        found = [np.repeat(image[:, :, None], 3, axis=2) for image in read_digits()[0][:NUM_CHECKED]]
+        found = [np.repeat(image[:, :, None], model.transform.reading.channels, axis=2) for image in read_digits()[0][:NUM_CHECKED]]
     else:
         for number in range(len(inputs)):
             try:
@@ -155,12 +155,12 @@ def real_images(model: StoredModel, inputs: ImageInputs | None) -> Tensor:
                 break
     if not found:
         raise UserError(f"none of the images for the check can be read ({problem})")
-    pixels = torch.empty((len(found), 3, *sides(model.transform.image_size)), dtype=torch.uint8)
+    pixels = torch.empty((len(found), model.transform.reading.channels, *sides(model.transform.image_size)), dtype=torch.uint8)
     heights, widths = zip(*(image.shape[:2] for image in found))
     draws = model.transform.draw(range(len(found)), widths, heights, seed=0, epoch=0)
     for row, image in enumerate(found):
         model.transform.apply(image, draws, row, pixels[row])
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.network.preprocessing.mean, model.network.preprocessing.std))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (model.network.preprocessing.mean, model.network.preprocessing.std))
     return (pixels / 255.0 - mean) / std
 
 

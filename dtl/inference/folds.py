@@ -248,7 +248,9 @@ def _test_of(folds: Folds, number: int) -> tuple[Shards, npt.NDArray[np.int64]]:
 
 def _measured(model: RunningModel, test: Shards, data: DataConfig) -> Assessment:
     runtime, transform = model.runtime, model.stored.transform
-    workers = choose_workers(data.workers, runtime, rank_cores(runtime), batch_bytes=3 * num_pixels(transform.image_size) * _BATCH_SIZE)
+    workers = choose_workers(
+        data.workers, runtime, rank_cores(runtime), batch_bytes=transform.reading.channels * num_pixels(transform.image_size) * _BATCH_SIZE
+    )
     batches = RankBatches(test, transform, batch_size=_BATCH_SIZE, workers=workers, runtime=runtime)
     return assess(model.forward, batches, task=model.stored.task, num_outputs=len(model.stored.classes), skip_damaged=data.on_error == "skip")
 

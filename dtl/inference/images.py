@@ -92,11 +92,13 @@ class InMemory:
         """uint8 [H, W, 3], as of a file."""
         image = self.image
         if not isinstance(image, Image.Image):
+            if image.shape[2] == reading.channels:
+                return np.ascontiguousarray(image)
             image = Image.fromarray(np.ascontiguousarray(image if image.shape[2] > 1 else image[..., 0]))
         return pixels_of(image, max_pixels=max_pixels, reading=reading)
 
 
-def in_memory(given: object, first: int) -> list[InMemory]:
+def in_memory(given: object, first: int, channels: int = 3) -> list[InMemory]:
     """The image or images (a batch) of a PIL image, an array [H, W] or [N, H, W, C], or a tensor [C, H, W] (as torchvision decodes) or [N, C, H, W].
 
     UserError for other shapes, and for pixels that are not uint8: their range is not known.
@@ -114,8 +116,10 @@ def in_memory(given: object, first: int) -> list[InMemory]:
     if array is None:
         raise UserError(f"image {first} is a {kind} of {getattr(given, 'dtype', '')}; pixels are uint8, from 0 to 255, not normalised")
     array = array[:, :, None] if array.ndim == 2 else array
-    if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4) or array.size == 0:
-        raise UserError(f"image {first} is a {kind} of shape {shape}; it must be {layout}, with 1, 3 or 4 channels C")
+    known = (1, 3, 4) if channels in (1, 3) else (channels,)
+    if array.ndim not in (3, 4) or array.shape[-1] not in known or array.size == 0:
+        allowed = "1, 3 or 4 channels C" if len(known) > 1 else counted(channels, "channel")
+        raise UserError(f"image {first} is a {kind} of shape {shape}; it must be {layout}, with {allowed}")
     return [InMemory(one, first + number) for number, one in enumerate([array] if array.ndim == 3 else array)]
 
 
@@ -156,10 +160,10 @@ class ImageInputs:
         raise IndexError(number)
 
 
-def find_images(places: Sequence[object], options: DataConfig = DataConfig(), log: Log = to_stderr) -> ImageInputs:
+def find_images(places: Sequence[object], options: DataConfig = DataConfig(), log: Log = to_stderr, *, channels: int = 3) -> ImageInputs:
     """The images of all `places` in the order given: a folder's sorted by path, a list's as its lines come, - for a list on stdin.
 
-    UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
+    `channels`: of those in memory. UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
     `log` gets a line about the files of each folder that are passed over.
     """
     groups: list[Files | PackedImages | InMemory] = []
@@ -170,7 +174,7 @@ def find_images(places: Sequence[object], options: DataConfig = DataConfig(), lo
             if loose:
                 groups.append(Files(StringTable.build(loose), options.max_file_bytes))
                 loose = []
-            images = in_memory(place, held)
+            images = in_memory(place, held, channels)
             held += len(images)
             groups += images
             continue

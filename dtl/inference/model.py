@@ -113,6 +113,11 @@ def open_model(folder: Path, *, trust: bool = False, log: Log = to_stderr) -> St
     network.module.eval().requires_grad_(False)
     network.preprocessing = _preprocessing(folder, facts.preprocessing)
     transform = replace(_transform(folder, facts), reading=network.preprocessing.reading)
+    channels = transform.reading.channels
+    if len(transform.fill) != channels:
+        if any(transform.fill):
+            raise UserError(f"{folder / 'model.json'} is damaged: preprocessing.transform: fill {list(transform.fill)} is no colour of {channels} channels")
+        transform = replace(transform, fill=BLACK[:1] * channels)
     return StoredModel(folder=folder, facts=facts, network=network, transform=transform, task=_task(facts))
 
 
@@ -180,10 +185,10 @@ def _size(value: Any) -> ImageSize:
 
 
 def _colour(values: Any) -> Colour:
-    red, green, blue = (int(value) for value in values)
-    if not all(0 <= value <= 255 for value in (red, green, blue)):
+    colour = tuple(int(value) for value in values)
+    if not all(0 <= value <= 255 for value in colour):
         raise ValueError(f"fill {values} is no colour")
-    return red, green, blue
+    return colour
 
 
 def _task(facts: ModelFacts) -> Task:

@@ -76,7 +76,9 @@ class _Batches(Dataset[_Images]):
 
     def __getitem__(self, number: int) -> _Images:
         numbers = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.inputs)))
-        images = torch.empty((len(numbers), 3, *sides(self.transform.image_size)), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        images = torch.empty((len(numbers), self.transform.reading.channels, *sides(self.transform.image_size)), dtype=torch.uint8).contiguous(
+            memory_format=torch.channels_last
+        )
         problems: list[str | None] = []
         row = 0
         for image in numbers:

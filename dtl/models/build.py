@@ -27,8 +27,9 @@ from dtl.models.catalog import model_names
 from dtl.models.hub import hub_name
 from dtl.models.init import Init, initialize
 from dtl.models.meta import build_on_meta, meta_copy
-from dtl.models.network import Network, forward_logits, num_outputs
+from dtl.models.network import CHANNELS, Network, forward_logits, image_shape, num_outputs
 from dtl.models.preprocessing import Preprocessing
+from dtl.reading import MAX_CHANNELS
 
 __all__ = ["Network", "Preprocessing", "build", "forward_logits", "model_names", "replace_head"]
 
@@ -73,14 +74,20 @@ def build(
     if bounded:
         _check_sizes(entry.name, arguments)
 
+    # torchvision's networks have no such option, nor have dtl's own.
+    channels = arguments.pop(CHANNELS, None) if entry.library in ("torchvision", "dtl") else None
+
     def construct(count: int) -> nn.Module:
         with _bounded(entry.name, max_values) if bounded else nullcontext():
-            return _construct(entry, count, arguments)
+            made = _construct(entry, count, arguments)
+        return made if channels is None else _with_channels(made, entry.name, channels)
 
     with _named_when_it_raises(entry, arguments):
         if bounded and not meta:
             build_on_meta(lambda: construct(num_classes))  # sizes that no machine has are found before memory is taken
         module = build_on_meta(lambda: construct(num_classes)) if meta else construct(num_classes)
+    if isinstance(options.get(CHANNELS), int):
+        module.__dict__[CHANNELS] = options[CHANNELS]
     preprocessing = entry.preprocessing(module)
     if entry.library != "function" and (given := size_in(options)) is not None:
         preprocessing = replace(preprocessing, image_size=given)
@@ -95,8 +102,29 @@ def build(
     return network
 
 
-def options_of(model: ModelConfig) -> dict[str, Any]:
-    """What `build` takes as the options of the network that a config names."""
+def _with_channels(module: nn.Module, name: str, channels: object) -> nn.Module:
+    """Images of so many channels: the first convolution is a new one."""
+    if not isinstance(channels, int) or not 1 <= channels <= MAX_CHANNELS:
+        raise UserError(f"model {name!r}: the option {CHANNELS} is {str(channels)[:40]}; it must be a number of channels, from 1 to {MAX_CHANNELS}")
+    found = next(((place, layer) for place, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3), None)
+    if found is None or found[1].groups != 1:
+        raise UserError(f"model {name!r} has no first convolution of three channels, so it cannot take images of {channels}; use a network of timm's")
+    place, old = found
+    like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+    sizes: dict[str, Any] = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    new = nn.Conv2d(channels, old.out_channels, bias=old.bias is not None, **like, **sizes)
+    parent, _, attribute = place.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, new)
+    module.__dict__[CHANNELS] = channels
+    if getattr(module, "transform_input", False):  # Inception's, of colours
+        module.__dict__["transform_input"] = False
+    return module
+
+
+def options_of(model: ModelConfig, channels: int = 3) -> dict[str, Any]:
+    """What `build` takes as the options of the network that a config names. `channels`: of the images."""
+    if channels != 3:
+        model = model.model_copy(update={"options": {CHANNELS: channels, **model.options}})
     if model.pool is None:
         return dict(model.options)
     if is_function(model.name) and hub_name(model.name) is None:
@@ -142,7 +170,7 @@ def _gives_tokens(module: nn.Module, width: int, image_size: ImageSize) -> bool:
         return False
     try:
         with torch.no_grad():
-            tokens: Any = meta_copy(module).eval().forward_features(torch.empty((2, 3, *sides(image_size)), device="meta"))  # type: ignore[operator]
+            tokens: Any = meta_copy(module).eval().forward_features(torch.empty(image_shape(module, 2, image_size), device="meta"))  # type: ignore[operator]
     except Exception:  # it takes something else
         return False
     return isinstance(tokens, torch.Tensor) and tokens.dim() == 3 and tokens.shape[2] == width
@@ -228,12 +256,12 @@ def _why_not_at(module: nn.Module, image_size: ImageSize, known: ImageSize | Non
             return raised(error).partition(" (/")[0][:200]
         return ""
 
-    found = why_not(meta_copy(module), torch.empty((2, 3, *sides(image_size)), device="meta"))
+    found = why_not(meta_copy(module), torch.empty(image_shape(module, 2, image_size), device="meta"))
     parameter = next(module.parameters(), None)
     if not found or known is None or parameter is None or parameter.is_meta or not _why_not_at(module, known):
         return found
     with torch.random.fork_rng(devices=[]):
-        return why_not(copy.deepcopy(module), torch.zeros((2, 3, *sides(image_size)), device=parameter.device))
+        return why_not(copy.deepcopy(module), torch.zeros(image_shape(module, 2, image_size), device=parameter.device))
 
 
 def replace_head(network: Network, num_outputs: int, *, init: Init = "default") -> None:
@@ -377,7 +405,7 @@ def _heads_by_tracing(module: nn.Module, image_size: ImageSize) -> tuple[str, ..
         if _is_classifier(layer):
             layer.register_forward_hook(lambda _module, _inputs, _output, name=name: ran.append(name))
     with torch.no_grad():
-        output = traced(torch.empty(2, 3, *sides(image_size), device="meta"))
+        output = traced(torch.empty(image_shape(module, 2, image_size), device="meta"))
     layers = dict(traced.named_modules())
     matching = [name for name in ran if isinstance(output, torch.Tensor) and num_outputs(layers[name]) == output.shape[-1]]
     return tuple(matching[-1:])

@@ -14,12 +14,12 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import nn
 
-from dtl.config.models import ImageSize, sides
+from dtl.config.models import ImageSize
 from dtl.errors import UserError
 from dtl.files import sha256_of_tensors
 from dtl.models.groups import head_parameters, layer_groups
 from dtl.models.meta import meta_copy
-from dtl.models.network import Network, forward_logits
+from dtl.models.network import Network, forward_logits, image_shape
 from dtl.models.norms import norms_alone
 
 
@@ -100,11 +100,11 @@ def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary
 
 def _unused(network: Network, trainable: Collection[str], size: ImageSize, auxiliary: bool) -> frozenset[str]:
     try:
-        return _without_gradient(meta_copy(network.module), trainable, torch.empty(2, 3, *sides(size), device="meta"), auxiliary)
+        return _without_gradient(meta_copy(network.module), trainable, torch.empty(image_shape(network.module, 2, size), device="meta"), auxiliary)
     except (RuntimeError, NotImplementedError):
         # A forward that looks at values cannot run on shapes alone. A real fault fails here again.
         device = next(network.module.parameters()).device
-        return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(2, 3, *sides(size), device=device), auxiliary)
+        return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(image_shape(network.module, 2, size), device=device), auxiliary)
 
 
 def _without_gradient(module: nn.Module, trainable: Collection[str], images: torch.Tensor, auxiliary: bool) -> frozenset[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from dtl import files
 from dtl.errors import UserError
+from dtl.reading import MAX_CHANNELS
 from dtl.text import Log, counted
 from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text
 
@@ -39,8 +40,8 @@ def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
     if missing := [key for key in PREPROCESSING if key not in facts]:
         raise ValueError(f"{missing[0]} is missing")
     for name in ("mean", "std"):
-        if not isinstance(facts[name], list) or len(facts[name]) != 3 or not all(map(_is_number, facts[name])):
-            raise ValueError(f"{name} must be three numbers")
+        if not isinstance(facts[name], list) or not 1 <= len(facts[name]) <= MAX_CHANNELS or not all(map(_is_number, facts[name])):
+            raise ValueError(f"{name} must be three numbers, or one for each channel")
     if not _is_number(facts["crop_ratio"]) or not isinstance(facts["interpolation"], str):
         raise ValueError("crop_ratio must be a number, interpolation a string")
     rest: list[Any] = [facts]

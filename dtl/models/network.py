@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dtl.config.models import ImageSize, sides
 from dtl.models.preprocessing import Preprocessing
 
 
@@ -35,12 +36,21 @@ class Network:
         return num_outputs(self.module.get_submodule(self.heads[0]))
 
 
+def image_shape(module: nn.Module, num: int, size: ImageSize) -> tuple[int, int, int, int]:
+    """Of `num` images that the network takes: [B, C, H, W]."""
+    return (num, getattr(module, CHANNELS, 3), *sides(size))
+
+
+CHANNELS = "in_chans"
+"""The attribute of a network, and the option of its constructor, that says how many channels its images have, where these are not three."""
+
+
 class Normalise:
-    """Moves uint8 images [B, 3, H, W] to the device and normalises them to float32, in the memory format that the network wants."""
+    """Moves uint8 images [B, C, H, W] to the device and normalises them to float32, in the memory format that the network wants."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device, *, channels_last: bool) -> None:
-        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
-        self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0)
+        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1) * 255.0
+        self._scale = 1.0 / (torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1) * 255.0)
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._device = device
         # Copies on a stream of their own overlap with the computation of the step before.
@@ -49,11 +59,11 @@ class Normalise:
 
     @property
     def facts(self) -> list[float]:
-        """Mean and scale [6], for the keys of cached features."""
+        """Mean and scale [2 C], for the keys of cached features."""
         return [*self._mean.flatten().tolist(), *self._scale.flatten().tolist()]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] float32 from uint8. Other types (cached features) are moved to the device and stay as they are."""
+        """[B, C, H, W] float32 from uint8. Other types (cached features) are moved to the device and stay as they are."""
         images = self._moved(images)
         if images.dtype != torch.uint8:
             return images
@@ -61,13 +71,13 @@ class Normalise:
             # Over whole rows of pixels: a broadcast whose innermost dimension is the three channels takes a CPU several times as long.
             mean, scale = self._as_rows(images.shape[3])
             rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32).sub_(mean).mul_(scale)
-            made = rows.view(len(rows), images.shape[2], -1, 3).permute(0, 3, 1, 2)
+            made = rows.view(len(rows), images.shape[2], -1, images.shape[1]).permute(0, 3, 1, 2)
         else:
             made = images.to(torch.float32).sub_(self._mean).mul_(self._scale)
         return made.contiguous(memory_format=self._format)
 
     def _as_rows(self, width: int) -> tuple[Tensor, Tensor]:
-        """Mean and scale for a row of `width` pixels, each [3 * width]."""
+        """Mean and scale for a row of `width` pixels, each [C * width]."""
         if width not in self._rows:
             self._rows[width] = self._mean.flatten().repeat(width), self._scale.flatten().repeat(width)
         return self._rows[width]

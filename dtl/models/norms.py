@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dtl.config.models import ImageSize, sides
-from dtl.models.network import eval_mode, forward_logits
+from dtl.config.models import ImageSize
+from dtl.models.network import eval_mode, forward_logits, image_shape
 from dtl.text import counted, some
 
 _PLAIN = "_dtl_plain"
@@ -102,7 +102,7 @@ def _replace(module: nn.Module, by: dict[nn.Module, nn.Module]) -> None:
 
 def _eval_outputs(module: nn.Module, image_size: ImageSize) -> Tensor:
     """Of two images of noise, the same ones each time."""
-    images = torch.randn(2, 3, *sides(image_size), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(image_shape(module, 2, image_size), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), eval_mode(module):
         logits, _ = forward_logits(module, images.to(next(module.parameters()).device))
     return logits.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,11 @@ USUAL, OWN = "usual values", "the network's own"
 class Preprocessing:
     """How images reach a network; the ImageNet values by default.
 
-    `mean` and `std` are for pixels in 0..1; `image_size` in pixels; `crop_ratio` = image_size / short side before the centre crop.
+    `mean` and `std` are for pixels in 0..1, one number per channel; `image_size` in pixels; `crop_ratio` = image_size / short side before the centre crop.
     """
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     image_size: ImageSize = 224
     interpolation: str = "bilinear"
     crop_ratio: float = 0.875
@@ -33,14 +33,15 @@ class Preprocessing:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Preprocessing:
         """What `to_json` gave, or a model.json. ValueError, KeyError or TypeError where it is something else."""
-        mean, std, size = _triple(values["mean"]), _triple(values["std"]), values["image_size"]
-        if min(std) <= 0:
-            raise ValueError(f"mean {mean} and std {std} must be three numbers each, and std positive")
+        reading = Reading.from_values(values.get("pixels"))
+        mean, std, size = _numbers(values["mean"]), _numbers(values["std"]), values["image_size"]
+        if len(mean) != reading.channels or len(std) != reading.channels or min(std) <= 0:
+            raise ValueError(f"mean {mean} and std {std} must be {reading.channels} numbers each, and std positive")
         image_size = as_size(*(int(side) for side in (size if isinstance(size, list | tuple) else (size, size))))
         crop_ratio = float(values["crop_ratio"])
         if min(sides(image_size)) < 1 or not 0 < crop_ratio <= 1:
             raise ValueError(f"image_size {size} or crop_ratio {crop_ratio} is out of range")
-        return cls(mean, std, image_size, str(values["interpolation"]), crop_ratio, dict(values.get("origins", {})), Reading.from_values(values.get("pixels")))
+        return cls(mean, std, image_size, str(values["interpolation"]), crop_ratio, dict(values.get("origins", {})), reading)
 
     def to_json(self) -> dict[str, Any]:
         """Without `origins`."""
@@ -83,7 +84,10 @@ def resolve(network: Preprocessing, weights: Mapping[str, Any] | None, *, source
     if weights is None:
         own = [name for name, origin in network.origins.items() if origin == OWN]
         return replace(Preprocessing(), **{name: getattr(network, name) for name in own}, origins=dict.fromkeys(FACTS, USUAL) | dict.fromkeys(own, OWN))
-    found = replace(Preprocessing.from_values(weights), reading=AS_BEFORE, origins=dict.fromkeys(FACTS, f"from {source}"))
+    found = Preprocessing.from_values(weights)
+    if found.reading.channels != 3:  # measured on other images, and for other channels
+        found = replace(found, mean=Preprocessing.mean, std=Preprocessing.std)
+    found = replace(found, reading=AS_BEFORE, origins=dict.fromkeys(FACTS, f"from {source}"))
     if found.interpolation in INTERPOLATIONS:
         return found
     return replace(found, interpolation="bilinear", origins={**found.origins, "interpolation": f"instead of {found.interpolation}"})
@@ -93,8 +97,8 @@ def of_torchvision(preset: Any) -> Preprocessing:
     """That of the `transforms()` of a set of torchvision's weights."""
     image_size, resize = int(preset.crop_size[0]), int(preset.resize_size[0])
     return Preprocessing(
-        mean=_triple(preset.mean),
-        std=_triple(preset.std),
+        mean=_numbers(preset.mean),
+        std=_numbers(preset.std),
         image_size=image_size,
         interpolation=str(preset.interpolation.value),
         crop_ratio=image_size / resize,
@@ -113,14 +117,13 @@ def timm_preprocessing(pretrained_cfg: Mapping[str, Any]) -> Preprocessing:
     plain = Preprocessing()
     size = pretrained_cfg.get("input_size") or (3, *sides(plain.image_size))
     return Preprocessing(
-        mean=_triple(pretrained_cfg.get("mean") or plain.mean),
-        std=_triple(pretrained_cfg.get("std") or plain.std),
+        mean=_numbers(pretrained_cfg.get("mean") or plain.mean),
+        std=_numbers(pretrained_cfg.get("std") or plain.std),
         image_size=as_size(int(size[-2]), int(size[-1])),
         interpolation=str(pretrained_cfg.get("interpolation") or plain.interpolation),
         crop_ratio=float(pretrained_cfg.get("crop_pct") or plain.crop_ratio),
     )
 
 
-def _triple(values: object) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)  # type: ignore[attr-defined]
-    return red, green, blue
+def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

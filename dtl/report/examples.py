@@ -109,7 +109,7 @@ class Examples:
         made_with = None if record.model is None else record.model.made_by.get("data")
         if made_with not in (None, train.dataset_id):
             raise UserError(f"data.train ({config.data.train}) is no longer the data that the run was trained on")
-        network = build_model(config.model.name, num_classes=train.num_classes, options=options_of(config.model), meta=True, own=own)
+        network = build_model(config.model.name, num_classes=train.num_classes, options=options_of(config.model, config.data.channels), meta=True, own=own)
         network.preprocessing = _preprocessing(record, network.preprocessing, own=own)
         loaders = build.build_dataloaders(config, runtime, data, network)
         names = [train.manifest.display_names.get(name, name) for name in train.classes]
@@ -281,6 +281,8 @@ def _at_home(config: Config, run: Path) -> Config:
 
 
 def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
+    """RGB; of other channels the first three, or the first one as gray."""
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 

@@ -21,7 +21,7 @@ from dtl.config import Config
 from dtl.config.models import DataConfig, ImageSize, shown_size
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
-from dtl.data.open import check_reading, reading_of
+from dtl.data.open import channel_statistics, check_reading, reading_of
 from dtl.data.remote.cache import limit_in_bytes
 from dtl.data.remote.cache_space import divide
 from dtl.data.sampling.balance import class_members
@@ -39,6 +39,7 @@ from dtl.models.freeze import select
 from dtl.models.network import Normalise, to_device
 from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import class_weights
+from dtl.reading import Reading
 from dtl.runs.folder import RunFolder
 from dtl.text import to_nobody
 from dtl.training.dataloaders import DataLoaders, View, choose_workers, rank_cores
@@ -73,9 +74,10 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     network = build_network(config, data.train.num_classes, runtime)
     checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
     weights = None if checkpoint else read_pretrained(config, network, runtime)
+    facts = data_facts(config, runtime, data)
     with runtime.together("model"):
         found = (
-            with_data(config, preprocessing_for(network.preprocessing, weights), data)
+            with_data(config, preprocessing_for(network.preprocessing, weights), facts)
             if checkpoint is None
             else stored_preprocessing(config, network, checkpoint)
         )
@@ -228,10 +230,9 @@ def planned(config: Config, loaders: DataLoaders) -> list[Phase]:
     return plan_phases(config.phases, steps_per_epoch=loaders.steps_per_epoch, num_classes=loaders.train.num_classes)
 
 
-def _mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+def _mean_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
     """What random erasing and bars are filled with: zero after normalisation."""
-    red, green, blue = (round(255 * value) for value in mean)
-    return red, green, blue
+    return tuple(round(255 * value) for value in mean)
 
 
 # ---- model
@@ -270,9 +271,31 @@ def delivered(config: Config, found: Preprocessing) -> Preprocessing:
     return found if size is None else replace(found, image_size=size, origins={**found.origins, "image_size": f"phases.{name}.image_size"})
 
 
-def with_data(config: Config, found: Preprocessing, splits: Splits) -> Preprocessing:
+@dataclass(frozen=True)
+class DataFacts:
+    """What the training images decide of the preprocessing."""
+
+    reading: Reading
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None
+    """Mean and std, measured where the images are not of three channels."""
+
+
+def data_facts(config: Config, runtime: Runtime, splits: Splits) -> DataFacts:
+    """The same on all ranks."""
+    measured = None
+    with runtime.together("data"):
+        reading = reading_of(splits.train, config.data)
+        if reading.channels != 3 and runtime.is_main:
+            measured = channel_statistics(splits.train, reading)
+    return DataFacts(reading, runtime.agree(measured))
+
+
+def with_data(config: Config, found: Preprocessing, data: DataFacts) -> Preprocessing:
     """`with_settings`, and what the training images decide."""
-    found, reading = with_settings(config, found), reading_of(splits.train, config.data)
+    found, reading = with_settings(config, found), data.reading
+    if data.statistics is not None:
+        mean, std = data.statistics
+        found = replace(found, mean=mean, std=std, origins={**found.origins, **dict.fromkeys(("mean", "std"), "measured on the training images")})
     known = "data.range" if config.data.range != "auto" else "data.range auto: the training images' values"
     return replace(found, reading=reading, origins={**found.origins, **({} if reading.range is None else {"pixels": known})})
 
@@ -286,7 +309,7 @@ def crop_matters(config: Config) -> bool:
 def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network:
     """The network with its initial values, the same on every rank; no weights transferred yet. `config` is the user's own, not one that a run stored."""
     with runtime.together("model"):
-        return _build(config, num_classes, options_of(config.model))
+        return _build(config, num_classes, options_of(config.model, config.data.channels))
 
 
 def network_for(preprocessing: Preprocessing, config: Config, network: Network, runtime: Runtime, *, pretrained: bool = False) -> Network:

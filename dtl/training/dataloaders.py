@@ -113,6 +113,11 @@ class DataLoaders:
         return max([self.image_size, *(view.image_size for view in self.views.values())], key=num_pixels)
 
     @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.train_transform.reading.channels
+
+    @property
     def classes(self) -> list[str]:
         return list(self.train.classes)
 
@@ -152,7 +157,7 @@ class DataLoaders:
     def batch_bytes(self) -> int:
         """The images of a micro-batch of training, on their way to the device."""
         layout = RankLayout.for_plan(self.plan(0), num_ranks=self.world_size, micro_batch_size=self.micro_batch_size)
-        return 3 * num_pixels(self.largest_size) * layout.micro_batch_size
+        return self.channels * num_pixels(self.largest_size) * layout.micro_batch_size
 
     @property
     def shared_bytes(self) -> int:
@@ -167,6 +172,7 @@ class DataLoaders:
                 workers=self.workers,
                 prefetch=PREFETCH,
                 own_buffers=sys.platform == "linux" and self.decode_on is None,
+                channels=self.channels,
                 file_bytes=0 if self.decode_on is None else _file_bytes(shards),
             )
         return sizes

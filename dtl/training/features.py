@@ -24,7 +24,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from dtl.config import PhaseConfig
-from dtl.config.models import ImageSize, sides
+from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
 from dtl.data.remote.address import own_folder
@@ -34,7 +34,7 @@ from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import DamagedSample, UserError
 from dtl.files import fsync_folder, temporary_suffix
-from dtl.models.network import Network, Normalise
+from dtl.models.network import Network, Normalise, image_shape
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
@@ -73,7 +73,7 @@ def _tried(module: nn.Module, cut: str, image_size: ImageSize) -> tuple[str | No
     device = next(module.parameters()).device
     modes = {part: part.training for part in tail.modules()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
-        images = torch.randn(_PROBE_IMAGES, 3, *sides(image_size), device=device)
+        images = torch.randn(image_shape(module, _PROBE_IMAGES, image_size), device=device)
         tail.eval()  # its dropout stays with the head
         try:
             first, second = Backbone(module, cut), Backbone(module, cut)

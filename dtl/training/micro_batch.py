@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from dtl.checkpoint.resume.state import TrainState
-from dtl.config.models import ImageSize, sides
+from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch
 from dtl.distributed.determinism import operators_noted
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
-from dtl.models.network import Normalise
+from dtl.models.network import Normalise, image_shape
 from dtl.models.norms import norms_alone
 from dtl.text import counted
 from dtl.training.active import ActivePhase, Trained
@@ -138,7 +138,7 @@ def _trial(active: ActivePhase, size: int, image_size: ImageSize, runtime: Runti
 
 def _compute(active: ActivePhase, size: int, image_size: ImageSize, runtime: Runtime, normalise: Normalise) -> None:
     batch = Batch(
-        images=torch.zeros((size, 3, *sides(image_size)), dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
+        images=torch.zeros(image_shape(active.network.module, size, image_size), dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
         labels=torch.zeros(size, dtype=torch.int64),
         weights=torch.ones(size),
         samples=torch.arange(size),

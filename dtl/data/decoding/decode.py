@@ -13,23 +13,26 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from dtl.data.decoding.headers import MAX_PIXELS, check_jpeg, check_size, container_of, exif_orientation, lean
+from dtl.data.decoding.headers import MAX_PIXELS, array_header, check_jpeg, check_size, container_of, exif_orientation, lean
 from dtl.data.decoding.headers import DecodeError as DecodeError
-from dtl.reading import AS_BEFORE, BACKGROUND, Reading
+from dtl.reading import AS_BEFORE, BACKGROUND, MAX_CHANNELS, Reading
 
 # What is recognised, by content; a file's name does not matter. PPM is here because ImageFolder reads it too.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "JXL")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "JXL", "NPY")
 _ALWAYS = FORMATS[:7]
 # Of those that Pillow may need a plugin for: its module and its package.
 _PLUGINS = {"AVIF": ("pillow_avif", "pillow-avif-plugin"), "HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
+T = TypeVar("T")
+_ANY_VALUES = Reading(range=(0.0, 1.0))
+_NPY = b"\x93NUMPY"
 NO_MEMORY = "there is not enough memory to decode it"
 """What to report of a MemoryError here, which says nothing about the image."""
 # Larger ones are converted in stripes, so that they do not take three times their memory.
@@ -58,6 +61,9 @@ class ImageHeader:
 
 def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Read the header only. Raises DecodeError if the bytes are not an image, or it is too large (`check_size`)."""
+    if data[:6] == _NPY:
+        array = array_header(data, max_pixels)
+        return ImageHeader(array.width, array.height, "NPY", f"{array.dtype} x {array.channels}", wide=array.dtype != np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _open(data, max_pixels) as image:
@@ -67,11 +73,14 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 
 
 def decode(data: bytes, reduction: int = 1, *, max_pixels: int = MAX_PIXELS, reading: Reading = AS_BEFORE, turn: int | None = None) -> npt.NDArray[np.uint8]:
-    """Pixels, uint8 [H, W, 3]. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`); MemoryError says nothing about it.
+    """Pixels, uint8 [H, W, C], of the channels of `reading`. Raises DecodeError if the image is truncated, unknown, or too large (`check_size`);
+    MemoryError says nothing about it.
 
     With a `reduction` of 2, 4 or 8 a JPEG comes at that fraction of its size, rounded up; everything else, CMYK too, is decoded at full size.
     `turn`: the orientation that the index has; None: the file's own, where `reading` applies it.
     """
+    if reading.channels != 3 or data[:6] == _NPY:
+        return _decode_channels(data, reduction, max_pixels, reading, turn)
     pixels = decode_jpeg(data, reduction, max_pixels=max_pixels)
     if pixels is None:
         pixels = decode_with_pillow(data, max_pixels, reading)
@@ -111,17 +120,7 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS, reading: Readi
     """Pixels [H, W, 3] of any of FORMATS, not turned."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: truncated images would decode without an error; set it to False")
-    # Pillow warns of odd palettes and metadata; the pixels are the same as ImageFolder's, which is what counts.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _open(data, max_pixels) as image:
-            try:
-                return _pixels(image, reading, lambda: _open(data, max_pixels))
-            except DecodeError:
-                raise
-            # Broken files reach Pillow's plugins as any of these (struct.error, KeyError ... among them).
-            except Exception as error:
-                raise _failure(error) from error
+    return _opened(data, max_pixels, lambda image: _pixels(image, reading, lambda: _open(data, max_pixels)))
 
 
 def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS, reading: Reading = AS_BEFORE) -> npt.NDArray[np.uint8]:
@@ -139,19 +138,21 @@ def pixels_of(image: Image.Image, *, max_pixels: int = MAX_PIXELS, reading: Read
     return turned(pixels, turn if turn in range(1, 9) else 1)
 
 
+def size_of_decoded(data: bytes, max_pixels: int = MAX_PIXELS, *, turn: int = 1) -> tuple[int, int]:
+    """(height, width) of the pixels; DecodeError where they cannot be had. Whatever channels and values they have."""
+    if data[:6] == _NPY:
+        header = probe(data, max_pixels)
+        return header.height, header.width
+    height, width, _ = decode(data, max_pixels=max_pixels, reading=_ANY_VALUES, turn=turn).shape
+    return height, width
+
+
 def bounds_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[float, float]:
     """The least and the greatest value of an image of more than 8 bits, but for the 1 in 10,000 at each end that may be dead or hot pixels of a sensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _open(data, max_pixels) as image:
-            try:
-                values = _wide_values(image, lambda: _open(data, max_pixels))
-            except DecodeError:
-                raise
-            except Exception as error:
-                raise _failure(error) from error
-    assert values is not None
-    found = values[..., : _COLOURS.get(values.shape[2], values.shape[2])].ravel()
+    if data[:6] == _NPY:
+        found = _array(data, max_pixels).ravel()
+    else:
+        found = _opened(data, max_pixels, lambda image: _without_alpha(image, lambda: _open(data, max_pixels), max_pixels)).ravel()
     if found.dtype.kind == "f" and not np.isfinite(found).all():
         found = found[np.isfinite(found)]
         if not len(found):
@@ -159,6 +160,90 @@ def bounds_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[float, float]:
     left_out = len(found) // _OUTLIERS
     ends = np.partition(found, (left_out, len(found) - 1 - left_out))
     return float(ends[left_out]), float(ends[len(found) - 1 - left_out])
+
+
+def _opened(data: bytes, max_pixels: int, work: Callable[[Image.Image], T]) -> T:
+    """What `work` makes of the file, opened by Pillow. DecodeError where it is damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(data, max_pixels) as image:
+            try:
+                return work(image)
+            except DecodeError:
+                raise
+            # Broken files reach Pillow's plugins as any of these (struct.error, KeyError ... among them).
+            except Exception as error:
+                raise _failure(error) from error
+
+
+# ---- another number of channels than three
+
+
+def _decode_channels(data: bytes, reduction: int, max_pixels: int, reading: Reading, turn: int | None) -> npt.NDArray[np.uint8]:
+    if data[:6] == _NPY:
+        return _eight_bits(_of(_array(data, max_pixels), reading.channels), reading)
+    if reading.channels == 1:
+        colours = decode(data, reduction, max_pixels=max_pixels, reading=replace(reading, channels=3), turn=turn)
+        return np.asarray(Image.fromarray(colours).convert("L"))[..., None]
+    values = _opened(data, max_pixels, lambda image: _of(_pages(image, lambda: _open(data, max_pixels), max_pixels), reading.channels))
+    if turn is None:
+        turn = 1 if not reading.exif else probe(data, max_pixels).orientation
+    return turned(_eight_bits(values, reading), turn)
+
+
+def _of(values: npt.NDArray[Any], channels: int) -> npt.NDArray[Any]:
+    if values.shape[2] != channels:
+        raise DecodeError(f"it has {values.shape[2]} channels, and data.channels is {channels}")
+    return values
+
+
+def _eight_bits(values: npt.NDArray[Any], reading: Reading) -> npt.NDArray[np.uint8]:
+    if values.dtype == np.uint8:
+        return values
+    if reading.range is None:
+        raise DecodeError(f"its values are {values.dtype}, and there is no range for them: data.range [LOW, HIGH]")
+    return _scaled(values, reading.range)
+
+
+def _array(data: bytes, max_pixels: int) -> npt.NDArray[Any]:
+    """Values [H, W, C] of a NumPy file."""
+    header = array_header(data, max_pixels)
+    shape = (header.channels, header.height, header.width) if header.first else (header.height, header.width, header.channels)
+    values = np.frombuffer(data, header.dtype, offset=header.start).reshape(shape, order="F" if header.fortran else "C")
+    return np.ascontiguousarray(np.moveaxis(values, 0, 2) if header.first else values)
+
+
+def _pages(image: Image.Image, again: Callable[[], Image.Image], max_pixels: int) -> npt.NDArray[Any]:
+    """Values [H, W, C]: the pages of a TIFF one behind the other, else the channels of the image as they are."""
+    found: list[npt.NDArray[Any]] = []
+    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    if pages > MAX_CHANNELS or pages * image.width * image.height > max_pixels:
+        raise DecodeError(
+            f"it has {pages} pages of {image.width} x {image.height} pixels, more than the {MAX_CHANNELS} or the data.max_pixels that are allowed"
+        )
+    for page in range(pages):
+        if pages > 1:
+            image.seek(page)
+        values = _wide_values(image, again) if pages == 1 or image.mode in _WIDE else None
+        if values is None:
+            plain = image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image.convert("RGB")
+            values = np.asarray(plain).reshape(plain.height, plain.width, -1)
+        if found and (values.shape != found[0].shape or values.dtype != found[0].dtype):
+            raise DecodeError("its pages differ in size or kind")
+        found.append(values)
+    return found[0] if pages == 1 else np.concatenate(found, axis=2)
+
+
+def _without_alpha(image: Image.Image, again: Callable[[], Image.Image], max_pixels: int) -> npt.NDArray[Any]:
+    """`_pages`; where they are no channels of one image, the first."""
+    if getattr(image, "n_frames", 1) > 1:
+        try:
+            return _pages(image, again, max_pixels)
+        except DecodeError:
+            image.seek(0)
+    values = _wide_values(image, again)
+    assert values is not None
+    return values[..., : _COLOURS.get(values.shape[2], values.shape[2])]
 
 
 # ---- orientation
@@ -278,15 +363,20 @@ def _with_raw_mode(image: Image.Image, mode: str) -> Image.Image:
     return image
 
 
+def _scaled(values: npt.NDArray[Any], bounds: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    low, high = bounds
+    scaled = np.asarray(values, np.float64) - low
+    scaled *= 255 / (high - low) if high > low else 0.0
+    with np.errstate(invalid="ignore"):
+        found: npt.NDArray[np.uint8] = np.nan_to_num(np.clip(np.rint(scaled), 0, 255)).astype(np.uint8)
+    return found
+
+
 def _of_8_bits(values: npt.NDArray[Any], bounds: tuple[float, float]) -> Image.Image:
     """[H, W, C], 1 to 4 channels; the last of 2 and 4 is alpha, whose upper byte counts."""
     channels = values.shape[2]
     colours = _COLOURS.get(channels, channels)
-    low, high = bounds
-    scaled = np.asarray(values[..., :colours], np.float64) - low
-    scaled *= 255 / (high - low) if high > low else 0.0
-    with np.errstate(invalid="ignore"):
-        parts = [np.nan_to_num(np.clip(np.rint(scaled), 0, 255)).astype(np.uint8)]
+    parts = [_scaled(values[..., :colours], bounds)]
     if colours < channels:
         parts.append((values[..., colours:] >> 8).astype(np.uint8))
     pixels = np.concatenate(parts, axis=2)
@@ -390,7 +480,6 @@ _MAGIC = (
     (0, b"qoif", f"QOI{_CONVERT}"),
     (0, b"FUJIFILMCCD-RAW", f"a camera's raw image (RAF){_CONVERT}"),
     (128, b"DICM", f"DICOM{_CONVERT}"),
-    (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"\x89HDF", "HDF5"),
     (0, b"PAR1", "Parquet"),
     (0, b"ARROW1", "Arrow"),

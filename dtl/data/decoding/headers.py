@@ -7,15 +7,17 @@ No torch in here.
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dtl.files import MAX_FILE_BYTES
+from dtl.reading import MAX_CHANNELS
 
 MAX_PIXELS = 178_956_970
 """The default of data.max_pixels: above it Pillow warns of a decompression bomb. Satellite tiles (10,980 x 10,980) and scans of A3 at 600 dpi are smaller."""
@@ -38,6 +40,7 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI, _COMMENT, _ADOBE = 0xDA, 0xD9, 0xFE, 0xEE
 _METADATA = frozenset(range(0xE1, 0xF0)) - {_ADOBE} | {_COMMENT}
 _APP1 = 0xE1
+_MAX_ARRAY_HEADER = 10_000
 _JXL_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 _ORIENTATION, _MAX_TAGS = 0x0112, 1000
 
@@ -92,6 +95,39 @@ def lean(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
 
 
 # ---- JPEG
+
+
+class ArrayHeader(NamedTuple):
+    """Of a NumPy file that holds an image. `first`: its channels are the first axis, not the last."""
+
+    height: int
+    width: int
+    channels: int
+    first: bool
+    dtype: np.dtype[Any]
+    fortran: bool
+    start: int
+
+
+def array_header(data: bytes, max_pixels: int = MAX_PIXELS) -> ArrayHeader:
+    """Of `.npy`: numbers [H, W], [H, W, C], or [C, H, W], whose first axis is shorter than the last. DecodeError where it is anything else, or not whole."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file, max_header_size=_MAX_ARRAY_HEADER)
+    except (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise DecodeError(f"a damaged NumPy file: {' '.join(str(error).split())[:100]}") from None
+    if dtype.kind not in "uif" or dtype.hasobject or dtype.itemsize > 8 or not shape or len(shape) not in (2, 3):
+        raise DecodeError(f"a NumPy array {dtype} {list(shape)[:8]}, which is no image: numbers [H, W], [H, W, C] or [C, H, W] are")
+    first = len(shape) == 3 and shape[0] < shape[2]
+    channels, height, width = (1, *shape) if len(shape) == 2 else shape if first else (shape[2], shape[0], shape[1])
+    check_size(width, height, max_pixels)
+    if not 1 <= channels <= MAX_CHANNELS or min(width, height) < 1:
+        raise DecodeError(f"a NumPy array {list(shape)}: images have 1 to {MAX_CHANNELS} channels")
+    if len(data) != file.tell() + width * height * channels * dtype.itemsize:
+        raise DecodeError(f"a NumPy file of {len(data):,} bytes, which is not what its header says")
+    return ArrayHeader(height, width, channels, first, dtype, fortran, file.tell())
 
 
 @dataclass(frozen=True)

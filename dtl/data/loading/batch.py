@@ -120,7 +120,7 @@ class Batch:
     """
 
     images: Tensor
-    """uint8 [B, 3, H, W], channels last in memory; of a dataset with V `views` [V * B, 3, H, W], all of the first view first."""
+    """uint8 [B, C, H, W], C mostly 3, channels last in memory; of a dataset with V `views` [V * B, C, H, W], all of the first view first."""
     labels: Tensor
     """int64 [B]"""
     weights: Tensor
@@ -180,9 +180,9 @@ _pools: dict[int, BatchBuffers] = {}
 class BatchBuffers:
     """`num` buffers for uint8 images [B, 3, H, W], channels last. Make it before the processes that fill it are forked."""
 
-    def __init__(self, num: int, *, micro_batch_size: int, image_size: ImageSize) -> None:
+    def __init__(self, num: int, *, micro_batch_size: int, image_size: ImageSize, channels: int = 3) -> None:
         assert sys.platform == "linux", "only forked processes share these"
-        self._shape = (micro_batch_size, *sides(image_size), 3)
+        self._shape = (micro_batch_size, *sides(image_size), channels)
         self._maps = [mmap.mmap(-1, int(np.prod(self._shape))) for _ in range(num)]
         self._free = deque(range(num))
         self.number = next(_numbers)

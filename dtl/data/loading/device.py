@@ -183,6 +183,8 @@ def _try(decode_jpeg: Any, device: torch.device) -> None:
 
 def _check(transform: Transform) -> None:
     augment = transform.augment
+    if transform.reading.channels != 3:
+        raise UserError(f"data.decode device decodes JPEGs, which have 3 channels, and data.channels is {transform.reading.channels}: use data.decode workers")
     if augment is None:
         return
     others = {

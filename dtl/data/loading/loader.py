@@ -118,7 +118,7 @@ class BatchDataset:
         buffer = request.buffer if isinstance(request, Request) else None
         if self._buffers is not None and buffer is not None:
             return self._buffers.view(buffer), (self._buffers.number, buffer)
-        shape = (max(1, len(self.views)) * len(request.samples), 3, *self._sides)
+        shape = (max(1, len(self.views)) * len(request.samples), self.transform.reading.channels, *self._sides)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last), None
 
     def _damage_before_decoding(self, sample: int, data: bytes | DamagedSample) -> DamagedSample | None:
@@ -187,7 +187,9 @@ class Stored:
 def decode_into(out: Tensor, stored: Stored, transform: Transform, draws: Any, i: int) -> None:
     """Decode sample `i` of `draws`, and write it into `out` uint8 [3, S, S]. Raises DecodeError."""
     region = transform.region(draws, i)
-    crop = crop_jpeg(stored.data, region, height=stored.height, width=stored.width, turn=stored.turn)
+    crop = None
+    if transform.reading.channels == 3:
+        crop = crop_jpeg(stored.data, region, height=stored.height, width=stored.width, turn=stored.turn)
     if crop is not None:
         transform.apply_crop(crop, draws, i, out)
         return
@@ -291,7 +293,7 @@ class StepLoader:
             return None
         num = self.workers * PREFETCH + 2 * self.layout.accumulation_steps + 1
         rows = self.layout.micro_batch_size * max(1, len(self._dataset.views))
-        return BatchBuffers(num, micro_batch_size=rows, image_size=self._dataset.image_size)
+        return BatchBuffers(num, micro_batch_size=rows, image_size=self._dataset.image_size, channels=self._dataset.transform.reading.channels)
 
     def walk(self, first_epoch: int, first_step: int, num_steps: int) -> Iterator[tuple[EpochPlan, int]]:
         """(plan, step within the epoch) of each step."""

@@ -34,6 +34,7 @@ def bytes_needed(
     prefetch: int,
     own_buffers: bool,
     file_bytes: int = 0,
+    channels: int = 3,
 ) -> int:
     """The most that one rank's loader takes in /dev/shm: a page for each semaphore of its queues, one queue for each process and one for all.
 
@@ -44,7 +45,7 @@ def bytes_needed(
         return 0
     batches = 0 if own_buffers else workers * prefetch + 2 * accumulation_steps
     return (workers + 1) * _SEMAPHORES * _PAGE + batches * batch_bytes(
-        micro_batch_size=micro_batch_size, image_bytes=max(3 * num_pixels(image_size), file_bytes)
+        micro_batch_size=micro_batch_size, image_bytes=max(channels * num_pixels(image_size), file_bytes)
     )
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dtl.data.shards.strings import StringTable
 
 # The files that are taken for images, by their names; what they are is decided by their content.
-_ALWAYS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"))
+_ALWAYS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy"))
 # Modules that read them, the first that is installed.
 _WITH = {".avif": ("PIL._avif", "pillow_avif"), ".heic": ("pillow_heif",), ".heif": ("pillow_heif",), ".hif": ("pillow_heif",), ".jxl": ("pillow_jxl",)}
 IMAGE_EXTENSIONS = _ALWAYS | {extension for extension, modules in _WITH.items() if any(find_spec(module) for module in modules)}

@@ -55,7 +55,7 @@ def data_set_of_others(folder: Path) -> str:
     """What tool's data set a folder without images is, and what to do, for a message; empty where it is none that is known."""
     places = [folder, *(folder / name for name in _names(folder) if (folder / name).is_dir())]
     names = [name for place in places for name in _names(place)]
-    if any(extension_of(name) in IMAGE_EXTENSIONS for name in names):
+    if any(extension_of(name) in IMAGE_EXTENSIONS - {".npy"} for name in names):
         return ""
     kind = next((kind for kind, holds in _DATA_SETS.items() if any(map(holds, names))), None)
     if kind is None:

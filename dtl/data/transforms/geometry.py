@@ -21,7 +21,8 @@ from dtl.keyed import uniform
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
-Colour = tuple[int, int, int]
+Colour = tuple[int, ...]
+"""One number per channel."""
 BLACK: Colour = (0, 0, 0)
 T = TypeVar("T", Pixels, torch.Tensor)
 
@@ -345,10 +346,10 @@ _KERNELS = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": t
 
 
 def _as_batch(pixels: Pixels) -> torch.Tensor:
-    """[1,3,H,W] with exact channels_last strides: without them torch re-packs the output plane by plane (pytorch#68430)."""
-    height, width, _ = pixels.shape
+    """[1,C,H,W] with exact channels_last strides: without them torch re-packs the output plane by plane (pytorch#68430)."""
+    height, width, channels = pixels.shape
     dense = _writable(np.ascontiguousarray(pixels))
-    return torch.from_numpy(dense).as_strided((1, 3, height, width), (3 * height * width, 1, 3 * width, 3))
+    return torch.from_numpy(dense).as_strided((1, channels, height, width), (channels * height * width, 1, channels * width, channels))
 
 
 def clip_to_window(picture: T, target: T, offset: tuple[int, int], horizontal_flip: bool, vertical_flip: bool, fill: Colour = BLACK) -> tuple[T, T]:

@@ -45,8 +45,10 @@ class OwnFunction:
                 found = function(given)
             except Exception as error:
                 raise UserError(f"data.augment.function {self.name} failed on {sample}: {raised(error)}") from error
-        if not isinstance(found, torch.Tensor) or found.dtype != torch.uint8 or found.ndim != 3 or len(found) != 3 or not found.numel():
-            raise UserError(f"data.augment.function {self.name} gave {_described(found)} for {sample}; it takes and gives a tensor uint8 [3, H, W]")
+        if not isinstance(found, torch.Tensor) or found.dtype != torch.uint8 or found.ndim != 3 or len(found) != image.shape[2] or not found.numel():
+            raise UserError(
+                f"data.augment.function {self.name} gave {_described(found)} for {sample}; it takes and gives a tensor uint8 [{image.shape[2]}, H, W]"
+            )
         # As a plain tensor: torchvision's v2 has kinds of its own.
         return np.ascontiguousarray(found.detach().as_subclass(torch.Tensor).permute(1, 2, 0).numpy())
 

@@ -200,7 +200,7 @@ def _gather(image: Pixels, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     index = np.where(inside, row * width + column, 0)
-    found: Pixels = image.reshape(-1, 3)[index] * inside[..., None]
+    found: Pixels = image.reshape(-1, image.shape[2])[index] * inside[..., None]
     return found
 
 

@@ -131,7 +131,7 @@ class Transform:
             "interpolation": self.interpolation,
             "augment": augment,
             "erase_fill": list(self.erase_fill),
-            **({} if self.fill == BLACK else {"fill": list(self.fill)}),
+            **({} if not any(self.fill) else {"fill": list(self.fill)}),
             **({} if self.reading == AS_BEFORE else {"pixels": self.reading.to_json()}),
         }
 
@@ -178,10 +178,11 @@ class Transform:
         """
         height, width = draws.sizes[i].tolist()
         factor = 1
-        if image.shape != (height, width, 3):
+        channels = self.reading.channels
+        if image.shape != (height, width, channels):
             factor = self.reduction(draws, i)
-            if image.shape != (-(-height // factor), -(-width // factor), 3):
-                raise ValueError(f"decoded to {tuple(image.shape)}, but ({height}, {width}, 3) according to the index; index the shards again")
+            if image.shape != (-(-height // factor), -(-width // factor), channels):
+                raise ValueError(f"decoded to {tuple(image.shape)}, but ({height}, {width}, {channels}) according to the index; index the shards again")
         _, top, left, high, wide = draws.placement.region(i, reduction=factor)
         self.apply_crop(image[top : top + high, left : left + wide], draws, i, out)
 
@@ -275,6 +276,7 @@ def train_transform(
     With `fit` "stretch" or "pad" the whole image first gets the output's shape, padded with `erase_fill` (the mean); imagenet and light crop that.
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
+    _check_colours(augment, reading.channels)
     if augment.turns and len({*sides(size)}) > 1:
         raise UserError(f"data.augment.turns needs a square data.image_size: turned by 90 degrees, {sides(size)[0]} x {sides(size)[1]} pixels are not the same")
     shift = min(sides(size)) // 8 if augment.preset == "cifar" else 0
@@ -295,7 +297,9 @@ def train_transform(
         geometry = Square(size, padding=shift)
     else:
         geometry = ShortSide(size, _resize_size(size, crop_ratio), random=augment.preset == "light")
-    return Transform(geometry, interpolation=mode, augment=augment, erase_fill=erase_fill, fill=erase_fill if fit == "pad" else BLACK, reading=reading)
+    return Transform(
+        geometry, interpolation=mode, augment=augment, erase_fill=erase_fill, fill=erase_fill if fit == "pad" else BLACK[:1] * reading.channels, reading=reading
+    )
 
 
 def eval_transform(
@@ -316,12 +320,24 @@ def eval_transform(
     """
     size, mode = _checked_size(image_size), _checked_interpolation(interpolation)
     if fit != "crop":
-        return Transform(Fitted(size, size, padded=fit == "pad"), interpolation=mode, fill=fill if fit == "pad" else BLACK, reading=reading)
+        return Transform(
+            Fitted(size, size, padded=fit == "pad"), interpolation=mode, fill=fill if fit == "pad" else BLACK[:1] * reading.channels, reading=reading
+        )
     if square:
-        return Transform(Square(size), interpolation=mode, reading=reading)
+        return Transform(Square(size), interpolation=mode, fill=BLACK[:1] * reading.channels, reading=reading)
     if resize_size is not None and min(sides(resize_size)) < 1:
         raise UserError(f"resize_size is {resize_size}; it must be at least 1 (pixels)")
-    return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode, reading=reading)
+    return Transform(ShortSide(size, resize_size or _resize_size(size, crop_ratio)), interpolation=mode, fill=BLACK[:1] * reading.channels, reading=reading)
+
+
+def _check_colours(augment: AugmentConfig, channels: int) -> None:
+    """UserError for what changes colours, where there are none."""
+    given = {"color_jitter": any(jitter_strengths(augment)), "grayscale": augment.grayscale, "randaugment": augment.randaugment, "trivial": augment.trivial}
+    names = [f"data.augment.{name}" for name, value in given.items() if value]
+    if names and channels != 3:
+        raise UserError(
+            f"{' and '.join(names)} changes colours, and data.channels is {channels}: leave it out, or write a function of your own (data.augment.function)"
+        )
 
 
 def jitter_strengths(augment: AugmentConfig) -> tuple[float, float, float, float]:

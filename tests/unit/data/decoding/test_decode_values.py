@@ -108,6 +108,10 @@ DONE: dict[str, Callable[[bytes], np.ndarray]] = {
 
 def test_the_table_has_its_rows() -> None:
     assert len(CASES) > 50
+    values = WIDE[..., :3]
+    for row, array in (("uint8 [H, W, 3] | as it is", values.astype(np.uint8)), ("other numbers | scaled by data.range", values)):
+        assert f"| NumPy (`.npy`) | {row} |" in PAGE
+        np.testing.assert_array_equal(decode(npy(array), reading=NOW), array if array.dtype == np.uint8 else scaled(array))
     assert {done for _, _, done in CASES} == set(DONE)
 
 
@@ -219,3 +223,80 @@ def test_a_rectangle_of_the_turned_image_is_found_in_the_stored_one(orientation:
             crop = crop_jpeg(data, region, height=height, width=width, turn=orientation)
             assert crop is not None
             np.testing.assert_array_equal(crop, expected)
+
+
+# ---- other numbers of channels
+
+
+def npy(values: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, **options)
+    return buffer.getvalue()
+
+
+def stack(*pages: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    first, *others = (Image.fromarray(page) for page in pages)
+    first.save(buffer, "TIFF", save_all=True, append_images=others)
+    return buffer.getvalue()
+
+
+def test_arrays_and_pages_are_channels() -> None:
+    eight = RNG.integers(0, 256, (20, 30, 5)).astype(np.uint8)
+    five = Reading((LOW, HIGH), channels=5)
+    for values in (eight, np.asfortranarray(eight), np.ascontiguousarray(eight.transpose(2, 0, 1))):
+        np.testing.assert_array_equal(decode(npy(values), reading=five), eight)
+        assert (probe(npy(values)).width, probe(npy(values)).height, probe(npy(values)).wide) == (30, 20, False)
+    np.testing.assert_array_equal(decode(npy(eight[..., 0]), reading=Reading(channels=1)), eight[..., :1])
+    np.testing.assert_array_equal(decode(npy(eight[..., :3])), eight[..., :3])
+    np.testing.assert_array_equal(decode(stack(*(eight[..., channel] for channel in range(5))), reading=five), eight)
+    for kind in ("<u2", ">u2", "<i4", "<f4", "<f8"):
+        values = WIDE.astype(kind)
+        np.testing.assert_array_equal(decode(npy(values), reading=Reading((LOW, HIGH), channels=4)), scaled(WIDE))
+        assert probe(npy(values)).wide
+        assert bounds_of(npy(values)) == (WIDE.min(), WIDE.max())
+    pages = stack(*(WIDE[..., channel] for channel in range(4)))
+    np.testing.assert_array_equal(decode(pages, reading=Reading((LOW, HIGH), channels=4)), scaled(WIDE))
+    np.testing.assert_array_equal(decode(pages, reading=NOW), scaled(WIDE[..., :1]).repeat(3, axis=2), "the first page counts")
+    assert bounds_of(pages) == (WIDE.min(), WIDE.max())
+    assert bounds_of(stack(WIDE[..., 0], WIDE[:5, :5, 0])) == (WIDE[..., 0].min(), WIDE[..., 0].max()), "no channels of one image"
+
+
+def test_gray_and_alpha_as_channels() -> None:
+    data = saved(RNG.integers(0, 256, (24, 32, 4)).astype(np.uint8), "PNG", "RGBA")
+    np.testing.assert_array_equal(decode(data, reading=Reading(alpha=True, channels=4)), np.asarray(opened(data)))
+    gray = np.asarray(Image.fromarray(composed(opened(data))).convert("L"))
+    np.testing.assert_array_equal(decode(data, reading=Reading(alpha=True, channels=1)), gray[..., None])
+    np.testing.assert_array_equal(decode(wide_png(WIDE), reading=Reading((LOW, HIGH), channels=4)), scaled(WIDE))
+    jpeg = encoded("JPEG", mode="L", height=40, width=60)
+    np.testing.assert_array_equal(decode(jpeg, reading=Reading(channels=1))[..., 0], np.asarray(opened(jpeg)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded("PNG", mode="RGBA", height=24, width=32, exif=exif), reading=Reading(exif=True, channels=4)).shape == (32, 24, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (npy(np.zeros((66, 66, 65), np.uint8)), "images have 1 to 64 channels"),
+        (npy(np.zeros((4, 4), "<U3")), "which is no image"),
+        (npy(np.zeros((4, 4), bool)), "which is no image"),
+        (npy(np.zeros((4, 4), complex)), "which is no image"),
+        (npy(np.zeros((2, 2, 2, 2), np.uint8)), "which is no image"),
+        (npy(np.array([[None]]), allow_pickle=True), "which is no image"),
+        (npy(np.zeros((4, 4), [("a", "u1")])), "which is no image"),
+        (npy(np.zeros((0, 4, 3), np.uint8)), "images have 1 to 64 channels"),
+        (npy(np.zeros((40, 40), np.uint8))[:-1], "which is not what its header says"),
+        (npy(np.zeros((40, 40), np.uint8)) + b"x", "which is not what its header says"),
+        (npy(np.zeros((40, 40), np.uint8)).replace(b"(40, 40)", b"(99999,9)"), "a side longer than|a damaged NumPy file"),
+        (npy(np.zeros((40, 40), np.uint8))[:30], "a damaged NumPy file"),
+        (b"\x93NUMPY\x09\0" + bytes(100), "a damaged NumPy file"),
+        (b"\x93NUMPY\x02\0\xff\xff\xff\x7f" + bytes(100), "a damaged NumPy file"),
+        (stack(*(np.zeros((4, 4), np.uint8) for _ in range(65))), "it has 65 pages of 4 x 4 pixels"),
+        (encoded("PNG"), "it has 3 channels, and data.channels is 5"),
+        (npy(np.zeros((9, 9, 5), np.uint16)), r"its values are uint16, and there is no range for them: data\.range"),
+    ],
+)
+def test_what_is_no_image_of_so_many_channels_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(DecodeError, match=reason):
+        decode(data, reading=Reading(channels=5))
