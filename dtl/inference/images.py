@@ -163,7 +163,8 @@ class ImageInputs:
 def find_images(places: Sequence[object], options: DataConfig = DataConfig(), log: Log = to_stderr, *, channels: int = 3) -> ImageInputs:
     """The images of all `places` in the order given: a folder's sorted by path, a list's as its lines come, - for a list on stdin.
 
-    `channels`: of those in memory. UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
+    UserError for a place that does not exist or holds no image. Of the `options` those about sizes count. A file that a list names is not looked at here.
+    `channels`: of images in memory.
     `log` gets a line about the files of each folder that are passed over.
     """
     groups: list[Files | PackedImages | InMemory] = []
