@@ -13,6 +13,7 @@ from dtl.files import user_path
 from dtl.text import OptionParser, counted, to_stdout
 
 if TYPE_CHECKING:
+    from dtl.config import Config
     from dtl.config.models import ImageSize, ModelConfig
 
 _DESCRIPTION = """\
@@ -78,18 +79,27 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "run_dir": user_path(options.run_dir or config.run.dir),
         "cache_dir": user_path(options.cache_dir or data.cache_dir or default_cache_dir()),
-        "model": config.model.model_copy(update={"name": options.model, "options": {}} if options.model else {}),
+        "model": config.model.model_copy(update={"name": options.model, "options": {}, "pool": None} if options.model else {}),
         "precision": config.precision,
         "global_batch_size": data.global_batch_size if data.micro_batch_size == "auto" else None,
         "keep": config.checkpoint.keep,
         "need": Need(
-            image_size=_size_of(config.model) if data.image_size == "auto" else data.image_size,
+            image_size=_largest_size(config),
             batch_size=-(-data.global_batch_size // ranks) if data.micro_batch_size == "auto" else data.micro_batch_size,
             workers=0 if workers == "auto" else workers,
             ranks=ranks,
         ),
         "auto_workers": workers == "auto",
     }
+
+
+def _largest_size(config: Config) -> ImageSize:
+    """Of the phases."""
+    from dtl.config.models import num_pixels
+
+    size = config.data.image_size
+    usual = _size_of(config.model) if size == "auto" else size
+    return max((phase.image_size or usual for phase in config.phases.values()), key=num_pixels)
 
 
 def _size_of(model: ModelConfig) -> ImageSize:

@@ -156,7 +156,7 @@ def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
         classes=classes,
         num_classes=_outputs(classes, options.num_classes),
         source_classes=options.source_classes,
-        image_size=options.image_size or (config.data.image_size if config.data.image_size != "auto" else None),
+        image_size=options.image_size or _size_of_model(config) if options.config else options.image_size,
     )
 
 
@@ -172,6 +172,12 @@ def _config(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     if options.config and (options.classes or options.num_classes):
         arguments += ["--data.train", "digits"]  # never opened: its classes are given
     return load_config(arguments)[0]
+
+
+def _size_of_model(config: Config) -> ImageSize | None:
+    """Of the images of a recipe's last phase, where the recipe says it."""
+    size = list(config.phases.values())[-1].image_size or config.data.image_size
+    return None if size == "auto" else size
 
 
 def _classes_of_data(data: DataConfig) -> list[str]:

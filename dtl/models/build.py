@@ -232,8 +232,8 @@ def for_phases(network: Network, sizes: Mapping[str, ImageSize], again: Callable
         if not any(_why_not_at(told.module, size, last) for size in {size for _, size in others}):
             return again(options, meta=False)
     raise UserError(
-        f"phase {other[0]} has images of {shown_size(other[1])} pixels, and the model is for {shown_size(last)}, but {network.name} takes only one size "
-        f"in a run ({_why_not_at(network.module, other[1], last)}); give all phases one size, or use another network"
+        f"phase {other[0]} has images of {shown_size(other[1])} pixels, which {network.name} does not take in a run whose last phase has "
+        f"{shown_size(last)} ({_why_not_at(network.module, other[1], last)}); give all phases one size, or use another network"
     )
 
 

@@ -17,6 +17,7 @@ from tiny_images import image_folder
 
 from dtl.checkpoint.resume.model_folder import save_model_folder
 from dtl.cli import main
+from dtl.models.build import build
 from dtl.models.plain_resnet import resnet_tiny
 
 
@@ -72,6 +73,19 @@ def test_a_refusal_is_status_2_with_one_line_on_stderr(weights: Path, capsys: py
 def test_wrong_options(weights: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["transfer", "--model", "dtl/resnet_tiny", "--num-classes", "4", "--source", str(weights), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_pool_and_the_size_of_the_last_phase_belong_to_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "{embed_dim: 24, depth: 1, num_heads: 2}"
+    module = build("timm/vit_tiny_patch16_224", num_classes=2, options={"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}).module
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    network = ["--model", "timm/vit_tiny_patch16_224", "--model.options", options, "--model.pool", "token+avg", "--num-classes", "3"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("phases: {small: {train: all}, large: {train: all, image_size: 96}}\n")
+    for more, rows in ([], 197), (["--config", str(recipe)], 37):
+        assert main(["transfer", *network, *more, "--source", str(tmp_path / "w.pth"), "--report", str(tmp_path / "r.json")]) == 0, capsys.readouterr().err
+        shapes = {one["target"]: one["shape"] for one in json.loads((tmp_path / "r.json").read_text())["outcomes"]}
+        assert (shapes["head.weight"], shapes["pos_embed"]) == ([3, 48], [1, rows, 24])
 
 
 def test_a_recipe_is_the_dry_run_of_its_own_transfer_with_options_on_top(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,7 +289,7 @@ def test_a_network_of_one_size_is_refused_before_phases_of_two(runtime: Runtime)
     with pytest.raises(UserError) as refused:
         build.network_for(network.preprocessing, config, network, runtime)
     assert str(refused.value) == (
-        "phase first has images of 128 pixels, and the model is for 224, but torchvision/vit_b_16 takes only one size in a run (AssertionError: Wrong image "
+        "phase first has images of 128 pixels, which torchvision/vit_b_16 does not take in a run whose last phase has 224 (AssertionError: Wrong image "
         "height! Expected 224 but got 128!); give all phases one size, or use another network"
     )
 
