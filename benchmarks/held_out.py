@@ -33,7 +33,8 @@ from PIL import Image
 from benchmarks.measure import cpu_seconds, data_folder, machine, report, table
 from benchmarks.measure import parser as benchmark_parser
 from dtl.api import Run, fit
-from dtl.intervals import Bootstrap, shown, wilson
+from dtl.inference.calibrate import Seen
+from dtl.intervals import DRAWS, Bootstrap, shown, wilson
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def kept(run: Run) -> dict[str, Any]:
 
 
 def calibration(run: Run) -> dict[str, Any]:
-    """Of the temperature that the validation images give: both measures on the test images (each image's part too), and on halves of the validation images."""
-    from dtl.inference.calibrate import answers, fit_temperature, held_out
+    """The test images before and after: at the temperature that the validation images give, and each half of them at that of the other half."""
+    from dtl.inference.calibrate import answers, crossed, fit_temperature, halves_of
     from dtl.inference.evaluate import Split, open_images
     from dtl.inference.model import running_model
     from dtl.text import to_nobody
@@ -157,8 +158,13 @@ def calibration(run: Run) -> dict[str, Any]:
             found.append(answers(model, shards, batch_size=64, workers=0, skip_damaged=False))
     val, test = found
     temperature = fit_temperature(val)
-    halves = held_out(val)
-    return {"temperature": temperature, "halves": halves, "test": (test.seen(), test.seen(temperature)), "num_val": len(val.labels)}
+    before, halves, rows = test.seen(), crossed(test), halves_of(test)
+    assert halves is not None
+    assert rows is not None
+    found_by = [fit_temperature(test.part(other)) for other in reversed(rows)]
+    each = [{"temperature": one, "before": test.part(mine).seen(), "after": test.part(mine).seen(one)} for mine, one in zip(rows, found_by)]
+    pairs = {"test": (before, test.seen(temperature)), "halves": (before, halves)}
+    return {"temperature": temperature, "num_val": len(val.labels), "each_half": each, **pairs}
 
 
 def with_error(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
@@ -216,45 +222,45 @@ def rule_lines(found: Sequence[dict[str, Any]]) -> list[str]:
 def calibration_row(name: str, runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """A line of the table of temperatures: means over seeds, and the interval of their mean change by a bootstrap of the test images that all seeds share."""
     found = [run["calibration"] for run in runs]
-    num_test = len(found[0]["test"][0].loss)
-    temperatures = [one["temperature"] for one in found]
+    num_test, temperatures = len(found[0]["test"][0].loss), [one["temperature"] for one in found]
     cells = [f"{name}, {found[0]['num_val']:,} / {num_test:,}", f"{min(temperatures):.2f} to {max(temperatures):.2f}"]
-    changes = mean_change(found)
-    for measure, scale, digits, unit in (("loss", 1, 3, ""), ("calibration_error", 100, 1, " %")):
-        before, after = (scale * statistics.mean(one["test"][when].measured()[measure] for one in found) for when in (0, 1))
-        low, high = (scale * end for end in changes[measure])
-        cells += [f"{before:.{digits}f} -> {after:.{digits}f}{unit}", f"{low:+.{digits}f} to {high:+.{digits}f}"]
-    cells.append(f"{100 * statistics.mean(one['test'][1].by_chance() for one in found):.1f} %")
-    halves = [one["halves"] for one in found if one["halves"] is not None]
-    for measure, scale, digits, unit in (("loss", 1, 3, ""), ("calibration_error", 100, 1, " %")):
-        before, after = (scale * statistics.mean(one[when][measure] for one in halves) for when in ("before", "after"))
-        cells.append(f"{before:.{digits}f} -> {after:.{digits}f}{unit}")
+    for which in ("test", "halves"):
+        pairs = [one[which] for one in found]
+        changes = mean_change(pairs)
+        for measure, scale, digits, unit in (("loss", 1, 3, ""), ("calibration_error", 100, 1, " %")):
+            before, after = (scale * statistics.mean(pair[when].measured()[measure] for pair in pairs) for when in (0, 1))
+            low, high = (scale * end for end in changes[measure])
+            cells.append(f"{before:.{digits}f} -> {after:.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})")
+    each = [half for one in found for half in one["each_half"]]
+    lower = [sum(half["after"].measured()[key] < half["before"].measured()[key] for half in each) for key in ("loss", "calibration_error")]
+    found_by = [half["temperature"] for half in each]
+    cells.append(f"{min(found_by):.2f} to {max(found_by):.2f}; {lower[0]}, {lower[1]} of {len(each)}")
+    cells.insert(4, f"{100 * statistics.mean(one['test'][1].by_chance() for one in found):.1f} %")
     return tuple(cells)
 
 
-def mean_change(found: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of the change, averaged over seeds."""
-    bootstrap, draws = Bootstrap(len(found[0]["test"][0].loss)), 1000
-    counts = np.concatenate(list(bootstrap.counts(draws)))
+def mean_change(pairs: Sequence[tuple[Seen, Seen]]) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of the change from the first to the second of each pair, averaged over seeds."""
+    bootstrap = Bootstrap(len(pairs[0][0].loss))
+    counts = np.concatenate(list(bootstrap.counts(DRAWS)))
     result = {}
-    for measure in ("loss", "calibration_error"):
-        now = statistics.mean(one["test"][1].measured()[measure] - one["test"][0].measured()[measure] for one in found)
-        drawn = np.mean([one["test"][1].drawn(measure, counts) - one["test"][0].drawn(measure, counts) for one in found], axis=0)
+    for measure in pairs[0][0].measured():
+        change = statistics.mean(after.measured()[measure] - before.measured()[measure] for before, after in pairs)
+        drawn = np.mean([after.drawn(measure, counts) - before.drawn(measure, counts) for before, after in pairs], axis=0)
         half = 1.96 * float(drawn.std(ddof=1))
-        result[measure] = (now - half, now + half)
+        result[measure] = (change - half, change + half)
     return result
 
 
 CALIBRATION_COLUMNS = (
     "set, val / test images",
-    "temperature",
-    "test loss",
-    "95 % of the change",
-    "test calibration error",
-    "95 % of the change",
+    "temperature of val",
+    "test loss (95 % of the change)",
+    "test calibration error (95 % of the change)",
     "by chance",
-    "loss of the halves of val",
-    "their calibration error",
+    "each half of test at the other's temperature: loss",
+    "calibration error",
+    "temperature of the halves; loss, error lower in",
 )
 
 

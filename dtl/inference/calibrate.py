@@ -175,18 +175,21 @@ def fit_temperature(found: Answers) -> float:
     return math.exp((low + high) / 2)
 
 
-def held_out(found: Answers) -> dict[str, Any] | None:
-    """`before` and `after`, each half of the images measured at the temperature that the other half gives; a group is in one half.
-
-    None where there are no two halves: groups are so large that one has next to no images, or no temperature fits one half.
-    """
+def halves_of(found: Answers) -> list[npt.NDArray[np.int64]] | None:
+    """The rows of two halves, the same ones each time; a group is in one of them. None where groups are so large that one has next to no images."""
     codes = np.arange(len(found.labels)) if found.groups is None else found.groups
     groups, members = np.unique(codes, return_inverse=True)
     order = permutation(len(groups), 0, "calibrate")
     ends = np.cumsum(np.bincount(members, minlength=len(groups))[order])
     first = np.isin(members, order[ends <= max(len(codes) // 2, ends[0])])
     halves = [np.flatnonzero(first), np.flatnonzero(~first)]
-    if min(map(len, halves)) < _FEWEST // 2:
+    return halves if min(map(len, halves)) >= _FEWEST // 2 else None
+
+
+def crossed(found: Answers) -> Seen | None:
+    """Each half of the images at the temperature that the other half gives. None where there are no halves, or no temperature fits one."""
+    halves = halves_of(found)
+    if halves is None:
         return None
     try:
         temperatures = [fit_temperature(found.part(other)) for other in reversed(halves)]
@@ -194,8 +197,13 @@ def held_out(found: Answers) -> dict[str, Any] | None:
         return None
     parts = [found.part(mine).seen(temperature) for mine, temperature in zip(halves, temperatures)]
     back = np.argsort(np.concatenate(halves))
-    after = Seen(*(np.concatenate([getattr(part, name) for part in parts])[back] for name in ("loss", "confidence", "right")))
-    return compared(found.seen(), after, found.groups)
+    return Seen(*(np.concatenate([getattr(part, name) for part in parts])[back] for name in ("loss", "confidence", "right")))
+
+
+def held_out(found: Answers) -> dict[str, Any] | None:
+    """The images before any temperature and `crossed`: JSON values."""
+    after = crossed(found)
+    return None if after is None else compared(found.seen(), after, found.groups)
 
 
 def compared(before: Seen, after: Seen, groups: npt.NDArray[np.int64] | None) -> dict[str, Any]:
