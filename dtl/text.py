@@ -43,6 +43,11 @@ def counted(number: float, what: str) -> str:
     return f"{shown} {first}{space}{word}"
 
 
+def rate(images_per_second: float) -> str:
+    """1,234; under ten with two digits, so that a slow network does not show as 0."""
+    return f"{images_per_second:,.0f}" if images_per_second >= 9.95 else f"{images_per_second:.2g}"
+
+
 def some(names: Sequence[str], *, limit: int = 5, quoted: bool = False) -> str:
     """`a, b, c and 7 more`."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

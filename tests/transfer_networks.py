@@ -248,6 +248,19 @@ class Window(nn.Module):
         return self.head(self.proj(self.qkv(x)[:, :8]))
 
 
+class Axes(nn.Module):
+    """An attention layer with an embedding of the distances along each axis, [2 * size - 1, channels], as SAM and BoTNet have them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.randn(2 * size - 1, 4)) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.proj(self.qkv(x)[:, :8]))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

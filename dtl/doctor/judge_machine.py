@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dtl.config.models import ImageSize, num_pixels
 from dtl.data.loading.shared_memory import bytes_needed
 from dtl.doctor.finding import Finding
-from dtl.text import counted
+from dtl.text import counted, rate
 
 MIB, GIB = 2**20, 2**30
 # torchvision 0.N belongs to torch 2.(N - 15), since torch 2.0 and torchvision 0.15.
@@ -168,7 +168,7 @@ def judge_decode(
     wanted = model_images_s * ranks
     needed = -(-wanted // able)
     where = counted(ranks, "process" if device == "cpu" else device)
-    summary += f"; {model} trains {wanted:,.0f} images/s on {where}, which needs {counted(int(needed), 'core')}"
+    summary += f"; {model} trains {rate(wanted)} images/s on {where}, which needs {counted(int(needed), 'core')}"
     # On a CPU the network itself takes the same cores, whatever the loader does.
     if needed > cores and device != "cpu":
         fix = "dtl pack SRC DST --short-side 256 (smaller images decode faster), or a machine with more cores per GPU"

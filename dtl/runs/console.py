@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dtl.credentials import redacted_line
-from dtl.text import printable
+from dtl.text import printable, rate
 
 if TYPE_CHECKING:
     import rich.console
@@ -81,7 +81,7 @@ class Console:
         if now - self._shown < due and not last:
             return
         self._shown = now
-        facts = f"epoch {epoch}  loss {loss:.4f}  lr {lr:.3g}  {images_per_second:,.0f} images/s"
+        facts = f"epoch {epoch}  loss {loss:.4f}  lr {lr:.3g}  {rate(images_per_second)} images/s"
         if data_wait >= 0.2:
             facts += f"  waiting for data {data_wait:.0%}"
         done = step - self._first_step
@@ -131,14 +131,14 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.text import Text
 
     table = Table(box=box.ASCII2, padding=(0, 0, 0, 1))  # with all columns, and a name of 12 letters, 100 characters wide
-    formats = {
-        "epochs": "{:g}",
-        "seconds": "{:.1f}",
-        "images/s": "{:,.0f}",
-        "train loss": "{:.4f}",
-        "val loss": "{:.4f}",
-        "top1": "{:.2%}",
-        "test top1": "{:.2%}",
+    formats: dict[str, Callable[[Any], str]] = {
+        "epochs": "{:g}".format,
+        "seconds": "{:.1f}".format,
+        "images/s": rate,
+        "train loss": "{:.4f}".format,
+        "val loss": "{:.4f}".format,
+        "top1": "{:.2%}".format,
+        "test top1": "{:.2%}".format,
     }
     columns = _COLUMNS if any(row.get("test_top1") is not None for row in rows) else _COLUMNS[:-1]
     for column in columns:
@@ -148,6 +148,6 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in columns]
         table.add_row(
-            *(Text("-" if value is None else printable(formats.get(column, "{}").format(value))) for column, value in zip(columns, values, strict=True))
+            *(Text("-" if value is None else printable(formats.get(column, str)(value))) for column, value in zip(columns, values, strict=True))
         )
     return table

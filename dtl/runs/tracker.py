@@ -15,7 +15,7 @@ from dtl.errors import UserError
 from dtl.runs.console import Console
 from dtl.runs.history import History
 from dtl.runs.wandb import WandbRun, choose_mode, new_id
-from dtl.text import counted
+from dtl.text import counted, rate
 
 
 class Tracker:
@@ -160,7 +160,7 @@ class Tracker:
         line = f"{phase}  epoch {epoch}  step {step}  {seen:,} of {expected:,} samples seen"
         line += f", {damaged:,} of them damaged and masked with weight 0 (bad_samples.jsonl)" if damaged else ""
         line += "" if loss is None else f", training loss {loss:.4f}"
-        self.print(f"{line}, {images_per_second:,.0f} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
+        self.print(f"{line}, {rate(images_per_second)} images/s, waiting for data {data_wait:.0%}, memory {memory_gib:.1f} GiB")
         if seen != expected:
             self.print(f"epoch {epoch} of phase {phase} trained on {seen:,} samples instead of {expected:,}: please report this bug")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtl.cli import main
-from dtl.text import Column, counted, csv_line, near_path, near_run, printable, some, table
+from dtl.text import Column, counted, csv_line, near_path, near_run, printable, rate, some, table
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,12 @@ from dtl.text import Column, counted, csv_line, near_path, near_run, printable, 
 )
 def test_a_number_and_its_noun_agree(number: float, what: str, text: str) -> None:
     assert counted(number, what) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.043, "0.043"), (0.4321, "0.43"), (3.14, "3.1"), (9.94, "9.9"), (9.96, "10"), (12.4, "12"), (1234.5, "1,234")])
+def test_rates(number: float, text: str) -> None:
+    assert rate(number) == text
+
 
 
 def test_a_long_list_ends_in_a_count() -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_networks import net, state
 from torch import nn
-from transfer_networks import RandomNetwork, Tied, Tokens, Window, edit, random_plan, rename
+from transfer_networks import Axes, RandomNetwork, Tied, Tokens, Window, edit, random_plan, rename
 
 from dtl.checkpoint.transfer.adapt import TRANSFORMS, apply_transform, why_not
 from dtl.checkpoint.transfer.apply import apply_plan, save_map
@@ -97,6 +97,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "positions": lambda: (Tokens(32).state_dict(), Tokens(64), {}),
     "token": lambda: (Tokens(32).state_dict(), TokensApart(32), {}),
     "window": lambda: (Window(7).state_dict(), Window(12), {}),
+    "axes": lambda: (Axes(7).state_dict(), Axes(14), {}),
     "patches": lambda: (Patches(8).state_dict(), Patches(16), {"by": "name"}),
     "squeeze": lambda: (dense(kernel=1, as_convolution=False).state_dict(), dense(kernel=1, as_convolution=True), {"assume_order": True}),
     "reshape": lambda: (dense(kernel=3, as_convolution=True).state_dict(), dense(kernel=3, as_convolution=False), {"assume_order": True}),
@@ -166,6 +167,7 @@ SHAPES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
     "reshape_kernel": ([(8, 18)], (8, 2, 3, 3)),
     "resize_position_embedding": ([(1, 17, 6)], (1, 26, 6)),
     "resize_relative_table": ([(25, 3)], (49, 3)),
+    "resize_relative_axis": ([(13, 6)], (27, 6)),
     "add_position": ([(1, 1, 6), (1, 17, 6)], (1, 1, 6)),
     "resize_patches": ([(6, 3, 8, 8)], (6, 3, 16, 16)),
     "transpose_kernel": ([(3, 2, 4, 8)], (8, 4, 3, 2)),
