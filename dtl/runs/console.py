@@ -147,7 +147,5 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(header, justify="left" if column == "phase" else "right")
     for row in rows:
         values = [row.get(column.replace("images/s", "images_per_second").replace(" ", "_")) for column in columns]
-        table.add_row(
-            *(Text("-" if value is None else printable(formats.get(column, str)(value))) for column, value in zip(columns, values, strict=True))
-        )
+        table.add_row(*(Text("-" if value is None else printable(formats.get(column, str)(value))) for column, value in zip(columns, values, strict=True)))
     return table

@@ -32,7 +32,6 @@ def test_rates(number: float, text: str) -> None:
     assert rate(number) == text
 
 
-
 def test_a_long_list_ends_in_a_count() -> None:
     assert some(["a", "b"]) == "a, b"
     assert some([str(i) for i in range(9)]) == "0, 1, 2, 3, 4 and 4 more"
