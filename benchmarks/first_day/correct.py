@@ -55,7 +55,7 @@ def correctness(day: Day, section: Section) -> None:
         section.mark(f"{world} GPUs train as one does", difference < 1e-4, f"{difference:.1e}, at most 1e-4")
 
     steps = {"all": {"train": "all", "epochs": 1 if day.small else 3, "lr": 0.05}}
-    for precision in ("bf16", "fp16"):
+    for precision in ("bf16", "fp16") if day.precision != "fp16" else ("fp16",):
         recipe = day.recipe(phases=steps, precision=precision, data={"train": "digits", "val": None, "image_size": 16, "global_batch_size": 120,
                                                                       "augment": {"preset": "cifar"}}, model={"name": "networks:small"})  # fmt: skip
         day.train(recipe, world=day.most)
@@ -180,7 +180,7 @@ def _fault(day: Day, what: str, world: int) -> tuple[float, harness.Job, Path]:
 
 def host_waits(day: Day, section: Section) -> None:
     """How often the host waits for its device within a training step, by precision, and on how many devices a process has a context."""
-    for precision in ("fp16",) if day.small else ("no", "bf16", "fp16"):
+    for precision in ("fp16",) if day.small else dict.fromkeys(("no", day.precision, "fp16")):
         recipe = day.recipe(precision=precision)
         job = day.train(recipe, world=day.most, by_rank={rank: {"before": "gpu.hooks:waits_and_contexts"} for rank in range(day.most)})
         steps = len(re.findall("a step with 0 waits", job.err(0)))

@@ -66,6 +66,11 @@ class Day:
         """Asked in another process: this one stays without a context."""
         return 2 if self.small else int(self.call("benchmarks.first_day.on_gpus:count")[0])
 
+    @cached_property
+    def precision(self) -> str:
+        """What speed is measured in."""
+        return "no" if self.small else self.call("benchmarks.first_day.on_gpus:half")[0]
+
     @property
     def worlds(self) -> list[int]:
         return [*(world for world in (1, 2, 4, 8) if world < self.num_gpus), self.num_gpus]

@@ -24,6 +24,11 @@ def count() -> int:
     return torch.cuda.device_count()
 
 
+def half() -> str:
+    """The mixed precision that these GPUs are made for."""
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def machine_facts() -> dict[str, Any]:
     from benchmarks.measure import machine
 
