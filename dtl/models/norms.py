@@ -78,6 +78,20 @@ def norms_alone() -> Iterator[None]:
         nn.SyncBatchNorm.forward = synchronised  # type: ignore[method-assign]
 
 
+@contextmanager
+def no_rank_is_empty() -> Iterator[None]:
+    """Within it SyncBatchNorm does not look for ranks without images: the host would wait for its device at each norm (pytorch#78656).
+
+    Every rank has images: micro-batches are of one size. torch leaves the search out where a CUDA graph is captured, so that is what it gets as an answer.
+    """
+    captures = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = captures
+
+
 def _synchronised(norm: _BatchNorm) -> nn.Module | None:
     """A SyncBatchNorm with the parameters and buffers of `norm`, or None where none computes what it computes."""
     if norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__:

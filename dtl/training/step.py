@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.data.loading.batch import Batch
@@ -21,6 +21,7 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.keyed import int_key
 from dtl.models.network import Normalise
+from dtl.models.norms import no_rank_is_empty
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 
@@ -87,6 +88,8 @@ class Stepper:
         config = active.phase.config
         self._mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if config.mixup or config.cutmix else None
         self._draws = int_key(seed, "step", runtime.rank)
+        compiled = getattr(getattr(active.wrapped, "module", None), "_compiled_call_impl", None) is not None  # its norms are traced as they are
+        self._synchronised = not compiled and any(isinstance(part, nn.SyncBatchNorm) for part in active.module.modules())
         self._scaler = runtime.accelerator.scaler
         self._factor: tuple[float, Tensor] | None = None
         # Accelerate's wrapper is for the scaler; without one it only looks for packages that are not there, a millisecond at each step.
@@ -142,7 +145,8 @@ class Stepper:
         if self._mixing is not None:
             targets = torch.nn.functional.one_hot(labels, active.phase.num_outputs).to(torch.float32)
             images, targets = mix_batch(images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing)
-        logits, auxiliary = active.wrapped(images)
+        with no_rank_is_empty() if self._synchronised else contextlib.nullcontext():
+            logits, auxiliary = active.wrapped(images)
         total = _weighted_sum(active, logits, targets, None if batch.full else weights)
         for other in auxiliary:
             total = total + AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * _weighted_sum(active, other, targets, None if batch.full else weights)

@@ -149,6 +149,19 @@ def waits_of_the_host_are_noticed() -> None:
     assert plugin.num_waits() == before + 1
 
 
+def values_that_decide_a_size_make_the_host_wait() -> None:
+    there = torch.tensor([1.0, 0.0, 2.0], device="cuda")
+    mask, rows = there > 0, torch.tensor([0, 2], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    before = plugin.num_waits()
+    there[rows] += there.index_select(0, rows)
+    assert plugin.num_waits() == before
+    for call in (lambda: there[mask], there.nonzero, lambda: torch.masked_select(there, mask), lambda: there.__setitem__(mask, there[rows])):
+        assert "synchronizing" in raised(RuntimeError, call)
+    torch.cuda.set_sync_debug_mode("default")
+    assert there[mask].tolist() == [2, 4]
+
+
 def the_sanitizer_sees_a_race() -> None:
     import torch.cuda._sanitizer as sanitizer
 

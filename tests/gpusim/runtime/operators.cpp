@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/Copy.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -130,6 +131,21 @@ c10::Device device_of_call(torch::jit::Stack::iterator begin, torch::jit::Stack:
     return device && device->has_index() ? *device : c10::Device(at::kCUDA, c10::cuda::current_device());
 }
 
+// The size of such a result depends on values, so that the host waits for them.
+bool makes_the_host_wait(const c10::FunctionSchema& schema, torch::jit::Stack::iterator begin, torch::jit::Stack::iterator end) {
+    static const std::set<std::string> by_value = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"};
+    if (by_value.count(schema.name())) return true;
+    bool by_mask = false;  // an index that is a mask: its kernel calls nonzero
+    if (schema.name() == "aten::index" || schema.name() == "aten::_index_put_impl_")
+        for (auto value = begin; value != end; value++)
+            if (value->isOptionalTensorList())
+                with_tensors(*value, [&](const Tensor& tensor) {
+                    by_mask = by_mask || (tensor.defined() && tensor.is_cuda() && (tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte));
+                    return tensor;
+                });
+    return by_mask;
+}
+
 void stand_in(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
     calls++;
     at::AutoDispatchBelowADInplaceOrView below;
@@ -139,6 +155,7 @@ void stand_in(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
     c10::Device device = device_of_call(stack->begin() + begin, stack->end());
     c10::DeviceGuard on(device);
     wait_for_stream_of(device);
+    if (makes_the_host_wait(schema, stack->begin() + begin, stack->end())) c10::cuda::stream_synchronize(c10::cuda::getCurrentCUDAStream(device.index()).stream());
 
     Loans loans(schema, device);
     for (size_t i = 0; i < arguments.size(); i++) {
