@@ -40,9 +40,11 @@ from dtl.machine import pid_space, process_start
 from dtl.text import to_stderr, to_stdout
 from dtl.untrusted import Check, Count, NumbersObject, Record, Text, read_text
 
+REFUSED_TRANSFER = "transfer_refused.json"
+"""The whole report of pretrained weights that were not loaded."""
 MADE = (
-    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "looks.jsonl", "copies.csv", "transfer.json", "predictions.npy", "checkpoints",
-    "model", "report", "wandb", "tensorboard", "profile",
+    "lock", "status.json", "config.yaml", "history.jsonl", "bad_samples.jsonl", "looks.jsonl", "copies.csv", "transfer.json", REFUSED_TRANSFER,
+    "predictions.npy", "checkpoints", "model", "report", "wandb", "tensorboard", "profile",
 )  # fmt: skip
 """What dtl makes in a run folder."""
 REPORT_FILE = re.compile(r"index\.html|(curves|compare|predictions|mistakes|confusion|classes|training(-[\w-]+)?)(-narrow)?\.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from socket import gethostname
 from typing import Any
 
@@ -30,7 +31,7 @@ from dtl.data.splits_of_run import Splits, open_splits
 from dtl.data.transforms.own import OwnFunction
 from dtl.data.transforms.transforms import eval_transform, train_transform
 from dtl.distributed.runtime import Runtime
-from dtl.errors import UserError
+from dtl.errors import TransferRefused, UserError
 from dtl.keyed import key
 from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build, for_phases, options_of, size_in, sized
@@ -40,7 +41,7 @@ from dtl.models.network import Normalise, to_device
 from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import class_weights
 from dtl.reading import Reading
-from dtl.runs.folder import RunFolder
+from dtl.runs.folder import REFUSED_TRANSFER, RunFolder
 from dtl.text import to_nobody
 from dtl.training.dataloaders import DataLoaders, View, choose_workers, rank_cores
 from dtl.training.metrics import check_monitor
@@ -352,9 +353,10 @@ def read_pretrained(config: Config, network: Network, runtime: Runtime) -> Sourc
 
 
 def load_pretrained(
-    config: Config, network: Network, runtime: Runtime, train: Shards, log: Log, *, weights: SourceWeights | None = None
+    config: Config, network: Network, runtime: Runtime, train: Shards, log: Log, weights: SourceWeights | None = None, folder: Path | None = None
 ) -> TransferReport | None:
-    """Load the pretrained weights that the config names; the same on every rank, or not at all. `weights`: what `read_pretrained` gave, if it was called."""
+    """Load the pretrained weights that the config names; the same on every rank, or not at all. `weights`: what `read_pretrained` gave, if it was called.
+    `folder`: where the report of a refusal is written, whose beginning is logged."""
     weights = weights or read_pretrained(config, network, runtime)
     if weights is None:
         return None
@@ -365,6 +367,8 @@ def load_pretrained(
     assert plan is not None
     runtime.same("the plan of the transfer", plan.digest)
     with runtime.together("transfer"):
+        if plan.refusals:
+            raise _refused(TransferReport.of(plan, weights), folder, log if runtime.is_main else to_nobody)
         preprocessing = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
         report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
     runtime.same("the transferred weights", report.checksum)
@@ -372,6 +376,16 @@ def load_pretrained(
         for line in report.lines():
             log(line)
     return report
+
+
+def _refused(report: TransferReport, folder: Path | None, log: Log) -> TransferRefused:
+    """One line for all ranks; the table's beginning in the log, and all of it in a file."""
+    for line in report.short_lines():
+        log(line)
+    if folder is not None and log is not to_nobody:
+        report.to_json(folder / REFUSED_TRANSFER)
+    where = "" if folder is None else f" (the whole report: {folder / REFUSED_TRANSFER})"
+    return TransferRefused(f"transfer from {report.source} refused{where}: {report.plan.refusals[0]}")
 
 
 def _plan_transfer(config: Config, network: Network, train: Shards, weights: SourceWeights) -> TransferPlan:

@@ -51,7 +51,9 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
                 return session.result
             note_changes(config, parts.checkpoint, parts.state, runtime, log)
             build.check_phases(parts.phases, parts.network, parts.loaders, runtime, monitor=config.checkpoint.monitor)
-            transfer = None if parts.checkpoint else build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log, weights=parts.weights)
+            transfer = None
+            if parts.checkpoint is None:
+                transfer = build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log, parts.weights, session.folder.path)
             parts.weights = None  # their memory
             normalise = build.place_network(config, parts.network, runtime)
         loaded = transfer is not None and not {f"{head}.weight" for head in parts.network.heads} & set(transfer.fresh)

@@ -16,7 +16,7 @@ from torch import nn
 
 from dtl import text
 from dtl.checkpoint.transfer.adapt import apply_transform
-from dtl.checkpoint.transfer.outcomes import Outcome
+from dtl.checkpoint.transfer.outcomes import REFUSED, Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
 from dtl.config.models import ImageSize, TransferBy, TransferOptions, arguments_checked
@@ -246,7 +246,7 @@ def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:
 
 
 _ORDER = ("ambiguous", "fresh", "filled", "kept", "adapted", "loaded", "unused")
-_MOST_ROWS = 60
+_MOST_ROWS, _FEW_ROWS = 60, 12
 
 
 @dataclass(frozen=True)
@@ -344,6 +344,10 @@ class TransferReport:
     def lines(self) -> list[str]:
         return [*map(printable, self._header()), *table(self.outcomes).split("\n")]
 
+    def short_lines(self) -> list[str]:
+        """For a log: the beginning of the table only."""
+        return [*map(printable, self._header()), *table(self.outcomes, most=_FEW_ROWS).split("\n")]
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
@@ -381,7 +385,7 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
     return counted
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[Outcome], *, most: int = _MOST_ROWS) -> str:
     """One row per kind of layer and outcome, indices folded: `layer{1...4}.{0,1}.conv{1,2}`. Fresh first."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
@@ -389,14 +393,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for key, members in sorted(groups.items(), key=lambda item: _ORDER.index(item[0][0])):
         names = [o.target for o in members if o.target]
-        sources = [name for o in members for name in o.sources]
+        refused = members[0].reason.startswith(REFUSED)
+        sources = [name for o in members for name in (o.alternatives if refused and o.target else o.sources)]
         why = members[0].transform + ": " + members[0].reason if members[0].transform else members[0].reason
-        if members[0].alternatives:
+        if members[0].alternatives and not refused:
             why += f"; could be {', '.join(members[0].alternatives[:3])}"
         rows.append((key[0], fold(names) or "-", fold(sources) or "-", str(len(members)), why))
     columns = [text.Column("outcome"), text.Column("target"), text.Column("source"), text.Column("tensors", right=True), text.Column("why")]
-    more = len(rows) - _MOST_ROWS
-    lines = text.table(columns, rows[:_MOST_ROWS])
+    more = len(rows) - most
+    lines = text.table(columns, rows[:most])
     return f"{lines}\n... and {more} more rows (the JSON report has all of them)" if more > 0 else lines
 
 
@@ -436,7 +441,7 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
 
 
 def save_map(plan: TransferPlan, path: str | Path) -> None:
-    """Write what a plan would load as a map, and what it could not decide as comments with the lines that decide it."""
+    """Write what a plan would load as a map; as comments what it could not decide, with the lines that decide it, and what a refusal keeps back."""
     import yaml
 
     path = Path(path)
@@ -448,12 +453,24 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
     lines = ["# target: source. Edit this file, then use it with --by map --map THIS_FILE.\n"]
     for target, alternatives in plan.flagged.items():
         lines += [f"# undecided: {target}: {name}\n" for name in alternatives[:6]]
+    candidates = [o for o in plan.outcomes if o.target and o.reason.startswith(REFUSED)]
+    if candidates:
+        lines.append("# The transfer was refused. These pairs were found; take the # from those that are right.\n")
+    lines += [f"# {o.target}: {_candidate(o)}\n" for o in candidates]
     for target, rule in rules.items():
         # A pair a line, since people edit it; what has options is JSON, which is YAML too.
         line = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
         lines.append(line)
     with written(path):
         write_whole(path, lambda file: file.write("".join(lines).encode()))
+
+
+def _candidate(outcome: Outcome) -> str:
+    """The right side of the rule that a refusal left out."""
+    names = outcome.alternatives[0].split(" + ")
+    source = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
+    plain = outcome.transform in ("", "fuse" if len(names) > 1 else "")
+    return source if plain else f"{{source: {source}, transform: {outcome.transform}}}"
 
 
 def _saved(outcome: Outcome, plan: TransferPlan) -> Any:

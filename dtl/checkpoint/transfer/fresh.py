@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from dtl.checkpoint.transfer.advice import Advice, Refusal
 from dtl.checkpoint.transfer.layers.dataflow import Target, producers
 from dtl.checkpoint.transfer.layers.layer import Layer
 from dtl.errors import UserError
@@ -67,21 +68,14 @@ def _modules(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-def listed(patterns: Sequence[str]) -> str:
-    """As YAML and Python write a list."""
-    return f"[{', '.join(repr(pattern) for pattern in patterns)}]"
-
-
 _MOST_SHOWN = 8
 
 
-def random_and_followed(names: Sequence[str], every: Sequence[str], example: str, given: Sequence[str]) -> str:
+def random_and_followed(names: Sequence[str], every: Sequence[str], example: str, given: Sequence[str]) -> Refusal:
     """The refusal of a transfer that would leave `names` random in front of loaded layers. `given`: the patterns that `fresh` holds already."""
     patterns = as_patterns(names, every)
-    return (
-        f"besides the head {counted(len(names), 'tensor')} would stay random, and loaded layers follow: {_some(patterns)} ({example}). "
-        f"If they are new on purpose, set fresh: {listed([*given, *patterns])}"
-    )
+    reason = f"besides the head {counted(len(names), 'tensor')} would stay random, and loaded layers follow: {_some(patterns)} ({example})"
+    return Refusal(reason, (Advice("If they are new on purpose", {"fresh": [*given, *patterns]}),))
 
 
 def stay_random(names: Sequence[str], every: Sequence[str]) -> str:

@@ -7,17 +7,18 @@ convolution, coverage.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
+from dtl.checkpoint.transfer.advice import Advice, Refusal, under
+from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_neighbours
 from dtl.checkpoint.transfer.layers.layer import NORMS, WEIGHTED, Key, Layer, Shape, TensorSpec, detect_heads, layers_of, num_elements
-from dtl.checkpoint.transfer.match.evidence import Match, Matching
+from dtl.checkpoint.transfer.match.evidence import NEW_NAME, Flag, Match, Matching, fold_orphans
 from dtl.checkpoint.transfer.source.class_names import HeadClasses, rows_of_head
 from dtl.config.models import TransferOptions
 from dtl.errors import UserError
-from dtl.text import counted
+from dtl.text import counted, some
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settled:
     outcomes: tuple[Outcome, ...]
     coverage: float
     source_coverage: float
-    refusals: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
     head_rows: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -105,9 +106,9 @@ class _Settlement:
         self.may_be_new = self._may_be_new()
         self.norms: set[int] = set()
         """Norms that must not stay random beside loaded layers; `on_ambiguous: fresh` allows it."""
-        self.random: str | None = None
-        self.doubts: list[str] = []
-        self.hard = list(matching.refusals)
+        self.random: Refusal | None = None
+        self.doubts: list[Refusal] = []
+        self.hard = [Refusal(reason) for reason in matching.refusals]
 
     def run(self) -> Settled:
         self._other_norms()
@@ -129,12 +130,10 @@ class _Settlement:
         heads = [layer for layer in self.target.layers if layer.index in self.heads]
         counted = source_layers_that_count(self.source_layers, used, self.inside, heads)
         used_share = source_coverage(counted, used)
-        self._judge(self._coverage(WEIGHTED), why_too_little_is_used(counted, used, self.options.min_coverage))
-        if self.hard:
-            self.matches, self.filled = {}, {}
+        self._judge(self._coverage(WEIGHTED), why_too_little_is_used(counted, used, self.options.min_coverage, self.options.ignore))
         outcomes = [self._outcome(spec) for spec in self.target.specs] + self._unused()
         if not self.hard and not any(o.outcome in ("loaded", "adapted") for o in outcomes):
-            self.hard.append("nothing would be loaded")
+            self.hard.append(Refusal("nothing would be loaded"))
         return Settled(tuple(outcomes), coverage, used_share, tuple(self.hard or self.doubts), self.head_rows)
 
     def _may_be_new(self) -> frozenset[str]:
@@ -177,7 +176,7 @@ class _Settlement:
         for name in layer.names:
             self.matching.flags.pop(name, None)
         if self.options.keep_head in (True, "rows"):
-            self.hard.append(f"the head {layer.path} cannot be loaded, but keep_head requires it: {why}")
+            self.hard.append(Refusal(f"the head {layer.path} cannot be loaded, but keep_head requires it: {why}"))
 
     def _weighted(self, layer: Layer) -> None:
         weight = layer.roles.get("weight")
@@ -320,38 +319,52 @@ class _Settlement:
     def _used(self) -> set[str]:
         return {name for match in self.matches.values() for name in match.source}
 
-    def _judge(self, coverage: float, source_left_behind: str | None) -> None:
-        if self.options.on_ambiguous == "error" and any(flag.alternatives for flag in self.matching.flags.values()):
+    def _judge(self, coverage: float, source_left_behind: Refusal | None) -> None:
+        if self.options.on_ambiguous == "error" and self._open_flags():
             self.doubts.append(self._first_flag())
         if self.random is not None:
             self.doubts.append(self.random)
         if self.hard:
             return
         if not self.matches:
-            self.hard.append(f"nothing matches: no layer of this network has a certain match in the source{self._first_clash()}")
+            self._refuse("nothing matches: no layer of this network has a certain match in the source")
         elif coverage < self.options.min_coverage:
-            self.hard.append(
-                f"coverage {coverage:.0%} of the target's convolution and linear layers is below min_coverage "
-                f"{self.options.min_coverage:.0%}{self._first_clash()}"
-            )
+            share, least = under(coverage, self.options.min_coverage)
+            self._refuse(f"coverage {share} of the target's convolution and linear layers is below min_coverage {least}")
         elif source_left_behind:
             self.hard.append(source_left_behind)
 
-    def _first_clash(self) -> str:
+    def _refuse(self, reason: str) -> None:
+        """With the first of what went wrong, and what is said about that."""
         if self.matching.clashes:
-            return f"; the first mismatch is {self.matching.clashes[0]}"
-        if self.matching.flags:
-            return f"; {self._first_flag()}"
-        missing = next((u for u in self.target.layers if u.kind in WEIGHTED and not self._is_matched(u)), None)
-        return f"; the first layer without a source is {missing.path} {list(missing.shape)}" if missing else ""
+            self.hard.append(Refusal(f"{reason}; the first mismatch is {self.matching.clashes[0]}"))
+        elif self._open_flags():
+            flag = self._first_flag()
+            self.hard.append(replace(flag, reason=f"{reason}; {flag.reason}"))
+        else:
+            missing = next((u for u in self.target.layers if u.kind in WEIGHTED and not self._is_matched(u)), None)
+            self.hard.append(Refusal(reason + (f"; the first layer without a source is {missing.path} {list(missing.shape)}" if missing else "")))
 
-    def _first_flag(self) -> str:
-        flags = [(name, flag) for name, flag in self.matching.flags.items() if flag.alternatives] or list(self.matching.flags.items())
-        name, flag = flags[0]
-        could = f"; could be {', '.join(flag.names[:3])}" if flag.alternatives else ""
+    def _open_flags(self) -> dict[str, Flag]:
+        """What is undecided, but for norms that have nothing to choose."""
+        nothing = {name for layer in self.target.layers if layer.index in self.norms for name in layer.names}
+        return {name: flag for name, flag in self.matching.flags.items() if flag.alternatives or name not in nothing}
+
+    def _first_flag(self) -> Refusal:
+        flags = self._open_flags()
+        name, flag = next(iter(flags.items()))
+        could = f"; could be {some(flag.names, limit=3)}" if flag.alternatives else ""
         more = f", together with {counted(len(flags) - 1, 'other tensor')}" if len(flags) > 1 else ""
-        settle = f"; to decide it, write into a map: {flag.line(name)}" if flag.alternatives else ""
-        return f"{name} is undecided{more}: {flag.reason}{could}{settle}"
+        advice = [Advice("If it is the same layer", line=(name, flag.rule(number))) for number in range(min(3, len(flag.alternatives)))]
+        if flag.reason == NEW_NAME:
+            advice.append(self._new_layers(flags))
+        return Refusal(f"{name} is undecided{more}: {flag.reason}{could}", tuple(advice), undecided=True)
+
+    def _new_layers(self, flags: Mapping[str, Flag]) -> Advice:
+        from dtl.checkpoint.transfer.fresh import as_patterns
+
+        patterns = as_patterns([name for name, flag in flags.items() if flag.reason == NEW_NAME], [spec.name for spec in self.target.specs])
+        return Advice("If it is a new layer", {"fresh": [*self.options.fresh, *patterns]})
 
     # --- per tensor ---
 
@@ -363,6 +376,9 @@ class _Settlement:
             "is_learned": spec.family == "f" and num_elements(spec.shape) > 0,
         }
         match = self.matches.get(spec.name)
+        if match is not None and self.hard:
+            reason = f"{REFUSED}: {_EVIDENCE.get(match.evidence, match.evidence)}"
+            return Outcome(spec.name, (), "fresh", reason, transform=match.transform, alternatives=(" + ".join(match.source),), **common)
         if match is not None:
             shape = self.source_shapes.get(match.source[0]) if len(match.source) == 1 else None
             return Outcome(
@@ -376,20 +392,20 @@ class _Settlement:
                 source_shape=shape,
                 **common,
             )
-        if spec.name in self.filled:
+        if spec.name in self.filled and not self.hard:
             return Outcome(spec.name, (), "filled", self.filled[spec.name], **common)
         flag = self.matching.flags.get(spec.name)
-        if flag is not None and not self.hard:
+        if flag is not None:
             return Outcome(spec.name, (), "ambiguous", flag.reason, alternatives=flag.names, **common)
         if spec.family != "f" and not spec.is_counter:
             return Outcome(spec.name, (), "kept", "a buffer that the architecture computes, not learned", **common)
-        reason = "the transfer was refused" if self.hard else self.reasons.get(spec.name) or "no source"
+        reason = self.reasons.get(spec.name) or "no source"
         return Outcome(spec.name, (), "fresh", reason, **common)
 
     def _unused(self) -> list[Outcome]:
-        used = self._used()
+        used = set() if self.hard else self._used()
         head = {name for layer in detect_heads(self.source_layers) for name in layer.names}
-        outcomes = []
+        outcomes, candidates = [], self._used()
         for spec in self.source:
             if spec.name in used:
                 continue
@@ -397,6 +413,8 @@ class _Settlement:
                 reason = "a counter that this network does not have"
             elif self.inside is not None and spec.name not in self.inside:
                 reason = "outside of the prefix"
+            elif self.hard and spec.name in candidates:
+                reason = REFUSED
             else:
                 reason = "the source's head" if spec.name in head else NO_PLACE
             outcomes.append(_unused_outcome(spec, reason))
@@ -409,6 +427,7 @@ def _unused_outcome(spec: TensorSpec, reason: str) -> Outcome:
 
 
 NO_PLACE = "no matching layer in this network"
+REFUSED = "not loaded, because the transfer was refused"
 
 
 _EVIDENCE = {
@@ -451,22 +470,23 @@ def source_coverage(layers: Sequence[Layer], used: Collection[str]) -> float:
     return sum(_is_used(layer, used) for layer in layers) / len(layers) if layers else float(bool(used))
 
 
-def why_too_little_is_used(layers: Sequence[Layer], used: Collection[str], least: float) -> str | None:
+def why_too_little_is_used(layers: Sequence[Layer], used: Collection[str], least: float, ignore: Sequence[str] = ()) -> Refusal | None:
     """The refusal of a transfer that leaves most of the source behind, with the one option that accepts it."""
     share = source_coverage(layers, used)
     if share >= least:
         return None
     left = [layer for layer in layers if not _is_used(layer, used)]
     if not left:
-        return "the source holds no convolution or linear layer that could be loaded: it is no network's weights, or other tensors of it"
-    return (
-        f"coverage {share:.0%} of the source's convolution and linear layers is below min_coverage {least:.0%}: the source is another or a "
-        f"larger network; the first of its layers that would not be used is {left[0].path} {list(left[0].shape)}. To load it anyway, set "
-        f"{_accepting(layers, used, least, share)}"
+        return Refusal("the source holds no convolution or linear layer that could be loaded: it is no network's weights, or other tensors of it")
+    shown, bound = under(share, least)
+    return Refusal(
+        f"coverage {shown} of the source's convolution and linear layers is below min_coverage {bound}: the source is another or a "
+        f"larger network; the first of its layers that would not be used is {left[0].path} {list(left[0].shape)}",
+        (Advice("To load it anyway", _accepting(layers, used, least, share, ignore)),),
     )
 
 
-def _accepting(layers: Sequence[Layer], used: Collection[str], least: float, share: float) -> str:
+def _accepting(layers: Sequence[Layer], used: Collection[str], least: float, share: float, ignore: Sequence[str]) -> dict[str, Any]:
     """`ignore` where whole parts of the source go unused (a decoder, a second network), else the lower threshold."""
     parts: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -474,61 +494,12 @@ def _accepting(layers: Sequence[Layer], used: Collection[str], least: float, sha
     unused = [part for part, members in parts.items() if not any(_is_used(layer, used) for layer in members)]
     rest = [layer for part, members in parts.items() if part not in unused for layer in members]
     if 0 < len(unused) <= 4 and rest and source_coverage(rest, used) >= least:
-        return "ignore: [" + ", ".join(f"'{part}.*'" for part in unused) + "]"
-    return f"min_coverage: {int(100 * share) / 100}"
+        return {"ignore": [*ignore, *(f"{part}.*" for part in unused)]}
+    return {"min_coverage": int(100 * share) / 100}
 
 
 def _is_used(layer: Layer, used: Collection[str]) -> bool:
     return any(name in used for name in layer.names)
-
-
-_PARTS = ("weight", "bias", "running_mean", "running_var")
-
-
-def fold_orphans(matches: Mapping[str, Match], source: Sequence[Layer], target: Target) -> dict[str, Match]:
-    """New matches for weight and bias of each target convolution whose source has a norm behind it and which itself has none.
-
-    Only plain copies are folded, and only where the target has a bias to take the norm's shift.
-    """
-    used = {name for match in matches.values() for name in match.source}
-    layers = _layers_of_norms(source)
-    normed = _normed_layers(target)
-    receivers = {match.source: name for name, match in matches.items() if not match.transform}
-    by_weight = {layer.roles["weight"][0]: layer for layer in target.layers if layer.kind in WEIGHTED and "weight" in layer.roles}
-    by_index = {layer.index: layer for layer in source}
-    folded: dict[str, Match] = {}
-    for norm in source:
-        owner = by_index.get(layers.get(norm.index, -1))
-        if owner is not None and owner.index > norm.index:
-            continue  # registered before its layer: it may act before it too
-        if norm.kind != "bn" or owner is None or used.intersection(norm.names) or not all(part in norm.roles for part in _PARTS):
-            continue
-        taker = by_weight.get((receivers.get(owner.roles["weight"][0], ""),))
-        if taker is None or taker.index in normed or "bias" not in taker.roles:
-            continue
-        keys = [owner.roles["weight"][0], *(norm.roles[part][0] for part in _PARTS)]
-        if "bias" in owner.roles:
-            keys.append(owner.roles["bias"][0])
-        parts = tuple(name for key in keys for name in key)
-        weight, bias = taker.roles["weight"][0][0], taker.roles["bias"][0][0]
-        evidence = matches[weight].evidence
-        folded[weight] = Match(parts, "fold_norm_weight", evidence)
-        folded[bias] = Match(parts, "fold_norm_bias", evidence)
-    return folded
-
-
-def _layers_of_norms(source: Sequence[Layer]) -> dict[int, int]:
-    named = links_by_names(source)
-    if named or not all(layer.flat for layer in source):
-        return named
-    links = links_by_neighbours(source)
-    return {norm: other for norm, found in links.items() for side, other in found if side == "post"}
-
-
-def _normed_layers(target: Target) -> Collection[int]:
-    """Target layers that have a norm of their own behind them."""
-    links = links_by_dataflow(target.layers, target.dataflow) if target.dataflow else links_by_neighbours(target.layers)
-    return {other for found in links.values() for side, other in found if side == "post"}
 
 
 def head_obstacle(

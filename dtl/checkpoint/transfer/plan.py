@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dtl.checkpoint.transfer.advice import Advice, Attempt, Refusal, message
 from dtl.checkpoint.transfer.layers.dataflow import Dataflow, Side, Target, target_of
 from dtl.checkpoint.transfer.layers.layer import Key, Layer, TensorSpec, detect_heads, head_layers, layers_of, looks_sorted, rows_in_front, specs_of
 from dtl.checkpoint.transfer.match.alignment import first_layer
@@ -25,9 +27,10 @@ from dtl.checkpoint.transfer.match.by_order import match_strict_order
 from dtl.checkpoint.transfer.match.evidence import Clash, Flag, Match, Matching
 from dtl.checkpoint.transfer.outcomes import NO_PLACE, Outcome, set_aside, settle
 from dtl.checkpoint.transfer.source.class_names import HeadClasses, read_class_names, read_head_rows
-from dtl.checkpoint.transfer.source.read import SourceWeights
+from dtl.checkpoint.transfer.source.read import SourceWeights, in_whole
 from dtl.config.models import ImageSize, TransferBy, TransferOptions, arguments_checked
 from dtl.errors import UserError
+from dtl.text import counted
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,15 @@ def plan_transfer(
     target = target_of(model, image_size=image_size, trace=trace)
     classes = HeadClasses(source_classes, target_classes, read_head_rows(head_rows, "head_rows") if head_rows else None)
     return make_plan(
-        specs_of(source_tensors), target, options, classes, mapping=mapping, heads=heads, source_model=source_model, ordered=ordered, prefix=prefix
+        specs_of(in_whole(dict(source_tensors), "the source")),
+        target,
+        options,
+        classes,
+        mapping=mapping,
+        heads=heads,
+        source_model=source_model,
+        ordered=ordered,
+        prefix=prefix,
     )
 
 
@@ -216,35 +227,73 @@ def make_plan(
     ordered: bool | None,
     prefix: str | None,
 ) -> TransferPlan:
-    """The plan itself: find the pairs, then settle what becomes of each tensor."""
-    source, ignored = set_aside(tensors, options.ignore)
-    request = PlanRequest(
-        source=source,
-        target=target,
-        options=options,
-        heads=head_layers(target.layers, heads),
-        rules=_rules(mapping, options.by),
-        in_order=not looks_sorted(source) if ordered is None else ordered,
-        source_model=source_model,
-        prefix=prefix,
-    )
+    """The plan itself, and in its refusals the advice that holds when it is tried."""
+    given = _rules(mapping, options.by)
+    network = None if source_model is None else target_of(source_model, image_size=target.image_size)
+    in_order = not looks_sorted(tensors) if ordered is None else ordered
+
+    def attempt(options: TransferOptions, rules: list[Rule]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
+        source, ignored = set_aside(tensors, options.ignore)
+        request = PlanRequest(source, target, options, head_layers(target.layers, heads), rules, in_order, network, prefix)
+        return _settled(request, classes, ignored)
+
+    def again(changed: Mapping[str, Any], lines: Mapping[str, Any]) -> Attempt:
+        try:
+            added = read_rules(lines) if lines else []
+            kept = [rule for rule in given if rule.left not in lines]
+            changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
+            tried, refusals = attempt(options.model_copy(update=changes), [*kept, *added])
+        except UserError as error:
+            return Attempt((Refusal(str(error)),), {})
+        return Attempt(refusals, tried.pairs)
+
+    plan, refusals = attempt(options, given)
+    if options.by == "auto" and network is None:
+        assumed = Advice("If both networks register their layers in the same order", {"assume_order": True})
+        more = (assumed,) if in_order and not options.assume_order else ()
+        known = "; the network that the weights were made for (source_arch) decides more"
+        refusals = tuple(replace(each, reason=each.reason + known, advice=(*each.advice, *more)) if each.undecided else each for each in refusals)
+    return replace(plan, refusals=tuple(message(each, again) if number < 2 else each.reason for number, each in enumerate(refusals)))
+
+
+def _settled(request: PlanRequest, classes: HeadClasses, ignored: Sequence[TensorSpec]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
+    """Find the pairs, then settle what becomes of each tensor."""
+    source, target, options = request.source, request.target, request.options
     found = match(request)
+    lora = [spec.name for spec in source if _LORA.search(spec.name)]
+    if lora:
+        found.matching.refusals.insert(0, _unmerged(lora, source))
     if options.by != "map":
         _keep_token_positions(found.matching, source, target)
     settled = settle(found.matching, source, target, request.heads, options, classes, inside=found.inside, ignored=ignored)
-    return TransferPlan(
+    plan = TransferPlan(
         by=options.by,
         view=found.matching.view,
         outcomes=settled.outcomes,
         coverage=settled.coverage,
         source_coverage=settled.source_coverage,
-        refusals=settled.refusals,
         notes=tuple(found.matching.notes),
         clashes=tuple(found.matching.clashes),
         prefix=found.prefix,
         source_specs=[spec for spec in source if found.inside is None or spec.name in found.inside],
         ties=tuple(target.ties),
         head_rows=settled.head_rows,
+    )
+    if lora:
+        alone = Advice("To load the base without them", {"ignore": [*options.ignore, "*lora_*"]})
+        return plan, (replace(settled.refusals[0], advice=(alone,)), *settled.refusals[1:])
+    return plan, settled.refusals
+
+
+_LORA = re.compile(r"(^|[._])lora_([AB]|down|up|magnitude_vector|embedding_[AB])([._]|$)")
+
+
+def _unmerged(lora: Sequence[str], source: Sequence[TensorSpec]) -> str:
+    """A weight under LoRA is base + scale * B A, and the scale does not stand in the file."""
+    beside = "layers that are not merged into the weights" if len(lora) < len(source) else "layers alone, without the weights that they are to be added to"
+    return (
+        f"the source holds LoRA {beside} ({counted(len(lora), 'tensor')}, the first is {lora[0]}); merge them where they were trained "
+        "(PEFT: model.merge_and_unload()) and save the result"
     )
 
 
@@ -274,7 +323,7 @@ class PlanRequest:
     heads: list[Layer]
     rules: list[Rule]
     in_order: bool
-    source_model: nn.Module | None = None
+    source_model: Target | None = None
     prefix: str | None = None
 
     def first(self) -> int | None:
@@ -392,8 +441,8 @@ def _nothing_to_go_by() -> Matching:
 
 def _with_source_model(request: PlanRequest, settled: Matching) -> Planned:
     """Give the source's tensors the names of its own network, whose execution order and dataflow are then known."""
-    assert request.source_model is not None
-    network = target_of(request.source_model, image_size=request.target.image_size)
+    network = request.source_model
+    assert network is not None
     own, has_names = _names_in(request.source, network, request.in_order, request.prefix)
     if own is None:
         raise UserError("source_model: its tensors match those of the source neither by name nor by the sequence of shapes")
@@ -452,10 +501,9 @@ def _by_order(request: PlanRequest) -> Matching:
 
 def _rivals(renaming: Renaming) -> Matching:
     matching = Matching(view="names")
-    both = "', '".join((renaming.source_prefix, *renaming.rivals))
-    matching.refusals.append(
-        f"the source contains several networks that fit equally well, with the prefixes '{both}'; choose one with source: FILE#{renaming.source_prefix}"
-    )
+    prefixes = (renaming.source_prefix, *renaming.rivals)
+    named, choices = ", ".join(f"'{prefix}'" for prefix in prefixes), " or ".join(f"source: FILE#{prefix}" for prefix in prefixes)
+    matching.refusals.append(f"the source contains several networks that fit equally well, with the prefixes {named}; choose one: {choices}")
     return matching
 
 

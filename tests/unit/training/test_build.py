@@ -143,6 +143,20 @@ def test_pretrained_weights_are_those_of_the_source(tmp_path: Path, digits: Pair
     assert len(lines) == number
 
 
+def test_refused_weights_are_one_line_a_short_table_and_a_file(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
+    torch.save({f"layers.{n}.weight": torch.zeros(7, 7, 3, 3) for n in range(40)}, tmp_path / "w.pth")
+    config = config_of("--transfer.source", str(tmp_path / "w.pth"))
+    network = build.build_network(config, 10, runtime)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=rf"w\.pth refused \(the whole report: {tmp_path}/transfer_refused\.json\): ") as refused:
+        build.load_pretrained(config, network, runtime, digits[0], lines.append, folder=tmp_path)
+    assert "\n" not in str(refused.value)
+    assert 4 < len(lines) < 20
+    report = json.loads((tmp_path / "transfer_refused.json").read_text())
+    assert report["refusals"][0] in str(refused.value)
+    assert len(report["outcomes"]) == len(network.module.state_dict()) + 40
+
+
 def test_a_network_of_ones_own_has_no_published_weights(digits: Pair, runtime: Runtime) -> None:
     config = config_of("--transfer.source", "pretrained")
     network = build.build_network(config, 10, runtime)

@@ -30,9 +30,8 @@ from dtl.checkpoint.transfer.layers.dataflow import (
 from dtl.checkpoint.transfer.layers.layer import NORMS, Layer, fuse_projections, layer_transform, loose_signature
 from dtl.checkpoint.transfer.match.alignment import Viewed, in_use_order, look
 from dtl.checkpoint.transfer.match.by_name import Trust
-from dtl.checkpoint.transfer.match.evidence import Matching, NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
+from dtl.checkpoint.transfer.match.evidence import NEW_NAME, Matching, NameEvidence, match_leftovers, match_recurring, match_trees, unique_shapes
 
-NEW_NAME = "most names match, but this one is new: it may be a new layer of this shape, or a renamed one"
 LOST_ORDER = "the order of the layers in the source is unknown (its names are sorted), and neither names nor numbers identify this one"
 ORDER_ONLY = "only the order of registration distinguishes it from other layers of its shape (assume_order: true accepts that)"
 

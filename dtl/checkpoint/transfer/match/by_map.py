@@ -66,7 +66,8 @@ def read_rules(mapping: str | Path | Mapping[str, Any]) -> list[Rule]:
     except UserError as error:
         raise UserError(f"map {error}") from error
     if not isinstance(loaded, Mapping) or not loaded:
-        raise UserError(f"map {path}: expected lines of `target: source`, found {type(loaded).__name__}")
+        none = "; its lines are comments: take the # from those that are right" if loaded is None else f", found {type(loaded).__name__}"
+        raise UserError(f"map {path}: expected lines of `target: source`{none}")
     return _rules(loaded, f"map {path}")
 
 

@@ -43,7 +43,7 @@ class Renaming:
 def _clean(specs: Sequence[TensorSpec]) -> dict[str, str]:
     """Wrappers, legacy names and TensorFlow words undone, each only where no two names become one."""
     names = {spec.name: spec.name for spec in specs}
-    for step in (strip_wrappers, _modern_densenet):
+    for step in (strip_wrappers, _modern_densenet, _without_base_layer):
         changed = {name: step(now).lstrip(".") for name, now in names.items()}
         if len(set(changed.values())) == len(changed):
             names = changed
@@ -53,6 +53,11 @@ def _clean(specs: Sequence[TensorSpec]) -> dict[str, str]:
 def _modern_densenet(name: str) -> str:
     found = _LEGACY_DENSENET.match(name)
     return found.group(1) + found.group(2) if found else name
+
+
+def _without_base_layer(name: str) -> str:
+    """PEFT puts the layer that it adapts below itself."""
+    return re.sub(r"\.base_layer\.(weight|bias)$", r".\1", name)
 
 
 def _torch_roles(names: dict[str, str]) -> dict[str, str]:

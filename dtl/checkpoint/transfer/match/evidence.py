@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product, takewhile
 
+from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
 from dtl.checkpoint.transfer.layers.layer import WEIGHTED, Key, Layer, Shape, loose_signature
 
 
@@ -29,6 +30,9 @@ class Match:
     margin: float | None = None
 
 
+NEW_NAME = "most names match, but this one is new: it may be a new layer of this shape, or a renamed one"
+
+
 @dataclass(frozen=True)
 class Flag:
     """A target tensor that was not decided. `alternatives`: source tensors that would fit, best first, each with its transform."""
@@ -40,12 +44,12 @@ class Flag:
     def names(self) -> tuple[str, ...]:
         return tuple(" + ".join(key) for key, _ in self.alternatives)
 
-    def line(self, target: str) -> str:
-        """The line of a map that takes the first alternative."""
-        key, transform = self.alternatives[0]
-        source = key[0] if len(key) == 1 else f"[{', '.join(key)}]"
+    def rule(self, number: int = 0) -> str | list[str] | dict[str, str | list[str]]:
+        """The right side of the line of a map that takes one of the alternatives."""
+        key, transform = self.alternatives[number]
+        source = key[0] if len(key) == 1 else list(key)
         plain = transform in ("", "fuse" if len(key) > 1 else "")
-        return f"{target}: {source}" if plain else f"{target}: {{source: {source}, transform: {transform}}}"
+        return source if plain else {"source": source, "transform": transform}
 
 
 @dataclass(frozen=True)
@@ -499,3 +503,55 @@ def _resembles(path: str, trees: Mapping[str, frozenset[int]], bags: Mapping[str
 def _bag(members: frozenset[int], layers: Mapping[int, Layer]) -> Bag:
     """What a module learns. Tables of the architecture do not count: one library stores Swin's index tables, the other does not."""
     return frozenset(Counter(loose_signature(layers[i]) for i in members if layers[i].kind != "buffer").items())
+
+
+# ---- norms that the target does not have
+
+
+_PARTS = ("weight", "bias", "running_mean", "running_var")
+
+
+def fold_orphans(matches: Mapping[str, Match], source: Sequence[Layer], target: Target) -> dict[str, Match]:
+    """New matches for weight and bias of each target convolution whose source has a norm behind it and which itself has none.
+
+    Only plain copies are folded, and only where the target has a bias to take the norm's shift.
+    """
+    used = {name for match in matches.values() for name in match.source}
+    layers = _layers_of_norms(source)
+    normed = _normed_layers(target)
+    receivers = {match.source: name for name, match in matches.items() if not match.transform}
+    by_weight = {layer.roles["weight"][0]: layer for layer in target.layers if layer.kind in WEIGHTED and "weight" in layer.roles}
+    by_index = {layer.index: layer for layer in source}
+    folded: dict[str, Match] = {}
+    for norm in source:
+        owner = by_index.get(layers.get(norm.index, -1))
+        if owner is not None and owner.index > norm.index:
+            continue  # registered before its layer: it may act before it too
+        if norm.kind != "bn" or owner is None or used.intersection(norm.names) or not all(part in norm.roles for part in _PARTS):
+            continue
+        taker = by_weight.get((receivers.get(owner.roles["weight"][0], ""),))
+        if taker is None or taker.index in normed or "bias" not in taker.roles:
+            continue
+        keys = [owner.roles["weight"][0], *(norm.roles[part][0] for part in _PARTS)]
+        if "bias" in owner.roles:
+            keys.append(owner.roles["bias"][0])
+        parts = tuple(name for key in keys for name in key)
+        weight, bias = taker.roles["weight"][0][0], taker.roles["bias"][0][0]
+        evidence = matches[weight].evidence
+        folded[weight] = Match(parts, "fold_norm_weight", evidence)
+        folded[bias] = Match(parts, "fold_norm_bias", evidence)
+    return folded
+
+
+def _layers_of_norms(source: Sequence[Layer]) -> dict[int, int]:
+    named = links_by_names(source)
+    if named or not all(layer.flat for layer in source):
+        return named
+    links = links_by_neighbours(source)
+    return {norm: other for norm, found in links.items() for side, other in found if side == "post"}
+
+
+def _normed_layers(target: Target) -> Collection[int]:
+    """Target layers that have a norm of their own behind them."""
+    links = links_by_dataflow(target.layers, target.dataflow) if target.dataflow else links_by_neighbours(target.layers)
+    return {other for found in links.values() for side, other in found if side == "post"}

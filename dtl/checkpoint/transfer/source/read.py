@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,8 @@ def _from_path(path: Path, *, key: str | None) -> SourceWeights:
         raise UserError(f"no pretrained weights at {path}{near_path(path) or '; give a file, a folder, torchvision:NAME, timm:NAME or an address'}")
     if path.name.endswith(".index.json"):
         return _from_index(path)
+    if problem := _BY_SUFFIX.get(path.suffix.lower()):
+        raise UserError(f"{path}: {problem}")
     if path.suffix == ".safetensors":
         tensors, ordered = _read_safetensors(path)
         read = _from_mapping(tensors, origin=str(path), key=key)
@@ -182,6 +184,8 @@ def _from_folder(path: Path, *, key: str | None) -> SourceWeights:
             read = _from_path(path / name, key=key)
             break
     else:
+        if problem := next((why for name, why in _FOLDERS.items() if (path / name).is_file()), None):
+            raise UserError(f"{path}: {problem}")
         raise UserError(f"{path}: contains no weights; expected one of {', '.join(_IN_FOLDER)}, or model/ of a run")
     return _with_model_facts(read, facts_file) if facts_file.is_file() else read
 
@@ -272,8 +276,40 @@ def _no_weights(start: bytes) -> str | None:
         return "a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not weights: the download failed"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file: quantised weights of llama.cpp; use the floating-point weights that it was made from"
     if start.startswith(b"\x89HDF"):
         return "an HDF5 file (Keras); save its weights as a dict of arrays in a .safetensors or .pth file"
+    return None
+
+
+_BY_SUFFIX = {
+    ".onnx": "an ONNX file: a network to run, not a state dict; save the state_dict of the PyTorch network that it was exported from",
+    ".npz": "arrays of NumPy; load them (dict(numpy.load(FILE))), rename nothing, and save them with safetensors.numpy.save_file",
+    ".keras": "a Keras archive; save its weights as a dict of arrays in a .safetensors or .pth file",
+    ".tflite": "a TensorFlow Lite file: a network to run; save the weights that it was made from as a dict of arrays in a .safetensors file",
+    ".gguf": "a GGUF file: quantised weights of llama.cpp; use the floating-point weights that it was made from",
+    ".engine": "a TensorRT engine: a network to run; save the state_dict of the PyTorch network that it was built from",
+}
+_FOLDERS = {
+    "adapter_config.json": "a LoRA or other adapter (PEFT) without the network that it is to be added to; merge it where it was trained "
+    "(PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()) and save the result",
+    ".metadata": "a checkpoint of torch.distributed.checkpoint; convert it with "
+    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`",
+    "saved_model.pb": "a SavedModel of TensorFlow; save its weights as a dict of arrays in a .safetensors or .pth file",
+}
+
+
+def _not_plain(names: Iterable[str]) -> str | None:
+    """What names say that are no names of layers: tensors flattened together or packed into integers."""
+    for name in names:
+        if re.search(r"(^|\.)_?flat_param(_\d+)?$", name):
+            return (
+                f"{name} holds the parameters of several layers flattened together by FSDP; save a full state dict "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+            )
+        if re.search(r"\.(qweight|qzeros|quant_state\..*|absmax|SCB|weight_packed)$", name):
+            return f"{name} belongs to quantised weights (GPTQ, AWQ or bitsandbytes); use the floating-point weights, or dequantise them and save again"
     return None
 
 
@@ -326,10 +362,25 @@ def find_state_dict(loaded: Any, *, key: str | None, origin: str) -> Contents:
     else:
         container, prefix = _by_key(candidates, key, origin)
     tensors = {name: value for name, value in _descend(loaded, container).items() if isinstance(name, str)}
-    found = {name: as_tensor(value) for name, value in tensors.items() if _is_tensor(value)}
+    if problem := _not_plain(tensors):
+        raise UserError(f"{origin}: {problem}")
+    found = in_whole({name: as_tensor(value) for name, value in tensors.items() if _is_tensor(value)}, origin)
     beside = [other or "(top level)" for other in candidates if other != container]
     beside += [name for name, value in tensors.items() if not _is_tensor(value) and not isinstance(value, Mapping)]
     return Contents(found, container, prefix, tuple(beside))
+
+
+_PARTS = re.compile(r"(^|\.)parametrizations\.|_(orig|g|v)$")
+"""Ends of names of which a weight may have to be computed."""
+
+
+def in_whole(tensors: dict[str, torch.Tensor], origin: str) -> dict[str, torch.Tensor]:
+    """With the weights that are stored in parts (weight_norm, spectral_norm, pruning) computed. UserError where nobody knows how."""
+    if not any(_PARTS.search(name) for name in tensors):
+        return tensors
+    from dtl.checkpoint.transfer.source.computed import computed
+
+    return computed(tensors, origin)
 
 
 def without_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

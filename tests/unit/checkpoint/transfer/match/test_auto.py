@@ -95,7 +95,7 @@ def test_the_line_in_a_refusal_settles_it() -> None:
 
     source, target = dict(sorted(state(net(), lambda n: n.replace("layer1", "a").replace("layer2", "b").replace("conv", "w")).items())), net((3, 2))
     plan = plan_transfer(source, target, min_coverage=0.1)
-    line = plan.refusals[0].split("to decide it, write into a map: ")[1]
+    line = plan.refusals[0].split("If it is the same layer, write into a map: ")[1]
     ((name, other),) = yaml.safe_load(line).items()
     settled = plan_transfer(source, target, mapping={name: other}, min_coverage=0.1, on_ambiguous="fresh")
     assert settled.pairs[name] == other
