@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 
 @dataclass(frozen=True)
 class Advice:
-    """`options` of the transfer to set, or the `line` (target, rule) of a map to write. `lead`: in which case that is right."""
+    """`options` of the transfer to set, or the `line` of a map to write. `lead`: in which case that is right."""
 
     lead: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    line: tuple[str, Any] | None = None
+    line: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def message(refusal: Refusal, again: Again) -> str:
 
 def _complete(advice: Advice, again: Again) -> dict[str, Any] | None:
     """The options with which nothing is refused any more: those of the advice, and those that the next refusals ask for."""
-    options, lines = dict(advice.options), dict([advice.line] if advice.line else [])
+    options, lines = dict(advice.options), _read(advice.line)
     for _ in range(_MOST_STEPS):
         attempt = again(options, lines)
         if not attempt.refusals:
@@ -64,25 +66,27 @@ def _complete(advice: Advice, again: Again) -> dict[str, Any] | None:
     return None
 
 
-def _decides(line: tuple[str, Any], again: Again) -> bool:
-    target, rule = line
+def _decides(line: str, again: Again) -> bool:
+    ((target, rule),) = _read(line).items()
     source = rule["source"] if isinstance(rule, Mapping) else rule
     return again({}, {target: rule}).pairs.get(target) == (tuple(source) if isinstance(source, list) else source)
 
 
+def _read(line: str | None) -> dict[str, Any]:
+    return yaml.safe_load(line) if line else {}
+
+
 def _sentence(advice: Advice, options: Mapping[str, Any]) -> str:
     chosen = f"set {', '.join(f'{name}: {_as_yaml(value)}' for name, value in options.items())}" if options else ""
-    line = f"write into a map: {advice.line[0]}: {_as_yaml(advice.line[1])}" if advice.line else ""
+    line = f"write into a map: {advice.line}" if advice.line else ""
     return f"{advice.lead}, {' and '.join(filter(None, (chosen, line)))}"
 
 
 def _as_yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name}: {_as_yaml(each)}' for name, each in value.items())}}}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(repr(each) if '*' in str(each) else str(each) for each in value)}]"
+        return f"[{', '.join(map(repr, value))}]"
     return str(value)
 
 

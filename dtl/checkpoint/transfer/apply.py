@@ -16,6 +16,7 @@ from torch import nn
 
 from dtl import text
 from dtl.checkpoint.transfer.adapt import apply_transform
+from dtl.checkpoint.transfer.match.evidence import Flag
 from dtl.checkpoint.transfer.outcomes import REFUSED, Outcome
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.read import SourceWeights, read_weights
@@ -456,21 +457,13 @@ def save_map(plan: TransferPlan, path: str | Path) -> None:
     candidates = [o for o in plan.outcomes if o.target and o.reason.startswith(REFUSED)]
     if candidates:
         lines.append("# The transfer was refused. These pairs were found; take the # from those that are right.\n")
-    lines += [f"# {o.target}: {_candidate(o)}\n" for o in candidates]
+    lines += [f"# {Flag('', ((tuple(o.alternatives[0].split(' + ')), o.transform),)).line(str(o.target))}\n" for o in candidates]
     for target, rule in rules.items():
         # A pair a line, since people edit it; what has options is JSON, which is YAML too.
         line = yaml.safe_dump({target: rule}, width=2**20) if isinstance(rule, str) else f"{yaml.safe_dump({target: 0})[:-4]}: {json.dumps(rule)}\n"
         lines.append(line)
     with written(path):
         write_whole(path, lambda file: file.write("".join(lines).encode()))
-
-
-def _candidate(outcome: Outcome) -> str:
-    """The right side of the rule that a refusal left out."""
-    names = outcome.alternatives[0].split(" + ")
-    source = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
-    plain = outcome.transform in ("", "fuse" if len(names) > 1 else "")
-    return source if plain else f"{{source: {source}, transform: {outcome.transform}}}"
 
 
 def _saved(outcome: Outcome, plan: TransferPlan) -> Any:

@@ -355,7 +355,7 @@ class _Settlement:
         name, flag = next(iter(flags.items()))
         could = f"; could be {some(flag.names, limit=3)}" if flag.alternatives else ""
         more = f", together with {counted(len(flags) - 1, 'other tensor')}" if len(flags) > 1 else ""
-        advice = [Advice("If it is the same layer", line=(name, flag.rule(number))) for number in range(min(3, len(flag.alternatives)))]
+        advice = [Advice("If it is the same layer", line=flag.line(name, number)) for number in range(min(3, len(flag.alternatives)))]
         if flag.reason == NEW_NAME:
             advice.append(self._new_layers(flags))
         return Refusal(f"{name} is undecided{more}: {flag.reason}{could}", tuple(advice), undecided=True)

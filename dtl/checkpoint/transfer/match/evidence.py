@@ -44,12 +44,12 @@ class Flag:
     def names(self) -> tuple[str, ...]:
         return tuple(" + ".join(key) for key, _ in self.alternatives)
 
-    def rule(self, number: int = 0) -> str | list[str] | dict[str, str | list[str]]:
-        """The right side of the line of a map that takes one of the alternatives."""
+    def line(self, target: str, number: int = 0) -> str:
+        """The line of a map that takes one of the alternatives, by default the first."""
         key, transform = self.alternatives[number]
-        source = key[0] if len(key) == 1 else list(key)
+        source = key[0] if len(key) == 1 else f"[{', '.join(key)}]"
         plain = transform in ("", "fuse" if len(key) > 1 else "")
-        return source if plain else {"source": source, "transform": transform}
+        return f"{target}: {source}" if plain else f"{target}: {{source: {source}, transform: {transform}}}"
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ def attempts(*good: Mapping[str, Any]) -> Any:
     return again
 
 
-A, B = Advice("If so", {"assume_order": True}), Advice("If it is the same layer", line=("a.weight", "b.weight"))
-C = Advice("If it is the same layer", line=("a.weight", "c.weight"))
+A, B = Advice("If so", {"assume_order": True}), Advice("If it is the same layer", line="a.weight: b.weight")
+C = Advice("If it is the same layer", line="a.weight: c.weight")
 
 
 def test_only_what_helps_is_printed() -> None:

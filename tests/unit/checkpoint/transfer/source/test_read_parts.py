@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from dtl.checkpoint import load_pretrained
-from dtl.checkpoint.transfer.source.computed import computed
+from dtl.checkpoint.transfer.source.read import computed
 from dtl.errors import UserError
 
 
