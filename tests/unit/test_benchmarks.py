@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from recipes import write_images
 
 from benchmarks.__main__ import benchmarks, main
@@ -201,3 +203,16 @@ def test_held_out_compares_both_rules_run_by_run() -> None:
         "Test top1, points, over all runs: -2.00 ± 2.00 (standard error); higher in 0, lower in 1.",
         "Test loss, over all runs: -0.050 ± 0.050 (standard error); higher in 0, lower in 1.",
     ]
+
+
+def test_the_picture_of_the_fits_shows_what_dtl_does() -> None:
+    """And lies in the documentation, small."""
+    from benchmarks.fits import GAP, SIZE, TEXT, draw, photo
+
+    made, whole = np.asarray(draw(photo())), photo().resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    left = made.shape[1] - 2 * (SIZE + GAP) + GAP
+    stretched = made[TEXT : TEXT + SIZE, left : left + SIZE].astype(int)
+    assert np.abs(stretched - np.asarray(whole)).max() <= 2
+    path = Path(__file__).resolve().parents[2] / "docs/images/fits.jpg"
+    assert path.stat().st_size < 100_000
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - made).mean() < 3
