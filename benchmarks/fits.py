@@ -1,6 +1,6 @@
 """Draw docs/images/fits.jpg: a photo, and what evaluation sees of it with each `data.fit`; below, random crops of training with each.
 
-    python -m benchmarks.fits [--out FILE]
+    python -m benchmarks.fits [--out FILE] [--quality 85]
 
 The photo is scikit-learn's china.jpg (by danielbuechele, CC BY 2.0, https://www.flickr.com/photos/danielbuechele/6061409035), cut to a panorama.
 """
@@ -56,8 +56,9 @@ def draw(image: Image.Image) -> Image.Image:
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs/images/fits.jpg")
+    made.add_argument("--quality", type=int, default=85, help="of the JPEG")
     options = made.parse_args()
-    draw(photo()).save(options.out, quality=85)
+    draw(photo()).save(options.out, quality=options.quality)
     print(f"{options.out}: {options.out.stat().st_size:,} bytes")
 
 
