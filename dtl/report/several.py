@@ -19,7 +19,7 @@ from dtl.report.compare import Course, Group, compare, compare_figure, differenc
 from dtl.report.fonts import without_font
 from dtl.report.html import Cell
 from dtl.report.record import RunRecord, read_run
-from dtl.report.single import PAGE, duration, embed_plot, footer, missing_fonts, prepare_folder, write_page
+from dtl.report.single import PAGE, duration, embed_plot, footer, missing_fonts, prepare_folder, top1_interval, write_page
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import never_began, why_none_began
 from dtl.runs.predictions import read_predictions, recorded_file
@@ -151,6 +151,11 @@ class _Result:
         return None if test is None else float(test["top1"])
 
     @property
+    def test_interval(self) -> intervals.Interval | None:
+        test = self.course.record.test
+        return None if test is None else top1_interval("classify", test)
+
+    @property
     def seconds(self) -> float:
         return sum(phase.row.get("seconds") or 0.0 for phase in self.course.record.phases)
 
@@ -173,6 +178,7 @@ def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Gr
             Cell(percent(course.best, 2), number=True),
             Cell(intervals.shown(course.interval) or "–", number=True),
             *([] if not tested else [Cell("–" if one.test_top1 is None else percent(one.test_top1, 2), number=True)]),
+            *([] if not tested else [Cell(intervals.shown(one.test_interval) or "–", number=True)]),
             Cell("–" if epoch is None else str(epoch), number=True),
             Cell(percent(float(course.top1[-1]), 2), number=True),
             Cell(f"{course.lowest_loss:.4f}" if math.isfinite(course.lowest_loss) else "–", number=True),
@@ -185,7 +191,7 @@ def _table(results: Sequence[_Result], names: Sequence[str], groups: Sequence[Gr
         *names[:_MOST_SETTINGS],
         "best top-1",
         "95\u00a0% interval",
-        *(["test top-1"] if tested else []),
+        *(["test top-1", "95\u00a0% interval"] if tested else []),
         "in epoch",
         "last top-1",
         "lowest loss",

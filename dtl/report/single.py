@@ -196,7 +196,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
         numbers.append((percent(metrics["top1"], 2), "top-1"))
         rotated = bool(record.phases) and record.phases[-1].task != "classify"
         own = metrics if record.model is None or not isinstance(record.model.metrics, dict) else {**record.model.metrics, **metrics}
-        if interval := shown(_top1_interval("rotate" if rotated else "classify", own)):
+        if interval := shown(top1_interval("rotate" if rotated else "classify", own)):
             numbers.append((f"{interval}\u00a0%".replace(" to ", "\u00a0to\u00a0"), "95\u00a0% interval of top-1"))
         if record.model is not None and len(record.model.classes) >= _WITHOUT_TOP5:
             numbers.append((percent(metrics["top5"], 2), "top-5"))
@@ -204,7 +204,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
         numbers.append((f"{metrics['num_samples']:,.0f}", "validation images"))
     if record.test is not None:
         numbers.append((percent(record.test["top1"], 2), f"top-1 on {record.test['num_samples']:,.0f} test images"))
-        if within := shown(_top1_interval("classify", record.test)):
+        if within := shown(top1_interval("classify", record.test)):
             numbers.append((f"{within}\u00a0%".replace(" to ", "\u00a0to\u00a0"), "95\u00a0% interval on test images"))
     seconds = sum(phase.row.get("seconds") or 0.0 for phase in record.phases)
     if seconds:
@@ -221,6 +221,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
             ("Global batch", counted(config.data.global_batch_size, "image")),
             ("Seed", str(config.run.seed)),
         ]
+    facts += _splits(record)
     if record.test is not None:
         facts.append(("Test set", f"measured once, after the last phase; {describe_look(record.test.get('look'), record.path.parent)}"))
     state = record.status.state
@@ -228,6 +229,23 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
         why = f" ({record.status.why})" if record.status.why else ""
         facts.append(("State", f"{state} at step {record.last_step:,}{why}"))
     return [*([html.Headline(numbers)] if numbers else []), *([html.Facts(facts)] if facts else [])]
+
+
+def _splits(record: RunRecord) -> list[tuple[str, str]]:
+    """Fold, groups and calibration, where there are any: they say how numbers of the page are meant."""
+    facts = []
+    fold, model = None if record.config is None else record.config.data.fold, record.model
+    if fold is not None:
+        facts.append(("Fold", f"{fold.number} of {fold.of}: its images are the test set" if fold.number else f"none: all images of {fold.of} folds"))
+    if record.is_grouped:
+        given = [f"{key} {value}" for key, value in record.settings.items() if key.startswith("data.group.") and value is not None]
+        facts.append(("Groups", f"{', '.join(given)}; intervals of top-1 draw whole groups"))
+    if model is not None and model.calibration is not None:
+        found = model.calibration
+        threshold = "" if found.threshold is None else f", threshold {found.threshold.value:.4f} ({found.threshold.criterion.replace('_', ' ')})"
+        images = counted(found.num_samples, "validation image")
+        facts.append(("Calibration", f"temperature {found.temperature:.4g}{threshold}, fitted on {images} after training; this page shows the run without it"))
+    return facts
 
 
 def _image_size(record: RunRecord) -> str:
@@ -316,10 +334,10 @@ def _interval(phase: PhaseRecord, place: int | None) -> str:
         return "–"
     val = {name: float(phase.val[name][place]) for name in ("top1", "num_samples")}
     row = phase.row if phase.row.get("kept_step") == phase.val["step"][place] else {}
-    return shown(_top1_interval(phase.task, {**val, **{key: value for key, value in row.items() if key == "top1_interval"}})) or "–"
+    return shown(top1_interval(phase.task, {**val, **{key: value for key, value in row.items() if key == "top1_interval"}})) or "–"
 
 
-def _top1_interval(task: str, metrics: Mapping[str, Any]) -> Interval | None:
+def top1_interval(task: str, metrics: Mapping[str, Any]) -> Interval | None:
     """As the run wrote it down, who knows its groups of images; else Wilson's."""
     found = metrics.get("top1_interval")
     if task != "classify":

@@ -73,6 +73,10 @@ def test_the_page(reference: Path) -> None:
     page.check_self_contained()
     assert "each image predicted by the run without it" in page.text
     assert "The last line counts all images together" in page.text
+    run(["runs/tiny-folds/fold-2"], cwd=reference, command="report")
+    fold = Page.read(reference / "runs/tiny-folds/fold-2/report/index.html")
+    assert fold.text.count("tiny-folds/fold-2") >= 1, "every recipe has a fold-2"
+    assert "2 of 3: its images are the test set" in fold.text
 
 
 def test_another_order_and_a_kill_give_the_same_bytes(reference: Path, tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import harness
 import pytest
 from page_reader import Page
 from recipes import write_recipe
 
+from dtl.config import load_config
+from dtl.models.model_json import Calibration, Threshold
 from dtl.report import make_report
 from dtl.report.record import read_run
+from dtl.report.single import _splits
 from dtl.report.style import percent
 
 PHASES = {
@@ -51,3 +56,21 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     assert len(again.images) == len(page.images)
     for words in (f"all 360 validation images: top-1 {top1}", "with mixup or cutmix", "each image in its four rotations"):
         assert words in again.text
+
+
+def test_a_fold_groups_and_a_temperature_are_named(tmp_path: Path) -> None:
+    """They say how numbers of the page are meant."""
+    config = load_config(["--data.fold.number", "2", "--data.fold.of", "5"])[0]
+    calibration = Calibration(temperature=1.5, threshold=Threshold(criterion="balanced_accuracy", value=0.25), data="x", num_samples=49)
+    settings = {"data.group.column": "patient", "data.group.regex": None, "data.train": "list.csv"}
+    record: Any = SimpleNamespace(config=config, model=SimpleNamespace(calibration=calibration), is_grouped=True, settings=settings)
+    assert _splits(record) == [
+        ("Fold", "2 of 5: its images are the test set"),
+        ("Groups", "data.group.column patient; intervals of top-1 draw whole groups"),
+        (
+            "Calibration",
+            "temperature 1.5, threshold 0.2500 (balanced accuracy), fitted on 49 validation images after training; this page shows the run without it",
+        ),
+    ]
+    plain: Any = SimpleNamespace(config=load_config([])[0], model=SimpleNamespace(calibration=None), is_grouped=False, settings={})
+    assert _splits(plain) == []
