@@ -53,8 +53,8 @@ def with_dropout(num_classes: int) -> nn.Module:
     return nn.Sequential(OrderedDict(features=backbone, classifier=nn.Sequential(nn.Dropout(0.3), nn.Linear(48, num_classes))))
 
 
-def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backward: bool = False) -> nn.Module:
-    """Out of memory above `fits` images in training (`least` on the last rank), in the forward or the backward pass."""
+def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backward: bool = False, from_side: int = 0) -> nn.Module:
+    """Out of memory above `fits` images of `from_side` pixels or more in training (`least` on the last rank), in the forward or the backward pass."""
     last = int(os.environ.get("RANK") or 0) == int(os.environ.get("WORLD_SIZE") or 1) - 1
     limit = least if least is not None and last else fits
 
@@ -75,7 +75,7 @@ def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backwa
     class Hungry(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             # Looks at the network's structure come with zeros, or without gradients.
-            if self.training and not in_backward and torch.is_grad_enabled() and bool(x.any()):
+            if self.training and not in_backward and torch.is_grad_enabled() and x.shape[-1] >= from_side and bool(x.any()):
                 check(len(x))
             logits = super().forward(x)
             return Limit.apply(logits) if in_backward else logits

@@ -22,10 +22,14 @@ PHASES = {
 }
 
 
+# Of large images not the whole batch of 120 fits into memory.
+HUNGRY = {"name": "networks:hungry", "options": {"fits": 40, "from_side": 24}}
+
+
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_killed_in_each_phase_it_ends_as_if_nothing_had_happened(tmp_path: Path, world: int) -> None:
     hooks = {rank: {"before": "kill_hooks:at_a_step"} for rank in range(world)}
-    arguments = [["--config", str(write_recipe(tmp_path, name, phases=PHASES, checkpoint={"every_steps": 3}))] for name in ("whole", "killed")]
+    arguments = [["--config", str(write_recipe(tmp_path, name, phases=PHASES, model=HUNGRY, checkpoint={"every_steps": 3}))] for name in ("whole", "killed")]
     dry = run([*arguments[0], "--dry-run"], cwd=tmp_path)
     job = run(arguments[0], cwd=tmp_path, world=world)
     for step in (2, 7, 11, 17):
@@ -42,6 +46,8 @@ def test_killed_in_each_phase_it_ends_as_if_nothing_had_happened(tmp_path: Path,
     for name, size in (("pretext", "12"), ("small", "16"), ("oblong", "[12, 20]"), ("large", "24")):
         for said in (dry, job):
             assert f", images of {size} pixels, " in next(line for line in said.err(0).splitlines() if line.startswith(f"phase {name}: ") and "epoch" in line)
+    assert "phase large: micro-batches of 30 fit, " in job.err(0), "fitted anew"
+    assert job.err(0).count("micro-batches of") == 1
     assert job.err(0).count(" computed once in ") == 2, "features of each size are others"
     again = run(["runs/killed", "--json", "again.json"], cwd=tmp_path, command="evaluate")
     assert again.codes == [0]
