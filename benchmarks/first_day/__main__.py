@@ -2,7 +2,7 @@
 
     python -m benchmarks.first_day --out DIR [--only be] [--photos 20000] [--steps 20] [--rounds 8]
 
-About 30 to 40 minutes. It needs no download: 20,000 photos of about 500 x 375 pixels are made up, and packed once. DIR/report.md and DIR/report.json are
+An estimated 30 to 45 minutes. It needs no download: 20,000 photos of about 500 x 375 pixels are made up, and packed once. DIR/report.md and DIR/report.json are
 written anew after each section, so what was found stays there if a later one fails. The exit status is 0 if every section ended and every pass mark holds,
 1 otherwise. `--device sim` runs it on two simulated GPUs (tests/gpusim): it shows that everything runs; the times mean nothing.
 """

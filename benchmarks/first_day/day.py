@@ -130,8 +130,11 @@ class Day:
         model = {"name": "networks:small" if self.small else "torchvision/resnet50", **sections.pop("model", {})}
         phases = sections.pop("phases", {"all": {"train": "all", "steps": self.steps, "lr": 0.01}})
         tracking = {"wandb": "off", "report": False, "log_every": 1, **sections.pop("tracking", {})}
+        checkpoint = {"every_steps": None, **sections.pop("checkpoint", {})}  # those of the tests have one at each third step
         run = {"seed": self.seed, **sections.pop("run", {})}
-        return recipes.write_recipe(self.folder(), data=data, model=model, phases=phases, tracking=tracking, run=run, **{"precision": "auto", **sections})
+        return recipes.write_recipe(
+            self.folder(), data=data, model=model, phases=phases, tracking=tracking, checkpoint=checkpoint, run=run, **{"precision": "auto", **sections}
+        )
 
     # ---- the report
 
@@ -151,6 +154,8 @@ class Day:
             while harness.started:
                 harness.started.pop().end()
             self.write()
+        if not section.fault and all(mark.ok for mark in section.marks):
+            shutil.rmtree(self.out / "work", ignore_errors=True)  # some 10 GB in all; what failed can be looked at
         for mark in section.marks:
             print(f"{'pass' if mark.ok else 'FAIL'}  {mark.what}: {mark.found}", flush=True)
         if section.fault:

@@ -115,7 +115,7 @@ def _with_loaders(day: Day, section: Section, size: int, batch: int) -> None:
     network, (workers, steps) = "networks:small" if day.small else NETWORKS[0], _loading(day)
     case = asdict(Case(network, batch, size, 1, 1, precision=day.precision))
     (theirs,) = day.call("benchmarks.first_day.on_gpus:image_folder_loop", str(day.photos / "images/train"), case, workers, steps)
-    recipe = day.recipe(data={"global_batch_size": batch, "image_size": size, "workers": workers}, phases=_steps(steps))
+    recipe = day.recipe(data={"global_batch_size": batch, "image_size": size, "workers": workers}, phases=_steps(steps), tracking=_lined(day))
     day.train(recipe)
     ours = _images_per_second(recipe)
     section.data["with_loader"] = {"dtl": ours, "ImageFolder": theirs}
@@ -126,6 +126,10 @@ def _with_loaders(day: Day, section: Section, size: int, batch: int) -> None:
 def _steps(number: int) -> dict[str, Any]:
     """A phase of so many steps, without evaluations but the last."""
     return {"all": {"train": "all", "steps": number, "lr": 0.01, "eval_every": 1000}}
+
+
+def _lined(day: Day) -> dict[str, Any]:
+    return {"log_every": 1 if day.small else 10}
 
 
 def _lines(recipe: Path) -> list[dict[str, Any]]:
@@ -161,9 +165,9 @@ def overlap(day: Day, section: Section) -> None:
 
 
 def _profiled(day: Day, *, first: int, steps: int, places: str = "", **sections: Any) -> tuple[dict[str, Any], Path]:
-    """What benchmarks/first_day/profiled.py found on rank 0 of a run, and its recipe."""
+    """What benchmarks/first_day/profiled.py found on rank 0 of a run, and its recipe. The trace stays beside the report."""
     recipe = day.recipe(tracking={"log_every": 2 if day.small else 10}, **sections)
-    found = recipe.parent / "overlap.json"
+    found = day.out / ("gaps.json" if places else "overlap.json")
     day.train(
         recipe,
         world=day.most,
@@ -196,7 +200,7 @@ def _bound(day: Day, section: Section) -> None:
     """With the loader, each rank and its loader processes on any core, and on the cores beside its GPU: what binding ranks to cores would gain."""
     rates = {}
     for bound in (True,) if day.small else (False, True):
-        recipe = day.recipe(phases=_steps(_loading(day)[1]))
+        recipe = day.recipe(phases=_steps(_loading(day)[1]), tracking=_lined(day))
         before = {rank: {"before": "benchmarks.first_day.on_gpus:beside_its_gpu"} for rank in range(day.most)} if bound else None
         job = day.train(recipe, world=day.most, by_rank=before)
         rates["bound" if bound else "free"] = _images_per_second(recipe)
