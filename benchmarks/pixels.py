@@ -73,16 +73,16 @@ def write_five(stem: Path, image: Image.Image) -> None:
 
 
 def make_wide(folder: Path) -> Path:
-    """200 training and 100 validation images; a disc or a ring of 48 pixels somewhere in the left fifth, on photos cut to 600 x 200."""
+    """200 training and 100 validation images, photos cut to 600 x 200; a white or a black block of 80 x 80 pixels somewhere in the left fifth."""
     if folder.exists():
         return folder
     for split, count in (("train", 200), ("val", 100)):
         rng, sources = np.random.default_rng(len(split)), photos(split)
         for number in range(count):
-            name = ("disc", "ring")[number % 2]
+            name = ("black", "white")[number % 2]
             image = Image.open(sources[number % len(sources)]).convert("RGB").resize((600, 400)).crop((0, 100, 600, 300))
-            left, top = int(rng.integers(4, 68)), int(rng.integers(4, 148))
-            ImageDraw.Draw(image).ellipse((left, top, left + 48, top + 48), fill="white" if name == "disc" else None, outline="white", width=10)
+            left, top = int(rng.integers(2, 38)), int(rng.integers(2, 118))
+            ImageDraw.Draw(image).rectangle((left, top, left + 80, top + 80), fill=name)
             (folder / split / name).mkdir(parents=True, exist_ok=True)
             image.save(folder / split / name / f"{number:03d}.png")
     return folder

@@ -150,6 +150,8 @@ def _sample(group: _Group, rules: Rules, limits: Limits) -> Sample:
 
 def _image(group: _Group, rules: Rules) -> Member:
     images = [extension for extension in group.members if _is_image(extension, rules)]
+    if rules.image_field is None:  # an array beside an image may be anything
+        images = [extension for extension in images if not extension.endswith("npy")] or images
     exact = [extension for extension in images if "." not in extension]
     chosen = exact or images
     if not chosen:

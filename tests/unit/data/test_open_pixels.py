@@ -14,9 +14,10 @@ from tiny_images import encoded
 from wds_tars import write_tar
 from wide_images import wide_png
 
+from dtl.commands.verify import run
 from dtl.config.models import DataConfig
 from dtl.data.loading.loader import BatchDataset
-from dtl.data.open import check_reading, reading_of
+from dtl.data.open import channel_statistics, check_reading, reading_of
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import INDEX_NAME, Shards
 from dtl.data.shards.manifest import MANIFEST_NAME
@@ -158,6 +159,26 @@ def test_tars_of_others_are_indexed_alike(tmp_path: Path) -> None:
     assert [column.tolist() for column in shards.shapes()] == [[10, 16], [16, 10], [6, 1]]
     assert reading_of(shards, DataConfig()).range == (values.min(), values.max())
     assert not images_of(shards, reading_of(shards, DataConfig()))[1]
+
+
+def test_arrays_are_packed_indexed_and_verified(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        np.save(tmp_path / "images" / name / "0.npy", RNG.integers(0, 256, (9, 12, 5)).astype(np.uint8))
+        np.save(tmp_path / "images" / name / "1.npy", RNG.integers(0, 4096, (5, 9, 12)).astype(np.uint16))
+    pack(tmp_path / "images", tmp_path / "packed")
+    shards = Shards.open(tmp_path / "packed")
+    reading = reading_of(shards, DataConfig(channels=5))
+    assert (reading.channels, shards.manifest.pixels.wide if shards.manifest.pixels else 0) == (5, 2)
+    assert images_of(shards, reading)[0].shape == (4, 5, 8, 8)
+    assert not images_of(shards, reading)[1]
+    assert images_of(shards, reading_of(shards, DataConfig()))[1] == 4 * ["it has 5 channels, and data.channels is 3"]
+    mean, std = channel_statistics(shards, reading)
+    assert len(mean) == len(std) == 5
+    assert all(0.3 < value < 0.7 for value in mean)
+    assert run(["--quiet", str(tmp_path / "packed")]) == 0
+    with pytest.raises(UserError, match=r"mean and std of 4 channels cannot be measured: .*it has 5 channels, and data.channels is 4"):
+        channel_statistics(shards, reading_of(shards, DataConfig(channels=4)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
