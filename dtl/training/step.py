@@ -105,7 +105,9 @@ class Stepper:
         lr = active.set_lr(phase_step)
         for micro_step, batch in enumerate(batches):
             last = micro_step == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(active.wrapped):
+            # Backward too: activations that were not kept are computed again there.
+            checked = no_rank_is_empty() if self._synchronised else contextlib.nullcontext()
+            with checked, contextlib.nullcontext() if last else accelerator.no_sync(active.wrapped):
                 # Dropout and stochastic depth: the same in a resumed run, different on every rank and micro-step.
                 _seed_draws(int_key(self._draws + step, micro_step) >> 1, self.runtime.device)
                 self.heart.enter("forward")
@@ -145,8 +147,7 @@ class Stepper:
         if self._mixing is not None:
             targets = torch.nn.functional.one_hot(labels, active.phase.num_outputs).to(torch.float32)
             images, targets = mix_batch(images, targets, batch.slots, weights=weights, seed=self.seed, epoch=batch.epoch, step=batch.step, **self._mixing)
-        with no_rank_is_empty() if self._synchronised else contextlib.nullcontext():
-            logits, auxiliary = active.wrapped(images)
+        logits, auxiliary = active.wrapped(images)
         total = _weighted_sum(active, logits, targets, None if batch.full else weights)
         for other in auxiliary:
             total = total + AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * _weighted_sum(active, other, targets, None if batch.full else weights)

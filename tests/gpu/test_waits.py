@@ -23,7 +23,7 @@ def _a_gpu(device: str) -> None:
 
 @pytest.mark.parametrize(("world", "precision"), [(1, "bf16"), (1, "fp16"), (2, "no")])
 def test_the_host_does_not_wait_in_a_step(tmp_path: Path, world: int, precision: str) -> None:
-    recipe = write_recipe(tmp_path, phases=PHASES, precision=precision, model={"sync_bn": True})  # with two ranks
+    recipe = write_recipe(tmp_path, phases=PHASES, precision=precision, model={"sync_bn": True})  # over two ranks
     job = run(["--config", str(recipe)], cwd=tmp_path, world=world, by_rank={rank: {"before": "gpu.hooks:no_waits_in_a_step"} for rank in range(world)})
     steps = 9 - (2 if world == 2 else 0)
     assert job.err(0).count("a step with 0 waits") == steps
