@@ -75,17 +75,22 @@ def main() -> None:
 
         one, two = f"{options.size} pixels", f"{options.small}, then {options.size} pixels"
         results = interleaved({one: way(one, None), two: way(two, options.small)}, options.rounds)
-    rows = []
+    lines = table(("images", "CPU seconds", "x by CPU", "top1 %", "epochs"), rows(results, options.target))
+    report(f"To {100 * options.target:.0f} % by size", lines, results, facts, options.out)
+
+
+def rows(results: dict[str, list[dict[str, Any]]], target: float) -> list[list[str]]:
+    """A line for each way, the first of which the others are compared with."""
+    one, found = next(iter(results)), []
     for name, runs in results.items():
-        missed = sum(run["top1"] < options.target for run in runs)
-        rows.append([
+        missed = sum(run["top1"] < target for run in runs)
+        found.append([
             name, Spread.of([run["cpu_seconds"] for run in runs]).show(0),
             Spread.of([other["cpu_seconds"] / run["cpu_seconds"] for other, run in zip(results[one], runs)]).show(2),
             Spread.of([100 * run["top1"] for run in runs]).show(1) + (f", not reached in {missed} of {len(runs)}" if missed else ""),
             "; ".join(" + ".join(f"{epochs:g}" for epochs in run["epochs"]) for run in runs),
         ])  # fmt: skip
-    head = ("images", "CPU seconds", "x by CPU", "top1 %", "epochs")
-    report(f"To {100 * options.target:.0f} % by size", table(head, rows), results, facts, options.out)
+    return found
 
 
 if __name__ == "__main__":
