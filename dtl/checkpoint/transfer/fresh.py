@@ -79,11 +79,13 @@ def random_and_followed(names: Sequence[str], every: Sequence[str], example: str
 
 
 def stay_random(names: Sequence[str], every: Sequence[str]) -> str:
-    return f"besides the head {counted(len(names), 'tensor')} stay random (at their initial values): {_some(as_patterns(names, every))}"
+    verb = "stays" if len(names) == 1 else "stay"
+    return f"besides the head {counted(len(names), 'tensor')} {verb} random (at initial values): {_some(as_patterns(names, every))}"
 
 
 def are_dropped(names: Sequence[str], every: Sequence[str]) -> str:
-    return f"{counted(len(names), 'tensor')} of the source are dropped, for which this network has no place: {_some(as_patterns(names, every))}"
+    verb = "is" if len(names) == 1 else "are"
+    return f"{counted(len(names), 'tensor')} of the source {verb} dropped, for which this network has no place: {_some(as_patterns(names, every))}"
 
 
 def _some(patterns: Sequence[str]) -> str:

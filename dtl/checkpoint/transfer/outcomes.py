@@ -224,8 +224,8 @@ class _Settlement:
 
     def _ties(self) -> None:
         for name, first in self.target.ties.items():
-            if name in self.matches and self.matches[name].evidence in ("name", "map") and first in self.matches:
-                continue  # the source has it under both names too; the values are compared before they are loaded
+            if name in self.matches and first in self.matches:
+                continue  # the source has a tensor for each; their values are compared before they are loaded
             if first in self.matches:
                 self.matches[name] = self.matches[first]
             elif name in self.matches:

@@ -232,28 +232,51 @@ def make_plan(
     network = None if source_model is None else target_of(source_model, image_size=target.image_size)
     in_order = not looks_sorted(tensors) if ordered is None else ordered
 
-    def attempt(options: TransferOptions, rules: list[Rule]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
+    def attempt(options: TransferOptions, rules: list[Rule], names: Mapping[str, str] | None = None) -> tuple[TransferPlan, tuple[Refusal, ...]]:
         source, ignored = set_aside(tensors, options.ignore)
+        if names is not None:
+            ignored += [spec for spec in source if spec.name not in names]
+            source = [replace(spec, name=names[spec.name]) for spec in source if spec.name in names]
         request = PlanRequest(source, target, options, head_layers(target.layers, heads), rules, in_order, network, prefix)
         return _settled(request, classes, ignored)
+
+    def best(options: TransferOptions, rules: list[Rule]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
+        """By the file's own names; where that is refused, by a dialect that is known to use such names, if more can be paired then."""
+        plan, refusals = attempt(options, rules)
+        if refusals and options.by == "auto" and not rules and network is None:
+            from dtl.checkpoint.transfer.match.dialects import translations
+
+            for translation in translations([spec.name for spec in tensors], [spec.name for spec in target.specs]):
+                read, problems = attempt(options, rules, translation.names)
+                if not problems or len(read.pairs) > len(plan.pairs):
+                    return _in_own_names(read, translation.names, f"the names are those of {translation.dialect}"), problems
+        return plan, refusals
 
     def again(changed: Mapping[str, Any], lines: Mapping[str, Any]) -> Attempt:
         try:
             added = read_rules(lines) if lines else []
             kept = [rule for rule in given if rule.left not in lines]
             changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
-            tried, refusals = attempt(options.model_copy(update=changes), [*kept, *added])
+            tried, refusals = best(options.model_copy(update=changes), [*kept, *added])
         except UserError as error:
             return Attempt((Refusal(str(error)),), {})
         return Attempt(refusals, tried.pairs)
 
-    plan, refusals = attempt(options, given)
+    plan, refusals = best(options, given)
     if options.by == "auto" and network is None:
         assumed = Advice("If both networks register their layers in the same order", {"assume_order": True})
         more = (assumed,) if in_order and not options.assume_order else ()
         known = "; the network that the weights were made for (source_arch) decides more"
         refusals = tuple(replace(each, reason=each.reason + known, advice=(*each.advice, *more)) if each.undecided else each for each in refusals)
     return replace(plan, refusals=tuple(message(each, again) if number < 2 else each.reason for number, each in enumerate(refusals)))
+
+
+def _in_own_names(plan: TransferPlan, names: Mapping[str, str], note: str) -> TransferPlan:
+    """A plan made with other names for the source's tensors, in the names that they have."""
+    own = {now: name for name, now in names.items()}
+    outcomes = tuple(replace(o, sources=tuple(own.get(name, name) for name in o.sources)) for o in plan.outcomes)
+    specs = [replace(spec, name=own.get(spec.name, spec.name)) for spec in plan.source_specs]
+    return replace(plan, outcomes=outcomes, source_specs=specs, notes=(*plan.notes, note))
 
 
 def _settled(request: PlanRequest, classes: HeadClasses, ignored: Sequence[TensorSpec]) -> tuple[TransferPlan, tuple[Refusal, ...]]:

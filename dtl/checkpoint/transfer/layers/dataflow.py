@@ -286,22 +286,30 @@ _NUMBER = re.compile(r"(\d+)$")
 
 def links_by_names(layers: Sequence[Layer]) -> dict[int, int]:
     """Norm -> its layer, from names alone: `conv1` and `bn1`, Sequential `0` and `1`, or, where there are no numbers, the only
-    layer of a module with as many outputs (`conv_stem` and `bn1`), if no other norm there has that size."""
+    layer of a module with as many outputs (`conv_stem` and `bn1`), if no other norm there has that size. That the sizes fit says nothing of a layer norm
+    that shares its module with others that hold layers: MobileViT's stands behind the blocks beside it, not behind the convolution."""
     inside: dict[str, list[Layer]] = defaultdict(list)
+    parents = Counter(parent for layer in layers for parent in _parents(layer.path))
     for layer in layers:
         if layer.kind in (*WEIGHTED, *NORMS) and layer.shape and not layer.flat:
             inside[layer.path.rpartition(".")[0]].append(layer)
     links = {}
-    for siblings in inside.values():
+    for path, siblings in inside.items():
+        closed = parents[path] == len(siblings)
         weighted = [layer for layer in siblings if layer.kind in WEIGHTED]
         norms = [layer for layer in siblings if layer.kind in NORMS]
         for norm in norms:
             mates = [other for other in weighted if _numbers_agree(other, norm)]
-            if not mates and sum(other.shape == norm.shape for other in norms) == 1:
+            if not mates and (norm.kind == "bn" or closed) and sum(other.shape == norm.shape for other in norms) == 1:
                 mates = [other for other in weighted if other.shape[0] == norm.shape[0]]
             if len(mates) == 1 and mates[0].shape[0] == norm.shape[0]:
                 links[norm.index] = mates[0].index
     return links
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")[:-1]
+    return ["", *(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))]
 
 
 def _numbers_agree(other: Layer, norm: Layer) -> bool:

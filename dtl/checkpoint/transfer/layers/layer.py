@@ -344,18 +344,16 @@ def fuse_projections(layers: Sequence[Layer], other: Sequence[Layer]) -> list[La
     """
     wanted = {layer.shape for layer in other if layer.kind == "linear" and layer.shape[0] == 3 * layer.shape[1]}
     present = {layer.shape for layer in layers if layer.kind == "linear"}
+    triples = _triples(layers)
     fused: list[Layer] = []
-    at = 0
-    while at < len(layers):
-        triple = list(layers[at : at + 3])
-        if _is_triple(triple):
-            width = triple[0].shape[0]
-            if (3 * width, triple[0].shape[1]) in wanted - present:
-                fused.append(_joined(triple))
-                at += 3
-                continue
-        fused.append(layers[at])
-        at += 1
+    inside: set[int] = set()
+    for at, layer in enumerate(layers):
+        triple = triples.get(at)
+        if triple is not None and (3 * triple[0].shape[0], triple[0].shape[1]) in wanted - present:
+            fused.append(_joined(triple))
+            inside.update(id(each) for each in triple)
+        elif id(layer) not in inside:
+            fused.append(layer)
     if len(fused) == len(layers):
         return list(layers)
     return [Layer(u.path, u.kind, u.roles, index, u.flat) for index, u in enumerate(fused)]
@@ -368,13 +366,20 @@ def part_of(path: str) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _is_triple(layers: list[Layer]) -> bool:
-    if len(layers) < 3 or any(layer.kind != "linear" or layer.shape != layers[0].shape for layer in layers):
-        return False
-    if len({layer.path.rpartition(".")[0] for layer in layers}) > 1 or layers[0].shape[0] != layers[0].shape[1]:
-        return False
-    parts = [part_of(layer.path) for layer in layers]
-    return None not in parts and sorted(part for part in parts if part is not None) == [0, 1, 2]
+def _triples(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
+    """Place of the first of a module's q, k and v -> the three, wherever they stand (sorted names have others between them)."""
+    parts: dict[str, dict[int, list[int]]] = {}
+    for at, layer in enumerate(layers):
+        part = part_of(layer.path) if layer.kind == "linear" and layer.shape[0] == layer.shape[1] else None
+        if part is not None:
+            parts.setdefault(layer.path.rpartition(".")[0], {}).setdefault(part, []).append(at)
+    found = {}
+    for places in parts.values():
+        if len(places) == 3 and all(len(each) == 1 for each in places.values()):
+            three = sorted(at for (at,) in places.values())
+            if len({(layers[at].shape, frozenset(layers[at].roles)) for at in three}) == 1:
+                found[three[0]] = [layers[at] for at in three]
+    return found
 
 
 def _joined(triple: list[Layer]) -> Layer:

@@ -35,6 +35,9 @@ from dtl.checkpoint.transfer.match.evidence import NEW_NAME, Matching, NameEvide
 LOST_ORDER = "the order of the layers in the source is unknown (its names are sorted), and neither names nor numbers identify this one"
 ORDER_ONLY = "only the order of registration distinguishes it from other layers of its shape (assume_order: true accepts that)"
 
+NAMES_DISAGREE, NUMBERS_DISAGREE = "structure and names disagree", "the order and the numbers in the names disagree"
+ORDER_REFUTED = "only the order of registration distinguishes it, and for another layer of its shape names or numbers contradict that order"
+
 EVIDENCE = ("unique-shape", "name", "tree+number", "pattern", "graph", "structure")
 """Which of several claims that need no order is reported."""
 
@@ -159,7 +162,7 @@ class Names(View):
     def objections(self, case: Case) -> Iterator[Objection]:
         for j, i in case.accepted.items():
             if case.may_be_contested(j) and (better := self.names.better(i, j)):
-                yield Objection(j, "structure and names disagree", (i, *better))
+                yield Objection(j, NAMES_DISAGREE, (i, *better))
 
 
 class Shapes(View):
@@ -246,7 +249,7 @@ class Trees(View):
         for j, i in case.accepted.items():
             other = self.pairs.get(j, i)
             if other != i and case.may_be_contested(j):
-                yield Objection(j, "the order and the numbers in the names disagree", (i, other))
+                yield Objection(j, NUMBERS_DISAGREE, (i, other))
 
 
 class Norms(View):
@@ -397,10 +400,13 @@ class Arbiter:
                     self.doubts.pop(j, None)
                 before = case.free.get(j, claim.evidence)
                 case.free[j] = min(before, claim.evidence, key=EVIDENCE.index)
+        refuted = {loose_signature(case.theirs[j]) for j, (reason, _) in self.doubts.items() if reason in (NAMES_DISAGREE, NUMBERS_DISAGREE)}
         for j, i in list(case.accepted.items()):
             if j in case.trust.anchors:
                 continue
-            if j in case.free:
+            if j not in case.free and case.assume_order and loose_signature(case.theirs[j]) in refuted:
+                self._doubt(j, ORDER_REFUTED, [i])
+            elif j in case.free:
                 self.evidence[j] = case.free[j]
             elif case.assume_order:
                 self.evidence[j] = "order"
