@@ -1,12 +1,14 @@
 """What the pixels are worth: 12 bits against 8, five channels against three, and what the network sees of wide images.
 
-    DTL_DATA=FOLDER python -m benchmarks.pixels --folder RUNS --weights MBV2 [--only twelve|five|wide]
+    DTL_DATA=FOLDER python -m benchmarks.pixels --folder RUNS --weights MBV2 [--only twelve|five|wide|crops]
 
 FOLDER holds hymenoptera_data (ants and bees), MBV2 MobileNetV2's ImageNet weights in the order of torchvision's. All sets are made of these photos.
 
 twelve: gray images of 8 bits, and of 12 bits in PNGs of 16 (the luma in floating point, times 16): the head on frozen features.
-five: RGB, and five channels in .npy (RGB, the strength of edges, the saturation), both 256 pixels on the short side: the head on frozen features.
+five: RGB, and five channels in .npy (RGB, the strength of edges and the saturation; or RGB, luma and blurred luma), all 256 pixels on the short side: the
+    head on frozen features.
 wide: noise of 600 x 200, a block in its left fifth decides the class. crop, stretch and pad, the head alone and fine-tuned, at 128 pixels.
+crops: how much of that block the random crops of training show; nothing is trained.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from benchmarks.measure import data_folder, machine, report, table
+from dtl.config.models import AugmentConfig, Fit
+from dtl.data.transforms.transforms import train_transform
 
 ROOT = Path(__file__).resolve().parents[1]
+Preset = Literal["imagenet", "light"]
 Write = Callable[[Path, Image.Image], None]
 
 
@@ -72,6 +78,11 @@ def write_five(stem: Path, image: Image.Image) -> None:
     np.save(f"{stem}.npy", np.concatenate([rgb, edges[..., None].astype(np.uint8), saturation[..., None]], axis=2))
 
 
+def write_five_gray(stem: Path, image: Image.Image) -> None:
+    blurred = np.asarray(small(image).convert("L").filter(ImageFilter.GaussianBlur(3)))
+    np.save(f"{stem}.npy", np.concatenate([small(image), np.rint(luma(small(image))).astype(np.uint8)[..., None], blurred[..., None]], axis=2))
+
+
 def make_wide(folder: Path) -> Path:
     """200 training and 100 validation images of 600 x 200, noise; a white or a black block of 80 x 80 pixels somewhere in the left fifth."""
     if folder.exists():
@@ -86,6 +97,19 @@ def make_wide(folder: Path) -> Path:
             (folder / split / name).mkdir(parents=True, exist_ok=True)
             image.save(folder / split / name / f"{number:03d}.png")
     return folder
+
+
+def crops(preset: Preset, fit: Fit, num: int = 20_000) -> list[object]:
+    """A row: of random crops of the wide images, the shares in percent that show nothing of the block (under 5 % of it), and at least half of it."""
+    rng, transform = np.random.default_rng(0), train_transform(image_size=128, augment=AugmentConfig(preset=preset), fit=fit)
+    places = np.stack([rng.integers(2, 118, num), rng.integers(2, 38, num)], axis=1)
+    drawn = transform.draw(np.arange(num), np.full(num, 600), np.full(num, 200), seed=0, epoch=0).placement
+    scale = drawn.boxes[:, 2:] / drawn.resized
+    begin = drawn.boxes[:, :2] + np.maximum(drawn.offsets, 0) * scale
+    end = drawn.boxes[:, :2] + np.minimum(drawn.offsets + 128, drawn.resized) * scale
+    sides = np.maximum(np.minimum(end, places + 80) - np.maximum(begin, places), 0)
+    shown = sides.prod(axis=1) / 80**2
+    return [f"{preset}, {fit}", round(100 * float((shown < 0.05).mean())), round(100 * float((shown >= 0.5).mean())), ""]
 
 
 def train(folder: Path, name: str, recipe: str, images: Path, weights: Path, *options: str) -> list[object]:
@@ -112,7 +136,7 @@ def main() -> None:
     made.add_argument("--out", type=Path, help="write FILE.md and FILE.json")
     made.add_argument("--folder", type=Path, required=True, help="where the images are made and the runs lie")
     made.add_argument("--weights", type=Path, required=True, help="ImageNet weights of MobileNetV2")
-    made.add_argument("--only", choices=("twelve", "five", "wide"))
+    made.add_argument("--only", choices=("twelve", "five", "wide", "crops"))
     made.add_argument("--recipes", nargs="+", choices=("features", "finetune"), default=["features", "finetune"], help="of wide")
     options = made.parse_args()
     facts, folder, weights = machine(), options.folder.absolute(), options.weights.absolute()
@@ -123,7 +147,13 @@ def main() -> None:
             rows.append(train(folder, name, "features", make(folder / name, write), weights))
     if options.only in (None, "five"):
         rows.append(train(folder, "rgb", "features", make(folder / "rgb", write_rgb), weights))
-        rows.append(train(folder, "five-channels", "features", make(folder / "five", write_five), weights, "--data.channels", "5"))
+        rows.append(train(folder, "five-edges", "features", make(folder / "five", write_five), weights, "--data.channels", "5"))
+        rows.append(train(folder, "five-gray", "features", make(folder / "five-gray", write_five_gray), weights, "--data.channels", "5"))
+    if options.only == "crops":
+        presets: tuple[Preset, ...] = ("imagenet", "light")
+        fits: tuple[Fit, ...] = ("crop", "stretch", "pad")
+        rows = [crops(preset, fit) for preset in presets for fit in fits]
+        return report("crops", table(("preset, data.fit", "none of the block, %", "half of it or more, %", ""), rows), rows, facts, options.out)
     if options.only in (None, "wide"):
         images = make_wide(folder / "wide")
         for recipe in options.recipes:
