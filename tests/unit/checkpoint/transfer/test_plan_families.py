@@ -22,8 +22,9 @@ FEW = (
     "torchvision/resnet18", "torchvision/vit_b_32", "torchvision/swin_t", "timm/gmixer_12_224", "timm/levit_128", "timm/volo_d1_224",
     "timm/resmlp_12_224", "timm/sequencer2d_s", "timm/coat_tiny", "timm/vit_small_patch14_dinov2", "timm/beit_base_patch16_224", "timm/xcit_nano_12_p8_224",
 )  # fmt: skip
-# Several heads; a network that reshapes what its head gives (SqueezeNet, DLA, DPN); a head that is called in another way (CSPNeXt).
-NOT_CUT = ("more than the head is trained", "the output of the network is not the output of", "is not called exactly once with one tensor")
+# Several heads; a network that reshapes what its head gives (SqueezeNet, DLA, DPN); a head that is called in another way (CSPNeXt); dropout of the network's
+# own before it (GhostNet).
+NOT_CUT = ("more than the head is trained", "the output of the network is not the output of", "is not called exactly once with one tensor", "is random")
 MOST_PARAMETERS = 250_000_000
 """Of the network that stands for its family in a forward pass."""
 
