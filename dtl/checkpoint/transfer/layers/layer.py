@@ -308,8 +308,9 @@ def detect_heads(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _sorted(layers: Sequence[Layer]) -> bool:
+    """As safetensors sorts names: paths, and within each layer, where no module registers its bias before its weight."""
     paths = [layer.path for layer in layers]
-    return len(paths) > 4 and paths == sorted(paths)
+    return len(paths) > 4 and paths == sorted(paths) and all(layer.names == sorted(layer.names) for layer in layers)
 
 
 def _top_heads(weighted: Sequence[Layer]) -> list[Layer]:

@@ -26,3 +26,10 @@ def test_the_head_is_found_under_sorted_names() -> None:
     specs += [TensorSpec(f"features.{n}.conv.weight", (8, 8, 3, 3)) for n in range(4)]
     assert [layer.path for layer in detect_heads(layers_of(specs))] == ["classifier.1"]
     assert detect_heads(layers_of(specs[2:])) == []
+
+
+def test_numbers_that_rise_are_no_sorted_names() -> None:
+    """A Sequential's names stand in alphabetical order as it registers them, but for weight before bias."""
+    specs = [TensorSpec(f"{n}.{word}", (5, 8) if word == "weight" else (5,)) for n in (0, 1, 3, 4, 9) for word in ("weight", "bias")]
+    assert [layer.path for layer in detect_heads(layers_of(specs))] == ["9"]
+    assert detect_heads(layers_of(sorted(specs, key=lambda spec: spec.name))) == []
