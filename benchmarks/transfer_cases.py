@@ -161,7 +161,7 @@ def without(state: State, *patterns: str) -> State:
     return {name: value for name, value in state.items() if not any(re.search(pattern, name) for pattern in patterns)}
 
 
-def renamed(state: State, *rules: tuple[str, str]) -> State:
+def renamed(state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> State:
     out = {}
     for name, value in state.items():
         new = name
@@ -254,6 +254,7 @@ class Tokens(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embed(x).flatten(2).transpose(1, 2)
         for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
             y = block["attn"](block["norm1"](x))
             x = x + (block["ls1"](y) if "ls1" in block else y)
             y = block["fc2"](torch.relu(block["fc1"](block["norm2"](x))))
@@ -503,7 +504,7 @@ def _swin(folder: Path) -> Trial:
         return SwinTransformer(img_size=32, patch_size=2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5)
 
     source = trained(build())
-    rules = (
+    rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
         (r"^layers\.(\d+)\.downsample", lambda found: f"swin.encoder.layers.{int(found.group(1)) - 1}.downsample"),
         (r"^layers\.(\d+)\.", r"swin.encoder.layers.\1."),
         (r"norm1\.", "layernorm_before."),
@@ -539,7 +540,7 @@ def _weight_norm(folder: Path) -> Trial:
     wrapped.load_state_dict(source.state_dict())
     for name in ("conv2", "conv3"):
         nn.utils.parametrizations.weight_norm(getattr(wrapped, name))
-    wrapped.conv2.parametrizations.weight.original0.data.mul_(1.5)
+    wrapped.get_parameter("conv2.parametrizations.weight.original0").data.mul_(1.5)
     return Trial(wrapped.state_dict(), Small(), same=wrapped)
 
 
@@ -633,7 +634,7 @@ class _Mobile(nn.Module):
             setattr(self, name, module)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        stem, conv, norm, blocks, _, head = (getattr(self, word, None) for word in self.words)
+        stem, conv, norm, blocks, head = (getattr(self, word) for word in (*self.words[:4], self.words[5]))
         x = conv(stem(x)).flatten(2).transpose(1, 2)
         for block in blocks:
             x = block(x)
