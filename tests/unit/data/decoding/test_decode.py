@@ -244,7 +244,6 @@ def test_no_torch_is_needed() -> None:
         (b"\0\0\0\x18ftypcrx ", "CR3"),
         (bytes(128) + b"DICM", "DICOM"),
         (b"8BPS\0\1" + bytes(20), "Photoshop"),
-        (b"\x93NUMPY\1", "NumPy"),
         (b"PAR1\x15", "Parquet"),
     ],
 )

@@ -120,7 +120,7 @@ def test_each_row_of_the_table(kind: str, mode: str, done: str) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     if kind in PILLOWS:
-        plugin = pytest.importorskip(PLUGINS[kind], reason=f"Pillow reads {kind} only with a plugin, which is not installed")
+        plugin = pytest.importorskip(PLUGINS[kind], reason=f"Pillow reads {kind} only with a plugin, which is not installed (.ci/run installs it at its end)")
         if kind == "HEIC":
             plugin.register_heif_opener()
     data = file_of(PILLOWS.get(kind, kind), mode)
