@@ -357,6 +357,8 @@ def load_pretrained(
 ) -> TransferReport | None:
     """Load the pretrained weights that the config names; the same on every rank, or not at all. `weights`: what `read_pretrained` gave, if it was called.
     `folder`: where the report of a refusal is written, whose beginning is logged."""
+    if folder is not None and runtime.is_main:
+        (folder / REFUSED_TRANSFER).unlink(missing_ok=True)  # of an earlier start
     weights = weights or read_pretrained(config, network, runtime)
     if weights is None:
         return None

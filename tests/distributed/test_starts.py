@@ -30,12 +30,15 @@ def test_a_start_that_fails_leaves_the_reason_only_and_can_be_mended(tmp_path: P
         "other.pt": ["--transfer.source", "other.pt"],
         "phase all: train: the pattern 'layr4.*'": ["--phases.all.train", "[layr4.*]"],
     }
+    left = ["lock", "status.json"]
     for words, arguments in mistakes.items() if world == 1 else [*mistakes.items()][2:]:
         job = run(["--config", str(recipe), *arguments], cwd=tmp_path, world=world, code=2, env={"WANDB_MODE": "offline"})
         assert words in job.err()
         assert ("packing" in job.err()) == (words == "other.pt"), "names are looked at first"
         assert "wandb" not in job.err()
-        assert sorted(os.listdir(folder)) == ["lock", "status.json"]
+        if words == "other.pt":
+            left.append("transfer_refused.json")
+        assert sorted(os.listdir(folder)) == left
         assert status(folder)["state"] == "failed"
         assert words in status(folder)["why"]
     with pytest.raises(UserError, match=r"its start failed before the first step \(input: phase all: train: "):
@@ -43,6 +46,7 @@ def test_a_start_that_fails_leaves_the_reason_only_and_can_be_mended(tmp_path: P
     job = run(["--config", str(recipe), "--data.image-size", "12", "--tracking.wandb", "off"], cwd=tmp_path, world=world)
     assert "without a new checkpoint" not in job.err()
     assert status(folder)["state"] == "done"
+    assert not (folder / "transfer_refused.json").exists()
 
 
 def test_a_mistake_costs_a_finished_run_nothing(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_what_is_in_the_wheel_is_enough(built: Built, tmp_path: Path) -> None:
         "dtl/py.typed",
         "dtl/data/sources/digits.npz",
         "dtl/data/decoding/_jpeg_crop.pyi",
+        "dtl/checkpoint/transfer/match/dialects.yaml",
         "dtl/report/page.html.j2",
         *(f"dtl/recipes/{name}.yaml" for name in ("digits", "features", "finetune")),
     }
