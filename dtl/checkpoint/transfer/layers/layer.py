@@ -503,7 +503,9 @@ def is_position_table(have: Shape, want: Shape) -> bool:
     """[1, N, D], [1, D, H, W] or [1, H, W, D] both, of one width."""
     if len(have) == len(want) == 3:
         return have[0] == want[0] == 1 and have[2] == want[2] and _grid(have[1]) is not None and _grid(want[1]) is not None
-    return len(have) == len(want) == 4 and have[0] == want[0] == 1 and (have[1] == want[1] or have[3] == want[3])
+    if not (len(have) == len(want) == 4 and have[0] == want[0] == 1):
+        return False
+    return have[1] == want[1] or (have[3] == want[3] and have[1] == have[2])  # with the channels last only of a square grid: 64 x 14 x 14 are channels first
 
 
 def _grid(num_tokens: int) -> int | None:
