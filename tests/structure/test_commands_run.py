@@ -29,7 +29,7 @@ _DOWNLOAD = [
 NOT_RUN = {
     **dict.fromkeys(_ENVIRONMENT, ("makes an environment from the network", "tests/release/test_distributions.py")),
     **dict.fromkeys(_DOWNLOAD, ("comes from the network", ".ci/run")),
-    **dict.fromkeys(["pytest -n 2 --dist loadfile", "pytest"], ("it is what is running", ".ci/run")),
+    **dict.fromkeys(["pytest -n 3 --dist loadfile", "pytest"], ("it is what is running", ".ci/run")),
     **dict.fromkeys(
         ["ruff check .", "ruff format --check .", "mypy dtl benchmarks"], ("a tool of its own, which the tests do not need", ".pre-commit-config.yaml")
     ),
