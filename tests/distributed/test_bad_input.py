@@ -65,7 +65,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "other classes in val": (other_classes_in_val, "b has images of 1 class that the given class list does not have: 'cows'"),
     "no validation data": (without_validation, "photos: no validation data; give --data.val FOLDER"),
     "unknown model": (lambda folder: ["--model.name", "torchvision/resnet19"], "unknown model 'torchvision/resnet19'; did you mean torchvision/resnet18"),
-    "weights that do not fit": (weights_of_another_network, "transfer from other.pt refused (the whole report: runs/tiny/transfer_refused.json): nothing matches"),
+    "weights that do not fit": (
+        weights_of_another_network,
+        "transfer from other.pt refused (the whole report: runs/tiny/transfer_refused.json): nothing matches",
+    ),
     "weights that are a pickle": (weights_that_are_a_pickle, "other.pt: contains no tensors, only 1 object of torch.nn.modules.flatten.Flatten"),
     "missing weights": (lambda folder: ["--transfer.source", "gone.pt"], "no pretrained weights at gone.pt; give a file"),
     "unknown key": (lambda folder: ["--data.wrkers", "1"], "unknown config key data.wrkers; did you mean data.workers"),
