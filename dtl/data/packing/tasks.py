@@ -226,14 +226,14 @@ def _shrink(data: bytes, size: tuple[int, int], name: str, options: PackOptions,
         image = image.convert("L")  # R = G = B: the conversion is exact
     image = image.resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    kept: dict[str, Any] = {}
+    exif: Image.Exif | bytes = b""
     if orientation > 1:
-        kept["exif"] = Image.Exif()
-        kept["exif"][0x0112] = orientation
+        exif = Image.Exif()
+        exif[0x0112] = orientation
     if name == "PNG":
-        image.save(out, "PNG", **kept)
+        image.save(out, "PNG", exif=exif)
         return out.getvalue(), "PNG"
-    image.save(out, "JPEG", quality=options.quality, **kept)
+    image.save(out, "JPEG", quality=options.quality, exif=exif)
     return out.getvalue(), "JPEG"
 
 
