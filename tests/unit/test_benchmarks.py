@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -203,6 +204,86 @@ def test_held_out_compares_both_rules_run_by_run() -> None:
         "Test top1, points, over all runs: -2.00 ± 2.00 (standard error); higher in 0, lower in 1.",
         "Test loss, over all runs: -0.050 ± 0.050 (standard error); higher in 0, lower in 1.",
     ]
+
+
+def judging_folders(folder: Path) -> None:
+    """Empty files where benchmarks.judging looks for images."""
+    from benchmarks.judging import BIRDS, CARS, EVEN, ODD
+
+    for place, classes, number in (
+        ("hymenoptera_data/train", ("ants", "bees"), 121),
+        ("hymenoptera_data/val", ("ants", "bees"), 70),
+        ("flowers/train", (*EVEN, *ODD), 40),
+        ("flowers/valid", (*EVEN, *ODD), 10),
+        ("cifar/train", (*BIRDS, *CARS), 500),
+        ("cifar/test", (*BIRDS, *CARS), 100),
+    ):
+        for name in classes:
+            (folder / place / name).mkdir(parents=True)
+            for image in range(number):
+                (folder / place / name / f"{image}.jpg").touch()
+
+
+def test_the_sets_that_choose_do_not_open_those_that_judge(tmp_path: Path) -> None:
+    from benchmarks.judging import CHOOSING, JUDGING, TAIL, draw
+
+    judging_folders(tmp_path)
+    tests: dict[str, set[str]] = {"choosing": set(), "judging": set()}
+    opened: set[str] = set()
+    for name in (*CHOOSING, *JUDGING):
+        first, second = (draw(tmp_path, name, number, judge="a test" if name in JUDGING else "") for number in (0, 1))
+        parts = {
+            split: [set((tmp_path / f"{name}-{seed}-{split}.csv").read_text().splitlines()[1:]) for seed in (first, second)]
+            for split in ("train", "val", "test")
+        }
+        assert not parts["train"][0] & parts["val"][0]
+        assert not (parts["train"][0] | parts["val"][0]) & parts["test"][0]
+        assert parts["train"][0] != parts["train"][1], "seeds draw other images"
+        tests["judging" if name in JUDGING else "choosing"] |= parts["test"][0] | parts["test"][1]
+        if name in CHOOSING:
+            opened |= set().union(*(some for pair in parts.values() for some in pair))
+    assert not opened & tests["judging"]
+    assert all(row.split("/")[1] in ("val", "valid", "test") for row in tests["judging"])
+    rows = [row.split(",")[1] for row in (tmp_path / "long_tail-0-train.csv").read_text().splitlines()[1:]]
+    assert [rows.count(name) for name in dict.fromkeys(rows)] == list(TAIL)
+    with pytest.raises(SystemExit, match=r"twenty_judge judges what was chosen, once, at the end: --judge WHY; these choose: ants_bees, "):
+        draw(tmp_path, "twenty_judge", 0)
+
+
+def test_a_commit_judges_the_same_ways_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import judging
+
+    monkeypatch.setattr(judging, "ROOT", tmp_path)
+    for command in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m first"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    ways, judged = [judging.Way.parse("start=features,phases.head.lr=0.01"), judging.Way.parse("tuned=finetune,start=start")], tmp_path / "judged.jsonl"
+    assert ways[1].start == "start"
+    assert not ways[1].options
+    line = judging.admitted("the end", ways, judged)
+    (tmp_path / "new.py").touch()
+    with pytest.raises(SystemExit, match="needs a checkout without changes"):
+        judging.admitted("the end", ways, judged)
+    (tmp_path / "new.py").unlink()
+    (tmp_path / ".git/info").mkdir(exist_ok=True)
+    (tmp_path / ".git/info/exclude").write_text("judged.jsonl\n")
+    judged.write_text(json.dumps(line) + "\n")
+    with pytest.raises(SystemExit, match="has judged these ways already"):
+        judging.admitted("the end", ways, judged)
+    judging.admitted("the end", ways[:1], judged)
+
+
+def test_ways_are_compared_seed_by_seed() -> None:
+    from benchmarks.judging import Way, rows
+
+    found = [
+        {"set": "flowers", "seed": seed, "way": way, "top1": top1, "loss": 0.5, "num_samples": 100, "cpu_seconds": 3.0}
+        for seed, (first, second) in enumerate([(0.80, 0.82), (0.90, 0.94)])
+        for way, top1 in (("start", first), ("tuned", second))
+    ]
+    first, second, pooled = rows(found, [Way("start", "features", {}), Way("tuned", "finetune", {}, "start")])
+    assert first == ["flowers, 2 x 100", "start", "85.0 %", "", "0.500", "", "3"]
+    assert second[2:4] == ["88.0 %", "+3.0 (-9.7 to +15.7)"]
+    assert pooled[:4] == ["all, 2 runs", "tuned", "", "+3.0 (-9.7 to +15.7)"]
 
 
 def test_the_picture_of_the_fits_shows_what_dtl_does() -> None:
