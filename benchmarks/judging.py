@@ -22,14 +22,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from benchmarks.held_out import ENDINGS, prepare
 from benchmarks.measure import cpu_seconds, machine, report, table
 from benchmarks.measure import parser as benchmark_parser
-from dtl.api import Run, fit
+
+if TYPE_CHECKING:
+    from dtl.api import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ROOT / "benchmarks/results/judged.jsonl"
@@ -120,6 +122,8 @@ class Way:
 
 def train(folder: Path, name: str, seed: int, way: Way, weights: Path) -> Run:
     """One run; nothing where it is finished. Weights are those of the last step, so that no choice among evaluations helps a way."""
+    from dtl.api import fit
+
     recipe = yaml.safe_load((ROOT / f"configs/{way.recipe}.yaml").read_text())
     last = list(recipe["phases"])[-1]
     given: dict[str, Any] = {"run.name": f"{name}-{seed}-{way.name}", "run.seed": seed, "run.dir": str(folder / "runs"), "run.device": "cpu"}

@@ -215,8 +215,8 @@ def judging_folders(folder: Path) -> None:
         ("hymenoptera_data/val", ("ants", "bees"), 70),
         ("flowers/train", (*EVEN, *ODD), 40),
         ("flowers/valid", (*EVEN, *ODD), 10),
-        ("cifar/train", (*BIRDS, *CARS), 500),
-        ("cifar/test", (*BIRDS, *CARS), 100),
+        ("cifar/train", (*BIRDS, *CARS), 140),
+        ("cifar/test", (*BIRDS, *CARS), 10),
     ):
         for name in classes:
             (folder / place / name).mkdir(parents=True)
