@@ -18,6 +18,7 @@ from torch import nn
 
 from dtl.config.functions import import_function
 from dtl.errors import UserError
+from dtl.imports import without_compiler
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 from dtl.models.plain_resnet import PLAIN_RESNETS
 from dtl.models.preprocessing import OWN, Preprocessing, timm_preprocessing, torchvision_preprocessing
@@ -86,7 +87,8 @@ def find(name: str, *, own: bool = False) -> Entry:
 
 
 def _construct_torchvision(name: str, **arguments: Any) -> nn.Module:
-    import torchvision.models
+    with without_compiler():
+        import torchvision.models
 
     if name in ("inception_v3", "googlenet"):
         # init_weights is given because its default will change. Both networks were trained with Inception's own normalisation, which
@@ -97,7 +99,8 @@ def _construct_torchvision(name: str, **arguments: Any) -> nn.Module:
 
 
 def _construct_timm(name: str, **arguments: Any) -> nn.Module:
-    import timm
+    with without_compiler():
+        import timm
 
     return timm.create_model(name, pretrained=False, **arguments)
 
@@ -106,8 +109,9 @@ def _hub_entry(name: str, repository: str) -> Entry:
     """The repository's config names the timm network. The entry has that name, so that later builds do not need the hub."""
     if importlib.util.find_spec("timm") is None:
         raise UserError(f"model {name!r} needs timm, which is not installed: pip install timm")
-    import timm
-    from timm.models import load_model_config_from_hf
+    with without_compiler():
+        import timm
+        from timm.models import load_model_config_from_hf
 
     with hub_in_reach():
         try:
@@ -128,7 +132,8 @@ def _hub_entry(name: str, repository: str) -> Entry:
 
 def _check_timm_tag(name: str) -> None:
     """timm's names may end in the tag of one set of pretrained weights (resnet18.a1_in1k), which decides the preprocessing."""
-    import timm
+    with without_compiler():
+        import timm
 
     architecture, _, tag = name.partition(".")
     if tag:
@@ -151,7 +156,8 @@ def _function_entry(name: str) -> Entry:
 
 @lru_cache(maxsize=1)
 def _torchvision_names() -> tuple[str, ...]:
-    import torchvision.models
+    with without_compiler():
+        import torchvision.models
 
     return tuple(sorted(torchvision.models.list_models(module=torchvision.models)))
 
@@ -160,7 +166,8 @@ def _torchvision_names() -> tuple[str, ...]:
 def _timm_names() -> tuple[str, ...]:
     if importlib.util.find_spec("timm") is None:
         return ()
-    import timm
+    with without_compiler():
+        import timm
 
     return tuple(sorted(timm.list_models()))
 

@@ -87,8 +87,8 @@ def checksum(module: nn.Module, names: Iterable[str]) -> str:
 def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: ImageSize | None = None) -> frozenset[str]:
     """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
 
-    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass on the meta device, once for each set of layers that
-    is trained with a head of one size: the answer depends on nothing that changes between steps.
+    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass (on the meta device, unless only a head is trained), once for
+    each set of layers that is trained with a head of one size: the answer depends on nothing that changes between steps.
     """
     size = image_size or network.preprocessing.image_size
     question = (id(network.module), frozenset(trainable), network.num_outputs, size, auxiliary)
@@ -99,12 +99,14 @@ def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary
 
 
 def _unused(network: Network, trainable: Collection[str], size: ImageSize, auxiliary: bool) -> frozenset[str]:
-    try:
-        return _without_gradient(meta_copy(network.module), trainable, torch.empty(image_shape(network.module, 2, size), device="meta"), auxiliary)
-    except (RuntimeError, NotImplementedError):
-        # A forward that looks at values cannot run on shapes alone. A real fault fails here again.
-        device = next(network.module.parameters()).device
-        return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(image_shape(network.module, 2, size), device=device), auxiliary)
+    # Of a head alone the backward pass is short, and two images cost less than to import what the meta device needs (PyTorch's compiler: seconds).
+    if not set(trainable) <= head_parameters(network):
+        try:
+            return _without_gradient(meta_copy(network.module), trainable, torch.empty(image_shape(network.module, 2, size), device="meta"), auxiliary)
+        except (RuntimeError, NotImplementedError):
+            pass  # A forward that looks at values cannot run on shapes alone. A real fault fails below again.
+    device = next(network.module.parameters()).device
+    return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(image_shape(network.module, 2, size), device=device), auxiliary)
 
 
 def _without_gradient(module: nn.Module, trainable: Collection[str], images: torch.Tensor, auxiliary: bool) -> frozenset[str]:

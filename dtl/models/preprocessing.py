@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dtl.config.models import INTERPOLATIONS, ImageSize, as_size, shown_size, sides
+from dtl.imports import without_compiler
 from dtl.reading import AS_BEFORE, Reading
 
 FACTS = ("image_size", "crop_ratio", "interpolation", "mean", "std")
@@ -107,7 +108,8 @@ def of_torchvision(preset: Any) -> Preprocessing:
 
 def torchvision_preprocessing(name: str) -> Preprocessing:
     """That of the default weights of a torchvision model."""
-    import torchvision.models
+    with without_compiler():
+        import torchvision.models
 
     return of_torchvision(torchvision.models.get_model_weights(name).DEFAULT.transforms())
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dtl.errors import UserError
+from dtl.imports import optimizers_without_compiler
 
 _log = logging.getLogger(__name__)
 # Embeddings and tokens are not multiplied with an input; torchvision's references exclude them from weight decay too.
@@ -96,13 +97,14 @@ def build_optimizer(
         _log.info("optimizer: fused kernels not used: %s", refusal)
     use_fused = not refusal if fused == "auto" else bool(fused)
     groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
-    if name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=use_fused)
-        if use_fused and momentum:
-            _begin_momentum(optimizer)
-        return optimizer
-    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=betas, fused=use_fused)
+    with optimizers_without_compiler():
+        if name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=use_fused)
+            if use_fused and momentum:
+                _begin_momentum(optimizer)
+            return optimizer
+        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        return kind(groups, lr=lr, betas=betas, fused=use_fused)
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -6,13 +6,14 @@ too, for wide windows. They are saved at about twice that, for sharp screens.
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dtl.errors import UserError, printable
 from dtl.report.fonts import families
@@ -90,13 +91,14 @@ def new_figure(width: int, height: int, *, fit: bool = True) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=_PIXELS_PER_INCH * (_SHARPNESS if page_width(figure) < WIDE else 1.8))
+    figure.set_dpi(_PIXELS_PER_INCH * (_SHARPNESS if page_width(figure) < WIDE else 1.8))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     # Few inks: a palette of 256 colours looks the same and takes a third of the bytes.
-    with Image.open(data) as image:
-        image.convert("RGB").quantize(256).save(path, optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def page_width(figure: Figure) -> int:

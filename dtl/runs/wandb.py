@@ -46,6 +46,21 @@ def _arguments_without_secrets() -> Iterator[None]:
         sys.argv = before
 
 
+@contextmanager
+def _without_launch(wandb: Any) -> Iterator[None]:
+    """wandb's `init` imports half of wandb (a CPU second) to apply inputs of a launch job, which only who has imported that part can have given."""
+    kind, name = getattr(wandb.sdk.wandb_run, "Run", None), "_detect_and_apply_job_inputs"
+    before = getattr(kind, name, None)
+    if before is None or "wandb.sdk.launch.inputs.internal" in sys.modules:
+        yield
+        return
+    setattr(kind, name, lambda run: None)
+    try:
+        yield
+    finally:
+        setattr(kind, name, before)
+
+
 def choose_mode(setting: str, environ: Mapping[str, str]) -> tuple[str, str]:
     """What is really done with a setting (auto, online, offline, off), and why where that needs saying.
 
@@ -157,7 +172,7 @@ class WandbRun:
             "console": "off",  # its capture of stdout would break the bar, and our logs are files already
         }
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        with _arguments_without_secrets():
+        with _arguments_without_secrets(), _without_launch(wandb):
             wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has printed about the key
             run = wandb.init(
                 mode=mode,

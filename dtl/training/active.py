@@ -228,13 +228,14 @@ def enter(
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, which older ones do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        wrapped = runtime.accelerator.prepare_model(trained)
+        # Everything is on its device: to look whether it should be moved, Accelerate imports what shards tensors, and with it PyTorch's compiler.
+        wrapped = runtime.accelerator.prepare_model(trained, device_placement=False)
     fix_buckets(wrapped)
     return ActivePhase(
         phase=phase,
         network=network,
         wrapped=wrapped,
-        optimizer=runtime.accelerator.prepare_optimizer(optimizer),
+        optimizer=runtime.accelerator.prepare_optimizer(optimizer, device_placement=False),
         schedule=schedule_of(config, phase.steps_per_epoch),
         loss=build_loss(
             config.loss,

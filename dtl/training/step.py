@@ -19,6 +19,7 @@ from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
+from dtl.imports import plain_step
 from dtl.keyed import int_key
 from dtl.models.network import Normalise
 from dtl.models.norms import no_rank_is_empty
@@ -91,9 +92,8 @@ class Stepper:
         compiled = getattr(getattr(active.wrapped, "module", None), "_compiled_call_impl", None) is not None  # its norms are traced as they are
         self._synchronised = not compiled and any(isinstance(part, nn.SyncBatchNorm) for part in active.module.modules())
         self._scaler = runtime.accelerator.scaler
-        self._factor: tuple[float, Tensor] | None = None
         # Accelerate's wrapper is for the scaler; without one it only looks for packages that are not there, a millisecond at each step.
-        self._optimizer = active.optimizer if self._scaler is not None else getattr(active.optimizer, "optimizer", active.optimizer)
+        self._update = active.optimizer.step if self._scaler is not None else plain_step(getattr(active.optimizer, "optimizer", active.optimizer))
 
     def step(self, batches: list[Batch], *, step: int, phase_step: int, normaliser: float, window: Window) -> float:
         """Forward, backward and update for step number `step` of the run (from 0); returns the learning rate.
@@ -114,26 +114,18 @@ class Stepper:
                 loss_sum = self.loss_sum(batch)
                 self.heart.enter("backward")
                 factor = self.runtime.world_size / normaliser
-                if self._scaler is None:
-                    torch.autograd.backward(loss_sum, self._as_tensor(factor))  # the product's gradient, without the product
-                else:
-                    self._scaler.scale(loss_sum * factor).backward()
+                loss = loss_sum * factor
+                (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             window.add(step + 1, loss_sum.detach())
         if active.phase.config.clip_norm is not None:
             accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
-        self._optimizer.step()
+        self._update()
         for parameter in active.parameters:
             parameter.grad = None  # as `zero_grad` does, which opens a range for the profiler each time
         if active.ema is not None:
             active.ema.update()
         window.weight_sum += normaliser
         return lr
-
-    def _as_tensor(self, factor: float) -> Tensor:
-        """On the device, filled there: a copy would make the host wait for all that is queued. Steps of one epoch have one of two."""
-        if self._factor is None or self._factor[0] != factor:
-            self._factor = factor, torch.full((), factor, dtype=torch.float32, device=self.runtime.device)
-        return self._factor[1]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """sum(w * l) over the micro-batch's real slots, with auxiliary heads where the network has them in training."""

@@ -17,6 +17,7 @@ from dtl.config.models import DataConfig
 from dtl.credentials import bare, redacted_line
 from dtl.data.remote.fetch import Unfetched, fetch_file
 from dtl.errors import UserError
+from dtl.imports import without_compiler
 from dtl.models.hub import hub_in_reach, hub_name, why_not_fetched
 from dtl.models.preprocessing import of_torchvision, timm_preprocessing
 
@@ -57,7 +58,8 @@ def download(address: str, *, facts: dict[str, Any] | None = None) -> Cached:
 
 def torchvision_file(name: str) -> Cached:
     """`ResNet18_Weights.IMAGENET1K_V1`, `ResNet18_Weights` or `resnet18` (the default weights of the model)."""
-    from torchvision import models
+    with without_compiler():
+        from torchvision import models
 
     weights = _torchvision_weights(models, name)
     return download(weights.url, facts=_torchvision_facts(weights))
@@ -94,7 +96,8 @@ def _torchvision_facts(weights: Any) -> dict[str, Any]:
 def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of one of timm's pretrained models, in the names of timm's module, through timm's own cache."""
     try:
-        import timm
+        with without_compiler():
+            import timm
     except ImportError as error:
         raise UserError(f"timm:{name}: timm is not installed; pip install timm") from error
     if (repository := hub_name(name)) is not None:
@@ -120,8 +123,9 @@ def timm_tensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def _hub_tensors(repository: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Those of anybody's repository on the Hugging Face hub that timm can read (`hf-hub:ORG/NAME[@REVISION]`)."""
-    import timm
-    from timm.models import _hub
+    with without_compiler():
+        import timm
+        from timm.models import _hub
 
     # Repositories are anybody's: a timm that would unpickle their files is not let near them.
     safe = inspect.signature(_hub.load_state_dict_from_hf).parameters.get("weights_only")

@@ -1,0 +1,82 @@
+"""torchvision, timm and torch.optim without PyTorch's compiler: its import takes 2 to 3 CPU seconds, and only `model.compile` needs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_COMPILER, _UTILS, _MARK = "torch._dynamo", "torch._dynamo.utils", "__dynamo_disable"
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within it an import of torchvision does not import the compiler: torchvision's roi_align asks it for one function, for a call that may never come.
+
+    What is asked for gets a module that imports the real one when it is used.
+    """
+    if _COMPILER in sys.modules or _UTILS in sys.modules:
+        yield
+        return
+    later = _Later(_UTILS)
+    sys.modules[_UTILS] = later
+    try:
+        yield
+    finally:
+        if sys.modules.get(_UTILS) is later:
+            del sys.modules[_UTILS]
+
+
+class _Later(ModuleType):
+    """Stands in for a module that is imported at the first use of what is taken from it."""
+
+    def is_compile_supported(self, device_type: str) -> bool:
+        return bool(self._real().is_compile_supported(device_type))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system looks for its own
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def _real(self) -> ModuleType:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return importlib.import_module(self.__name__)
+
+
+@contextmanager
+def optimizers_without_compiler() -> Iterator[None]:
+    """Within it `torch.optim` builds optimizers without importing the compiler, only to tell it that their methods are not for it."""
+    marked: list[Callable[..., Any]] = []
+    if _COMPILER not in sys.modules:
+        import torch
+
+        for method in vars(torch.optim.Optimizer).values():
+            inner: Any = getattr(method, "__wrapped__", None)
+            if getattr(getattr(method, "__code__", None), "co_filename", "").endswith("_compile.py") and not hasattr(inner, _MARK):
+                setattr(inner, _MARK, inner)
+                marked.append(inner)
+    try:
+        yield
+    finally:
+        for inner in marked:
+            delattr(inner, _MARK)
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """`optimizer.step` as it is where the compiler is used; else the same without what it is wrapped in, which imports the compiler for its sake,
+    opens a range for the profiler and asks for hooks: dtl has none."""
+    if _COMPILER in sys.modules:
+        return optimizer.step
+    import torch
+
+    inner: Callable[..., object] = type(optimizer).step
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    return MethodType(torch.no_grad()(inner), optimizer)

@@ -1,0 +1,96 @@
+"""What a run imports: no compiler, unless it compiles; and what stands in for it does what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from recipes import write_images
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import json, sys
+from dtl.cli import main
+status = main(sys.argv[1:])
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+MOST = 2400
+"""Modules of a run on cached features that logs to wandb, offline, and draws its report. It was 4,300; a module takes about a millisecond of CPU time."""
+
+
+def test_a_run_on_cached_features_imports_no_compiler(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", {"cat": 12, "dog": 12})
+    recipe = {
+        "data": {"train": str(images), "val_fraction": 0.25, "global_batch_size": 8, "augment": {"preset": "none"}, "workers": 0},
+        "model": {"name": "torchvision/mobilenet_v3_small"},
+        "phases": {"head": {"train": "head", "epochs": 2, "lr": 0.01}},
+        "tracking": {"wandb": "offline"},
+    }
+    (tmp_path / "cached.yaml").write_text(yaml.safe_dump(recipe))
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "DTL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "train", "--config", "cached.yaml"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "computed once" in done.stderr
+    status, modules = json.loads(done.stdout.splitlines()[-1])
+    assert status == 0
+    packages = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "timm", "wandb.apis.public", "pandas", "scipy"}
+    assert sorted(packages & set(modules)) == []
+    assert "wandb" in modules
+    assert "matplotlib" in modules
+    assert len(modules) <= MOST, f"{len(modules)} modules: what is new? Import it where it is used"
+
+
+LATER = """
+import sys
+from dtl.imports import optimizers_without_compiler, plain_step, without_compiler
+with without_compiler():
+    import torchvision.models
+import torch
+def trained(step_of, context, kind, **options):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3)
+    with context:
+        optimizer = kind(layer.parameters(), lr=0.1, **options)
+    step = step_of(optimizer)
+    for number in range(3):
+        layer(torch.randn(4, 5, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        step()
+    return layer.weight.detach()
+from contextlib import nullcontext
+cases = [(torch.optim.SGD, dict(momentum=0.9, fused=True)), (torch.optim.Adam, dict(fused=True)), (torch.optim.AdamW, dict(fused=False, weight_decay=0.1))]
+lean = [trained(plain_step, optimizers_without_compiler(), kind, **options) for kind, options in cases]
+assert "torch._dynamo" not in sys.modules
+assert not any(hasattr(getattr(method, "__wrapped__", None), "__dynamo_disable") for method in vars(torch.optim.Optimizer).values())
+usual = [trained(lambda optimizer: optimizer.step, nullcontext(), kind, **options) for kind, options in cases]
+assert "torch._dynamo" in sys.modules
+assert all(torch.equal(one, other) for one, other in zip(lean, usual))
+with without_compiler():
+    import torch._dynamo.utils
+assert torch._dynamo.utils.is_compile_supported.__module__ == "torch._dynamo.utils"
+"""
+ROI = """
+import sys
+from dtl.imports import without_compiler
+with without_compiler():
+    import torchvision
+    assert "torch._dynamo" not in sys.modules
+assert "torch._dynamo.utils" not in sys.modules
+from torchvision.ops import roi_align
+assert roi_align.__globals__["is_compile_supported"]("cpu") in (True, False)
+assert "torch._dynamo" in sys.modules
+import torch
+assert roi_align(torch.ones(1, 1, 8, 8), torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), 2).shape == (1, 1, 2, 2)
+"""
+
+
+@pytest.mark.parametrize("code", [LATER, ROI], ids=["optimizers", "roi_align"])
+def test_what_stands_in_for_the_compiler_does_the_same(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
