@@ -7,7 +7,8 @@ FOLDER holds hymenoptera_data (ants and bees), MBV2 MobileNetV2's ImageNet weigh
 twelve: gray images of 8 bits, and of 12 bits in PNGs of 16 (the luma in floating point, times 16): the head on frozen features.
 five: RGB, and five channels in .npy (RGB, the strength of edges and the saturation; or RGB, luma and blurred luma), all 256 pixels on the short side: the
     head on frozen features.
-wide: noise of 600 x 200, a block in its left fifth decides the class. crop, stretch and pad, the head alone and fine-tuned with two presets of augmentations, at 128 pixels.
+wide: noise of 600 x 200, a block in its left fifth decides the class. crop, stretch and pad, the head alone and fine-tuned with two presets of
+    augmentations, at 128 pixels.
 crops: how much of that block the random crops of training show; nothing is trained.
 """
 
