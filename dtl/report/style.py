@@ -96,9 +96,10 @@ def save(figure: Figure, path: Path) -> None:
 
     figure.set_dpi(_PIXELS_PER_INCH * (_SHARPNESS if page_width(figure) < WIDE else 1.8))
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    canvas.draw()  # type: ignore[no-untyped-call]
     # Few inks: a palette of 256 colours looks the same and takes a third of the bytes.
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256).save(path, optimize=True)
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    Image.fromarray(pixels).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def page_width(figure: Figure) -> int:
