@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dtl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each room may import those above it in this list; the rooms of one line do not import each other.
 LAYERS: list[set[str]] = [
-    {"version", "errors", "text", "keyed", "files", "machine", "credentials", "pickles", "untrusted", "intervals", "reading"},
+    {"version", "errors", "text", "keyed", "files", "machine", "credentials", "pickles", "untrusted", "intervals", "reading", "imports"},
     {"config"},
     {"data", "models", "optim"},
     {"checkpoint.transfer"},
