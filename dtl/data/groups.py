@@ -54,10 +54,11 @@ def find_groups(shards: Shards, given: GroupConfig, source: str, *, columns: Col
         found = _by_file(names, given.file, source)
     else:
         found = _by_column(shards, names, str(given.column), source, path_column=None if columns is None else columns.path)
-    return _numbered(found)
+    return numbered(found)
 
 
-def _numbered(found: list[str]) -> Groups:
+def numbered(found: list[str]) -> Groups:
+    """From the name of each sample's group."""
     codes: dict[str, int] = {}
     numbers = np.fromiter((codes.setdefault(name, len(codes)) for name in found), np.int64, len(found))
     return Groups(numbers, tuple(codes))
@@ -65,7 +66,7 @@ def _numbered(found: list[str]) -> Groups:
 
 def listed_groups(names: list[str], groups: Mapping[str, str], what: str) -> Groups:
     """The groups of images by their paths; UserError where one has none. `what` names the list."""
-    return _numbered(_looked_up(names, groups, what, "the list"))
+    return numbered(_looked_up(names, groups, what, "the list"))
 
 
 def _by_regex(names: list[str], regex: str, source: str) -> list[str]:

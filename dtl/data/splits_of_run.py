@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dtl import keyed
 from dtl.config.models import DataConfig, FoldConfig
+from dtl.data.audited import Actions, described, hand_on, honour, joined, ledger, place_of, read_actions
 from dtl.data.groups import Groups, find_groups, folds_by_group, refuse_broken, split_by_group
 from dtl.data.open import cache_lock, open_split
 from dtl.data.remote.address import cache_place
@@ -84,6 +85,7 @@ class _Opening:
         assert data.train is not None
         self.data, self.source, self.one, self.log, self.notes = data, data.train, one, log, notes
         self.options = data.model_copy(update={"val_fraction": 0.0})
+        self.actions = None if data.audit is None else read_actions(data.audit)
         self.listed: dict[str, Source] = {}
 
     def splits(self) -> Splits:
@@ -109,13 +111,18 @@ class _Opening:
         if val is None:
             raise UserError(f"{self.source}: {_NO_VAL}")
         splits = Splits(held_out["train"], val, test)
+        if self.actions is not None:
+            self.actions.check(self.source)
+            line = described([entry for shards in splits.all().values() for entry in ledger(shards)])
+            self.notes(f"data.audit {self.data.audit}: {line or 'no action is set, so all images stay as they are'}")
         self._check(splits)
         self._check_groups(splits, held_out)
         return splits
 
     def _as_packed(self) -> tuple[Shards, Shards | None]:
         """Training images, and the validation images that their source has of its own, or that packing splits off."""
-        if self.data.val_fraction and not self.data.test_fraction and self.data.group is None and self.data.fold is None:
+        together = self.data.group is not None or self.data.fold is not None or self.data.audit is not None
+        if self.data.val_fraction and not self.data.test_fraction and not together:
             try:
                 train = self.one(self.source, self.data, split="train", listed=self.listed)
             except HasSplits:
@@ -124,14 +131,17 @@ class _Opening:
                 assert own is None
             else:
                 return train, self._of_train("val", train, options=self.data)
-        train = self.one(self.source, self.options, split="train", listed=self.listed)
+        train = self.train()
         val = None if self.data.val is not None else self._of_train("val", train)
         if val is not None and self.data.val_fraction:
             raise UserError(f"{self.source} already has validation images: leave out data.val_fraction, or set data.train to the images of one split")
         return train, val
 
+    def train(self) -> Shards:
+        return self._audited("train", self.one(self.source, self.options, split="train", listed=self.listed))
+
     def _named(self, split: str, train: Shards) -> Shards:
-        found = self.one(getattr(self.data, split), self.options, split=split, classes=train.classes)
+        found = self._audited(split, self.one(getattr(self.data, split), self.options, split=split, classes=train.classes))
         if found.folder == train.folder:
             if split == "val":
                 raise UserError(f"{self.source}: {_NO_VAL}")
@@ -146,11 +156,21 @@ class _Opening:
             found = self.one(self.source, options or self.options, split=f"own {split}", listed=self.listed)
         except (NoSplit, Unreachable):  # of a server that was there for train, so that another split would have been copied then
             return None
-        return None if found.folder == train.folder else found
+        return None if found.folder == train.folder else self._audited(split, found)
+
+    def _audited(self, split: str, shards: Shards) -> Shards:
+        """What data.audit leaves of images that were just opened."""
+        if self.actions is None:
+            return shards
+        home = place_of(cache_place(self.data.cache_dir, shared=self.data.cache_shared) / "parts", shards, split, self.actions)
+        home.parent.parent.mkdir(exist_ok=True)
+        with cache_lock(home.parent.with_name(home.parent.name + ".lock"), f"applies {self.data.audit} to {self.source}", self.log):
+            changed = honour(shards, split, self.actions, home)
+        return self.one(self.source, self.options, split="train", found=home) if changed else shards
 
     def _hold_out(self, train: Shards, shares: Mapping[str, float | None]) -> dict[str, Shards]:
         """The training images in parts: a share of them for each name, in this order, and the rest as train. None: the usual share for validation."""
-        groups = None if self.data.group is None else find_groups(train, self.data.group, self.source, columns=self.data.columns)
+        groups = groups_of(train, "train", self.data, self.source, self.actions)
         fold = self.data.fold if self.data.fold is not None and self.data.fold.number else None
         digest = None if groups is None else groups.digest
         facts: list[object] = [_VERSION, digest, str(train.folder.absolute()), train.dataset_id, dict(shares), VAL_FRACTION, LEAST_VAL]
@@ -161,6 +181,8 @@ class _Opening:
             home.parent.mkdir(exist_ok=True)
             with cache_lock(home.with_name(home.name + ".lock"), f"splits {self.source}", self.log):
                 for name, chosen in chosen_parts(train, shares, groups, fold).items():
+                    if name == "train":
+                        hand_on(train, home / name)
                     write_part(train, chosen, home / name)
         opened = {name: self.one(self.source, self.options, split="train", found=home / name) for name in names}
         for name in shares:
@@ -188,17 +210,31 @@ class _Opening:
 
     def _check_groups(self, splits: Splits, held_out: Mapping[str, Shards]) -> None:
         """Splits that were not made here may have a group in common."""
-        given = self.data.group
-        if given is None or len(held_out) == len(splits.all()):
+        if len(held_out) == len(splits.all()):
             return
-        named = {name: str(getattr(self.data, name) or self.source) for name in ("train", "val", "test")}
-        groups = {name: (shards, find_groups(shards, given, named[name], columns=self.data.columns)) for name, shards in splits.all().items()}
+        found = splits.all()
+        named = {name: str(getattr(self.data, name) or self.source) for name in found}
+        groups = {name: (shards, of) for name, shards in found.items() if (of := groups_of(shards, name, self.data, named[name], self.actions)) is not None}
         line = refuse_broken(groups)
         if line is None:
             return
         if self.data.group_check == "refuse":
             raise UserError(f"{line}; move each group into one split, or train all the same with --data.group-check warn")
         self.notes(f"{line}: results on such images are too good")
+
+
+def open_training(data: DataConfig, *, progress: bool, log: Log) -> tuple[Shards, Groups | None]:
+    """All training images, of which folds are made, and their groups."""
+    assert data.train is not None
+    opening = _Opening(data, partial(open_split, progress=progress, log=log), log, log)
+    train = opening.train()
+    return train, groups_of(train, "train", data, data.train, opening.actions)
+
+
+def groups_of(shards: Shards, split: str, data: DataConfig, source: str, actions: Actions | None = None) -> Groups | None:
+    """The groups of data.group, with those together that data.audit joins; None where neither is given."""
+    groups = None if data.group is None else find_groups(shards, data.group, source, columns=data.columns)
+    return groups if actions is None or not actions.groups() else joined(groups, [shards.name(sample) for sample in range(shards.num_samples)], split, actions)
 
 
 def _reached(part: Shards, train: Shards, groups: Groups) -> str:

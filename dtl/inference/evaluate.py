@@ -126,7 +126,7 @@ def _source(model: RunningModel, data: str | None, run: StoredConfig | None, spl
         raise UserError(f"{model.stored.folder} is a model folder, which does not record its data; give --data.val SRC, or the run itself (runs/NAME)")
     run.require(f"data.{split}")
     named = own.val if split == "val" else own.test
-    if named is not None:
+    if named is not None and own.audit is None:
         return _Source(named, own.model_copy(update={"val_fraction": 0.0}))
     run.require("data.train", "data.val", "data.test", "data.group.regex")
     if own.train is None:
@@ -222,7 +222,7 @@ def note_test_look(model: RunningModel, shards: Shards, split: Split) -> int | N
 def _packed_val(source: _Source, split: Split, runtime: Runtime, log: Log, *, labelled: bool) -> Shards | None:
     """Validation images that were packed as such, without a look at the training images; None where they may be held out of these."""
     data = source.options
-    if split != "val" or data.test_fraction or data.fold is not None or (data.val_fraction and data.group is not None):
+    if split != "val" or data.test_fraction or data.fold is not None or data.audit is not None or (data.val_fraction and data.group is not None):
         return None
     try:
         shards = open_split(source.place, data, split="own val", labelled=labelled, progress=runtime.is_main, log=log, leads=runtime.local_rank == 0)

@@ -27,10 +27,9 @@ from dtl.checkpoint.resume.state import config_conflicts
 from dtl.config import Config
 from dtl.config.models import DataConfig, FoldConfig, num_pixels
 from dtl.config.own import stored_config
-from dtl.data.groups import Groups, find_groups
-from dtl.data.open import open_split
+from dtl.data.groups import Groups
 from dtl.data.shards.index import Shards
-from dtl.data.splits_of_run import folds_of, open_splits
+from dtl.data.splits_of_run import folds_of, open_splits, open_training
 from dtl.errors import UserError
 from dtl.files import flock, open_lock, write_json_whole, written
 from dtl.inference.assess import Assessment, RankBatches, assess, pooled
@@ -115,16 +114,13 @@ def open_folds(config: Config, name: str, *, log: Log) -> Folds:
     """The folds of a config's training images, which are packed if they are not yet. `config` has `data.fold`. Writes nothing into the run folder. UserError
     where there are too few images or groups for so many folds."""
     assert config.data.fold is not None
-    assert config.data.train is not None
     if config.run.debug:
         raise UserError("run.debug is for one run: dtl train --run.debug true")
     if config.run.resume != "auto":
         raise UserError(f"run.resume {config.run.resume} is for one run; folds go on where they were, and others get another name (--run.name NEW)")
     if list(config.phases.values())[-1].task != "classify":
         raise UserError("the last phase does not classify, so there is nothing to measure on the folds")
-    options = config.data.model_copy(update={"val_fraction": 0.0})
-    shards = open_split(config.data.train, options, split="train", progress=log is not to_nobody, log=log)
-    groups = None if config.data.group is None else find_groups(shards, config.data.group, config.data.train, columns=config.data.columns)
+    shards, groups = open_training(config.data, progress=log is not to_nobody, log=log)
     numbers = folds_of(shards, config.data.fold, groups)
     return Folds(Path(config.run.dir) / f"{name}{FOLDS_END}", config, shards, groups, numbers)
 

@@ -14,6 +14,7 @@ from dtl.checkpoint.resume.resume import note_changes
 from dtl.checkpoint.transfer.apply import TransferReport
 from dtl.config import Config
 from dtl.config.own import needs_record, note_made
+from dtl.data.audited import AUDITED_NAME, write_ledger
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
 from dtl.data.shards.index import Shards
 from dtl.distributed.devices import gpu_expected
@@ -113,8 +114,10 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         *fp16_instead(config.precision, runtime),
     ]:
         log(line)
+    splits = {"train": train, "val": val} if test is None else {"train": train, "val": val, "test": test}
+    write_ledger(splits, folder.path / AUDITED_NAME)
     if not state.step:
-        report_copies(session, {"train": train, "val": val} if test is None else {"train": train, "val": val, "test": test})
+        report_copies(session, splits)
 
 
 def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:

@@ -420,9 +420,12 @@ def is_packed(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file() or (folder / PART_NAME).is_file()
 
 
-def write_part(shards: Shards, chosen: npt.NDArray[np.bool_], place: Path) -> None:
-    """Write the chosen samples [N] of `shards` as a part into the folder `place`, unless it is there."""
-    assert shards.part is None
+def write_part(shards: Shards, chosen: npt.NDArray[np.bool_], place: Path, *, labels: npt.NDArray[np.int32] | None = None) -> None:
+    """Write the chosen samples [N] of `shards` as a part into the folder `place`, unless it is there. `labels` [N]: in place of their own.
+
+    A part of a part is one of the same packed folder.
+    """
+    whole = None if shards.part is None else Part.of_folder(shards.place)
     if (place / PART_NAME).is_file():
         return
     place.mkdir(parents=True, exist_ok=True)
@@ -430,12 +433,14 @@ def write_part(shards: Shards, chosen: npt.NDArray[np.bool_], place: Path) -> No
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(shards.shard_sizes)])
     shard_samples = np.diff(np.searchsorted(samples, starts))
     columns = {name: getattr(shards, name)[samples] for name in ROW_COLUMNS}
+    if labels is not None:
+        columns["labels"] = labels[samples]
     write_whole(place / NUMBERS_NAME, lambda file: np.save(file, numbers))
     index_sha256 = write_index(place / INDEX_NAME, shard_samples, columns)
     Part(
         folder=str(shards.folder.absolute()),
-        of=shards.dataset_id,
-        rows=shards.num_samples + len(shards.quarantined),
+        of=shards.dataset_id if whole is None else whole.of,
+        rows=shards.num_samples + len(shards.quarantined) if whole is None else whole.rows,
         dataset_id=dataset_id(shards.classes, sizes=columns["sizes"], crcs=columns["crcs"], labels=columns["labels"]),
         index_sha256=index_sha256,
         shard_samples=tuple(shard_samples.tolist()),
