@@ -8,6 +8,7 @@ from typing import Any
 COMMANDS = {
     "train": "train or fine-tune, in phases, on one process or many",
     "pack": "pack images into shards, once",
+    "audit": "twins, leaks between splits, and labels that are probably wrong, in a set of images",
     "transfer": "show what a transfer of pretrained weights would load (a dry run)",
     "convert": "convert a file of weights to safetensors, without running anything in it",
     "models": "list the networks that model.name accepts",

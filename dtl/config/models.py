@@ -263,7 +263,7 @@ class DataConfig(Section):
     group_check: Literal["refuse", "warn"] = "refuse"
     """What happens if splits that were made by hand have a group in common."""
     audit: str | None = None
-    """CSV file of decisions about single images (path,kind,score,other,suggestion,action). `action` is drop, relabel:CLASS, group (with `other`) or keep;
+    """The CSV file of `dtl audit`, with your decisions about single images. Its column `action` is drop, relabel:CLASS, group (with `other`) or keep;
     nothing else in it has an effect."""
     fold: FoldConfig | None = None
     """Hold out one fold of the training images as the test set; stratified by class, groups in one fold. `dtl folds` sets it for each of its runs."""

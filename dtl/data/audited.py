@@ -1,4 +1,4 @@
-"""`data.audit`: what the user decided about single images in a CSV file, honoured when the images are opened.
+"""`data.audit`: what the user decided about single images in the CSV file of `dtl audit`, honoured when the images are opened.
 
 Only the column `action` counts: `drop`, `relabel:CLASS`, `group` (with the image in `other`), `keep` or nothing. What is left becomes a part of the packed
 images (see `dtl.data.shards.part`) with a dataset id of its own, in the cache; the images, their labels and the shards stay as they are.
@@ -66,7 +66,7 @@ class Actions:
         if missing:
             raise UserError(
                 f"data.audit {self.file} has an action for {counted(len(missing), 'image')} that {source} does not have, such as "
-                f"{some(missing, limit=_SHOWN, quoted=True)}: correct the paths, or take these rows out"
+                f"{some(missing, limit=_SHOWN, quoted=True)}: run dtl audit again, or take these rows out"
             )
         for path in named:
             if len(splits := sorted(self.found[path])) > 1:
@@ -104,7 +104,7 @@ def read_actions(file: str) -> Actions:
         raise UserError(f"{what} is not readable as CSV: {error}") from None
     header = [cell.strip() for cell in records[0][1]] if records else []
     if lacking := [name for name in ("path", "other", "action") if name not in header]:
-        raise UserError(f"{what} has no column {some(lacking, quoted=True)}: its first line must be {','.join(COLUMNS)}")
+        raise UserError(f"{what} has no column {some(lacking, quoted=True)}: its first line must be {','.join(COLUMNS)}, as dtl audit writes it")
     at = {name: header.index(name) for name in ("path", "other", "action")}
     rows, paths, decided = list[Row](), set[str](), dict[str, Row]()
     for line, cells in records[1:]:

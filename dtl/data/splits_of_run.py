@@ -140,6 +140,19 @@ class _Opening:
     def train(self) -> Shards:
         return self._audited("train", self.one(self.source, self.options, split="train", listed=self.listed))
 
+    def every_image(self) -> dict[str, Shards]:
+        train = self.train()
+        found = {"train": train}
+        for split in ("val", "test"):
+            shards = self._named(split, train) if getattr(self.data, split) is not None else self._of_train(split, train)
+            if shards is not None and all(shards.place != other.place for other in found.values()):
+                found[split] = shards
+        for split, shards in found.items():
+            check_class_maps(train.manifest, shards.manifest, split=split)
+        if self.actions is not None:
+            self.actions.check(self.source)
+        return found
+
     def _named(self, split: str, train: Shards) -> Shards:
         found = self._audited(split, self.one(getattr(self.data, split), self.options, split=split, classes=train.classes))
         if found.folder == train.folder:
@@ -229,6 +242,13 @@ def open_training(data: DataConfig, *, progress: bool, log: Log) -> tuple[Shards
     opening = _Opening(data, partial(open_split, progress=progress, log=log), log, log)
     train = opening.train()
     return train, groups_of(train, "train", data, data.train, opening.actions)
+
+
+def open_every_image(data: DataConfig, *, log: Log) -> dict[str, Shards]:
+    """All splits that a source has or a config names, with nothing held out; there may be training images only."""
+    assert data.train is not None
+    opening = _Opening(data, partial(open_split, log=log), log, log)
+    return opening.every_image()
 
 
 def groups_of(shards: Shards, split: str, data: DataConfig, source: str, actions: Actions | None = None) -> Groups | None:

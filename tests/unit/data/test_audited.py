@@ -118,7 +118,7 @@ def test_an_audit_of_other_images_is_refused(tmp_path: Path, photos: Path) -> No
         (
             (first, "", "drop"),
             ("x/1.jpg", "", "drop"),
-        ): r"has an action for 1 image that .* does not have, such as 'x/1.jpg': correct the paths, or take these rows out$",
+        ): r"has an action for 1 image that .* does not have, such as 'x/1.jpg': run dtl audit again, or take these rows out$",
         ((first, "x/2.jpg", "group"),): r"for 1 image that .*'x/2.jpg'",
         ((first, "", "relabel:c"),): r"line 2: there is no class 'c' to relabel",
     }.items():

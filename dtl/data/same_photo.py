@@ -1,0 +1,85 @@
+"""Whether two images are the same photo: recompressed, resized, cropped by some percent, mirrored, or with other brightness; found by pixels alone.
+
+Two steps. `thumbnails` are compared with all others by `dtl.data.near` (a perceptual hash that is not rounded to bits, so that nothing is lost at its edge);
+`registered` then looks at each such pair: it moves, scales and mirrors one over the other, and compares what is left without low frequencies, in which
+photos of one kind agree. The next shot of a scene has the same colours and other details.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dtl.data.near import Pairs, near_pairs
+
+SIDE = 64
+"""Pixels of the images that `registered` compares, whatever their proportions."""
+ALIKE = 0.85
+"""Cosine of two thumbnails from which on a pair is looked at; in a set where that are too many, it is raised."""
+SAME = 0.75
+"""Correlation of the details from which on it is the same photo. Both numbers were chosen on CIFAR-10 (benchmarks/audit.py)."""
+_THUMBNAIL = 8
+_TEMPLATE = 44
+_SCALES = (64, 66, 68, 70, 73)
+_BLUR = 9
+_FLAT = 1e-3  # of the pixels' range: an image without details is like any other one
+
+
+def gray(images: Tensor) -> Tensor:
+    """uint8 [B,C,S,S] to float32 [B,S,S] in 0..1."""
+    return images.float().mean(1) / 255
+
+
+def thumbnails(images: Tensor) -> npt.NDArray[np.float32]:
+    """[B, 64] of gray images [B,S,S]: their coarse pattern, without brightness and contrast."""
+    small = functional.adaptive_avg_pool2d(images[:, None], _THUMBNAIL)[:, 0]
+    small = small - small.mean((1, 2), keepdim=True)
+    small = torch.where(small.abs().amax((1, 2), keepdim=True) < _FLAT, torch.zeros(()), small)
+    found: npt.NDArray[np.float32] = small.flatten(1).numpy()
+    return found
+
+
+def alike(thumbs: npt.NDArray[np.float32], least: float = ALIKE, *, share: tuple[int, int] = (0, 1)) -> Pairs:
+    """All pairs of thumbnails [N,64] with a cosine of `least` or more, as they are or mirrored. UserError where there are too many."""
+    mirrored = thumbs.reshape(-1, _THUMBNAIL, _THUMBNAIL)[:, :, ::-1].reshape(len(thumbs), -1)
+    found = near_pairs(np.concatenate([thumbs, mirrored]), least, share=share)
+    first, second = found.first % max(1, len(thumbs)), found.second % max(1, len(thumbs))
+    low, high = np.minimum(first, second), np.maximum(first, second)
+    order = np.lexsort((-found.cosine, high, low))
+    low, high, cosine = low[order], high[order], found.cosine[order]
+    begins = np.ones(len(low), bool)
+    begins[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    kept = begins & (low < high)  # a symmetric image is its own mirror image
+    return Pairs(low[kept], high[kept], cosine[kept])
+
+
+def registered(one: Tensor, other: Tensor) -> float:
+    """How well the details of two gray images [SIDE,SIDE] agree, the one laid over the other: at most 1."""
+    return max(_laid_over(one, other), _laid_over(other, one))
+
+
+def _laid_over(wide: Tensor, narrow: Tensor) -> float:
+    edge = (SIDE - _TEMPLATE) // 2
+    template = _details(narrow)[edge:-edge, edge:-edge]
+    template = template - template.mean()
+    size = template.norm()
+    if size < _FLAT * _TEMPLATE:
+        return 0.0
+    kernels = torch.stack([template, template.flip(1)])[:, None] / size
+    best = 0.0
+    for side in _SCALES:
+        details = _details(functional.interpolate(wide[None, None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0, 0])[None, None]
+        area = torch.ones(1, 1, _TEMPLATE, _TEMPLATE)
+        energy = functional.conv2d(details.square(), area) - functional.conv2d(details, area).square() / area.numel()
+        found = functional.conv2d(details, kernels) / energy.clamp(min=(_FLAT * _TEMPLATE) ** 2).sqrt()
+        best = max(best, float(found.max()))
+    return best
+
+
+def _details(image: Tensor) -> Tensor:
+    """Without the low frequencies."""
+    padded = functional.pad(image[None, None], [_BLUR // 2] * 4, mode="replicate")
+    return image - functional.avg_pool2d(padded, _BLUR, stride=1)[0, 0]
