@@ -276,6 +276,7 @@ PROMISES: dict[str, Any] = {
     "predict": predicted,
     "verify": lambda place, words, out: _says(out, "no problems"),
     "evaluate": lambda place, words, out: _says(out, "top1"),
+    "audit": lambda place, words, out: _says(out, "each finding") or _is_file(place / "audit/index.html"),
     "calibrate": lambda place, words, out: _says(out, "temperature"),
     "export": lambda place, words, out: _says(out, "checked against PyTorch") or _is_file(place / option(words, "--out")),
     "convert": lambda place, words, out: _is_file(place / words[-1]),
