@@ -45,6 +45,14 @@ class UserError(Exception):
         return "\n".join(self.args)
 
 
+class Diverged(UserError):
+    """A training loss that is not finite."""
+
+
+class Occupied(UserError):
+    """A run folder that another process works in."""
+
+
 class TransferRefused(UserError):
     """Pretrained weights that were not loaded, because loading them would have been wrong or doubtful."""
 

@@ -129,8 +129,12 @@ class Paired:
     def p(self) -> float:
         return mcnemar(self.better, self.worse)
 
+    @property
+    def is_different(self) -> bool:
+        return self.p < _DIFFERENT
+
     def __str__(self) -> str:
-        verdict = "told apart" if self.p < _DIFFERENT else "not told apart"
+        verdict = "told apart" if self.is_different else "not told apart"
         return f"better on {self.better:,}, worse on {self.worse:,}: p {_p(self.p)}, {verdict}"
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "convert a file of weights to safetensors, without running anything in it",
     "models": "list the networks that model.name accepts",
     "folds": "cross-validation: one run for each fold, all images predicted out of fold, then one run on all",
+    "search": "successive halving over ranges of any settings, on any number of workers, with a paired test of the winner",
     "evaluate": "exact metrics of a run or model folder on a validation set",
     "calibrate": "fit a temperature, and a threshold for two classes, on validation images",
     "predict": "class names and probabilities for images, to CSV or JSON lines",

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
 def options_of(command: str) -> list[str]:
     """Every --option that the command's help names, those of the recipe included where it takes them."""
     names: set[str] = set()
-    for name in (command, "train") if command in ("find-lr", "folds") else (command,):
+    for name in (command, "train") if command in ("find-lr", "folds", "search") else (command,):
         text = io.StringIO()
         module = importlib.import_module(f"dtl.commands.{name.replace('-', '_')}")
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):

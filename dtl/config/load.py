@@ -34,8 +34,13 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
 
     Returns the config and the run's default name. Raises UserError if something is wrong with the file or the options.
     """
+    return resolve_config(*read_options(arguments))
+
+
+def read_options(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The recipe that a command line names, if it names one, and its other options: dotted name -> value."""
     options = dict(_read_options(arguments))
-    return resolve_config(options.pop("config", None), options)
+    return options.pop("config", None), options
 
 
 def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any]) -> tuple[Config, str]:
@@ -174,6 +179,11 @@ def _read_as(node: yaml.Node, annotation: Any) -> None:
             else:
                 _read_as(key, str)
                 _read_as(value, _fields(section).get(key.value, Any) if section else values)
+
+
+def read_value_as(node: yaml.Node, dotted: str) -> None:
+    """Make the scalars of a YAML tree what the setting of that name takes, as in a recipe."""
+    _read_as(node, _annotation_at(_path_of(dotted)))
 
 
 _TEXT, _NULL, _MERGED = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))

@@ -23,7 +23,7 @@ from dtl.errors import UserError
 from dtl.files import user_path
 from dtl.models.model_json import ModelFacts
 from dtl.runs.folder import Status, never_began, why_none_began
-from dtl.runs.looks import FOLDS_END
+from dtl.runs.looks import FOLDS_END, SEARCH_END
 from dtl.text import counted, near_run
 from dtl.untrusted import Count, Record, Text, json_lines
 
@@ -135,7 +135,7 @@ class RunRecord:
     def name(self) -> str:
         """A fold's one says of which recipe it is: every recipe has a fold-1."""
         path = self.path.resolve()
-        return f"{path.parent.name}/{path.name}" if path.parent.name.endswith(FOLDS_END) else path.name
+        return f"{path.parent.name}/{path.name}" if path.parent.name.endswith((FOLDS_END, SEARCH_END)) else path.name
 
     @property
     def config(self) -> Config | None:

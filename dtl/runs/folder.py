@@ -34,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
-from dtl.errors import UserError
+from dtl.errors import Occupied, UserError
 from dtl.files import clear_folder, write_json_whole, write_whole
 from dtl.machine import pid_space, process_start
 from dtl.text import to_stderr, to_stdout
@@ -244,7 +244,7 @@ class RunFolder:
         if alive is None:
             alive = not _restarts(owner) and self._beats(number, who)
         if alive:
-            raise UserError(
+            raise Occupied(
                 f"another process is training in {self.path} ({who}, since {owner.since}): wait until it ends, stop it, "
                 "or give this run another name with --run.name NEW"
             )
@@ -328,6 +328,19 @@ def newest_incarnation(path: str | Path) -> int:
     except OSError:
         return 0
     return max((int(match[1]) for match in map(_LOCK_NAME.fullmatch, names) if match), default=0)
+
+
+def heartbeat(path: Path) -> str | None:
+    """What shows that a run's owner is alive, without waiting for it: None where nobody works in the folder, a text that stays the same while the owner
+    lives on this machine, or else the number that it counts up."""
+    number = newest_incarnation(path)
+    owner = _read_owner(path / "lock" / f"{number:08d}.json") if number else None
+    if not number or (owner is not None and owner.released):
+        return None
+    alive = None if owner is None else _lives_here(owner)
+    if alive is None:
+        return f"{number} {_read_text(path / 'lock' / f'{number:08d}.beat')}"
+    return f"{number} alive" if alive else None
 
 
 def check_incarnation(path: str | Path, incarnation: int) -> None:

@@ -16,6 +16,8 @@ from dtl.untrusted import json_lines
 LOOKS_NAME = "looks.jsonl"
 FOLDS_END = "-folds"
 """How the folder of the runs of `dtl folds` is called: NAME-folds."""
+SEARCH_END = "-search"
+"""And that of the trials of `dtl search`."""
 
 
 def note_look(run: Path, content: str, *, weights: str, step: int) -> int | None:
@@ -33,10 +35,10 @@ def note_look(run: Path, content: str, *, weights: str, step: int) -> int | None
 
 
 def count_looks(runs: Path, content: str) -> int:
-    """How many different weights of runs in `runs` were measured on the test set. The runs of `dtl folds` there count, too."""
+    """How many different weights of runs in `runs` were measured on the test set. Those of `dtl folds` and `dtl search` there count, too."""
     homes = [_home(runs)]
     with os.scandir(homes[0]) as found:
-        homes += [Path(entry.path) for entry in found if entry.name.endswith(FOLDS_END) and entry.is_dir()]
+        homes += [Path(entry.path) for entry in found if entry.name.endswith((FOLDS_END, SEARCH_END)) and entry.is_dir()]
     folders = []
     for home in homes:
         with os.scandir(home) as found:
@@ -49,8 +51,8 @@ def describe_look(look: object, runs: Path) -> str:
 
 
 def _home(runs: Path) -> Path:
-    """Of the runs of `dtl folds`, where their folder lies."""
-    return runs.parent if runs.name.endswith(FOLDS_END) else runs
+    """Of the runs of `dtl folds` or `dtl search`, where their folder lies."""
+    return runs.parent if runs.name.endswith((FOLDS_END, SEARCH_END)) else runs
 
 
 def _looks(run: Path) -> set[tuple[str, str]]:

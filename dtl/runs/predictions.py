@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dtl.errors import UserError
 from dtl.files import MAX_FILE_BYTES, read_regular, write_whole
+from dtl.intervals import Paired
 from dtl.untrusted import Count, Record, Sha256, Text
 
 NAME = "predictions.npy"
@@ -47,6 +48,14 @@ class ImagePredictions:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def against(self, other: ImagePredictions) -> Paired:
+        """Which of two networks is better on the same images. UserError where the rows are not of the same, independent images."""
+        if not (np.array_equal(self.samples, other.samples) and np.array_equal(self.labels, other.labels)):
+            raise UserError("other images of their validation data were damaged")
+        if len(np.unique(self.samples)) < len(self):
+            raise UserError("several rotations of one image are not independent")
+        return Paired(int((other.wrong & ~self.wrong).sum()), int((self.wrong & ~other.wrong).sum()))
 
     @property
     def wrong(self) -> npt.NDArray[np.bool_]:

@@ -8,7 +8,7 @@ the same images; images of one group, and the four rotations of one image, are o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -55,6 +55,12 @@ def choose(new: T, kept: T | None, best: T | None, error: Callable[[T, T], float
     if _is_worse(kept, best, error) or (gains and not _is_worse(new, best, error)):
         kept = new
     return kept, best
+
+
+def choose_one(candidates: Sequence[T], error: Callable[[T, T], float]) -> T:
+    """The same rule for candidates that are all there: of those within one standard error of the best, that of the lowest loss; the first of equals."""
+    best = max(candidates, key=_order)
+    return min((one for one in candidates if not _is_worse(one, best, error)), key=_loss)
 
 
 def _is_worse(one: T, best: T, error: Callable[[T, T], float]) -> bool:

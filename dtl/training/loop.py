@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 # Evaluations of a tiny data set may follow each other within a second: not each of them is worth a checkpoint.
 SECONDS_BETWEEN_SAVES = 15.0
+PAUSED = "the search"
+"""Why a run stops that is paused."""
 
 
 class Trainer:
@@ -167,6 +169,7 @@ class Trainer:
             self._saver.stop(active)
         if state.phase.pending_eval:
             self._evaluate(active)
+            self._pause(active)
         if state.phase.step >= phase.num_steps or state.phase.ended:
             return
         with closing(self.loaders.train_steps(phase, state.phase.step)) as stream, self._profiled(phase) as profiler:  # type: ignore[type-var]
@@ -249,18 +252,27 @@ class Trainer:
 
     def _after_step(self, active: ActivePhase, lr: float, *, save: bool) -> None:
         phase, state, every_steps = active.phase, self.state, self.config.checkpoint.every_steps
-        last = state.phase.step == phase.num_steps
+        last, evaluated = state.phase.step == phase.num_steps, phase.eval_due(state.phase.step)
         if state.step % self.config.tracking.log_every == 0 or last:
             self._log.step(active, lr, stall_seconds=self._saver.stall_seconds)
         if last or state.epoch_step == 0:
             self._log.epoch(active)
-        if phase.eval_due(state.phase.step):
+        if evaluated:
             state.phase.pending_eval = True
             self._evaluate(active)
             last = last or state.phase.ended
             save = self.runtime.agree(self._saver.has_waited()) or save
         if last or save or (every_steps is not None and state.step % every_steps == 0):
             self._saver.save(active)
+        if evaluated:
+            self._pause(active)
+
+    def _pause(self, active: ActivePhase) -> None:
+        """After an evaluation: stop where `Session.pause` says so. What follows is the same as without a pause."""
+        phase, state, pause = active.phase, self.state, self.session.pause
+        at_end = phase is self.phases[-1] and (state.phase.step == phase.num_steps or state.phase.ended)
+        if pause is not None and state.phase.step and not at_end and phase.epoch_of(state.phase.step - 1)[0] + 1 >= pause:
+            self._saver.stop(active, why=PAUSED)
 
     # ---- an evaluation
 
@@ -414,9 +426,9 @@ class Saver:
     def stop_is_due(self) -> bool:
         return self.runtime.stop_signal is not None or (self.runtime.is_main and self.deadline.due() is not None)
 
-    def stop(self, active: ActivePhase) -> None:
-        """Save, wait until it is on the disk, and leave together: raises Stopped."""
-        why = self._why()
+    def stop(self, active: ActivePhase, *, why: str = "a signal") -> None:
+        """Save, wait until it is on the disk, and leave together: raises Stopped. `why`: unless a signal or the deadline asks for it."""
+        why = self._why(why)
         if self._saved_step == self.state.step:  # it is being written already, or has just been
             self.heart.enter("save")
             with self.runtime.together("checkpoint"):
@@ -431,11 +443,11 @@ class Saver:
 
     def stop_at_end(self) -> None:
         """`stop` after the last phase, whose last step has its checkpoint: raises Stopped."""
-        why = self._why()
+        why = self._why("a signal")
         self.heart.enter("save")
         with self.runtime.together("checkpoint"):
             self.store.flush()
         raise Stopped(why, step=self.state.step)
 
-    def _why(self) -> str:
-        return self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or "a signal")
+    def _why(self, otherwise: str) -> str:
+        return self.runtime.agree("a signal" if self.runtime.stop_signal is not None else self.deadline.due() or otherwise)

@@ -37,12 +37,15 @@ _FEW_STEPS, _STEPS_AIMED_AT = 5, 10  # an epoch
 OVERFIT_IMAGES = 16
 
 
-def run(config: Config, name: str, *, report: MakeReport | None = None, started: float | None = None) -> Result:
+def run(
+    config: Config, name: str, *, report: MakeReport | None = None, started: float | None = None, pause: int | None = None, measure_test: bool = True
+) -> Result:
     """One run, from its config to its model folder and, with `report`, the pages about it. Raises UserError where the user's input is wrong.
 
-    `started` (by time.monotonic): `checkpoint.deadline_seconds` counts from then on; by default from now on.
+    `started` (by time.monotonic): `checkpoint.deadline_seconds` counts from then on; by default from now on. `pause`: stop at the first evaluation after
+    so many epochs, as a signal would, unless the run ends there. Without `measure_test` a test set is held out, but not looked at.
     """
-    session = Session(config, name, started=started)
+    session = Session(config, name, started=started, pause=pause)
     with session:
         runtime, log = session.runtime, session.console.print
         with session.before_first_step():  # may take hours, or be refused; an earlier run in the folder stays as it is
@@ -50,6 +53,8 @@ def run(config: Config, name: str, *, report: MakeReport | None = None, started:
             if is_finished(session, parts.state, parts.phases):
                 show_result_again(session, parts.state)
                 return session.result
+            if not measure_test:
+                parts.loaders.test = None
             note_changes(config, parts.checkpoint, parts.state, runtime, log)
             build.check_phases(parts.phases, parts.network, parts.loaders, runtime, monitor=config.checkpoint.monitor)
             transfer = None

@@ -37,9 +37,10 @@ from dtl.distributed.runtime import Runtime, use_fast_kernels
 from dtl.distributed.same_start import check_same_start
 from dtl.distributed.signals import Stopped, StoppedBeforeFirstStep
 from dtl.distributed.watchdog import Heartbeat, PeerLost, Watchdog
-from dtl.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, UserError
+from dtl.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, Diverged, UserError
 from dtl.runs.console import Console
 from dtl.runs.folder import RunFolder, read_status
+from dtl.runs.looks import SEARCH_END
 from dtl.runs.tracker import Tracker
 from dtl.text import to_stderr
 
@@ -60,9 +61,9 @@ class Result:
 class Session(contextlib.AbstractContextManager["Session"]):
     """All that one start of a run holds besides what it trains. A stop that was asked for leaves the `with` block without an exception."""
 
-    def __init__(self, config: Config, name: str, *, started: float | None = None) -> None:
-        """`started` (by time.monotonic): the deadline counts from then on; by default from now on."""
-        self.config, self.name = config, name
+    def __init__(self, config: Config, name: str, *, started: float | None = None, pause: int | None = None) -> None:
+        """`started` (by time.monotonic): the deadline counts from then on; by default from now on. `pause`: see `dtl.training.run.run`."""
+        self.config, self.name, self.pause = config, name, pause
         self.folder = RunFolder(f"{config.run.dir}/{name}")
         self.heart = Heartbeat()
         self.deadline = Deadline(config.checkpoint.deadline_seconds, started=time.monotonic() if started is None else started)
@@ -119,6 +120,10 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         return bool(self._stack.__exit__(kind, error, trace))
 
+    @property
+    def _is_one_of_many(self) -> bool:
+        return self.config.data.fold is not None or self.folder.path.parent.name.endswith(SEARCH_END)
+
     def before_first_step(self) -> contextlib.AbstractContextManager[None]:
         """Stages with no checkpoint to write: a stop breaks them off."""
         return self.runtime.before_first_step(self.deadline.due)
@@ -136,8 +141,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 wandb="off" if config.run.debug else tracking.wandb,
                 tensorboard=tracking.tensorboard and not config.run.debug,
                 config=redact(config.to_dict()),
-                # A fold by itself is one of many in a project.
-                name=self.name if config.data.fold is None else f"{self.folder.path.parent.name}/{self.name}",
+                # A fold by itself is one of many in a project, and so is a trial.
+                name=f"{self.folder.path.parent.name}/{self.name}" if self._is_one_of_many else self.name,
                 wandb_id=state.wandb_id,
                 console=self.console,
                 resume_step=state.step,
@@ -164,6 +169,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
             elif isinstance(error, Stopped):
                 self._stopped(error.why, error.step)
             elif error is not None and self.tracker is not None:
+                if isinstance(error, Diverged):
+                    self.tracker.note("diverged", why=str(error))
                 self.tracker.close("failed")
         finally:
             self.heart.leaves = True

@@ -18,7 +18,7 @@ from dtl.data.loading.batch import Batch
 from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
-from dtl.errors import UserError
+from dtl.errors import Diverged
 from dtl.imports import plain_step
 from dtl.keyed import int_key
 from dtl.models.network import Normalise
@@ -177,14 +177,14 @@ def normaliser(active: ActivePhase, labels: np.ndarray) -> float:
     return float(active.class_weights.double()[torch.from_numpy(labels.astype(np.int64))].sum())
 
 
-def diverged(active: ActivePhase, loaders: DataLoaders, state: TrainState, steps: list[int]) -> UserError:
+def diverged(active: ActivePhase, loaders: DataLoaders, state: TrainState, steps: list[int]) -> Diverged:
     """The error of a loss that is not finite; `steps`: the first such step of each rank."""
     phase = active.phase
     step = min(steps, default=state.step)
     phase_step = step - 1 - (state.step - state.phase.step)
     lr = active.set_lr(phase_step)
     names = loaders.sample_names(phase, phase_step, limit=4)
-    return UserError(
+    return Diverged(
         f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
         f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"
     )

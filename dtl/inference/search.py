@@ -1,0 +1,432 @@
+"""Synchronous successive halving (Jamieson and Talwalkar 2016) over run folders: which trials there are, and what is to be trained next.
+
+    RUNS/NAME-search/search.json       which search this is: the space, the seed, the images, the budget
+    RUNS/NAME-search/budget.json       how many trials a budget in minutes has come to: written once
+    RUNS/NAME-search/trial-1/ ...      an ordinary run each, which stops at the epochs of its rungs and goes on if it is promoted
+    RUNS/NAME-search/results.json      the table, the winner, its test
+
+All trials are trained to the first rung; a third of them, the best, to the next one; and so on, at least two to their end. A trial's schedule is that of
+its full length from the first step on, so one that was promoted is bit-identical to one that never paused. What comes next is a function of the files of
+the trials (`history.jsonl`, status.json). So there is no server, workers only lock the trial that they train, and any of them may die at any moment.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from dtl.checkpoint.resume.resume import FREE_SETTINGS
+from dtl.checkpoint.resume.state import config_conflicts
+from dtl.checkpoint.transfer.source.read import check_is_there
+from dtl.config import Config
+from dtl.config.own import stored_config
+from dtl.config.space import Resolve, Settings, Space, described
+from dtl.data.splits_of_run import Splits, open_splits
+from dtl.errors import EXIT_STOPPED, Diverged, Occupied, UserError
+from dtl.files import flock, open_lock, write_json_whole, written
+from dtl.models.catalog import find
+from dtl.runs.folder import heartbeat, read_status
+from dtl.runs.looks import SEARCH_END
+from dtl.text import Log, counted, to_nobody
+from dtl.training.loop import PAUSED
+from dtl.training.run import run as run_training
+from dtl.untrusted import Check, Count, NumbersObject, Record, Text, json_lines
+
+SEARCH_NAME, BUDGET_NAME, RESULTS_NAME = "search.json", "budget.json", "results.json"
+ETA = 3  # of the trials of a rung one in so many is promoted
+_RUNGS = 3
+_MOST_MEASURED = 243  # trials of a budget in minutes
+_LEAST_FINALISTS = 2  # so that there is a runner-up
+_VERSION = 1  # of search.json, of how settings are drawn and how trials are promoted
+_LOOK_SECONDS, _SILENT_SECONDS = 0.5, 30.0
+_OTHERWISE = "give the same again, or begin another search with --run.name NEW"
+
+# ---- the rules, of numbers alone
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a trial has come to at a rung: `value` is greater for the better, and -inf for one that diverged."""
+
+    value: float
+    loss: float
+
+    @property
+    def order(self) -> tuple[float, float]:
+        return (-math.inf if math.isnan(self.value) else self.value), (-math.inf if math.isnan(self.loss) else -self.loss)
+
+
+def rungs_of(epochs: int, *, first: int = 0) -> list[int]:
+    """The epochs after which trials are compared, the last being the end. `first`: so many of them come before anything can differ."""
+    rest = epochs - first
+    return sorted({first + max(1, round(rest / ETA**power)) for power in range(_RUNGS)})
+
+
+def num_promoted(number: int) -> int:
+    return min(number, max(_LEAST_FINALISTS, -(-number // ETA)))
+
+
+def promoted(scores: Mapping[int, Score]) -> list[int]:
+    """The trials that go on, in the order of their numbers. Of equal ones those of the lower number."""
+    best = sorted(scores, key=lambda number: (*(-part for part in scores[number].order), number))
+    return sorted(best[: num_promoted(len(scores))])
+
+
+def trials_within(seconds: float, *, fixed: float, per_epoch: float, rungs: Sequence[int]) -> int:
+    """How many trials a search of so many seconds of all workers together has, if each start costs `fixed` seconds and each epoch `per_epoch`."""
+
+    def cost(number: int) -> float:
+        total, before = 0.0, 0
+        for rung in rungs:
+            total += number * (fixed + (rung - before) * per_epoch)
+            number, before = num_promoted(number), rung
+        return total
+
+    return max((number for number in range(1, _MOST_MEASURED + 1) if cost(number) <= seconds), default=0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Train a trial up to a rung."""
+
+    trial: int
+    rung: int
+
+
+def next_tasks(trials: Sequence[int], rungs: Sequence[int], score: Callable[[int, int], Score | None]) -> tuple[list[Task], list[dict[int, Score]]]:
+    """(what is left of the lowest rung that is not complete, the scores of each complete rung). `score(trial, number of the rung)`: None: not yet."""
+    complete: list[dict[int, Score]] = []
+    left = list(trials)
+    for number in range(len(rungs)):
+        scores = {trial: score(trial, number) for trial in left}
+        known = {trial: found for trial, found in scores.items() if found is not None}
+        if len(known) < len(left):
+            return [Task(trial, number) for trial in left if trial not in known], complete
+        complete.append(known)
+        left = promoted(known)
+    return [], complete
+
+
+# ---- the files
+
+
+def _version(number: int) -> int:
+    if number != _VERSION:
+        raise ValueError(f"version {number}, but this dtl reads version {_VERSION}")
+    return number
+
+
+class SearchFile(Record):
+    """search.json."""
+
+    version: Annotated[int, Check(_version)] = _VERSION
+    space: NumbersObject
+    seed: int
+    train: Text
+    """Dataset ids."""
+    val: Text
+    trials: Count | None
+    """The budget, or"""
+    minutes: float | None
+    threads: Count
+    """Of each trial: sums depend on it."""
+
+
+class BudgetFile(Record):
+    """budget.json."""
+
+    trials: Count
+
+
+@dataclass(frozen=True)
+class Budget:
+    trials: int | None = None
+    minutes: float | None = None
+
+    def __str__(self) -> str:
+        return counted(self.trials, "trial") if self.trials is not None else f"{self.minutes:g} minutes"
+
+
+@dataclass(frozen=True)
+class Trial:
+    number: int
+    settings: Settings
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"trial-{self.number}"
+
+
+@dataclass
+class Search:
+    """A search, by its folder. `config` is the recipe, which is trial 1."""
+
+    folder: Path
+    config: Config
+    space: Space
+    resolve: Resolve
+    splits: Splits
+    budget: Budget
+    threads: int = 0
+
+    @cached_property
+    def _drawn(self) -> list[tuple[Settings, Config]]:
+        return self.space.first(self.budget.trials or _MOST_MEASURED, self.config.run.seed, self.resolve)
+
+    @property
+    def num_trials(self) -> int | None:
+        """None while a budget in minutes is not yet measured."""
+        if self.budget.trials is not None:
+            return len(self._drawn)
+        try:
+            return min(BudgetFile.read(self.folder / BUDGET_NAME).trials, len(self._drawn))
+        except FileNotFoundError:
+            return None
+
+    @property
+    def has_test(self) -> bool:
+        return self.splits.test is not None
+
+    @property
+    def monitor(self) -> str:
+        return self.config.checkpoint.monitor
+
+    @cached_property
+    def rungs(self) -> list[int]:
+        """In epochs."""
+        names = list(self.config.phases)
+        changed = [names.index(key.split(".")[1]) for key in self.space.keys if key.startswith("phases.")]
+        before = names[: max(changed, default=0)]
+        configs = [config for _, config in self._drawn]
+        return rungs_of(max(map(self._epochs, configs)), first=max(self._epochs(config, before) for config in configs))
+
+    def _epochs(self, config: Config, names: Sequence[str] | None = None) -> int:
+        """Of these phases together, as history.jsonl counts them."""
+        images, batch = self.splits.train.num_samples, config.data.global_batch_size
+        steps = max(1, images // batch if config.data.last == "drop" else -(-images // batch))
+        return sum(-(-phase.num_steps(steps) // steps) for name, phase in config.phases.items() if names is None or name in names)
+
+    def trial(self, number: int) -> Trial:
+        """An ordinary run, of few checkpoints and without pages."""
+        settings, config = self._drawn[number - 1]
+        name = f"trial-{number}"
+        run = config.run.model_copy(update={"dir": str(self.folder), "name": name})
+        tracking = config.tracking.model_copy(update={"report": False})
+        checkpoint = config.checkpoint
+        if "keep" not in checkpoint.model_fields_set:
+            checkpoint = checkpoint.model_copy(update={"keep": 1})
+        return Trial(number, settings, config.model_copy(update={"run": run, "tracking": tracking, "checkpoint": checkpoint}))
+
+    def place(self, number: int) -> Path:
+        return self.folder / f"trial-{number}"
+
+    def look(self) -> tuple[list[Task], list[dict[int, Score]]]:
+        """What is left to do, and the complete rungs."""
+        number = self.num_trials
+        if number is None:
+            return [Task(1, 0)], []
+        return next_tasks(range(1, number + 1), self.rungs, self.score)
+
+    def score(self, trial: int, rung: int) -> Score | None:
+        return score_of(self.place(trial), None if rung == len(self.rungs) - 1 else self.rungs[rung], self.monitor)
+
+    def is_done(self, trial: int) -> bool:
+        return _is_done(self.place(trial))
+
+
+def _is_done(run: Path) -> bool:
+    status = read_status(run)
+    return status.state == "done" and status.model is not None
+
+
+def score_of(run: Path, epochs: int | None, monitor: str) -> Score | None:
+    """Of the weights that a run keeps at its first evaluation after so many epochs, or at its end (None); None where it has not come so far."""
+    kept: Score | None = None
+    for row in json_lines(run / "history.jsonl") if (run / "history.jsonl").is_file() else ():
+        if row.get("event") == "note" and row.get("note") == "diverged":
+            return Score(-math.inf, math.inf)
+        if row.get("event") != "val":
+            continue
+        if row.get("kept"):
+            value = float(row.get(monitor, "nan"))
+            kept = Score(-value if monitor == "loss" else value, float(row["loss"]))
+        if epochs is not None and not row.get("entering") and row["epoch"] + 1 >= epochs:
+            return kept
+    return kept if _is_done(run) else None
+
+
+def open_search(config: Config, name: str, space: Space, resolve: Resolve, budget: Budget | None, *, log: Log) -> Search:
+    """The search of a recipe and a space; its images are packed if they are not yet. Writes nothing into the run folder. UserError where it cannot be
+    carried out, or is another one than the folder's."""
+    if config.run.debug:
+        raise UserError("run.debug is for one run: dtl train --run.debug true")
+    if config.run.resume != "auto":
+        raise UserError(f"run.resume {config.run.resume} is for one run; a search goes on where it was, and another gets another name (--run.name NEW)")
+    if pretext := next((phase for phase, options in config.phases.items() if options.task != "classify"), None):
+        raise UserError(f"phase {pretext} does not classify, so trials cannot be compared in it: train it first, and start from its weights (transfer.source)")
+    if config.data.val is None and {"data.train", "data.names"} & set(space.keys):
+        raise UserError(f"{space.origin}: with another data.train other images validate, and trials could not be compared; give --data.val")
+    folder = Path(config.run.dir) / f"{name}{SEARCH_END}"
+    before = SearchFile.read(folder / SEARCH_NAME) if (folder / SEARCH_NAME).exists() else None
+    budget = budget or (Budget(27) if before is None else Budget(before.trials, before.minutes))
+    search = Search(folder, config, space, resolve, open_splits(config.data, log=log, progress=log is not to_nobody), budget)
+    _check_names(search)
+    if before is not None:
+        _compare(search, before)
+        search.threads = before.threads
+    return search
+
+
+def _check_names(search: Search) -> None:
+    """A mistyped network of the last trial is refused now."""
+    for config in {(one.model.name, one.transfer.source if one.transfer is not None else ""): one for _, one in search._drawn}.values():
+        find(config.model.name, own=True)
+        if config.transfer is not None and config.transfer.source != "pretrained":
+            check_is_there(config.transfer.source)
+
+
+def begin(search: Search) -> None:
+    """Write search.json, or compare it. Several processes may do so at once."""
+    folder, config = search.folder, search.config
+    with written(folder):
+        if folder.is_dir() and not (folder / SEARCH_NAME).exists():
+            others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            if others:
+                raise UserError(f"{folder} is not empty (it holds '{others[0]}'), and no search is in it; choose another name with --run.name NEW")
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(open_lock(folder / ".search.lock")) as lock:
+            flock(lock)
+            before = SearchFile.read(folder / SEARCH_NAME) if (folder / SEARCH_NAME).exists() else None
+            if before is not None:
+                _compare(search, before)
+            search.threads = torch.get_num_threads() if before is None else before.threads
+            ids = search.splits.ids()
+            now = SearchFile(
+                space=search.space.describe(), seed=config.run.seed, train=ids["train"], val=ids["val"], threads=search.threads, **vars(search.budget)
+            )
+            if now != before:
+                write_json_whole(folder / SEARCH_NAME, asdict(now))
+
+
+def _compare(search: Search, before: SearchFile) -> None:
+    folder, space, ids = search.folder, search.space.describe(), search.splits.ids()
+    if before.space != space:
+        key = next(key for key in [*space, *before.space] if before.space.get(key) != space.get(key))
+        raise UserError(f"{folder} is another search: its range of {key} is {before.space.get(key, 'none')}, now it is {space.get(key, 'none')}; {_OTHERWISE}")
+    if before.seed != search.config.run.seed:
+        raise UserError(f"{folder} was begun with run.seed {before.seed}, now it is {search.config.run.seed}; {_OTHERWISE}")
+    if (before.train, before.val) != (ids["train"], ids["val"]):
+        raise UserError(f"{folder} was begun with other images: data.train or data.val has changed; {_OTHERWISE}")
+    then, counted_out = Budget(before.trials, before.minutes), before.trials is not None or (folder / BUDGET_NAME).exists()
+    if then != search.budget and (counted_out or search.budget.minutes is None):
+        raise UserError(f"{folder} was begun with a budget of {then}, now it is {search.budget}; {_OTHERWISE}")
+    known = [number for number in range(1, len(search._drawn) + 1) if (search.place(number) / "config.yaml").is_file()]
+    for number in known[:1]:
+        old, now = stored_config(search.place(number)).config.to_dict(), search.trial(number).config.to_dict()
+        for name, was, value in config_conflicts(old, now, ignored=FREE_SETTINGS)[:1]:
+            raise UserError(f"{search.place(number)} was trained with {name} {was!r}, now it is {value!r}: all trials need the same recipe; {_OTHERWISE}")
+
+
+# ---- a worker
+
+
+@dataclass
+class _Watch:
+    """Which trials others are at work on."""
+
+    search: Search
+    _seen: dict[int, tuple[str, float]]
+
+    def is_free(self, trial: int) -> bool:
+        """On this machine at once; elsewhere once its heartbeat has not moved for a while."""
+        beat = heartbeat(self.search.place(trial))
+        if beat is None:
+            return True
+        if beat.endswith("alive"):
+            return False
+        if self._seen.get(trial, ("", 0.0))[0] != beat:
+            self._seen[trial] = beat, time.monotonic()
+        return time.monotonic() - self._seen[trial][1] > _SILENT_SECONDS
+
+
+def work(search: Search, *, workers: int, stopped: Callable[[], bool], log: Log) -> int:
+    """Train what is left, until nothing is; several processes may do so at once. Returns 0, or 75 after a signal."""
+    watch = _Watch(search, {})
+    with _threads(search.threads):
+        while tasks := search.look()[0]:
+            task = next((task for task in tasks if watch.is_free(task.trial)), None)
+            if stopped():
+                return EXIT_STOPPED
+            if task is None:
+                time.sleep(_LOOK_SECONDS)
+            elif not _train(search, task, workers=workers, log=log):
+                return EXIT_STOPPED
+    return 0
+
+
+def _train(search: Search, task: Task, *, workers: int, log: Log) -> bool:
+    """False: a signal or a deadline has stopped it."""
+    trial, measures = search.trial(task.trial), search.num_trials is None
+    config = trial.config
+    if measures:
+        # From its beginning: an earlier start, which was killed, cannot be measured any more.
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "never"})})
+    last = task.rung == len(search.rungs) - 1
+    end = "its end" if last else f"epoch {search.rungs[task.rung]} of {search.rungs[-1]}"
+    log(f"{trial.name} of {search.num_trials or 'a number to be measured'}, to {end}: {described(trial.settings)}")
+    begun = time.monotonic()
+    try:
+        result = run_training(config, trial.name, pause=None if last else search.rungs[task.rung], measure_test=False)
+    except Occupied:
+        return True
+    except Diverged as error:
+        log(f"{trial.name}: {error}")
+        return True
+    except UserError as error:
+        raise UserError(f"{trial.name} ({described(trial.settings)}): {error}") from error
+    if result.state == "stopped" and read_status(result.folder).why != PAUSED:
+        return False
+    if measures:
+        _write_budget(search, time.monotonic() - begun, workers, log)
+    return True
+
+
+def _write_budget(search: Search, seconds: float, workers: int, log: Log) -> None:
+    """Once: a budget in minutes becomes a number of trials. The first to write it decides."""
+    assert search.budget.minutes is not None
+    training = sum(row["seen"] / max(row["images_per_second"], 1e-9) for row in json_lines(search.place(1) / "history.jsonl") if row.get("event") == "epoch")
+    rungs = search.rungs
+    per_epoch = min(training, seconds) / rungs[0]
+    fixed = max(0.0, seconds - training)
+    number = trials_within(60 * search.budget.minutes * workers, fixed=fixed, per_epoch=per_epoch, rungs=rungs)
+    if number < 1:
+        one = len(rungs) * fixed + rungs[-1] * per_epoch
+        raise UserError(f"--budget: {search.budget} are too few for one trial, which takes about {one / 60:.2g} minutes ({one:.0f} s); give more")
+    facts = {"trials": number, "workers": workers, "seconds_per_start": round(fixed, 3), "seconds_per_epoch": round(per_epoch, 5)}
+    with closing(open_lock(search.folder / ".search.lock")) as lock:
+        flock(lock)
+        if not (search.folder / BUDGET_NAME).exists():
+            write_json_whole(search.folder / BUDGET_NAME, facts)
+            log(
+                f"{search.budget} with {counted(workers, 'worker')} come to {counted(search.num_trials or 0, 'trial')}, as measured on trial 1 and written down"
+            )
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Every trial of a search computes with as many threads as the first: the rounding of sums depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
