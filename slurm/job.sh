@@ -54,6 +54,28 @@ run_fold_element() {  # FOLDS CONFIG [--section.key VALUE ...]
   run_job "$config" --run.dir "runs/${name%.*}-folds" --run.name "fold-$fold" --data.fold.number "$fold" --data.fold.of "$folds" "$@"
 }
 
+run_search_element() {  # CONFIG --space FILE [--budget N] [--section.key VALUE ...]
+  [[ $# -ge 3 && $1 != --* && " $* " == *" --space"* ]] ||
+    fail "usage: sbatch --array=1-W slurm/array_search.sbatch CONFIG --space FILE [--budget N] [--section.key VALUE ...], W the number of workers"
+  newest_checkpoint() { echo "history-of-$(cat "$run"/trial-*/history.jsonl 2>/dev/null | wc -c)-bytes"; }  # of all trials: has any made progress?
+  set_up
+  find_run_folder search --config "$@"
+  open_notes
+  count_ranks
+  launch='' port=0 world=1 status=75  # dtl search launches its workers by itself
+  if [[ -z $warned ]]; then
+    log "worker ${SLURM_ARRAY_TASK_ID:-1} of ${SLURM_ARRAY_TASK_COUNT:-1}, round $round, search $run"
+    start_step "${train[@]}"
+    wait_for_step
+  fi
+  case $status in
+    0) log "done: $run"; exit 0 ;;
+    2) log "not requeued, the input is wrong (the log above has the error)"; exit 2 ;;
+    75) requeue "stopped after saving" ;;
+    *) requeue "ended with status $status" ;;
+  esac
+}
+
 element_name() {  # 2 --phases.all.lr 0.03 --run.seed=1  ->  2-lr0.03-seed1
   local name=$1 word option value
   shift
@@ -94,7 +116,7 @@ set_up() {
 
 find_run_folder() {  # sets `train`, the trainer's arguments, and `run`, the folder that it will work in
   train=("$@")
-  [[ $# -eq 0 || $1 == --* ]] || train=(--config "$@")
+  [[ $# -eq 0 || $1 == --* || $1 == search ]] || train=(--config "$@")
   # Errors in the config or the options are reported here, in one line, before anything starts.
   run=$("${python[@]}" "$DTL_HOME/slurm/run_folder.py" "${train[@]}") || exit $?
 }

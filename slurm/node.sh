@@ -12,6 +12,8 @@ fi
 read -ra command <<<"$DTL_WRAP $DTL_PYTHON"
 if [[ ${*: -1} == --dry-run ]]; then  # one process for all ranks of the node
   export WORLD_SIZE=$DTL_WORLD RANK=$rank LOCAL_RANK=0
+elif [[ $1 == search ]]; then  # without a launcher
+  export OMP_NUM_THREADS=$DTL_THREADS PYTHONPATH=$DTL_HOME${PYTHONPATH:+:$PYTHONPATH}
 else
   # (`accelerate launch` is the same program, but takes seconds longer to start.)
   command+=(-m accelerate.commands.launch --config_file "$DTL_LAUNCH_FILE" --num_machines "$SLURM_NNODES" --machine_rank "$rank"
@@ -24,7 +26,7 @@ else
   # Slurm has chosen the GPUs (CUDA_VISIBLE_DEVICES), so the launch file must not choose again.
   grep -q -E '^use_cpu: *true' "$DTL_LAUNCH_FILE" || command+=(--gpu_ids all)
 fi
-command+=("$DTL_HOME/dtl/train.py" "$@")
+if [[ $1 == search ]]; then command+=(-m dtl "$@"); else command+=("$DTL_HOME/dtl/train.py" "$@"); fi
 
 # Signals reach every process of the step. USR1 would end the launcher, and a trainer that has no handler yet. So it is ignored here: an ignored
 # signal stays ignored across exec, until the trainer sets its own handler.

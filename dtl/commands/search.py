@@ -73,6 +73,16 @@ def run(arguments: Sequence[str]) -> int:
     return _print(search, words, options)
 
 
+def folder_of(arguments: Sequence[str]) -> str:
+    """The folder of the search that a command line is about."""
+    from dtl.config import load_config
+    from dtl.runs.looks import SEARCH_END
+
+    options, rest = _parser().parse_known_args(list(arguments))
+    config, name = load_config([*(["--config", options.config] if options.config else []), *rest])
+    return f"{config.run.dir}/{name}{SEARCH_END}"
+
+
 def _print(search: Search, words: Sequence[str], options: argparse.Namespace) -> int:
     from dtl.inference.search_results import conclude, lines
 

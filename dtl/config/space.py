@@ -13,6 +13,7 @@ are the same, so that a space of choices is gone through without a repetition. N
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
@@ -137,7 +138,7 @@ class Space:
                     resolve(settings)
                 except UserError as error:
                     # The error names the option, which stands in the file here.
-                    raise UserError(f"{self.origin}: {str(error).removeprefix('--')}") from error
+                    raise UserError(f"{self.origin}: {re.sub('^(.* with )?--', '', str(error))}") from error
 
 
 def resolver(recipe: str | None, options: Mapping[str, Any]) -> Resolve:

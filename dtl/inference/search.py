@@ -27,6 +27,7 @@ from dtl.checkpoint.resume.resume import FREE_SETTINGS
 from dtl.checkpoint.resume.state import config_conflicts
 from dtl.checkpoint.transfer.source.read import check_is_there
 from dtl.config import Config
+from dtl.config.models import flat
 from dtl.config.own import stored_config
 from dtl.config.space import Resolve, Settings, Space, described
 from dtl.data.splits_of_run import Splits, open_splits
@@ -299,7 +300,7 @@ def begin(search: Search) -> None:
     folder, config = search.folder, search.config
     with written(folder):
         if folder.is_dir() and not (folder / SEARCH_NAME).exists():
-            others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name != "slurm")
             if others:
                 raise UserError(f"{folder} is not empty (it holds '{others[0]}'), and no search is in it; choose another name with --run.name NEW")
         folder.mkdir(parents=True, exist_ok=True)
@@ -341,21 +342,39 @@ def _compare(search: Search, before: SearchFile) -> None:
 
 @dataclass
 class _Watch:
-    """Which trials others are at work on."""
+    """What others are at work on."""
 
     search: Search
     _seen: dict[int, tuple[str, float]]
 
-    def is_free(self, trial: int) -> bool:
+    def choose(self, tasks: Sequence[Task]) -> Task | None:
+        """The first that nobody works on; None: all are taken, or wait for the features that another computes on this machine for a trial of theirs."""
+        beats = {task.trial: heartbeat(self.search.place(task.trial)) for task in tasks}
+        begun = [trial for trial, beat in beats.items() if beat is not None and beat.endswith("alive") and not self._has_features(trial)]
+        computed = {features_of(self.search.trial(trial).config) for trial in begun} - {None}
+        free = (task for task in tasks if self._is_free(task.trial, beats[task.trial]))
+        return next((task for task in free if not computed or features_of(self.search.trial(task.trial).config) not in computed), None)
+
+    def _is_free(self, trial: int, beat: str | None) -> bool:
         """On this machine at once; elsewhere once its heartbeat has not moved for a while."""
-        beat = heartbeat(self.search.place(trial))
-        if beat is None:
-            return True
-        if beat.endswith("alive"):
-            return False
+        if beat is None or beat.endswith("alive"):
+            return beat is None
         if self._seen.get(trial, ("", 0.0))[0] != beat:
             self._seen[trial] = beat, time.monotonic()
         return time.monotonic() - self._seen[trial][1] > _SILENT_SECONDS
+
+    def _has_features(self, trial: int) -> bool:
+        history = self.search.place(trial) / "history.jsonl"
+        return history.is_file() and any(row.get("event") in ("train", "val") for row in json_lines(history))
+
+
+def features_of(config: Config) -> str | None:
+    """Trials with the same text share the cached features of their first phase; None where it has none."""
+    first = next(iter(config.phases.values()))
+    if first.train != "head" or first.cache_features is False:
+        return None
+    values = {key: value for key, value in flat(config.to_dict()).items() if key.startswith(("data.", "model.", "transfer.", "precision"))}
+    return repr((sorted(values.items()), config.run.seed, first.views, first.image_size, first.cache_features))
 
 
 def work(search: Search, *, workers: int, stopped: Callable[[], bool], log: Log) -> int:
@@ -363,7 +382,7 @@ def work(search: Search, *, workers: int, stopped: Callable[[], bool], log: Log)
     watch = _Watch(search, {})
     with _threads(search.threads):
         while tasks := search.look()[0]:
-            task = next((task for task in tasks if watch.is_free(task.trial)), None)
+            task = watch.choose(tasks)
             if stopped():
                 return EXIT_STOPPED
             if task is None:

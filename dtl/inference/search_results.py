@@ -209,7 +209,16 @@ def lines(values: Mapping[str, Any]) -> list[str]:
         else:
             note = "" if row["state"] == "done" else row["state"]
         cells = [_cell(row["settings"][key]) if key in row["settings"] else "as in the recipe" for key in keys]
-        rows.append([str(row["trial"]), *cells, str(row["epochs"] or "all"), _number(row["value"], monitor), _number(row["loss"], "loss"), note])
+        rows.append(
+            [
+                str(row["trial"]),
+                *cells,
+                str(row["epochs"] or {"done": "all"}.get(row["state"], "-")),
+                _number(row["value"], monitor),
+                _number(row["loss"], "loss"),
+                note,
+            ]
+        )
     return [*table(columns, rows).split("\n"), "", *_ending(values)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,19 @@ def test_an_array_element_trains_its_fold_for_dtl_folds(desk: Desk) -> None:
     assert "over 2 folds: top1" in added.out()
     assert "run runs/tiny-folds/fold-1: " in added.err()
     assert "run runs/tiny-folds/fold-2: " not in added.err(), "it is done"
+
+
+def test_an_array_searches_with_as_many_workers_as_it_has_elements(desk: Desk) -> None:
+    config = recipe(desk.folder)
+    (desk.folder / "space.yaml").write_text("phases.all.lr: [0.02, 0.05, 0.1]\n")
+    words = [config, "--space", "space.yaml", "--budget", "3", "--phases.all.steps", "3", "--data.workers", "0"]
+    job = desk.submit("array_search.sbatch", *words, options=["--array=1-2", "--gpus-per-node=0"], run="runs/tiny-search")
+    job.wait("to end", lambda: not desk.lab.call("squeue", "--noheader", f"--jobs={job.number}"))
+    assert job.log.count("winner: trial ") == 2, job.log[-6000:]
+    assert job.log.count(": done: runs/tiny-search") == 2
+    for number in (1, 2):
+        assert f"worker {number} of 2, round 0, search runs/tiny-search" in job.log
+    assert json.loads((job.run / "results.json").read_text())["trials"][-1]["trial"] in (1, 2, 3)
 
 
 def test_a_sweep_leaves_its_results_side_by_side(desk: Desk, reference: dict[int, Path]) -> None:

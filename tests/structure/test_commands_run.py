@@ -43,6 +43,14 @@ NOT_RUN = {
     "python -m benchmarks.transfer --show": ("minutes", "tests/unit/test_benchmarks.py"),
     "dtl folds --config finetune --data.train all_photos --folds 3": ("trains three networks", "tests/unit/commands/test_folds.py"),
     "dtl folds --config configs/finetune.yaml --folds 3 --data.train all_photos": ("trains three networks", "tests/unit/commands/test_folds.py"),
+    "dtl search --config finetune --data.train all_photos --data.test-fraction 0.15 --space space.yaml --budget 27": (
+        "trains 27 networks",
+        "tests/unit/commands/test_search.py",
+    ),
+    "sbatch --array=1-4 slurm/array_search.sbatch configs/finetune.yaml --space space.yaml --budget 27 --data.train all_photos": (
+        "takes a Slurm of several nodes",
+        "tests/slurm/test_templates.py",
+    ),
     "dtl doctor --json": ("looks at the machine for seconds", "tests/unit/doctor/test_examine.py"),
 }
 # Commands in sentences that name an option or a way of using one, rather than what to type.

@@ -32,6 +32,7 @@ train {}; train --config {}; train --run.dir {}; train --run.name {}; train --mo
 train --data.names {} --data.train photos; train --data.test {} --data.train photos; train --data.train photos --data.group {}
 train --data.train photos --data.group.file {}; train --data.train photos --run.profile {}; train --phases.all.train {} --transfer.source {} --run.seed x
 folds --config {}; folds --data.train {} --config finetune --data.retries 0; folds --folds {}; folds --json {}/x
+search --space {}; search --config {} --space x; search --space x --budget {}; search --space list.txt --data.train {}
 models {}; completion {}; doctor {}; doctor --run-dir {} --quick; doctor --workers {}; doctor --config {}
 {}; --{}
 """

@@ -37,6 +37,7 @@ def test_options_come_from_the_help() -> None:
     assert {"--config", "--data.train", "--phases.all.lr", "--phases.head.lr", "--precision", "--help"} <= set(options_of("train"))
     assert {"--phase", "--steps", "--data.train"} <= set(options_of("find-lr"))
     assert {"--folds", "--refit", "--data.train", "--data.fold.seed"} <= set(options_of("folds"))
+    assert {"--space", "--budget", "--slots", "--data.train"} <= set(options_of("search"))
     assert "--json" in options_of("doctor")
     for name in COMMANDS:
         assert "--help" in options_of(name), name

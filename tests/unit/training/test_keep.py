@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtl.training.keep import Evaluated, PairedError, choose, of_mean
+from dtl.training.keep import Evaluated, PairedError, choose, choose_one, of_mean
 
 NAN, INF = math.nan, math.inf
 
@@ -164,3 +164,13 @@ def test_a_checkpoint_holds_all_of_it() -> None:
     assert math.isnan(again.value)
     assert again.loss == one.loss
     assert all(np.array_equal(getattr(again, name), getattr(one, name)) for name in ("samples", "labels", "columns"))
+
+
+@given(SEEN, ERROR)
+def test_the_rule_of_candidates_that_are_all_there_is_the_same(seen: list[Seen], error: float) -> None:
+    best = max(seen, key=lambda one: (number(one.value, -INF), -number(one.loss, INF)))
+    top = number(best.value, -INF)
+    near = [one for one in seen if not (top > number(one.value, -INF) and top > number(one.value, -INF) + error)]
+    chosen = choose_one(seen, lambda one, other: error)
+    assert chosen is min(near, key=lambda one: number(one.loss, INF))
+    assert choose_one([best, *seen], lambda one, other: 0.0) is best, "of equals the first"

@@ -1,0 +1,247 @@
+"""`dtl search`: the same winner and the same table for any number of workers and after any kills; a promoted trial is the run that never paused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import history, run, start, status, the_line
+from PIL import Image
+from recipes import weights_hash, write_recipe
+
+from dtl.cli import main
+from dtl.commands import search as command
+
+PHASES = {"head": {"train": "head", "epochs": 1, "lr": 0.1}, "all": {"train": "all", "epochs": 6, "lr": 0.05, "ema": 0.9, "mixup": 0.2}}
+DATA = {
+    "train": "photos", "image_size": 8, "global_batch_size": 24, "workers": 0, "val_fraction": 0.25, "test_fraction": 0.2, "augment": {"preset": "cifar"},
+}  # fmt: skip
+SPACE = "phases.all.lr: {log: [0.003, 0.5]}\nphases.all.optimizer: [sgd, adamw]\nmodel.name: ['networks:small', 'networks:diverging']\n"
+SEARCH = ["--config", "tiny.yaml", "--space", "space.yaml", "--budget", "5"]
+
+
+def prepared(folder: Path) -> Path:
+    noise = np.random.default_rng(0)
+    for label, brightness in (("a", 60), ("b", 110), ("c", 160)):
+        (folder / "photos" / label).mkdir(parents=True)
+        for number in range(30):
+            pixels = brightness + noise.integers(-60, 60) + noise.integers(-40, 40, (12, 16, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"photos/{label}/{number}.jpg")
+    write_recipe(folder, phases=PHASES, data=DATA, checkpoint={"every_steps": 2})
+    (folder / "space.yaml").write_text(SPACE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/tiny-search, by one worker in one go."""
+    folder = prepared(tmp_path_factory.mktemp("search"))
+    job = run(SEARCH, cwd=folder, command="search")
+    (folder / "said.txt").write_text(job.out())
+    return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs/tiny-search/results.json").read_text())  # type: ignore[no-any-return]
+
+
+def trial(folder: Path, number: int) -> Path:
+    return folder / f"runs/tiny-search/trial-{number}"
+
+
+def test_a_third_goes_on_and_the_winner_is_compared_and_measured(reference: Path) -> None:
+    values = results(reference)
+    assert values["rungs"] == [2, 3, 7], "an epoch of the head, which is the same in all trials, and a ninth and a third of the rest"
+    rows = {row["trial"]: row for row in values["trials"]}
+    assert sorted(rows) == [1, 2, 3, 4, 5]
+    assert rows[1]["settings"] == {}
+    done = [number for number in rows if status(trial(reference, number))["state"] == "done"]
+    assert done == [number for number, row in rows.items() if row["state"] == "done"] == [values["winner"], values["runner_up"]]
+    diverged = [number for number, row in rows.items() if row["settings"].get("model.name") == "networks:diverging"]
+    assert diverged
+    assert {rows[number]["state"] for number in diverged} == {"diverged"}
+    assert list(rows)[-len(diverged) :] == diverged, "they are the last"
+    second = rows[values["runner_up"]]
+    assert 0 <= second["p"] <= 1
+    assert second["better"] + second["worse"] <= values["num_samples"]
+    said = (reference / "said.txt").read_text()
+    assert f"winner: trial {values['winner']}, val top1 {100 * rows[values['winner']]['value']:.2f} %" in said
+    assert f"against the runner-up, trial {second['trial']}, on the same {values['num_samples']} validation images: better on {second['better']}" in said
+    assert f"to train the winner by itself: {values['command']}" in said
+    # The test set: held out in all trials, and looked at once.
+    assert values["test"]["num_samples"] == 18
+    assert values["test"]["look"] == 1
+    assert [place.parent.name for place in (reference / "runs/tiny-search").glob("*/looks.jsonl")] == [f"trial-{values['winner']}"]
+    assert not any("test" in event["event"] for number in rows for event in history(trial(reference, number)))
+
+
+def test_the_winner_is_bit_identical_to_the_run_that_its_command_trains(reference: Path) -> None:
+    winner = trial(reference, results(reference)["winner"])
+    words = shlex.split(results(reference)["command"])
+    assert words[:2] == ["dtl", "train"]
+    assert words[-2:] == ["--run.name", "best"]
+    run(words[2:], cwd=reference)
+    whole = reference / "runs/best"
+    assert weights_hash(whole) == weights_hash(winner)
+    rows = [[event for event in history(place) if event["event"] in ("train", "val", "epoch")] for place in (whole, winner)]
+    assert rows[0] == rows[1]
+    tested = status(whole)["test"]
+    assert (tested["top1"], tested["look"]) == (results(reference)["test"]["top1"], 1), "the same weights again are the same look"
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_several_workers_that_are_killed_come_to_the_same_bytes(reference: Path, tmp_path: Path, workers: int) -> None:
+    kill_and_compare(reference, prepared(tmp_path), workers=workers, kills=2, luck=random.Random(workers))
+
+
+@pytest.mark.soak
+def test_fifty_kills_at_random_moments_change_nothing(reference: Path, tmp_path: Path) -> None:
+    luck, kills, number = random.Random(0), 0, 0
+    while kills < 50:
+        number += 1
+        (tmp_path / str(number)).mkdir()
+        kills += kill_and_compare(reference, prepared(tmp_path / str(number)), workers=luck.randint(1, 3), kills=10, luck=luck)
+        shutil.rmtree(tmp_path / str(number))
+
+
+def kill_and_compare(reference: Path, folder: Path, *, workers: int, kills: int, luck: random.Random) -> int:
+    """Start workers, kill one of them at a random moment and start another, so many times; returns how many were still at work when they were killed."""
+    jobs, killed = [start(SEARCH, cwd=folder, command="search") for _ in range(workers)], 0
+    for _ in range(kills):
+        wait_for_progress(folder, luck.randint(1, 12), jobs)
+        place = luck.randrange(workers)
+        killed += jobs[place].codes == [None]
+        jobs[place].kill()
+        jobs[place] = start(SEARCH, cwd=folder, command="search")
+    for job in jobs:
+        job.wait(150).check()
+    outs = {job.out() for job in jobs}
+    assert outs == {(reference / "said.txt").read_text()}, "every worker prints the same table"
+    for name in ("results.json", "search.json"):
+        assert (folder / "runs/tiny-search" / name).read_bytes() == (reference / "runs/tiny-search" / name).read_bytes()
+    for row in results(folder)["trials"]:
+        if row["state"] == "done":
+            assert weights_hash(trial(folder, row["trial"])) == weights_hash(trial(reference, row["trial"]))
+    return killed
+
+
+def wait_for_progress(folder: Path, lines: int, jobs: list[Any]) -> None:
+    """Until the histories of all trials together have so many more lines, or nobody is at work."""
+
+    def count() -> int:
+        return sum(len(file.read_bytes().splitlines()) for file in folder.glob("runs/tiny-search/*/history.jsonl"))
+
+    wanted, until = count() + lines, time.monotonic() + 60
+    while count() < wanted and time.monotonic() < until and any(job.codes == [None] for job in jobs):
+        time.sleep(0.02)
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(reference: Path, tmp_path: Path) -> None:
+    job = start(SEARCH, cwd=prepared(tmp_path), command="search")
+    wait_for_progress(tmp_path, 5, [job])
+    job.kill(number=signal.SIGTERM)
+    job.wait(60).check(75)
+    assert not (tmp_path / "runs/tiny-search/results.json").exists()
+    again = run(SEARCH[:-2], cwd=tmp_path, command="search")  # the budget is written down
+    assert again.out() == (reference / "said.txt").read_text()
+    assert run([*SEARCH, "--json"], cwd=tmp_path, command="search").out() == json.dumps(results(reference)) + "\n"
+
+
+def test_a_budget_in_minutes_becomes_a_number_of_trials_once(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    (folder / "space.yaml").write_text("phases.all.lr: [0.02, 0.05]\n")
+    words = [*SEARCH[:-2], "--phases.all.epochs", "1"]
+    line = the_line(run([*words, "--budget", "0.001s"], cwd=folder, command="search", code=2))
+    assert "--budget: 1.66667e-05 minutes are too few for one trial, which takes about" in line
+    job = run([*words, "--budget", "2h"], cwd=folder, command="search")
+    assert "120 minutes with 1 worker come to 2 trials, as measured on trial 1 and written down" in job.err()
+    measured = json.loads((folder / "runs/tiny-search/budget.json").read_text())
+    assert measured["trials"] == 243, "the space has fewer"
+    assert "was begun with a budget of 120 minutes, now it is 4 trials" in the_line(run([*words, "--budget", "4"], cwd=folder, command="search", code=2))
+
+
+def test_what_cannot_be_searched_is_refused_in_one_line(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(reference)
+    monkeypatch.setenv("DTL_CACHE", str(reference / "cache"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    before = (reference / "runs/tiny-search/search.json").read_bytes()
+    (tmp_path / "other.yaml").write_text(SPACE.replace("0.003", "0.002"))
+    (tmp_path / "typo.yaml").write_text("phases.alls.lr: {log: [0.1, 0.2]}\n")
+    (tmp_path / "network.yaml").write_text("model.name: ['networks:small', torchvision/resnet19]\n")
+    (reference / "runs/full-search").mkdir()
+    (reference / "runs/full-search/thesis.txt").write_text("mine")
+    for options, line in [
+        (["--space", str(tmp_path / "other.yaml")], "tiny-search is another search: its range of phases.all.lr is {'log': [0.003, 0.5]}, now it is"),
+        (["--space", str(tmp_path / "typo.yaml")], "typo.yaml: phases.alls.lr: tiny.yaml has no phase alls; did you mean all?"),
+        (["--space", str(tmp_path / "network.yaml"), "--run.name", "n"], "torchvision/resnet19"),
+        (["--budget", "7"], "was begun with a budget of 5 trials, now it is 7 trials; give the same again, or begin another search with --run.name NEW"),
+        (["--budget", "0"], "--budget 0 is too small for one trial"),
+        (["--budget", "0m"], "--budget 0m is too small for one trial"),
+        (["--budget", "soon"], "--budget soon: give a number of trials (27), or minutes (30m) or hours (2h)"),
+        (["--budget", "1001"], "--budget 1001: a search has at most 1,000 trials"),
+        (["--run.seed", "1"], "was begun with run.seed 0, now it is 1"),
+        (["--phases.head.lr", "0.2"], "was trained with phases.head.lr 0.1, now it is 0.2: all trials need the same recipe"),
+        (["--data.test-fraction", "0.2"], "was begun with other images: data.train or data.val has changed"),
+        (["--run.name", "full"], "full-search is not empty (it holds 'thesis.txt'), and no search is in it"),
+        (["--run.resume", "never"], "run.resume never is for one run"),
+        (["--run.debug", "true"], "run.debug is for one run: dtl train --run.debug true"),
+        (["--phases.head.task", "rotate", "--run.name", "r"], "phase head does not classify, so trials cannot be compared in it"),
+    ]:
+        assert main(["search", *SEARCH, *options]) == 2
+        said = capfd.readouterr().err
+        assert line in said
+        assert said.count("dtl: ") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["search", *SEARCH]) == 2
+    assert "a trial is trained by one process: start dtl search without a launcher" in capfd.readouterr().err
+    assert (reference / "runs/tiny-search/search.json").read_bytes() == before
+    assert not (reference / "runs/n-search").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("import sys; sys.exit(0)", 0),
+        ("import sys; sys.exit(75)", 75),
+        ("import os, sys; sys.exit(2 * (os.environ['CUDA_VISIBLE_DEVICES'] == 'b'))", 2),
+        ("import os; os.kill(os.getpid(), 9)", 0),
+    ],
+)
+def test_slots_are_processes_with_a_gpu_each(monkeypatch: pytest.MonkeyPatch, script: str, found: int) -> None:
+    lines: list[str] = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a, b")
+    monkeypatch.setattr("dtl.machine.fresh_python", lambda *words: ["python3", "-c", script])
+    assert command._work_together(["--config", "x"], 2, lambda: False, lines.append) == found
+    assert lines == ([f"worker {number} ended with status -9; others took over its trial" for number in (1, 2)] if "kill" in script else [])
+
+
+def test_a_stop_reaches_all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtl.machine.fresh_python", lambda *words: ["sleep", "60"])
+    begun = time.monotonic()
+    assert command._work_together([], 2, lambda: True, lambda line: None) == 75
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.soak
+def test_two_slots_on_this_machine(reference: Path, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "DTL_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{Path(__file__).parents[3]}:{Path(__file__).parents[2]}",
+    }
+    words = ["python3", "-m", "dtl", "search", *SEARCH, "--slots", "2"]
+    done = subprocess.run(words, cwd=prepared(tmp_path), env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == (reference / "said.txt").read_text()
