@@ -29,7 +29,7 @@ from dtl.distributed.devices import uses_gpu
 from dtl.distributed.launch import Launch, Place, check_own_gpus, check_supported, read_launch
 from dtl.distributed.rendezvous import Arrivals, check_variables, rendezvous_store
 from dtl.distributed.signals import Signals, StageInterrupted, StoppedBeforeFirstStep, StopWatcher
-from dtl.errors import UserError
+from dtl.errors import Occupied, UserError
 from dtl.machine import Process
 from dtl.text import counted
 
@@ -295,7 +295,7 @@ class Runtime:
         if problems:
             rank, problem = next(iter(problems.items()))
             alone = f"rank {rank}: " if rank and len(problems) < self.world_size else ""
-            raise UserError(f"{alone}{problem}") from (error if isinstance(error, OSError) else None)
+            raise UserError(f"{alone}{problem}") from (error if isinstance(error, OSError | Occupied) else None)
 
     def barrier(self) -> None:
         if self.group is not None:

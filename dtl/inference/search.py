@@ -405,12 +405,12 @@ def _train(search: Search, task: Task, *, workers: int, log: Log) -> bool:
     begun = time.monotonic()
     try:
         result = run_training(config, trial.name, pause=None if last else search.rungs[task.rung], measure_test=False)
-    except Occupied:
-        return True
     except Diverged as error:
         log(f"{trial.name}: {error}")
         return True
     except UserError as error:
+        if isinstance(error.__cause__, Occupied):  # another worker was faster
+            return True
         raise UserError(f"{trial.name} ({described(trial.settings)}): {error}") from error
     if result.state == "stopped" and read_status(result.folder).why != PAUSED:
         return False

@@ -193,7 +193,7 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         (["--budget", "1001"], "--budget 1001: a search has at most 1,000 trials"),
         (["--run.seed", "1"], "was begun with run.seed 0, now it is 1"),
         (["--phases.head.lr", "0.2"], "was trained with phases.head.lr 0.1, now it is 0.2: all trials need the same recipe"),
-        (["--data.test-fraction", "0.2"], "was begun with other images: data.train or data.val has changed"),
+        (["--data.test-fraction", "0.3"], "was begun with other images: data.train or data.val has changed"),
         (["--run.name", "full"], "full-search is not empty (it holds 'thesis.txt'), and no search is in it"),
         (["--run.resume", "never"], "run.resume never is for one run"),
         (["--run.debug", "true"], "run.debug is for one run: dtl train --run.debug true"),

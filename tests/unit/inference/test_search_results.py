@@ -59,7 +59,8 @@ def test_groups_one_trial_and_a_test_set_have_their_own_words() -> None:
         (
             ["--config", "finetune", "--phases.all.lr", "0.1", "--phases.all.label-smoothing=0.1", "--run.name", "x"],
             {"phases.all.lr": 0.02, "phases.all.label_smoothing": 0.0, "model.name": "a:b", "phases.all.layer_decay": None},
-            "dtl train --config finetune --phases.all.lr 0.02 --phases.all.label_smoothing 0.0 --model.name a:b --phases.all.layer_decay null --run.name x-best",
+            "dtl train --config finetune --phases.all.lr 0.02 --phases.all.label_smoothing 0.0 --model.name a:b --phases.all.layer_decay null "
+            "--run.name x-best",
         ),
         (
             ["--tracking.tensorboard", "--run.name=y"],
