@@ -54,7 +54,7 @@ def test_a_command_and_its_options_exist(page: str, line: str) -> None:
     words = shlex.split(line)
     assert words[1] in COMMANDS or words[1].startswith("-"), f"{page}: dtl {words[1]}"
     if words[1] in COMMANDS:
-        known = help_of(words[1]) + (help_of("train") if words[1] in ("find-lr", "verify-resume", "transfer") else "")
+        known = help_of(words[1]) + (help_of("train") if words[1] in ("find-lr", "verify-resume", "transfer", "search") else "")
         for word in words[2:]:
             if word.startswith("--"):
                 name = re.sub(r"^--phases\.\w+\.", "--phases.NAME.", word.split("=")[0])
