@@ -1,4 +1,6 @@
-"""Print the run folder of a training command line, or after the word search the folder of a search. An error in it is printed in one line on stderr, with exit status 2.
+"""Print the run folder of a training command line, or after the word search the folder of a search.
+
+An error in it is printed in one line on stderr, with exit status 2.
 
 The templates need the folder to read status.json. Here it comes from the same code as in training.
 """
