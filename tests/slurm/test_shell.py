@@ -74,7 +74,8 @@ def test_an_element_of_folds_trains_one(element: str, words: str, line: str) -> 
 
 def test_an_element_of_a_search_is_a_worker() -> None:
     assert "usage: sbatch --array=1-W slurm/array_search.sbatch CONFIG --space FILE" in shell("run_search_element configs/x.yaml 2>&1", 2)
-    stubs = 'warned=; set_up() { python=(echo runs/x-search); }; open_notes() { round=0; }; start_step() { echo "$@"; }; wait_for_step() { status=0; }; log() { echo "$@"; }'
+    stubs = "warned=; set_up() { python=(echo runs/x-search); }; open_notes() { round=0; }; wait_for_step() { status=0; }"
+    stubs += '; start_step() { echo "$@"; }; log() { echo "$@"; }'
     array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3", "DTL_HOME": "."}
     said = shell(f"{stubs}; run_search_element configs/x.yaml --space s.yaml --budget 9", **array)
     assert said.splitlines()[1] == "search --config configs/x.yaml --space s.yaml --budget 9"
