@@ -127,7 +127,7 @@ def test_an_array_searches_with_as_many_workers_as_it_has_elements(desk: Desk) -
     words = [config, "--space", "space.yaml", "--budget", "3", "--phases.all.steps", "3", "--data.workers", "0"]
     job = desk.submit("array_search.sbatch", *words, options=["--array=1-2", "--gpus-per-node=0"], run="runs/tiny-search")
     job.wait("to end", lambda: not desk.lab.call("squeue", "--noheader", f"--jobs={job.number}"))
-    assert job.log.count("winner: trial ") == 2, job.log[-6000:]
+    assert job.log.count("\nwinner: trial ") == 2, job.log[-6000:]
     assert job.log.count(": done: runs/tiny-search") == 2
     for number in (1, 2):
         assert f"worker {number} of 2, round 0, search runs/tiny-search" in job.log
