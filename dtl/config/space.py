@@ -141,7 +141,7 @@ class Space:
                     raise UserError(f"{self.origin}: {re.sub('^(.* with )?--', '', str(error))}") from error
 
 
-def resolver(recipe: str | None, options: Mapping[str, Any]) -> Resolve:
+def resolver(recipe: str | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Resolve:
     """Of a recipe and the options of a command line."""
     return lambda settings: resolve_config(recipe, {**options, **settings})[0]
 
