@@ -95,7 +95,8 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
         with runtime.together("phases"):
             set_head(network, phase, init=config.model.init, seed=config.run.seed)
             trained = trained_names(network, phase, image_size=loaders.image_size, log=log)
-            freeze(network.module, trained, freeze_norm=config.model.freeze_norm)
+            frozen_statistics = phase.config.norm_statistics == "frozen"
+            freeze(network.module, trained, freeze_norm=config.model.freeze_norm, frozen_statistics=frozen_statistics)
             size = loaders.layout(phase).micro_batch_size
             kind = (trained, phase.task.name, size, loaders.image_size, phase.config.optimizer, bool(phase.config.ema))
             if kind not in memories:

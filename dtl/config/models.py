@@ -426,6 +426,9 @@ class PhaseConfig(Section):
     """Duration in epochs; fractions are allowed."""
     steps: Count | None = None
     """Duration in steps, instead of epochs."""
+    norm_statistics: Literal["batch", "frozen"] = "batch"
+    """Batch norms of what is trained. batch: with the statistics of each batch, which the running ones follow (PyTorch's train mode); frozen: with the
+    running statistics that came with the weights (eval mode), which no norm changes in this phase; scale and shift are trained."""
     image_size: Annotated[Side | tuple[Side, Side] | None, AfterValidator(_square_as_one)] = None
     """Size of the input images in this phase, as in `data.image_size`, which is the default. A phase trains and evaluates at its size; the model has that of
     the last phase."""

@@ -43,19 +43,19 @@ def select(network: Network, train: str | Sequence[str]) -> frozenset[str]:
     return frozenset().union(*(select(network, item) for item in train))
 
 
-def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool = True) -> list[str]:
+def freeze(module: nn.Module, trainable: Collection[str], *, freeze_norm: bool = True, frozen_statistics: bool = False) -> list[str]:
     """Make exactly the parameters in `trainable` (names in `module`) require a gradient, and fix the modes of the rest.
 
     Call it on the bare module, before the DDP wrap. It may be called again with other names.
-    With `freeze_norm=False` the running statistics of frozen norms keep adapting. Returns what should be logged: the names of modules with both
-    trained and frozen parameters of their own, which stay in eval mode too.
+    With `freeze_norm=False` the running statistics of frozen norms keep adapting; with `frozen_statistics` those of no norm do. Returns what should be
+    logged: the names of modules with both trained and frozen parameters of their own, which stay in eval mode too.
     """
     known = dict(module.named_parameters())
     unknown = sorted(set(trainable) - known.keys())
     assert not unknown, f"not parameters of this module: {unknown[:3]}"
     for name, parameter in known.items():
         parameter.requires_grad_(name in trainable)
-    kept, mixed = _modules_in_eval(module, freeze_norm=freeze_norm)
+    kept, mixed = _modules_in_eval(module, freeze_norm=freeze_norm, frozen_statistics=frozen_statistics)
     for name, part in module.named_modules():
         part.__dict__.pop("train", None)
         if name in kept:
@@ -68,10 +68,10 @@ def set_train_mode(module: nn.Module) -> None:
     module.train()
 
 
-def frozen_names(module: nn.Module, *, freeze_norm: bool = True) -> tuple[str, ...]:
+def frozen_names(module: nn.Module, *, freeze_norm: bool = True, frozen_statistics: bool = False) -> tuple[str, ...]:
     """What must not change while the module is frozen as it is: frozen parameters, and the buffers of modules kept in eval mode; sorted."""
     names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    kept, _ = _modules_in_eval(module, freeze_norm=freeze_norm)
+    kept, _ = _modules_in_eval(module, freeze_norm=freeze_norm, frozen_statistics=frozen_statistics)
     for name in kept:
         part = module.get_submodule(name)
         names.update(f"{name}.{key}" if name else key for key, _ in part.named_buffers(recurse=False))
@@ -137,7 +137,7 @@ class _StaysInEval:
         return self.module
 
 
-def _modules_in_eval(root: nn.Module, *, freeze_norm: bool) -> tuple[set[str], list[str]]:
+def _modules_in_eval(root: nn.Module, *, freeze_norm: bool, frozen_statistics: bool) -> tuple[set[str], list[str]]:
     """Names of the modules that stay in eval mode, and those of them with trained and frozen parameters of their own."""
     kept: set[str] = set()
     mixed: list[str] = []
@@ -151,7 +151,7 @@ def _modules_in_eval(root: nn.Module, *, freeze_norm: bool) -> tuple[set[str], l
         # The root's own mode only decides what its forward does beside its parts: whether auxiliary heads run, which must be
         # trained together with the main one.
         stays = not any(parameter.requires_grad for parameter in parameters) if module is root else not trains
-        if stays and not (_has_statistics(module) and not freeze_norm):
+        if frozen_statistics if _has_statistics(module) and (frozen_statistics or not freeze_norm) else stays:
             kept.add(name)
         for key, child in module.named_children():
             visit(child, f"{name}.{key}" if name else key, trains)

@@ -47,9 +47,9 @@ def _arguments_without_secrets() -> Iterator[None]:
 
 
 @contextmanager
-def _without_launch(wandb: Any) -> Iterator[None]:
+def _without_launch() -> Iterator[None]:
     """wandb's `init` imports half of wandb (a CPU second) to apply inputs of a launch job, which only who has imported that part can have given."""
-    kind, name = getattr(wandb.sdk.wandb_run, "Run", None), "_detect_and_apply_job_inputs"
+    kind, name = getattr(sys.modules.get("wandb.sdk.wandb_run"), "Run", None), "_detect_and_apply_job_inputs"
     before = getattr(kind, name, None)
     if before is None or "wandb.sdk.launch.inputs.internal" in sys.modules:
         yield
@@ -172,7 +172,7 @@ class WandbRun:
             "console": "off",  # its capture of stdout would break the bar, and our logs are files already
         }
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        with _arguments_without_secrets(), _without_launch(wandb):
+        with _arguments_without_secrets(), _without_launch():
             wandb.setup(settings)  # from here on it is silent; `init` would be so only after it has printed about the key
             run = wandb.init(
                 mode=mode,

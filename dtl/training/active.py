@@ -202,7 +202,8 @@ def enter(
     """
     config, trainable = phase.config, trained_names(network, phase, image_size=image_size, log=log)
     plain_before = plain_norms(network.module)  # before freezing, which marks the modules themselves
-    freeze(network.module, trainable, freeze_norm=freeze_norm)
+    frozen_statistics = config.norm_statistics == "frozen"
+    freeze(network.module, trainable, freeze_norm=freeze_norm, frozen_statistics=frozen_statistics)
     set_train_mode(network.module)
     _sync_norms(network.module, runtime, sync_bn, before=plain_before, micro_batch_size=micro_batch_size, image_size=image_size, log=log)
 
@@ -219,7 +220,7 @@ def enter(
     weights = None
     if config.class_weights != "none" and config.task == "classify":
         weights = class_weights(config.class_weights, class_counts, classes)
-    frozen = frozen_names(network.module, freeze_norm=freeze_norm)
+    frozen = frozen_names(network.module, freeze_norm=freeze_norm, frozen_statistics=frozen_statistics)
     parameters = [parameter for parameter in network.module.parameters() if parameter.requires_grad]
     cut = choose_cut(trainable)
     trained: nn.Module = Trained(network.module if cut is None else network.module.get_submodule(cut))
@@ -303,6 +304,9 @@ def phase_lines(active: ActivePhase, runtime: Runtime, image_size: ImageSize | N
     """What a phase is, at its start; and that its norms' statistics are rank 0's, where ranks have statistics of their own."""
     phase = active.phase
     lines = [phase_line(phase, active.module, image_size)]
+    if phase.config.norm_statistics == "frozen" and (kept := trained_norms(active.module)):
+        norms = counted(len(kept), "trained norm")
+        lines.append(f"phase {phase.name}: {norms} with the running statistics that came with the weights (phases.{phase.name}.norm_statistics: frozen)")
     own = [
         part
         for part in active.evaluated.modules()
@@ -312,6 +316,12 @@ def phase_lines(active: ActivePhase, runtime: Runtime, image_size: ImageSize | N
         norms = counted(len(own), "norm")
         lines.append(f"phase {phase.name}: {norms} keep separate running statistics on each rank; those of rank 0 are evaluated and saved")
     return lines
+
+
+def trained_norms(module: nn.Module) -> list[str]:
+    """Norms with running statistics of which a parameter is trained."""
+    statistics = [(name, part) for name, part in module.named_modules() if getattr(part, "running_mean", None) is not None]
+    return [name for name, part in statistics if any(parameter.requires_grad for parameter in part.parameters(recurse=False))]
 
 
 # ---- the moving average of the weights

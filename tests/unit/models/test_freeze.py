@@ -17,7 +17,6 @@ from dtl.models import freeze as freeze_module
 from dtl.models.build import Network, Preprocessing, build, forward_logits, replace_head
 from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
 from dtl.models.groups import layer_groups
-from dtl.models.meta import meta_copy
 from dtl.models.norms import norms_alone
 
 
@@ -169,6 +168,27 @@ def test_norms_may_adapt() -> None:
     assert not torch.equal(module.get_buffer("0.1.running_mean"), mean)
 
 
+def test_no_norm_changes_its_statistics_where_they_are_frozen() -> None:
+    """Also of what is trained, and though `freeze_norm` is false; scale and shift are trained."""
+    network = build("dtl/resnet_tiny", num_classes=5)
+    module, trainable = network.module, select(network, "all")
+    freeze(module, trainable, freeze_norm=False, frozen_statistics=True)
+    set_train_mode(module)
+    frozen = frozen_names(module, freeze_norm=False, frozen_statistics=True)
+    assert set(frozen) == {name for name, _ in module.named_buffers()}
+    before, scale = checksum(module, frozen), module.get_parameter("0.1.weight").clone()
+    optimizer, images = torch.optim.SGD(module.parameters(), lr=0.1), torch.randn(4, 3, 32, 32)
+    assert torch.equal(module(images)[:2], module(images[:2])), "an image's outputs depend on no other image"
+    module(images).square().sum().backward()
+    optimizer.step()
+    assert checksum(module, frozen) == before
+    assert not torch.equal(module.get_parameter("0.1.weight"), scale)
+    freeze(module, trainable)
+    set_train_mode(module)
+    module(images)
+    assert checksum(module, frozen) != before, "the next phase's norms are its own"
+
+
 def test_checksum_sees_every_bit_and_no_order() -> None:
     network = build("dtl/resnet_tiny", num_classes=5)
     module, names = network.module, list(network.module.state_dict())
@@ -222,7 +242,8 @@ def test_ddp_finds_nothing_missing(one_rank: None) -> None:
 def test_the_same_question_is_answered_without_another_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of a thousand phases trains a few sets of layers."""
     network, asked = build("dtl/resnet_tiny", num_classes=3), list[int]()
-    monkeypatch.setattr(freeze_module, "meta_copy", lambda module: (asked.append(1), meta_copy(module))[1])
+    passes = freeze_module._without_gradient
+    monkeypatch.setattr(freeze_module, "_without_gradient", lambda *arguments: (asked.append(1), passes(*arguments))[1])
     for _ in range(3):
         for train in ("all", "head"):
             assert unused_parameters(network, select(network, train), image_size=32) == set()
