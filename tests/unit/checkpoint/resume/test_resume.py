@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dtl.checkpoint.resume.resume import FREE_SETTINGS, check_plan, check_transforms, checkpoint_state, note_changes
+from dtl.checkpoint.resume.resume import FREE_SETTINGS, _check_settings, check_plan, check_transforms, checkpoint_state, note_changes
 from dtl.checkpoint.resume.state import TrainState
-from dtl.config import Config
+from dtl.config import Config, resolve_config
 from dtl.config.help import sections
 from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.transforms.transforms import VERSIONS
@@ -70,6 +70,16 @@ def test_every_free_setting_exists_and_of_the_checkpoints_only_the_monitor_is_no
     assert [key for key in held if key.startswith("checkpoint.")] == ["checkpoint.monitor"]
     assert {key for key in KEYS if key.startswith(("phases.", "model.", "transfer.", "data.augment."))} <= set(held)
     assert {"run.seed", "run.gradient_compression", "data.image_size", "data.global_batch_size", "data.window", "data.balance", "data.last"} <= set(held)
+
+
+def test_a_run_of_finetune_from_before_norms_were_frozen_names_the_key() -> None:
+    config = resolve_config("finetune", {"data.train": "photos"})[0]
+    stored = config.to_dict()
+    assert stored["phases"]["all"].pop("norm_statistics") == "frozen"
+    before: Any = SimpleNamespace(state={"config": stored}, path=Path("runs/finetune/checkpoints/step-00000010"))
+    with pytest.raises(UserError, match=r"runs/finetune was started with phases.all.norm_statistics 'batch', now it is 'frozen'; .*--run.name NEW"):
+        _check_settings(config, before, Path("runs/finetune"))
+    _check_settings(resolve_config("finetune", {"data.train": "photos", "phases.all.norm_statistics": "batch"})[0], before, Path("runs/finetune"))
 
 
 @pytest.mark.parametrize("split", ["training", "evaluation"])
