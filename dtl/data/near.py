@@ -22,6 +22,8 @@ from torch import Tensor
 from dtl.errors import UserError
 
 MOST_PAIRS = 2_000_000
+SCENE = 0.95
+"""Cosine of the features from which on two images are of one scene."""
 _BLOCK = 4096  # rows; a block of products takes 64 MB
 _SAMPLE = 2048  # rows by which the directions and their number are chosen
 _NUMBERS = (32, 64, 128, 256, 512)  # of directions

@@ -20,7 +20,7 @@ from dtl.config.models import DataConfig, num_pixels
 from dtl.data.audited import COLUMNS, names_in
 from dtl.data.copies import find_copies
 from dtl.data.loading.loader import BatchDataset
-from dtl.data.near import Pairs, near_pairs
+from dtl.data.near import SCENE, Pairs, near_pairs
 from dtl.data.same_photo import ALIKE, SAME, SIDE, alike, gray, registered, thumbnails
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
@@ -38,8 +38,6 @@ from dtl.text import Log, counted, csv_line, some, to_nobody
 from dtl.training.dataloaders import choose_workers, rank_cores
 from dtl.training.features import FeatureCache, FeatureDataset, Part, find_cut
 
-SCENE = 0.95
-"""Cosine of the features from which on two images are of one scene."""
 FEW = 10
 """Training images; a class of fewer is named."""
 _BATCH = 64

@@ -141,3 +141,33 @@ def _name_classes(axes: Axes, names: Sequence[str], k: int, group: int) -> None:
 def _share(part: Ints, whole: Ints) -> npt.NDArray[np.float64]:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many images of some kind are right."""
+
+    name: str
+    right: int
+    total: int
+
+
+def by_size(sides: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]) -> list[Share]:
+    """By the shorter side of the images [n], in up to four parts of about as many images; nothing where all have one size."""
+    edges = np.unique(np.quantile(sides, (0.25, 0.5, 0.75), method="lower")) if len(sides) else sides
+    part = np.searchsorted(edges, sides, side="left")
+    found = []
+    for one in np.unique(part):
+        mine = part == one
+        low, high = int(sides[mine].min()), int(sides[mine].max())
+        found.append(Share(f"{low:,} pixels" if low == high else f"{low:,} to {high:,} pixels", int(right[mine].sum()), int(mine.sum())))
+    return found if len(found) > 1 else []
+
+
+def by_group(names: Sequence[str], codes: npt.NDArray[np.int64], right: npt.NDArray[np.bool_], most: int) -> list[Share]:
+    """The groups of images [n] with most mistakes; nothing where each image is a group of its own."""
+    total, hits = np.bincount(codes, minlength=len(names)), np.bincount(codes, right, minlength=len(names)).astype(np.int64)
+    if not len(codes) or total.max() < 2:
+        return []
+    order = np.lexsort((np.arange(len(names)), -total, hits - total))[:most]
+    return [Share(names[code], int(hits[code]), int(total[code])) for code in order if hits[code] < total[code]]

@@ -15,7 +15,7 @@ from dtl.errors import UserError
 from dtl.files import user_path, write_whole
 from dtl.intervals import Interval, shown, wilson
 from dtl.report import html, style
-from dtl.report.confusion import MOST_BARS, MOST_NAMES, ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
+from dtl.report.confusion import MOST_BARS, MOST_NAMES, ClassNumbers, by_group, by_size, classes_figure, confused_pairs, confusion_figure, hardest_classes
 from dtl.report.curves import curves_figure
 from dtl.report.fonts import covers, without_font
 from dtl.report.grids import save_grid
@@ -24,9 +24,9 @@ from dtl.report.record import PhaseRecord, RunRecord, read_run
 from dtl.report.style import NARROW, percent
 from dtl.runs.folder import REPORT_FILE
 from dtl.runs.looks import describe_look
-from dtl.runs.predictions import ImagePredictions, read_predictions, recorded_file
+from dtl.runs.predictions import TWINS_NAME, ImagePredictions, read_predictions, recorded_file
 from dtl.text import Log, counted, some
-from dtl.untrusted import open_regular
+from dtl.untrusted import json_lines, open_regular
 from dtl.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 _MOST_NOTES = 30
+_PAIRS_SHOWN, _OF_A_PAIR = 3, 8
 _WITHOUT_TOP5 = 6  # with fewer classes top5 means nothing
 
 
@@ -97,6 +98,7 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
         parts.attempt("training images", lambda: _training(parts, examples)),
         parts.attempt("predictions", lambda: _predictions(parts, predictions, examples)),
         parts.attempt("confusion", lambda: _confusion(parts, predictions, examples)),
+        parts.attempt("where it errs", lambda: _errors(record, predictions, examples)),
         parts.attempt("the transfer", lambda: _transfer(record)),
         parts.attempt("the run's notes", lambda: _notes(record)),
     ]
@@ -492,6 +494,41 @@ def _confusion(parts: _Parts, found: _Predictions | None, examples: Examples | N
         table = html.Table(["in the plots", "class"], [[Cell(drawn[label]), Cell(names[label])] for label in numbered], compact=True)
         listed += [html.Subheading("Classes that the plots number"), table]
     return html.section("Classes", html.Beside([[part for part in column if part is not None] for column in ([matrix], [bars, *listed])]))
+
+
+def _errors(record: RunRecord, found: _Predictions | None, examples: Examples | None) -> html.Section | None:
+    """Accuracy without the images that have a twin in train, by image size and by group; images of the pairs of classes that are confused most."""
+    if found is None or examples is None or found.data not in (None, examples.loaders.val.dataset_id) or found.num_seen != len(found.images):
+        return None
+    from dtl.data.splits_of_run import groups_of
+
+    images, val = found.images, examples.loaders.val
+    right, blocks = ~images.wrong, list[html.Block]()
+    listed = json_lines(record.path / TWINS_NAME) if (record.path / TWINS_NAME).is_file() else []
+    twin = np.isin(images.samples, [line["sample"] for line in listed if isinstance(line.get("sample"), int)])
+    if twin.any() and not twin.all():
+        with_them, without = percent(float(right.mean()), 2), percent(float(right[~twin].mean()), 2)
+        what = f"{int(twin.sum()):,} of {counted(len(twin), 'image')} {'has a twin' if twin.sum() == 1 else 'have twins'} in the training images"
+        blocks.append(html.Text(f"{what} ({TWINS_NAME} lists them): top-1 is {with_them} with them and {without} without."))
+    widths, heights, _ = val.shapes(images.samples)
+    tables = [("shorter side", by_size(np.minimum(widths, heights), right))]
+    if (groups := groups_of(val, "val", examples.config.data, str(examples.config.data.val or examples.config.data.train))) is not None:
+        tables.append(("groups with most mistakes", by_group(groups.names, groups.codes[images.samples], right, MOST_BARS // 3)))
+    blocks += [
+        html.Table(
+            [name, "right", "images", "top-1"],
+            [[Cell(one.name), Cell(f"{one.right:,}", True), Cell(f"{one.total:,}", True), Cell(percent(one.right / one.total, 1), True)] for one in shares],
+            compact=True,
+        )
+        for name, shares in tables
+        if shares
+    ]
+    for true, taken, count in confused_pairs(images.labels, images.predicted, len(found.names))[:_PAIRS_SHOWN]:
+        rows = np.flatnonzero((images.labels == true) & (images.predicted == taken))
+        rows = rows[np.argsort(-images.probability[rows], kind="stable")][:_OF_A_PAIR]
+        blocks.append(html.Subheading(f"{found.names[true]}, predicted as {found.names[taken]} ({counted(count, 'image')})"))
+        blocks.append(html.Tiles(examples.tiles(images, rows, found.names, examples.task_of(found.names), with_files=True)))
+    return html.section("Where it errs", *blocks) if blocks else None
 
 
 def _transfer(record: RunRecord) -> html.Section | None:

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from dtl.config import PhaseConfig
 from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
+from dtl.data.near import SCENE, near_pairs
 from dtl.data.remote.address import own_folder
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import DamagedSample, UserError
-from dtl.files import fsync_folder, temporary_suffix
+from dtl.files import fsync_folder, temporary_suffix, write_whole
 from dtl.models.network import Network, Normalise, image_shape
 from dtl.text import counted
 from dtl.training.active import ActivePhase
@@ -44,6 +45,7 @@ from dtl.untrusted import Count, Record, Text, as_utf8, check_regular
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
+_MOST_COMPARED = 20_000  # images, beside other work: some seconds
 _EXCHANGE_BYTES = 64 * 2**20
 
 
@@ -427,6 +429,52 @@ class FeatureDataset:
         )
 
 
+# ---- twins
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A validation image with the training image that its features are nearest to."""
+
+    sample: int
+    other: int
+    cosine: float
+
+
+def find_twins(train: FeatureDataset, val: FeatureDataset) -> list[Twin]:
+    """Validation images with a twin among the training images, by their cached features; none where these are of augmented views, or of very many images."""
+    num_train, num_val = train.shards.num_samples, val.shards.num_samples
+    if len(train.values) > 1 or num_train + num_val > _MOST_COMPARED:
+        return []
+    rows = np.concatenate([one.values[0].reshape(one.shards.num_samples, -1) for one in (train, val)])
+    for start, one in ((0, train), (num_train, val)):
+        rows[[start + sample for _, sample in one.damaged]] = 0
+    pairs = near_pairs(rows, SCENE)
+    found: dict[int, Twin] = {}
+    for first, second, cosine in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist()):
+        sample = second - num_train
+        if first < num_train <= second and (sample not in found or cosine > found[sample].cosine):
+            found[sample] = Twin(sample, first, cosine)
+    return [found[sample] for sample in sorted(found)]
+
+
+def note_twins(twins: Sequence[Twin], train: Shards, val: Shards, file: Path) -> str:
+    """Write them into `file`, one JSON object a line; returns the line about them, empty where there are none."""
+    file.unlink(missing_ok=True)
+    if not twins:
+        return ""
+    lines = [
+        {"split": "val", "sample": one.sample, "path": as_utf8(val.name(one.sample)), "other": as_utf8(train.name(one.other)), "cosine": round(one.cosine, 4)}
+        for one in twins
+    ]
+    write_whole(file, lambda out: out.writelines((json.dumps(line) + "\n").encode() for line in lines))
+    best = max(twins, key=lambda one: one.cosine)
+    return (
+        f"{len(twins):,} of {counted(val.num_samples, 'validation image')} {'has a twin' if len(twins) == 1 else 'have twins'} in train by the cached features "
+        f"(cosine of {SCENE:g} or more, such as {val.name(best.sample)} and {train.name(best.other)}), so accuracy may be overestimated; all are listed in {file}"
+    )
+
+
 # ---- of a phase
 
 
@@ -446,6 +494,8 @@ class PhaseFeatures:
     cache_dir: Path | None
     heart: Heartbeat
     log: Callable[[str], None]
+    twins: Path | None = None
+    """Where validation images with twins in train are listed."""
 
     def choose_cut(self, phase: Phase, trainable: frozenset[str]) -> str | None:
         """The module that `phase` should train on cached features; None to train on images. The same on all ranks."""
@@ -489,5 +539,13 @@ class PhaseFeatures:
         if folder is None:
             return False
         # The views are those of the phase's first epochs, and go round. Evaluation is epoch 0 of its own.
-        loaders.cached = {"train": FeatureDataset(loaders.train, folder, "train", phase.first_epoch), "val": FeatureDataset(loaders.val, folder, "val", 0)}
+        train, val = FeatureDataset(loaders.train, folder, "train", phase.first_epoch), FeatureDataset(loaders.val, folder, "val", 0)
+        loaders.cached = {"train": train, "val": val}
+        if self.twins is not None and self.runtime.is_main and not self.twins.exists():
+            try:
+                line = note_twins(find_twins(train, val), loaders.train, loaders.val, self.twins)
+            except (OSError, UserError) as error:  # a run does not fail by what it says about its data
+                line = f"twins of validation images were not looked for: {error}"
+            if line:
+                self.log(line)
         return True

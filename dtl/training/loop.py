@@ -30,7 +30,7 @@ from dtl.models.network import Normalise
 from dtl.models.strict_load import strict_load
 from dtl.optim.losses import build_loss
 from dtl.runs.bad_samples import BadSamples
-from dtl.runs.predictions import ImagePredictions
+from dtl.runs.predictions import TWINS_NAME, ImagePredictions
 from dtl.runs.trace import open_trace
 from dtl.training import micro_batch
 from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
@@ -81,7 +81,8 @@ class Trainer:
         self._saver = Saver(session, self._log, self._bad_samples, state)
         data = self.config.data
         cache_dir = None if self.config.run.debug else private_cache(data.cache_dir, shared=data.cache_shared)
-        self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.heart, self.tracker.print)
+        twins = session.folder.path / TWINS_NAME
+        self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.heart, self.tracker.print, twins)
         self._head_is_loaded = head_is_loaded
         self._val_groups = self._groups(loaders.val, self.config.data.val)
         self._trace = open_trace(self.runtime.rank)

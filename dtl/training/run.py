@@ -23,6 +23,7 @@ from dtl.distributed.runtime import Runtime, fp16_instead
 from dtl.files import write_whole
 from dtl.models.build import forward_logits
 from dtl.models.freeze import freeze
+from dtl.runs.predictions import TWINS_NAME
 from dtl.text import counted, some
 from dtl.training import build
 from dtl.training.dataloaders import rank_cores
@@ -128,7 +129,8 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
 def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
     """One line about images that are in the data more than once, and all of them in copies.csv. Never a refusal: it may be meant so."""
     path = session.folder.path / COPIES_NAME
-    path.unlink(missing_ok=True)
+    for old in (path, path.with_name(TWINS_NAME)):
+        old.unlink(missing_ok=True)
     copies = find_copies_quickly(splits)
     if line := describe_copies(copies):
         session.console.print(line if not copies.num_groups else f"{line}; all are listed in {path}")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dtl.report import style
-from dtl.report.confusion import ClassNumbers, classes_figure, confused_pairs, confusion_figure, hardest_classes
+from dtl.report.confusion import ClassNumbers, by_group, by_size, classes_figure, confused_pairs, confusion_figure, hardest_classes
 
 
 def saved(figure: Any, path: Path) -> Image.Image:
@@ -56,3 +56,19 @@ def test_pictures_for_any_number_of_classes(tmp_path: Path, k: int) -> None:
         assert figure is not None
         assert saved(figure, tmp_path / "classes.png").height < 1600
     assert classes_figure(ClassNumbers.count(labels[:0], labels[:0], k), names) is None
+
+
+def test_accuracy_by_size_and_by_group() -> None:
+    sides = np.array([10, 10, 20, 30, 40, 50, 60, 70])
+    right = np.array([1, 0, 1, 1, 0, 0, 1, 1], bool)
+    found = by_size(sides, right)
+    assert sum(one.total for one in found) == 8
+    assert sum(one.right for one in found) == 5
+    assert (found[0].name, found[0].right, found[0].total) == ("10 pixels", 1, 2)
+    assert found[-1].name.endswith("to 70 pixels")
+    assert by_size(np.full(8, 32), right) == []
+    assert by_size(np.zeros(0, np.int64), np.zeros(0, bool)) == []
+    codes = np.array([0, 0, 1, 1, 1, 2, 2, 3])
+    worst = by_group(["a", "b", "c", "d"], codes, right, 2)
+    assert [(one.name, one.right, one.total) for one in worst] == [("b", 2, 3), ("a", 1, 2)]
+    assert by_group(["a", "b"], np.array([0, 1]), np.array([True, False]), 5) == []
