@@ -471,7 +471,8 @@ def note_twins(twins: Sequence[Twin], train: Shards, val: Shards, file: Path) ->
     best = max(twins, key=lambda one: one.cosine)
     return (
         f"{len(twins):,} of {counted(val.num_samples, 'validation image')} {'has a twin' if len(twins) == 1 else 'have twins'} in train by the cached features "
-        f"(cosine of {SCENE:g} or more, such as {val.name(best.sample)} and {train.name(best.other)}), so accuracy may be overestimated; all are listed in {file}"
+        f"(cosine of {SCENE:g} or more, such as {val.name(best.sample)} and {train.name(best.other)}), so accuracy may be overestimated; "
+        f"all are listed in {file}"
     )
 
 
