@@ -2,8 +2,8 @@
 
     python benchmarks/audit.py FEATURES.npz [--share 0.1] [--seeds 3] [--json FILE]
 
-FEATURES.npz holds features [N, D] as `x` and labels [N] as `y`. In each seed a share of the labels is replaced by another class, drawn uniformly. Then the images are dealt to
-folds and judged as `dtl audit` does. With --share 0 all that is named is (as far as the labels are right) named falsely.
+FEATURES.npz holds features [N, D] as `x` and labels [N] as `y`. In each seed a share of the labels is replaced by another class, drawn uniformly. Then the
+images are dealt to folds and judged as `dtl audit` does. With --share 0 all that is named is (as far as the labels are right) named falsely.
 """
 
 from __future__ import annotations
