@@ -1,0 +1,201 @@
+"""The solved head: scikit-learn's solution, the same bits on any number of ranks and threads, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dtl.keyed import keys
+from dtl.optim import solve as module
+from dtl.optim.solve import BLOCK, FOLDS, MOST_BYTES, ONE_FOLD, Interrupted, Rows, Solution, Team, bytes_needed, deal, solve
+
+
+def _rows(num_samples: int = 300, num_features: int = 24, num_classes: int = 4, *, seed: int = 0, spread: float = 0.6, **more: Any) -> Rows:
+    """Features of other scales and means, and classes that overlap."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, num_classes, num_samples)
+    centres = generator.normal(size=(num_classes, num_features)) * spread
+    features = (centres[labels] + generator.normal(size=(num_samples, num_features))) * generator.uniform(0.1, 3, num_features) + generator.normal(
+        size=num_features
+    )
+    return Rows(features.astype(np.float32), torch.from_numpy(labels), torch.ones(num_samples, dtype=torch.float64), **more)
+
+
+def _folds(rows: Rows) -> np.ndarray:
+    numbers = np.arange(len(rows.labels))
+    folds = deal(rows.labels.numpy(), numbers, keys(numbers, "test"))
+    assert folds is not None
+    return folds
+
+
+def _probabilities(found: Solution, features: np.ndarray) -> np.ndarray:
+    return torch.softmax(torch.from_numpy(features).double() @ found.weight.double().T + found.bias.double(), dim=1).numpy()
+
+
+def _ranks(number: int, work: Callable[[Team], Solution], threads: int = 1, stop_at: int = -1) -> list[Solution]:
+    """`work` in `number` threads that share and gather as processes do."""
+    barrier, boxes = threading.Barrier(number), list[Any]([None] * number)
+
+    def team(rank: int) -> Team:
+        def everyones(value: Any) -> list[Any]:
+            boxes[rank] = value
+            barrier.wait()
+            values = [box.clone() if isinstance(box, Tensor) else box for box in boxes]
+            barrier.wait()
+            return values
+
+        asked = iter(range(1, 1_000_000))
+        return Team(rank, number, share=lambda value: everyones(value)[0], gather=everyones, stop=lambda: next(asked) == stop_at, threads=threads)
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(lambda rank: work(team(rank)), range(number)))
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-2, 1e-4])
+def test_at_a_fixed_strength_the_probabilities_are_scikit_learns(strength: float) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rows = _rows()
+    weights = torch.from_numpy(np.random.default_rng(1).choice([0.0, 0.5, 3.0], len(rows.labels)))  # classes have weights, damaged samples none
+    rows = Rows(rows.features, rows.labels, weights)
+    found = solve(rows, num_classes=4, folds=None, strengths=[strength])
+    used = weights.numpy() > 0
+    mean, scale = rows.features[used].astype(np.float64).mean(0), rows.features[used].astype(np.float64).std(0)
+    theirs = linear_model.LogisticRegression(C=1 / (strength * float(weights.sum())), tol=1e-10, max_iter=5000)
+    theirs.fit((rows.features - mean) / scale, rows.labels.numpy(), weights.numpy())
+    assert np.abs(_probabilities(found, rows.features) - theirs.predict_proba((rows.features - mean) / scale)).max() < 1e-5
+    assert found.converged
+    assert found.strength == strength
+    assert found.path == ()
+
+
+def test_any_number_of_ranks_and_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 20)
+    monkeypatch.setattr(module, "LANES", 4)  # of several blocks
+    rows = _rows(330, 8)
+    folds = _folds(rows)
+
+    def work(team: Team) -> Solution:
+        return solve(rows, num_classes=4, folds=folds, strengths=(0.1, 0.01), team=team)
+
+    one = work(Team())
+    for found in [*_ranks(2, work), *_ranks(3, work, threads=2), *_ranks(5, work), work(Team(threads=3))]:
+        assert torch.equal(found.weight, one.weight)
+        assert torch.equal(found.bias, one.bias)
+        assert (found.path, found.loss, found.strength, found.passes) == (one.path, one.loss, one.strength, one.passes)
+
+
+def test_the_strength_is_that_with_the_lowest_held_out_loss() -> None:
+    rows = _rows(200, 100, spread=0.15)
+    found = solve(rows, num_classes=4, folds=_folds(rows))
+    losses = dict(found.path)
+    assert losses[found.strength] == min(losses.values())
+    assert len(losses) < len(module.STRENGTHS)
+    again = solve(rows, num_classes=4, folds=None, strengths=[found.strength])
+    assert np.abs(_probabilities(again, rows.features) - _probabilities(found, rows.features)).max() < 1e-5  # wherever it starts
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_gradient_of_the_objective_is_zero_at_the_solution(smoothing: float) -> None:
+    rows = _rows(smoothing=smoothing)
+    found = solve(rows, num_classes=4, folds=None, strengths=[0.01])
+    features = torch.from_numpy(rows.features).double()
+    mean, scale = features.mean(0), features.std(0, correction=0)
+    weight, bias = (found.weight.double() * scale).requires_grad_(), found.bias.double().requires_grad_()
+    logits = (features - mean) / scale @ weight.T + bias + (found.weight.double() @ mean)
+    loss = torch.nn.functional.cross_entropy(logits, rows.labels, label_smoothing=smoothing)
+    (loss + 0.005 * weight.square().sum()).backward()
+    assert float(loss.detach()) == pytest.approx(found.loss, abs=1e-6)
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert max(float(weight.grad.abs().max()), float(bias.grad.abs().max())) < 1e-5
+
+
+def test_constant_features_have_no_part_in_it() -> None:
+    rows = _rows()
+    constant = np.repeat(np.array([[0.0, 1e6, -0.1]], np.float32), len(rows.labels), axis=0)
+    wider = Rows(np.concatenate([rows.features, constant], axis=1), rows.labels, rows.weights)
+    plain, found = (solve(one, num_classes=4, folds=None, strengths=[0.01]) for one in (rows, wider))
+    assert torch.equal(found.weight[:, -3:], torch.zeros(4, 3)) or found.weight[:, -3:].abs().max() < 1e-10
+    assert np.abs(_probabilities(found, wider.features) - _probabilities(plain, rows.features)).max() < 1e-5
+
+
+def test_rare_and_missing_classes_are_no_obstacle() -> None:
+    rows = _rows(num_classes=3)
+    labels = rows.labels.clone()
+    labels[0] = 3  # a class of one sample, which no fold learns from where it is held out; and class 4 has none
+    found = solve(Rows(rows.features, labels, rows.weights), num_classes=5, folds=_folds(rows))
+    assert found.converged
+    assert np.isfinite([loss for _, loss in found.path]).all()
+    assert found.path[-1][1] < np.log(5)
+    assert _probabilities(found, rows.features)[:, 4].max() < 1e-3
+    assert _probabilities(found, rows.features)[0].argmax() == 3
+
+
+def test_where_nothing_can_be_held_out_the_usual_strength_is_taken() -> None:
+    rows = Rows(np.eye(2, dtype=np.float32), torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64))
+    numbers = np.arange(2)
+    assert deal(numbers, np.zeros(2, np.int64), keys(numbers, "test")) is None
+    for folds in (None, deal(numbers, numbers, keys(numbers, "test"))):  # each fold would be asked about the class that it has not seen
+        found = solve(rows, num_classes=2, folds=folds)
+        assert found.strength == module.USUAL_STRENGTH
+        assert found.path == ()
+        assert _probabilities(found, rows.features).diagonal().min() > 0.5
+
+
+def test_folds_keep_groups_together_and_spread_each_class() -> None:
+    labels = np.repeat([0, 1, 2], [50, 30, 4])
+    numbers = np.arange(len(labels))
+    single = deal(labels, numbers, keys(numbers, "test"))
+    assert single is not None
+    for one in range(3):
+        counts = np.bincount(single[labels == one], minlength=FOLDS)
+        assert counts.max() - counts.min() <= 1
+    groups = numbers // 3
+    folds = deal(labels, groups, keys(groups, "test"))
+    assert folds is not None
+    assert all(len(set(folds[groups == group])) == 1 for group in groups)
+    assert set(folds) == set(range(FOLDS))
+    many = np.arange(ONE_FOLD)
+    large = deal(many % 7, many, keys(many, "test"))
+    assert large is not None
+    assert set(large) == {0, -1}
+    assert np.count_nonzero(large == 0) == ONE_FOLD // FOLDS
+
+
+class _Counted:
+    """Features that note how many rows are asked for at once."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape, self.most = values, values.shape, 0
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        self.most = max(self.most, part.stop - part.start)
+        return np.asarray(self.values[part])
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bytes_needed(10**6, 2048, 1000, Team(threads=8)) < MOST_BYTES < bytes_needed(10**6, 2048, 21_841, Team())
+    assert bytes_needed(10**6, 2048, 1000, Team(ranks=64)) < MOST_BYTES
+    rows = _rows(3 * BLOCK, 8)
+    kept = solve(rows, num_classes=4, folds=None, strengths=[0.1])
+    monkeypatch.setattr(module, "KEPT", 0)  # all rows are read again in each pass
+    counted = _Counted(rows.features)
+    read = solve(Rows(counted, rows.labels, rows.weights), num_classes=4, folds=None, strengths=[0.1])  # type: ignore[arg-type]
+    assert counted.most <= BLOCK
+    assert torch.equal(read.weight, kept.weight)
+    assert read.passes == kept.passes
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_can_be_interrupted_after_any_pass(ranks: int) -> None:
+    rows, threads = _rows(), torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        _ranks(ranks, lambda team: solve(rows, num_classes=4, folds=_folds(rows), team=team), stop_at=40)
+    assert torch.get_num_threads() == threads
