@@ -24,6 +24,7 @@ from dtl.distributed.signals import StoppedBeforeFirstStep
 from dtl.errors import EXIT_DONE, EXIT_STOPPED, EXIT_WRONG_INPUT, UserError
 from dtl.models.build import Network
 from dtl.models.freeze import freeze, set_train_mode
+from dtl.models.init import head_init
 from dtl.models.meta import meta_copy
 from dtl.models.network import forward_logits, image_shape
 from dtl.models.norms import norms_alone
@@ -93,7 +94,7 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
     for phase in parts.phases:
         loaders.use(phase)
         with runtime.together("phases"):
-            set_head(network, phase, init=config.model.init, seed=config.run.seed)
+            set_head(network, phase, init=head_init(config), seed=config.run.seed)
             trained = trained_names(network, phase, image_size=loaders.image_size, log=log)
             frozen_statistics = phase.config.norm_statistics == "frozen"
             freeze(network.module, trained, freeze_norm=config.model.freeze_norm, frozen_statistics=frozen_statistics)

@@ -110,6 +110,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     from dtl.checkpoint.transfer.source.read import preprocessing_for
     from dtl.checks.lr_range import find_lr
     from dtl.distributed.determinism import name_operators
+    from dtl.models.init import head_init
     from dtl.training import build
     from dtl.training.active import enter, set_head
     from dtl.training.micro_batch import fit, unstable_operators
@@ -129,7 +130,7 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
         loaders.use(phase)
         build.load_pretrained(config, network, runtime, train, log, weights=weights)
         normalise = build.place_network(config, network, runtime)
-        set_head(network, phase, init=config.model.init, seed=config.run.seed)
+        set_head(network, phase, init=head_init(config), seed=config.run.seed)
         if options.start is not None:
             with runtime.together("start"):
                 _load(network, options.start)

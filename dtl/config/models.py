@@ -335,8 +335,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     name: str = "torchvision/resnet18"
     """torchvision/NAME, timm/NAME, timm/hf-hub:ORG/NAME, dtl/NAME, or package.module:function."""
-    init: Literal["default", "xavier", "kaiming"] = "default"
-    """Initialisation of new layers, or of the whole network if no weights are transferred."""
+    init: Literal["default", "library", "xavier", "kaiming"] = "default"
+    """Initialisation of new layers, or of the whole network if no weights are transferred. default: as the network's library does it, but a new linear head
+    beside transferred weights starts at zero; library: such a head too."""
     options: dict[str, Any] = {}
     """Keyword arguments for the network's constructor."""
     pool: Pool | None = None

@@ -62,8 +62,8 @@ def build(
     """
     if num_classes < 1:
         raise UserError(f"model {name!r}: the number of classes must be at least 1, not {num_classes}")
-    if init not in ("default", "xavier", "kaiming"):
-        raise UserError(f"model.init must be default, xavier or kaiming, not {init!r}")
+    if init not in ("default", "library", "xavier", "kaiming"):
+        raise UserError(f"model.init must be default, library, xavier or kaiming, not {init!r}")
     entry = catalog.find(name, own=own)
     options = {**entry.options, **(options or {})}
     pool = None if entry.library == "function" else options.get("pool")

@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-Init = Literal["default", "xavier", "kaiming"]
+from dtl.config import Config
+
+Init = Literal["default", "library", "xavier", "kaiming", "zero"]
 NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -19,15 +21,26 @@ NORMS = (
 def initialize(modules: Iterable[nn.Module], init: Init) -> None:
     """Set the weights of convolutions, linear layers and attention by `init`, biases to zero, norms to one and zero.
 
-    `default` leaves what the modules' own constructors chose. Other parameters (class tokens, position embeddings, layer scales)
-    keep their constructor's values.
+    `default` and `library` leave what the modules' own constructors chose. Other parameters (class tokens, position embeddings, layer scales)
+    keep their constructor's values. `zero` is for heads: linear layers alone, since a convolution may have a ReLU behind it, which would never leave zero.
     """
-    if init == "default":
+    if init in ("default", "library"):
+        return
+    if init == "zero":
+        for root in modules:
+            for parameter in root.parameters() if isinstance(root, nn.Linear) else ():
+                nn.init.zeros_(parameter)
         return
     fill = _xavier if init == "xavier" else _kaiming
     for root in modules:
         for module in root.modules():
             _initialize_one(module, fill)
+
+
+def head_init(config: Config) -> Init:
+    """How a run's new heads begin. Beside loaded weights it is zero: libraries draw heads for training from scratch, and where they are large
+    (timm's and torchvision's EfficientNets: up to 1 / sqrt(classes)) a short training never makes up for the noise."""
+    return "zero" if config.transfer is not None and config.model.init == "default" else config.model.init
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from dtl.keyed import key
 from dtl.models.build import Network, forward_logits, replace_head
 from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
 from dtl.models.groups import layer_groups
+from dtl.models.init import Init
 from dtl.models.norms import gathering_norms, plain_norms, synchronise_norms
 from dtl.models.strict_load import check_tensors
 from dtl.optim.groups import build_groups, build_optimizer
@@ -159,12 +160,12 @@ class ActivePhase:
         return lr
 
 
-def set_head(network: Network, phase: Phase, *, init: str, seed: int) -> bool:
+def set_head(network: Network, phase: Phase, *, init: Init, seed: int) -> bool:
     """A fresh head where the phase's task has another number of outputs; the same values on every rank."""
     if network.num_outputs == phase.num_outputs:
         return False
     torch.manual_seed(int(key(seed, "head", phase.index)) >> 1)
-    replace_head(network, phase.num_outputs, init=init)  # type: ignore[arg-type]
+    replace_head(network, phase.num_outputs, init=init)
     return True
 
 

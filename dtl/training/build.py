@@ -9,6 +9,7 @@ from socket import gethostname
 from typing import Any
 
 import torch
+from torch import nn
 
 from dtl.checkpoint.resume.resume import find_checkpoint
 from dtl.checkpoint.resume.state import TrainState
@@ -37,12 +38,13 @@ from dtl.models.activation import enable_activation_checkpointing
 from dtl.models.build import Network, build, for_phases, options_of, size_in, sized
 from dtl.models.catalog import find
 from dtl.models.freeze import select
+from dtl.models.init import head_init, initialize
 from dtl.models.network import Normalise, to_device
 from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import class_weights
 from dtl.reading import Reading
 from dtl.runs.folder import REFUSED_TRANSFER, RunFolder
-from dtl.text import to_nobody
+from dtl.text import some, to_nobody
 from dtl.training.dataloaders import DataLoaders, View, choose_workers, rank_cores
 from dtl.training.metrics import check_monitor
 from dtl.training.phases import Phase, plan_phases
@@ -374,6 +376,11 @@ def load_pretrained(
         preprocessing = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
         report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
     runtime.same("the transferred weights", report.checksum)
+    new = [head for head in network.heads if f"{head}.weight" in report.fresh]
+    if head_init(config) == "zero" and isinstance(network.module.get_submodule(network.heads[0]), nn.Linear) and new:
+        initialize(map(network.module.get_submodule, new), "zero")
+        note = f"the new head {some(new)} starts at zero; --model.init library leaves it as the network's library draws it"
+        report = replace(report, plan=replace(report.plan, notes=(*report.plan.notes, note)))
     if runtime.is_main:
         for line in report.lines():
             log(line)

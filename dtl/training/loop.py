@@ -26,6 +26,7 @@ from dtl.distributed.signals import Stopped
 from dtl.errors import UserError
 from dtl.intervals import Bootstrap, Interval, accuracy_interval
 from dtl.models.build import Network
+from dtl.models.init import head_init
 from dtl.models.network import Normalise
 from dtl.models.strict_load import strict_load
 from dtl.optim.losses import build_loss
@@ -96,7 +97,7 @@ class Trainer:
             if begins:
                 self._begin(phase)
             self.heart.enter("phase", self.state.step)
-            is_new = set_head(self.network, phase, init=self.config.model.init, seed=self.config.run.seed)
+            is_new = set_head(self.network, phase, init=head_init(self.config), seed=self.config.run.seed)
             if begins and phase.config.keep == "one_se":
                 # Weights that know the labels may be better than all that the phase makes of them; a new head's are not worth a look.
                 self.state.phase.pending_eval = not is_new and (phase.index > 0 or self._head_is_loaded)

@@ -313,7 +313,7 @@ def test_a_mistake_is_reported_where_it_was_made(own: str, options: dict[str, ob
 
 def test_a_mistake_of_the_file_is_the_files(own: str, tmp_path: Path) -> None:
     Path(own).write_text(OWN + "model: {init: magic}\n")
-    with pytest.raises(UserError, match=rf"^{own}: model.init: must be 'default', 'xavier' or 'kaiming' \(got 'magic'\)$"):
+    with pytest.raises(UserError, match=rf"^{own}: model.init: must be 'default', 'library', 'xavier' or 'kaiming' \(got 'magic'\)$"):
         load_config(["--config", own, "--data.workers", "1"])
 
 

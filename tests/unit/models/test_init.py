@@ -25,6 +25,16 @@ def test_initial_values(init: str) -> None:
             assert 0.75 < layer.weight.var().item() / variance < 1.3
 
 
+def test_zero_is_for_linear_heads() -> None:
+    """SqueezeNet's head is a convolution with a ReLU behind it: from zero it would never learn."""
+    for name, zero in (("torchvision/squeezenet1_1", False), ("timm/efficientnet_b0", True)):
+        network = build(name, num_classes=3)
+        replace_head(network, 5, init="zero")
+        head = network.module.get_submodule(network.heads[0])
+        assert bool(head.weight.any()) is not zero
+        assert bool(head.bias.any()) is not zero
+
+
 def test_initial_values_of_a_new_head_only() -> None:
     network = build("timm/vit_tiny_patch16_224", num_classes=3, options={"img_size": 32})
     before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}

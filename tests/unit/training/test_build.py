@@ -143,6 +143,31 @@ def test_pretrained_weights_are_those_of_the_source(tmp_path: Path, digits: Pair
     assert len(lines) == number
 
 
+@pytest.mark.parametrize("init", ["default", "library", "xavier"])
+def test_a_new_head_beside_loaded_weights_starts_at_zero(init: str, tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
+    config = config_of("--transfer.source", str(model_folder(tmp_path / "model", seed=4)), "--model.init", init)
+    network = build.build_network(config, 10, runtime)
+    (head,) = map(network.module.get_submodule, network.heads)
+    before = [parameter.clone() for parameter in head.parameters()]
+    lines: list[str] = []
+    report = build.load_pretrained(config, network, runtime, digits[0], lines.append)
+    assert report is not None
+    said = [line for line in (*lines, *report.to_dict()["notes"]) if "starts at zero" in line]
+    if init == "default":
+        assert not any(parameter.any() for parameter in head.parameters())
+        assert len(said) == 2
+        assert said[1] in said[0]
+        assert said[1].startswith(f"the new head {network.heads[0]} ")
+    else:
+        assert all(map(torch.equal, before, head.parameters()))
+        assert not said
+
+
+def test_a_network_from_scratch_keeps_the_head_of_its_library(runtime: Runtime) -> None:
+    network = build.build_network(config_of("--model.init", "default"), 10, runtime)
+    assert network.module.get_submodule(network.heads[0]).weight.any()
+
+
 def test_refused_weights_are_one_line_a_short_table_and_a_file(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
     torch.save({f"layers.{n}.weight": torch.zeros(7, 7, 3, 3) for n in range(40)}, tmp_path / "w.pth")
     config = config_of("--transfer.source", str(tmp_path / "w.pth"))
