@@ -42,7 +42,9 @@ ONE_FOLD = 20_000
 PATIENCE = 3
 """Strengths in sequence that are no better than the best before them end a path."""
 TOLERANCE, PATH_TOLERANCE = 1e-9, 1e-4
-"""Largest entry of the gradient at a solution."""
+"""Largest entry of the gradient at a solution. Steps also end where the objective changes by less than LEAST_CHANGE, which is its rounding."""
+LEAST_CHANGE, CONVERGED = 1e-15, 1e-5
+"""CONVERGED: a larger gradient at the end is reported."""
 UNSEEN_BIAS = -30.0
 """Of a class that no sample has; the others' biases have mean 0."""
 MAX_STEPS = 1000
@@ -244,7 +246,7 @@ class _Problem:
         return self.sums(gradient, self.num_classes * (self.num_features + 1) + 1)
 
     def minimise(self, weights: Tensor, strength: float, start: Tensor, *, tolerance: float) -> tuple[Tensor, bool]:
-        """The solution for samples of these weights, and whether its gradient is as small as it should be."""
+        """The solution for samples of these weights, and whether its gradient is small."""
         share = self.team.share
         if self.team.rank:  # the first process says where the sums are wanted
             while (wanted := share(None)) is not None:
@@ -258,7 +260,7 @@ class _Problem:
         at[unseen], at[unseen, -1] = 0.0, UNSEEN_BIAS
         at.requires_grad_(True)
         optimizer = torch.optim.LBFGS(
-            [at], max_iter=MAX_STEPS, tolerance_grad=tolerance, tolerance_change=0.0, history_size=HISTORY, line_search_fn="strong_wolfe"
+            [at], max_iter=MAX_STEPS, tolerance_grad=tolerance, tolerance_change=LEAST_CHANGE, history_size=HISTORY, line_search_fn="strong_wolfe"
         )
 
         @torch.no_grad()
@@ -272,7 +274,7 @@ class _Problem:
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         assert at.grad is not None
         share(None)
-        return share((at.detach(), bool(at.grad.abs().max() <= 10 * tolerance)))  # type: ignore[no-any-return]
+        return share((at.detach(), bool(at.grad.abs().max() <= max(CONVERGED, tolerance))))  # type: ignore[no-any-return]
 
     def path(self, folds: Tensor, strengths: Sequence[float]) -> tuple[list[tuple[float, float]], Tensor]:
         """The strengths tried with their losses on held-out samples, and the mean of the folds' solutions at the best one.
