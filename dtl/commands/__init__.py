@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "exact metrics of a run or model folder on a validation set",
     "calibrate": "fit a temperature, and a threshold for two classes, on validation images",
     "predict": "class names and probabilities for images, to CSV or JSON lines",
+    "explain": "heat maps of where in an image a network looks (needs captum)",
     "export": "export a model as ONNX, torch.export or safetensors, checked against PyTorch",
     "average": "average the weights of several runs into a model folder",
     "report": "plots and an HTML page of one run or several: curves, confusion matrix, example images",

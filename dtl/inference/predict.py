@@ -82,21 +82,23 @@ class _Batches(Dataset[_Images]):
         problems: list[str | None] = []
         row = 0
         for image in numbers:
-            problems.append(self._fill(image, images[row]))
+            problems.append(fill(self.inputs, image, self.transform, images[row]))
             row += problems[-1] is None
         return _Images([self.inputs.name(image) for image in numbers], problems, images[:row])
 
-    def _fill(self, number: int, out: Tensor) -> str | None:
-        try:
-            pixels = self.inputs.pixels(number, self.transform.reading)
-        except DecodeError as error:
-            return str(error)
-        except MemoryError:
-            return NO_MEMORY
-        height, width = pixels.shape[:2]
-        draws = self.transform.draw([number], [width], [height], seed=0, epoch=0)
-        self.transform.apply(pixels, draws, 0, out)
-        return None
+
+def fill(inputs: ImageInputs, number: int, transform: Transform, out: Tensor) -> str | None:
+    """Write an image as the network sees it into `out`, uint8 [C,H,W]; returns why it cannot be read."""
+    try:
+        pixels = inputs.pixels(number, transform.reading)
+    except DecodeError as error:
+        return str(error)
+    except MemoryError:
+        return NO_MEMORY
+    height, width = pixels.shape[:2]
+    draws = transform.draw([number], [width], [height], seed=0, epoch=0)
+    transform.apply(pixels, draws, 0, out)
+    return None
 
 
 def predict(

@@ -523,7 +523,8 @@ def _errors(record: RunRecord, found: _Predictions | None, examples: Examples | 
         for name, shares in tables
         if shares
     ]
-    for true, taken, count in confused_pairs(images.labels, images.predicted, len(found.names))[:_PAIRS_SHOWN]:
+    pairs = confused_pairs(images.labels, images.predicted, len(found.names))
+    for true, taken, count in [pair for pair in pairs if pair[2] > 1][:_PAIRS_SHOWN]:  # a single image is among the mistakes above
         rows = np.flatnonzero((images.labels == true) & (images.predicted == taken))
         rows = rows[np.argsort(-images.probability[rows], kind="stable")][:_OF_A_PAIR]
         blocks.append(html.Subheading(f"{found.names[true]}, predicted as {found.names[taken]} ({counted(count, 'image')})"))
