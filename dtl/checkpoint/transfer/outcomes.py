@@ -95,7 +95,7 @@ class _Settlement:
         self.matches = dict(matching.matches)
         self.source_shapes = {spec.name: spec.shape for spec in source}
         self.target_specs = {spec.name: spec for spec in target.specs}
-        self.source_layers = layers_of(source)
+        self.source_layers = layers_of(source, like=target.layers)
         self.reasons: dict[str, str] = {}
         clashed = {clash.target: clash for clash in matching.clashes}
         for layer in target.layers:

@@ -96,16 +96,18 @@ def num_elements(shape: Shape) -> int:
     return prod(shape)
 
 
-def names_speak(specs: Iterable[TensorSpec]) -> bool:
-    """Whether the last words of the names tell roles (weight, bias, ...) for most tensors."""
+def names_speak(specs: Sequence[TensorSpec], like: Iterable[Layer] = ()) -> bool:
+    """Whether the last words of the names tell roles (weight, bias, ...) for most tensors, or most names are those of a network, `like`."""
+    known = {name for layer in like for name in layer.names}
     words = [spec.name.rpartition(".")[2] for spec in specs]
-    return sum(word in ROLES for word in words) >= 0.6 * len(words)
+    return max(sum(word in ROLES for word in words), sum(spec.name in known for spec in specs)) >= 0.6 * len(words)
 
 
 def layers_of(specs: list[TensorSpec], like: Iterable[Layer] = (), *, named: bool = False) -> list[Layer]:
     """The layers behind a list of tensors, in the list's order. `like`: layers of a network that these may be, which settle how a
     sequence of shapes is cut where names carry no roles and there is more than one way. `named`: the names are those of modules, whatever they say."""
-    layers = _by_path(specs) if named or names_speak(specs) else _Cutter(specs, list(like)).cut()
+    those = list(like)
+    layers = _by_path(specs) if named or names_speak(specs, those) else _Cutter(specs, those).cut()
     for index, layer in enumerate(layers):
         layer.index = index
     return layers

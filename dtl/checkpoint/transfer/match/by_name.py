@@ -184,7 +184,7 @@ def match_names(source: list[TensorSpec], target: list[Layer], *, heads: Sequenc
     """
     matching = Matching(view="names")
     by_name = {spec.name: spec for spec in source}
-    kinds = _kinds(source)
+    kinds = _kinds(source, target)
     apart = {id(layer) for layer in heads}
     same = clashing = 0
     for layer in target:
@@ -220,8 +220,8 @@ def _same_named(layer: Layer, by_name: dict[str, TensorSpec]) -> dict[str, tuple
     return found
 
 
-def _kinds(source: list[TensorSpec]) -> dict[str, str]:
-    return {layer.path: layer.kind for layer in layers_of(source)} if names_speak(source) else {}
+def _kinds(source: list[TensorSpec], target: list[Layer]) -> dict[str, str]:
+    return {layer.path: layer.kind for layer in layers_of(source, like=target)} if names_speak(source, target) else {}
 
 
 def _equal(found: Layer, layer: Layer) -> bool:
