@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from dtl.config.models import Config, PhaseConfig, Section
+from dtl.config.families import fill_by_family, phases_by_family
+from dtl.config.models import Config, DataConfig, ModelConfig, PhaseConfig, Section
 from dtl.credentials import is_address
 from dtl.errors import UserError
 from dtl.files import user_path
@@ -60,11 +61,14 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
         text, origin, name = _read_recipe(str(recipe or "digits"))
         values = parse_config(text, origin)
     _check_phases(values, changes, origin)
+    by_family = phases_by_family(values)
     for path, value in changes.items():
         _merge(values, path, value)
     given = _Given(origin, dict(leaf for path, value in changes.items() for leaf in _leaves(path, value)))
     _replace_durations(values, given.options)
+    notes = _fill_by_family(values, dict.fromkeys([*by_family, *phases_by_family(values)]))
     config = _validate(values, given)
+    config._notes = notes
     _check_whole(config, given)
     return config, check_run_name(config.run.name if config.run.name is not None else _of_sweep(name))
 
@@ -321,6 +325,15 @@ def _replace_durations(values: dict[str, Any], options: Mapping[_Path, Any]) -> 
             phase = values["phases"].get(path[1]) if isinstance(values.get("phases"), dict) else None
             if isinstance(phase, dict):  # else a later option took it away
                 phase.pop(other, None)
+
+
+def _fill_by_family(values: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """`optimizer: auto`; values of wrong types are left to validation."""
+    model, data, phases = (values.get(section) if isinstance(values.get(section), dict) else {} for section in ("model", "data", "phases"))
+    name, batch, options = model.get("name", ModelConfig().name), data.get("global_batch_size", DataConfig().global_batch_size), model.get("options")
+    if not (isinstance(name, str) and isinstance(batch, int) and batch > 0 and isinstance(options, dict | None) and phases):
+        return ()
+    return fill_by_family(values, names, model=name, global_batch_size=batch, given=options or {})
 
 
 def _validate(values: dict[str, Any], given: _Given) -> Config:

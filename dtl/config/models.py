@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from dtl.credentials import bare
 from dtl.errors import UserError
@@ -439,8 +439,9 @@ class PhaseConfig(Section):
     """The head's learning rate, as a multiple of `lr`."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Layer-wise learning rate decay: each group of layers has this multiple of the learning rate of the next group towards the head."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """SGD with momentum, Adam, or AdamW (Adam with decoupled weight decay)."""
+    optimizer: Literal["auto", "sgd", "adam", "adamw"] = "sgd"
+    """SGD with momentum, Adam, or AdamW (Adam with decoupled weight decay). auto: optimizer, lr, weight_decay, layer_decay and stochastic depth by the
+    network's family, where they are not given; a line says which, and whose they are."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
@@ -540,6 +541,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
+    _notes: tuple[str, ...] = PrivateAttr(())
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -550,6 +552,11 @@ class Config(Section):
     """auto: the value of the launch file, or else bf16 if the hardware supports it. Operations left in float32 use TF32 on GPUs (not with run.debug)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its reader should be told of how the options were understood."""
+        return self._notes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names that the YAML file uses."""

@@ -115,6 +115,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
         log(warning)
     for line in [
+        *config.notes,
         *too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch),
         *idle,
         *fp16_instead(config.precision, runtime),

@@ -1,0 +1,82 @@
+"""Settings by the network's family: in `optimizer: auto`, beside what is given, with their source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtl.config import Config, config_from_dict, resolve_config
+from dtl.config.families import families, family_of
+
+
+def finetune(**options: object) -> Config:
+    dotted = {key.replace("__", "."): value for key, value in options.items()}
+    return resolve_config("finetune", {"data.train": "photos", **dotted})[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("torchvision/resnet18", "CNN"), ("timm/mobilenetv2_100", "CNN"), ("dtl/resnet_tiny", "CNN"), ("networks:small", "CNN"), ("efficientnet_b0", "CNN"),
+        ("timm/vit_base_patch16_224.augreg_in21k", "ViT"), ("torchvision/vit_b_16", "ViT"), ("timm/vit_small_patch14_dinov2", "ViT"),
+        ("timm/deit_tiny_patch16_224", "ViT"), ("timm/hf-hub:timm/beit_base_patch16_224", "ViT"), ("torchvision/vit_l_16", "large ViT"),
+        ("timm/vit_large_patch14_dinov2", "large ViT"), ("timm/swin_tiny_patch4_window7_224", "Swin"), ("torchvision/swin_v2_t", "Swin"),
+        ("timm/swinv2_tiny_window8_256", "Swin"), ("timm/convnext_tiny", "ConvNeXt"), ("torchvision/convnext_base", "ConvNeXt"),
+        ("timm/convnextv2_atto", "ConvNeXt"),
+    ],
+)  # fmt: skip
+def test_a_network_is_of_one_family(model: str, family: str) -> None:
+    assert family_of(model).family == family
+
+
+def test_every_row_says_whose_it_is_and_whether_it_was_measured() -> None:
+    rows = families()
+    assert rows[-1].networks == ("*",)
+    assert [row.family for row in rows if row.measured] == ["CNN"]
+    assert all("/" in row.source for row in rows)
+    vit = family_of("vit_base_patch16_224")
+    assert [vit.lr_of(size) for size in (1024, 256, 64)] == [0.002, 0.0005, 0.000125], "the source's rule: in proportion to the batch"
+    assert family_of("convnext_tiny").lr_of(128) == 0.000025
+    assert family_of("resnet18").lr_of(512) == family_of("resnet18").lr_of(64) == 0.001
+
+
+def test_the_table_of_the_docs_is_that_of_the_package() -> None:
+    page = (Path(__file__).parents[3] / "docs/recipes.md").read_text()
+    for row in families():
+        scale = {"linear": f" x batch / {row.batch}", "sqrt": f" x sqrt(batch / {row.batch})", "none": ""}[row.scale]
+        networks, why = ", ".join(f"`{name}`" for name in row.networks), "" if row.measured else "; not measured with dtl"
+        numbers = f"{row.lr:g}{scale} | {row.weight_decay:g} | {row.layer_decay:g} | {row.drop_path:g}"
+        assert f"| {row.family} | {networks} | {row.optimizer} | {numbers} | {row.source}{why} |" in page
+
+
+def test_finetune_takes_the_familys_settings_and_says_so() -> None:
+    phase = finetune().phases["all"]
+    assert (phase.optimizer, phase.lr, phase.weight_decay, phase.layer_decay) == ("sgd", 0.001, 0.0001, 0.7), "a CNN's are what they were"
+    config = finetune(model__name="timm/vit_base_patch16_224", data__global_batch_size=128)
+    phase = config.phases["all"]
+    assert (phase.optimizer, phase.lr, phase.weight_decay, phase.layer_decay) == ("adamw", 0.00025, 0.05, 0.65)
+    assert config.model.options == {"drop_path_rate": 0.1}
+    (line,) = config.notes
+    assert line == (
+        "phase all: optimizer adamw, lr 0.00025, weight_decay 0.05, layer_decay 0.65, drop_path_rate 0.1, as for ViT networks "
+        "(facebookresearch/mae, FINETUNE.md, ViT-Base; not measured with dtl)"
+    )
+    assert finetune(model__name="torchvision/vit_b_16").model.options == {}, "torchvision's ViT has no stochastic depth"
+    stored = config_from_dict(config.to_dict(), "a checkpoint")
+    assert stored.to_dict() == config.to_dict()
+    assert not stored.notes, "what is stored is settled"
+
+
+def test_what_is_given_stays() -> None:
+    config = finetune(model__name="timm/convnext_tiny", phases__all__lr=0.003, model__options={"drop_path_rate": 0.0})
+    phase = config.phases["all"]
+    assert (phase.optimizer, phase.lr, phase.layer_decay) == ("adamw", 0.003, 0.8)
+    assert config.model.options == {"drop_path_rate": 0.0}
+    assert "lr" not in config.notes[0].split(", as for")[0].replace("layer", "")
+    assert "drop_path_rate" not in config.notes[0]
+    before = finetune(model__name="timm/convnext_tiny", phases__all__optimizer="sgd").phases["all"]
+    assert (before.optimizer, before.lr, before.weight_decay, before.layer_decay) == ("sgd", 0.001, 0.0001, 0.7), "the settings of before"
+    adam = finetune(phases__all__optimizer="adam").phases["all"]
+    assert (adam.optimizer, adam.lr, adam.layer_decay) == ("adam", 0.001, 0.7)
+    assert not finetune(phases__all=None, phases__top={"train": "last:2", "epochs": 1}).notes
