@@ -329,11 +329,13 @@ def _replace_durations(values: dict[str, Any], options: Mapping[_Path, Any]) -> 
 
 def _fill_by_family(values: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
     """`optimizer: auto`; values of wrong types are left to validation."""
-    model, data, phases = (values.get(section) if isinstance(values.get(section), dict) else {} for section in ("model", "data", "phases"))
-    name, batch, options = model.get("name", ModelConfig().name), data.get("global_batch_size", DataConfig().global_batch_size), model.get("options")
-    if not (isinstance(name, str) and isinstance(batch, int) and batch > 0 and isinstance(options, dict | None) and phases):
+    model, data, phases = values.get("model") or {}, values.get("data") or {}, values.get("phases")
+    if not (isinstance(model, dict) and isinstance(data, dict) and isinstance(phases, dict)):
         return ()
-    return fill_by_family(values, names, model=name, global_batch_size=batch, given=options or {})
+    name, batch, options = model.get("name", ModelConfig().name), data.get("global_batch_size", DataConfig().global_batch_size), model.get("options") or {}
+    if not (isinstance(name, str) and isinstance(batch, int) and batch > 0 and isinstance(options, dict)):
+        return ()
+    return fill_by_family(values, names, model=name, global_batch_size=batch, given=options)
 
 
 def _validate(values: dict[str, Any], given: _Given) -> Config:
