@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtl.config import Config, config_from_dict, resolve_config
-from dtl.config.families import families, family_of
+from dtl.config.load import families, family_of
 
 
 def finetune(**options: object) -> Config:
