@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from dtl.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 # What file systems without locks answer to flock: NFS without a lock service, FUSE, exotic kernels.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -260,10 +261,11 @@ def discard(folder: Path) -> None:
 def hash_file(path: Path) -> FileFacts:
     """Size and sha256 of a file as it lies on the disk. UserError for what is not a regular file."""
     digest, size = hashlib.sha256(), 0
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))  # one for all: new memory for each chunk costs more than reading
+    with cast(io.RawIOBase, open_regular(path)) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
     return FileFacts(size, digest.hexdigest())
 
 

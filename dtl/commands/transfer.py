@@ -1,10 +1,12 @@
-"""`dtl transfer`: show what a transfer of pretrained weights would load, tensor by tensor, without allocating the network."""
+"""`dtl transfer`: show what a transfer of pretrained weights would load, tensor by tensor, without allocating the network; without --model, which network
+the weights are for."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtl.errors import UserError
@@ -23,6 +25,7 @@ examples:
   dtl transfer --model torchvision/resnet18 --num-classes 10 --source resnet18.pth
   dtl transfer --model dtl/resnet18_plain --num-classes 10 --source torchvision:resnet18 --save-map map.yaml
   dtl transfer --config configs/finetune.yaml --data.train photos/train
+  dtl transfer --source unknown.pth          (the three networks of torchvision and timm whose shapes are most like it)
   dtl transfer --model timm/resnet18 --source weights.safetensors --source-arch torchvision/resnet18 --verify
 
 exit status: 0 the weights would be loaded; 2 they would be refused (the reason is on stderr, the table on stdout)
@@ -36,13 +39,16 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="the network that gets the weights: torchvision/NAME, timm/NAME, dtl/NAME, package.module:function")
     add("--model.options", metavar="MAPPING", dest="model_options", help="arguments of the network's constructor, such as '{num_blocks: 2}'")
     add("--model.pool", choices=("token", "avg", "token+avg"), dest="model_pool", help="what the head of a vision transformer sees (as in a config)")
-    add("--source", help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY selects one of several state dicts")
+    add(
+        "--source",
+        help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY: one of several state dicts. Without --model: which network it is for",
+    )
     add("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
     add("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file with one name per line, an image folder, packed shards")
     add("--by", choices=("auto", "name", "order", "strict", "map"), help="how layers are paired (default: map with --map, else auto)")
     add("--map", metavar="FILE", help="YAML or JSON file of names, target: source; with --by auto it pairs only the layers that it names")
     add("--save-map", metavar="FILE", help="write the plan as a map, to edit and to pass to --map")
-    add("--source-arch", metavar="NAME", help="the network that the weights were saved from, to decide uncertain pairs")
+    add("--source-arch", metavar="NAME", help="the network that the weights were saved from, to decide uncertain pairs (or transformers:CLASS)")
     add("--source-classes", metavar="NAMES|K", help="classes of the source's head, as --classes, or how many (default: found in the weights)")
     add("--assume-order", action="store_true", help="trust the order of registration if nothing else distinguishes layers")
     add("--on-ambiguous", choices=("error", "fresh"), help="uncertain pairs: refuse, or leave layers at initial values (default: error)")
@@ -85,6 +91,8 @@ def run(argv: Sequence[str]) -> int:
     options, rest = parse.parse_known_args(argv)
     if rest and (options.config is None or "." not in rest[0].partition("=")[0]):
         parse.error(f"unrecognized arguments: {rest[0]}")
+    if options.source and not (options.model or options.config):
+        return _which_network(parse, options)
     if options.head_rows and options.keep_head != "rows":
         raise UserError("--head-rows needs --keep-head rows")
     wanted = _wanted(options, rest)
@@ -106,9 +114,34 @@ def run(argv: Sequence[str]) -> int:
     if options.report:
         report.to_json(options.report)
     if report.plan.refusals:
+        from dtl.checkpoint.transfer.layers.layer import specs_of
+        from dtl.checkpoint.transfer.which import looks_like
+
         for refusal in report.plan.refusals[:5]:
             to_stderr(f"dtl: transfer refused: {refusal}")
+        if (likely := looks_like(specs_of(weights.tensors), wanted.model)) is not None:
+            to_stdout(f"the weights look like {likely}")
         return 2
+    return 0
+
+
+def _which_network(parse: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Without a network: what the weights look like."""
+    from dtl.checkpoint.transfer.layers.layer import specs_of
+    from dtl.checkpoint.transfer.source.read import read_weights
+    from dtl.checkpoint.transfer.which import summary, which
+    from dtl.files import write_json_whole, written
+
+    alone = parse.parse_args(["--source", options.source, *(["--report", options.report] if options.report else [])])
+    if alone != options:
+        raise UserError("no network: give --model NAME, or --config FILE; without a network, --source FILE alone says which one the weights look like")
+    weights = read_weights(options.source)
+    specs = specs_of(weights.tensors)
+    found = which(specs, log=to_stderr)
+    to_stdout(f"{weights.origin}: {summary(specs, found)}")
+    if options.report:
+        with written(options.report):
+            write_json_whole(Path(options.report), {"source": weights.origin, "networks": [{**asdict(each), "share": each.share} for each in found]})
     return 0
 
 
@@ -198,12 +231,12 @@ def _classes_of_data(data: DataConfig) -> list[str]:
 def _plan(wanted: _Wanted, weights: SourceWeights) -> tuple[TransferReport, Preprocessing]:
     from dtl.checkpoint.transfer.apply import preview
     from dtl.checkpoint.transfer.plan import plan_weights
-    from dtl.models.build import build
+    from dtl.checkpoint.transfer.source.arch import source_network
 
     network = _network(wanted, weights, meta=True)
     source_model = None
     if wanted.source_arch:
-        source_model = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), meta=True, own=True).module
+        source_model = source_network(wanted.source_arch, weights, wanted.num_classes, num_classes=_number(wanted.source_classes))
     plan = plan_weights(
         weights,
         network.module,
@@ -259,25 +292,17 @@ def _head_rows(given: list[str] | None) -> dict[str, Any] | str | None:
     return {new.strip(): [old.strip() for old in names.split(",")] for new, names in pairs}
 
 
-def _source_outputs(wanted: _Wanted, weights: SourceWeights) -> int:
-    """As many outputs as the source's head has, so that its network can be built."""
-    from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
-
-    given = _number(wanted.source_classes)
-    return given or num_source_classes(layers_of(specs_of(weights.tensors)), wanted.num_classes)
-
-
 def _verify(wanted: _Wanted, report: TransferReport, weights: SourceWeights) -> TransferReport:
     """Both networks with memory this time, random values, the same images."""
     from dataclasses import replace
 
+    from dtl.checkpoint.transfer.source.arch import source_network
     from dtl.checkpoint.transfer.verify import verify_plan
-    from dtl.models.build import build
 
     assert wanted.source_arch is not None
     target = _network(wanted, weights, meta=False)
-    source = build(wanted.source_arch, num_classes=_source_outputs(wanted, weights), own=True)
+    source = source_network(wanted.source_arch, weights, wanted.num_classes, num_classes=_number(wanted.source_classes), meta=False)
     size = wanted.image_size or target.preprocessing.image_size
-    verification = verify_plan(report.plan, source.module, target.module, image_size=size)
+    verification = verify_plan(report.plan, source, target.module, image_size=size)
     to_stdout(*str(verification).split("\n"))
     return replace(report, verification=verification.to_dict())

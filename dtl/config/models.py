@@ -366,7 +366,7 @@ class TransferSource(Section):
     map: str | None = None
     """YAML or JSON file that maps names, target: source. With `by: map` it pairs all layers, with `by: auto` only the layers that it names."""
     source_arch: str | None = None
-    """Name of the network that the source was saved from, if dtl can build it. It decides pairs that the file alone cannot decide."""
+    """Name of the network that the source was saved from, if dtl can build it, or transformers:CLASS. It decides pairs that the file alone cannot decide."""
 
 
 class TransferOptions(Section):

@@ -115,6 +115,9 @@ class TransferFacts(Record):
     totals: dict[Text, Totals] = field(default_factory=dict)
     warnings: tuple[Text, ...] = ()
     notes: tuple[Text, ...] = ()
+    lines: tuple[Text, ...] = ()
+    """What the table in the terminal says above its rows, and its rows; an older dtl wrote neither."""
+    table: tuple[tuple[Text, ...], ...] = ()
 
 
 @dataclass

@@ -538,12 +538,14 @@ def _transfer(record: RunRecord) -> html.Section | None:
         return None
     rows = [[Cell(name), Cell(f"{n.tensors:,}", number=True), Cell(f"{n.parameters:,}", number=True)] for name, n in found.totals.items()]
     words = f"From {found.source}, by {found.by}: {percent(found.coverage)} of all layers, norms and tables were loaded."
-    notes = [*found.warnings, *found.notes]
+    tensors = [[Cell(cell, number=column == 3) for column, cell in enumerate(row)] for row in found.table]
+    notes = found.lines or (*found.warnings, *found.notes)
     return html.section(
         "Pretrained weights",
         html.Text(words),
         html.Table(["outcome", "tensors", "parameters"], rows, compact=True) if rows else None,
         html.Bullets(notes) if notes else None,
+        html.Table(["outcome", "target", "source", "tensors", "why"], tensors) if tensors else None,
     )
 
 

@@ -15,7 +15,7 @@ from dtl.checkpoint.resume.resume import find_checkpoint
 from dtl.checkpoint.resume.state import TrainState
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.checkpoint.transfer.apply import TransferReport, apply_plan
-from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
+from dtl.checkpoint.transfer.layers.layer import specs_of
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.hubs import source_named
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, preprocessing_for, read_weights
@@ -372,7 +372,7 @@ def load_pretrained(
     runtime.same("the plan of the transfer", plan.digest)
     with runtime.together("transfer"):
         if plan.refusals:
-            raise _refused(TransferReport.of(plan, weights), folder, log if runtime.is_main else to_nobody)
+            raise _refused(TransferReport.of(plan, weights), weights, network, folder, log if runtime.is_main else to_nobody)
         preprocessing = {"mean": network.preprocessing.mean, "std": network.preprocessing.std}
         report = apply_plan(plan, weights, network.module, target_preprocessing=preprocessing)
     runtime.same("the transferred weights", report.checksum)
@@ -387,23 +387,26 @@ def load_pretrained(
     return report
 
 
-def _refused(report: TransferReport, folder: Path | None, log: Log) -> TransferRefused:
+def _refused(report: TransferReport, weights: SourceWeights, network: Network, folder: Path | None, log: Log) -> TransferRefused:
     """One line for all ranks; the table's beginning in the log, and all of it in a file."""
+    from dtl.checkpoint.transfer.which import looks_like
+
     for line in report.short_lines():
         log(line)
     if folder is not None and log is not to_nobody:
         report.to_json(folder / REFUSED_TRANSFER)
     where = "" if folder is None else f" (the whole report: {folder / REFUSED_TRANSFER})"
-    return TransferRefused(f"transfer from {report.source} refused{where}: {report.plan.refusals[0]}")
+    likely = looks_like(specs_of(weights.tensors), network.name)
+    what = "" if likely is None else f" (which looks like {likely})"
+    return TransferRefused(f"transfer from {report.source}{what} refused{where}: {report.plan.refusals[0]}")
 
 
 def _plan_transfer(config: Config, network: Network, train: Shards, weights: SourceWeights) -> TransferPlan:
     options = config.transfer
     assert options is not None
-    source_model = None
-    if options.source_arch:
-        outputs = num_source_classes(layers_of(specs_of(weights.tensors)), network.num_outputs)
-        source_model = build(options.source_arch, num_classes=outputs, meta=True, own=True).module
+    from dtl.checkpoint.transfer.source.arch import source_network
+
+    source_model = source_network(options.source_arch, weights, network.num_outputs) if options.source_arch else None
     return plan_weights(
         weights,
         network.module,

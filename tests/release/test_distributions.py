@@ -80,6 +80,7 @@ def test_what_is_in_the_wheel_is_enough(built: Built, tmp_path: Path) -> None:
         "dtl/data/decoding/_jpeg_crop.pyi",
         "dtl/checkpoint/transfer/match/dialects.yaml",
         "dtl/config/families.yaml",
+        "dtl/checkpoint/transfer/shapes.npz",
         "dtl/report/page.html.j2",
         *(f"dtl/recipes/{name}.yaml" for name in ("digits", "features", "finetune")),
     }

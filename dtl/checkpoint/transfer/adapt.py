@@ -140,15 +140,21 @@ def fuse(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(parts), dim=0)
 
 
-def split(tensor: torch.Tensor, part: int, parts: int) -> torch.Tensor:
-    """One of q, k, v out of a fused projection."""
-    return tensor.chunk(parts, dim=0)[part]
+def split(tensor: torch.Tensor, first: int, last: int, parts: int) -> torch.Tensor:
+    """One of q, k, v out of a fused projection, or k and v of a network that has these fused."""
+    rows = tensor.shape[0] // parts
+    return tensor[first * rows : (last + 1) * rows]
 
 
 def transpose_kernel(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Kernels of other frameworks, output channels last: [kh, kw, I, O] -> [O, I, kh, kw], [I, O] -> [O, I]."""
     order = (3, 2, 0, 1) if weight.dim() == 4 else (1, 0)
     return weight.permute(order).reshape(shape)
+
+
+def transpose_stem(weight: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Such a kernel [kh, kw, I, O] of the first convolution, for another number of input channels."""
+    return stem_channels(weight.permute(3, 2, 0, 1), shape)
 
 
 def rows(tensor: torch.Tensor, picks: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -186,9 +192,10 @@ _BY_SHAPE: dict[str, Callable[[torch.Tensor, Shape], torch.Tensor]] = {
         resize_relative_axis,
         resize_patches,
         transpose_kernel,
+        transpose_stem,
     )
 }
-_SPLIT = re.compile(r"^split_(\d)_of_(\d)$")
+_SPLIT = re.compile(r"^split_(\d)(?:_to_(\d))?_of_([1-9])$")
 _TO_GRID = re.compile(r"^(resize_position_embedding|resize_relative_table|resize_attention_biases)_(\d{1,5})x(\d{1,5})$")
 # Of tables whose target grid is in the name: how they are resized, when they can be, and what they are.
 _GRIDS: dict[str, tuple[Callable[[torch.Tensor, Shape, Grid], torch.Tensor], Callable[[Shape, Shape, Grid], str | None], str]] = {
@@ -203,6 +210,7 @@ TRANSFORMS = (
     "split_0_of_3",
     "split_1_of_3",
     "split_2_of_3",
+    "split_1_to_2_of_3",
     "rows",
     "fold_norm_weight",
     "fold_norm_bias",
@@ -232,12 +240,18 @@ def apply_transform(
     if found := _TO_GRID.match(name):
         return _GRIDS[found.group(1)][0](tensors[0], shape, (int(found.group(2)), int(found.group(3))))
     if found := _SPLIT.match(name):
-        return split(tensors[0], int(found.group(1)), int(found.group(2)))
+        return split(tensors[0], *_parts(found))
     if name == "rows" and picks is not None:
         return rows(tensors[0], picks)
     if name in ("fold_norm_weight", "fold_norm_bias"):
         return _fold(tensors)[0 if name.endswith("weight") else 1]
     raise UserError(f"unknown transform {name!r}; known transforms are {', '.join(TRANSFORMS)}")
+
+
+def _parts(found: re.Match[str]) -> tuple[int, int, int]:
+    """(first, last, of how many) of the parts that a split takes."""
+    first, last, parts = found.groups()
+    return int(first), int(last or first), int(parts)
 
 
 def _fold(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,9 +273,10 @@ def why_not(transform: str, have: Sequence[Shape], want: Shape, *, picks: Sequen
         return f"takes one source, not {len(have)}"
     if transform == "rows":
         return _why_no_rows(have[0], want, picks)
-    if transform.startswith("split_"):
-        parts = int(transform.rpartition("_")[2])
-        return None if have[0] == (parts * want[0], *want[1:]) else f"splits dimension 0 into {parts} equal parts"
+    if found := _SPLIT.match(transform):
+        first, last, parts = _parts(found)
+        whole = 0 <= first <= last < parts and have[0][:1] == (parts * (want[0] // (last + 1 - first)),) and want[0] % (last + 1 - first) == 0
+        return None if whole and have[0][1:] == want[1:] else f"splits dimension 0 into {parts} equal parts"
     if found := _TO_GRID.match(transform):
         grid, (_, transform_to, shown) = (int(found.group(2)), int(found.group(3))), _GRIDS[found.group(1)]
         return None if transform_to(have[0], want, grid) is not None else f"resizes {shown} of square grids to {grid[0]} x {grid[1]} places"
@@ -319,5 +334,9 @@ _RULES: dict[str, tuple[Callable[[Shape, Shape], bool], str]] = {
     "resize_relative_table": (is_relative_table, "resizes [(2s-1)^2, heads] tables"),
     "resize_relative_axis": (is_axis_table, "resizes [2s-1, D] tables of the distances along one axis"),
     "resize_patches": (lambda a, b: len(a) == len(b) == 4 and a[:2] == b[:2] and a[2] == a[3] and b[2] == b[3], "resizes square kernels"),
+    "transpose_stem": (
+        lambda a, b: len(a) == len(b) == 4 and (a[3], *a[:2]) == (b[0], *b[2:]),
+        "permutes the first convolution's [kh, kw, I, O] to [O, I, kh, kw] and changes its input channels",
+    ),
     "transpose_kernel": (_turned, "permutes [kh, kw, I, O] to [O, I, kh, kw], and [I, O] to [O, I]"),
 }

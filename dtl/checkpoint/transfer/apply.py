@@ -3,11 +3,14 @@ tensor, for people (a folded table) and for machines (`transfer.json`)."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,10 +113,18 @@ def apply_plan(
     seconds = None if started is None else time.perf_counter() - started
     return report.applied(
         casts=_casts(values.items(), targets),
-        checksum=sha256_of_tensors({name: targets[name] for name in values}),
+        checksum=_checksum(plan, weights, {name: targets[name] for name in values}),
         warnings=_warnings(plan, weights, target_preprocessing),
         seconds=seconds,
     )
+
+
+def _checksum(plan: TransferPlan, weights: SourceWeights, loaded: dict[str, torch.Tensor]) -> str:
+    """Of what was loaded. A file was hashed when it was read, so its hash, the plan and the types say it all; else of the tensors in the model."""
+    if weights.sha256 is None:
+        return sha256_of_tensors(loaded)
+    types = sorted((name, str(value.dtype)) for name, value in loaded.items())
+    return hashlib.sha256(json.dumps([weights.sha256, plan.digest, types]).encode()).hexdigest()
 
 
 def preview(
@@ -181,13 +192,20 @@ def _impossible(name: str, value: torch.Tensor, dtype: torch.dtype) -> str | Non
     """Why a value must not get into the network."""
     if not value.is_floating_point():
         return None
-    if not bool(torch.isfinite(value).all()):
+    if not _all_finite(value):
         return "holds values that are not finite (NaN or infinite)"
-    if dtype.is_floating_point and not bool(torch.isfinite(value.to(dtype)).all()):
+    narrower = dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(value.dtype).max
+    if narrower and not _all_finite(value.to(dtype)):
         return f"holds values too large for {dtype}".replace("torch.", "")
     if name.endswith("running_var") and bool((value < 0).any()):
         return "holds negative variances"
     return None
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    """A finite sum has finite terms only, and a sum is one pass without a second tensor. A sum may overflow by itself: then each value is looked at."""
+    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    return math.isfinite(float(total)) or bool(torch.isfinite(value).all())
 
 
 def _agree_on_ties(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
@@ -248,13 +266,15 @@ def _untrained(plan: TransferPlan, weights: SourceWeights) -> tuple[str, ...]:
 
 _ORDER = ("ambiguous", "fresh", "filled", "kept", "adapted", "loaded", "unused")
 _MOST_ROWS, _FEW_ROWS = 60, 12
+_TITLES = ("outcome", "target", "source", "tensors", "why")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TransferReport:
     """A plan with what is known about its source and, once `applied`, about its application.
 
-    `checksum` covers the loaded tensors as they are in the model now; None for a dry run. `casts`: change of dtype -> number of tensors.
+    `checksum` stands for what was loaded, equal where that is equal: a hash of the file's SHA-256, the plan and the model's types, or, where the weights are
+    no file, of the tensors in the model. None for a dry run. `casts`: change of dtype -> number of tensors.
     """
 
     plan: TransferPlan
@@ -339,6 +359,8 @@ class TransferReport:
             "source_facts": facts,
             "verification": self.verification,
             "totals": totals(self.outcomes),
+            "lines": self._header(),
+            "table": [list(row) for row in rows(self.outcomes)[:_MOST_ROWS]],
             "outcomes": [_plain(outcome) for outcome in self.outcomes],
         }
 
@@ -351,6 +373,20 @@ class TransferReport:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def __repr__(self) -> str:
+        """One line: the last line of a notebook's cell, a debugger. `str()` is the table."""
+        counts = ", ".join(f"{self.plan.count(outcome)} {outcome}" for outcome in _ORDER if self.plan.count(outcome))
+        return printable(f"<TransferReport from {self.source}: {'refused' if self.plan.refusals else f'coverage {self.coverage:.1%}'}, {counts}>")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `str()` says."""
+        found = rows(self.outcomes)
+        said = "".join(f"<div>{escape(printable(line))}</div>" for line in self._header())
+        titles = "".join(f"<th>{title}</th>" for title in _TITLES)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(printable(cell))}</td>' for cell in row)}</tr>" for row in found[:_MOST_ROWS])
+        more = f"<div>{_and_more(len(found))}</div>" if len(found) > _MOST_ROWS else ""
+        return f"{said}<table><tr>{titles}</tr>{body}</table>{more}"
 
     def _header(self) -> list[str]:
         fresh = sum(o.parameters for o in self.outcomes if o.outcome in ("fresh", "ambiguous"))
@@ -387,11 +423,21 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
 
 
 def table(outcomes: Sequence[Outcome], *, most: int = _MOST_ROWS) -> str:
+    found = rows(outcomes)
+    lines = text.table([text.Column(title, right=title == "tensors") for title in _TITLES], found[:most])
+    return f"{lines}\n{_and_more(len(found), most)}" if len(found) > most else lines
+
+
+def _and_more(count: int, most: int = _MOST_ROWS) -> str:
+    return f"... and {count - most} more rows (the JSON report has all of them)"
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """One row per kind of layer and outcome, indices folded: `layer{1...4}.{0,1}.conv{1,2}`. Fresh first."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(_row_key(outcome), []).append(outcome)
-    rows = []
+    found: list[tuple[str, ...]] = []
     for key, members in sorted(groups.items(), key=lambda item: _ORDER.index(item[0][0])):
         names = [o.target for o in members if o.target]
         refused = members[0].reason.startswith(REFUSED)
@@ -399,11 +445,8 @@ def table(outcomes: Sequence[Outcome], *, most: int = _MOST_ROWS) -> str:
         why = members[0].transform + ": " + members[0].reason if members[0].transform else members[0].reason
         if members[0].alternatives and not refused:
             why += f"; could be {', '.join(members[0].alternatives[:3])}"
-        rows.append((key[0], fold(names) or "-", fold(sources) or "-", str(len(members)), why))
-    columns = [text.Column("outcome"), text.Column("target"), text.Column("source"), text.Column("tensors", right=True), text.Column("why")]
-    more = len(rows) - most
-    lines = text.table(columns, rows[:most])
-    return f"{lines}\n... and {more} more rows (the JSON report has all of them)" if more > 0 else lines
+        found.append((key[0], fold(names) or "-", fold(sources) or "-", str(len(members)), why))
+    return found
 
 
 def _row_key(outcome: Outcome) -> tuple[str, ...]:

@@ -229,7 +229,7 @@ def make_plan(
 ) -> TransferPlan:
     """The plan itself, and in its refusals the advice that holds when it is tried."""
     given = _rules(mapping, options.by)
-    network = None if source_model is None else target_of(source_model, image_size=target.image_size)
+    network = None if source_model is None else target_of(source_model, image_size=_own_size(source_model) or target.image_size)
     in_order = not looks_sorted(tensors) if ordered is None else ordered
 
     def attempt(options: TransferOptions, rules: list[Rule], names: Mapping[str, str] | None = None) -> tuple[TransferPlan, tuple[Refusal, ...]]:
@@ -237,13 +237,13 @@ def make_plan(
         if names is not None:
             ignored += [spec for spec in source if spec.name not in names]
             source = [replace(spec, name=names[spec.name]) for spec in source if spec.name in names]
-        request = PlanRequest(source, target, options, head_layers(target.layers, heads), rules, in_order, network, prefix)
+        request = PlanRequest(source, target, options, head_layers(target.layers, heads), rules, in_order, network if names is None else None, prefix)
         return _settled(request, classes, ignored)
 
     def best(options: TransferOptions, rules: list[Rule]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
         """By the file's own names; where that is refused, by a dialect that is known to use such names, if more can be paired then."""
         plan, refusals = attempt(options, rules)
-        if refusals and options.by == "auto" and not rules and network is None:
+        if refusals and options.by == "auto" and not rules:
             from dtl.checkpoint.transfer.match.dialects import translations
 
             for translation in translations([spec.name for spec in tensors], [spec.name for spec in target.specs]):
@@ -269,6 +269,12 @@ def make_plan(
         known = "; the network that the weights were made for (source_arch) decides more"
         refusals = tuple(replace(each, reason=each.reason + known, advice=(*each.advice, *more)) if each.undecided else each for each in refusals)
     return replace(plan, refusals=tuple(message(each, again) if number < 2 else each.reason for number, each in enumerate(refusals)))
+
+
+def _own_size(network: nn.Module) -> int | None:
+    """Of a network of transformers, which runs at no other size than that of its config."""
+    size = getattr(getattr(network, "config", None), "image_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _in_own_names(plan: TransferPlan, names: Mapping[str, str], note: str) -> TransferPlan:
@@ -397,7 +403,9 @@ def _turn_kernels(matching: Matching, channels_last: set[str]) -> None:
     for name, found in list(matching.matches.items()):
         if found.source[0] not in channels_last:
             continue
-        if found.transform:
+        if found.transform == "stem_channels":
+            matching.matches[name] = replace(found, transform="transpose_stem")
+        elif found.transform:
             del matching.matches[name]
             matching.flags[name] = Flag(f"a channels-last kernel that would need {found.transform} as well", ((found.source, found.transform),))
         else:
@@ -491,6 +499,11 @@ def _names_in(source: list[TensorSpec], network: Target, in_order: bool, prefix:
     whole = len(fits) >= 0.9 * len(renaming.inside)
     if not renaming.rivals and not wrong and whole and len(set(fits.values()) & {spec.name for spec in learned}) >= 0.9 * len(learned):
         return fits, True
+    from dtl.checkpoint.transfer.match.dialects import translations
+
+    for translation in translations([spec.name for spec in source], list(shapes)):
+        if all(shapes.get(translation.names.get(spec.name, "")) == spec.shape for spec in source):  # files of transformers, whose modules have other names
+            return translation.names, True
     if not in_order:
         return None, False
     ours = [spec for spec in source if not spec.is_counter]

@@ -39,6 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
             json.dumps({
                 "source": "mobilenet.pt", "by": "order", "coverage": 0.951, "warnings": [], "notes": ["a <b>note</b>"],
                 "totals": {"fresh": {"tensors": 2, "parameters": 970}, "loaded (shape)": {"tensors": 40, "parameters": 12345}},
+                "lines": ["warning: besides the head 1 tensor stays random", "note: a <b>note</b>"],
+                "table": [["fresh", "features.2.{weight,bias}", NASTY, "2", "no source"]],
             })
         )  # fmt: skip
         said: list[str] = []
@@ -58,6 +60,8 @@ def test_the_page_has_every_part_and_needs_nothing_else(run: SimpleNamespace) ->
     assert "95.1 %" in page.text
     assert "12,345" in page.text
     assert "a <b>note</b>" in page.text
+    for words in ("warning: besides the head 1 tensor stays random", "features.2.{weight,bias}", "no source"):
+        assert words in page.text  # as in the terminal
     assert "The model was evaluated on all 360 validation images" in page.text
     names = {file.name for file in run.page.parent.iterdir()}
     pictures = {

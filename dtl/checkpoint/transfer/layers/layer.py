@@ -341,20 +341,22 @@ _PART = {"q": 0, "query": 0, "k": 1, "key": 1, "v": 2, "value": 2}
 
 
 def fuse_projections(layers: Sequence[Layer], other: Sequence[Layer]) -> list[Layer]:
-    """`layers` with each q, k, v triple of one module as a single layer, if `other` holds layers of the fused shape.
+    """`layers` with each q, k, v (or q beside a fused kv) of one module as a single layer, if `other` holds layers of the fused shape.
 
     Only where names tell which is q, k and v: the three have one shape, and their order of registration means nothing.
     """
-    wanted = {layer.shape for layer in other if layer.kind == "linear" and layer.shape[0] == 3 * layer.shape[1]}
+    fused_there = [layer for layer in other if layer.kind == "linear" and layer.shape[0] == 3 * layer.shape[1]]
+    wanted, called = {layer.shape for layer in fused_there}, {layer.path for layer in fused_there}
     present = {layer.shape for layer in layers if layer.kind == "linear"}
-    triples = _triples(layers)
+    projections = _projections(layers)
     fused: list[Layer] = []
     inside: set[int] = set()
     for at, layer in enumerate(layers):
-        triple = triples.get(at)
-        if triple is not None and (3 * triple[0].shape[0], triple[0].shape[1]) in wanted - present:
-            fused.append(_joined(triple))
-            inside.update(id(each) for each in triple)
+        parts = projections.get(at)
+        joined = None if parts is None else _joined(parts)
+        if parts is not None and joined is not None and joined.shape in wanted and (joined.shape not in present or joined.path in called):
+            fused.append(joined)
+            inside.update(id(each) for each in parts)
         elif id(layer) not in inside:
             fused.append(layer)
     if len(fused) == len(layers):
@@ -369,31 +371,44 @@ def part_of(path: str) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _triples(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
-    """Place of the first of a module's q, k and v -> the three, wherever they stand (sorted names have others between them)."""
-    parts: dict[str, dict[int, list[int]]] = {}
+def split_transforms(parts: int) -> tuple[str, ...]:
+    """What takes q, k and v, or q and kv, out of a fused projection."""
+    return ("split_0_of_3", "split_1_to_2_of_3") if parts == 2 else tuple(f"split_{part}_of_{parts}" for part in range(parts))
+
+
+def _place_in_projection(layer: Layer) -> int | None:
+    """0, 1, 2 for a layer called q, k and v, 1 for a fused kv."""
+    if layer.kind != "linear":
+        return None
+    if layer.shape[0] == layer.shape[1]:
+        return part_of(layer.path)
+    return 1 if layer.shape[0] == 2 * layer.shape[1] and "kv" in re.findall(r"[a-z]+", layer.path.rpartition(".")[2].lower()) else None
+
+
+def _projections(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
+    """Place of the first of a module's q, k and v, or q and kv -> these, wherever they stand (sorted names have others between them)."""
+    modules: dict[str, list[tuple[int, int]]] = {}
     for at, layer in enumerate(layers):
-        part = part_of(layer.path) if layer.kind == "linear" and layer.shape[0] == layer.shape[1] else None
-        if part is not None:
-            parts.setdefault(layer.path.rpartition(".")[0], {}).setdefault(part, []).append(at)
+        place = _place_in_projection(layer)
+        if place is not None:
+            modules.setdefault(layer.path.rpartition(".")[0], []).append((place, at))
     found = {}
-    for places in parts.values():
-        if len(places) == 3 and all(len(each) == 1 for each in places.values()):
-            three = sorted(at for (at,) in places.values())
-            if len({(layers[at].shape, frozenset(layers[at].roles)) for at in three}) == 1:
-                found[three[0]] = [layers[at] for at in three]
+    for places in modules.values():
+        parts = [layers[at] for _, at in sorted(places)]
+        whole = sum(layer.shape[0] for layer in parts) == 3 * parts[0].shape[1] and [place for place, _ in sorted(places)] == list(range(len(parts)))
+        if whole and len(parts) > 1 and len({(layer.shape[1:], frozenset(layer.roles)) for layer in parts}) == 1:
+            found[min(at for _, at in places)] = parts
     return found
 
 
-def _joined(triple: list[Layer]) -> Layer:
-    ordered = sorted(triple, key=lambda layer: part_of(layer.path) or 0)
+def _joined(parts: list[Layer]) -> Layer:
     roles: dict[str, tuple[Key, Shape]] = {}
     for role in ("weight", "bias"):
-        if all(role in layer.roles for layer in ordered):
-            keys = tuple(name for layer in ordered for name in layer.roles[role][0])
-            shape = ordered[0].roles[role][1]
-            roles[role] = (keys, (3 * shape[0], *shape[1:]))
-    return Layer(triple[0].path.rpartition(".")[0] + ".qkv", "linear", roles)
+        if all(role in layer.roles for layer in parts):
+            keys = tuple(name for layer in parts for name in layer.roles[role][0])
+            shape = parts[0].roles[role][1]
+            roles[role] = (keys, (sum(layer.roles[role][1][0] for layer in parts), *shape[1:]))
+    return Layer(parts[0].path.rpartition(".")[0] + ".qkv", "linear", roles)
 
 
 # ---- shapes that can be made to fit
@@ -426,7 +441,7 @@ def layer_transform(source: Layer, target: Layer, *, first: bool) -> str | None:
 def tensor_transform(have: Shape, want: Shape, *, kinds: tuple[str, str], name: str, first: bool, grid: tuple[int, int] | None = None) -> str | None:
     """The transform from shape `have` to shape `want`, by what kind of layer and what name it is; None where there is none. `grid`: see Layer."""
     weighted = kinds[0] in WEIGHTED and kinds[1] in WEIGHTED
-    if weighted:
+    if weighted and not (squeezed(have) == squeezed(want) and "position" in name):  # an nn.Embedding of positions looks like a linear layer
         return _weight_transform(have, want, first=first, patches="patch" in name or "proj" in name.split(".")[-1])
     if squeezed(have) == squeezed(want):
         return "squeeze"

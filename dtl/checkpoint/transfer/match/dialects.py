@@ -45,18 +45,33 @@ class Translation:
 
 
 def translations(source: Sequence[str], target: Sequence[str]) -> Iterator[Translation]:
-    """The readings of the source's names in the words of the network, by each dialect whose evidence the file holds."""
+    """The readings of the source's names in the words of the network, by each dialect whose evidence the file holds.
+
+    A dialect of the network is read backwards: the names of timm, or those to which the file's own dialect leads, become the names that it translates.
+    """
     dialects, targets = _table()
     into = next((each for each in targets if each.is_spoken_in(target)), None)
-    for dialect in dialects:
-        if not dialect.is_spoken_in(source):
-            continue
+    back = next(({each.name: _backwards(each, target)} for each in dialects if into is None and each.is_spoken_in(target)), {})
+    spoken = [each for each in dialects if each.is_spoken_in(source)]
+    for dialect in spoken or ([Dialect("timm", (), ())] if back else []):
         meant = [name for name in source if not any(pattern.search(name) for pattern in dialect.aside)]
         names = {name: dialect.translated(name) for name in meant}
         if into is not None:
             names = {name: into.translated(now) for name, now in names.items()}
+        for own in back.values():
+            names = {name: own.get(now, now) for name, now in names.items()}
         if len(set(names.values())) == len(names):
-            yield Translation(dialect.name, names)
+            yield Translation(" and of ".join([dialect.name, *back]), names)
+
+
+_PROJECTION = re.compile(r"(^|\.)(?:query|q|q_proj)\.(\w+)$")
+
+
+def _backwards(dialect: Dialect, names: Sequence[str]) -> dict[str, str]:
+    """timm's names -> those of `names` that the dialect translates into them. Where these have q, k and v apart, the fused name stands for the three."""
+    found = {dialect.translated(name): name for name in names}
+    joined = [(_PROJECTION.sub(r"\1qkv.\2", now), _PROJECTION.sub(r"\1qkv.\2", own)) for now, own in found.items() if _PROJECTION.search(own)]
+    return {**dict(joined), **found}
 
 
 @cache

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product, takewhile
 
 from dtl.checkpoint.transfer.layers.dataflow import Target, links_by_dataflow, links_by_names, links_by_neighbours
-from dtl.checkpoint.transfer.layers.layer import WEIGHTED, Key, Layer, Shape, loose_signature
+from dtl.checkpoint.transfer.layers.layer import WEIGHTED, Key, Layer, Shape, loose_signature, split_transforms
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Matching:
             key, shape = source.roles[role]
             needed = transform if shape != target_shape or len(key) > 1 else ""
             if len(target_key) > 1:
-                for part, name in enumerate(target_key):
-                    self.matches[name] = Match(key, f"split_{part}_of_{len(target_key)}", evidence, margin)
+                for split, name in zip(split_transforms(len(target_key)), target_key):
+                    self.matches[name] = Match(key, split, evidence, margin)
             else:
                 self.matches[target_key[0]] = Match(key, needed, evidence, margin)
 
@@ -104,8 +104,7 @@ class Matching:
         options = list(options)
         for role, (names, shape) in layer.roles.items():
             fitting = [(source.roles[role], transform) for source, transform in options if role in source.roles]
-            for part, name in enumerate(names):
-                split = f"split_{part}_of_{len(names)}" if len(names) > 1 else ""
+            for name, split in zip(names, split_transforms(len(names)) if len(names) > 1 else ("",)):
                 found = [(key, split or ("" if have == shape else transform)) for (key, have), transform in fitting]
                 self.flags[name] = Flag(reason, tuple(found))
 

@@ -105,12 +105,15 @@ def test_patches_of_another_size_see_what_they_saw() -> None:
 def test_fuse_and_split_are_inverse() -> None:
     parts = [torch.randn(4, 4) for _ in range(3)]
     fused = adapt.fuse(parts)
-    assert all(torch.equal(adapt.split(fused, n, 3), part) for n, part in enumerate(parts))
+    assert all(torch.equal(adapt.apply_transform(f"split_{n}_of_3", [fused], (4, 4)), part) for n, part in enumerate(parts))
+    assert torch.equal(adapt.apply_transform("split_1_to_2_of_3", [fused], (8, 4)), torch.cat(parts[1:]))
 
 
 def test_kernels_of_other_frameworks() -> None:
     weight = torch.randn(5, 3, 2, 4)
     assert torch.equal(adapt.transpose_kernel(weight.permute(2, 3, 1, 0), (5, 3, 2, 4)), weight)
+    gray = adapt.transpose_stem(weight.permute(2, 3, 1, 0), (5, 1, 2, 4))
+    torch.testing.assert_close(gray, weight.sum(1, keepdim=True))
 
 
 def test_rows_by_class_names() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,22 @@ def test_the_report_is_for_people_and_for_machines(source: Net, tmp_path: Path) 
     assert len(data["outcomes"]) == len(Net().state_dict()) + 2
     assert {o["outcome"] for o in data["outcomes"]} == {"loaded", "fresh", "unused"}
     assert data["totals"]["loaded (name)"]["tensors"] == 12
+
+
+def test_a_notebook_shows_a_table_and_a_debugger_one_line(source: Net) -> None:
+    model, state = Net(classes=9), source.state_dict()
+    state["<b>other</b>"] = torch.zeros(3)
+    report = load_pretrained(model, state, on_ambiguous="fresh")
+    assert repr(report).startswith("<TransferReport from a dict: coverage 100.0%, ")
+    assert "\n" not in repr(report)
+    assert len(repr(report)) < 200
+    shown = report._repr_html_()
+    assert "<b>" not in shown
+    plain = html.unescape(re.sub(r"<[^>]*>", " ", shown))
+    data = report.to_dict()
+    for words in (*data["lines"], *(cell for row in data["table"] for cell in row)):
+        assert " ".join(words.split()) in " ".join(plain.split())
+        assert words in str(report)
 
 
 def test_a_refusal_shows_the_reason_first_and_the_table(source: Net) -> None:

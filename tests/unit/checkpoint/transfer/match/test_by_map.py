@@ -15,6 +15,7 @@ from small_networks import net, state
 from torch import nn
 from transfer_networks import Axes, RandomNetwork, Tied, Tokens, Window, edit, random_plan, rename
 
+from benchmarks.transfer_cases import Tokens as QueryBesideKeyValue
 from dtl.checkpoint.transfer.adapt import TRANSFORMS, apply_transform, why_not
 from dtl.checkpoint.transfer.apply import apply_plan, save_map
 from dtl.checkpoint.transfer.plan import TransferPlan, plan_transfer
@@ -92,6 +93,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "rows": lambda: (Net().state_dict(), Net(classes=2), ROWS),
     "fold": lambda: (Net().state_dict(), Net(norm=False), {"fold_norms": True, "fill": {"conv_bias": "zero"}}),
     "transpose": lambda: (channels_last(Net().state_dict()), Net(), {}),
+    "transpose, gray": lambda: (channels_last(Net().state_dict()), Net(channels=1), {}),
+    "split, kv": lambda: (QueryBesideKeyValue("fused").state_dict(), QueryBesideKeyValue("q and kv"), {}),
     "fuse": lambda: (Attention(fused=False).state_dict(), Attention(fused=True), {}),
     "split": lambda: (Attention(fused=True).state_dict(), Attention(fused=False), {}),
     "positions": lambda: (Tokens(32).state_dict(), Tokens(64), {}),
@@ -170,11 +173,13 @@ SHAPES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
     "resize_relative_axis": ([(13, 6)], (27, 6)),
     "add_position": ([(1, 1, 6), (1, 17, 6)], (1, 1, 6)),
     "resize_patches": ([(6, 3, 8, 8)], (6, 3, 16, 16)),
+    "transpose_stem": ([(3, 2, 3, 8)], (8, 1, 3, 2)),
     "transpose_kernel": ([(3, 2, 4, 8)], (8, 4, 3, 2)),
     "fuse": ([(4, 6), (4, 6), (4, 6)], (12, 6)),
     "split_0_of_3": ([(12, 6)], (4, 6)),
     "split_1_of_3": ([(12, 6)], (4, 6)),
     "split_2_of_3": ([(12, 6)], (4, 6)),
+    "split_1_to_2_of_3": ([(12, 6)], (8, 6)),
     "rows": ([(4, 6)], (2, 6)),
     "fold_norm_weight": ([(4, 3, 3, 3), (4,), (4,), (4,), (4,)], (4, 3, 3, 3)),
     "fold_norm_bias": ([(4, 3, 3, 3), (4,), (4,), (4,), (4,), (4,)], (4,)),
