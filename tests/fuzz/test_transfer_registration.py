@@ -25,7 +25,7 @@ from dtl.checkpoint.transfer.plan import TransferPlan
 FEW = ("resnet18", "mobilevit_xxs", "convnext_atto", "repvit_m0_9")
 MORE = (
     "resnet50", "mobilenetv3_small_100", "efficientnet_b0", "ghostnet_100", "mobilevitv2_050", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224",
-    "swin_tiny_patch4_window7_224", "levit_128s", "edgenext_xx_small", "efficientformer_l1", "poolformer_s12", "regnetx_002", "densenet121", "dla34", "vgg11_bn",
+    "swin_tiny_patch4_window7_224", "levit_128s", "edgenext_xx_small", "efficientformer_l1", "poolformer_s12", "regnetx_002", "densenet121", "dla34",
     "convmixer_768_32", "pit_ti_224", "coat_tiny", "crossvit_tiny_240", "xcit_nano_12_p8_224", "fastvit_t8", "mobileone_s0", "hardcorenas_a", "tinynet_e",
     "rexnet_100", "selecsls42", "skresnet18", "res2net50_14w_8s", "resnest14d", "cspresnet50", "darknet17", "nf_regnet_b0", "visformer_tiny", "twins_svt_small",
     "tnt_s_patch16_224", "pvt_v2_b0", "maxvit_rmlp_pico_rw_256", "mambaout_femto", "starnet_s1", "hgnet_tiny", "vovnet39a", "sequencer2d_s", "gmixer_12_224",
