@@ -30,6 +30,7 @@ from dtl.config import Config
 from dtl.config.models import flat
 from dtl.config.own import stored_config
 from dtl.config.space import Resolve, Settings, Space, described
+from dtl.credentials import redact
 from dtl.data.splits_of_run import Splits, open_splits
 from dtl.errors import EXIT_STOPPED, Diverged, Occupied, UserError
 from dtl.files import flock, open_lock, write_json_whole, written
@@ -312,14 +313,14 @@ def begin(search: Search) -> None:
             search.threads = torch.get_num_threads() if before is None else before.threads
             ids = search.splits.ids()
             now = SearchFile(
-                space=search.space.describe(), seed=config.run.seed, train=ids["train"], val=ids["val"], threads=search.threads, **vars(search.budget)
+                space=redact(search.space.describe()), seed=config.run.seed, train=ids["train"], val=ids["val"], threads=search.threads, **vars(search.budget)
             )
             if now != before:
                 write_json_whole(folder / SEARCH_NAME, asdict(now))
 
 
 def _compare(search: Search, before: SearchFile) -> None:
-    folder, space, ids = search.folder, search.space.describe(), search.splits.ids()
+    folder, space, ids = search.folder, redact(search.space.describe()), search.splits.ids()
     if before.space != space:
         key = next(key for key in [*space, *before.space] if before.space.get(key) != space.get(key))
         raise UserError(f"{folder} is another search: its range of {key} is {before.space.get(key, 'none')}, now it is {space.get(key, 'none')}; {_OTHERWISE}")
@@ -378,7 +379,8 @@ def features_of(config: Config) -> str | None:
 
 
 def work(search: Search, *, workers: int, stopped: Callable[[], bool], log: Log) -> int:
-    """Train what is left, until nothing is; several processes may do so at once. Returns 0, or 75 after a signal."""
+    """Train what is left, until nothing is; several processes may do so at once. Returns 0, or 75 after a signal or the deadline."""
+    started = time.monotonic()
     watch = _Watch(search, {})
     with _threads(search.threads):
         while tasks := search.look()[0]:
@@ -387,12 +389,12 @@ def work(search: Search, *, workers: int, stopped: Callable[[], bool], log: Log)
                 return EXIT_STOPPED
             if task is None:
                 time.sleep(_LOOK_SECONDS)
-            elif not _train(search, task, workers=workers, log=log):
+            elif not _train(search, task, workers=workers, started=started, log=log):
                 return EXIT_STOPPED
     return 0
 
 
-def _train(search: Search, task: Task, *, workers: int, log: Log) -> bool:
+def _train(search: Search, task: Task, *, workers: int, started: float, log: Log) -> bool:
     """False: a signal or a deadline has stopped it."""
     trial, measures = search.trial(task.trial), search.num_trials is None
     config = trial.config
@@ -404,7 +406,7 @@ def _train(search: Search, task: Task, *, workers: int, log: Log) -> bool:
     log(f"{trial.name} of {search.num_trials or 'a number to be measured'}, to {end}: {described(trial.settings)}")
     begun = time.monotonic()
     try:
-        result = run_training(config, trial.name, pause=None if last else search.rungs[task.rung], measure_test=False)
+        result = run_training(config, trial.name, started=started, pause=None if last else search.rungs[task.rung], measure_test=False)
     except Diverged as error:
         log(f"{trial.name}: {error}")
         return True
@@ -416,7 +418,7 @@ def _train(search: Search, task: Task, *, workers: int, log: Log) -> bool:
         return False
     if measures:
         _write_budget(search, time.monotonic() - begun, workers, log)
-    return True
+    return not result.stop_requested
 
 
 def _write_budget(search: Search, seconds: float, workers: int, log: Log) -> None:

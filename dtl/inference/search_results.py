@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dtl.credentials import redact
 from dtl.data.groups import find_groups
 from dtl.errors import UserError
 from dtl.files import flock, open_lock, write_json_whole, written
@@ -37,9 +38,8 @@ def conclude(search: Search, words: Sequence[str], *, log: Log) -> dict[str, Any
     with written(search.folder), closing(open_lock(search.folder / ".results.lock")) as lock:
         flock(lock)
         if (search.folder / RESULTS_NAME).is_file():
-            found: dict[str, Any] = read_json(search.folder / RESULTS_NAME)
-            return found
-        values = _results(search, words, log)
+            return dict(read_json(search.folder / RESULTS_NAME))
+        values: dict[str, Any] = redact(_results(search, words, log))
         write_json_whole(search.folder / RESULTS_NAME, values)
         return values
 

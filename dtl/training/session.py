@@ -52,6 +52,8 @@ class Result:
     folder: Path
     state: str
     """done, or stopped (by a signal or the deadline)."""
+    stop_requested: bool = False
+    """A signal has asked for a stop, perhaps too late for this run."""
 
     @property
     def exit_status(self) -> int:
@@ -78,7 +80,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     @property
     def result(self) -> Result:
-        return Result(self.folder.path, self._state)
+        return Result(self.folder.path, self._state, stop_requested=self.runtime.stop_signal is not None)
 
     def __enter__(self) -> Session:
         # What the imports made never dies: the collector need not walk it, and so does not copy its pages in every loader process.

@@ -157,6 +157,18 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(reference: Path, tmp_pat
     assert run([*SEARCH, "--json"], cwd=tmp_path, command="search").out() == json.dumps(results(reference)) + "\n"
 
 
+def test_networks_cost_one_pass_of_features_each_whoever_comes_first(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    head = {"head": {"train": "head", "epochs": 2, "lr": 0.1, "cache_features": True}}
+    write_recipe(folder, phases=head, data={**DATA, "augment": {"preset": "none"}})
+    (folder / "space.yaml").write_text("phases.head.lr: [0.02, 0.1, 0.5]\nmodel.name: ['networks:small', 'networks:without_norms']\n")
+    jobs = [start([*SEARCH[:-1], "9"], cwd=folder, command="search") for _ in range(2)]
+    said = "".join(job.wait(150).check().err() for job in jobs)
+    assert len(results(folder)["trials"]) == 6, "the space has no more"
+    assert said.count("features of 72 images computed once") == 2
+    assert said.count("cached features are read from") >= 4
+
+
 def test_a_budget_in_minutes_becomes_a_number_of_trials_once(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     (folder / "space.yaml").write_text("phases.all.lr: [0.02, 0.05]\n")
