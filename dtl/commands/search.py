@@ -47,15 +47,18 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(list(arguments))
     from dtl.config import Config
     from dtl.config.load import read_options, resolve_config
-    from dtl.config.space import read_space, resolver
+    from dtl.config.space import candidates, read_space, resolver
 
+    for word in ("--dry-run", "--print-config"):
+        if word in rest:
+            raise UserError(f"{word} is for one run: leave out --budget, and give it to dtl train")
     parser.refuse_unknown(rest, Config.model_fields)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("a trial is trained by one process: start dtl search without a launcher, and several workers with --slots or a Slurm array")
     words = [*(["--config", options.config] if options.config else []), *rest]
     recipe, given = read_options(words)
     config, name = resolve_config(recipe, given)
-    space, resolve = read_space(options.space), resolver(recipe, given)
+    space, resolve = candidates(config) if options.space is None else read_space(options.space), resolver(recipe, given)
     space.check(resolve)
     from dtl.inference.search import begin, open_search
 
@@ -90,7 +93,7 @@ def _print(search: Search, words: Sequence[str], options: argparse.Namespace) ->
     if options.json:
         print(json.dumps(values, allow_nan=False))
     else:
-        to_stdout("", *lines(values), "", f"all numbers: {search.folder}/results.json")
+        to_stdout("", *lines(values), "", f"its model: {search.place(values['winner'])}/model", f"all numbers: {search.folder}/results.json")
     return 0
 
 
@@ -202,7 +205,7 @@ def _parser() -> OptionParser:
     parser = OptionParser(prog="dtl search", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the recipe; its keys are options too: --section.key VALUE (default: the built-in digits)")
-    add("--space", metavar="FILE", required=True, help="the ranges, a YAML file")
+    add("--space", metavar="FILE", help="the ranges, a YAML file (default: other learning rates and durations of the last phase)")
     add(
         "--budget",
         metavar="N|MINUTES",

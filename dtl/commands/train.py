@@ -16,6 +16,10 @@ def run(arguments: Sequence[str]) -> int:
 
         print(help_text())
         return 0
+    if any(argument.partition("=")[0] == "--budget" for argument in arguments):
+        from dtl.commands import search
+
+        return search.run(arguments)
     config, name = load_config([argument for argument in arguments if argument not in ("--print-config", "--dry-run")])
     if "--print-config" in arguments:
         print(config.to_yaml(), end="")

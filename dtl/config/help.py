@@ -18,6 +18,7 @@ Run the same command again to resume a run. VALUE is YAML, or text as it stands 
 
   --config FILE     a YAML file, or a built-in recipe: {recipes}
   --print-config    print the resolved config and exit
+  --budget 10m      dtl search over learning rates and durations of the last phase, in 10 minutes or (--budget 9) with 9 trials
   --dry-run         pack the data, fetch the weights, check all phases, estimate the memory, and exit
   --help            show this text
 """

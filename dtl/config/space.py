@@ -16,13 +16,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import yaml
 
 from dtl.config.load import read_value_as, resolve_config
-from dtl.config.models import Config, flat
+from dtl.config.models import Config, PhaseConfig, flat
 from dtl.errors import UserError
 from dtl.files import user_path
 from dtl.keyed import uniform
@@ -31,6 +31,7 @@ from dtl.untrusted import MAX_YAML_BYTES, parse_yaml, read_text
 
 _DIGITS = 4
 """Significant ones of a drawn number, so that a command line can repeat it."""
+_MOST_REPEATED = 10_000
 _KINDS = ("uniform", "log", "integers", "log_integers")
 MOST_TRIALS = 1000
 # What trials are compared by, and where they are, is the same for all.
@@ -82,14 +83,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """The ranges of a file."""
+    """The ranges of a file, or rows of settings that are tried in their order."""
 
     origin: str
     ranges: tuple[Range, ...]
+    rows: tuple[Settings, ...] = ()
 
     @property
     def keys(self) -> list[str]:
-        return [key for one in self.ranges for key in one.keys]
+        return list(dict.fromkeys([key for one in self.ranges for key in one.keys] + [key for row in self.rows for key in row]))
 
     @property
     def size(self) -> int | None:
@@ -99,23 +101,13 @@ class Space:
 
     def describe(self) -> dict[str, Any]:
         """As plain values: what tells one space from another."""
-        return {one.name: {one.kind: [list(value) if one.kind == "choices" else value for value in one.values]} for one in self.ranges}
+        ranges = {one.name: {one.kind: [list(value) if one.kind == "choices" else value for value in one.values]} for one in self.ranges}
+        return {**ranges, **({"candidates": [dict(row) for row in self.rows]} if self.rows else {})}
 
     def trials(self, seed: int, resolve: Resolve) -> Iterator[tuple[Settings, Config]]:
         """The settings of trial 1, 2, ... and their configs, until there are no others. UserError for settings that do not go together."""
-        seen, base = set[str](), resolve({})
-        yield {}, base
-        seen.add(_identity(base))
-        found, size = 0, self.size
-        different = set[str]()
-        for number in count():
-            settings: Settings = {}
-            for one in self.ranges:
-                settings |= one.at(float(uniform([number], seed, "search", one.name)[0]))
-            text = repr(sorted(settings.items()))
-            if text in different:
-                continue
-            different.add(text)
+        seen = set[str]()
+        for settings in chain([{}], self.rows, self._drawn(seed)):
             try:
                 config = resolve(settings)
             except UserError as error:
@@ -123,9 +115,20 @@ class Space:
             if (identity := _identity(config)) not in seen:
                 seen.add(identity)
                 yield settings, config
-            found += 1
-            if found == size:
+
+    def _drawn(self, seed: int) -> Iterator[Settings]:
+        """From the ranges, no two of them the same."""
+        found, size, last = set[str](), self.size if self.ranges else 0, 0
+        for number in count():
+            if len(found) == size or number - last > _MOST_REPEATED:  # of numbers that differ in no digit that is written
                 return
+            settings: Settings = {}
+            for one in self.ranges:
+                settings |= one.at(float(uniform([number], seed, "search", one.name)[0]))
+            if (text := repr(sorted(settings.items()))) not in found:
+                found.add(text)
+                last = number
+                yield settings
 
     def first(self, number: int, seed: int, resolve: Resolve) -> list[tuple[Settings, Config]]:
         return list(islice(self.trials(seed, resolve), number))
@@ -139,6 +142,28 @@ class Space:
                 except UserError as error:
                     # The error names the option, which stands in the file here.
                     raise UserError(f"{self.origin}: {re.sub('^(.* with )?--', '', str(error))}") from error
+
+
+# Of the last phase that is trained by steps: what its learning rate and its duration are multiplied with. Too low and too high a rate cost more than anything
+# else, and of few images more epochs are cheap; so these come first.
+_CANDIDATES = ((3, 1), (1 / 3, 1), (1, 2), (3, 2), (10, 1), (1 / 3, 2), (1 / 10, 1), (1, 4))
+
+
+def candidates(config: Config) -> Space:
+    """Good first candidates for any recipe, in the order in which they are tried: the space of `dtl train --budget`."""
+    name = next((name for name in reversed(config.phases) if _by_steps(config.phases[name])), None)
+    if name is None:
+        raise UserError("every phase is solved, so its settings are found already; to compare networks, use dtl search with a space of model.name")
+    phase, rows = config.phases[name], list[Settings]()
+    duration, length = ("steps", phase.steps) if phase.steps is not None else ("epochs", phase.epochs or 1.0)
+    for rate, longer in _CANDIDATES:
+        row: Settings = {} if rate == 1 else {f"phases.{name}.lr": float(f"{phase.lr * rate:.{_DIGITS}g}")}
+        rows.append(row if longer == 1 else {**row, f"phases.{name}.{duration}": length * longer})
+    return Space("the built-in candidates", (), tuple(rows))
+
+
+def _by_steps(phase: PhaseConfig) -> bool:
+    return str(phase.optimizer) != "solve"
 
 
 def resolver(recipe: str | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Resolve:
@@ -162,7 +187,8 @@ def read_space(file: str) -> Space:
         raise UserError(f"{path}: a space is a mapping of config keys to ranges, such as `phases.head.lr: {{log: [0.001, 0.1]}}`")
     ranges = tuple(_range(str(path), str(name), value) for name, value in values.items())
     space = Space(str(path), ranges)
-    if twice := [key for key in space.keys if space.keys.count(key) > 1]:
+    keys = [key for one in ranges for key in one.keys]
+    if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"{path}: {twice[0]} has two ranges")
     return space
 

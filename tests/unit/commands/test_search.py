@@ -169,6 +169,14 @@ def test_networks_cost_one_pass_of_features_each_whoever_comes_first(tmp_path: P
     assert said.count("cached features are read from") >= 4
 
 
+def test_train_with_a_budget_is_its_shortest_form(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    job = run(["--config", "tiny.yaml", "--budget", "2", "--phases.all.epochs", "1"], cwd=folder, command="train")
+    assert [row["settings"] for row in sorted(results(folder)["trials"], key=lambda row: row["trial"])] == [{}, {"phases.all.lr": 0.15}]
+    assert f"its model: runs/tiny-search/trial-{results(folder)['winner']}/model" in job.out()
+    assert (trial(folder, results(folder)["winner"]) / "model/model.safetensors").is_file()
+
+
 def test_a_budget_in_minutes_becomes_a_number_of_trials_once(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     (folder / "space.yaml").write_text("phases.all.lr: [0.02, 0.05]\n")
@@ -209,6 +217,7 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         (["--run.name", "full"], "full-search is not empty (it holds 'thesis.txt'), and no search is in it"),
         (["--run.resume", "never"], "run.resume never is for one run"),
         (["--run.debug", "true"], "run.debug is for one run: dtl train --run.debug true"),
+        (["--dry-run"], "--dry-run is for one run: leave out --budget"),
         (["--phases.head.task", "rotate", "--run.name", "r"], "phase head does not classify, so trials cannot be compared in it"),
     ]:
         assert main(["search", *SEARCH, *options]) == 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dtl.config import Config
-from dtl.config.space import described, read_space, resolver
+from dtl.config.space import candidates, described, read_space, resolver
 from dtl.errors import UserError
 
 RESOLVE = resolver("finetune", {"data.train": "photos"})
@@ -120,3 +120,21 @@ def test_settings_that_do_not_go_together_are_named_before_anything_runs(tmp_pat
     space = read_space(written(tmp_path, "phases.all.epochs: [2, 3]\n"))
     with pytest.raises(UserError, match=r"space\.yaml: phases\.all\.epochs [23]: "):
         space.first(9, 0, resolver("finetune", {"data.train": "photos", "phases.all.steps": 5}))
+
+
+def test_numbers_that_differ_in_no_written_digit_come_to_an_end(tmp_path: Path) -> None:
+    space = read_space(written(tmp_path, "phases.all.lr: {uniform: [0.1, 0.10001]}\n"))
+    assert [settings for settings, _ in space.first(50, 0, RESOLVE)] == [{}, {"phases.all.lr": 0.1}]
+
+
+def test_the_candidates_of_a_budget_are_about_the_last_phase_in_a_fixed_order() -> None:
+    config = RESOLVE({})
+    space = candidates(config)
+    trials = [settings for settings, _ in space.first(100, 0, RESOLVE)]
+    assert trials == [settings for settings, _ in space.first(100, 1, RESOLVE)]
+    lr, epochs = config.phases["all"].lr, config.phases["all"].epochs
+    assert epochs is not None
+    assert trials[:4] == [{}, {"phases.all.lr": 3 * lr}, {"phases.all.lr": pytest.approx(lr / 3, rel=1e-3)}, {"phases.all.epochs": 2 * epochs}]
+    assert len(trials) == 9
+    steps = resolver("finetune", {"data.train": "photos", "phases.all.steps": 50})
+    assert {"phases.all.steps": 100} in [settings for settings, _ in candidates(steps({})).first(9, 0, steps)]
