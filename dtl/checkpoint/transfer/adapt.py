@@ -17,6 +17,7 @@ from dtl.checkpoint.transfer.layers.layer import (
     Grid,
     Shape,
     distances_transform,
+    has_heads_first,
     is_axis_table,
     is_position_table,
     is_relative_table,
@@ -89,9 +90,11 @@ def _tokens_in_front(num_tokens: int) -> int:
 
 
 def resize_relative_table(table: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Swin's relative position biases [(2s-1)^2, heads] for another window size, or MaxViT's [heads, 2h-1, 2w-1]."""
-    if table.dim() == 3:
+    """Swin's relative position biases [(2s-1)^2, heads] for another window size, MaxViT's [heads, 2h-1, 2w-1], or LambdaNetworks' [2h-1, 2w-1, heads]."""
+    if table.dim() == 3 and has_heads_first(tuple(table.shape), shape):
         return _resize(table[None], (shape[1], shape[2]))[0]
+    if table.dim() == 3:
+        return _resize(table[None].permute(0, 3, 1, 2), (shape[0], shape[1]))[0].permute(1, 2, 0)
     old, new = isqrt(table.shape[0]), isqrt(shape[0])
     grid = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     return _resize(grid, (new, new)).permute(0, 2, 3, 1).reshape(new * new, -1)

@@ -452,6 +452,8 @@ def tensor_transform(have: Shape, want: Shape, *, kinds: tuple[str, str], name: 
         return "resize_relative_axis" if is_axis_table(have, want) else None
     if "relative_position_bias_table" in lowered:
         return relative_transform(have, want, grid)
+    if lowered.endswith("pos_emb") and len(have) == 3 and have[0] > 1:  # LambdaNetworks
+        return "resize_relative_table" if is_relative_table(have, want) else None
     return position_transform(have, want, grid) if "pos" in lowered and "relative" not in lowered else None
 
 
@@ -530,10 +532,15 @@ def _grid(num_tokens: int) -> int | None:
     return next((isqrt(num_tokens - extra) for extra in (0, 1, 2) if isqrt(num_tokens - extra) ** 2 == num_tokens - extra), None)
 
 
+def has_heads_first(have: Shape, want: Shape) -> bool:
+    """Of two tables [heads, 2h-1, 2w-1] (MaxViT), not [2h-1, 2w-1, heads] (LambdaNetworks)."""
+    return have[0] == want[0] and all(side % 2 == 1 for side in (*have[1:], *want[1:]))
+
+
 def is_relative_table(have: Shape, want: Shape) -> bool:
-    """[(2s-1)^2, heads], or [heads, 2h-1, 2w-1]; the same number of heads."""
+    """[(2s-1)^2, heads], [heads, 2h-1, 2w-1] or [2h-1, 2w-1, heads]; the same number of heads."""
     if len(have) == len(want) == 3:
-        return have[0] == want[0] and all(side % 2 == 1 for side in (*have[1:], *want[1:]))
+        return has_heads_first(have, want) or (have[2] == want[2] and all(side % 2 == 1 for side in (*have[:2], *want[:2])))
     if not (len(have) == len(want) == 2 and have[1] == want[1]):
         return False
     return all(isqrt(rows) ** 2 == rows and isqrt(rows) % 2 == 1 for rows in (have[0], want[0]))

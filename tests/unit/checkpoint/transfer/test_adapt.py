@@ -224,6 +224,9 @@ def test_beits_relative_tables_keep_the_rows_of_the_class_token(size: tuple[int,
 
 
 def test_tables_of_heads_by_height_and_width() -> None:
+    turned = torch.arange(2 * 13 * 13.0).reshape(2, 13, 13)
+    wide = adapt.apply_transform("resize_relative_table", [turned], (2, 19, 15))
+    torch.testing.assert_close(adapt.apply_transform("resize_relative_table", [turned.permute(1, 2, 0)], (19, 15, 2)), wide.permute(1, 2, 0))
     torch.testing.assert_close(adapt.apply_transform("resize_relative_table", [torch.full((2, 13, 13), 0.5)], (2, 19, 15)), torch.full((2, 19, 15), 0.5))
 
 

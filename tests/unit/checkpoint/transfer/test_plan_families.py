@@ -21,7 +21,7 @@ from dtl.training import features
 FEW = (
     "torchvision/resnet18", "torchvision/vit_b_32", "torchvision/swin_t", "timm/gmixer_12_224", "timm/levit_128", "timm/volo_d1_224",
     "timm/resmlp_12_224", "timm/sequencer2d_s", "timm/coat_tiny", "timm/vit_small_patch14_dinov2", "timm/beit_base_patch16_224", "timm/xcit_nano_12_p8_224",
-    "timm/vit_dpwee_patch16_reg1_gap_256",
+    "timm/vit_dpwee_patch16_reg1_gap_256", "timm/lambda_resnet26rpt_256",
 )  # fmt: skip
 # Several heads; a network that reshapes what its head gives (SqueezeNet, DLA, DPN); a head that is called in another way (CSPNeXt); dropout of the network's
 # own before it (GhostNet).
