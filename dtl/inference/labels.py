@@ -113,8 +113,7 @@ def out_of_fold(features: Any, labels: Ints, folds: Ints, num_classes: int, stre
 
 
 def _fit(rows: torch.Tensor, labels: torch.Tensor, num_classes: int, strength: float) -> torch.Tensor:
-    """[K,D+1]: mean cross-entropy + strength/2 |W|^2 near its minimum. `dtl.optim.solve` goes on to the last bits, which takes several times as long and names
-    the same labels."""
+    """[K,D+1]: mean cross-entropy + strength/2 |W|^2 near its minimum. `dtl.optim.solve` goes on to the last bits, which takes several times as long."""
     weight = torch.zeros(num_classes, rows.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=_STEPS, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
