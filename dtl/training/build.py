@@ -396,9 +396,9 @@ def _refused(report: TransferReport, weights: SourceWeights, network: Network, f
     if folder is not None and log is not to_nobody:
         report.to_json(folder / REFUSED_TRANSFER)
     where = "" if folder is None else f" (the whole report: {folder / REFUSED_TRANSFER})"
-    likely = looks_like(specs_of(weights.tensors), network.name)
-    what = "" if likely is None else f" (which looks like {likely})"
-    return TransferRefused(f"transfer from {report.source}{what} refused{where}: {report.plan.refusals[0]}")
+    if (likely := looks_like(specs_of(weights.tensors), network.name)) is not None:
+        log(f"the weights look like {likely}")
+    return TransferRefused(f"transfer from {report.source} refused{where}: {report.plan.refusals[0]}")
 
 
 def _plan_transfer(config: Config, network: Network, train: Shards, weights: SourceWeights) -> TransferPlan:
