@@ -273,7 +273,7 @@ def _at_home(config: Config, run: Path) -> Config:
     if home is None:
         return config
     moved = {}
-    for name in ("train", "val", "names", "cache_dir"):
+    for name in ("train", "val", "test", "audit", "names", "cache_dir"):
         value = getattr(config.data, name)
         if isinstance(value, str) and not Path(value).exists() and (home / value).exists():
             moved[name] = str(home / value)
