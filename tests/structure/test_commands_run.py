@@ -56,6 +56,7 @@ NOT_RUN = {
 # Commands in sentences that name an option or a way of using one, rather than what to type.
 SPOKEN = {
     "dtl train --config finetune",
+    "dtl train --budget 10m",
     "dtl train --data.train photos.zip",
     "dtl evaluate --json",
     "dtl export --to onnx",
