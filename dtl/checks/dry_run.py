@@ -131,10 +131,13 @@ def memory(network: Network, phase: Phase, micro_batch_size: int, image_size: Im
     rows = micro_batch_size * phase.task.expansion
     parts = {
         "weights": sum(map(_bytes, parameters)) + buffers,
-        "gradients": trained,
+        "gradients": 0 if phase.config.optimizer == "solve" else trained,
         "optimizer": trained * MOMENTS[phase.config.optimizer],
         "moving average": trained + buffers if phase.config.ema else 0,
     }
+    if phase.config.optimizer == "solve":
+        shown = ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)
+        return f"{_shown(sum(parts.values()))} ({shown}); solving the head comes on top of it"
     saved = saved_bytes(network.module, torch.empty(image_shape(network.module, rows, image_size), device="meta"))
     parts |= {f"activations of {counted(rows, 'image')}": saved} if saved is not None else {}
     unknown = "" if saved is not None else "; the activations come on top of it (this network does not run on shapes alone)"

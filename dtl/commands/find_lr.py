@@ -45,6 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.phase is not None and options.phase not in config.phases:
         raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")
     phase = options.phase or list(config.phases)[-1]
+    if config.phases[phase].optimizer == "solve":
+        raise UserError(f"phase {phase} is solved (optimizer: solve), so it has no learning rate; give another --phase, or --phases.{phase}.optimizer sgd")
     return _run(config, f"{name}-{phase}", phase, options)
 
 

@@ -68,7 +68,7 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
         _merge(values, path, value)
     given = _Given(origin, dict(leaf for path, value in changes.items() for leaf in _leaves(path, value)))
     _replace_durations(values, given.options)
-    notes = _fill_by_family(values, dict.fromkeys([*by_family, *phases_by_family(values)]))
+    notes = (*_replace_solve(values, given.options), *_fill_by_family(values, dict.fromkeys([*by_family, *phases_by_family(values)])))
     config = _validate(values, given)
     config._notes = notes
     _check_whole(config, given)
@@ -327,6 +327,30 @@ def _replace_durations(values: dict[str, Any], options: Mapping[_Path, Any]) -> 
             phase = values["phases"].get(path[1]) if isinstance(values.get("phases"), dict) else None
             if isinstance(phase, dict):  # else a later option took it away
                 phase.pop(other, None)
+
+
+_OF_SGD = ("lr", "epochs", "steps", "views")
+SGD_EPOCHS = 10
+"""Of a head that a recipe would solve, where an option asks for SGD."""
+
+
+def _replace_solve(values: dict[str, Any], options: Mapping[_Path, Any]) -> tuple[str, ...]:
+    """`--phases.head.lr 0.5` trains by SGD a head that the recipe solves; so does run.debug, which looks at few images. Returns a line for each such phase."""
+    notes = []
+    phases = values.get("phases")
+    debug = isinstance(values.get("run"), dict) and values["run"].get("debug") is True
+    for name, phase in phases.items() if isinstance(phases, dict) else ():
+        if not isinstance(phase, dict) or phase.get("optimizer") != "solve" or ("phases", name, "optimizer") in options:
+            continue
+        given = [key for key in _OF_SGD if options.get(("phases", name, key)) is not None]
+        if given or debug:
+            phase["optimizer"] = "sgd"
+            if phase.get("epochs") is None and phase.get("steps") is None:
+                phase["epochs"] = SGD_EPOCHS
+            why = ", ".join(f"--phases.{name}.{key}" for key in given) or "--run.debug"
+            length = f"{phase['epochs']} epochs" if phase.get("epochs") else f"{phase['steps']} steps"
+            notes.append(f"phase {name}: {why} means optimizer sgd in place of solve: {length}, lr {phase.get('lr', PhaseConfig().lr)}")
+    return tuple(notes)
 
 
 def _validate(values: dict[str, Any], given: _Given) -> Config:

@@ -439,9 +439,10 @@ class PhaseConfig(Section):
     """The head's learning rate, as a multiple of `lr`."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Layer-wise learning rate decay: each group of layers has this multiple of the learning rate of the next group towards the head."""
-    optimizer: Literal["auto", "sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["auto", "sgd", "adam", "adamw", "solve"] = "sgd"
     """SGD with momentum, Adam, or AdamW (Adam with decoupled weight decay). auto: optimizer, lr, weight_decay, layer_decay and stochastic depth by the
-    network's family, where they are not given; a line says which, and whose they are."""
+    network's family, where they are not given; a line says which, and whose they are. solve, with `train: head`: logistic regression on the cached features
+    of clean images, its strength by cross-validation on the training images; one step, without lr, epochs and views."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
@@ -492,6 +493,18 @@ class PhaseConfig(Section):
     before the first step included; best: of the best evaluation; last: the last ones."""
 
     @model_validator(mode="after")
+    def _solved_alone(self) -> PhaseConfig:
+        if self.optimizer == "solve":
+            fits = {"task", "train", "image_size", "optimizer", "class_weights", "label_smoothing", "keep"} | (
+                {"cache_features"} if self.cache_features else set()
+            )
+            if given := [name for name, field in type(self).model_fields.items() if name not in fits and getattr(self, name) != field.default]:
+                raise ValueError(f"`optimizer: solve` has no use for {', '.join(given)}; leave that out, or use `optimizer: sgd`")
+            if self.task != "classify":
+                raise ValueError(f"`optimizer: solve` is for `task: classify`, not for `task: {self.task}`")
+        return self
+
+    @model_validator(mode="after")
     def _one_duration(self) -> PhaseConfig:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
@@ -503,6 +516,8 @@ class PhaseConfig(Section):
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """The phase's duration in optimizer steps."""
+        if self.optimizer == "solve":
+            return 1
         return self.steps or max(1, round((self.epochs or 1.0) * steps_per_epoch))
 
 

@@ -41,8 +41,9 @@ ONE_FOLD = 20_000
 """From so many samples on one fold is held out, not each of them."""
 PATIENCE = 3
 """Strengths in sequence that are no better than the best before them end a path."""
-TOLERANCE, PATH_TOLERANCE = 1e-9, 1e-4
-"""Largest entry of the gradient at a solution. Steps also end where the objective changes by less than LEAST_CHANGE, which is its rounding."""
+TOLERANCE, PATH_TOLERANCE = 1e-6, 1e-4
+"""Largest entry of the gradient at the solution, and at those of the folds. Steps also end where the objective changes by less than LEAST_CHANGE, which is
+its rounding."""
 LEAST_CHANGE, CONVERGED = 1e-15, 1e-5
 """CONVERGED: a larger gradient at the end is reported."""
 UNSEEN_BIAS = -30.0
@@ -138,7 +139,15 @@ def _num_lanes(num_samples: int) -> int:
     return max(1, min(LANES, num_samples // BLOCK))
 
 
-def solve(rows: Rows, *, num_classes: int, folds: np.ndarray | None, strengths: Sequence[float] = STRENGTHS, team: Team | None = None) -> Solution:
+def solve(
+    rows: Rows,
+    *,
+    num_classes: int,
+    folds: np.ndarray | None,
+    strengths: Sequence[float] = STRENGTHS,
+    team: Team | None = None,
+    tolerance: float = TOLERANCE,
+) -> Solution:
     """`folds`: see `deal`; None, or a single one of `strengths`: nothing is held out. Interrupted on all processes where the team stops."""
     problem = _Problem(rows, num_classes, team or Team())
     try:
@@ -147,7 +156,7 @@ def solve(rows: Rows, *, num_classes: int, folds: np.ndarray | None, strengths: 
         if len(strengths) > 1 and folds is not None:
             path, start = problem.path(torch.from_numpy(folds), strengths)
             strength = min(path, key=lambda tried: tried[1])[0] if path else strength
-        found, converged = problem.minimise(rows.weights, strength, start, tolerance=TOLERANCE)
+        found, converged = problem.minimise(rows.weights, strength, start, tolerance=tolerance)
         loss = problem.total(found, rows.weights) / float(rows.weights.sum())
         weight = found[:, :-1] / problem.scale
         bias = found[:, -1] - weight @ problem.mean

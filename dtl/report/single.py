@@ -315,7 +315,7 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
         Cell(trained),
         Cell(f"{round(phase.num_steps / per_epoch, 2):g}" if per_epoch else "–", number=True),
         Cell(f"{phase.num_steps:,}", number=True),
-        Cell("–" if settings is None else f"{settings.optimizer}, {settings.lr:g}"),
+        Cell("–" if settings is None else settings.optimizer if settings.optimizer == "solve" else f"{settings.optimizer}, {settings.lr:g}"),
         Cell("–" if best is None else _kept_epoch(phase, best), number=True),
         Cell("–" if train_loss is None else f"{train_loss:.4f}", number=True),
         Cell("–" if best is None else f"{phase.val['loss'][best]:.4f}", number=True),

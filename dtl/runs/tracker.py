@@ -104,6 +104,14 @@ class Tracker:
         self._copy("train", phase, epoch, step, facts)
         self.console.progress(step=step, epoch=epoch, loss=loss, lr=lr, images_per_second=images_per_second, data_wait=data_wait)
 
+    def solve(self, *, phase: str, epoch: int, step: int, loss: float, strength: float, seconds: float, converged: bool, **more: Any) -> None:
+        """A head that was solved. `loss`: of the training samples; `strength`: of the penalty; `more`: how it was found."""
+        facts = {"loss": loss, "strength": strength, "seconds": seconds, "converged": converged}
+        self._write({"event": "solve", "phase": phase, "epoch": epoch, "step": step, **facts, **more})
+        self._copy("solve", phase, epoch, step, facts)
+        doubt = "" if converged else "; it has not converged: features may be degenerate"
+        self.print(f"{phase}  solved in {seconds:.1f} s  loss {loss:.4f}  strength {strength:.1e} (of {counted(len(more['path']), 'tried strength')}){doubt}")
+
     def val(
         self,
         *,

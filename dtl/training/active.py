@@ -297,6 +297,8 @@ def phase_line(phase: Phase, module: nn.Module, image_size: ImageSize | None = N
     num = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in module.parameters())
     length = f"{counted(phase.num_steps / phase.steps_per_epoch, 'epoch')} of {counted(phase.steps_per_epoch, 'step')}"
+    if phase.config.optimizer == "solve":
+        length = "solved in one step"
     images = "" if image_size is None else f", images of {shown_size(image_size)} pixels"
     return f"phase {phase.name}: {phase.config.task}, {length}{images}, {num:,} of {total:,} parameters trained"
 

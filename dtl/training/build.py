@@ -44,7 +44,7 @@ from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import class_weights
 from dtl.reading import Reading
 from dtl.runs.folder import REFUSED_TRANSFER, RunFolder
-from dtl.text import some, to_nobody
+from dtl.text import counted, some, to_nobody
 from dtl.training.dataloaders import DataLoaders, View, choose_workers, rank_cores
 from dtl.training.metrics import check_monitor
 from dtl.training.phases import Phase, plan_phases
@@ -116,7 +116,12 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
                 setting = "data.image_size" if config.image_size is None else f"phases.{phase.name}.image_size"
                 raise UserError(f"phase {phase.name}: the task rotate needs square images, but {setting} is {shown_size(size)}; give one number")
             try:
-                select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
+                trained = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
+                if config.optimizer == "solve" and trained != (heads := select(network, "head")):
+                    raise UserError(
+                        f"optimizer solve trains the head alone, but `train` has {counted(len(trained - heads), 'other parameter')}, such as "
+                        f"{min(trained - heads, default='none')}; use `train: head`, or optimizer sgd"
+                    )
                 if config.task == "classify":
                     class_weights(config.class_weights, loaders.class_counts, loaders.classes)
             except UserError as error:

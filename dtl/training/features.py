@@ -7,6 +7,7 @@ they depend on: frozen weights, data, transform, precision, and the seed where v
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from dtl.config import PhaseConfig
+from dtl.config.load import SGD_EPOCHS
 from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
@@ -36,6 +38,7 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import DamagedSample, UserError
 from dtl.files import fsync_folder, temporary_suffix, write_whole
 from dtl.models.network import Network, Normalise, image_shape
+from dtl.optim.solve import MOST_BYTES, MOST_VALUES, Team, bytes_needed
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
@@ -91,6 +94,18 @@ def _tried(module: nn.Module, cut: str, image_size: ImageSize) -> tuple[str | No
     if not isinstance(first.output, Tensor) or first.output.shape != expected.shape or not torch.equal(first.output, expected):
         return None, f"the output of the network is not the output of {cut}"
     return cut, ""
+
+
+def _before_linear(network: Network, cut: str, *, image_size: ImageSize) -> tuple[str | None, str]:
+    """Where `find_cut`'s cut must be for the part behind it to be a linear layer, or None and why it cannot be. The network evaluates."""
+    head = network.module.get_submodule(network.heads[0])
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        return None, f"the head {network.heads[0]} is no linear layer with a bias"
+    features = torch.randn(_PROBE_IMAGES, head.in_features, device=head.weight.device)
+    with torch.inference_mode(), contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+        if torch.equal(network.module.get_submodule(cut)(features), head(features)):
+            return cut, ""
+    return _tried(network.module, network.heads[0], image_size)  # a pooling stands in its container
 
 
 class _NotCuttable(Exception):
@@ -501,10 +516,18 @@ class PhaseFeatures:
     def choose_cut(self, phase: Phase, trainable: frozenset[str]) -> str | None:
         """The module that `phase` should train on cached features; None to train on images. The same on all ranks."""
         config = phase.config
-        if self.cache_dir is None or config.cache_features is False:
+        if (self.cache_dir is None and config.optimizer != "solve") or config.cache_features is False:
             return None
+        solves = config.optimizer == "solve"
+        if solves:
+            self.network.module.eval()  # no step is taken: not even the head's dropout is wanted
         cut, why_not = find_cut(self.network, trainable, image_size=self.loaders.image_size)
+        if solves and not why_not:
+            cut, why_not = _before_linear(self.network, str(cut), image_size=self.loaders.image_size)
         cut, why_not = self.runtime.agree((cut, why_not))
+        if solves:
+            self._check_solvable(phase, why_not)
+            return cut
         num_epochs = phase.num_steps / phase.steps_per_epoch
         views, line = decide(phase.name, config, why_not=why_not, fixed=self.loaders.train_transform.is_fixed, num_epochs=num_epochs)
         if line:
@@ -516,7 +539,7 @@ class PhaseFeatures:
         phase, loaders = active.phase, self.loaders
         if active.cut is None:
             return True
-        assert self.cache_dir is not None
+        assert self.cache_dir is not None  # run.debug solves no head
         fixed = loaders.train_transform.is_fixed
         epochs: tuple[int, ...] = (0,)
         if fixed or phase.config.views == 1:
@@ -550,3 +573,21 @@ class PhaseFeatures:
             if line:
                 self.log(line)
         return True
+
+    # ---- a head that is solved
+
+    def _check_solvable(self, phase: Phase, why_not: str) -> None:
+        """UserError, with what trains it by SGD, where the phase's head cannot be solved."""
+        if self.cache_dir is None:
+            why_not = "run.debug caches no features"
+        elif not why_not:
+            head, num_samples = self.network.module.get_submodule(self.network.heads[0]), self.loaders.train.num_samples
+            assert isinstance(head, nn.Linear)
+            needed = bytes_needed(num_samples, head.in_features, head.out_features, Team(ranks=self.runtime.world_size, threads=torch.get_num_threads()))
+            if num_samples * head.in_features > MOST_VALUES:
+                why_not = f"{counted(num_samples, 'image')} with {counted(head.in_features, 'feature')} are too many to solve for"
+            elif needed > MOST_BYTES:
+                why_not = f"it takes {needed / 2**30:.1f} GiB for {counted(head.out_features, 'class')} of {counted(head.in_features, 'feature')}"
+        if why_not:
+            name = f"--phases.{phase.name}"
+            raise UserError(f"phases.{phase.name}.optimizer is solve, but {why_not}; train it: {name}.optimizer sgd {name}.epochs {SGD_EPOCHS}")

@@ -42,7 +42,7 @@ from dtl.training.keep import ImageResults, PairedError
 from dtl.training.metrics import Monitored, monitored_in
 from dtl.training.phases import Judgement, Phase, judge, note_kept, note_result
 from dtl.training.session import Session
-from dtl.training.step import Stepper, step_weight
+from dtl.training.step import Stepper, solve_head, step_weight
 from dtl.training.throughput import StepLog
 
 if TYPE_CHECKING:
@@ -174,6 +174,9 @@ class Trainer:
             self._pause(active)
         if state.phase.step >= phase.num_steps or state.phase.ended:
             return
+        if phase.config.optimizer == "solve":
+            self._solve(active)
+            return
         with closing(self.loaders.train_steps(phase, state.phase.step)) as stream, self._profiled(phase) as profiler:  # type: ignore[type-var]
             while state.phase.step < phase.num_steps and not state.phase.ended:
                 begun = time.monotonic()
@@ -199,6 +202,34 @@ class Trainer:
                     profiler.step()
                 if flags.stop or (self.runtime.world_size == 1 and self._saver.stop_is_due()):
                     self._saver.stop(active)
+
+    def _solve(self, active: ActivePhase) -> None:
+        """The one step of a phase whose head is solved. Nothing of it is saved before it is done: a start that is killed in it does it anew."""
+        phase, state, num_images, begun = active.phase, self.state, self.loaders.train.num_samples, time.monotonic()
+        found = solve_head(
+            active, self.loaders, self.runtime, groups=self._groups(self.loaders.train, self.config.data.train), stop=lambda: self._before_feature_step([])
+        )
+        if found is None:
+            self._saver.stop(active)
+        assert found is not None
+        (solution, num_folds), seconds = found, time.monotonic() - begun
+        self._count(phase, num_images)
+        state.phase.train_loss, state.phase.train_seconds = solution.loss, seconds
+        self.tracker.solve(
+            phase=phase.name,
+            epoch=phase.first_epoch,
+            step=state.step,
+            loss=solution.loss,
+            strength=solution.strength,
+            seconds=round(seconds, 3),
+            converged=solution.converged,
+            passes=solution.passes,
+            folds=num_folds,
+            path=[list(tried) for tried in solution.path],
+        )
+        state.phase.pending_eval = True
+        self._evaluate(active)
+        self._saver.save(active)
 
     def _profiled(self, phase: Phase) -> AbstractContextManager[StepProfiler | None]:
         steps = self.config.run.profile

@@ -43,7 +43,7 @@ _GPU_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_
 _TRIED = 2
 """Images that show which operators a network uses."""
 ROOM = 0.05
-MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "solve": 0}
 
 
 def fit(active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, state: TrainState | None, log: Callable[[str], None]) -> bool:

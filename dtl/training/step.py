@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dtl.checkpoint.resume.state import TrainState
 from dtl.data.loading.batch import Batch
+from dtl.data.sampling.balance import quotas
 from dtl.data.transforms.mix import mix_batch
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import Diverged
 from dtl.imports import plain_step
-from dtl.keyed import int_key
+from dtl.keyed import int_key, keys
 from dtl.models.network import Normalise
 from dtl.models.norms import no_rank_is_empty
+from dtl.optim.solve import Interrupted, Rows, Solution, Team, deal, solve
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
+from dtl.training.features import FeatureDataset
 
 # Weight of each auxiliary head's loss: Inception (Szegedy et al. 2016) has one at 0.4, GoogLeNet (2015) two at 0.3.
 AUXILIARY_WEIGHT = {1: 0.4, 2: 0.3}
@@ -188,3 +193,42 @@ def diverged(active: ActivePhase, loaders: DataLoaders, state: TrainState, steps
         f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
         f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"
     )
+
+
+def solve_head(
+    active: ActivePhase, loaders: DataLoaders, runtime: Runtime, *, groups: npt.NDArray[np.int64] | None, stop: Callable[[], bool]
+) -> tuple[Solution, int] | None:
+    """The head of a phase, solved on its cached features and put in place; and the number of folds. None: all ranks are to stop.
+
+    `groups`: of each training image, where the config names groups (main process); else copies of an image are one. `stop`: asked after each pass over
+    the features.
+    """
+    shards, dataset = loaders.train, loaders.cached["train"]
+    assert isinstance(dataset, FeatureDataset)
+    labels, weights = np.array(shards.labels, np.int64), np.ones(shards.num_samples)
+    weights[(labels < 0) | (labels >= shards.num_classes)] = 0.0
+    labels[weights == 0] = 0
+    weights[[sample for view, sample in dataset.damaged if view == 0]] = 0.0
+    if active.class_weights is not None:
+        weights *= active.class_weights.double().numpy()[labels]
+    if loaders.balance != "none":  # as often as an epoch would draw each
+        counts = np.array(loaders.class_counts)
+        weights *= (quotas(counts, loaders.balance) / np.maximum(counts, 1))[labels]
+    folds = None
+    if runtime.is_main:
+        units = groups if groups is not None else (np.asarray(shards.sizes, np.int64) << 32) | np.asarray(shards.crcs, np.int64)
+        folds = deal(labels, units, keys(units, "solve"))
+    folds = runtime.agree(folds)
+    features = dataset.values[0].reshape(len(labels), -1)
+    rows = Rows(features, torch.from_numpy(labels), torch.from_numpy(weights), active.phase.config.label_smoothing)
+    team = Team(runtime.rank, runtime.world_size, share=runtime.agree, gather=runtime.gather_rows, stop=stop, threads=torch.get_num_threads())
+    try:
+        found = solve(rows, num_classes=active.phase.num_outputs, folds=folds, team=team)
+    except Interrupted:
+        return None
+    found = runtime.agree(found)
+    head = active.module.get_submodule(active.network.heads[0])
+    with torch.no_grad():
+        head.weight.copy_(found.weight)  # type: ignore[operator]
+        head.bias.copy_(found.bias)  # type: ignore[operator]
+    return found, 0 if folds is None else int(folds.max()) + 1
