@@ -13,6 +13,12 @@ def test_a_phase_that_is_not_there_is_named_with_those_that_are() -> None:
         run(["--phase", "hed"])
 
 
+def test_a_solved_phase_has_no_learning_rate() -> None:
+    solved = ["--phases", "{head: {train: head, optimizer: solve, epochs: null, lr: 0.01}, pretext: null, all: null}"]
+    with pytest.raises(UserError, match=r"^phase head is solved \(optimizer: solve\), so it has no learning rate; give another --phase, or --phases"):
+        run(solved)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

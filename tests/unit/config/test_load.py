@@ -352,3 +352,45 @@ def test_a_section_that_text_can_be() -> None:
     assert by_key == config
     with pytest.raises(UserError, match=r"--data.columns: .*columns are `path=COLUMN,label=COLUMN,split=COLUMN`, each at most once; got `lable=species`"):
         load_config(["--config", "finetune", "--data.train", "a.csv", "--data.columns", "path=file,lable=species"])
+
+
+SOLVED = "data: {train: photos}\nphases:\n  head: {train: head, optimizer: solve}\n  all: {train: all, epochs: 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "steps", "lr", "given"),
+    [
+        ({"phases.head.lr": 0.5}, 10, None, 0.5, "--phases.head.lr"),
+        ({"phases.head.views": 4, "phases.head.lr": 0.1}, 10, None, 0.1, "--phases.head.lr, --phases.head.views"),
+        ({"phases": {"head": {"epochs": 3}}}, 3, None, 0.01, "--phases.head.epochs"),
+        ({"phases.head.steps": 7}, None, 7, 0.01, "--phases.head.steps"),
+        ({"run.debug": True}, 10, None, 0.01, "--run.debug"),
+    ],
+)
+def test_an_option_of_sgd_takes_the_place_of_a_recipes_solve(
+    options: dict[str, object], epochs: int | None, steps: int | None, lr: float, given: str, tmp_path: Path
+) -> None:
+    (tmp_path / "solved.yaml").write_text(SOLVED)
+    config, _ = resolve_config(str(tmp_path / "solved.yaml"), options)
+    head = config.phases["head"]
+    assert (head.optimizer, head.epochs, head.steps, head.lr) == ("sgd", epochs, steps, lr)
+    length = f"{epochs} epochs" if epochs else f"{steps} steps"
+    assert config._notes == (f"phase head: {given} means optimizer sgd in place of solve: {length}, lr {lr}",)
+
+
+def test_what_has_no_place_beside_solve_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = str(tmp_path / "solved.yaml")
+    Path(recipe).write_text(SOLVED)
+    config, _ = resolve_config(recipe, {"phases.all.lr": 0.5, "phases.head.class_weights": "sqrt", "phases.head.label_smoothing": 0.1})
+    assert (config.phases["head"].optimizer, config.phases["head"].num_steps(50), config._notes) == ("solve", 1, ())
+    again, _ = resolve_config(config.to_dict(), {})  # as a run stores it
+    assert again.phases == config.phases
+    for options, names in (
+        ({"phases.head.mixup": 0.2}, "mixup"),
+        ({"phases.head.optimizer": "solve", "phases.head.lr": 0.5, "phases.head.epochs": 3}, "epochs, lr"),
+        ({"phases.head.cache_features": False, "phases.head.early_stop": {"patience": 2}}, "early_stop, cache_features"),
+    ):
+        with pytest.raises(UserError, match=rf"`optimizer: solve` has no use for {names}; leave that out, or use `optimizer: sgd`$"):
+            resolve_config(recipe, options)
+    with pytest.raises(UserError, match=r"`optimizer: solve` is for `task: classify`, not for `task: rotate`$"):
+        resolve_config(recipe, {"phases.head.task": "rotate"})
