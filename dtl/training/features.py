@@ -96,11 +96,13 @@ def _tried(module: nn.Module, cut: str, image_size: ImageSize) -> tuple[str | No
     return cut, ""
 
 
-def _before_linear(network: Network, cut: str, *, image_size: ImageSize) -> tuple[str | None, str]:
-    """Where `find_cut`'s cut must be for the part behind it to be a linear layer, or None and why it cannot be. The network evaluates."""
+def _before_linear(network: Network, cut: str | None, why_not: str, *, image_size: ImageSize) -> tuple[str | None, str]:
+    """What `find_cut` gave, with the cut where the part behind it is a linear layer, or None and why it cannot be. The network evaluates."""
     head = network.module.get_submodule(network.heads[0])
     if not isinstance(head, nn.Linear) or head.bias is None:
         return None, f"the head {network.heads[0]} is no linear layer with a bias"
+    if cut is None:
+        return None, why_not
     features = torch.randn(_PROBE_IMAGES, head.in_features, device=head.weight.device)
     with torch.inference_mode(), contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
         if torch.equal(network.module.get_submodule(cut)(features), head(features)):
@@ -522,8 +524,8 @@ class PhaseFeatures:
         if solves:
             self.network.module.eval()  # no step is taken: not even the head's dropout is wanted
         cut, why_not = find_cut(self.network, trainable, image_size=self.loaders.image_size)
-        if solves and not why_not:
-            cut, why_not = _before_linear(self.network, str(cut), image_size=self.loaders.image_size)
+        if solves:
+            cut, why_not = _before_linear(self.network, cut, why_not, image_size=self.loaders.image_size)
         cut, why_not = self.runtime.agree((cut, why_not))
         if solves:
             self._check_solvable(phase, why_not)
