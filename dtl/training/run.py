@@ -116,12 +116,8 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
     if config.run.device == "auto" and runtime.device.type == "cpu" and not runtime.launch.use_cpu and (warning := gpu_expected(os.environ)):
         log(warning)
     for line in [
-<<<<<<< HEAD
         *config.notes,
-        *too_few_steps(train.num_samples, config.data.global_batch_size, trainer.phases[-1].steps_per_epoch),
-=======
         *(too_few_steps(train.num_samples, config.data.global_batch_size, last.steps_per_epoch) if last.config.optimizer != "solve" else ()),
->>>>>>> 8862c5a (optimizer: solve: a head phase is one step, solved on the cached features with its strength by cross-validation)
         *idle,
         *fp16_instead(config.precision, runtime),
     ]:

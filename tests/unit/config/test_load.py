@@ -375,14 +375,14 @@ def test_an_option_of_sgd_takes_the_place_of_a_recipes_solve(
     head = config.phases["head"]
     assert (head.optimizer, head.epochs, head.steps, head.lr) == ("sgd", epochs, steps, lr)
     length = f"{epochs} epochs" if epochs else f"{steps} steps"
-    assert config._notes == (f"phase head: {given} means optimizer sgd in place of solve: {length}, lr {lr}",)
+    assert config.notes == (f"phase head: {given} means optimizer sgd in place of solve: {length}, lr {lr}",)
 
 
 def test_what_has_no_place_beside_solve_is_refused_by_name(tmp_path: Path) -> None:
     recipe = str(tmp_path / "solved.yaml")
     Path(recipe).write_text(SOLVED)
     config, _ = resolve_config(recipe, {"phases.all.lr": 0.5, "phases.head.class_weights": "sqrt", "phases.head.label_smoothing": 0.1})
-    assert (config.phases["head"].optimizer, config.phases["head"].num_steps(50), config._notes) == ("solve", 1, ())
+    assert (config.phases["head"].optimizer, config.phases["head"].num_steps(50), config.notes) == ("solve", 1, ())
     again, _ = resolve_config(config.to_dict(), {})  # as a run stores it
     assert again.phases == config.phases
     for options, names in (
