@@ -363,6 +363,8 @@ def _find_heads(
         except Exception as error:
             raise UserError(f"model {entry.name!r}: its head was not found ({type(error).__name__}: {error}); {advice}") from error
     if not heads:
+        if entry.library != "function":
+            raise UserError(f"model {entry.name!r} gives no logits: its output does not come from a linear layer or 1x1 convolution; use another network")
         raise UserError(f"model {entry.name!r}: its output does not come from a linear layer or 1x1 convolution; {advice}")
     return heads
 
@@ -398,7 +400,7 @@ def _heads_by_sentinel(constructor: Callable[[int], nn.Module]) -> tuple[str, ..
 
 
 def _heads_by_tracing(module: nn.Module, image_size: ImageSize) -> tuple[str, ...]:
-    """The name of the last classifier layer that runs and whose output count is the network's; empty when there is none."""
+    """The name of the last classifier layer that runs, if the network's output count follows it; empty when there is none."""
     ran: list[str] = []
     traced = meta_copy(module).eval()
     for name, layer in traced.named_modules():
@@ -408,7 +410,21 @@ def _heads_by_tracing(module: nn.Module, image_size: ImageSize) -> tuple[str, ..
         output = traced(torch.empty(image_shape(module, 2, image_size), device="meta"))
     layers = dict(traced.named_modules())
     matching = [name for name in ran if isinstance(output, torch.Tensor) and num_outputs(layers[name]) == output.shape[-1]]
-    return tuple(matching[-1:])
+    if not matching or not _is_followed(traced, matching[-1], image_size):
+        return ()
+    return (matching[-1],)
+
+
+def _is_followed(traced: nn.Module, name: str, image_size: ImageSize) -> bool:
+    """Whether a network on the meta device gives as many outputs as this layer is made to give: a layer of an encoder's last block may only look like a head."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(traced.get_submodule(parent), attribute, _resized(traced.get_submodule(name), _SENTINEL_CLASSES, name=name))
+    try:
+        with torch.no_grad():
+            output = traced(torch.empty(image_shape(traced, 2, image_size), device="meta"))
+    except RuntimeError:  # what follows wants another number
+        return False
+    return isinstance(output, torch.Tensor) and tuple(output.shape) == (2, _SENTINEL_CLASSES)
 
 
 def _declared_main(module: nn.Module) -> str | None:

@@ -189,6 +189,7 @@ def test_a_users_function(mine: str) -> None:
         ("collections:OrderedDict", {}, "model 'collections:OrderedDict': OrderedDict is a builtin without a signature; give a Python function"),
         ("builtins:dict", {}, "dict is a builtin without a signature"),
         ("my_networks:Choosy", {}, "its head was not found .* name its layer with the option head"),
+        ("timm/gemma4_vit_167m_enc", {}, "gives no logits: its output does not come from a linear layer or 1x1 convolution; use another network"),
         ("my_networks:Odd", {}, "its output does not come from a linear layer or 1x1 convolution; name its layer with the option head"),
     ],
 )
