@@ -217,7 +217,7 @@ def test_a_module_that_fails_at_its_import(mine: str, tmp_path: Path, text: str,
 def test_other_mistakes() -> None:
     with pytest.raises(UserError, match="at least 1, not 0"):
         build("resnet18", num_classes=0)
-    with pytest.raises(UserError, match="default, xavier or kaiming"):
+    with pytest.raises(UserError, match="default, library, xavier or kaiming"):
         build("resnet18", num_classes=2, init="javier")  # type: ignore[arg-type]
     network = build("dtl/resnet_tiny", num_classes=2)
     network.heads = ("0",)
