@@ -416,7 +416,7 @@ def _heads_by_tracing(module: nn.Module, image_size: ImageSize) -> tuple[str, ..
 
 
 def _is_followed(traced: nn.Module, name: str, image_size: ImageSize) -> bool:
-    """Whether a network on the meta device gives as many outputs as this layer is made to give: a layer of an encoder's last block may only look like a head."""
+    """Whether a network on the meta device gives as many outputs as this layer is made to give: an encoder's last layer only looks like a head."""
     parent, _, attribute = name.rpartition(".")
     setattr(traced.get_submodule(parent), attribute, _resized(traced.get_submodule(name), _SENTINEL_CLASSES, name=name))
     try:
