@@ -348,8 +348,11 @@ class Watchdog:
             self._notes = None
 
     def _wait_for_the_others(self) -> None:
-        """Rank 0 may take the store with it: the others must have had their look first, or they would take it for the one that is gone."""
-        until = time.monotonic() + 3.5 * INTERVAL
+        """Rank 0 may take the store with it: the others must have had their look first, or they would take it for the one that is gone.
+
+        Who has no error of its own, because it waits for rank 0 alone, looks twice, and after three intervals (`_is_held`).
+        """
+        until = time.monotonic() + 6 * INTERVAL
         with suppress(RuntimeError):
             while self._notes is not None and self.rank == 0 and time.monotonic() < until:
                 if all(note.ended is not None or note.gone for note in self._notes.read() if note.rank != 0):

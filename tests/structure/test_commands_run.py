@@ -196,6 +196,8 @@ def submit(world: World, place: Path, words: list[str]) -> None:
     template, rest = Path(words[at]), words[at + 1 :]
     assert f'"{template.name}"' in (ROOT / "tests/slurm/test_templates.py").read_text()
     assert (place / template).is_file()
+    if template.name == "array_search.sbatch":  # its workers train 27 networks, the shortest search as well: tests/slurm
+        return
     if template.name == "array_folds.sbatch":
         folds = rest.pop(0)
         rest += ["--run.dir", f"runs/{Path(rest[0]).stem}-folds", "--run.name", f"fold-{folds}", "--data.fold.number", folds, "--data.fold.of", folds]
@@ -251,7 +253,7 @@ def proved(place: Path, words: list[str], out: str) -> None:
 
 
 def planned(place: Path, words: list[str], out: str) -> None:
-    assert "coverage" in out
+    assert ("coverage" if "--model" in words else "look like") in out
     if "--save-map" in words:
         assert (place / option(words, "--save-map")).is_file()
 
