@@ -253,7 +253,7 @@ def proved(place: Path, words: list[str], out: str) -> None:
 
 
 def planned(place: Path, words: list[str], out: str) -> None:
-    assert ("coverage" if "--model" in words else "look like") in out
+    assert ("look like" if len(words) == 2 else "coverage") in out  # of a file alone: which network it is for
     if "--save-map" in words:
         assert (place / option(words, "--save-map")).is_file()
 

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,7 +108,7 @@ class CheckpointStore:
     `options.asynchronous`: write in a thread beside the loop, from a snapshot in host memory (one more copy of the state, reused).
     `options.max_failures`: that many saves in a row may fail (full disk, vanished folder); then `save` raises UserError.
     `log`: takes one line for the user; called from the writing thread too.
-    `before_write`: called before anything is written and again before it counts; raises when this process may not write
+    `before_write`: called before anything is written, before it counts, and before older ones are deleted; raises when this process may not write
     any more, for instance because a newer start of the run has taken over.
     """
 
@@ -128,7 +128,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._failures, self._last_error = 0, ""
         self._fault: BaseException | None = None
-        self._cleaned = False
+        self._known: set[int] | None = None
+        """Steps of checkpoints that this store found at its first save, or wrote."""
 
     # ---- writing (main process only)
 
@@ -219,9 +220,9 @@ class CheckpointStore:
                 self._log(f"the folder {self.folder} and its checkpoints no longer exist: creating it again")
             # Without parents: a run folder that has vanished (an unmounted disk) must not grow again somewhere else.
             self.folder.mkdir()
-        if not self._cleaned:
+        if self._known is None:
             self._clean()
-            self._cleaned = True
+            self._known = set(self._numbers())
         target = self.folder / f"step-{snapshot.step:08d}"
         temporary = self.folder / f".writing-{target.name}-{os.getpid()}"
         files.remove(temporary)
@@ -244,14 +245,16 @@ class CheckpointStore:
         except BaseException:
             files.discard(temporary)  # at once: on a full disk the next save needs the space
             raise
-        self._prune(snapshot.step)
+        self._known.add(snapshot.step)
+        self._before_write()
+        self._prune(snapshot.step, self._known)
 
-    def _prune(self, step: int) -> None:
-        """Delete all but the `keep` newest, and those after `step`: they are of a course that the run has left
-        (it went on from before them, because they were damaged or because it was started afresh)."""
+    def _prune(self, step: int, known: Collection[int]) -> None:
+        """Delete all but the `keep` newest, and those after `step` that this store knows: they are of a course that the run has left
+        (it went on from before them, because they were damaged or because it was started afresh). Others are a newer start's, which has taken over."""
         numbers = self._numbers()
         current = [number for number in numbers if number <= step]
-        self._delete(set(numbers) - set(current[: self.options.keep]))
+        self._delete([number for number in numbers if number not in current[: self.options.keep] and (number <= step or number in known)])
 
     def thin(self) -> None:
         """Of a run that is done, and whose model is on the disk: leave the `keep_done` newest, if the newest is proved whole.

@@ -341,7 +341,7 @@ def test_a_process_of_an_older_start_writes_nothing(make: Callable[..., Checkpoi
 
     def ghost() -> None:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 5:  # each save asks three times
             raise UserError("start 2 has taken over")
 
     store = make(before_write=ghost)
@@ -492,3 +492,30 @@ def test_what_cannot_be_deleted_does_not_fail_a_run_that_is_done(make: Callable[
     store.thin()
     assert store.steps() == [10, 20]
     assert "could not be deleted: Permission denied" in said.text()
+
+
+def test_what_a_newer_start_has_saved_is_not_deleted(make: Callable[..., CheckpointStore], tmp_path: Path) -> None:
+    """A process that was cut off comes back in the middle of a save, when another start has gone on and has ended."""
+    old = make(keep=2)
+    old.save(4, tensors(), {}, wait=True)
+    new = make(keep=2)
+    new.save(29, tensors(), {}, wait=True)
+    new.save(30, tensors(), {}, wait=True)
+    old.save(5, tensors(), {}, wait=True)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))[-2:] == ["step-00000029", "step-00000030"]
+
+
+def test_a_start_that_may_not_write_any_more_deletes_nothing(make: Callable[..., CheckpointStore], tmp_path: Path) -> None:
+    asked = 0
+
+    def taken_over() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 6:  # each save asks before it writes, before it counts, and before it deletes
+            raise UserError("a newer start has taken over")
+
+    store = make(taken_over, keep=1)
+    store.save(4, tensors(), {}, wait=True)
+    with pytest.raises(UserError, match="taken over"):
+        store.save(5, tensors(), {}, wait=True)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-00000004", "step-00000005"]
