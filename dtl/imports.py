@@ -1,4 +1,9 @@
-"""torchvision, timm and torch.optim without PyTorch's compiler: its import takes 2 to 3 CPU seconds, and only `model.compile` needs it."""
+"""torchvision, timm and torch.optim without PyTorch's compiler: its import takes 2 to 3 CPU seconds of each start, and only `model.compile` needs it.
+
+Neither library has a switch for it, and `importlib.util.LazyLoader` cannot help: `from module import name` asks a lazy module for the name at once. So one
+module has a stand-in in `sys.modules`, for as long as an import takes, and two private marks of PyTorch are set and taken back. A PyTorch that has other
+names for these imports its compiler as ever, which is slow and right; with the compiler in memory nothing here does anything.
+"""
 
 from __future__ import annotations
 

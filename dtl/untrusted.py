@@ -145,6 +145,17 @@ class Check:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
+def only_version(known: int, *, otherwise: str = "") -> Check:
+    """For the version of a file's form: any but `known` is refused; `otherwise`: what to do then."""
+
+    def check(number: int) -> int:
+        if number != known:
+            raise ValueError(f"format version {number}, but this dtl reads version {known}{otherwise and f'; {otherwise}'}")
+        return number
+
+    return Check(check)
+
+
 def parse_json(data: bytes | str, origin: str, *, finite: bool = True, by_hand: bool = False) -> Any:
     """Plain values of a JSON text whose form the caller checks. No NaN and no infinity where `finite`, no NUL in a text, at most 200 levels.
 

@@ -6,9 +6,7 @@ images (see `dtl.data.shards.part`) with a dataset id of its own, in the cache; 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.groups import Groups, numbered
+from dtl.data.groups import Groups, numbered, table_rows, table_text
 from dtl.data.shards.index import Shards, write_part
 from dtl.data.shards.part import PART_NAME
-from dtl.data.sources.list_file import list_text
 from dtl.errors import UserError
-from dtl.files import MAX_FILE_BYTES, user_path, write_whole
+from dtl.files import write_whole
 from dtl.text import counted, from_csv_cell, nearest, some
 from dtl.untrusted import as_utf8, json_lines
 
@@ -74,34 +71,26 @@ class Actions:
 
     def groups(self) -> dict[str, str]:
         """Path -> name of its group, of all images that `group` joins: the first of its paths."""
-        root: dict[str, str] = {}
-
-        def of(path: str) -> str:
-            while (up := root.setdefault(path, path)) != path:
-                path = up
-            return path
-
+        above: dict[str, str] = {}
         for row in self.rows:
             if row.action == "group":
-                one, other = of(row.path), of(row.other)
-                root[max(one, other)] = min(one, other)
-        return {path: of(path) for path in list(root)}
+                one, other = _root(above, row.path), _root(above, row.other)
+                above[max(one, other)] = min(one, other)
+        return {path: _root(above, path) for path in list(above)}
+
+
+def _root(above: dict[str, str], name: str) -> str:
+    """Of a forest: name -> the one above it, itself for a root."""
+    while (up := above.setdefault(name, name)) != name:
+        name = up
+    return name
 
 
 def read_actions(file: str) -> Actions:
     """UserError for a file that is none, an unknown action, or two different actions for one image."""
     what = f"data.audit {file}"
-    try:
-        text = list_text(user_path(file), MAX_FILE_BYTES)
-    except ValueError as error:
-        raise UserError(f"{what}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=text.partition("\n")[0].count), strict=True)
-        records = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except csv.Error as error:
-        raise UserError(f"{what} is not readable as CSV: {error}") from None
+    text = table_text(file, what)
+    records = [(line, cells) for line, cells in table_rows(text, what)[1] if any(cell.strip() for cell in cells)]
     header = [cell.strip() for cell in records[0][1]] if records else []
     if lacking := [name for name in ("path", "other", "action") if name not in header]:
         raise UserError(f"{what} has no column {some(lacking, quoted=True)}: its first line must be {','.join(COLUMNS)}, as dtl audit writes it")
@@ -213,17 +202,11 @@ def joined(groups: Groups | None, names: Sequence[str], split: str, actions: Act
         return groups
     of = {path.removeprefix(f"{split}:"): group for path, group in pairs.items() if not _elsewhere(path, split, actions)}
     own = [f"image {name}" for name in names] if groups is None else [groups.names[code] for code in groups.codes]
-    root: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while (up := root.setdefault(name, name)) != name:
-            name = up
-        return name
-
+    above: dict[str, str] = {}
     for name, group in zip(names, own):
         if name in of:
-            root[find(group)] = find(f"audit: {of[name]}")
-    return numbered([find(group) for group in own])
+            above[_root(above, group)] = _root(above, f"audit: {of[name]}")
+    return numbered([_root(above, group) for group in own])
 
 
 def _elsewhere(path: str, split: str, actions: Actions) -> bool:

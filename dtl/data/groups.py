@@ -113,21 +113,34 @@ def _looked_up(names: list[str], groups: Mapping[str, str], what: str, source: s
     return [groups[os.path.normpath(name)] for name in names]
 
 
-def read_groups(file: str, column: str | None = None, *, path_column: str | None = None) -> dict[str, str]:
-    """path -> group, of a CSV with these columns; `column`, `path_column`: their names, of a list of images."""
-    what = f"data.group.file {file}" if column is None else f"the column of groups {column!r}: {file}"
+def table_text(file: str, what: str) -> str:
+    """Of a CSV file that is no list of images. UserError, with `what` it is, where it cannot be read."""
     try:
-        text = list_text(user_path(file), MAX_FILE_BYTES)
+        return list_text(user_path(file), MAX_FILE_BYTES)
     except ValueError as error:
         raise UserError(f"{what}: {error}") from None
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from None
+
+
+def table_rows(text: str, what: str, *, skipinitialspace: bool = False) -> tuple[str, list[tuple[int, list[str]]]]:
+    """(the delimiter, by what the first line has most of; the number of its last line and the cells of each row)"""
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=skipinitialspace)
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True))
+        return delimiter, [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise UserError(f"{what} is not readable as CSV: {error}") from None
+
+
+def read_groups(file: str, column: str | None = None, *, path_column: str | None = None) -> dict[str, str]:
+    """path -> group, of a CSV with these columns; `column`, `path_column`: their names, of a list of images."""
+    what = f"data.group.file {file}" if column is None else f"the column of groups {column!r}: {file}"
+    text = table_text(file, what)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter, lines = table_rows(text, what, skipinitialspace=True)
+    rows = [row for _, row in lines]
     header = [cell.strip() for cell in rows[0]] if rows else []
     lower = [cell.lower().replace(" ", "_") for cell in header]
     usual = PATH_COLUMNS if path_column is None else (path_column.strip().lower().replace(" ", "_"),)

@@ -41,7 +41,7 @@ from dtl.runs.folder import read_status
 from dtl.runs.looks import FOLDS_END
 from dtl.text import Column, Log, counted, table, to_nobody
 from dtl.training.dataloaders import choose_workers, rank_cores
-from dtl.untrusted import Check, Count, Record, Text
+from dtl.untrusted import Count, Record, Text, only_version
 
 FOLDS_NAME, RESULTS_NAME, CSV_NAME, REFIT = "folds.json", "results.json", "predictions.csv", "refit"
 OF_A_FOLD = ("top1", "loss", "balanced_accuracy", "macro_f1", "auroc", "average_precision")
@@ -50,16 +50,10 @@ _BATCH_SIZE = 64
 _VERSION = 1  # of folds.json, and of how images are dealt to folds
 
 
-def _version(number: int) -> int:
-    if number != _VERSION:
-        raise ValueError(f"version {number}, but this dtl reads version {_VERSION}")
-    return number
-
-
 class FoldsFile(Record):
     """folds.json."""
 
-    version: Annotated[int, Check(_version)] = _VERSION
+    version: Annotated[int, only_version(_VERSION)] = _VERSION
     folds: Count
     seed: Count
     data: Text

@@ -40,7 +40,7 @@ from dtl.runs.looks import SEARCH_END
 from dtl.text import Log, counted, to_nobody
 from dtl.training.loop import PAUSED
 from dtl.training.run import run as run_training
-from dtl.untrusted import Check, Count, NumbersObject, Record, Text, json_lines
+from dtl.untrusted import Count, NumbersObject, Record, Text, json_lines, only_version
 
 SEARCH_NAME, BUDGET_NAME, RESULTS_NAME = "search.json", "budget.json", "results.json"
 ETA = 3  # of the trials of a rung one in so many is promoted
@@ -120,16 +120,10 @@ def next_tasks(trials: Sequence[int], rungs: Sequence[int], score: Callable[[int
 # ---- the files
 
 
-def _version(number: int) -> int:
-    if number != _VERSION:
-        raise ValueError(f"version {number}, but this dtl reads version {_VERSION}")
-    return number
-
-
 class SearchFile(Record):
     """search.json."""
 
-    version: Annotated[int, Check(_version)] = _VERSION
+    version: Annotated[int, only_version(_VERSION)] = _VERSION
     space: NumbersObject
     seed: int
     train: Text

@@ -17,7 +17,7 @@ from dtl.data.remote.address import is_remote
 from dtl.errors import UserError
 from dtl.files import fsync_folder, write_whole
 from dtl.text import some
-from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text, is_sha256
+from dtl.untrusted import Check, Count, PlainObject, Record, Sha256, Text, is_sha256, only_version
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -36,12 +36,6 @@ def _dataset_id(text: str) -> str:
     if not 8 <= len(text) <= 64 or set(text) - set("0123456789abcdef"):
         raise ValueError(f"{text[:80]!r} is not a hexadecimal number")
     return text
-
-
-def _version(number: int) -> int:
-    if number != MANIFEST_VERSION:
-        raise ValueError(f"format version {number}, but this dtl reads version {MANIFEST_VERSION}; pack the data again")
-    return number
 
 
 def _made_by(facts: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +84,7 @@ class Manifest(Record):
     max_bytes = 256 << 20  # of a million shards, 100 TB and more
     max_values = 8_000_000
 
-    version: Annotated[int, Check(_version)]
+    version: Annotated[int, only_version(MANIFEST_VERSION, otherwise="pack the data again")]
     classes: tuple[Text, ...]
     display_names: dict[Text, Text]
     shards: tuple[Shard, ...]

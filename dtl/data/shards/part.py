@@ -17,23 +17,17 @@ from typing import Annotated
 from dtl.data.shards.manifest import DatasetId, Manifest
 from dtl.errors import UserError
 from dtl.files import fsync_folder, write_whole
-from dtl.untrusted import Check, Count, Record, Sha256, Text
+from dtl.untrusted import Count, Record, Sha256, Text, only_version
 
 PART_NAME = "part.json"
 NUMBERS_NAME = "numbers.npy"
 PART_VERSION = 1
 
 
-def _version(number: int) -> int:
-    if number != PART_VERSION:
-        raise ValueError(f"format version {number}, but this dtl reads version {PART_VERSION}")
-    return number
-
-
 class Part(Record):
     """`of` is the dataset id of the split whose samples they are, its quarantine applied; `rows` how many its index.bin has."""
 
-    version: Annotated[int, Check(_version)] = PART_VERSION
+    version: Annotated[int, only_version(PART_VERSION)] = PART_VERSION
     folder: Text
     of: DatasetId
     rows: Count

@@ -21,17 +21,11 @@ import numpy.typing as npt
 from dtl.data.shards.manifest import DatasetId, Manifest
 from dtl.errors import UserError
 from dtl.files import fsync_folder, write_whole
-from dtl.untrusted import Check, Count, FileName, Record, Sha256, Text, as_utf8
+from dtl.untrusted import Count, FileName, Record, Sha256, Text, as_utf8, only_version
 
 QUARANTINE_NAME = "quarantine.json"
 QUARANTINE_VERSION = 1
 _AGAIN = "run `dtl verify SHARDS --quarantine` again, or remove the file to use all samples"
-
-
-def _version(number: int) -> int:
-    if number != QUARANTINE_VERSION:
-        raise ValueError(f"format version {number}, but this dtl reads version {QUARANTINE_VERSION}")
-    return number
 
 
 class BadSample(Record):
@@ -47,7 +41,7 @@ class BadSample(Record):
 class Quarantine(Record):
     """`of` is the dataset id of the manifest it belongs to; `shard_samples` and `class_counts` are those that are left."""
 
-    version: Annotated[int, Check(_version)] = QUARANTINE_VERSION
+    version: Annotated[int, only_version(QUARANTINE_VERSION)] = QUARANTINE_VERSION
     of: DatasetId
     index: FileName
     index_sha256: Sha256
