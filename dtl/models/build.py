@@ -78,7 +78,7 @@ def build(
     channels = arguments.pop(CHANNELS, None) if entry.library in ("torchvision", "dtl") else None
 
     def construct(count: int) -> nn.Module:
-        with _bounded(entry.name, max_values) if bounded else nullcontext():
+        with within_bounds(entry.name, max_values) if bounded else nullcontext():
             made = _construct(entry, count, arguments)
         return made if channels is None else _with_channels(made, entry.name, channels)
 
@@ -321,7 +321,7 @@ def _check_sizes(name: str, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _bounded(name: str, max_values: int | None) -> Iterator[None]:
+def within_bounds(name: str, max_values: int | None) -> Iterator[None]:
     """Refuse a network with too many modules, or more than `max_values` parameters, while it is being built."""
     modules, values = 0, 0
 

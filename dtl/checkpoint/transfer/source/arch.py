@@ -10,13 +10,17 @@ from torch import nn
 
 from dtl.checkpoint.transfer.layers.layer import layers_of, num_source_classes, specs_of
 from dtl.checkpoint.transfer.source.read import SourceWeights
+from dtl.config.functions import raised
 from dtl.errors import UserError
-from dtl.models.build import build
+from dtl.models.build import build, within_bounds
 from dtl.models.meta import build_on_meta
 from dtl.text import nearest
 from dtl.untrusted import read_json
 
 TRANSFORMERS = "transformers:"
+_MAX_SIZE = 1 << 20
+_MOST_BESIDE = 1 << 24
+"""Parameters of a network that its file may lack."""
 
 
 def source_network(named: str, weights: SourceWeights, otherwise: int, *, num_classes: int | None = None, meta: bool = True) -> nn.Module:
@@ -40,12 +44,16 @@ def _of_transformers(class_name: str, weights: SourceWeights, outputs: int, *, m
     made: Any = found
     beside = Path(weights.origin).with_name("config.json")
     settings = _settings(beside) if beside.is_file() else {"num_labels": outputs}
+    most = _MOST_BESIDE + 4 * sum(tensor.numel() for tensor in weights.tensors.values())
     try:
         config = made.config_class(**settings)
-        network: nn.Module = build_on_meta(lambda: made(config)) if meta else made(config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"source_arch: {class_name} cannot be built by {beside}: {' '.join(str(error).split())[:300]}") from error
-    return network
+        with within_bounds(class_name, most):  # a stranger's sizes: without memory at first
+            network: nn.Module = build_on_meta(lambda: made(config))
+        return network if meta else made(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"source_arch: {class_name} cannot be built by {beside}: {raised(error)[:300]}") from error
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -55,8 +63,15 @@ def _settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON object")
     labels = found.get("id2label")
     sizes = {name: value for name, value in found.items() if _is_size(value) or (name == "hidden_act" and isinstance(value, str))}
+    if large := next((name for name, value in sizes.items() if _largest(value) > _MAX_SIZE), None):
+        raise UserError(f"{path}: {large} is larger than {_MAX_SIZE:,}, which no network of images has")
     return {**sizes, **({"num_labels": len(labels)} if isinstance(labels, dict) else {})}
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, list) and all(isinstance(each, (int, float)) for each in value))
+
+
+def _largest(size: object) -> float:
+    values = size if isinstance(size, list) else [size]
+    return max((abs(value) for value in values if isinstance(value, (int, float))), default=0)

@@ -35,6 +35,9 @@ class TinyModel(PreTrainedModel):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(4, config.given["num_labels"])
+        self.wide = nn.ModuleList(nn.Linear(size, size) for size in config.given.get("widths", []))
+        self.deep = nn.ModuleList(nn.Identity() for _ in range(config.given.get("num_hidden_layers", 0)))
+        {"gelu": nn.GELU}[config.given.get("hidden_act", "gelu")]
 
 
 @pytest.fixture
@@ -70,12 +73,16 @@ def test_a_class_of_transformers_is_built_from_the_sizes_beside_the_weights(weig
         ("transformers:run", "{}", "source_arch: transformers 5.0 has no network 'run'"),
         ("transformers:TinyModel", "[]", "config.json: expected a JSON object"),
         ("transformers:TinyModel", '{"sizes": 3}', "sizes is not known"),
+        ("transformers:TinyModel", '{"num_labels": 6, "hidden_act": "no such"}', "TinyModel cannot be built by "),
+        ("transformers:TinyModel", '{"num_labels": 6, "num_hidden_layers": 1000000}', "has more than 100,000 modules"),
+        ("transformers:TinyModel", '{"num_hidden_layers": 1e99}', "num_hidden_layers is larger than 1,048,576"),
+        ("transformers:TinyModel", '{"num_labels": 6, "widths": [1000000]}', "has more parameters than its weights"),
     ],
 )
 def test_what_is_no_network_of_transformers(weights: SourceWeights, tmp_path: Path, named: str, config: str, message: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError) as refused:
-        source_network(named, weights, 9)
+        source_network(named, weights, 9, meta=False)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
