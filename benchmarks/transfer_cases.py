@@ -318,6 +318,25 @@ def _adapter_alone(_folder: Path) -> Trial:
     return Trial({name.replace(".default", ""): value for name, value in state.items() if "lora_" in name}, vit(), names=("LoRA",))
 
 
+def _adapter_over_its_base(folder: Path) -> Trial:
+    """`adapter`: rank-stabilised LoRA, alpha 2 of rank 2, its classifier trained whole."""
+    base, source = vit(), trained(vit())
+    state, adapter = {name: value.clone() for name, value in source.state_dict().items()}, State()
+    for name, value in source.state_dict().items():
+        if name.endswith(("qkv.weight", "fc1.weight")):
+            a, b = torch.randn(2, value.shape[1]) * 0.1, torch.randn(value.shape[0], 2) * 0.1
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+            value += 2**0.5 * b @ a
+        elif name.startswith("head."):
+            value.mul_(2)
+            adapter[f"base_model.model.{name}"] = value.clone()
+    saved(adapter, folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_rslora": true, "modules_to_save": ["head"]}')
+    return Trial(state, base, same=source, options={"adapter": folder})
+
+
 def _keras_gray(_folder: Path) -> Trial:
     source = trained(Small())
     state = {}
@@ -889,6 +908,7 @@ CASES = [
     Case("LoRA beside its base", 4, _lora(merged=True), "named", "named"),
     Case("LoRA without its base", 4, _adapter_alone, "named", "named"),
     Case("a folder of a LoRA adapter", 4, _adapter_folder, "named", "named"),
+    Case("a LoRA adapter over its base", 4, _adapter_over_its_base, "right", "right"),
     Case("weight_norm, parametrised", 4, _weight_norm, "right", "right"),
     Case("weight_norm, as before torch 2", 4, _old_weight_norm, "right", "right"),
     Case("spectral_norm, parametrised", 4, _spectral_norm, "right", "right"),

@@ -14,11 +14,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from benchmarks.transfer_cases import trained, vit
 from dtl.checkpoint import load_pretrained
@@ -135,10 +137,14 @@ PAIRS: list[tuple[str, Callable[[], nn.Module], Tokens, Callable[[], nn.Module],
 ]
 
 
-def outcome(source: nn.Module, weights: Any, target: nn.Module, of_source: Tokens, of_target: Tokens, *, arch: str | None = None) -> str:
+def outcome(
+    source: nn.Module, weights: Any, target: nn.Module, of_source: Tokens, of_target: Tokens, *, arch: str | None = None, adapter: str | None = None
+) -> str:
     try:
         read = read_weights(weights)
-        report = load_pretrained(target, read, source_model=source_network(arch, read, 5) if arch else None)
+        report = load_pretrained(
+            target, read, keep_head=True if adapter else None, adapter=adapter, source_model=source_network(arch, read, 5) if arch else None
+        )
     except UserError as error:
         return f"refused: {str(error).splitlines()[0][:400]}"
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -163,14 +169,24 @@ def _open_clip(folder: str) -> str:
     return outcome(clip, f"{folder}/open_clip.pt", _vit(num_classes=0, pre_norm=True)(), _plain, _plain)
 
 
-def _peft(folder: str, *, merged: bool) -> str:
+def _resnet() -> nn.Module:
+    return importlib.import_module("timm").create_model("resnet18", num_classes=5)
+
+
+def _peft(folder: str, build: Callable[[], nn.Module] = vit, *, how: str = "base", into: Callable[[], nn.Module] | None = None, **options: Any) -> str:
+    """An adapter over the network that `build` makes. `how`: merged by peft; its folder alone; or with its base. `into`: another network than the base."""
     peft = importlib.import_module("peft")
-    base = trained(vit())
-    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False))
-    if merged:
-        return outcome(wrapped, wrapped.merge_and_unload().state_dict(), vit(), _plain, _plain)
+    base, target = trained(build()), (into or build)()
+    weights: Any = {name: value.clone() for name, value in base.state_dict().items()} if into is None else _saved(base, f"{folder}/base")
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(**{"r": 2, "init_lora_weights": False, **options}))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    plain = _plain if into is None else lambda model, images: _of_hub(model.base_model.model, images)  # type: ignore[union-attr]
+    if how == "merged":
+        return outcome(wrapped, wrapped.merge_and_unload().state_dict(), target, plain, _plain)
     wrapped.save_pretrained(folder)
-    return outcome(wrapped, folder, vit(), _plain, _plain)
+    return outcome(wrapped, folder, target, plain, _plain) if how == "alone" else outcome(wrapped, weights, target, plain, _plain, adapter=folder)
 
 
 def _segmentation(folder: str) -> str:
@@ -193,8 +209,21 @@ def _segmentation(folder: str) -> str:
 
 OTHERS: dict[str, Callable[[str], str]] = {
     "open_clip's vision tower -> timm": _open_clip,
-    "peft, merged -> timm": lambda folder: _peft(folder, merged=True),
-    "peft, the adapter's folder -> timm": lambda folder: _peft(folder, merged=False),
+    "peft, merged -> timm": partial(_peft, how="merged", target_modules=["qkv"]),
+    "peft, the adapter's folder -> timm": partial(_peft, how="alone", target_modules=["qkv"]),
+    "peft, LoRA over its base": partial(_peft, target_modules=["qkv"], modules_to_save=["head"]),
+    "peft, rank-stabilised, ranks and alphas by pattern": partial(
+        _peft, target_modules=["qkv", "fc1"], use_rslora=True, rank_pattern={"blocks.1.attn.qkv": 3, "fc1": 4}, alpha_pattern={"fc1": 5}
+    ),
+    "peft, with biases of LoRA": partial(_peft, target_modules=["qkv", "fc2"], lora_bias=True),
+    "peft, DoRA and all biases": partial(_peft, target_modules=["qkv", "fc1"], use_dora=True, bias="all"),
+    "peft, LoRA of convolutions": partial(_peft, build=_resnet, target_modules=["conv1", "conv2", "fc"], modules_to_save=["bn1"]),
+    "peft, DoRA of convolutions": partial(_peft, build=_resnet, target_modules=["conv1", "conv2"], use_dora=True, bias="lora_only"),
+    "peft, LoRA of transformers' ViT -> timm": partial(
+        _peft, build=PAIRS[0][1], into=_vit(num_classes=5), target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
+    ),
+    "peft, PiSSA": partial(_peft, target_modules=["qkv"], init_lora_weights="pissa"),
+    "peft, LoRA of torchvision's attention": partial(_peft, build=lambda: VisionTransformer(32, 8, 2, 2, 32, 64), target_modules=["self_attention"]),
     "segmentation_models_pytorch, the encoder of a U-Net -> torchvision": _segmentation,
 }
 

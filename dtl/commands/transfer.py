@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--source",
         help="file, folder, address, torchvision:WEIGHTS or timm:NAME; FILE#KEY: one of several state dicts. Without --model: which network it is for",
     )
+    add("--adapter", metavar="FOLDER", help="a LoRA adapter of PEFT that was trained on the source, to be merged into it")
     add("--num-classes", type=int, metavar="K", help="outputs of the network's head (default: as many as --classes, else 1000)")
     add("--classes", metavar="NAMES", help="classes of the network: a,b,c, a file with one name per line, an image folder, packed shards")
     add("--by", choices=("auto", "name", "order", "strict", "map"), help="how layers are paired (default: map with --map, else auto)")
@@ -74,6 +75,7 @@ class _Wanted:
     model: str
     model_options: dict[str, Any]
     source: str
+    adapter: str | None
     map: str | None
     source_arch: str | None
     transfer: TransferOptions
@@ -102,6 +104,10 @@ def run(argv: Sequence[str]) -> int:
     from dtl.checkpoint.transfer.source.read import read_weights
 
     weights = read_weights(wanted.source)
+    if wanted.adapter is not None:
+        from dtl.checkpoint.transfer.source.adapter import with_adapter
+
+        weights = with_adapter(weights, wanted.adapter)
     report, preprocessing = _plan(wanted, weights)
     if options.verify and report.plan.ok:
         report = _verify(wanted, report, weights)
@@ -183,6 +189,7 @@ def _wanted(options: argparse.Namespace, rest: Sequence[str]) -> _Wanted:
         model=model,
         model_options=options_of(config.model.model_copy(update={"name": model})),
         source=source_named(source, find(model, own=True).name, named=model) if source == "pretrained" else source,
+        adapter=options.adapter or (of_recipe.adapter if of_recipe else None),
         map=map_file,
         source_arch=options.source_arch or (of_recipe.source_arch if of_recipe else None),
         transfer=transfer,

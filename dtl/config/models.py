@@ -363,6 +363,8 @@ class FillConfig(Section):
 class TransferSource(Section):
     source: Address
     """FILE, model FOLDER, run folder, URL, torchvision:WEIGHTS, timm:NAME, hf-hub:ORG/NAME, or pretrained (the default weights of model.name)."""
+    adapter: str | None = None
+    """A LoRA adapter of PEFT (the folder that it saved) that was trained on `source`: it is merged into those weights."""
     map: str | None = None
     """YAML or JSON file that maps names, target: source. With `by: map` it pairs all layers, with `by: auto` only the layers that it names."""
     source_arch: str | None = None

@@ -355,6 +355,10 @@ def read_pretrained(config: Config, network: Network, runtime: Runtime) -> Sourc
     options = config.transfer
     with runtime.together("transfer"):
         weights = runtime.main_first(lambda: read_weights(source_named(options.source, network.name, named=config.model.name)))
+        if options.adapter is not None:
+            from dtl.checkpoint.transfer.source.adapter import with_adapter
+
+            weights = with_adapter(weights, options.adapter)
     runtime.same("the pretrained weights' file", weights.fingerprint)
     return weights
 

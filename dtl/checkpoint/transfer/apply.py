@@ -40,6 +40,7 @@ def load_pretrained(
     keep_head: bool | Literal["rows"] | None = None,
     *,
     key: str | None = None,
+    adapter: str | Path | None = None,
     heads: Sequence[str] | None = None,
     head_rows: str | Path | Mapping[str, str | Sequence[str]] | None = None,
     source_classes: str | Path | Sequence[str] | None = None,
@@ -53,6 +54,7 @@ def load_pretrained(
 ) -> TransferReport:
     """Load the weights of `source` (see `read_weights`) into `model`, in place, and report what became of each tensor.
 
+    `adapter`: a folder of PEFT with a LoRA adapter, which is merged into `source`, its base (`with_adapter`).
     The options are those of `plan_transfer`; class names may be a file or a folder too (`read_class_names`).
     `target_preprocessing` (mean, std) is compared with the source's own preprocessing. Raises `TransferRefused`, the model
     untouched, when too little fits, when a tensor is in doubt, or when a value is not finite; its message holds the reason and
@@ -76,6 +78,10 @@ def load_pretrained(
             }
         )
     weights = read_weights(source, key=key)
+    if adapter is not None:
+        from dtl.checkpoint.transfer.source.adapter import with_adapter
+
+        weights = with_adapter(weights, adapter)
     plan = plan_weights(
         weights,
         model,
@@ -282,6 +288,7 @@ class TransferReport:
     sha256: str | None = None
     container: str = ""
     passed_over: tuple[str, ...] = ()
+    adapter: str = ""
     ordered: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
     casts: dict[str, int] = field(default_factory=dict)
@@ -298,6 +305,7 @@ class TransferReport:
             sha256=weights.sha256,
             container=weights.container,
             passed_over=weights.passed_over,
+            adapter=weights.adapter,
             ordered=weights.ordered,
             facts=weights.facts,
             warnings=plan.warnings,
@@ -342,6 +350,7 @@ class TransferReport:
             "sha256": self.sha256,
             "container": self.container,
             "passed_over": list(self.passed_over),
+            "adapter": self.adapter,
             "ordered": self.ordered,
             "by": self.plan.by,
             "view": self.plan.view,
@@ -400,6 +409,8 @@ class TransferReport:
         details += [f"{self.seconds:.2f} s"] if self.seconds is not None else []
         details += [f"{count} tensors cast {change}" for change, count in self.casts.items()]
         lines.append("  " + ", ".join(details))
+        if self.adapter:
+            lines.append(f"  with the adapter {self.adapter}")
         if self.passed_over:
             lines.append(f"  also in the file, not used: {', '.join(self.passed_over[:8])}")
         heads = [o for o in self.outcomes if o.head]

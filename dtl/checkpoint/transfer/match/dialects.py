@@ -44,6 +44,11 @@ class Translation:
     names: dict[str, str]
 
 
+def spoken(names: Sequence[str]) -> list[Dialect]:
+    """The dialects whose evidence these names hold."""
+    return [each for each in _table()[0] if each.is_spoken_in(names)]
+
+
 def translations(source: Sequence[str], target: Sequence[str]) -> Iterator[Translation]:
     """The readings of the source's names in the words of the network, by each dialect whose evidence the file holds.
 
@@ -52,8 +57,7 @@ def translations(source: Sequence[str], target: Sequence[str]) -> Iterator[Trans
     dialects, targets = _table()
     into = next((each for each in targets if each.is_spoken_in(target)), None)
     back = next(({each.name: _backwards(each, target)} for each in dialects if into is None and each.is_spoken_in(target)), {})
-    spoken = [each for each in dialects if each.is_spoken_in(source)]
-    for dialect in spoken or ([Dialect("timm", (), ())] if back else []):
+    for dialect in spoken(source) or ([Dialect("timm", (), ())] if back else []):
         meant = [name for name in source if not any(pattern.search(name) for pattern in dialect.aside)]
         names = {name: dialect.translated(name) for name in meant}
         if into is not None:

@@ -40,6 +40,7 @@ class SourceWeights:
     `ordered`: whether that order is the one in which the network registered them (safetensors sorts by name).
     `container`: words that led to the state dict inside the file; `passed_over`: other mappings of tensors beside it.
     `prefix`: the beginning of names the user chose with `FILE#prefix.`.
+    `adapter`: what was merged into the weights (`with_adapter`).
     `facts`: classes, preprocessing, architecture, as far as the source has them.
     """
 
@@ -50,6 +51,7 @@ class SourceWeights:
     container: str = ""
     prefix: str = ""
     passed_over: tuple[str, ...] = ()
+    adapter: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -292,8 +294,8 @@ _BY_SUFFIX = {
     ".engine": "a TensorRT engine: a network to run; save the state_dict of the PyTorch network that it was built from",
 }
 _FOLDERS = {
-    "adapter_config.json": "a LoRA or other adapter (PEFT) without the network that it is to be added to; merge it where it was trained "
-    "(PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()) and save the result",
+    "adapter_config.json": "a LoRA or other adapter (PEFT), without the weights that it was trained on; give those as source and this folder as adapter "
+    "(transfer.adapter, --adapter, or adapter= in Python)",
     ".metadata": "a checkpoint of torch.distributed.checkpoint; convert it with "
     "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`",
     "saved_model.pb": "a SavedModel of TensorFlow; save its weights as a dict of arrays in a .safetensors or .pth file",
