@@ -182,7 +182,7 @@ def _peft(folder: str, build: Callable[[], nn.Module] = vit, *, how: str = "base
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    plain = _plain if into is None else lambda model, images: _of_hub(model.base_model.model, images)  # type: ignore[union-attr]
+    plain = _plain if into is None else lambda model, images: _of_hub(model.base_model.model, images)
     if how == "merged":
         return outcome(wrapped, wrapped.merge_and_unload().state_dict(), target, plain, _plain)
     wrapped.save_pretrained(folder)
