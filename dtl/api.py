@@ -157,7 +157,7 @@ class Run:
     state: str
     """done, or stopped (by a signal, after saving: `dtl.fit` again resumes it)."""
     phases: tuple[dict[str, Any], ...]
-    """One row per finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, looks, train_loss, val, best."""
+    """One row per finished phase: phase, epochs, seconds, images_per_second, kept_step, kept_epoch, blend, looks, train_loss, val, best."""
     test: dict[str, Any] | None = None
     """Metrics on the test set (top1, top5, loss, num_samples, and `look`: which look at it this was), once the run is done; None without one."""
 

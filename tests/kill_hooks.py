@@ -112,6 +112,39 @@ def before_the_first_step_of_the_second_phase(number: int = signal.SIGKILL) -> N
     Trainer._next = load  # type: ignore[method-assign]
 
 
+def in_a_blend(number: int = signal.SIGKILL) -> None:
+    """In the evaluation of the fifth point between start and end, before its first step."""
+    from dtl.training.loop import Trainer
+
+    real = Trainer._evaluate
+
+    def evaluate(self: Any, active: Any, *, blend: float | None = None) -> None:
+        if blend == 0.5:
+            os.kill(os.getpid(), number)
+        real(self, active, blend=blend)
+
+    Trainer._evaluate = evaluate  # type: ignore[method-assign]
+
+
+def stopped_in_a_blend() -> None:
+    in_a_blend(signal.SIGTERM)
+
+
+def stopped_between_points() -> None:
+    """While the statistics of the second point are estimated."""
+    from dtl.training import blend
+
+    real, seen = blend.estimate_statistics, [0]
+
+    def estimate(*given: Any, **named: Any) -> bool:
+        seen[0] += 1
+        if seen[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **named)
+
+    blend.estimate_statistics = estimate
+
+
 def at_a_step() -> None:
     """After step KILL_AT, before anything that is due then."""
     from dtl.training.loop import Trainer

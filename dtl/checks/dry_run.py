@@ -84,7 +84,9 @@ def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> N
     log(f"network: {network.name}, {sum(parameter.numel() for parameter in network.module.parameters()):,} parameters")
     build.check_phases(parts.phases, network, loaders, runtime, monitor=config.checkpoint.monitor)
     if parts.checkpoint is None:
-        build.load_pretrained(config, network, runtime, loaders.train, log, weights=parts.weights)
+        transfer = build.load_pretrained(config, network, runtime, loaders.train, log, weights=parts.weights)
+        if not build.head_is_loaded(network, transfer):
+            build.check_blend(parts.phases[0])
     elif is_at_end(parts.state, parts.phases):
         log(f"{folder.path} has no step left to train (it ended at step {step})")
     else:

@@ -493,6 +493,9 @@ class PhaseConfig(Section):
     keep: Literal["one_se", "best", "last"] = "one_se"
     """Weights passed to the next phase. one_se: of the evaluations within one standard error of the best metric the one with the lowest validation loss, those
     before the first step included; best: of the best evaluation; last: the last ones."""
+    after: Literal["none", "blend"] = "none"
+    """blend: at the phase's end also evaluate nine points on the straight line between the weights that entered it and those at its end (WiSE-FT, Wortsman et
+    al. 2022); `keep: one_se` chooses among them and the phase's evaluations. Needs a phase that enters with a trained head."""
 
     @model_validator(mode="after")
     def _solved_alone(self) -> PhaseConfig:
@@ -512,6 +515,8 @@ class PhaseConfig(Section):
             raise ValueError("give `epochs` or `steps`, not both")
         if self.task == "rotate" and (self.mixup or self.cutmix):
             raise ValueError("mixup and cutmix cannot be used with `task: rotate`")
+        if self.after == "blend" and self.keep != "one_se":
+            raise ValueError(f"`after: blend` chooses by `keep: one_se`, not by `keep: {self.keep}`; leave out one of them")
         if isinstance(self.step_epochs, tuple) and any(later <= earlier for earlier, later in pairwise(self.step_epochs)):
             raise ValueError(f"step_epochs must be increasing, got {list(self.step_epochs)}")
         return self

@@ -8,7 +8,7 @@ word (timm#1254, pytorch#187298). So a type with a forward of its own is convert
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,6 +65,23 @@ def synchronise_norms(module: nn.Module, *, image_size: ImageSize, agree: Callab
     plain_norms(module)
     keeps = "keeps" if len(norms) == 1 else "keep"
     return frozenset(), f"SyncBatchNorm would change what this network computes: its {counted(len(norms), 'norm')} {keeps} the statistics of each rank"
+
+
+def statistics_of_batch(norms: Sequence[_BatchNorm], forward: Callable[[], object]) -> Tensor:
+    """Mean and variance [2, C over all `norms`] float64 that the images of one forward pass have at these norms, which normalise with them; the rest of the
+    network computes in the mode that it is in. The running statistics of `norms` are those of the pass afterwards; nothing else of them changes."""
+    before = [(norm, norm.momentum, norm.training, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+            norm.momentum, norm.training = None, True  # the mean of all of the pass, where a norm is used more than once
+        with norms_alone():
+            forward()
+        return torch.stack([torch.cat([getattr(norm, name).double() for norm in norms]) for name in ("running_mean", "running_var")])
+    finally:
+        for norm, momentum, training, tracked in before:
+            norm.momentum, norm.training, norm.num_batches_tracked = momentum, training, tracked
 
 
 @contextmanager

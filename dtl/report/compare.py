@@ -171,7 +171,7 @@ def _course(record: RunRecord, task: str, unit: str) -> Course | None:
     if not phases:
         return None
     per_x = (record.steps_per_epoch or 1) if unit == "epoch" else 1
-    columns = {name: np.concatenate([phase.val[name] for phase in phases]) for name in ("step", "epoch", "top1", "loss", "num_samples")}
+    columns = {name: np.concatenate([phase.course[name] for phase in phases]) for name in ("step", "epoch", "top1", "loss", "num_samples")}
     return Course(record, (columns["step"] - phases[0].first_step) / per_x, columns["epoch"], columns["top1"], columns["loss"], columns["num_samples"])
 
 

@@ -34,7 +34,7 @@ def curves_figure(record: RunRecord, width: int = WIDE) -> Figure | None:
     phases = record.phases
     _lines(loss, [thinned(phase.train["step"], phase.train["loss"]) for phase in phases], BLUE, "train")
     for axes, metric in ((loss, "loss"), (top1, "top1")):
-        _lines(axes, [thinned(phase.val["step"], phase.val[metric]) for phase in phases], VERMILION, "validation", dots=_MOST_MARKERS, clip_on=False)
+        _lines(axes, [thinned(phase.course["step"], phase.course[metric]) for phase in phases], VERMILION, "validation", dots=_MOST_MARKERS, clip_on=False)
     for phase in phases if len(phases) <= _MOST_MARKED else phases[-1:]:
         _mark_kept(top1, phase, record.monitor, record.last_step)
     rates = [learning_rates(record, phase) for phase in phases]
@@ -147,7 +147,7 @@ def _mark_kept(axes: Axes, phase: PhaseRecord, monitor: str, last_step: int) -> 
 
 def _limit_loss(axes: Axes, phases: list[PhaseRecord]) -> None:
     """A few values far above all others (the first steps, usually) would press the rest flat: they leave the plot, and it says so."""
-    values = np.concatenate([values for phase in phases for values in (phase.train["loss"], phase.val["loss"])])
+    values = np.concatenate([values for phase in phases for values in (phase.train["loss"], phase.course["loss"])])
     values = values[np.isfinite(values)]
     if not len(values):
         return

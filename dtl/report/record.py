@@ -29,7 +29,7 @@ from dtl.untrusted import Count, Record, Text, json_lines
 
 Column = npt.NDArray[np.float64]
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait")
-VAL_COLUMNS = ("step", "epoch", "loss", "top1", "top5", "num_samples", "kept", "entering")
+VAL_COLUMNS = ("step", "epoch", "loss", "top1", "top5", "num_samples", "kept", "entering", "blend")
 _COLUMNS = {"train": TRAIN_COLUMNS, "val": VAL_COLUMNS, "epoch": ("step", "loss")}
 """By event."""
 
@@ -59,11 +59,21 @@ class PhaseRecord:
     def num_steps(self) -> int:
         return self.last_step - self.first_step
 
+    @property
+    def is_blend(self) -> npt.NDArray[np.bool_]:
+        """By evaluation: of weights between those that entered the phase and its last ones."""
+        return np.isfinite(self.val["blend"]) if "blend" in self.val else np.zeros(len(self.val["step"]), bool)
+
+    @property
+    def course(self) -> dict[str, Column]:
+        """The evaluations of the phase's steps, for curves over these."""
+        return {name: column[~self.is_blend] for name, column in self.val.items()}
+
     def best(self, metric: str = "top1") -> int | None:
         """The place of the best evaluation in `val`, among equals the one with the lower loss, as the run decided; None where there was none."""
         # A pretext task has no recall of a class of the data: the run judged it by top1.
         known = metric if np.isfinite(self.val.get(metric, np.empty(0))).any() else "top1"
-        values = self.val[known]
+        values = np.where(self.is_blend, np.nan, self.val[known])
         if "entering" in self.val:  # what came before the phase's first step is not its own
             values = np.where(self.val["entering"] == 1, np.nan, values)
         return best_of(values, self.val["loss"], lowest=known == "loss")

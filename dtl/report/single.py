@@ -95,6 +95,7 @@ def make_report(run_folder: str | Path, *, out: str | Path | None, device: str, 
     sections = [
         parts.attempt("the table of phases", lambda: _phases(record)),
         parts.attempt("the curves", lambda: _curves(parts, record)),
+        parts.attempt("the blends", lambda: _blends(record)),
         parts.attempt("training images", lambda: _training(parts, examples)),
         parts.attempt("predictions", lambda: _predictions(parts, predictions, examples)),
         parts.attempt("confusion", lambda: _confusion(parts, predictions, examples)),
@@ -308,7 +309,7 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
     settings = record.config.phases.get(phase.name) if record.config is not None else None
     per_epoch, best = record.steps_per_epoch, phase.kept(record.monitor)
     trained = "–" if settings is None else settings.train if isinstance(settings.train, str) else ", ".join(settings.train)
-    train_loss = None if best is None else phase.train_loss_at(phase.val["step"][best])
+    train_loss = None if best is None or phase.is_blend[best] else phase.train_loss_at(phase.val["step"][best])
     seconds = phase.row.get("seconds")
     return [
         Cell(phase.task),
@@ -327,7 +328,32 @@ def _phase_cells(record: RunRecord, phase: PhaseRecord) -> list[Cell]:
 
 
 def _kept_epoch(phase: PhaseRecord, place: int) -> str:
+    if phase.is_blend[place]:
+        return f"blend {phase.val['blend'][place]:g}"
     return "before" if phase.val["step"][place] == phase.first_step else f"{phase.val['epoch'][place]:g}"
+
+
+def _blends(record: RunRecord) -> html.Section | None:
+    """The evaluations between the weights that entered a phase and its last ones, these two included."""
+    blocks: list[html.Block] = []
+    for phase in record.phases:
+        if not phase.is_blend.any():
+            continue
+        first, last = phase.val["step"] == phase.first_step, (phase.val["step"] == phase.last_step) & ~phase.is_blend
+        places = [*np.flatnonzero(first), *np.flatnonzero(phase.is_blend), *np.flatnonzero(last)]
+        kept = phase.kept(record.monitor)
+        rows = [
+            [
+                Cell("start" if first[at] else "end" if last[at] else f"{phase.val['blend'][at]:g}"),
+                Cell(f"{phase.val['loss'][at]:.4f}", number=True),
+                Cell(percent(float(phase.val["top1"][at]), 2), number=True),
+                Cell("kept" if at == kept else ""),
+            ]
+            for at in places
+        ]
+        blocks += [html.Subheading(f"Phase {phase.name}"), html.Table(["share of the way", "val loss", "top-1", ""], rows)]
+    about = "Weights on the straight line from those that entered the phase to those at its end (WiSE-FT): candidates of keep: one_se, as its evaluations are."
+    return html.section("Between start and end", *blocks, html.Text(about, soft=True)) if blocks else None
 
 
 def _interval(phase: PhaseRecord, place: int | None) -> str:

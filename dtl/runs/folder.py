@@ -73,7 +73,7 @@ class Progress(Record):
 
 
 def _phase_row(row: dict[str, Any]) -> dict[str, Any]:
-    numbers = ("epochs", "seconds", "images_per_second", "kept_step", "kept_epoch", "train_loss")
+    numbers = ("epochs", "seconds", "images_per_second", "kept_step", "kept_epoch", "blend", "train_loss")
     val = row.get("val")
     if not isinstance(row.get("phase"), str) or not isinstance(row.get("task", ""), str):
         raise ValueError("phase and task must be strings")

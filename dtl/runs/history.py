@@ -136,4 +136,4 @@ def _identity(event: Mapping[str, Any]) -> tuple[object, ...] | None:
     """What may stand in the history only once; notes may repeat."""
     if event.get("event") not in ("train", "val", "epoch", "test", "solve"):
         return None
-    return event["event"], str(event.get("phase")), event.get("step")  # text: an edited line may hold a list there
+    return event["event"], str(event.get("phase")), event.get("step"), str(event.get("blend"))  # text: an edited line may hold a list there

@@ -124,16 +124,19 @@ class Tracker:
         num_samples: int,
         kept: bool = False,
         entering: bool = False,
+        blend: float | None = None,
         **more: Any,
     ) -> None:
-        """One evaluation. `kept`: the phase keeps its weights, until another is kept. `entering`: before the phase's first step; history alone has it."""
+        """One evaluation. `kept`: the phase keeps its weights, until another is kept. `entering`: before the phase's first step; `blend`: of the weights so far
+        on the way from there to its end, 0..1. History alone has these two."""
         facts = {"loss": loss, "top1": top1, "top5": top5, "num_samples": num_samples, **more}
-        self._write({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts, "kept": kept} | ({"entering": True} if entering else {}))
-        if not entering:  # trackers have had a row of this step
+        what = {"entering": True} if entering else {} if blend is None else {"blend": blend}
+        self._write({"event": "val", "phase": phase, "epoch": epoch, "step": step, **facts, "kept": kept} | what)
+        if not what:  # trackers have had a row of this step
             self._copy("val", phase, epoch, step, facts)
         shown = "" if top1 is None else f"  top1 {top1:.2%}"
         shown += "".join(f"  {name} {value:.2%}" for name, value in more.items() if isinstance(value, float))
-        when = "before its first step" if entering else f"epoch {epoch}  step {step}"
+        when = "before its first step" if entering else f"epoch {epoch}  step {step}" if blend is None else f"blend {blend:g}"
         self.print(f"{phase}  {when}  validation loss {loss:.4f}{shown}  ({counted(num_samples, 'sample')})")
 
     def test(self, *, phase: str, epoch: int, step: int, loss: float, top1: float | None, top5: float | None, num_samples: int, **more: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,10 @@ class ActivePhase:
     """In the main process: the network's state dict at the evaluation that the phase keeps so far, in host memory."""
     candidates: dict[str, Evaluated] = field(default_factory=dict)
     """In the main process, with `keep: one_se`: what the evaluations `kept` and `best` found for each image."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """In the main process, with `after: blend`: what entered the phase of the tensors that it may change, in host memory."""
+    blend: float | None = None
+    """The phase keeps weights so far on the way from there to its end."""
     predictions: ImagePredictions | None = None
     """In the main process: what the evaluation of the weights that the phase would leave behind has predicted; of a run's last phase."""
 
@@ -105,6 +109,8 @@ class ActivePhase:
             groups["ema"] = self.ema.state_tensors()
         if self.kept:
             groups["best"] = self.kept
+        if self.start:
+            groups["start"] = self.start
         groups |= {f"{name}_images": candidate.tensors() for name, candidate in self.candidates.items()}
         if self.predictions is not None:
             groups["predictions"] = {name: torch.from_numpy(column) for name, column in vars(self.predictions).items()}
@@ -122,6 +128,8 @@ class ActivePhase:
             self.ema.load(checkpoint.tensors("ema"), num_updates=int(checkpoint.state["ema_updates"]))
         if runtime.is_main and "best" in checkpoint.groups:
             self.kept = checkpoint.tensors("best")
+        if runtime.is_main and "start" in checkpoint.groups:
+            self.start = checkpoint.tensors("start")
         if runtime.is_main and "kept_images" in checkpoint.groups:
             self.candidates = {name: Evaluated.from_tensors(checkpoint.tensors(f"{name}_images")) for name in ("kept", "best")}
         if runtime.is_main and "predictions" in checkpoint.groups:
@@ -143,14 +151,35 @@ class ActivePhase:
     def take_result(self, runtime: Runtime) -> None:
         """Put the weights that the phase passes on into the network: those of the evaluation that it keeps, of its moving average, or the last."""
         if self.phase.config.keep != "last":
-            if runtime.is_main and self.kept:
-                own = self.module.state_dict()
-                check_tensors(own, self.kept, "the weights that the phase keeps belong to another network")
-                for name, tensor in own.items():
-                    tensor.copy_(self.kept[name], non_blocking=True)
-            runtime.sync_tensors([*self.module.parameters(), *self.module.buffers()])
+            self.put(self.kept, runtime)
         elif self.ema is not None:
             self.ema.copy_to(self.module)
+
+    def put(self, tensors: Mapping[str, Tensor], runtime: Runtime) -> None:
+        """Make `tensors`, a state dict of the main process, the weights of all ranks; none there (of a checkpoint without kept weights): its present ones."""
+        if runtime.is_main and tensors:
+            own = self.module.state_dict()
+            check_tensors(own, tensors, "the weights that the phase keeps belong to another network")
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name], non_blocking=True)
+        runtime.sync_tensors([*self.module.parameters(), *self.module.buffers()])
+
+    def remember_start(self, runtime: Runtime) -> None:
+        """The present weights are those that enter the phase."""
+        if runtime.is_main and self.phase.config.after == "blend":
+            frozen = set(self.frozen_names)
+            self.start = copy_to_host({name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}, {})
+
+    def at_end(self, runtime: Runtime) -> dict[str, Tensor]:
+        """In the main process: a copy of the present weights, those of the moving average where there is one, in host memory."""
+        if not runtime.is_main:
+            return {}
+        with self.evaluating():
+            return copy_to_host(self.module.state_dict(), {})
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Within it the network has the weights that the phase would leave behind now: those of its moving average where there is one."""
+        return nullcontext() if self.ema is None else self.ema.swapped(self.module)
 
     def set_lr(self, phase_step: int) -> float:
         """Learning rate of the step number `phase_step` (from 0) into all groups; returns the phase's own, without group scales."""

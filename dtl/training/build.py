@@ -110,8 +110,10 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
     with runtime.together("phases"):
         if any(phase.config.task == "classify" for phase in phases):
             check_monitor(monitor, loaders.classes, loaders.val.manifest.class_counts)
-        for phase in phases:
+        for before, phase in zip([None, *phases], phases):
             config = phase.config
+            if before is not None and (before.task.name, before.num_outputs) != (phase.task.name, phase.num_outputs):
+                check_blend(phase)
             if config.task == "rotate" and not isinstance(size := loaders.size_of(phase), int):
                 setting = "data.image_size" if config.image_size is None else f"phases.{phase.name}.image_size"
                 raise UserError(f"phase {phase.name}: the task rotate needs square images, but {setting} is {shown_size(size)}; give one number")
@@ -126,6 +128,20 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
                     class_weights(config.class_weights, loaders.class_counts, loaders.classes)
             except UserError as error:
                 raise UserError(f"phase {phase.name}: {error}") from error
+
+
+def head_is_loaded(network: Network, transfer: TransferReport | None) -> bool:
+    """The head has pretrained weights too."""
+    return transfer is not None and not {f"{head}.weight" for head in network.heads} & set(transfer.fresh)
+
+
+def check_blend(phase: Phase) -> None:
+    """Called for a phase that begins with a new head: UserError where it is to be blended with the weights that entered it."""
+    if phase.config.after == "blend":
+        raise UserError(
+            f"phases.{phase.name}.after is blend, but the phase begins with a new head: the networks at its start and at its end are different ones; train the "
+            "head in a phase before it (`head: {train: head}`), or leave `after` out"
+        )
 
 
 # ---- data

@@ -194,6 +194,16 @@ class DataLoaders:
         assert self.test is not None
         return self._eval_steps("test", self.test)
 
+    def clean_batches(self, size: int, most: int) -> tuple[int, Iterator[list[Batch]]]:
+        """Training images as evaluation sees them, about `most` of them, shuffled in a fixed order, in batches of at most `size`: how many batches all ranks
+        have together, and this rank's stretch of them. A batch is the same at any number of ranks."""
+        plan = EpochPlan(self.train.shard_sizes, seed=self.seed, epoch=0, global_batch_size=size, window=self.window)
+        layout = RankLayout.for_plan(plan, num_ranks=1, micro_batch_size=None)
+        num = min(plan.num_steps, -(-most // size))
+        first, last = num * self.rank // self.world_size, num * (self.rank + 1) // self.world_size
+        loader = self._loader("train", lambda epoch: plan, layout, limit=None, clean=True)
+        return num, loader.steps(0, first, last - first) if last > first else _nothing()
+
     def _eval_steps(self, split: str, shards: Shards) -> Iterator[list[Batch]]:
         loader, _, num_steps = self._eval_loader(split, shards)
         return loader.steps(0, 0, num_steps)
@@ -249,14 +259,15 @@ class DataLoaders:
         damaged = self.train.damaged(int(mine[0]), "")
         return f"{counted(len(mine), 'sample')} starting at {damaged.key} of {damaged.shard}"
 
-    def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None) -> StepLoader:  # type: ignore[no-untyped-def]
-        cached = self.cached.get(split)
+    def _loader(self, split: str, plans, layout: RankLayout, *, limit: int | None, clean: bool = False) -> StepLoader:  # type: ignore[no-untyped-def]
+        """`clean`: as evaluation sees them, and all of them for every rank."""
+        cached = None if clean else self.cached.get(split)
         return StepLoader(
             {"train": self.train, "val": self.val, "test": self.test or self.val}[split],
-            self.train_transform if split == "train" else self.val_transform,
+            self.train_transform if split == "train" and not clean else self.val_transform,
             plans=plans,
             layout=layout,
-            rank=self.rank,
+            rank=0 if clean else self.rank,
             image_size=self.image_size,
             seed=self.seed,
             workers=0 if cached is not None else self.workers,
@@ -265,6 +276,10 @@ class DataLoaders:
             steps_per_epoch=limit,
             dataset=cached,
         )
+
+
+def _nothing() -> Iterator[list[Batch]]:
+    yield from ()
 
 
 def _file_bytes(shards: Shards) -> int:

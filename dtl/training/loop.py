@@ -35,6 +35,7 @@ from dtl.runs.predictions import TWINS_NAME, ImagePredictions
 from dtl.runs.trace import open_trace
 from dtl.training import micro_batch
 from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
+from dtl.training.blend import points
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import PredictionRows, evaluate
 from dtl.training.features import PhaseFeatures
@@ -104,11 +105,15 @@ class Trainer:
             if checkpoint is not None:
                 strict_load(self.network.module, checkpoint.tensors("model"), str(checkpoint.path))
             active = self._enter(phase)
+            if begins:
+                active.remember_start(self.runtime)
             if checkpoint is not None:
                 active.restore(checkpoint, self.runtime)
                 self._log.restore()
                 checkpoint = None
             self._train(active)
+            if phase.config.after == "blend":
+                self._blend(active)
             self._finish(active)
             del active  # its optimizer, gradients and average make room for the next phase's
         if self.loaders.test is not None:
@@ -240,6 +245,16 @@ class Trainer:
         left = phase.num_steps - self.state.phase.step
         return closing(StepProfiler(self.session.folder.path, phase.name, steps=steps, left=left, device=self.runtime.device, log=self.tracker.print))
 
+    def _blend(self, active: ActivePhase) -> None:
+        """Evaluate points between the weights that entered the phase and those at its end. Nothing of it is saved, and the end has its checkpoint: a start that
+        is killed or stopped here does all of it anew, and more epochs go on from the end."""
+        for share in points(active, self.loaders, self.runtime, normalise=self.normalise, stops=self._before_feature_step):
+            if share is None:
+                self._saver.stop_at_end()
+            self._evaluate(active, blend=share)
+        kept = "no point between its start and its end" if active.blend is None else f"blend {active.blend:g}"
+        self.tracker.print(f"phase {active.phase.name} keeps {kept}")
+
     def _finish(self, active: ActivePhase) -> None:
         """Leave the phase's weights in the network, and note what the phase has come to."""
         phase, state = active.phase, self.state
@@ -252,7 +267,7 @@ class Trainer:
         leave(active, self.runtime)
         self.loaders.cached = {}
         self.tracker.end_phase()
-        note_result(phase, state)
+        note_result(phase, state, blend=active.blend)
 
     # ---- a step
 
@@ -309,8 +324,8 @@ class Trainer:
 
     # ---- an evaluation
 
-    def _evaluate(self, active: ActivePhase) -> None:
-        """Validation metrics of the weights that the phase would leave behind (the moving average where there is one)."""
+    def _evaluate(self, active: ActivePhase, *, blend: float | None = None) -> None:
+        """Validation metrics of the weights that the phase would leave behind (the moving average where there is one), or of a point of its blend."""
         self.heart.enter("evaluate", self.state.step)
         self._log.check_loss(active)
         phase, state = active.phase, self.state
@@ -320,7 +335,7 @@ class Trainer:
         # The run delivers weights of its last phase: what these predict for each image is kept with them.
         rows = PredictionRows() if phase is self.phases[-1] or self.config.data.group is not None else None
         results = ImageResults(monitor, classes, self.loaders.val.num_samples) if phase.config.keep == "one_se" else None
-        with active.ema.swapped(active.module) if active.ema is not None else nullcontext():
+        with active.evaluating() if blend is None else nullcontext():
             sums = evaluate(
                 active.evaluated,
                 self.loaders.val_steps(),
@@ -334,7 +349,9 @@ class Trainer:
             )
             if sums is not None:
                 more = {} if monitored is None else {monitor: monitored.value(self.runtime)}
-                self._judge(active, {**sums.result(), **more}, rows, results, monitor)
+                self._judge(active, {**sums.result(), **more}, rows, results, monitor, blend)
+        if sums is None and blend is not None:
+            self._saver.stop_at_end()
         if sums is None:
             self._saver.stop(active)
         state.phase.pending_eval = False
@@ -379,24 +396,27 @@ class Trainer:
         self.heart.enter("features", self.state.step)
         return self._settle(self._exchange(batches), "train", batches).stop
 
-    def _judge(self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None, results: ImageResults | None, monitor: str) -> None:
+    def _judge(
+        self, active: ActivePhase, metrics: dict[str, Any], rows: PredictionRows | None, results: ImageResults | None, monitor: str, blend: float | None
+    ) -> None:
         """Log the evaluation, keep the weights where the phase's rule says so, and see whether the phase has reached its end early."""
         phase, state = active.phase, self.state
         epoch, entering = phase.epoch_of(max(0, state.phase.step - 1))[0], state.phase.step == 0
         state.phase.looks = None if state.phase.looks is None else state.phase.looks + 1
         # Early stopping goes by what the phase's own steps come to.
-        judgement = Judgement(gain=False, end=None) if entering else judge(metrics, phase, state, monitor=monitor)
+        judgement = Judgement(gain=False, end=None) if entering or blend is not None else judge(metrics, phase, state, monitor=monitor)
         keeps = judgement.gain or phase.config.keep == "last"
         if results is not None:
             new = results.all_ranks(self.runtime, metrics)
             keeps = self.runtime.is_main and active.choose(new, PairedError(monitor, phase.num_outputs, self._val_groups))
         keeps, ended = self.runtime.agree((keeps, judgement.end is not None))
-        self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, kept=keeps, entering=entering, **metrics)
+        self.tracker.val(phase=phase.name, epoch=epoch, step=state.step, kept=keeps, entering=entering, blend=blend, **metrics)
         if keeps and rows is not None:
             predictions = rows.all_ranks(self.runtime)
             active.predictions = predictions if self.runtime.is_main else None
             metrics |= self._interval(phase, predictions, self._val_groups)
         if keeps:
+            active.blend = blend
             note_kept(metrics, phase, state)
             active.keep_weights(self.runtime)
         if ended and state.phase.step < phase.num_steps:
@@ -475,7 +495,7 @@ class Saver:
         raise Stopped(why, step=self.state.step)
 
     def stop_at_end(self) -> None:
-        """`stop` after the last phase, whose last step has its checkpoint: raises Stopped."""
+        """`stop` after the last step of a phase, which has its checkpoint: raises Stopped."""
         why = self._why("a signal")
         self.heart.enter("save")
         with self.runtime.together("checkpoint"):

@@ -201,10 +201,11 @@ def top1_interval(task: str, val: Mapping[str, Any]) -> Interval | None:
     return wilson(val.get("top1"), val.get("num_samples") or 0) if task == "classify" else None
 
 
-def note_result(phase: Phase, state: TrainState) -> None:
+def note_result(phase: Phase, state: TrainState, *, blend: float | None = None) -> None:
     """A finished phase's row of the closing table, into `state`; one that went on for more epochs replaces its earlier row.
 
-    Both losses and top1 are of the weights that the phase leaves behind: those of the evaluation after step `kept`.
+    Both losses and top1 are of the weights that the phase leaves behind: those of the evaluation after step `kept`, or so far (`blend`, 0..1) on the way
+    from the weights that entered the phase to its last ones, which are of no epoch.
     """
     kept, best = state.phase.kept, state.results.best.get(phase.name)
     row = {
@@ -215,9 +216,10 @@ def note_result(phase: Phase, state: TrainState) -> None:
         "images_per_second": state.phase.num_images / max(state.phase.train_seconds, 1e-9),
         "kept_step": None if kept is None else kept.step,
         # The weights that entered the phase are of no epoch of its own.
-        "kept_epoch": None if kept is None or kept.step == state.step - state.phase.step else kept.epoch,
+        "kept_epoch": None if kept is None or kept.step == state.step - state.phase.step or blend is not None else kept.epoch,
+        "blend": blend,
         "looks": state.phase.looks if phase.config.keep != "last" else 1,
-        "train_loss": None if kept is None else kept.train_loss,
+        "train_loss": None if kept is None or blend is not None else kept.train_loss,
         "val": None if kept is None else {name: value for name, value in kept.val.items() if name != "top1_interval"},
         "top1_interval": None if kept is None else top1_interval(phase.config.task, kept.val),
         "best": None if best is None else vars(best),

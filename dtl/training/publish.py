@@ -129,7 +129,8 @@ def table_rows(results: Sequence[dict[str, Any]], test: Mapping[str, Any] | None
     for row in results:
         val = row["val"] or {}
         interval = shown(top1_interval(row["task"], {**val, **{name: row[name] for name in ("top1_interval",) if name in row}})).replace(" to ", "-") or None
-        epoch = "before" if row["kept_epoch"] is None and row["kept_step"] is not None else row["kept_epoch"]
+        blended = None if row.get("blend") is None else f"blend {row['blend']:g}"
+        epoch = blended or ("before" if row["kept_epoch"] is None and row["kept_step"] is not None else row["kept_epoch"])
         rows.append({**row, "kept_epoch": epoch, "val_loss": val.get("loss"), "top1": val.get("top1"), "interval": interval})
     return rows if test is None else [*rows[:-1], {**rows[-1], "test_top1": test.get("top1")}]
 

@@ -61,9 +61,11 @@ def run(
             transfer = None
             if parts.checkpoint is None:
                 transfer = build.load_pretrained(config, parts.network, runtime, parts.loaders.train, log, parts.weights, session.folder.path)
+            loaded = build.head_is_loaded(parts.network, transfer)
+            if parts.checkpoint is None and not loaded:
+                build.check_blend(parts.phases[0])
             parts.weights = None  # their memory
             normalise = build.place_network(config, parts.network, runtime)
-        loaded = transfer is not None and not {f"{head}.weight" for head in parts.network.heads} & set(transfer.fresh)
         trainer = Trainer(session, parts.network, normalise, parts.loaders, parts.phases, parts.state, head_is_loaded=loaded)
         _begin(session, trainer, transfer)
         if config.run.debug:
