@@ -494,15 +494,14 @@ class PhaseConfig(Section):
     """Weights passed to the next phase. one_se: of the evaluations within one standard error of the best metric the one with the lowest validation loss, those
     before the first step included; best: of the best evaluation; last: the last ones."""
     after: Literal["none", "blend"] = "none"
-    """blend: at the phase's end also evaluate nine points on the straight line between the weights that entered it and those at its end (WiSE-FT, Wortsman et
-    al. 2022); `keep: one_se` chooses among them and the phase's evaluations. Needs a phase that enters with a trained head."""
+    """blend: at the phase's end also evaluate nine points on the straight line between the weights that entered it and its last ones (WiSE-FT, Wortsman et
+    al. 2022); `keep: one_se` chooses among them, too. The phase must begin with a trained head."""
 
     @model_validator(mode="after")
     def _solved_alone(self) -> PhaseConfig:
         if self.optimizer == "solve":
-            fits = {"task", "train", "image_size", "optimizer", "class_weights", "label_smoothing", "keep"} | (
-                {"cache_features"} if self.cache_features else set()
-            )
+            cached = {"cache_features"} if self.cache_features else set()
+            fits = {"task", "train", "image_size", "optimizer", "class_weights", "label_smoothing", "keep"} | cached
             if given := [name for name, field in type(self).model_fields.items() if name not in fits and getattr(self, name) != field.default]:
                 raise ValueError(f"`optimizer: solve` has no use for {', '.join(given)}; leave that out, or use `optimizer: sgd`")
             if self.task != "classify":
