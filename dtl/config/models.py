@@ -245,8 +245,7 @@ class ColumnsConfig(Section):
 
 class DataConfig(Section):
     train: Address | None = None
-    """Training data: an image folder (one folder per class), a zip or tar of one, a list file, CIFAR batches, packed shards, WebDataset tars (local or
-    remote), or `digits`."""
+    """Training data: an image folder (one folder per class), a zip or tar of one, a list file, CIFAR batches, packed shards, WebDataset tars, or `digits`."""
     val: Address | None = None
     """Validation data; not needed if `train` contains a train/ and a val/ folder, or with `val_fraction`."""
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -272,8 +271,7 @@ class DataConfig(Section):
     fit: Fit = "crop"
     """How an image gets the shape of the input. crop: its middle; stretch: all of it, with other proportions; pad: all of it, with bars of the mean colour."""
     range: Literal["auto"] | tuple[float, float] = "auto"
-    """Of images with more than 8 bits a channel (16-bit, float): [LOW, HIGH], the values that become black and white, for all images; auto: as packing found
-    it in the training images."""
+    """Of images with more than 8 bits a channel (16-bit, float): [LOW, HIGH], the values that become black and white; auto: as found in the training images."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
     """Whether images are turned as their EXIF orientation says; auto: yes, but for shards that an older dtl packed, where it is not known."""
     channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 3
@@ -433,8 +431,7 @@ class PhaseConfig(Section):
     """Batch norms of what is trained. batch: with the statistics of each batch, which the running ones follow (PyTorch's train mode); frozen: with the
     running statistics that came with the weights (eval mode), which no norm changes in this phase; scale and shift are trained."""
     image_size: Annotated[Side | tuple[Side, Side] | None, AfterValidator(_square_as_one)] = None
-    """Size of the input images in this phase, as in `data.image_size`, which is the default. A phase trains and evaluates at its size; the model has that of
-    the last phase."""
+    """Size of the input images in this phase; by default `data.image_size`. A phase trains and evaluates at its size; the model has that of the last phase."""
     lr: NotNegative = 0.01
     """Learning rate."""
     head_lr_scale: NotNegative = 1.0
