@@ -120,7 +120,7 @@ def test_a_blend_of_different_networks_is_refused_in_one_line(tmp_path: Path, im
     pretext = {"pretext": {"task": "rotate", "train": "all", "steps": 1}, "all": BLENDED}
     for phases, more in (({"all": BLENDED}, []), (pretext, ["--dry-run"])):
         job = run([*recipe(tmp_path, images, phases=phases), *more], cwd=tmp_path, code=2)
-        (line,) = [line for line in job.err().splitlines() if "blend" in line]
+        (line,) = [line for line in job.err().splitlines() if "after is blend" in line]
         assert "phases.all.after is blend, but the phase begins with a new head" in line
         assert "train the head in a phase before it (`head: {train: head}`), or leave `after` out" in line
 
