@@ -53,6 +53,12 @@ def with_dropout(num_classes: int) -> nn.Module:
     return nn.Sequential(OrderedDict(features=backbone, classifier=nn.Sequential(nn.Dropout(0.3), nn.Linear(48, num_classes))))
 
 
+def squashed(num_classes: int) -> nn.Module:
+    """A layer behind the head."""
+    features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(OrderedDict(features=features, head=nn.Linear(8, num_classes), last=nn.Tanh()))
+
+
 def hungry(num_classes: int, fits: int = 16, least: int | None = None, in_backward: bool = False, from_side: int = 0) -> nn.Module:
     """Out of memory above `fits` images of `from_side` pixels or more in training (`least` on the last rank), in the forward or the backward pass."""
     last = int(os.environ.get("RANK") or 0) == int(os.environ.get("WORLD_SIZE") or 1) - 1

@@ -72,6 +72,9 @@ def dry_run(config: Config, name: str, *, started: float | None = None) -> int:
 def _prepare(config: Config, folder: RunFolder, runtime: Runtime, log: Log) -> None:
     store = CheckpointStore(folder.path / "checkpoints", config.checkpoint, log=log)
     parts = build.prepare(config, folder, store, runtime, log)
+    config = parts.config
+    for line in config.notes:
+        log(line)
     network, loaders, step = parts.network, parts.loaders, parts.state.step
     for split, shards in (("training", loaders.train), ("validation", loaders.val), ("test", loaders.test)):
         if shards is None:

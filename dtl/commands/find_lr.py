@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(list(arguments))
     from dtl.config import Config, load_config
+    from dtl.config.load import is_shipped, with_sgd
 
     parser.refuse_unknown(rest, Config.model_fields)
     config, name = load_config([*(["--config", options.config] if options.config else []), *rest])
@@ -46,7 +47,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--phase {options.phase}: the recipe has no such phase; its phases: {', '.join(config.phases)}")
     phase = options.phase or list(config.phases)[-1]
     if config.phases[phase].optimizer == "solve":
-        raise UserError(f"phase {phase} is solved (optimizer: solve), so it has no learning rate; give another --phase, or --phases.{phase}.optimizer sgd")
+        if not is_shipped(config, f"phases.{phase}.optimizer"):
+            raise UserError(f"phase {phase} is solved (optimizer: solve), so it has no learning rate; give another --phase, or --phases.{phase}.optimizer sgd")
+        config = with_sgd(config, phase, "a head that is solved has no learning rate")
     return _run(config, f"{name}-{phase}", phase, options)
 
 
@@ -118,6 +121,8 @@ def _measure(config: Config, phase_name: str, options: argparse.Namespace, runti
     from dtl.training.micro_batch import fit, unstable_operators
 
     log = to_stderr if runtime.is_main else to_nobody
+    for line in config.notes:
+        log(line)
     with runtime.before_first_step(lambda: None):
         data = build.open_data(config, runtime, log)
         train = data.train

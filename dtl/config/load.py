@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from dtl.config.models import Config, DataConfig, ModelConfig, PhaseConfig, Section
+from dtl.config.models import BESIDE_SOLVE, Config, DataConfig, ModelConfig, PhaseConfig, Section
 from dtl.credentials import is_address
 from dtl.errors import UserError
 from dtl.files import user_path
@@ -63,14 +63,17 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
         text, origin, name = _read_recipe(str(recipe or "digits"))
         values = parse_config(text, origin)
     _check_phases(values, changes, origin)
+    shipped = set() if isinstance(recipe, Mapping) or text not in builtin_recipes().values() else {path for path, _ in _leaves((), values)}
+    solved = _solved(values)
     by_family = phases_by_family(values)
     for path, value in changes.items():
         _merge(values, path, value)
     given = _Given(origin, dict(leaf for path, value in changes.items() for leaf in _leaves(path, value)))
     _replace_durations(values, given.options)
-    notes = (*_replace_solve(values, given.options), *_fill_by_family(values, dict.fromkeys([*by_family, *phases_by_family(values)])))
+    notes = (*_replace_solve(values, given.options, solved, shipped), *_fill_by_family(values, dict.fromkeys([*by_family, *phases_by_family(values)])))
     config = _validate(values, given)
     config._notes = notes
+    config._shipped = frozenset(".".join(path) for path in shipped - set(given.options))
     _check_whole(config, given)
     return config, check_run_name(config.run.name if config.run.name is not None else _of_sweep(name))
 
@@ -331,26 +334,66 @@ def _replace_durations(values: dict[str, Any], options: Mapping[_Path, Any]) -> 
 
 _OF_SGD = ("lr", "epochs", "steps", "views")
 SGD_EPOCHS = 10
-"""Of a head that a recipe would solve, where an option asks for SGD."""
+"""Of a head that a recipe would solve, where it is trained by SGD."""
 
 
-def _replace_solve(values: dict[str, Any], options: Mapping[_Path, Any]) -> tuple[str, ...]:
-    """`--phases.head.lr 0.5` trains by SGD a head that the recipe solves; so does run.debug, which looks at few images. Returns a line for each such phase."""
-    notes = []
+def is_shipped(config: Config, key: str) -> bool:
+    """Whether the value of a dotted key is that of a recipe that comes with dtl: neither the user's own recipe nor an option has set it."""
+    return key in config._shipped
+
+
+def _solved(values: Mapping[str, Any]) -> list[str]:
     phases = values.get("phases")
+    return [name for name, phase in phases.items() if isinstance(phase, dict) and phase.get("optimizer") == "solve"] if isinstance(phases, dict) else []
+
+
+def _replace_solve(values: dict[str, Any], options: Mapping[_Path, Any], solved: Sequence[str], shipped: Collection[_Path]) -> tuple[str, ...]:
+    """`--phases.head.lr 0.5` trains by SGD a head that the recipe solves (`solved`); so does run.debug, which looks at few images. On top of a recipe that
+    comes with dtl, so does any setting that means nothing where a head is solved. Returns a line for each such phase."""
+    notes = []
     debug = isinstance(values.get("run"), dict) and values["run"].get("debug") is True
-    for name, phase in phases.items() if isinstance(phases, dict) else ():
-        if not isinstance(phase, dict) or phase.get("optimizer") != "solve" or ("phases", name, "optimizer") in options:
+    for name in solved:
+        phase = values["phases"].get(name) if isinstance(values.get("phases"), dict) else None
+        own = options.get(("phases", name, "optimizer"))
+        if not isinstance(phase, dict) or own == "solve":
             continue
-        given = [key for key in _OF_SGD if options.get(("phases", name, key)) is not None]
-        if given or debug:
-            phase["optimizer"] = "sgd"
-            if phase.get("epochs") is None and phase.get("steps") is None:
-                phase["epochs"] = SGD_EPOCHS
-            why = ", ".join(f"--phases.{name}.{key}" for key in given) or "--run.debug"
-            length = f"{phase['epochs']} epochs" if phase.get("epochs") else f"{phase['steps']} steps"
-            notes.append(f"phase {name}: {why} means optimizer sgd in place of solve: {length}, lr {phase.get('lr', PhaseConfig().lr)}")
+        keys = {path[2] for path, value in options.items() if path[:2] == ("phases", name) and len(path) > 2 and value is not None}
+        is_ours = ("phases", name, "optimizer") in shipped
+        unfit = [key for key in _OF_SGD if key in keys]
+        unfit += [key for key in sorted(keys.difference(_OF_SGD)) if is_ours and _is_no_use(key, phase.get(key))]
+        if own is None and not unfit and not debug:
+            continue
+        phase["optimizer"] = own or "sgd"
+        has_length = phase.get("epochs") is not None or phase.get("steps") is not None
+        if not has_length:
+            phase["epochs"] = SGD_EPOCHS
+        if own is None or not has_length:
+            why = ", ".join(f"--phases.{name}.{key}" for key in (unfit if own is None else ["optimizer"])) or "--run.debug"
+            notes.append(f"phase {name}: {why} means {_by_steps(phase)}")
     return tuple(notes)
+
+
+def _is_no_use(key: str, value: Any) -> bool:
+    """Whether this value of a phase's setting, which is not its default, means nothing beside `optimizer: solve`."""
+    if key in ("task", "train"):
+        return bool(value != {"task": "classify", "train": "head"}[key])
+    if key == "cache_features":
+        return value is False
+    return key not in BESIDE_SOLVE and key in PhaseConfig.model_fields and bool(value != PhaseConfig.model_fields[key].default)
+
+
+def _by_steps(phase: Mapping[str, Any]) -> str:
+    length = f"{phase['epochs']} epochs" if phase.get("epochs") else f"{phase['steps']} steps"
+    rate = "" if phase["optimizer"] == "auto" else f", lr {phase.get('lr', PhaseConfig().lr)}"
+    return f"optimizer {phase['optimizer']} in place of solve: {length}{rate}"
+
+
+def with_sgd(config: Config, name: str, why: str) -> Config:
+    """`config` with a phase that is trained by SGD, not solved, and a note that says why."""
+    phase = config.phases[name].model_copy(update={"optimizer": "sgd", "epochs": SGD_EPOCHS})
+    changed = config.model_copy(update={"phases": {**config.phases, name: phase}})
+    changed._notes = (*config.notes, f"phase {name}: {_by_steps(dict(phase))}, since {why}")
+    return changed
 
 
 def _validate(values: dict[str, Any], given: _Given) -> Config:

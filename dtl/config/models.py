@@ -45,8 +45,7 @@ def as_size(height: int, width: int) -> ImageSize:
 
 
 def num_pixels(size: ImageSize) -> int:
-    height, width = sides(size)
-    return height * width
+    return sides(size)[0] * sides(size)[1]
 
 
 def shown_size(size: ImageSize) -> str:
@@ -59,6 +58,7 @@ def _square_as_one(value: Any) -> Any:
 
 
 RECALL_OF = "recall:"
+BESIDE_SOLVE = frozenset({"task", "train", "image_size", "optimizer", "class_weights", "label_smoothing", "keep"})
 Metric = Literal["top1", "top5", "loss", "balanced_accuracy", "macro_f1", "auroc", "average_precision"]
 
 
@@ -428,8 +428,8 @@ class PhaseConfig(Section):
     steps: Count | None = None
     """Duration in steps, instead of epochs."""
     norm_statistics: Literal["batch", "frozen"] = "batch"
-    """Batch norms of what is trained. batch: with the statistics of each batch, which the running ones follow (PyTorch's train mode); frozen: with the
-    running statistics that came with the weights (eval mode), which no norm changes in this phase; scale and shift are trained."""
+    """Batch norms of what is trained. batch: by the statistics of each batch, which the running ones follow (train mode); frozen: by the running statistics
+    that came with the weights (eval mode), which stay; scale and shift are trained."""
     image_size: Annotated[Side | tuple[Side, Side] | None, AfterValidator(_square_as_one)] = None
     """Size of the input images in this phase; by default `data.image_size`. A phase trains and evaluates at its size; the model has that of the last phase."""
     lr: NotNegative = 0.01
@@ -497,8 +497,7 @@ class PhaseConfig(Section):
     @model_validator(mode="after")
     def _solved_alone(self) -> PhaseConfig:
         if self.optimizer == "solve":
-            cached = {"cache_features"} if self.cache_features else set()
-            fits = {"task", "train", "image_size", "optimizer", "class_weights", "label_smoothing", "keep"} | cached
+            fits = BESIDE_SOLVE | ({"cache_features"} if self.cache_features else set())
             if given := [name for name, field in type(self).model_fields.items() if name not in fits and getattr(self, name) != field.default]:
                 raise ValueError(f"`optimizer: solve` has no use for {', '.join(given)}; leave that out, or use `optimizer: sgd`")
             if self.task != "classify":
@@ -519,9 +518,7 @@ class PhaseConfig(Section):
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """The phase's duration in optimizer steps."""
-        if self.optimizer == "solve":
-            return 1
-        return self.steps or max(1, round((self.epochs or 1.0) * steps_per_epoch))
+        return 1 if self.optimizer == "solve" else self.steps or max(1, round((self.epochs or 1.0) * steps_per_epoch))
 
 
 class CheckpointConfig(Section):
@@ -560,6 +557,7 @@ class TrackingConfig(Section):
 
 class Config(Section):
     _notes: tuple[str, ...] = PrivateAttr(())
+    _shipped: frozenset[str] = PrivateAttr(frozenset())
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -576,12 +574,14 @@ class Config(Section):
         """What its reader should be told of how the options were understood."""
         return self._notes
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.to_dict() == other.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names that the YAML file uses."""
         return self.model_dump(mode="json", by_alias=True)
 
     def flat(self) -> dict[str, Any]:
-        """The values of `to_dict` under dotted keys."""
         return flat(self.to_dict())
 
     def to_yaml(self) -> str:

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from dtl.text import counted
+
 LANES = 16
 BLOCK = 1024
 """Rows that are in memory as float64 at once, for each lane that is being summed."""
@@ -70,10 +72,6 @@ class Rows:
     """Share of each target that is spread evenly over all classes."""
 
 
-def _alone(sums: Tensor) -> list[Tensor]:
-    return [sums]
-
-
 @dataclass(frozen=True)
 class Team:
     """The processes that solve together: each calls `solve` with the same arguments."""
@@ -82,8 +80,8 @@ class Team:
     ranks: int = 1
     share: Callable[[Any], Any] = lambda value: value
     """The first process's value, in all."""
-    gather: Callable[[Tensor], list[Tensor]] = _alone
-    """The tensor of each process, of one shape, in all, in the order of the ranks."""
+    add: Callable[[Tensor], Tensor] = lambda sums: sums
+    """The sum of the tensors of all processes, in all; of each entry all but one are 0, so the order does not matter."""
     stop: Callable[[], bool] = lambda: False
     """Asked after each pass over the rows; the same answer in all processes."""
     threads: int = 1
@@ -126,13 +124,22 @@ def deal(labels: np.ndarray, units: np.ndarray, order: np.ndarray) -> np.ndarray
     return np.where(folds == 0, 0, -1) if len(labels) >= ONE_FOLD else folds
 
 
-def bytes_needed(num_samples: int, num_features: int, num_classes: int, team: Team) -> int:
-    """Of memory in each process, the features themselves aside."""
+def too_large(num_samples: int, num_features: int, num_classes: int) -> str:
+    """Why the head of so many features and classes is not solved; "" where it can be. The same for any number of processes."""
+    needed = bytes_needed(num_samples, num_features, num_classes)
+    if num_samples * num_features > MOST_VALUES:
+        return f"{counted(num_samples, 'image')} with {counted(num_features, 'feature')} are too many to solve for"
+    if needed > MOST_BYTES:
+        return f"it takes {needed / 2**30:.1f} GiB for {counted(num_classes, 'class')} of {counted(num_features, 'feature')}"
+    return ""
+
+
+def bytes_needed(num_samples: int, num_features: int, num_classes: int) -> int:
+    """Of memory in each process, at the most; the features themselves aside."""
     lanes = _num_lanes(num_samples)
-    of_rank = -(-lanes // team.ranks)
-    layers = 2 * HISTORY + of_rank * (1 + team.ranks) + 2 * team.threads + FOLDS + 12
+    layers = 2 * HISTORY + 4 * lanes + FOLDS + 12
     kept = min(num_samples * num_features, KEPT) if num_samples * num_features <= KEPT else 0
-    return 8 * (layers * num_classes * (num_features + 1) + team.threads * BLOCK * (2 * num_features + 4 * num_classes) + kept + 6 * num_samples)
+    return 8 * (layers * num_classes * (num_features + 1) + lanes * BLOCK * (2 * num_features + 4 * num_classes) + kept + 6 * num_samples)
 
 
 def _num_lanes(num_samples: int) -> int:
@@ -217,15 +224,14 @@ class _Problem:
                 total += of(self._block(part, standardised), part)
             return total
 
-        mine = torch.zeros(-(-self.num_lanes // self.team.ranks), size, dtype=torch.float64)
+        everyones = torch.zeros(self.num_lanes, size, dtype=torch.float64)
         for number, value in enumerate(self._pool.map(lane, self.lanes)):
-            mine[number] = value
-        everyones = self.team.gather(mine)
+            everyones[self.team.rank + number * self.team.ranks] += value  # 0 + -0 is 0, as in the sum over processes
+        everyones = self.team.add(everyones)
         self.passes += 1
         if self.team.stop():
             raise Interrupted
-        ordered = (everyones[lane % self.team.ranks][lane // self.team.ranks] for lane in range(self.num_lanes))
-        return reduce(torch.add, ordered)
+        return reduce(torch.add, everyones.unbind())
 
     def total(self, at: Tensor, weights: Tensor) -> float:
         """The weighted sum of the cross-entropy."""

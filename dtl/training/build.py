@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.hubs import source_named
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, preprocessing_for, read_weights
 from dtl.config import Config
+from dtl.config.load import is_shipped, with_sgd
 from dtl.config.models import DataConfig, ImageSize, shown_size
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
@@ -39,9 +41,10 @@ from dtl.models.build import Network, build, for_phases, options_of, size_in, si
 from dtl.models.catalog import find
 from dtl.models.freeze import select
 from dtl.models.init import head_init, initialize
-from dtl.models.network import Normalise, to_device
+from dtl.models.network import Normalise, image_shape, to_device
 from dtl.models.preprocessing import Preprocessing
 from dtl.optim.losses import class_weights
+from dtl.optim.solve import too_large
 from dtl.reading import Reading
 from dtl.runs.folder import REFUSED_TRANSFER, RunFolder
 from dtl.text import counted, some, to_nobody
@@ -58,6 +61,8 @@ DEBUG_VAL_STEPS = 2
 class Parts:
     """What a run is made of, before anything of it is on a device or in the run folder."""
 
+    config: Config
+    """As it was given; a head that a recipe of dtl would solve, but cannot, is trained by SGD."""
     network: Network
     loaders: DataLoaders
     phases: list[Phase]
@@ -75,6 +80,7 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     data = open_data(config, runtime, log)
     enter("model")
     network = build_network(config, data.train.num_classes, runtime)
+    config = sgd_where_unsolvable(config, network, data.train.num_samples, runtime)
     checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
     weights = None if checkpoint else read_pretrained(config, network, runtime)
     facts = data_facts(config, runtime, data)
@@ -90,7 +96,7 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
             log(line)
     network = network_for(found, config, network, runtime, pretrained=weights is not None)
     loaders = build_dataloaders(config, runtime, data, network)
-    return Parts(network, loaders, planned(config, loaders), checkpoint, state, weights)
+    return Parts(config, network, loaders, planned(config, loaders), checkpoint, state, weights)
 
 
 # ---- what can be refused before it costs anything
@@ -354,6 +360,39 @@ def network_for(preprocessing: Preprocessing, config: Config, network: Network, 
 def _build(config: Config, num_classes: int, options: dict[str, Any], *, meta: bool = False) -> Network:
     torch.manual_seed(int(key(config.run.seed, "model")) >> 1)
     return build(config.model.name, num_classes=num_classes, init=config.model.init, options=options, meta=meta, own=True)
+
+
+def sgd_where_unsolvable(config: Config, network: Network, num_images: int, runtime: Runtime) -> Config:
+    """A recipe that comes with dtl solves its heads only where it can: other networks are trained by SGD. What the user has written himself stands."""
+    for name, phase in config.phases.items():
+        if phase.optimizer == "solve" and is_shipped(config, f"phases.{name}.optimizer"):
+            with runtime.together("model"):
+                why = _why_unsolvable(network, num_images) if runtime.is_main else ""
+            if why := runtime.agree(why):
+                config = with_sgd(config, name, why)
+    return config
+
+
+def _why_unsolvable(network: Network, num_images: int) -> str:
+    """Quickly, with one random image; the phase itself looks closer (`PhaseFeatures.choose_cut`)."""
+    head = network.module.get_submodule(network.heads[0])
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        return f"the head {network.heads[0]} is no linear layer with a bias"
+    if why := too_large(num_images, head.in_features, head.out_features):
+        return why
+    given: list[Any] = []
+    modes, hook = {part: part.training for part in network.module.modules()}, head.register_forward_hook(lambda module, inputs, output: given.append(output))
+    try:
+        network.module.eval()
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(), contextlib.suppress(RuntimeError, ValueError, TypeError):  # of another image size
+            output = network.module(torch.randn(image_shape(network.module, 1, network.preprocessing.image_size)))
+            if len(given) != 1 or not isinstance(output, torch.Tensor) or output.shape != given[0].shape or not torch.equal(output, given[0]):
+                return f"the output of the network is not the output of {network.heads[0]}"
+    finally:
+        hook.remove()
+        for part, mode in modes.items():
+            part.training = mode
+    return ""
 
 
 def place_network(config: Config, network: Network, runtime: Runtime) -> Normalise:

@@ -38,7 +38,7 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import DamagedSample, UserError
 from dtl.files import fsync_folder, temporary_suffix, write_whole
 from dtl.models.network import Network, Normalise, image_shape
-from dtl.optim.solve import MOST_BYTES, MOST_VALUES, Team, bytes_needed
+from dtl.optim.solve import too_large
 from dtl.text import counted
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
@@ -583,13 +583,9 @@ class PhaseFeatures:
         if self.cache_dir is None:
             why_not = "run.debug caches no features"
         elif not why_not:
-            head, num_samples = self.network.module.get_submodule(self.network.heads[0]), self.loaders.train.num_samples
+            head = self.network.module.get_submodule(self.network.heads[0])
             assert isinstance(head, nn.Linear)
-            needed = bytes_needed(num_samples, head.in_features, head.out_features, Team(ranks=self.runtime.world_size, threads=torch.get_num_threads()))
-            if num_samples * head.in_features > MOST_VALUES:
-                why_not = f"{counted(num_samples, 'image')} with {counted(head.in_features, 'feature')} are too many to solve for"
-            elif needed > MOST_BYTES:
-                why_not = f"it takes {needed / 2**30:.1f} GiB for {counted(head.out_features, 'class')} of {counted(head.in_features, 'feature')}"
+            why_not = too_large(self.loaders.train.num_samples, head.in_features, head.out_features)
         if why_not:
             name = f"--phases.{phase.name}"
             raise UserError(f"phases.{phase.name}.optimizer is solve, but {why_not}; train it: {name}.optimizer sgd {name}.epochs {SGD_EPOCHS}")

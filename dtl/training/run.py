@@ -51,6 +51,7 @@ def run(
         runtime, log = session.runtime, session.console.print
         with session.before_first_step():  # may take hours, or be refused; an earlier run in the folder stays as it is
             parts = build.prepare(config, session.folder, session.store, runtime, log, enter=session.heart.enter)
+            session.config = config = parts.config
             if is_finished(session, parts.state, parts.phases):
                 show_result_again(session, parts.state)
                 return session.result

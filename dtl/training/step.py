@@ -221,7 +221,7 @@ def solve_head(
     folds = runtime.agree(folds)
     features = dataset.values[0].reshape(len(labels), -1)
     rows = Rows(features, torch.from_numpy(labels), torch.from_numpy(weights), active.phase.config.label_smoothing)
-    team = Team(runtime.rank, runtime.world_size, share=runtime.agree, gather=runtime.gather_rows, stop=stop, threads=torch.get_num_threads())
+    team = Team(runtime.rank, runtime.world_size, share=runtime.agree, add=runtime.sum, stop=stop, threads=torch.get_num_threads())
     try:
         found = solve(rows, num_classes=active.phase.num_outputs, folds=folds, team=team)
     except Interrupted:

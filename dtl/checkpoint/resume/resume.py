@@ -16,6 +16,7 @@ from dtl.checkpoint.resume.state import OTHERWISE, OptimizerFacts, TrainState, c
 from dtl.checkpoint.resume.store import Checkpoint, CheckpointStore
 from dtl.config import Config, Section, config_from_dict
 from dtl.config.functions import code_sha256
+from dtl.config.load import is_shipped
 from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.transforms.transforms import VERSIONS
 from dtl.distributed.determinism import changed_facts, kernel_facts
@@ -195,7 +196,9 @@ def _check_precision(before: str, now: str) -> None:
 
 
 def _given(config: Config, name: str) -> bool:
-    """Whether the recipe or an option sets the value of a dotted key; otherwise it is a default."""
+    """Whether the user's recipe or an option sets the value of a dotted key; otherwise it is a default, of dtl or of one of its recipes."""
+    if is_shipped(config, name):
+        return False
     value: Any = config
     for key in name.split("."):
         if isinstance(value, dict):

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from dtl.config import Config, builtin_recipes, config_from_dict, load_config, resolve_config
-from dtl.config.load import parse_config
+from dtl.config.load import is_shipped, parse_config, with_sgd
 from dtl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_without_arguments_it_is_the_digits_recipe() -> None:
@@ -394,3 +396,39 @@ def test_what_has_no_place_beside_solve_is_refused_by_name(tmp_path: Path) -> No
             resolve_config(recipe, options)
     with pytest.raises(UserError, match=r"`optimizer: solve` is for `task: classify`, not for `task: rotate`$"):
         resolve_config(recipe, {"phases.head.task": "rotate"})
+
+
+@pytest.mark.parametrize("recipe", ["features", "finetune", "configs/features.yaml"])
+def test_a_recipe_of_dtl_solves_its_head_unless_an_option_belongs_to_steps(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def head(**options: object) -> tuple[object, ...]:
+        config, _ = resolve_config(recipe, {"data.train": "photos", **{f"phases.head.{key}": value for key, value in options.items()}})
+        phase = config.phases["head"]
+        return phase.optimizer, phase.epochs, phase.steps, phase.lr, tuple(line for line in config.notes if line.startswith("phase head"))
+
+    assert head() == head(label_smoothing=0.1, keep="last", mixup=0.0) == ("solve", None, None, 0.01, ())
+    for options in ({"mixup": 0.2}, {"cache_features": False}, {"train": "last:2"}, {"early_stop": {"patience": 2}}):
+        (key,) = options
+        line = f"phase head: --phases.head.{key} means optimizer sgd in place of solve: 10 epochs, lr 0.01"
+        assert head(**options) == ("sgd", 10, None, 0.01, (line,))
+    assert head(optimizer="adam", lr=0.001) == (
+        "adam", 10, None, 0.001, ("phase head: --phases.head.optimizer means optimizer adam in place of solve: 10 epochs, lr 0.001",),
+    )  # fmt: skip
+    assert head(optimizer="sgd", epochs=3, lr=0.05) == ("sgd", 3, None, 0.05, ())
+    with pytest.raises(UserError, match="`optimizer: solve` has no use for mixup"):
+        head(optimizer="solve", mixup=0.2)
+
+
+def test_what_comes_with_dtl_is_told_from_what_the_user_wrote(tmp_path: Path) -> None:
+    data, key = {"data.train": "photos"}, "phases.head.optimizer"
+    own = tmp_path / "features.yaml"
+    own.write_text(builtin_recipes()["features"])
+    assert is_shipped(resolve_config("features", data)[0], key)
+    assert is_shipped(resolve_config(str(own), data)[0], key)
+    assert not is_shipped(resolve_config("features", {**data, key: "solve"})[0], key)
+    own.write_text(f"{builtin_recipes()['features']}# mine\n")
+    assert not is_shipped(resolve_config(str(own), data)[0], key)
+    config = with_sgd(resolve_config("features", data)[0], "head", "of a reason")
+    assert (config.phases["head"].optimizer, config.phases["head"].epochs) == ("sgd", 10)
+    assert config.notes == ("phase head: optimizer sgd in place of solve: 10 epochs, lr 0.01, since of a reason",)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtl.keyed import keys
 from dtl.optim import solve as module
-from dtl.optim.solve import BLOCK, FOLDS, MOST_BYTES, ONE_FOLD, Interrupted, Rows, Solution, Team, bytes_needed, deal, solve
+from dtl.optim.solve import BLOCK, FOLDS, MOST_BYTES, ONE_FOLD, Interrupted, Rows, Solution, Team, bytes_needed, deal, solve, too_large
 
 
 def _rows(num_samples: int = 300, num_features: int = 24, num_classes: int = 4, *, seed: int = 0, spread: float = 0.6, **more: Any) -> Rows:
@@ -52,7 +52,14 @@ def _ranks(number: int, work: Callable[[Team], Solution], threads: int = 1, stop
             return values
 
         asked = iter(range(1, 1_000_000))
-        return Team(rank, number, share=lambda value: everyones(value)[0], gather=everyones, stop=lambda: next(asked) == stop_at, threads=threads)
+        return Team(
+            rank,
+            number,
+            share=lambda value: everyones(value)[0],
+            add=lambda sums: torch.stack(everyones(sums)).sum(0),
+            stop=lambda: next(asked) == stop_at,
+            threads=threads,
+        )
 
     with ThreadPoolExecutor(number) as pool:
         return list(pool.map(lambda rank: work(team(rank)), range(number)))
@@ -181,8 +188,10 @@ class _Counted:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bytes_needed(10**6, 2048, 1000, Team(threads=8)) < MOST_BYTES < bytes_needed(10**6, 2048, 21_841, Team())
-    assert bytes_needed(10**6, 2048, 1000, Team(ranks=64)) < MOST_BYTES
+    assert bytes_needed(10**6, 2048, 1000) < MOST_BYTES < bytes_needed(10**6, 2048, 21_841)
+    assert too_large(10**6, 2048, 1000) == ""
+    assert too_large(10**6, 2048, 21_841).endswith("GiB for 21,841 classes of 2,048 features")
+    assert too_large(10**7, 2048, 10) == "10,000,000 images with 2,048 features are too many to solve for"
     rows = _rows(3 * BLOCK, 8)
     kept = solve(rows, num_classes=4, folds=None, strengths=[0.1])
     monkeypatch.setattr(module, "KEPT", 0)  # all rows are read again in each pass

@@ -77,6 +77,30 @@ def test_a_mistake_in_the_last_phase_is_refused_first(digits: Pair, runtime: Run
         build.check_phases(build.planned(config, loaders), network, loaders, runtime, monitor="top1")
 
 
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("networks:small", ""),
+        ("networks:with_dropout", ""),
+        ("torchvision/squeezenet1_1", "the head classifier.1 is no linear layer with a bias"),
+        ("networks:squashed", "the output of the network is not the output of head"),
+    ],
+)
+def test_a_recipe_of_dtl_trains_by_sgd_what_cannot_be_solved(runtime: Runtime, model: str, why: str) -> None:
+    given = ["--config", "features", "--data.train", "photos", "--model.name", model]
+    config = load_config(given)[0]
+    network = build.build_network(config, 3, runtime)
+    modes, state = [part.training for part in network.module.modules()], torch.get_rng_state()
+    found = build.sgd_where_unsolvable(config, network, 500, runtime)
+    assert [part.training for part in network.module.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found.phases["head"].optimizer, found.phases["head"].epochs) == (("sgd", 10) if why else ("solve", None))
+    assert found.notes == ((f"phase head: optimizer sgd in place of solve: 10 epochs, lr 0.01, since {why}",) if why else ())
+    assert build.sgd_where_unsolvable(config, network, 10**8, runtime).phases["head"].optimizer == "sgd"  # images, or what they take
+    own = load_config([*given, "--phases.head.optimizer", "solve"])[0]
+    assert build.sgd_where_unsolvable(own, network, 500, runtime) is own
+
+
 def test_data_that_teaches_nothing_is_refused(tmp_path: Path, digits: Pair, runtime: Runtime) -> None:
     one, two = write_images(tmp_path / "one", {"cat": 4}), write_images(tmp_path / "two", {"cat": 4, "dog": 4})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,9 +78,25 @@ def test_a_run_of_finetune_from_before_norms_were_frozen_names_the_key() -> None
     stored = config.to_dict()
     assert stored["phases"]["all"].pop("norm_statistics") == "frozen"
     before: Any = SimpleNamespace(state={"config": stored}, path=Path("runs/finetune/checkpoints/step-00000010"))
-    with pytest.raises(UserError, match=r"runs/finetune was started with phases.all.norm_statistics 'batch', now it is 'frozen'; .*--run.name NEW"):
+    with pytest.raises(
+        UserError,
+        match=r"runs/finetune was started with phases.all.norm_statistics 'batch', now it is 'frozen', its default, which may have changed: "
+        r"go on with --phases.all.norm_statistics batch; .*--run.name NEW",
+    ):
         _check_settings(config, before, Path("runs/finetune"))
     _check_settings(resolve_config("finetune", {"data.train": "photos", "phases.all.norm_statistics": "batch"})[0], before, Path("runs/finetune"))
+
+
+@pytest.mark.parametrize(("recipe", "kept"), [("finetune", {"lr": 0.05, "epochs": 3}), ("features", {"lr": 0.05})])
+def test_a_run_from_before_heads_were_solved_names_the_options_that_continue_it(recipe: str, kept: dict[str, float]) -> None:
+    before = {"phases.head.optimizer": "sgd", **{f"phases.head.{key}": value for key, value in kept.items()}}
+    stored: Any = SimpleNamespace(state={"config": resolve_config(recipe, {"data.train": "photos", **before})[0].to_dict()}, path=Path("runs/a/checkpoints"))
+    with pytest.raises(UserError, match=r"runs/a was started with phases.head.\w+ .*, its default, which may have changed: go on with (--.*) \(and") as refused:
+        _check_settings(resolve_config(recipe, {"data.train": "photos"})[0], stored, Path("runs/a"))
+    words = str(refused.value).partition("go on with ")[2].partition(" (and")[0].split()
+    advice = {name.removeprefix("--"): json.loads(value) if value[0].isdigit() else value for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert advice == before
+    _check_settings(resolve_config(recipe, {"data.train": "photos", **advice})[0], stored, Path("runs/a"))
 
 
 @pytest.mark.parametrize("split", ["training", "evaluation"])
