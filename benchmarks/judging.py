@@ -167,9 +167,14 @@ def difference(values: Sequence[float], scale: float, digits: int) -> str:
     mean = scale * statistics.mean(values)
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
+    low = low_end(values, scale)
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {2 * mean - low:+.{digits}f})"
+
+
+def low_end(values: Sequence[float], scale: float) -> float:
+    """Of the 95 % interval of the mean."""
     t = T95[max(degrees for degrees in T95 if degrees <= len(values) - 1)]
-    half = scale * t * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
+    return scale * (statistics.mean(values) - t * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def rows(found: Sequence[Mapping[str, Any]], ways: Sequence[Way]) -> list[list[str]]:

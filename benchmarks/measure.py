@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
+import resource
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +61,51 @@ def cpu_seconds() -> float:
             total += times.user + times.system + times.children_user + times.children_system
         except psutil.Error:  # it ended between the two calls
             continue
+    return total
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a command took, all its processes together, and what it printed."""
+
+    seconds: float
+    cpu_seconds: float
+    memory_mib: float
+    """The highest sum of proportional set sizes that was seen, ten times a second."""
+    output: str
+
+
+def spent(command: Sequence[str], folder: Path, *, threads: int) -> Spent:
+    """A command of this checkout, in `folder` with an empty cache; SystemExit with its last lines where it fails. Alone: all children that end count."""
+    began, cpu, peak = time.monotonic(), _of_children(), 0
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "DTL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=errors) as process:
+            while process.poll() is None:
+                peak = max(peak, _proportional(process.pid))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{errors.read()[-3000:]}")
+        return Spent(time.monotonic() - began, _of_children() - cpu, peak / 2**20, out.read())
+
+
+def _of_children() -> float:
+    """CPU seconds of all children that have ended."""
+    use = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return use.ru_utime + use.ru_stime
+
+
+def _proportional(pid: int) -> int:
+    """Bytes of a process and its children."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        for process in (me := psutil.Process(pid), *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
     return total
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import Spread, data_folder, interleaved, machine, parser, report, table
-from benchmarks.time_to_accuracy import ROOT, measured
+from benchmarks.judging import ROOT
+from benchmarks.measure import Spread, data_folder, interleaved, machine, parser, report, spent, table
 
 GIVE_UP = 8
 """Epochs at the full size."""
@@ -44,9 +44,9 @@ def trained(values: dict[str, Any], images: Path, *, seed: int, threads: int) ->
         file.write_text(yaml.safe_dump(values, sort_keys=False))
         command = [sys.executable, "-m", "dtl", "train", "--config", str(file), "--data.train", str(images / "train"), "--data.val", str(images / "test")]
         command += ["--run.seed", str(seed), "--data.workers", "0", "--tracking.wandb", "off", "--tracking.report", "false"]
-        seconds, cpu, _ = measured(command, Path(folder), threads)
+        used = spent(command, Path(folder), threads=threads)
         phases = json.loads(Path(folder, "runs/sizes/status.json").read_text())["phases"]
-        return {"seconds": seconds, "cpu_seconds": cpu, "top1": phases[-1]["best"]["value"], "epochs": [phase["epochs"] for phase in phases]}
+        return {"seconds": used.seconds, "cpu_seconds": used.cpu_seconds, "top1": phases[-1]["best"]["value"], "epochs": [phase["epochs"] for phase in phases]}
 
 
 def main() -> None:

@@ -16,18 +16,16 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Spread, data_folder, interleaved, machine, parser, report, table
-from benchmarks.tutorial import ended_cpu_seconds, epochs
+from benchmarks.measure import Spread, data_folder, interleaved, machine, parser, report, spent, table
+from benchmarks.tutorial import epochs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,16 +52,6 @@ CASES = {
 }
 
 
-def measured(command: list[str], folder: Path, threads: int) -> tuple[float, float, str]:
-    """Wall-clock and CPU seconds of a command, and what it printed."""
-    environment = {**os.environ, "DTL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    began, cpu = time.monotonic(), ended_cpu_seconds()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return time.monotonic() - began, ended_cpu_seconds() - cpu, done.stdout
-
-
 def with_dtl(case: Case, data: Path, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -75,16 +63,16 @@ def with_dtl(case: Case, data: Path, threads: int) -> dict[str, Any]:
         launcher = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
         command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(ROOT / "dtl/train.py")]
         command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        seconds, cpu, _ = measured(command, Path(folder), threads)
+        used = spent(command, Path(folder), threads=threads)
         (phase,) = json.loads(Path(folder, "runs/head/status.json").read_text())["phases"]
-        return {"seconds": seconds, "cpu_seconds": cpu, "top1": phase["best"]["value"], "epochs": phase["epochs"]}
+        return {"seconds": used.seconds, "cpu_seconds": used.cpu_seconds, "top1": phase["best"]["value"], "epochs": phase["epochs"]}
 
 
 def with_tutorial(name: str, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.time_to_accuracy", "--tutorial", name, "--threads", str(threads)]
-        seconds, cpu, printed = measured(command, Path(folder), threads)
-    return {"seconds": seconds, "cpu_seconds": cpu, **json.loads(printed.splitlines()[-1])}
+        used = spent(command, Path(folder), threads=threads)
+    return {"seconds": used.seconds, "cpu_seconds": used.cpu_seconds, **json.loads(used.output.splitlines()[-1])}
 
 
 def tutorial(case: Case, data: Path, threads: int) -> dict[str, Any]:

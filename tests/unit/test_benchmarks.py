@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -284,6 +285,36 @@ def test_ways_are_compared_seed_by_seed() -> None:
     assert first == ["flowers, 2 x 100", "start", "85.0 %", "", "0.500", "", "3"]
     assert second[2:4] == ["88.0 %", "+3.0 (-9.7 to +15.7)"]
     assert pooled[:4] == ["all, 2 runs", "tuned", "", "+3.0 (-9.7 to +15.7)"]
+
+
+def test_dtl_is_compared_with_each_other_way_by_runs_of_the_same_images() -> None:
+    from benchmarks.against import marks
+
+    def row(seed: int, way: str, top1: float, cpu_seconds: float, *curve: tuple[float, float]) -> dict[str, Any]:
+        return {"set": "flowers", "size": 128, "seed": seed, "way": way, "top1": top1, "loss": 0.5, "cpu_seconds": cpu_seconds, "curve": curve}
+
+    found = [
+        *(row(seed, "finetune", 0.90, 10.0) for seed in (0, 1)),
+        row(0, "fastai", 0.91, 60.0, (20.0, 0.80), (40.0, 0.90), (60.0, 0.95)),  # ends higher: to what dtl ends with
+        row(1, "fastai", 0.89, 60.0, (20.0, 0.80), (60.0, 0.89)),  # ends lower: to its own end
+        *(row(seed, "logistic", 0.85 + 0.01 * seed, 8.0) for seed in (0, 1)),
+    ]
+    fine_tune, logistic = marks(found, ["finetune"])
+    assert fine_tune == ["dtl: finetune", "fastai's fine_tune", "2", "+0.0 (-12.7 to +12.7)", "+0.000 (+0.000 to +0.000)", "5.0 times faster", "no, yes"]
+    assert logistic[3:] == ["+4.5 (-1.9 to +10.9)", "+0.000 (+0.000 to +0.000)", "1.25 of its CPU seconds", "no, no"]
+
+
+def test_what_a_command_took_is_that_of_all_its_processes(tmp_path: Path) -> None:
+    from benchmarks.measure import spent
+
+    child = "import time; kept = bytearray(60_000_000)\nwhile time.process_time() < 0.5: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('done')"
+    used = spent([sys.executable, "-c", parent], tmp_path, threads=1)
+    assert used.output == "done\n"
+    assert used.cpu_seconds >= 0.5
+    assert used.memory_mib > 60
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        spent([sys.executable, "-c", "1 / 0"], tmp_path, threads=1)
 
 
 def test_the_picture_of_the_fits_shows_what_dtl_does() -> None:

@@ -1,0 +1,198 @@
+"""dtl's defaults against fastai, timm, a plain loop and logistic regression: same network, weights and images; accuracy, CPU seconds, memory.
+
+    DTL_DATA=FOLDER python -m benchmarks.against --weights FILE [--python OTHER/bin/python] [--sets ants_bees,twenty] [--sizes 128,224] [--seeds 3]
+        [--folder RUNS] [--out FILE]
+
+FOLDER and FILE as for benchmarks.held_out; sets, seeds and the rule of the judging sets (`--judge WHY`) as for benchmarks.judging. Each run is a command of
+its own, one at a time, on `--threads` threads: `dtl train` as it is called, with empty caches, and the others in benchmarks/others.py, which says what they
+follow. CPU seconds (user and system) and peak memory (proportional set size, summed) are those of all processes of a command, imports, tests and report
+included. The accuracy is that of the test images by the weights that a way delivers; nothing has chosen by these images.
+
+fastai lies in an environment of its own, which `--python` names. It takes the torch that is installed here (fastai 2.8.12 asks for torch below 3), nothing
+is forced; a .pth file shows it this environment's packages:
+
+    python -m venv OTHER
+    python -c 'import site; print(site.getsitepackages()[0])' > OTHER/lib/python3.11/site-packages/here.pth
+    OTHER/bin/pip install fastai==2.8.12
+
+"Times faster" compares the CPU seconds to an accuracy that both reach: the lower one of both at their ends. dtl's count to the end of the command; the
+others' to the first epoch that reached it, without the tests after each epoch that show it. Batches of the others: 16 images for sets under 500, else 64.
+With `--folder`, runs that lie there are not repeated. `--way NAME=RECIPE[,key=value...]` takes other recipes of dtl, as in benchmarks.judging.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.held_out import prepare
+from benchmarks.judging import CHOOSING, JUDGED, JUDGING, Way, admitted, difference, draw, low_end
+from benchmarks.measure import machine, report, spent, table
+from benchmarks.measure import parser as benchmark_parser
+
+OURS = "features=features", "finetune=finetune", "budget=finetune,budget=4"
+OTHERS = {
+    "fastai": "fastai's fine_tune",
+    "timm": "timm's parts as in its train.py",
+    "loop": "a plain loop",
+    "logistic": "logistic regression on features",
+}
+SMALL, BATCHES = 500, (16, 64)
+POINTS, TIMES_FASTER, TIMES_LOGISTIC = -1.0, 3.0, 1.2
+"""The marks: lower end of the difference in points; to the same accuracy; all in, of logistic regression's CPU seconds."""
+
+
+def linked(folder: Path, name: str, seed: int) -> tuple[Path, int]:
+    """The images of a set as folders of links, and the number for training."""
+    found, num_train = folder / f"{name}-{seed}-images", 0
+    for split in ("train", "val", "test"):
+        with (folder / f"{name}-{seed}-{split}.csv").open(encoding="utf-8") as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                link = found / split / row["label"] / f"{number}{Path(row['path']).suffix}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to((folder / row["path"]).resolve())
+                num_train += split == "train"
+    return found, num_train
+
+
+def with_dtl(folder: Path, name: str, seed: int, size: int, way: Way, weights: Path, threads: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary)
+        given: dict[str, Any] = {f"data.{split}": folder / f"{name}-{seed}-{split}.csv" for split in ("train", "val", "test")}
+        given |= {"data.image-size": size, "model.name": "torchvision/mobilenet_v2", "transfer.source": weights, "transfer.by": "order"}
+        given |= {"run.name": "run", "run.seed": seed, "run.device": "cpu", **way.options}
+        command = [sys.executable, "-m", "dtl", "train", "--config", way.recipe, *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+        used = spent(command, run, threads=threads)
+        results = run / ("runs/run-search/results.json" if "budget" in way.options else "runs/run/status.json")
+        test = json.loads(results.read_text())["test"]
+        return {"top1": test["top1"], "loss": test["loss"], "cpu_seconds": used.cpu_seconds, "memory_mib": used.memory_mib, "curve": []}
+
+
+def with_other(folder: Path, name: str, seed: int, size: int, way: str, weights: Path, threads: int, python: str, epochs: int) -> dict[str, Any]:
+    images, num_train = linked(folder, name, seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        given = {"images": images, "weights": weights, "image-size": size, "batch": BATCHES[num_train >= SMALL], "epochs": epochs, "seed": seed}
+        command = [python, "-m", "benchmarks.others", way, *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
+        used = spent(command, Path(temporary), threads=threads)
+    shutil.rmtree(images)
+    found = json.loads(used.output.splitlines()[-1])
+    counted = used.cpu_seconds - found.pop("not_counted")
+    return {**found, "cpu_seconds": counted, "memory_mib": used.memory_mib}
+
+
+# ---- the tables
+
+
+def per_set(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    lines = []
+    for key in dict.fromkeys((row["set"], row["size"], row["way"]) for row in found):
+        some = [row for row in found if (row["set"], row["size"], row["way"]) == key]
+        means = {of: statistics.mean(row[of] for row in some) for of in ("top1", "loss", "cpu_seconds", "memory_mib")}
+        lines.append([
+            f"{key[0]}, {key[1]} px, {len(some)} runs", OTHERS.get(key[2], f"dtl: {key[2]}"), f"{100 * means['top1']:.1f} %", f"{means['loss']:.3f}",
+            f"{means['cpu_seconds']:.0f}", f"{means['memory_mib']:,.0f}",
+        ])  # fmt: skip
+    return lines
+
+
+def faster(ours: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """How many times less CPU time to the accuracy that both end with at least."""
+    target = min(ours["top1"], other["top1"])
+    reached = next((seconds for seconds, top1 in other["curve"] if top1 >= target), other["cpu_seconds"])
+    return float(reached / ours["cpu_seconds"])
+
+
+def marks(found: Sequence[Mapping[str, Any]], ours: Sequence[str]) -> list[list[str]]:
+    """Each way of dtl against each other one, pooled: a set's seeds and sizes count alike."""
+    by = {(row["set"], row["size"], row["seed"], row["way"]): row for row in found}
+    lines = []
+    for mine in ours:
+        for other, name in OTHERS.items():
+            pairs = [(row, by[(*place, other)]) for (*place, way), row in by.items() if way == mine and (*place, other) in by]
+            if not pairs:
+                continue
+            points = [row["top1"] - theirs["top1"] for row, theirs in pairs]
+            cells = [
+                f"dtl: {mine}",
+                name,
+                str(len(pairs)),
+                difference(points, 100, 1),
+                difference([row["loss"] - theirs["loss"] for row, theirs in pairs], 1, 3),
+            ]
+            passed = [len(points) > 1 and low_end(points, 100) > POINTS]
+            if other == "logistic":
+                ratio = statistics.median(row["cpu_seconds"] / theirs["cpu_seconds"] for row, theirs in pairs)
+                cells.append(f"{ratio:.2f} of its CPU seconds")
+                passed.append(ratio <= TIMES_LOGISTIC)
+            else:
+                ratio = statistics.median(faster(row, theirs) for row, theirs in pairs)
+                cells.append(f"{ratio:.1f} times faster")
+                passed.append(ratio >= TIMES_FASTER)
+            lines.append([*cells, ", ".join("yes" if one else "no" for one in passed)])
+    return lines
+
+
+SET_COLUMNS = ("set", "way", "test top1", "test loss", "CPU seconds", "peak memory, MiB")
+MARK_COLUMNS = ("way", "against", "runs", "top1 in points (95 %)", "loss (95 %)", "CPU time to the same accuracy (median)", "marks: accuracy, time")
+
+
+def main() -> None:
+    made = benchmark_parser(__doc__)
+    add = made.add_argument
+    add("--weights", type=Path, required=True, help="ImageNet MobileNetV2 (configs/transfer_by_order.yaml says where it is from)")
+    add("--way", type=Way.parse, action="append", dest="ways", help=f"NAME=RECIPE[,key=value...] of dtl (default: {'; '.join(OURS)})")
+    add("--others", default=",".join(OTHERS), help="some of %(default)s")
+    add("--python", default=sys.executable, help="the interpreter that has fastai, timm and scikit-learn (default: this one)")
+    add("--sets", help=f"some of {','.join(CHOOSING)}")
+    add("--judge", default="", metavar="WHY", help="measure on the judging sets; WHY is written down")
+    add("--sizes", default="128,224")
+    add("--seeds", type=int, default=3)
+    add("--epochs", type=int, default=10, help="of the others, beside one for the head alone")
+    add("--threads", type=int, default=1)
+    add("--folder", type=Path, help="where images and results lie; what lies there is not repeated (default: a temporary folder)")
+    options = made.parse_args()
+    ways = options.ways or [Way.parse(text) for text in OURS]
+    others = [name for name in options.others.split(",") if name]
+    names = options.sets.split(",") if options.sets else list(JUDGING if options.judge else CHOOSING)
+    line = admitted(options.judge, [*ways, *(Way(name, "others", {}) for name in others)]) if options.judge else None
+    facts, weights, threads = machine(), options.weights.absolute(), options.threads
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder or temporary).absolute()
+        prepare(folder)
+        kept = folder / "against.jsonl"
+        found = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
+        for name in names:
+            for number in range(options.seeds):
+                seed = draw(folder, name, number, judge=options.judge)
+                for size in map(int, options.sizes.split(",")):
+                    for way in (*ways, *others):
+                        place = {"set": name, "seed": seed, "size": size, "way": way if isinstance(way, str) else way.name}
+                        if any(place.items() <= row.items() for row in found):
+                            continue
+                        if isinstance(way, str):
+                            row = with_other(folder, name, seed, size, way, weights, threads, options.python, options.epochs)
+                        else:
+                            row = with_dtl(folder, name, seed, size, way, weights, threads)
+                        found.append({**place, **row})
+                        print(json.dumps({key: value for key, value in found[-1].items() if key != "curve"}), flush=True)
+                        with kept.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(found[-1]) + "\n")
+    if line is not None:
+        with JUDGED.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "date": facts["date"], "sets": names}) + "\n")
+    lines = [*table(MARK_COLUMNS, marks(found, [way.name for way in ways])), "", *table(SET_COLUMNS, per_set(found))]
+    title = "Judged" if options.judge else "On the choosing sets"
+    report(f"{title}: dtl against others, MobileNetV2, {threads} thread{'s' * (threads > 1)}, load {os.getloadavg()[0]:.0f}", lines, found, facts, options.out)
+
+
+if __name__ == "__main__":
+    main()
