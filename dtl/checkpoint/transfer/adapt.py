@@ -85,6 +85,11 @@ def add_position(token: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return token + table[:, :1].reshape(token.shape)
 
 
+def zero_position(table: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """[1, N, D] without a row for the class token, for a network whose table has one: zero, since the token was used without a position."""
+    return resize_position_embedding(torch.cat([table.new_zeros(1, _tokens_in_front(shape[1]), table.shape[2]), table], dim=1), shape)
+
+
 def _tokens_in_front(num_tokens: int) -> int:
     return next(extra for extra in (0, 1, 2) if isqrt(num_tokens - extra) ** 2 == num_tokens - extra)
 
@@ -191,6 +196,7 @@ _BY_SHAPE: dict[str, Callable[[torch.Tensor, Shape], torch.Tensor]] = {
         squeeze,
         reshape_kernel,
         resize_position_embedding,
+        zero_position,
         resize_relative_table,
         resize_relative_axis,
         resize_patches,
@@ -333,6 +339,10 @@ _RULES: dict[str, tuple[Callable[[Shape, Shape], bool], str]] = {
     "resize_position_embedding": (
         _positions,
         "resizes [1, N, D], [1, D, H, W] or [1, H, W, D] position embeddings of square grids and keeps class tokens in front of the grid",
+    ),
+    "zero_position": (
+        lambda a, b: len(a) == 3 and is_position_table(a, b) and _front(a[1]) == 0 < _front(b[1]),
+        "puts rows of zeros for class tokens in front of [1, N, D] position embeddings of a square grid",
     ),
     "resize_relative_table": (is_relative_table, "resizes [(2s-1)^2, heads] tables"),
     "resize_relative_axis": (is_axis_table, "resizes [2s-1, D] tables of the distances along one axis"),

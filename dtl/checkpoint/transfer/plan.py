@@ -327,19 +327,22 @@ def _unmerged(lora: Sequence[str], source: Sequence[TensorSpec]) -> str:
 
 
 def _keep_token_positions(matching: Matching, source: Sequence[TensorSpec], target: Target) -> None:
-    """A table without a row for the class token, from one with it (DINOv2 into its variant with registers): the row is added to the token."""
+    """A table without a row for the class token, from one with it (DINOv2 into its variant with registers): the row is added to the token. And back: the
+    token had no position, so its row is zero."""
     have, want = ({spec.name: spec.shape for spec in specs} for specs in (source, target.specs))
     grids = {layer.names[0]: layer.grid for layer in target.layers}
     tables = [(name, match) for name, match in matching.matches.items() if match.transform.startswith("resize_position_embedding") and len(want[name]) == 3]
     for name, match in tables:
-        rows, places = have[match.source[0]][1], want[name][1]
+        places, grid = want[name][1], grids.get(name)
+        fronts = rows_in_front(have[match.source[0]][1], 0), rows_in_front(places, 0) if grid is None else places - grid[0] * grid[1]
         tokens = [token for token in matching.matches if token.endswith(("cls_token", "class_token")) and want[token] == (1, 1, want[name][2])]
-        grid = grids.get(name)
-        if rows_in_front(rows, 0) != 1 or (rows_in_front(places, 0) if grid is None else places - grid[0] * grid[1]) != 0 or len(tokens) != 1:
+        if len(tokens) != 1 or matching.matches[tokens[0]].transform or len(matching.matches[tokens[0]].source) != 1:
             continue
-        token = matching.matches[tokens[0]]
-        if not token.transform and len(token.source) == 1:
+        if fronts == (1, 0):
+            token = matching.matches[tokens[0]]
             matching.matches[tokens[0]] = replace(token, source=(*token.source, *match.source), transform="add_position")
+        elif fronts == (0, 1) and match.transform == "resize_position_embedding":
+            matching.matches[name] = replace(match, transform="zero_position")
 
 
 @dataclass(frozen=True)

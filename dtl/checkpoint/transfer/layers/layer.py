@@ -341,7 +341,8 @@ _PART = {"q": 0, "query": 0, "k": 1, "key": 1, "v": 2, "value": 2}
 
 
 def fuse_projections(layers: Sequence[Layer], other: Sequence[Layer]) -> list[Layer]:
-    """`layers` with each q, k, v (or q beside a fused kv) of one module as a single layer, if `other` holds layers of the fused shape.
+    """`layers` with each q, k, v (or q beside a fused kv) of one module as a single layer, if `other` holds layers of the fused shape. Biases that only some of
+    them have (BEiT's q and v) stand as layers of their own.
 
     Only where names tell which is q, k and v: the three have one shape, and their order of registration means nothing.
     """
@@ -354,14 +355,21 @@ def fuse_projections(layers: Sequence[Layer], other: Sequence[Layer]) -> list[La
     for at, layer in enumerate(layers):
         parts = projections.get(at)
         joined = None if parts is None else _joined(parts)
-        if parts is not None and joined is not None and joined.shape in wanted and (joined.shape not in present or joined.path in called):
+        if parts is not None and joined is not None and joined.shape in wanted and (joined.shape not in present or called & {joined.path, _above(joined.path)}):
+            if "bias" not in joined.roles:  # in front, where a module registers such biases of its own
+                fused += [Layer(each.path, "param", {"bias": each.roles["bias"]}) for each in parts if "bias" in each.roles]
             fused.append(joined)
             inside.update(id(each) for each in parts)
         elif id(layer) not in inside:
             fused.append(layer)
-    if len(fused) == len(layers):
+    if not inside:
         return list(layers)
     return [Layer(u.path, u.kind, u.roles, index, u.flat) for index, u in enumerate(fused)]
+
+
+def _above(path: str) -> str:
+    """The module around: nn.MultiheadAttention keeps its fused projection itself, beside its children."""
+    return path.rpartition(".")[0]
 
 
 def part_of(path: str) -> int | None:
@@ -396,7 +404,7 @@ def _projections(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
     for places in modules.values():
         parts = [layers[at] for _, at in sorted(places)]
         whole = sum(layer.shape[0] for layer in parts) == 3 * parts[0].shape[1] and [place for place, _ in sorted(places)] == list(range(len(parts)))
-        if whole and len(parts) > 1 and len({(layer.shape[1:], frozenset(layer.roles)) for layer in parts}) == 1:
+        if whole and len(parts) > 1 and len({layer.shape[1:] for layer in parts}) == 1 and all("weight" in layer.roles for layer in parts):
             found[min(at for _, at in places)] = parts
     return found
 

@@ -454,7 +454,7 @@ def match_auto(
     """Pair the layers of two networks. `named`: the matching by names and `trust` the judgement of it; `in_order`: whether the
     source's sequence can be the order of registration."""
     ours, theirs = fuse_projections(source.layers, target.layers), fuse_projections(target.layers, source.layers)
-    if len(ours) != len(source.layers) or len(theirs) != len(target.layers):
+    if any([layer.path for layer in new] != [layer.path for layer in old] for new, old in ((ours, source.layers), (theirs, target.layers))):
         trust = _reindexed(trust, source.layers, ours, target.layers, theirs)
     head_names = {name for layer in heads for name in layer.names}
     apart = frozenset(layer.index for layer in theirs if head_names.intersection(layer.names))
@@ -531,13 +531,14 @@ def _use_ranks(side: Side) -> dict[int, int] | None:
 
 
 def _reindexed(trust: Trust, ours: list[Layer], new_ours: list[Layer], theirs: list[Layer], new_theirs: list[Layer]) -> Trust:
-    """Trust in terms of the fused lists of layers."""
-
-    def moved(old: list[Layer], new: list[Layer]) -> dict[int, int]:
-        where = {name: layer.index for layer in new for name in layer.names}
-        return {layer.index: where[layer.names[0]] for layer in old}
-
-    a, b = moved(ours, new_ours), moved(theirs, new_theirs)
+    """Trust in terms of the fused lists of layers. An anchor is what two layers have in common: of a q whose weight is now in a fused layer, the bias."""
+    our_place, their_place = ({name: layer.index for layer in new for name in layer.names} for new in (new_ours, new_theirs))
     whole = {layer.index for layer in new_theirs if any(len(key) == 1 for key, _ in layer.roles.values())}
-    anchors = {b[j]: a[i] for j, i in trust.anchors.items() if b[j] in whole}
-    return Trust(trust.as_a_whole, anchors, {b[j] for j in trust.distrusted}, trust.numbers, {b[j] for j in trust.mapped}, trust.new_names)
+    anchors = {}
+    for j, i in trust.anchors.items():
+        common = theirs[j].roles.keys() & ours[i].roles.keys()
+        to, of = ({place[name] for role in common for name in layer.roles[role][0]} for place, layer in ((their_place, theirs[j]), (our_place, ours[i])))
+        if len(to) == len(of) == 1 and to <= whole:
+            anchors[to.pop()] = of.pop()
+    distrusted, mapped = ({their_place[name] for j in each for name in theirs[j].names} for each in (trust.distrusted, trust.mapped))
+    return Trust(trust.as_a_whole, anchors, distrusted, trust.numbers, mapped, trust.new_names)

@@ -68,14 +68,22 @@ def translations(source: Sequence[str], target: Sequence[str]) -> Iterator[Trans
             yield Translation(" and of ".join([dialect.name, *back]), names)
 
 
+_FUSED, _IN_PROJ = re.compile(r"(.*\.)qkv\.(weight|bias)"), re.compile(r"(.*\.)in_proj_(?:weight|bias)")
 _PROJECTION = re.compile(r"(^|\.)(?:query|q|q_proj)\.(\w+)$")
 
 
 def _backwards(dialect: Dialect, names: Sequence[str]) -> dict[str, str]:
-    """timm's names -> those of `names` that the dialect translates into them. Where these have q, k and v apart, the fused name stands for the three."""
+    """timm's names -> those of `names` that the dialect translates into them. Where these have q, k and v apart, the fused name stands for the three; where
+    they are one parameter of nn.MultiheadAttention, their names apart lead into that module."""
     found = {dialect.translated(name): name for name in names}
     joined = [(_PROJECTION.sub(r"\1qkv.\2", now), _PROJECTION.sub(r"\1qkv.\2", own)) for now, own in found.items() if _PROJECTION.search(own)]
-    return {**dict(joined), **found}
+    apart = [
+        (f"{fused[1]}{part}.{fused[2]}", f"{whole[1]}{part}.{fused[2]}")
+        for now, own in found.items()
+        if (fused := _FUSED.fullmatch(now)) and (whole := _IN_PROJ.fullmatch(own))
+        for part in ("q", "k", "v", "kv")
+    ]
+    return {**dict(joined), **dict(apart), **found}
 
 
 @cache

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from benchmarks.transfer_cases import HF_BLOCK, renamed, split_qkv, trained, vit, without
-from dtl.checkpoint import plan_transfer
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.transfer_cases import CASES, HF_BLOCK, Case, renamed, split_qkv, trained, vit, without
+from dtl.checkpoint import load_pretrained, plan_transfer, read_weights
 from dtl.checkpoint.transfer.match.dialects import translations
 
 
@@ -45,6 +50,43 @@ def test_a_dialect_is_read_backwards_for_a_network_of_its_library() -> None:
     assert plan.pairs == words
     assert plan.pairs["vit.encoder.layer.2.attention.attention.value.bias"] == "blocks.2.attn.qkv.bias"
     assert {o.transform for o in plan.outcomes if o.target and "attention.attention.key" in o.target} == {"split_1_of_3"}
+
+
+def holder(tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """A module with these parameters, all zero, and no function."""
+    top = nn.Module()
+    for name, value in tensors.items():
+        *path, last = name.split(".")
+        module = top
+        for word in path:
+            if word not in dict(module.named_children()):
+                module.add_module(word, nn.Module())
+            module = module.get_submodule(word)
+        module.register_parameter(last, nn.Parameter(torch.zeros_like(value)))
+    return top
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("transformers' ") and "torchvision" not in case.name], ids=lambda case: case.name
+)
+def test_what_came_from_a_library_goes_back_into_it(case: Case, tmp_path: Path) -> None:
+    """There and back gives each tensor its values again; those of a mask token, which timm does not have, aside."""
+    trial = case.build(tmp_path)
+    hub, table = read_weights(trial.source).tensors, "embeddings.position_embeddings"
+    registers = "embeddings.register_tokens" in hub
+    if registers:  # where timm's class token has no position, transformers' table has a row for it
+        hub[table] = torch.cat([torch.randn(1, 1, 32), hub[table]], dim=1)
+    there = load_pretrained(trial.target, hub, keep_head=True)
+    in_order = [name for o in there.outcomes for name in o.sources]  # files are sorted, modules are not
+    back = holder({name: hub[name] for name in in_order})
+    load_pretrained(back, trial.target.state_dict(), keep_head=True, fresh=[name for name in hub if "mask_token" in name])
+    found = back.state_dict()
+    for tensors in (hub, found) if registers else ():
+        tensors["embeddings.cls_token"] = tensors["embeddings.cls_token"] + tensors[table][:, :1]
+        tensors[table] = tensors[table][:, 1:]
+    for name, value in hub.items():
+        if "mask_token" not in name:
+            torch.testing.assert_close(found[name], value, msg=name)
 
 
 def test_a_dialect_loads_nothing_that_a_plan_would_not() -> None:
