@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _ROOT = str(Path(__file__).resolve().parents[1])
 T = TypeVar("T")
 
@@ -120,6 +122,26 @@ def peak_bytes() -> int:
             if found:  # gVisor's kernel leaves it out
                 return 1024 * int(found.split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to use freed memory again instead of giving it back and asking anew for each large activation, whose pages the kernel
+    must zero: that took half the time of MobileNetV2's forward pass over 32 images of 224 pixels. The peak of this process stays the same; a process
+    that is forked from it should call `give_back_freed_memory`."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give what is free in this process's heap back to the kernel. A forked process has its parent's activations in there: as soon as the parent uses that
+    memory again, it would be there twice, and be copied page by page."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "can't start new thread", "failed to map segment from shared object", "bad_alloc")

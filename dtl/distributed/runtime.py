@@ -7,12 +7,10 @@ checkpoint (design section 4 says why). A launched world that is not the world s
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +28,7 @@ from dtl.distributed.launch import Launch, Place, check_own_gpus, check_supporte
 from dtl.distributed.rendezvous import Arrivals, check_variables, rendezvous_store
 from dtl.distributed.signals import Signals, StageInterrupted, StoppedBeforeFirstStep, StopWatcher
 from dtl.errors import Occupied, UserError
-from dtl.machine import Process
+from dtl.machine import Process, keep_freed_memory
 from dtl.text import counted
 
 T = TypeVar("T")
@@ -39,7 +37,6 @@ ranks_met = False
 # The watchdog ends a run that makes no progress, and reports why; the collectives' own limit is the net below it.
 MARGIN = timedelta(seconds=30)
 _NO_LIMIT = timedelta(days=30)
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Runtime:
         self.launch = launch
         use_cpu = not uses_gpu(device, launch)
         if use_cpu:
-            _keep_freed_memory()
+            keep_freed_memory()
         else:
             use_fast_kernels(True)
         self.accelerator: Any = None
@@ -468,17 +465,6 @@ def use_fast_kernels(wanted: bool) -> None:
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.allow_tf32 = wanted  # convolutions have a switch of their own, which is on by default
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to use freed memory again instead of giving it back and asking anew for each large activation, whose pages the kernel
-    must zero: that took half the time of MobileNetV2's forward pass over 32 images of 224 pixels. The peak stays the same."""
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_world(launch: Launch, world_size: int) -> None:

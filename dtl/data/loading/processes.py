@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dtl.machine import end_with_parent
+from dtl.machine import end_with_parent, give_back_freed_memory
 
 PREFETCH = 2
 """Batches that each process prefetches."""
@@ -109,6 +109,7 @@ def _init_worker(parent: int, pipe: tuple[int, int] | None, worker: int) -> None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    give_back_freed_memory()  # before the trainer, which waits for the byte, computes again
     if pipe is not None:
         os.write(pipe[1], b".")
         for end in pipe:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import wait_for
+from harness import run, wait_for
 from tiny_images import image_folder
 from torch.utils.data import DataLoader
 
@@ -125,3 +125,9 @@ def test_a_loader_process_frees_no_garbage_of_the_trainer(tmp_path: Path) -> Non
         gc.enable()
     gc.collect()
     assert int(place.read_text()) == os.getpid()
+
+
+def test_the_trainers_freed_memory_is_not_kept_by_a_loader_process(tmp_path: Path, shards: Shards) -> None:
+    """Activations that are free when it is forked, and used again: they were there twice."""
+    job = run([str(shards.folder)], cwd=tmp_path, command="process_tree:private_memory_of_a_loader")
+    assert int(job.out()) < 100
