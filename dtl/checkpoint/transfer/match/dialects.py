@@ -96,9 +96,11 @@ def _table() -> tuple[tuple[Dialect, ...], tuple[Dialect, ...]]:
 def _dialect(given: dict[str, Any]) -> Dialect:
     try:
         rules = tuple((re.compile(pattern), replacement) for pattern, replacement in _flat(given["rules"]))
+        for pattern, replacement in rules:
+            pattern.sub(replacement, "")  # a group that the pattern does not have
         return Dialect(given["name"], _patterns(given["when"]), rules, _patterns(given.get("aside", [])))
-    except (re.error, ValueError) as error:
-        raise UserError(f"{TABLE}: {given['name']}: {error}") from error
+    except (re.error, ValueError, KeyError) as error:
+        raise UserError(f"{TABLE}: {given.get('name')}: {'no ' if isinstance(error, KeyError) else ''}{error}") from error
 
 
 def _patterns(given: Sequence[str]) -> tuple[re.Pattern[str], ...]:

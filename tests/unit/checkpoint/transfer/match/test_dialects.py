@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 
 from benchmarks.transfer_cases import CASES, HF_BLOCK, Case, renamed, split_qkv, trained, vit, without
 from dtl.checkpoint import load_pretrained, plan_transfer, read_weights
+from dtl.checkpoint.transfer.match import dialects
 from dtl.checkpoint.transfer.match.dialects import translations
+from dtl.errors import TransferRefused, UserError
 
 
 def hub_names() -> list[str]:
@@ -100,3 +103,54 @@ def test_a_dialect_loads_nothing_that_a_plan_would_not() -> None:
     assert whole.pairs["blocks.0.norm1.weight"] == "vit.encoder.layer.0.layernorm_before.weight"
     assert whole.pairs["blocks.0.attn.qkv.bias"] == tuple(f"vit.encoder.layer.0.attention.attention.{part}.bias" for part in ("query", "key", "value"))
     assert whole.notes[-1] == "the names are those of transformers' ViT, DeiT and DINOv2"
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the table, to add to."""
+    copy = tmp_path / "dialects.yaml"
+    copy.write_bytes(dialects.TABLE.read_bytes())
+    monkeypatch.setattr(dialects, "TABLE", copy)
+    dialects._table.cache_clear()
+    yield copy
+    dialects._table.cache_clear()
+
+
+PAGE = Path(__file__).parents[5] / "docs" / "weight-transfer.md"
+MINE = (
+    (r"^patch_embed\.proj", "stem"),
+    (r"^cls_token", "token"),
+    (r"^pos_embed", "positions"),
+    (r"^blocks\.(\d+)\.norm1", r"encoder.block\1.pre_norm"),
+    (r"^blocks\.(\d+)\.norm2", r"encoder.block\1.post_norm"),
+    (r"^blocks\.(\d+)\.attn\.([qkv])\.", r"encoder.block\1.attention.w\2."),
+    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.block\1.attention.wo"),
+    (r"^blocks\.(\d+)\.mlp\.fc1", r"encoder.block\1.mlp.up"),
+    (r"^blocks\.(\d+)\.mlp\.fc2", r"encoder.block\1.mlp.down"),
+    (r"^norm\.", "encoder.norm."),
+)
+
+
+def test_the_example_of_the_page_is_all_that_a_new_dialect_needs(table: Path) -> None:
+    (example,) = re.findall(r"```yaml\ndialects:\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    source, target = trained(vit()), vit()
+    state = renamed(split_qkv(source.state_dict(), ("q", "k", "v")), *MINE) | {"decoder.weight": torch.randn(8, 8)}
+    file = dict(sorted(state.items()))
+    with pytest.raises(TransferRefused):
+        load_pretrained(target, file)
+    table.write_text(table.read_text().replace("\ntargets:\n", f"\n{example}targets:\n"))
+    dialects._table.cache_clear()
+    report = load_pretrained(target, file)
+    assert report.plan.notes[-1] == "the names are those of my library's ViT"
+    assert report.coverage == 1
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(target(images), source(images))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"), [("rules: [['a', '\\1']]", "x: invalid group reference"), ("rules: [['(', '']]", "x: missing"), ("rules: []", "x: no 'when'")]
+)
+def test_a_wrong_entry_of_the_table_is_named(table: Path, entry: str, message: str) -> None:
+    table.write_text(f"dialects:\n  - name: x\n    {entry}\ntargets: []\n".replace("]]\n", "]]\n    when: ['^x$']\n"))
+    with pytest.raises(UserError, match=message):
+        list(translations(["x"], ["x"]))
