@@ -1,6 +1,6 @@
-"""All pairs of near features among many: time and memory of `dtl.data.near`, and whether a pair is lost.
+"""All pairs of near features among many: time and memory of `dtl.data.near` with its whitening, and whether a pair is lost.
 
-    python benchmarks/near_pairs.py [--rows 100000] [--features 1280] [--threshold 0.95] [--json FILE]
+    python benchmarks/near_pairs.py [--rows 100000] [--features 1280] [--threshold 0.55] [--json FILE]
 
 The features are drawn like those of a network: 200 classes around directions of their own, none negative, their spectrum falling as that of MobileNetV2's
 features of photographs does (128 directions leave 5 % of the squares). A thousand rows are near twins of others. They lie in a file that is mapped. Time and
@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from dtl.data.near import whitened
 
 TWINS = 1000
 CLASSES = 200
@@ -47,13 +49,13 @@ def write_features(path: Path, rows: int, width: int) -> np.ndarray:
 def measure(path: str, threshold: float, threads: int) -> None:
     import torch
 
-    from dtl.data.near import near_pairs
+    from dtl.data.near import scene_pairs
 
     torch.set_num_threads(threads)
     features = np.load(path, mmap_mode="r")
-    near_pairs(features[:100], threshold)
+    scene_pairs(features[:100], threshold)
     before, started, processed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic(), time.process_time()
-    found = near_pairs(features, threshold)
+    found = scene_pairs(features, threshold, scratch=Path(path).parent)
     cpu, seconds, peak = time.process_time() - processed, time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     np.save(path.replace(".npy", ".found.npy"), np.stack([found.first, found.second]))
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "pairs": len(found), "peak_mib_with_the_file": (peak - before) / 1024}))
@@ -63,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--features", type=int, default=1280)
-    parser.add_argument("--threshold", type=float, default=0.95)
+    parser.add_argument("--threshold", type=float, default=0.55)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -77,7 +79,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", str(path), "--threshold", str(options.threshold), "--threads", str(options.threads)]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         found = np.load(path.with_suffix(".found.npy"))
-        features = np.load(path, mmap_mode="r")
+        features = whitened(np.load(path, mmap_mode="r"), Path(folder))
         size = path.stat().st_size / 2**20
         unit = features[:COMPARED].astype(np.float64)
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)

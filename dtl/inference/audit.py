@@ -20,7 +20,7 @@ from dtl.config.models import DataConfig, num_pixels
 from dtl.data.audited import COLUMNS, names_in
 from dtl.data.copies import find_copies
 from dtl.data.loading.loader import BatchDataset
-from dtl.data.near import SCENE, Pairs, near_pairs
+from dtl.data.near import MOST_PAIRS, SCENE, Pairs, scene_pairs
 from dtl.data.same_photo import ALIKE, SAME, SIDE, alike, gray, registered, thumbnails
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
@@ -181,7 +181,7 @@ def audit(
     alone = np.ones(len(images), bool)
     alone[copies.second] = False  # each content is searched for once
     coarse, raised = _alike(thumbs[alone], runtime)
-    close = None if features is None else _near(features.values, alone & ~features.damaged, threshold, runtime)
+    close = None if features is None else _near(features.values, alone & ~features.damaged, threshold, runtime, cache)
     if not runtime.is_main:
         return None
     numbers = np.flatnonzero(alone)
@@ -240,11 +240,11 @@ def _alike(thumbs: npt.NDArray[np.float32], runtime: Runtime) -> tuple[Pairs, fl
     raise AssertionError
 
 
-def _near(values: Any, usable: npt.NDArray[np.bool_], threshold: float, runtime: Runtime) -> Pairs:
+def _near(values: Any, usable: npt.NDArray[np.bool_], threshold: float, runtime: Runtime, scratch: Path) -> Pairs:
     numbers = np.flatnonzero(usable)
     with runtime.together("twins"):
-        found = near_pairs(values if usable.all() else _Rows(values, numbers), threshold, share=(runtime.rank, runtime.world_size))
-    found = Pairs.together(runtime.gather(found))
+        found = scene_pairs(values if usable.all() else _Rows(values, numbers), threshold, share=(runtime.rank, runtime.world_size), scratch=scratch)
+    found = Pairs.together(runtime.gather(found), threshold=threshold, most=MOST_PAIRS)
     return Pairs(numbers[found.first], numbers[found.second], found.cosine)
 
 

@@ -29,7 +29,7 @@ from dtl.config.load import SGD_EPOCHS
 from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
-from dtl.data.near import SCENE, near_pairs
+from dtl.data.near import SCENE, scene_pairs
 from dtl.data.remote.address import own_folder
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
@@ -465,8 +465,8 @@ def find_twins(train: FeatureDataset, val: FeatureDataset) -> list[Twin]:
         return []
     rows = np.concatenate([one.values[0].reshape(one.shards.num_samples, -1) for one in (train, val)])
     for start, one in ((0, train), (num_train, val)):
-        rows[[start + sample for _, sample in one.damaged]] = 0
-    pairs = near_pairs(rows, SCENE)
+        rows[[start + sample for _, sample in one.damaged]] = np.nan
+    pairs = scene_pairs(rows)
     found: dict[int, Twin] = {}
     for first, second, cosine in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist()):
         sample = second - num_train
@@ -488,7 +488,7 @@ def note_twins(twins: Sequence[Twin], train: Shards, val: Shards, file: Path) ->
     best = max(twins, key=lambda one: one.cosine)
     return (
         f"{len(twins):,} of {counted(val.num_samples, 'validation image')} {'has a twin' if len(twins) == 1 else 'have twins'} in train by the cached features "
-        f"(cosine of {SCENE:g} or more, such as {val.name(best.sample)} and {train.name(best.other)}), so accuracy may be overestimated; "
+        f"(whitened cosine of {SCENE:g} or more, such as {val.name(best.sample)} and {train.name(best.other)}), so accuracy may be overestimated; "
         f"all are listed in {file}"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtl.data import near
-from dtl.data.near import Pairs, near_pairs
+from dtl.data.near import Pairs, near_pairs, scene_pairs, whitened
 from dtl.errors import UserError
 
 
@@ -80,3 +82,34 @@ def test_rows_without_a_direction_are_in_no_pair() -> None:
 def test_a_set_of_one_image_again_and_again_ends_in_a_line() -> None:
     with pytest.raises(UserError, match=r"more than 1,000 pairs of images have a cosine of 0.9 or more: raise the threshold"):
         near_pairs(np.ones((100, 3), np.float32), 0.9, most=1000)
+
+
+def test_what_all_images_share_is_not_what_twins_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with photos of one kind: every pair points the same way, and most of what differs lies along a few directions."""
+    draw = np.random.default_rng(0)
+    features = (5 + 2 * draw.normal(size=(300, 80)) * np.arange(1, 81) ** -0.7).astype(np.float32)
+    features[7] = features[200] + 0.03 * draw.normal(size=80)
+    features[8] = np.nan
+    assert len(near_pairs(features, 0.95)) > 1000
+    found = scene_pairs(features, 0.7)
+    assert places(found) == [(7, 200)]
+    monkeypatch.setattr(near, "_IN_MEMORY", 0)
+    monkeypatch.setattr(near, "_BLOCK", 64)
+    again = scene_pairs(features, 0.7, scratch=tmp_path)
+    assert places(again) == places(found)
+    assert again.cosine == pytest.approx(found.cosine, abs=1e-6)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(near, "_WIDEST", 40)
+    assert whitened(features).shape == (300, 40)
+    assert (7, 200) in places(scene_pairs(features, 0.5))
+
+
+def test_images_that_a_network_does_not_tell_apart_are_no_twins() -> None:
+    assert len(scene_pairs(np.full((50, 8), 3.3, np.float32))) == len(scene_pairs(np.full((5, 8), np.nan, np.float32))) == 0
+    assert len(scene_pairs(np.zeros((0, 8), np.float32))) == len(scene_pairs(np.ones((1, 8), np.float32))) == 0
+
+
+def test_the_limit_is_of_all_shares_together() -> None:
+    shares = [near_pairs(np.ones((100, 3), np.float32), 0.9, share=(0, 1), most=4950)] * 2
+    with pytest.raises(UserError, match=r"more than 5,000 pairs of images have a cosine of 0\.9 or more: raise the threshold"):
+        Pairs.together(shares, threshold=0.9, most=5000)

@@ -249,9 +249,9 @@ def test_validation_images_with_twins_in_train_are_named_once(tmp_path: Path) ->
     assert [(one.sample, one.other) for one in twins] == [(0, 1)]
     line = note_twins(twins, shards, shards, tmp_path / "twins.jsonl")  # type: ignore[arg-type]
     assert line.startswith(
-        "1 of 3 validation images has a twin in train by the cached features (cosine of 0.95 or more, such as 0.jpg and 1.jpg), so accuracy may"
+        "1 of 3 validation images has a twin in train by the cached features (whitened cosine of 0.55 or more, such as 0.jpg and 1.jpg), so accuracy may"
     )
-    assert json.loads((tmp_path / "twins.jsonl").read_text()) == {"split": "val", "sample": 0, "path": "0.jpg", "other": "1.jpg", "cosine": 0.9988}
+    assert json.loads((tmp_path / "twins.jsonl").read_text()) == {"split": "val", "sample": 0, "path": "0.jpg", "other": "1.jpg", "cosine": 0.7179}
     assert note_twins([], shards, shards, tmp_path / "twins.jsonl") == ""  # type: ignore[arg-type]
     assert not (tmp_path / "twins.jsonl").exists()
     train.values = np.repeat(train.values, 2, axis=0)  # two augmented views
