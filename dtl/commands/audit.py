@@ -212,7 +212,9 @@ def _parser() -> OptionParser:
     add("--model", metavar="NAME", help="the network that --weights belong to, as model.name")
     add("--weights", metavar="FILE", help="pretrained weights, as transfer.source; keys of a recipe are options too (--data.image_size 96)")
     add("--out", metavar="FOLDER", default="audit", help="where audit.csv and index.html are written (default: audit)")
-    add("--threshold", type=_cosine, default=0.55, metavar="X", help="cosine of the whitened features from which on two images are of one scene (default: 0.55)")
+    add(
+        "--threshold", type=_cosine, default=0.55, metavar="X", help="cosine of the whitened features from which on two images are of one scene (default: 0.55)"
+    )
     add("--fail-on", choices=tuple(_FAIL), help="exit with status 1 where such a finding is there (leaks: twins in two splits)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto, the GPU if there is one)")
     add("--trust", action="store_true", help=TRUST)
