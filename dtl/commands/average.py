@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dtl.errors import UserError
 from dtl.files import user_path
-from dtl.text import OptionParser, to_stderr, to_stdout
+from dtl.text import OptionParser, counted, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,8 @@ Average the weights of several models that started from the same pretrained weig
 arXiv 2203.05482). The result is a model folder like any other. Evaluate it: it may be better or worse than the models it was made from.
 
 The models must have the same architecture, classes and preprocessing. Integer tensors are taken from the first model.
-The running statistics of batch norm layers are averaged too, which is an approximation.
+A tensor that is the same in all models stays the same, bit for bit: frozen layers, and the running statistics of batch norm layers of phases with
+norm_statistics: frozen. Statistics that differ are averaged, which is an approximation; a line says of how many layers.
 """
 _EPILOG = """\
 example:
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     facts = [read_model_json(folder) for folder in folders]
     for folder, one in zip(folders[1:], facts[1:]):
         _check_same(folders[0], facts[0], folder, one)
-    mean = average((load_model_tensors(folder) for folder in folders), [str(folder) for folder in folders])
+    mean, moved = average((load_model_tensors(folder) for folder in folders), [str(folder) for folder in folders])
     first, precisions = facts[0], {one.made_by.get("precision") for one in facts} - {None}
     save_model_folder(
         target,
@@ -68,11 +69,17 @@ def run(arguments: Sequence[str]) -> int:
         note_made(target / "model.json", to_stderr)
     to_stdout(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
     to_stdout(f"  dtl evaluate {quote(str(target))} --data.val SRC")
+    if norms := sum(name.endswith("running_var") for name in moved):
+        to_stdout(
+            f"running statistics of {counted(norms, 'norm layer')} differ between the models: they are averaged, which describes the averaged network only "
+            "roughly; runs of norm_statistics: frozen have the same ones"
+        )
     return 0
 
 
-def average(models: object, names: Sequence[str]) -> dict[str, Tensor]:
-    """Mean of the floating-point tensors, summed in float64 and returned in the first model's dtypes; the rest are the first model's.
+def average(models: object, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Mean of the floating-point tensors, summed in float64 and returned in the first model's dtypes, and the names of those that differ between models; a
+    tensor that does not, and what is no floating-point one, is the first model's.
 
     `models` gives one state dict after another: two are in memory at a time. UserError where they do not match.
     """
@@ -80,6 +87,7 @@ def average(models: object, names: Sequence[str]) -> dict[str, Tensor]:
 
     first: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
+    moved: set[str] = set()
     for name, tensors in zip(names, models):  # type: ignore[call-overload]
         if not first:
             first = tensors
@@ -91,8 +99,10 @@ def average(models: object, names: Sequence[str]) -> dict[str, Tensor]:
             if tensor.is_floating_point():
                 if not bool(torch.isfinite(tensor).all()):
                     raise UserError(f"{name}: the tensor {key} holds values that are not finite; leave this model out")
-                sums[key] = tensor.double() if key not in sums else sums[key].add_(tensor.double())
-    return {key: (sums[key] / len(names)).to(tensor.dtype) if key in sums else tensor for key, tensor in first.items()}
+                sums[key] = tensor.double().clone() if key not in sums else sums[key].add_(tensor.double())
+                if key not in moved and not torch.equal(tensor, first[key]):
+                    moved.add(key)
+    return {key: (sums[key] / len(names)).to(tensor.dtype) if key in moved else tensor for key, tensor in first.items()}, sorted(moved)
 
 
 def _check_same(first_folder: Path, first: ModelFacts, folder: Path, other: ModelFacts) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_folders import CLASSES, model_folder
+from model_folders import CLASSES, change_weights, model_folder
 
 from dtl.checkpoint.resume.model_folder import load_model_tensors
 from dtl.commands.average import average, run
@@ -51,9 +51,29 @@ def test_half_precision_is_summed_in_float64() -> None:
         {"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(7)},
         {"w": torch.tensor([60000.0], dtype=torch.float16), "n": torch.tensor(9)},
     ]
-    mean = average(models, ["a", "b"])
+    mean, moved = average(models, ["a", "b"])
     assert mean["w"].item() == 60000.0
     assert mean["n"].item() == 7
+    assert moved == []
+
+
+def test_what_is_the_same_in_all_models_stays_the_same_and_statistics_that_differ_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frozen norms: with three models, a sum in float64 divided by three would be another number."""
+    frozen = torch.tensor([0.1, 1 / 3, 1e300], dtype=torch.float64)
+    models = [{"running_var": frozen.clone(), "weight": torch.tensor([float(number)], dtype=torch.float64)} for number in range(3)]
+    mean, moved = average(models, ["a", "b", "c"])
+    assert torch.equal(mean["running_var"], frozen)
+    assert mean["weight"].item() == 1.0
+    assert moved == ["weight"]
+    assert models[0]["weight"].item() == 0.0, "the first model is left as it is"
+    a, b = (str(model_folder(tmp_path / name, seed=seed)) for seed, name in enumerate("ab"))
+    assert run([a, b, "--out", str(tmp_path / "soup")]) == 0
+    assert "running statistics of 2 norm layers differ between the models: they are averaged" in capsys.readouterr().out
+    change_weights(Path(b), lambda tensors: tensors.update({name: part for name, part in load_model_tensors(Path(a)).items() if "running" in name}))
+    assert run([a, b, "--out", str(tmp_path / "soup"), "--overwrite"]) == 0
+    assert "running" not in capsys.readouterr().out
+    parts = [load_model_tensors(folder) for folder in (tmp_path / "soup", Path(a))]
+    assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items() if "running" in name)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dtl.errors import UserError
+from dtl.models.norms import norms_alone, plain_norms, synchronise_norms
 from dtl.training.active import ExponentialMovingAverage
 
 
@@ -125,3 +128,23 @@ def test_an_average_of_other_weights_is_refused() -> None:
         ema.load({**tensors, "3.weight": torch.zeros(3, 5)}, num_updates=1)
     with pytest.raises(UserError, match=r"ema is 1\.0; it must be 0 or more and less than 1"):
         ExponentialMovingAverage(_module(), decay=1.0)
+
+
+def test_the_average_of_synchronised_norms_is_that_of_plain_ones_before_and_after() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    synchronised = copy.deepcopy(plain)
+    assert synchronise_norms(synchronised, image_size=8, agree=bool) == (frozenset({"1"}), "")
+    averages = [ExponentialMovingAverage(module, decay=0.5, warm_up=False) for module in (plain, synchronised)]
+    with norms_alone():
+        for _ in range(3):
+            images = torch.randn(4, 3, 8, 8)
+            for module, average in zip((plain, synchronised), averages):
+                module(images)
+                average.update()
+    one, other = (average.state_tensors() for average in averages)
+    assert {name for name in one if "running" in name} == {"1.running_mean", "1.running_var"}
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert plain_norms(synchronised) == {"1"}
+    averages[1].copy_to(synchronised)  # as at the phase's end
+    assert all(torch.equal(synchronised.state_dict()[name], tensor) for name, tensor in one.items())
