@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ import harness
 import pytest
 from page_reader import Page
 from recipes import write_recipe
+from report_runs import make_config, make_run, write_history
 
 from dtl.config import load_config
 from dtl.models.model_json import Calibration, Threshold
 from dtl.report import make_report
+from dtl.report.html import Table
 from dtl.report.record import read_run
-from dtl.report.single import _splits
+from dtl.report.single import _blends, _phase_cells, _splits
 from dtl.report.style import percent
 
 PHASES = {
@@ -74,3 +77,27 @@ def test_a_fold_groups_and_a_temperature_are_named(tmp_path: Path) -> None:
     ]
     plain: Any = SimpleNamespace(config=load_config([])[0], model=SimpleNamespace(calibration=None), is_grouped=False, settings={})
     assert _splits(plain) == []
+
+
+def test_points_of_a_blend_are_in_a_table_and_not_in_the_curves(tmp_path: Path) -> None:
+    phases = {"head": {"train": "head", "epochs": 1}, "all": {"epochs": 2, "after": "blend"}}
+    run = make_run(tmp_path / "run", make_config("run", phases=phases), model=False, steps_per_epoch=4)
+    events = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    (end,) = [event for event in events if event["event"] == "val" and event["step"] == 12]
+    start = {**end, "step": 4, "entering": True, "kept": True, "top1": 0.5, "loss": 0.7}
+    points = [{**end, "blend": share, "top1": top1, "loss": loss, "kept": share == 0.4} for share, top1, loss in ((0.4, 0.97, 0.2), (0.6, 0.98, 0.25))]
+    write_history(run, sorted([*events, start, *points], key=lambda event: event["step"]))
+    record = read_run(run)
+    phase = record.phases[1]
+    assert (phase.kept(), phase.best()) == (3, 2), "start, two epochs, two points: the kept one is no evaluation of the phase's own steps"
+    assert phase.course["step"].tolist() == [4, 8, 12]
+    assert [cell.text for cell in _phase_cells(record, phase)][5:9] == ["blend 0.4", "–", "0.2000", "97.00\u00a0%"]
+    section = _blends(record)
+    assert section is not None
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    assert [[cell.text for cell in row] for row in tables[0].rows] == [
+        ["start", "0.7000", "50.00\u00a0%", ""],
+        ["0.4", "0.2000", "97.00\u00a0%", "kept"],
+        ["0.6", "0.2500", "98.00\u00a0%", ""],
+        ["end", f"{end['loss']:.4f}", percent(end["top1"], 2), ""],
+    ]
