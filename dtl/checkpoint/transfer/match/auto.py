@@ -400,6 +400,8 @@ class Arbiter:
                     self.doubts.pop(j, None)
                 before = case.free.get(j, claim.evidence)
                 case.free[j] = min(before, claim.evidence, key=EVIDENCE.index)
+        for j in self._out_of_number() if case.assume_order else ():
+            self._doubt(j, NUMBERS_DISAGREE, [case.accepted[j]])
         refuted = {loose_signature(case.theirs[j]) for j, (reason, _) in self.doubts.items() if reason in (NAMES_DISAGREE, NUMBERS_DISAGREE)}
         for j, i in list(case.accepted.items()):
             if j in case.trust.anchors:
@@ -412,6 +414,15 @@ class Arbiter:
                 self.evidence[j] = "order"
             else:
                 self._doubt(j, NEW_NAME if case.is_new_name(j) else ORDER_ONLY, [i])
+
+    def _out_of_number(self) -> list[int]:
+        """The target's layers that rest on order alone and lie in modules of other numbers than their source, where all that rests on more has the same."""
+        case = self.case
+        alike = {j: _module_numbers(case.theirs[j]) == _module_numbers(case.ours[i]) for j, i in case.accepted.items()}
+        known = [j for j in alike if j in case.free or j in case.trust.anchors]
+        if not all(alike[j] for j in known) or len({_module_numbers(case.theirs[j]) for j in known} - {()}) < 3:
+            return []
+        return [j for j in alike if not alike[j] and j not in known]
 
     def _is_no_evidence(self, claim: Claim) -> bool:
         case, pair = self.case, (claim.source, claim.target)
@@ -436,6 +447,11 @@ class Arbiter:
             if left:
                 reason = "several layers fit equally well" if len(options) > 1 else "a layer of the source fits, but it fits other layers as well"
                 self.doubts[j] = (reason, left)
+
+
+def _module_numbers(layer: Layer) -> tuple[str, ...]:
+    """The parts of the path that are numbers."""
+    return tuple(part for part in layer.path.split(".") if part.isdigit())
 
 
 # ---- the whole
