@@ -419,7 +419,7 @@ class Arbiter:
         """The target's layers that rest on order alone and lie in modules of other numbers than their source, where all that rests on more has the same."""
         case = self.case
         alike = {j: _module_numbers(case.theirs[j]) == _module_numbers(case.ours[i]) for j, i in case.accepted.items()}
-        known = [j for j in alike if j in case.free or j in case.trust.anchors]
+        known = {*(case.free or ()), *case.trust.anchors} & alike.keys()
         if not all(alike[j] for j in known) or len({_module_numbers(case.theirs[j]) for j in known} - {()}) < 3:
             return []
         return [j for j in alike if not alike[j] and j not in known]
