@@ -197,7 +197,7 @@ class _Settlement:
         if self.options.fill.conv_bias == "zero":
             self.filled[name] = "zero: the source's layer has no bias"
         else:
-            self.reasons[name] = "the source's layer has no bias (with fill: {conv_bias: zero} the layer computes the same)"
+            self.reasons[name] = "the source has no bias for it (fill: {conv_bias: zero} sets it to zero, as if the layer had none)"
 
     def _batch_norm(self, layer: Layer) -> None:
         wanted = [layer.roles[role][0][0] for role in layer.roles if role != "num_batches_tracked"]

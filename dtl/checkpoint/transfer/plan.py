@@ -236,9 +236,9 @@ def make_plan(
         source, ignored = set_aside(tensors, options.ignore)
         if names is not None:
             ignored += [spec for spec in source if spec.name not in names]
-            source = [replace(spec, name=names[spec.name]) for spec in source if spec.name in names]
+            source = [spec for spec in source if spec.name in names]
         request = PlanRequest(source, target, options, head_layers(target.layers, heads), rules, in_order, network if names is None else None, prefix)
-        return _settled(request, classes, ignored)
+        return _settled(request, classes, ignored, names)
 
     def best(options: TransferOptions, rules: list[Rule]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
         """By the file's own names; where that is refused, by a dialect that is known to use such names, if more can be paired then."""
@@ -249,7 +249,7 @@ def make_plan(
             for translation in translations([spec.name for spec in tensors], [spec.name for spec in target.specs]):
                 read, problems = attempt(options, rules, translation.names)
                 if not problems or len(read.pairs) > len(plan.pairs):
-                    return _in_own_names(read, translation.names, f"the names are those of {translation.dialect}"), problems
+                    return replace(read, notes=(*read.notes, f"the names are those of {translation.dialect}")), problems
         return plan, refusals
 
     def again(changed: Mapping[str, Any], lines: Mapping[str, Any]) -> Attempt:
@@ -277,18 +277,12 @@ def _own_size(network: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _in_own_names(plan: TransferPlan, names: Mapping[str, str], note: str) -> TransferPlan:
-    """A plan made with other names for the source's tensors, in the names that they have."""
-    own = {now: name for name, now in names.items()}
-    outcomes = tuple(replace(o, sources=tuple(own.get(name, name) for name in o.sources)) for o in plan.outcomes)
-    specs = [replace(spec, name=own.get(spec.name, spec.name)) for spec in plan.source_specs]
-    return replace(plan, outcomes=outcomes, source_specs=specs, notes=(*plan.notes, note))
-
-
-def _settled(request: PlanRequest, classes: HeadClasses, ignored: Sequence[TensorSpec]) -> tuple[TransferPlan, tuple[Refusal, ...]]:
-    """Find the pairs, then settle what becomes of each tensor."""
+def _settled(
+    request: PlanRequest, classes: HeadClasses, ignored: Sequence[TensorSpec], names: Mapping[str, str] | None
+) -> tuple[TransferPlan, tuple[Refusal, ...]]:
+    """Find the pairs, then settle what becomes of each tensor. `names`: those by which the source's tensors are matched, where these are not their own."""
     source, target, options = request.source, request.target, request.options
-    found = match(request)
+    found = match(request) if names is None else _translated(request, names)
     lora = [spec.name for spec in source if _LORA.search(spec.name)]
     if lora:
         found.matching.refusals.insert(0, _unmerged(lora, source))
@@ -314,15 +308,28 @@ def _settled(request: PlanRequest, classes: HeadClasses, ignored: Sequence[Tenso
     return plan, settled.refusals
 
 
+def _translated(request: PlanRequest, names: Mapping[str, str]) -> Planned:
+    """What is matched by other names, in the source's own."""
+    found = match(replace(request, source=[replace(spec, name=names[spec.name]) for spec in request.source]))
+    own = {now: name for name, now in names.items()}
+    inside = None if found.inside is None else frozenset(own[name] for name in found.inside)
+    return replace(found, matching=_own_names(found.matching, Renaming(dict(names))), inside=inside)
+
+
 _LORA = re.compile(r"(^|[._])lora_([AB]|down|up|magnitude_vector|embedding_[AB])([._]|$)")
 
 
 def _unmerged(lora: Sequence[str], source: Sequence[TensorSpec]) -> str:
     """A weight under LoRA is base + scale * B A, and the scale does not stand in the file."""
-    beside = "layers that are not merged into the weights" if len(lora) < len(source) else "layers alone, without the weights that they are to be added to"
+    named = f"({counted(len(lora), 'tensor')}, the first is {lora[0]})"
+    if len(lora) == len(source):
+        return (
+            f"the source holds LoRA layers alone {named}, without the weights that they were trained on; give those as source and the folder of the adapter as "
+            "adapter (transfer.adapter, --adapter, or adapter= in Python)"
+        )
     return (
-        f"the source holds LoRA {beside} ({counted(len(lora), 'tensor')}, the first is {lora[0]}); merge them where they were trained "
-        "(PEFT: model.merge_and_unload()) and save the result"
+        f"the source holds LoRA layers that are not merged into the weights {named}; merge them where they were trained (PEFT: model.merge_and_unload()) and "
+        "save the result"
     )
 
 

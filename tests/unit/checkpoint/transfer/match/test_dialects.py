@@ -105,6 +105,18 @@ def test_a_dialect_loads_nothing_that_a_plan_would_not() -> None:
     assert whole.notes[-1] == "the names are those of transformers' ViT, DeiT and DINOv2"
 
 
+def test_what_a_refusal_offers_has_the_names_of_the_file(tmp_path: Path) -> None:
+    """A network that registers its modules in alphabetical order, against which the weights' own order speaks."""
+    trial = next(case for case in CASES if case.name == "transformers' SigLIP with its pooling head").build(tmp_path)
+    source = trial.target.state_dict()
+    plan = plan_transfer(source, holder(read_weights(trial.source).tensors))
+    assert plan.notes[-1].startswith("the names are those of timm and of")
+    offered = {name for names in plan.flagged.values() for name in names}
+    assert offered
+    assert offered <= set(source)
+    assert "could be blocks." in plan.refusals[0]
+
+
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A copy of the table, to add to."""
