@@ -23,7 +23,8 @@ arXiv 2203.05482). The result is a model folder like any other. Evaluate it: it 
 
 The models must have the same architecture, classes and preprocessing. Integer tensors are taken from the first model.
 A tensor that is the same in all models stays the same, bit for bit: frozen layers, and the running statistics of batch norm layers of phases with
-norm_statistics: frozen. Statistics that differ are averaged, which is an approximation; a line says of how many layers.
+norm_statistics: frozen. Statistics that differ are averaged, which is an approximation; a line says of how many layers. With --data they are estimated anew on
+about 1,024 of these images (training images: those that choose or measure the result should not be used), as for stochastic weight averaging.
 """
 _EPILOG = """\
 example:
@@ -51,6 +52,13 @@ def run(arguments: Sequence[str]) -> int:
     for folder, one in zip(folders[1:], facts[1:]):
         _check_same(folders[0], facts[0], folder, one)
     mean, moved = average((load_model_tensors(folder) for folder in folders), [str(folder) for folder in folders])
+    norms = [name.removesuffix("running_var").rstrip(".") for name in moved if name.endswith("running_var")]
+    if norms and options.data is not None:
+        from dtl.inference.evaluate import with_statistics
+        from dtl.inference.model import running_model
+
+        with running_model(folders[0], log=to_stderr) as model:
+            mean = with_statistics(model, mean, norms, options.data, log=to_stderr)
     first, precisions = facts[0], {one.made_by.get("precision") for one in facts} - {None}
     save_model_folder(
         target,
@@ -69,10 +77,14 @@ def run(arguments: Sequence[str]) -> int:
         note_made(target / "model.json", to_stderr)
     to_stdout(f"{target}: the mean of {len(folders)} models ({first.architecture['name']}, {len(first.classes)} classes); not evaluated yet:")
     to_stdout(f"  dtl evaluate {quote(str(target))} --data.val SRC")
-    if norms := sum(name.endswith("running_var") for name in moved):
+    if norms:
         to_stdout(
-            f"running statistics of {counted(norms, 'norm layer')} differ between the models: they are averaged, which describes the averaged network only "
-            "roughly; runs of norm_statistics: frozen have the same ones"
+            f"running statistics of {counted(len(norms), 'norm layer')} differ between the models: "
+            + (
+                "they are averaged, which describes the averaged network only roughly; --data SRC (training images) estimates them anew"
+                if options.data is None
+                else f"they were estimated anew on images of {options.data}"
+            )
         )
     return 0
 
@@ -148,5 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("models", metavar="RUN", nargs="+", help="runs (runs/NAME) or model folders")
     add("--out", required=True, metavar="FOLDER", help="a new model folder")
+    add("--data", metavar="SRC", help="images (any source) on which running statistics of norm layers are estimated anew where they differ")
     add("--overwrite", action="store_true", help="replace an existing model folder")
     return parser

@@ -134,8 +134,9 @@ class GroupSums:
 class RankBatches:
     """The batches of one rank: whole ones, split the same way at any world size, in the order of the shards."""
 
-    def __init__(self, shards: Shards, transform: Transform, *, batch_size: int, workers: int, runtime: Runtime) -> None:
-        self._plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=batch_size, shuffle=False)
+    def __init__(self, shards: Shards, transform: Transform, *, batch_size: int, workers: int, runtime: Runtime, shuffle: bool = False) -> None:
+        """`shuffle`: in another order, the same one each time."""
+        self._plan = EpochPlan(shards.shard_sizes, seed=0, epoch=0, global_batch_size=batch_size, shuffle=shuffle)
         self.num_batches, self.num_images = self._plan.num_steps, shards.num_samples
         self.first = self.num_batches * runtime.rank // runtime.world_size
         self.last = self.num_batches * (runtime.rank + 1) // runtime.world_size

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from dtl.config.models import DataConfig, GroupConfig, num_pixels
 from dtl.config.own import StoredConfig, stored_config
@@ -19,11 +22,13 @@ from dtl.data.splits_of_run import content_id, open_splits
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
 from dtl.files import expand_home
-from dtl.inference.assess import NUM_HARDEST, Assessment, RankBatches, assess, assess_groups
+from dtl.inference.assess import NUM_HARDEST, Assessment, RankBatches, assess, assess_groups, readable
 from dtl.inference.model import RunningModel
 from dtl.inference.tables import report, write_csv
+from dtl.models.strict_load import strict_load
 from dtl.runs.looks import count_looks, note_look
 from dtl.text import Log, counted, some, to_nobody
+from dtl.training.blend import BATCH, MOST_IMAGES, estimate_statistics
 from dtl.training.dataloaders import choose_workers, rank_cores
 
 Split = Literal["val", "test"]
@@ -81,6 +86,19 @@ def evaluate(
         **({} if seen.groups is None or groups is None else {"by_group": _of_groups(seen, groups, shards, model)}),
         **({} if (look := runtime.agree(look)) is None else {"look": look}),
     }
+
+
+def with_statistics(model: RunningModel, tensors: dict[str, Tensor], norms: Sequence[str], data: str, *, log: Log) -> dict[str, Tensor]:
+    """`tensors`, weights of the model's network, with the running statistics that its batch norms `norms` have on images of `data`, as a blend estimates them
+    (`dtl.training.blend`). UserError for data that does not go with the model, and for damaged images. For one process."""
+    shards, workers = open_images(model, data, "val", batch_size=BATCH, workers=None, on_error="fail", allow_pipe=False, log=log)
+    batches = RankBatches(shards, model.stored.transform, batch_size=BATCH, workers=workers, runtime=model.runtime, shuffle=True)
+    num, module = min(batches.num_batches, MOST_IMAGES // BATCH), model.stored.network.module
+    strict_load(module, tensors, "the mean of the models")
+    with closing(iter(batches)) as stream:  # type: ignore[type-var]
+        some = ([batch] for batch in islice(readable(stream, skip_damaged=False), num))
+        estimate_statistics(model.forward, module, norms, num, some, stops=lambda _: False)
+    return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
 
 
 def open_images(

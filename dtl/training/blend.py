@@ -48,8 +48,12 @@ def points(
     norms = runtime.agree(moved_norms(active.module, active.start, end))
     for share in SHARES:
         active.put(between(active.start, end, share), runtime)
-        if norms and not estimate_statistics(active.module, norms, loaders, runtime, normalise=normalise, stops=stops):
-            yield None
+        if norms:
+            num, clean = loaders.clean_batches(BATCH, MOST_IMAGES)
+            with closing(clean):  # type: ignore[type-var]
+                goes_on = estimate_statistics(ForwardPass(active.module, normalise, runtime), active.module, norms, num, clean, stops=stops)
+            if not goes_on:
+                yield None
         yield share
 
 
@@ -76,20 +80,26 @@ def moved_norms(module: nn.Module, start: Mapping[str, Tensor], end: Mapping[str
 
 
 def estimate_statistics(
-    module: nn.Module, names: Sequence[str], loaders: DataLoaders, runtime: Runtime, *, normalise: Normalise, stops: Callable[[list[Batch]], bool]
+    forward: ForwardPass,
+    module: nn.Module,
+    names: Sequence[str],
+    num_batches: int,
+    stream: Iterator[list[Batch]],
+    *,
+    stops: Callable[[list[Batch]], bool],
 ) -> bool:
-    """Give the batch norms `names` the running statistics that `module` has on training images as evaluation sees them. False: stop (on all ranks).
+    """Give the batch norms `names` the running statistics that `module` has on `num_batches` batches, of which `stream` gives this rank's stretch. False: stop
+    (on all ranks).
 
     `stops(batches)` is called by all ranks before each batch: it takes damaged images, and says whether to stop. Means and variances are those over all images,
     where each batch has been normalised by its own before it reaches a norm, as in training.
     """
-    num_batches, stream = loaders.clean_batches(BATCH, MOST_IMAGES)
-    forward, norms = ForwardPass(module, normalise, runtime), [part for name in names if isinstance(part := module.get_submodule(name), _BatchNorm)]
+    runtime, norms = forward.runtime, [part for name in names if isinstance(part := module.get_submodule(name), _BatchNorm)]
     width = sum(len(norm.running_mean) for norm in norms if norm.running_mean is not None)
     most = -(-num_batches // runtime.world_size)
     rows = torch.zeros(most, 1 + 2 * width, dtype=torch.float64)
     """Of this rank's batches: the number of images, the means [C] and the variances [C]."""
-    with eval_mode(module), closing(stream):  # type: ignore[type-var]
+    with eval_mode(module):
         for row in rows:
             batches = next(stream, [])
             if stops(batches):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_folders import CLASSES, change_weights, model_folder
+from model_folders import CLASSES, change_weights, model_folder, write_image
 
+from dtl import build_loader
 from dtl.checkpoint.resume.model_folder import load_model_tensors
 from dtl.commands.average import average, run
 from dtl.data.transforms.transforms import eval_transform
@@ -113,3 +114,33 @@ def test_weights_that_are_not_the_models_are_not_averaged(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"the weights .*a/model.safetensors do not match the model.json beside them"):
         run([str(first), str(second), "--out", str(tmp_path / "soup")])
     assert not (tmp_path / "soup").exists()
+
+
+def test_statistics_that_differ_are_estimated_anew_on_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTL_CACHE", str(tmp_path / "cache"))
+    a, b = (str(model_folder(tmp_path / name, seed=seed)) for seed, name in enumerate("ab"))
+    for number in range(36):
+        place = tmp_path / "images" / CLASSES[number % 3] / f"{number}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_image(place, number)
+    assert run([a, b, "--out", str(tmp_path / "mean")]) == 0
+    for name in ("soup", "again"):
+        assert run([a, b, "--out", str(tmp_path / name), "--data", str(tmp_path / "images")]) == 0
+    assert "running statistics of 2 norm layers differ between the models: they were estimated anew on images of" in capsys.readouterr().out
+    mean, soup, again = (load_model_tensors(tmp_path / name) for name in ("mean", "soup", "again"))
+    assert mean.keys() == soup.keys()
+    for name, tensor in soup.items():
+        assert torch.equal(tensor, again[name]), "in a fixed order"
+        assert torch.equal(tensor, mean[name]) == ("running" not in name), name
+    # What the first norm gets: the convolution of all images, a channel's mean and variance. Two batches of 18 images.
+    model = open_model(tmp_path / "soup").network.module
+    images = [images[weights > 0] for images, _, weights in build_loader(str(tmp_path / "images"), split="val", image_size=16, batch_size=36, workers=0)]
+    preprocessing = read_model_json(tmp_path / "soup").preprocessing
+    shift, scale = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        seen = model[0]((torch.cat(images).float() / 255 - shift) / scale)
+    torch.testing.assert_close(soup["1.running_mean"], seen.mean(dim=(0, 2, 3)), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(soup["1.running_var"], seen.var(dim=(0, 2, 3)), rtol=0.2, atol=0.1)
+    with pytest.raises(UserError, match="nowhere"):
+        run([a, b, "--out", str(tmp_path / "other"), "--data", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "other").exists()
