@@ -65,13 +65,13 @@ def _ranks(number: int, work: Callable[[Team], Solution], threads: int = 1, stop
         return list(pool.map(lambda rank: work(team(rank)), range(number)))
 
 
-@pytest.mark.parametrize("strength", [1.0, 1e-2, 1e-4])
-def test_at_a_fixed_strength_the_probabilities_are_scikit_learns(strength: float) -> None:
+@pytest.mark.parametrize(("strength", "num_samples", "num_features"), [(1.0, 300, 24), (1e-2, 300, 24), (1e-4, 300, 24), (1e-2, 60, 100), (1e-5, 60, 100)])
+def test_at_a_fixed_strength_the_probabilities_are_scikit_learns(strength: float, num_samples: int, num_features: int) -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
-    rows = _rows()
+    rows = _rows(num_samples, num_features)
     weights = torch.from_numpy(np.random.default_rng(1).choice([0.0, 0.5, 3.0], len(rows.labels)))  # classes have weights, damaged samples none
     rows = Rows(rows.features, rows.labels, weights)
-    found = solve(rows, num_classes=4, folds=None, strengths=[strength], tolerance=1e-9)
+    found = solve(rows, num_classes=4, folds=None, strengths=[strength])
     used = weights.numpy() > 0
     mean, scale = rows.features[used].astype(np.float64).mean(0), rows.features[used].astype(np.float64).std(0)
     theirs = linear_model.LogisticRegression(C=1 / (strength * float(weights.sum())), tol=1e-10, max_iter=5000)
@@ -100,18 +100,18 @@ def test_any_number_of_ranks_and_threads_gives_the_same_bits(monkeypatch: pytest
 
 def test_the_strength_is_that_with_the_lowest_held_out_loss() -> None:
     rows = _rows(200, 100, spread=0.15)
-    found = solve(rows, num_classes=4, folds=_folds(rows), tolerance=1e-9)
+    found = solve(rows, num_classes=4, folds=_folds(rows))
     losses = dict(found.path)
     assert losses[found.strength] == min(losses.values())
     assert len(losses) < len(module.STRENGTHS)
-    again = solve(rows, num_classes=4, folds=None, strengths=[found.strength], tolerance=1e-9)
+    again = solve(rows, num_classes=4, folds=None, strengths=[found.strength])
     assert np.abs(_probabilities(again, rows.features) - _probabilities(found, rows.features)).max() < 1e-5  # wherever it starts
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_gradient_of_the_objective_is_zero_at_the_solution(smoothing: float) -> None:
     rows = _rows(smoothing=smoothing)
-    found = solve(rows, num_classes=4, folds=None, strengths=[0.01], tolerance=1e-9)
+    found = solve(rows, num_classes=4, folds=None, strengths=[0.01])
     features = torch.from_numpy(rows.features).double()
     mean, scale = features.mean(0), features.std(0, correction=0)
     weight, bias = (found.weight.double() * scale).requires_grad_(), found.bias.double().requires_grad_()
@@ -128,7 +128,7 @@ def test_constant_features_have_no_part_in_it() -> None:
     rows = _rows()
     constant = np.repeat(np.array([[0.0, 1e6, -0.1]], np.float32), len(rows.labels), axis=0)
     wider = Rows(np.concatenate([rows.features, constant], axis=1), rows.labels, rows.weights)
-    plain, found = (solve(one, num_classes=4, folds=None, strengths=[0.01], tolerance=1e-9) for one in (rows, wider))
+    plain, found = (solve(one, num_classes=4, folds=None, strengths=[0.01]) for one in (rows, wider))
     assert torch.equal(found.weight[:, -3:], torch.zeros(4, 3)) or found.weight[:, -3:].abs().max() < 1e-10
     assert np.abs(_probabilities(found, wider.features) - _probabilities(plain, rows.features)).max() < 1e-5
 
@@ -200,6 +200,14 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted.most <= BLOCK
     assert torch.equal(read.weight, kept.weight)
     assert read.passes == kept.passes
+
+
+def test_more_components_than_are_looked_for_change_nothing_but_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _rows()
+    found = solve(rows, num_classes=4, folds=None, strengths=[0.01])
+    monkeypatch.setattr(module, "MOST_COMPONENTS", 8)
+    plain = solve(rows, num_classes=4, folds=None, strengths=[0.01])
+    assert np.abs(_probabilities(plain, rows.features) - _probabilities(found, rows.features)).max() < 1e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
