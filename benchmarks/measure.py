@@ -71,7 +71,7 @@ class Spent:
     seconds: float
     cpu_seconds: float
     memory_mib: float
-    """The highest sum of proportional set sizes that was seen, ten times a second."""
+    """The highest sum of proportional set sizes that was seen, twice a second."""
     output: str
 
 
@@ -85,7 +85,7 @@ def spent(command: Sequence[str], folder: Path, *, threads: int) -> Spent:
             while process.poll() is None:
                 peak = max(peak, _proportional(process.pid))
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
+                    process.wait(0.5)  # the kernel counts pages for it: not for nothing
         out.seek(0)
         errors.seek(0)
         if process.returncode:
