@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ _NO_CHANGE = {
     "lora_bias", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type",
 }  # fmt: skip
 """What an adapter's config says that changes nothing of the merge: how it was trained, and what its tensors say themselves."""
-_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_BYTES, _MOST_PATTERNS = 1 << 20, 4096
 _PLAIN_START = (True, False, None, "gaussian", "eva", "orthogonal")
 """`init_lora_weights` that leave the base as it is. PiSSA, OLoRA, LoftQ and others change it, so that the adapter belongs to other weights."""
 
@@ -123,13 +124,16 @@ def _understood(text: bytes, origin: str) -> _Config:
     of_start = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
     if unknown := next((name for name, value in values.items() if name not in known | of_start and value), None):
         raise UserError(f"{origin}: sets {unknown}, and how that is merged is not known here; {_WAY_OUT}")
-    for name, pattern in [("rank_pattern", key) for key in config.rank_pattern or ()] + [("alpha_pattern", key) for key in config.alpha_pattern or ()]:
-        if not re.fullmatch(r"\^?[\w\\.-]+", pattern):  # a stranger's regular expression may run for ever
-            raise UserError(f"{origin}: {name} has the regular expression {pattern!r}; here only names of layers are understood; {_WAY_OUT}")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{origin}: {name} has {pattern!r}: {error}") from None
+    for name, patterns in (("rank_pattern", config.rank_pattern or {}), ("alpha_pattern", config.alpha_pattern or {})):
+        if len(patterns) > _MOST_PATTERNS:
+            raise UserError(f"{origin}: {name} has {len(patterns):,} entries; {_MOST_PATTERNS:,} are the most")
+        for pattern in patterns:
+            if not re.fullmatch(r"\^?[\w\\.-]+", pattern):  # a stranger's regular expression may run for ever
+                raise UserError(f"{origin}: {name} has the regular expression {pattern!r}; here only names of layers are understood; {_WAY_OUT}")
+            try:
+                _ending_in(pattern)
+            except re.error as error:
+                raise UserError(f"{origin}: {name} has {pattern!r}: {error}") from None
     return config
 
 
@@ -194,9 +198,14 @@ def _swaps(own: Mapping[str, str], name: str) -> Iterator[tuple[str, str]]:
         yield "", longer.pop()
 
 
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _ending_in(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 def _own(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
     """As PEFT looks a layer up: the first pattern that is its name, or the end of it after a dot."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
+    return next((value for pattern, value in (patterns or {}).items() if _ending_in(pattern).match(module)), otherwise)
 
 
 def _scale(layer: _Layer, config: _Config, module: str) -> float:

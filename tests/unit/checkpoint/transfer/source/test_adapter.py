@@ -138,6 +138,7 @@ def changed(name: str, value: torch.Tensor | None) -> State:
         (lora(), {"peft_type": "IA3"}, "an adapter of the kind IA3; only LoRA is merged here"),
         (lora(), {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4"),
         (lora(), {"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern has the regular expression"),
+        (lora(), {"rank_pattern": {f"layer{n}": 2 for n in range(5000)}}, "rank_pattern has 5,000 entries; 4,096 are the most"),
         (lora(), {"layer_replication": [[0, 4]]}, "sets layer_replication, and how that is merged is not known here"),
         (lora(), {"of_the_future": 1}, "sets of_the_future"),
         (lora(), {"lora_alpha": "8"}, "lora_alpha"),
