@@ -73,18 +73,20 @@ def test_every_free_setting_exists_and_of_the_checkpoints_only_the_monitor_is_no
     assert {"run.seed", "run.gradient_compression", "data.image_size", "data.global_batch_size", "data.window", "data.balance", "data.last"} <= set(held)
 
 
-def test_a_run_of_finetune_from_before_norms_were_frozen_names_the_key() -> None:
+@pytest.mark.parametrize(("key", "was", "shown", "now"), [("norm_statistics", "batch", "'batch'", "'frozen'"), ("label_smoothing", 0.1, "0.1", "0.0")])
+def test_a_run_of_finetune_from_before_a_default_changed_names_the_key(key: str, was: Any, shown: str, now: str) -> None:
     config = resolve_config("finetune", {"data.train": "photos"})[0]
-    stored = config.to_dict()
-    assert stored["phases"]["all"].pop("norm_statistics") == "frozen"
+    stored = resolve_config("finetune", {"data.train": "photos", f"phases.all.{key}": was})[0].to_dict()
+    if key == "norm_statistics":  # the key is newer than such a run
+        del stored["phases"]["all"][key]
     before: Any = SimpleNamespace(state={"config": stored}, path=Path("runs/finetune/checkpoints/step-00000010"))
     with pytest.raises(
         UserError,
-        match=r"runs/finetune was started with phases.all.norm_statistics 'batch', now it is 'frozen', its default, which may have changed: "
-        r"go on with --phases.all.norm_statistics batch; .*--run.name NEW",
+        match=rf"runs/finetune was started with phases.all.{key} {shown}, now it is {now}, its default, which may have changed: "
+        rf"go on with --phases.all.{key} {was}; .*--run.name NEW",
     ):
         _check_settings(config, before, Path("runs/finetune"))
-    _check_settings(resolve_config("finetune", {"data.train": "photos", "phases.all.norm_statistics": "batch"})[0], before, Path("runs/finetune"))
+    _check_settings(resolve_config("finetune", {"data.train": "photos", f"phases.all.{key}": was})[0], before, Path("runs/finetune"))
 
 
 @pytest.mark.parametrize(("recipe", "kept"), [("finetune", {"lr": 0.05, "epochs": 3}), ("features", {"lr": 0.05})])
