@@ -126,8 +126,8 @@ def peak_bytes() -> int:
 
 def keep_freed_memory() -> None:
     """Tell glibc to use freed memory again instead of giving it back and asking anew for each large activation, whose pages the kernel
-    must zero: that took half the time of MobileNetV2's forward pass over 32 images of 224 pixels. The peak of this process stays the same; a process
-    that is forked from it should call `give_back_freed_memory`."""
+    must zero: that took half the time of MobileNetV2's forward pass over 32 images of 224 pixels. The peak of this process stays about the same
+    (gaps in the heap add some percent); a process that is forked from it should call `give_back_freed_memory`."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
