@@ -4,8 +4,8 @@
 
 FOLDER and FILE as for benchmarks.held_out. The commands train all of MobileNetV2 for one epoch on the same images (the set ants_bees of benchmarks.judging) in
 batches of one size, with evaluations, checkpoints and the report where there are any: `dtl train --config finetune` with two loader processes and with none,
-and the plain loop of benchmarks/others.py, which has none, and keeps the test images of its curve in memory. Peak: the highest sum of the proportional set sizes of all processes of a command. CPU seconds:
-user and system, of all of them.
+and the plain loop of benchmarks/others.py, which has none, and keeps the test images of its curve in memory. Peak: the highest sum of the proportional set
+sizes of all processes of a command. CPU seconds: user and system, of all of them.
 
 A second table is of the training process alone: CPU time to use its freed memory again (MIB of it) after two loader processes were forked, where these have
 given it back (`dtl.machine.give_back_freed_memory`), and where they have not: then each page is copied.
