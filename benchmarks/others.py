@@ -10,8 +10,9 @@ same ImageNet MobileNetV2. Loaders have no processes of their own: with so few i
   SIZE / 224), ImageNet's statistics, default rates, one epoch for the head. Its architecture is a function that returns the loaded network.
 - timm: neither timm's wheel nor its sdist has train.py (looked into 1.0.31), so timm's parts are put together here as the script does: create_loader with
   the script's random crops, flips and colours, create_optimizer_v2, create_scheduler_v2 (cosine, warmup), label smoothing 0.1, validation and a checkpoint
-  after each epoch; the checkpoint with the best validation top1 counts. Options are the script's defaults (SGD, momentum 0.9, rate 0.1 for 256 images and
-  in proportion, weight decay 2e-5), but one epoch of warmup, since its five are made for 300.
+  after each epoch; the checkpoint with the best validation top1 counts. Options as in its model cards
+  for fine-tuning: AdamW, weight decay 0.01, warmup from 0, at ten times the rate of their large ViTs (5e-4). The script's default (SGD, 0.1 for 256 images,
+  in proportion) takes the network apart: on long_tail at 96 px, seed 0, 13.5 % against 76.0 %.
 - loop: what a careful person writes: the head alone for one epoch, then everything by SGD with momentum, cosine, a ten times higher rate for the head, random
   crops of half the image and more, flips, and the weights of the epoch with the lowest validation loss.
 - logistic: scikit-learn's LogisticRegressionCV on the features in front of the head, which a plain loop computes, standardised.
@@ -167,9 +168,9 @@ def timm_parts(case: Case) -> tuple[Clock, float, float]:
     began = time.process_time()
     clock = Clock(list(loader("test")))
     clock.not_counted = time.process_time() - began
-    optimizer = parts.optim.create_optimizer_v2(network, opt="sgd", lr=0.1 * case.batch / 256, momentum=0.9, weight_decay=2e-5)
+    optimizer = parts.optim.create_optimizer_v2(network, opt="adamw", lr=5e-4, weight_decay=0.01)
     scheduler, epochs = parts.scheduler.create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=case.epochs, warmup_epochs=1, warmup_lr=1e-5, min_lr=0.0, step_on_epochs=False, updates_per_epoch=len(train)
+        optimizer, sched="cosine", num_epochs=case.epochs, warmup_epochs=1, warmup_lr=0.0, min_lr=0.0, step_on_epochs=False, updates_per_epoch=len(train)
     )
     loss_of, update = parts.loss.LabelSmoothingCrossEntropy(0.1), 0
     folder = case.images.parent / "timm"
@@ -200,7 +201,7 @@ def loop(case: Case) -> tuple[Clock, float, float]:
     network = loaded(models.mobilenet_v2(), case.weights)
     network.classifier[1] = nn.Linear(network.last_channel, num_classes(case))
     loss_of, best, kept = nn.CrossEntropyLoss(label_smoothing=0.1), float("inf"), None
-    for epochs, backbone_lr, head_lr in ((1, 0.0, 0.02), (case.epochs, 0.003, 0.03)):
+    for epochs, backbone_lr, head_lr in ((1, 0.0, 0.02), (case.epochs, 0.001, 0.01)):
         for parameter in network.features.parameters():
             parameter.requires_grad = backbone_lr > 0
         groups = [{"params": network.classifier.parameters(), "lr": head_lr}, {"params": network.features.parameters(), "lr": backbone_lr}]
