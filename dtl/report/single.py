@@ -531,7 +531,7 @@ def _errors(record: RunRecord, found: _Predictions | None, examples: Examples | 
     images, val = found.images, examples.loaders.val
     right, blocks = ~images.wrong, list[html.Block]()
     listed = json_lines(record.path / TWINS_NAME) if (record.path / TWINS_NAME).is_file() else []
-    twin = np.isin(images.samples, [line["sample"] for line in listed if isinstance(line.get("sample"), int)])
+    twin = np.isin(images.samples, [line["sample"] for line in listed if line.get("split") == "val" and isinstance(line.get("sample"), int)])
     if twin.any() and not twin.all():
         with_them, without = percent(float(right.mean()), 2), percent(float(right[~twin].mean()), 2)
         what = f"{int(twin.sum()):,} of {counted(len(twin), 'image')} {'has a twin' if twin.sum() == 1 else 'have twins'} in the training images"

@@ -44,7 +44,7 @@ from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import Phase
-from dtl.untrusted import Count, Record, Text, as_utf8, check_regular
+from dtl.untrusted import Count, Record, Text, as_utf8, check_regular, json_lines
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
@@ -475,15 +475,20 @@ def find_twins(train: FeatureDataset, val: FeatureDataset) -> list[Twin]:
     return [found[sample] for sample in sorted(found)]
 
 
+def _lists_cosines(file: Path) -> bool:
+    return file.is_file() and any("cosine" in line for line in json_lines(file))
+
+
 def note_twins(twins: Sequence[Twin], train: Shards, val: Shards, file: Path) -> str:
     """Write them into `file`, one JSON object a line; returns the line about them, empty where there are none."""
-    file.unlink(missing_ok=True)
     if not twins:
         return ""
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"split": "val", "sample": one.sample, "path": as_utf8(val.name(one.sample)), "other": as_utf8(train.name(one.other)), "cosine": round(one.cosine, 4)}
         for one in twins
     ]
+    known = {one.sample for one in twins}
+    lines += [line for line in (json_lines(file) if file.is_file() else []) if line.get("split") != "val" or line.get("sample") not in known]  # by their looks
     write_whole(file, lambda out: out.writelines((json.dumps(line) + "\n").encode() for line in lines))
     best = max(twins, key=lambda one: one.cosine)
     return (
@@ -567,7 +572,7 @@ class PhaseFeatures:
         # The views are those of the phase's first epochs, and go round. Evaluation is epoch 0 of its own.
         train, val = FeatureDataset(loaders.train, folder, "train", phase.first_epoch), FeatureDataset(loaders.val, folder, "val", 0)
         loaders.cached = {"train": train, "val": val}
-        if self.twins is not None and self.runtime.is_main and not self.twins.exists():
+        if self.twins is not None and self.runtime.is_main and not _lists_cosines(self.twins):
             try:
                 line = note_twins(find_twins(train, val), loaders.train, loaders.val, self.twins)
             except (OSError, UserError) as error:  # a run does not fail by what it says about its data

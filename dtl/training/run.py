@@ -16,6 +16,7 @@ from dtl.config import Config
 from dtl.config.own import needs_record, note_made
 from dtl.data.audited import AUDITED_NAME, write_ledger
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
+from dtl.data.looks import find_alike, note_alike
 from dtl.data.shards.index import Shards
 from dtl.distributed.devices import gpu_expected
 from dtl.distributed.launch import launch_variables
@@ -132,7 +133,10 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
 
 
 def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
-    """One line about images that are in the data more than once, and all of them in copies.csv. Never a refusal: it may be meant so."""
+    """One line about images that are in the data more than once, one about those that look like a training image; copies.csv and twins.jsonl list them.
+
+    Never a refusal: it may be meant so.
+    """
     path = session.folder.path / COPIES_NAME
     for old in (path, path.with_name(TWINS_NAME)):
         old.unlink(missing_ok=True)
@@ -141,6 +145,9 @@ def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
         session.console.print(line if not copies.num_groups else f"{line}; all are listed in {path}")
     if copies.num_groups:
         copies.write_csv(path)
+    twins = path.with_name(TWINS_NAME)
+    if line := note_alike(find_alike(splits), splits, twins):
+        session.console.print(line)
 
 
 def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int], test: Sequence[int] | None = None) -> list[str]:

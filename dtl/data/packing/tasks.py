@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, bounds_of, decode_jpeg, decode_with_pillow, probe
+from dtl.data.looks import SIDE, looks, points_of
 from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, load_rows, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS, flags_of
 from dtl.data.sources.content_split import content_hash
@@ -70,11 +71,12 @@ def scan_chunk(job: Job, number: int) -> int:
     samples, path = job.chunk(number)
     if load_chunk(job, number) is not None:
         return len(samples)
-    rows, reasons = np.zeros(len(samples), SCAN), []
+    rows, reasons, points = np.zeros(len(samples), SCAN), [], np.zeros((len(samples), SIDE, SIDE), np.uint8)
     for row, sample in enumerate(samples):
-        reason = _scan_one(rows[row : row + 1], job, sample)
+        reason = _scan_one(rows[row : row + 1], points[row], job, sample)
         if reason:
             reasons.append([sample, as_utf8(reason)])
+    rows["look"] = looks(points)
     write_json(path.with_suffix(".json"), {"reasons": reasons})
     write_array(path, rows)
     return len(samples)
@@ -92,7 +94,7 @@ def load_chunk(job: Job, number: int) -> tuple[Any, list[tuple[int, str]]] | Non
     return (rows, reasons) if known.all() and all(sample in samples for sample, _ in reasons) else None
 
 
-def _scan_one(row: Any, job: Job, sample: int) -> str:
+def _scan_one(row: Any, points: npt.NDArray[np.uint8], job: Job, sample: int) -> str:
     try:
         data = job.read(sample)
     except OSError as error:
@@ -118,6 +120,7 @@ def _scan_one(row: Any, job: Job, sample: int) -> str:
                 pixels = decode_with_pillow(data, job.options.max_pixels)
                 doubtful = header.format == "JPEG" and header.mode != "CMYK"
             height, width = pixels.shape[:2]
+            points[:] = points_of(pixels)
         if len(data) >= 2**32:
             raise DecodeError(f"{len(data):,} bytes, more than a shard's index can hold")
     except DecodeError as error:

@@ -52,6 +52,7 @@ __all__ = [
 INDEX_NAME = "index.bin"
 PATHS_NAME = "paths.bin"
 GROUPS_NAME = "groups.bin"  # of each sample, as in paths.bin, and at the end the name of their column
+LOOKS_NAME = "looks-1.npy"  # of each sample, see `dtl.data.looks`; the number is its version
 KEYS_NAME = "keys.bin"  # of shards made by others, whose headers may hold less than the whole name
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)  # in version 1 no image is turned

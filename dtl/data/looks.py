@@ -1,0 +1,139 @@
+"""What an image looks like in 128 bits, found while it is packed: copies that were encoded or resized again are found later without decoding anything.
+
+A difference hash (dHash): the image as 9 x 9 means; a bit says whether a cell is brighter than its neighbour on the left, or above, by more than a tenth of
+the image's contrast, so that flat areas are zeros and not noise. Packing has the pixels at that moment, and 45 x 45 of them are looked at.
+Images that are cropped or mirrored are for `dtl audit`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dtl.data.shards.index import LOOKS_NAME, Shards
+from dtl.files import write_whole
+from dtl.text import counted
+from dtl.untrusted import as_utf8
+
+MOST_BITS = 8
+"""Two images look alike up to this number of bits that differ. Of the 18 million pairs of the CIFAR-10 tenth the first that is none has 11."""
+_SMALLEST = 16  # pixels; a smaller image has no details
+_LEAST_ONES = 24  # with fewer there is little to see: a bird in the sky
+_MOST_PRODUCTS = 1_000_000_000  # beside other work: some seconds
+_CELLS, _EACH = 9, 5
+SIDE = _CELLS * _EACH
+_EDGE = 0.1
+_BLOCK = 2048
+
+Looks = npt.NDArray[np.uint64]
+
+
+def points_of(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[SIDE,SIDE]: green at as many points of an image [H,W,C], all that `looks` needs of it; zeros where it is too small."""
+    height, width, channels = pixels.shape
+    if min(height, width) < _SMALLEST:
+        return np.zeros((SIDE, SIDE), np.uint8)
+    return pixels.reshape(-1).take(_places(height, width, channels))
+
+
+@lru_cache(maxsize=512)
+def _places(height: int, width: int, channels: int) -> npt.NDArray[np.int64]:
+    rows, columns = ((2 * np.arange(SIDE) + 1) * side // (2 * SIDE) for side in (height, width))
+    return (rows[:, None] * width + columns) * channels + min(1, channels - 1)
+
+
+def looks(points: npt.NDArray[np.uint8]) -> Looks:
+    """uint64 [N,2] of `points_of` images [N,SIDE,SIDE]; zeros where there is nothing to see."""
+    cells = points.reshape(-1, _CELLS, _EACH, _CELLS, _EACH).sum(axis=(2, 4), dtype=np.float32)
+    least = _EDGE * cells.std(axis=(1, 2), keepdims=True)
+    corner = cells[:, :-1, :-1]
+    bits = np.stack([cells[:, :-1, 1:] - corner > least, cells[:, 1:, :-1] - corner > least], axis=1).reshape(len(cells), 2, 64)
+    return np.packbits(bits & (bits.sum(axis=(1, 2), keepdims=True) >= _LEAST_ONES), axis=2).view("<u8")[..., 0]
+
+
+def read_looks(shards: Shards) -> Looks | None:
+    """Of each sample [N,2]; None where packing kept none."""
+    try:
+        found = np.load(shards.folder / LOOKS_NAME, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    rows = shards.num_samples + len(shards.quarantined) if shards.part is None else shards.part[1]
+    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("<u8") or found.shape != (rows, 2):
+        return None
+    return np.asarray(found[shards.numbers], np.uint64)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Images of a split with the training image that each looks like."""
+
+    split: str
+    samples: npt.NDArray[np.int64]
+    others: npt.NDArray[np.int64]
+    bits: npt.NDArray[np.int64]
+    """That differ."""
+    copies: npt.NDArray[np.bool_]
+    """Which have the size and the CRC-32 of that image too."""
+
+
+def find_alike(splits: Mapping[str, Shards]) -> list[Alike]:
+    """Of each split but the first, against the first. Nothing where packing kept no looks, or of very many images."""
+    names = list(splits)
+    train = splits[names[0]]
+    known, found = read_looks(train), []
+    for name in names[1:]:
+        looks = None if known is None else read_looks(splits[name])
+        if known is None or looks is None or len(known) * len(looks) > _MOST_PRODUCTS:
+            continue
+        samples, others, bits = _nearest(looks, known)
+        same = (splits[name].sizes[samples] == train.sizes[others]) & (splits[name].crcs[samples] == train.crcs[others])
+        found.append(Alike(name, samples, others, bits, np.asarray(same)))
+    return found
+
+
+def _nearest(looks: Looks, known: Looks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of `looks` that have a row of `known` within MOST_BITS, the nearest of these, and its distance."""
+    usable = np.flatnonzero(known.any(axis=1))
+    samples, others, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for first in range(0, len(looks), _BLOCK):
+        rows = first + np.flatnonzero(looks[first : first + _BLOCK].any(axis=1))
+        mine = _signs(looks[rows])
+        best, where = np.full(len(rows), 129, np.int64), np.zeros(len(rows), np.int64)
+        for start in range(0, len(usable), _BLOCK):
+            differ = ((128 - mine @ _signs(known[usable[start : start + _BLOCK]]).T) / 2).astype(np.int64)
+            least = differ.argmin(axis=1)
+            value = differ[np.arange(len(rows)), least]
+            nearer = value < best
+            best[nearer], where[nearer] = value[nearer], usable[start + least[nearer]]
+        near = best <= MOST_BITS
+        samples, others, distances = [*samples, rows[near]], [*others, where[near]], [*distances, best[near]]
+    return np.concatenate(samples), np.concatenate(others), np.concatenate(distances)
+
+
+def _signs(looks: Looks) -> npt.NDArray[np.float32]:
+    bits = np.unpackbits(np.ascontiguousarray(looks, "<u8").view(np.uint8).reshape(len(looks), 16), axis=1)
+    return 2 * bits.astype(np.float32) - 1
+
+
+def note_alike(found: list[Alike], splits: Mapping[str, Shards], file: Path) -> str:
+    """Write them into `file`, one JSON object a line; returns the line about those that are no exact copies, empty where there are none."""
+    train = next(iter(splits.values()))
+    lines, said = [], []
+    for one in found:
+        shards, new = splits[one.split], np.flatnonzero(~one.copies)
+        for sample, other, bits in zip(one.samples.tolist(), one.others.tolist(), one.bits.tolist()):
+            line = {"split": one.split, "sample": sample, "path": as_utf8(shards.name(sample)), "other": as_utf8(train.name(other)), "bits": bits}
+            lines.append(json.dumps(line) + "\n")
+        if len(new):
+            example = f"such as {shards.name(int(one.samples[new[0]]))} and {train.name(int(one.others[new[0]]))}"
+            kind = {"val": "validation", "test": "test"}[one.split]
+            said.append(f"{len(new):,} of {counted(shards.num_samples, f'{kind} image')} {'looks' if len(new) == 1 else 'look'} like one in train ({example})")
+    if lines:
+        write_whole(file, lambda out: out.write("".join(lines).encode()))
+    return f"{'; '.join(said)}, by the hashes made while packing, so accuracy may be overestimated; all are listed in {file}" if said else ""
