@@ -254,5 +254,11 @@ def test_validation_images_with_twins_in_train_are_named_once(tmp_path: Path) ->
     assert json.loads((tmp_path / "twins.jsonl").read_text()) == {"split": "val", "sample": 0, "path": "0.jpg", "other": "1.jpg", "cosine": 0.7179}
     assert note_twins([], shards, shards, tmp_path / "twins.jsonl") == ""  # type: ignore[arg-type]
     assert not (tmp_path / "twins.jsonl").exists()
+    looks = [{"split": split, "sample": 0, "path": "0.jpg", "other": "2.jpg", "bits": 3} for split in ("val", "test")]
+    (tmp_path / "twins.jsonl").write_text("".join(json.dumps(one) + "\n" for one in looks))
+    assert note_twins([], shards, shards, tmp_path / "twins.jsonl") == ""  # type: ignore[arg-type]
+    note_twins(twins, shards, shards, tmp_path / "twins.jsonl")  # type: ignore[arg-type]
+    listed = [json.loads(row) for row in (tmp_path / "twins.jsonl").read_text().splitlines()]
+    assert [(one["split"], "cosine" in one) for one in listed] == [("val", True), ("test", False)], "once each"
     train.values = np.repeat(train.values, 2, axis=0)  # two augmented views
     assert find_twins(train, val) == []  # type: ignore[arg-type]
