@@ -8,6 +8,7 @@ traced instead.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -39,6 +40,8 @@ _SIZE_OPTIONS = ("img_size", "image_size", "input_size")
 _ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 # A prime that is no width of any network we know.
 _SENTINEL_CLASSES = 1511
+# Parameters, and values of two images: what runs in memory in less time than the compiler takes to be imported.
+_SMALL_NETWORK, _SMALL_IMAGES = 1 << 25, 2 * 3 * 400**2
 # Options of a network that only a file names. The largest networks there are have 12,288 features and 3,000 layers.
 _MAX_OPTIONS, _MAX_NUMBER, _MAX_MODULES = 1000, 1 << 14, 100_000
 
@@ -245,8 +248,8 @@ def _layer_of_other_shape(one: nn.Module, other: nn.Module) -> str | None:
 
 
 def _why_not_at(module: nn.Module, image_size: ImageSize, known: ImageSize | None = None) -> str:
-    """Why the network cannot run at this size, found on the meta device; empty where it can. `known`: a size that it takes; a network that does not run
-    on the meta device at that is run in memory."""
+    """Why the network cannot run at this size; empty where it can. A small one runs in memory; others on the meta device, whose first use imports PyTorch's
+    compiler (2 CPU seconds). `known`: a size that it takes; a network that does not run on the meta device at that is run in memory."""
 
     def why_not(copied: nn.Module, images: torch.Tensor) -> str:
         try:
@@ -256,12 +259,20 @@ def _why_not_at(module: nn.Module, image_size: ImageSize, known: ImageSize | Non
             return raised(error).partition(" (/")[0][:200]
         return ""
 
-    found = why_not(meta_copy(module), torch.empty(image_shape(module, 2, image_size), device="meta"))
-    parameter = next(module.parameters(), None)
-    if not found or known is None or parameter is None or parameter.is_meta or not _why_not_at(module, known):
+    def why_not_in_memory(device: torch.device) -> str:
+        with torch.random.fork_rng(devices=[]):
+            return why_not(copy.deepcopy(module), torch.zeros(shape, device=device))
+
+    shape = image_shape(module, 2, image_size)
+    parameters = list(module.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    in_memory = not any(parameter.is_meta for parameter in parameters)
+    if in_memory and sum(parameter.numel() for parameter in parameters) <= _SMALL_NETWORK and math.prod(shape) <= _SMALL_IMAGES:
+        return why_not_in_memory(device)
+    found = why_not(meta_copy(module), torch.empty(shape, device="meta"))
+    if not found or known is None or not in_memory or not parameters or not _why_not_at(module, known):
         return found
-    with torch.random.fork_rng(devices=[]):
-        return why_not(copy.deepcopy(module), torch.zeros(image_shape(module, 2, image_size), device=parameter.device))
+    return why_not_in_memory(device)
 
 
 def replace_head(network: Network, num_outputs: int, *, init: Init = "default") -> None:

@@ -87,7 +87,8 @@ def build_optimizer(
     `fused="auto"` uses torch's fused kernels where the parameters' devices and types have them (CPU included), and logs it if they have not.
     """
     if name == "solve":
-        return torch.optim.SGD(groups, lr=lr)  # takes no step: it holds the groups
+        with optimizers_without_compiler():
+            return torch.optim.SGD(groups, lr=lr)  # takes no step: it holds the groups
     if name not in ("sgd", "adam", "adamw"):
         raise UserError(f"optimizer must be sgd, adam or adamw, not {name!r}")
     if nesterov and momentum == 0:

@@ -376,6 +376,9 @@ def top1_interval(task: str, metrics: Mapping[str, Any]) -> Interval | None:
 
 
 def _curves(parts: _Parts, record: RunRecord) -> html.Section | None:
+    settings = {} if record.config is None else record.config.phases
+    if all(phase.name in settings and settings[phase.name].optimizer == "solve" for phase in record.phases):
+        return None  # a solved head has no course, only its end
     names = some([phase.name for phase in record.phases], limit=40)
     alt = f"Loss, top-1 and learning rate over {record.last_step} steps in the phases {names}."
     plot = parts.plot("curves", lambda: curves_figure(record), alt=alt, narrow=lambda: curves_figure(record, NARROW))

@@ -59,7 +59,9 @@ def show_result_again(session: Session, state: TrainState) -> None:
         return
     _note_own(folder.path, session.config, console.print)
     status = read_status(folder.path)
-    console.print(f"{folder.path} is finished (step {state.step}); to train longer, raise the epochs of the last phase")
+    solved = list(session.config.phases.values())[-1].optimizer == "solve"
+    longer = "its head is solved, which no more steps improve" if solved else "to train longer, raise the epochs of the last phase"
+    console.print(f"{folder.path} is finished (step {state.step}); {longer}")
     console.table(table_rows(status.phases, status.test))
     if status.test is not None:
         console.print(test_line(status.test, folder.path))
@@ -174,6 +176,8 @@ def next_steps(run: Path, config: Config, page: Path | None) -> list[str]:
     ]
     if config.data.train == "digits":
         lines.append("next         your own images: dtl train --config finetune --data.train FOLDER --data.val-fraction 0.15")
+    elif list(config.phases.values())[-1].optimizer == "solve":
+        lines.append("next         train the whole network (--config finetune), or take another one (--model.name), each with --run.name NEW")
     else:
         lines.append("next         more epochs on the last phase, or another run with --run.name NEW")
     return lines

@@ -43,6 +43,13 @@ def test_it_is_one_step_with_an_event_of_its_own(solved: Path) -> None:
     metrics = json.loads((solved / "metrics.json").read_text())
     assert metrics["top1"] == pytest.approx(events[1]["top1"], abs=1e-9), out.err()
     assert metrics["loss"] == pytest.approx(events[1]["loss"], rel=1e-4)
+    again = run([*recipe(solved, "one"), "--tracking.report", "true"], cwd=solved).err()
+    assert "runs/one is finished (step 1); its head is solved, which no more steps improve" in again
+    assert "next         train the whole network (--config finetune), or take another one (--model.name), each with --run.name NEW" in again
+    run(["runs/one"], cwd=solved, command="report")
+    page = (solved / "runs/one/report/index.html").read_text()
+    assert "Phases" in page
+    assert "Training curves" not in page
 
 
 @pytest.mark.parametrize("world", [2, 3])

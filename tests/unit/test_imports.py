@@ -26,9 +26,9 @@ MOST = 2600
 def test_a_run_on_cached_features_imports_no_compiler(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"cat": 12, "dog": 12})
     recipe = {
-        "data": {"train": str(images), "val_fraction": 0.25, "global_batch_size": 8, "augment": {"preset": "none"}, "workers": 0},
+        "data": {"train": str(images), "val_fraction": 0.25, "global_batch_size": 8, "augment": {"preset": "none"}, "workers": 0, "image_size": 96},
         "model": {"name": "torchvision/mobilenet_v3_small"},
-        "phases": {"head": {"train": "head", "epochs": 2, "lr": 0.01}},
+        "phases": {"trained": {"train": "head", "epochs": 2, "lr": 0.01}, "solved": {"train": "head", "optimizer": "solve"}},
         "tracking": {"wandb": "offline"},
     }
     (tmp_path / "cached.yaml").write_text(yaml.safe_dump(recipe))
