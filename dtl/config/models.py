@@ -111,10 +111,11 @@ def arguments_checked() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"][: 2 if first["loc"][:1] == ("fill",) else 1]))
+        first, *others = error.errors()
+        place = first["loc"][: 2 if first["loc"][:1] == ("fill",) else 1]
+        said = [in_words(one) for one in (first, *others) if one["loc"][: len(place)] == place]  # a value of several kinds has a fault for each
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{name}{': ' if name else ''}{in_words(first)}{got}") from None
+        raise UserError(f"{'.'.join(map(str, place))}{': ' if place else ''}{'; or '.join(dict.fromkeys(said))}{got}") from None
 
 
 class RunConfig(Section):
@@ -491,8 +492,7 @@ class PhaseConfig(Section):
     """Weights passed to the next phase. one_se: of the evaluations within one standard error of the best metric the one with the lowest validation loss, those
     before the first step included; best: of the best evaluation; last: the last ones."""
     after: Literal["none", "blend"] = "none"
-    """blend: at the phase's end also evaluate nine points on the straight line between the weights that entered it and its last ones (WiSE-FT, Wortsman et
-    al. 2022); `keep: one_se` chooses among them, too. The phase must begin with a trained head."""
+    """blend: nine points between the weights that entered the phase (with a trained head) and its last ones are candidates of `keep: one_se`, too (WiSE-FT)."""
 
     @model_validator(mode="after")
     def _solved_alone(self) -> PhaseConfig:

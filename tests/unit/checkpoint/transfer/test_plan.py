@@ -187,7 +187,7 @@ def test_a_shortcut_is_what_is_left_of_a_block_whose_other_layers_stand(first: b
     ("options", "message"),
     [
         ({"on_ambiguous": "eror"}, r"on_ambiguous: must be 'error' or 'fresh' \(got 'eror'\)"),
-        ({"keep_head": "maybe"}, r"keep_head: must be 'auto' or 'rows'"),
+        ({"keep_head": "maybe"}, r"keep_head: must be 'auto' or 'rows'; or must be true or false \(got 'maybe'\)"),
         ({"fill": {"conv_bias": "ones"}}, r"fill\.conv_bias: must be 'keep' or 'zero' \(got 'ones'\)"),
         ({"fill": {"bias": "zero"}}, r"fill\.bias: "),
         ({"fill": "zero"}, r"fill: "),
