@@ -103,7 +103,7 @@ def kept_by_the_loop(evaluations: list[tuple[float, float]], monitor: str, keep:
         weights.weight.fill_(number)
         trainer.state.step = trainer.state.phase.step = number
         results = image_by_image(top1, loss, monitor) if keep == "one_se" else None
-        Trainer._judge(trainer, active, {"top1": top1, "loss": loss}, None, results, monitor)
+        Trainer._judge(trainer, active, {"top1": top1, "loss": loss}, None, results, monitor, blend=None)
     return flags, active, trainer.state
 
 
