@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dtl.data.near import Pairs, near_pairs
+from dtl.data.near import Pairs
 
 SIDE = 64
 """Pixels of the images that `registered` compares, whatever their proportions."""
@@ -42,11 +42,14 @@ def thumbnails(images: Tensor) -> npt.NDArray[np.float32]:
     return found
 
 
-def alike(thumbs: npt.NDArray[np.float32], least: float = ALIKE, *, share: tuple[int, int] = (0, 1)) -> Pairs:
-    """All pairs of thumbnails [N,64] with a cosine of `least` or more, as they are or mirrored. UserError where there are too many."""
-    mirrored = thumbs.reshape(-1, _THUMBNAIL, _THUMBNAIL)[:, :, ::-1].reshape(len(thumbs), -1)
-    found = near_pairs(np.concatenate([thumbs, mirrored]), least, share=share)
-    first, second = found.first % max(1, len(thumbs)), found.second % max(1, len(thumbs))
+def with_mirrored(thumbs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[2N,64]: the thumbnails [N,64], and then their mirror images."""
+    return np.concatenate([thumbs, thumbs.reshape(-1, _THUMBNAIL, _THUMBNAIL)[:, :, ::-1].reshape(len(thumbs), -1)])
+
+
+def of_images(found: Pairs, number: int) -> Pairs:
+    """Pairs of `with_mirrored` of so many images, as pairs of images: each once, with the higher cosine."""
+    first, second = found.first % max(1, number), found.second % max(1, number)
     low, high = np.minimum(first, second), np.maximum(first, second)
     order = np.lexsort((-found.cosine, high, low))
     low, high, cosine = low[order], high[order], found.cosine[order]

@@ -7,6 +7,7 @@ and cached as for a phase that trains a head on them (`dtl.training.features`), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ from dtl.config.models import DataConfig, num_pixels
 from dtl.data.audited import COLUMNS, names_in
 from dtl.data.copies import find_copies
 from dtl.data.loading.loader import BatchDataset
-from dtl.data.near import MOST_PAIRS, SCENE, Pairs, scene_pairs
-from dtl.data.same_photo import ALIKE, SAME, SIDE, alike, gray, registered, thumbnails
+from dtl.data.near import MOST_PAIRS, SCENE, Pairs, near_pairs, scene_pairs
+from dtl.data.same_photo import ALIKE, SAME, SIDE, gray, of_images, registered, thumbnails, with_mirrored
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform, eval_transform
@@ -226,18 +227,17 @@ def _copies(images: Images, runtime: Runtime) -> Pairs:
 
 
 def _alike(thumbs: npt.NDArray[np.float32], runtime: Runtime) -> tuple[Pairs, float]:
+    """Pairs of images with thumbnails that are alike, and from which cosine on: the lowest at which all ranks together do not find too many."""
+    both, share = with_mirrored(thumbs), (runtime.rank, runtime.world_size)
     for least in _RAISED:
         found: Pairs | None = None
-        with runtime.together("twins"):
-            try:
-                found = alike(thumbs, least, share=(runtime.rank, runtime.world_size))
-            except UserError:
-                if least == _RAISED[-1]:
-                    raise
+        with runtime.together("twins"), suppress(UserError):
+            found = near_pairs(both, least, share=share, most=MOST_PAIRS)
         everyone = runtime.gather(found)
-        if all(part is not None for part in everyone):
-            return Pairs.together([part for part in everyone if part is not None]), least
-    raise AssertionError
+        parts = [part for part in everyone if part is not None]
+        if len(parts) == len(everyone) and sum(map(len, parts)) <= MOST_PAIRS:
+            return of_images(Pairs.together(parts), len(thumbs)), least
+    raise UserError(f"more than {MOST_PAIRS:,} pairs of images are almost the same picture (cosine of thumbnails {_RAISED[-1]:g}): audit fewer images at a time")
 
 
 def _near(values: Any, usable: npt.NDArray[np.bool_], threshold: float, runtime: Runtime, scratch: Path) -> Pairs:

@@ -28,8 +28,18 @@ def train(folder: Path, *, world: int, variables: dict[str, str] | None = None, 
 
 
 def test_ranks_workers_and_accumulation_do_not_change_the_experiment(tmp_path: Path) -> None:
-    """Losses, learning rates and metrics step by step, and the final weights, to float tolerance. 119 = 7 * 17 does not divide evenly."""
-    expected = train(tmp_path / "one", world=1, global_batch_size=119)
+    """Losses, learning rates and metrics step by step, and the final weights, to float tolerance; images left out and labels corrected by an audit, and
+    what each step trains on, bit for bit. 119 = 7 * 17 does not divide evenly."""
+    audit = tmp_path / "audit.csv"
+    audit.write_text("path,kind,score,other,suggestion,action\n" + "".join(f"digits/{n:04d},label,0,,,{'drop' if n % 2 else 'relabel:3'}\n" for n in range(90)))
+
+    def trained(name: str, **options: Any) -> list[dict[str, Any]]:
+        (tmp_path / f"trace-{name}").mkdir()
+        return train(tmp_path / name, variables={"DTL_TRACE": str(tmp_path / f"trace-{name}")}, audit=str(audit), **options)
+
+    expected = trained("one", world=1, global_batch_size=119, workers=0)
+    ledger = (tmp_path / "one/runs/tiny/audited.jsonl").read_bytes()
+    assert ledger.count(b'"drop"') == 45
     reference = load_file(tmp_path / "one/runs/tiny/model/model.safetensors")
     worlds = {
         "two": {"world": 2, "global_batch_size": 119},
@@ -38,7 +48,9 @@ def test_ranks_workers_and_accumulation_do_not_change_the_experiment(tmp_path: P
         "both": {"world": 2, "global_batch_size": 119, "micro_batch_size": 10, "workers": 3},
     }
     for name, options in worlds.items():
-        got = train(tmp_path / name, **options)
+        got = trained(name, **options)
+        assert read_trace(tmp_path / f"trace-{name}") == read_trace(tmp_path / "trace-one"), name
+        assert (tmp_path / name / "runs/tiny/audited.jsonl").read_bytes() == ledger, name
         assert len(got) == len(expected), name
         for event, other in zip(got, expected):
             assert {k: v for k, v in event.items() if k not in ("loss", "top1", "top5")} == {

@@ -33,7 +33,7 @@ train --data.names {} --data.train photos; train --data.test {} --data.train pho
 train --data.train photos --data.group.file {}; train --data.train photos --run.profile {}; train --phases.all.train {} --transfer.source {} --run.seed x
 folds --config {}; folds --data.train {} --config finetune --data.retries 0; folds --folds {}; folds --json {}/x
 search --space {}; search --config {} --space x; search --space x --budget {}; search --space list.txt --data.train {}
-audit {}; audit photos --weights {}; audit photos --model {}; audit photos --fail-on {}; audit list.txt
+audit {}; audit photos --weights {}; audit photos --model {}; audit photos --fail-on {}; audit list.txt --data.retries 0
 explain {} a.jpg; explain M {}; explain M list.txt --out {}
 models {}; completion {}; doctor {}; doctor --run-dir {} --quick; doctor --workers {}; doctor --config {}
 {}; --{}

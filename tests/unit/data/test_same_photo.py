@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dtl.data.same_photo import ALIKE, SAME, SIDE, alike, registered, thumbnails
+from dtl.data.near import Pairs, near_pairs
+from dtl.data.same_photo import ALIKE, SAME, SIDE, of_images, registered, thumbnails, with_mirrored
 
 
 def photo(seed: int, *, side: int = 160) -> Tensor:
@@ -23,6 +24,10 @@ def photo(seed: int, *, side: int = 160) -> Tensor:
 
 def small(image: Tensor) -> Tensor:
     return interpolate(image[None, None], (SIDE, SIDE), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+
+
+def alike(images: list[Tensor], least: float = ALIKE) -> Pairs:
+    return of_images(near_pairs(with_mirrored(thumbnails(torch.stack(images))), least), len(images))
 
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,7 +45,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_changed_photo_is_the_same_one(change: str) -> None:
     for seed in range(3):
         one, other = small(photo(seed)), small(CHANGES[change](photo(seed)))
-        found = alike(thumbnails(torch.stack([one, other])))
+        found = alike([one, other])
         assert len(found) == 1
         assert found.cosine[0] >= ALIKE
         assert registered(one, other) >= SAME
@@ -57,12 +62,12 @@ def test_an_image_without_a_pattern_is_like_no_other() -> None:
     flat = torch.full((SIDE, SIDE), 0.5)
     assert registered(flat, small(photo(0))) == registered(small(photo(0)), flat) == 0
     assert not thumbnails(torch.stack([flat, flat])).any()
-    assert len(alike(thumbnails(torch.stack([flat, flat, torch.zeros(SIDE, SIDE)])))) == 0
+    assert len(alike([flat, flat, torch.zeros(SIDE, SIDE)])) == 0
 
 
 def test_a_symmetric_image_is_no_twin_of_itself_and_pairs_are_named_once() -> None:
     image = small(photo(1))
     both = (image + image.flip(1)) / 2
-    found = alike(thumbnails(torch.stack([both, both, image, image.flip(1)])), 0.999)
+    found = alike([both, both, image, image.flip(1)], 0.999)
     assert list(zip(found.first.tolist(), found.second.tolist())) == [(0, 1), (2, 3)]
     assert np.all(found.cosine <= 1)

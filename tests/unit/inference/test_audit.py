@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
-from dtl.data.near import near_pairs
-from dtl.inference.audit import _joined, _Rows, _Stacked
+import numpy as np
+import pytest
+
+from dtl.data.near import Pairs, near_pairs
+from dtl.errors import UserError
+from dtl.inference import audit
+from dtl.inference.audit import _alike, _joined, _Rows, _Stacked
 
 
 def test_images_that_pairs_connect_are_one_group() -> None:
@@ -25,3 +34,39 @@ def test_features_of_several_splits_are_one_array() -> None:
     assert np.array_equal(some[1:], whole[[2, 5, 7]])
     found, expected = near_pairs(some, 0.5), near_pairs(whole[[0, 2, 5, 7]], 0.5)
     assert np.array_equal(found.cosine, expected.cosine)
+
+
+def on_ranks(world: int, thumbs: Any) -> tuple[Pairs, float]:
+    """Each rank is a thread; all come to the same."""
+    gate, given = threading.Barrier(world), [None] * world
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        given[rank] = value
+        gate.wait()
+        found = list(given)
+        gate.wait()
+        return found
+
+    ranks = [SimpleNamespace(rank=rank, world_size=world, together=lambda _: nullcontext(), gather=lambda one, rank=rank: gather(rank, one)) for rank in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        ended = list(pool.map(lambda rank: _alike(thumbs, rank), ranks))
+    assert all(least == ended[0][1] and np.array_equal(pairs.cosine, ended[0][0].cosine) for pairs, least in ended)
+    return ended[0]
+
+
+def test_the_limit_of_pairs_is_of_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many images look alike that one process raises the threshold, or gives up: two, each with half of the pairs, do the same."""
+    draw = np.random.default_rng(0)
+    thumbs = (draw.normal(size=64) + 0.35 * draw.normal(size=(60, 64))).astype(np.float32)
+    monkeypatch.setattr("dtl.data.near._BLOCK", 16)
+    thumbs[20:] = draw.normal(size=64) + 0.15 * draw.normal(size=(40, 64))
+    for most, expected in ((10_000, 0.85), (1_800, 0.92)):
+        monkeypatch.setattr(audit, "MOST_PAIRS", most)
+        one, two = on_ranks(1, thumbs), on_ranks(2, thumbs)
+        assert one[1] == two[1] == expected
+        for name in ("first", "second", "cosine"):
+            assert np.array_equal(getattr(one[0], name), getattr(two[0], name))
+    thumbs[:] = thumbs[0]
+    for world in (1, 2):
+        with pytest.raises(UserError, match="more than 1,800 pairs of images are almost the same picture"):
+            on_ranks(world, thumbs)

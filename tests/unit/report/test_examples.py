@@ -58,3 +58,18 @@ def test_small_batches_fill_the_grid_with_those_that_follow(tmp_path: Path, monk
         assert [tile.pixels.tolist() for tile in view.tiles] == drawn.tolist()
     else:
         assert any(" + " in tile.caption for tile in view.tiles[4:])
+
+
+def test_relative_paths_are_those_of_the_folder_that_the_run_was_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtl.report.examples import _at_home
+
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for place in ("photos", "held_out", "runs/tiny"):
+        (home / place).mkdir(parents=True)
+    (home / "audit.csv").touch()
+    (elsewhere / "photos").mkdir(parents=True)  # what is here is meant
+    config = make_config("tiny", train="photos", val=str(home / "photos"), test="held_out", audit="audit.csv", names="nowhere.json")
+    monkeypatch.chdir(elsewhere)
+    data = _at_home(config, home / "runs/tiny").data
+    assert (data.train, data.val, data.names) == ("photos", str(home / "photos"), "nowhere.json")
+    assert (data.test, data.audit) == (str(home / "held_out"), str(home / "audit.csv"))
