@@ -237,7 +237,9 @@ def _alike(thumbs: npt.NDArray[np.float32], runtime: Runtime) -> tuple[Pairs, fl
         parts = [part for part in everyone if part is not None]
         if len(parts) == len(everyone) and sum(map(len, parts)) <= MOST_PAIRS:
             return of_images(Pairs.together(parts), len(thumbs)), least
-    raise UserError(f"more than {MOST_PAIRS:,} pairs of images are almost the same picture (cosine of thumbnails {_RAISED[-1]:g}): audit fewer images at a time")
+    raise UserError(
+        f"more than {MOST_PAIRS:,} pairs of images are almost the same picture (cosine of thumbnails {_RAISED[-1]:g}): audit fewer images at a time"
+    )
 
 
 def _near(values: Any, usable: npt.NDArray[np.bool_], threshold: float, runtime: Runtime, scratch: Path) -> Pairs:

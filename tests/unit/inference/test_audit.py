@@ -47,7 +47,9 @@ def on_ranks(world: int, thumbs: Any) -> tuple[Pairs, float]:
         gate.wait()
         return found
 
-    ranks = [SimpleNamespace(rank=rank, world_size=world, together=lambda _: nullcontext(), gather=lambda one, rank=rank: gather(rank, one)) for rank in range(world)]
+    ranks = [
+        SimpleNamespace(rank=rank, world_size=world, together=lambda _: nullcontext(), gather=lambda one, rank=rank: gather(rank, one)) for rank in range(world)
+    ]
     with ThreadPoolExecutor(world) as pool:
         ended = list(pool.map(lambda rank: _alike(thumbs, rank), ranks))
     assert all(least == ended[0][1] and np.array_equal(pairs.cosine, ended[0][0].cosine) for pairs, least in ended)
