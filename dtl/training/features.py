@@ -480,14 +480,14 @@ def _lists_cosines(file: Path) -> bool:
 
 
 def note_twins(twins: Sequence[Twin], train: Shards, val: Shards, file: Path) -> str:
-    """Write them into `file`, one JSON object a line, beside those that were found by their looks; returns the line about them, empty where there are none."""
+    """Write them into `file`, one JSON object a line, beside those that were found by their hashes; returns the line about them, empty where there are none."""
     lines: list[dict[str, Any]] = [
         {"split": "val", "sample": one.sample, "path": as_utf8(val.name(one.sample)), "other": as_utf8(train.name(one.other)), "cosine": round(one.cosine, 4)}
         for one in twins
     ]
     known = {("val", one.sample) for one in twins}
-    looks = [line for line in (json_lines(file) if file.is_file() else []) if "bits" in line]
-    lines += [line for line in looks if (line.get("split"), line.get("sample")) not in known]
+    hashed = [line for line in (json_lines(file) if file.is_file() else []) if "bits" in line]
+    lines += [line for line in hashed if (line.get("split"), line.get("sample")) not in known]
     file.unlink(missing_ok=True)
     if lines:
         write_whole(file, lambda out: out.writelines((json.dumps(line) + "\n").encode() for line in lines))

@@ -16,7 +16,7 @@ from dtl.config import Config
 from dtl.config.own import needs_record, note_made
 from dtl.data.audited import AUDITED_NAME, write_ledger
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
-from dtl.data.looks import find_alike, note_alike
+from dtl.data.dhash import find_alike, note_alike
 from dtl.data.shards.index import Shards
 from dtl.distributed.devices import gpu_expected
 from dtl.distributed.launch import launch_variables

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dtl.data.packing.job import LOCK_NAME, MADE
-from dtl.data.shards.index import GROUPS_NAME, INDEX_NAME, LOOKS_NAME, PATHS_NAME
+from dtl.data.shards.index import DHASHES_NAME, GROUPS_NAME, INDEX_NAME, PATHS_NAME
 from dtl.data.shards.manifest import INDEXED, MANIFEST_NAME
 from dtl.data.sources.splits import SPLIT_WORDS
 from dtl.errors import UserError
@@ -130,7 +130,7 @@ def _is_ours(entry: Path) -> bool:
         split = entry.name in SPLIT_WORDS and all(_is_ours(inner) and not inner.is_dir() for inner in entry.iterdir())
         return split or entry.name.startswith(".packing-")
     shard = entry.name.startswith("shard-") and entry.suffix == ".tar"
-    return shard or entry.name in (MANIFEST_NAME, INDEX_NAME, PATHS_NAME, GROUPS_NAME, LOOKS_NAME) or (entry.name.startswith(".") and entry.suffix == ".tmp")
+    return shard or entry.name in (MANIFEST_NAME, INDEX_NAME, PATHS_NAME, GROUPS_NAME, DHASHES_NAME) or (entry.name.startswith(".") and entry.suffix == ".tmp")
 
 
 def remove_ours(place: Path) -> None:

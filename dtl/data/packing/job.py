@@ -45,7 +45,7 @@ MADE = re.compile(
 
 GOOD, UNREADABLE, DOUBTFUL = 0, 1, 2
 SCAN = np.dtype(
-    [("hash", "<u8"), ("look", "<u8", (2,)), ("low", "<f8"), ("high", "<f8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2")]
+    [("hash", "<u8"), ("dhash", "<u8", (2,)), ("low", "<f8"), ("high", "<f8"), ("size", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2")]
     + [(name, "u1") for name in ("format", "orientation", "wide", "state")]
 )
 """Width and height as stored; `low` and `high` are the bounds of the values of a `wide` image, of more than 8 bits."""

@@ -24,7 +24,7 @@ from dtl.data.packing.destination import Existing, clear_errors, make_room, prep
 from dtl.data.packing.job import DOUBTFUL, MADE, PACK_VERSION, ROWS, SCAN, UNREADABLE, Job, PackOptions
 from dtl.data.packing.tasks import SCANNED, ShardFacts, load_chunk, shard_name, shrink_factor
 from dtl.data.progress import PackProgress
-from dtl.data.shards.index import INDEX_NAME, LOOKS_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
+from dtl.data.shards.index import DHASHES_NAME, INDEX_NAME, PATHS_NAME, Manifest, Shard, dataset_id, write_index
 from dtl.data.shards.manifest import MANIFEST_VERSION, PixelFacts
 from dtl.data.sources.base import ALL, Source
 from dtl.data.sources.content_split import split_by_content
@@ -256,8 +256,8 @@ class _Packing:
         index_sha256 = write_index(folder / INDEX_NAME, np.diff(cuts), columns)
         self.job.names.take(order).write(folder / PATHS_NAME)
         if self.job.options.verify:  # else no image was decoded
-            looks = np.load(work / SCANNED, mmap_mode="r")["look"][order]
-            write_whole(folder / LOOKS_NAME, lambda file: np.save(file, looks))
+            hashes = np.load(work / SCANNED, mmap_mode="r")["dhash"][order]
+            write_whole(folder / DHASHES_NAME, lambda file: np.save(file, hashes))
         manifest = Manifest(
             version=MANIFEST_VERSION,
             classes=self.source.classes,

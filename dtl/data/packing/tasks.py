@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dtl.data.decoding.decode import NO_MEMORY, DecodeError, bounds_of, decode_jpeg, decode_with_pillow, probe
-from dtl.data.looks import SIDE, looks, points_of
+from dtl.data.dhash import SIDE, dhashes, points_of
 from dtl.data.packing.job import DOUBTFUL, GOOD, ROWS, SCAN, UNREADABLE, Job, PackOptions, load_rows, write_array, write_json
 from dtl.data.shards.index import FORMAT_FLAGS, flags_of
 from dtl.data.sources.content_split import content_hash
@@ -76,7 +76,7 @@ def scan_chunk(job: Job, number: int) -> int:
         reason = _scan_one(rows[row : row + 1], points[row], job, sample)
         if reason:
             reasons.append([sample, as_utf8(reason)])
-    rows["look"] = looks(points)
+    rows["dhash"] = dhashes(points)
     write_json(path.with_suffix(".json"), {"reasons": reasons})
     write_array(path, rows)
     return len(samples)

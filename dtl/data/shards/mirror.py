@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dtl.config.models import DataConfig
 from dtl.data.remote.address import is_remote, join, kind_of, shown, without_query
 from dtl.data.remote.fetch import MAX_FILE_BYTES, Unfetched, fetch_bytes, fetch_file
-from dtl.data.shards.index import GROUPS_NAME, INDEX_NAME, KEYS_NAME, LOOKS_NAME, PATHS_NAME, index_bytes
+from dtl.data.shards.index import DHASHES_NAME, GROUPS_NAME, INDEX_NAME, KEYS_NAME, PATHS_NAME, index_bytes
 from dtl.data.shards.manifest import MANIFEST_NAME, Manifest
 from dtl.data.shards.quarantine import QUARANTINE_NAME, Quarantine
 from dtl.data.sources.splits import SPLIT_WORDS, NoSplit, addresses_to_try
@@ -127,7 +127,7 @@ def _fetch_beside(url: str, folder: Path, manifest: Manifest, options: DataConfi
         (folder / KEYS_NAME).unlink(missing_ok=True)
     elif not _is(folder / KEYS_NAME, keys):
         _fetch_file(url, folder, KEYS_NAME, keys, options, most=most)
-    for name in (PATHS_NAME, GROUPS_NAME, LOOKS_NAME):  # for reports, groups and twins: they need not be there
+    for name in (PATHS_NAME, GROUPS_NAME, DHASHES_NAME):  # for reports, groups and twins: they need not be there
         try:
             _fetch_file(url, folder, name, None, options, most=most)
         except Unfetched as error:

@@ -15,7 +15,7 @@ from dtl.credentials import bare, expand_braces
 from dtl.data.remote.address import base_name, is_remote, kind_of, shown
 from dtl.data.remote.pipe_fsspec import find_by_fsspec
 from dtl.data.remote.stream import FetchError
-from dtl.data.shards.index import LOOKS_NAME
+from dtl.data.shards.index import DHASHES_NAME
 from dtl.data.sources.archive import is_tar_of_folders
 from dtl.data.sources.base import IMAGE_EXTENSIONS
 from dtl.data.sources.list_file import list_text
@@ -167,7 +167,7 @@ def _only_tars(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     for entry in place.iterdir():
-        if entry.name != LOOKS_NAME and entry.suffix.lower() in IMAGE_EXTENSIONS:
+        if entry.name != DHASHES_NAME and entry.suffix.lower() in IMAGE_EXTENSIONS:
             return []
         if entry.is_dir() and not entry.name.startswith(".") and not entry.name.endswith("-index"):
             return []

@@ -51,7 +51,7 @@ def test_only_the_promised_files_are_there(packed: Path) -> None:
     names = sorted(entry.name for entry in packed.iterdir())
     num_shards = len(Shards.open(packed).manifest.shards)
     assert num_shards > 3
-    assert names == ["index.bin", "looks-1.npy", "manifest.json", "paths.bin", *(f"shard-{number:05d}.tar" for number in range(num_shards))]
+    assert names == ["dhashes-1.npy", "index.bin", "manifest.json", "paths.bin", *(f"shard-{number:05d}.tar" for number in range(num_shards))]
 
 
 def test_shards_are_nearly_equal_and_shuffled(packed: Path) -> None:

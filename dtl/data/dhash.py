@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dtl.data.shards.index import LOOKS_NAME, Shards
+from dtl.data.shards.index import DHASHES_NAME, Shards
 from dtl.errors import UserError
 from dtl.files import write_whole
 from dtl.text import counted
@@ -33,11 +33,11 @@ SIDE = _CELLS * _EACH
 _EDGE = 0.1
 _BLOCK = 2048
 
-Looks = npt.NDArray[np.uint64]
+Hashes = npt.NDArray[np.uint64]
 
 
 def points_of(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """[SIDE,SIDE]: green at as many points of an image [H,W,C], all that `looks` needs of it; zeros where it is too small."""
+    """[SIDE,SIDE]: green at as many points of an image [H,W,C], all that `dhashes` needs of it; zeros where it is too small."""
     height, width, channels = pixels.shape
     if min(height, width) < _SMALLEST:
         return np.zeros((SIDE, SIDE), np.uint8)
@@ -50,7 +50,7 @@ def _places(height: int, width: int, channels: int) -> npt.NDArray[np.int64]:
     return (rows[:, None] * width + columns) * channels + min(1, channels - 1)
 
 
-def looks(points: npt.NDArray[np.uint8]) -> Looks:
+def dhashes(points: npt.NDArray[np.uint8]) -> Hashes:
     """uint64 [N,2] of `points_of` images [N,SIDE,SIDE]; zeros where there is nothing to see."""
     cells = points.reshape(-1, _CELLS, _EACH, _CELLS, _EACH).sum(axis=(2, 4), dtype=np.float32)
     least = _EDGE * cells.std(axis=(1, 2), keepdims=True)
@@ -59,11 +59,11 @@ def looks(points: npt.NDArray[np.uint8]) -> Looks:
     return np.packbits(bits & (bits.sum(axis=(1, 2), keepdims=True) >= _LEAST_ONES), axis=2).view("<u8")[..., 0]
 
 
-def read_looks(shards: Shards) -> Looks | None:
+def read_dhashes(shards: Shards) -> Hashes | None:
     """Of each sample [N,2]; None where packing kept none."""
     rows = shards.num_samples + len(shards.quarantined) if shards.part is None else shards.part[1]
     try:
-        found = np.load(io.BytesIO(read_regular(shards.folder / LOOKS_NAME, max_bytes=16 * rows + (1 << 16))))
+        found = np.load(io.BytesIO(read_regular(shards.folder / DHASHES_NAME, max_bytes=16 * rows + (1 << 16))))
     except (OSError, UserError, ValueError, EOFError, SyntaxError):
         return None
     if not isinstance(found, np.ndarray) or found.dtype != np.dtype("<u8") or found.shape != (rows, 2):
@@ -85,27 +85,27 @@ class Alike:
 
 
 def find_alike(splits: Mapping[str, Shards]) -> list[Alike]:
-    """Of each split but the first, against the first. Nothing where packing kept no looks, or of very many images."""
+    """Of each split but the first, against the first. Nothing where packing kept no hashes, or of very many images."""
     names = list(splits)
     train = splits[names[0]]
-    known, found = read_looks(train), []
+    known, found = read_dhashes(train), []
     for name in names[1:]:
-        looks = None if known is None else read_looks(splits[name])
-        if known is None or looks is None or len(known) * len(looks) > _MOST_PRODUCTS:
+        hashes = None if known is None else read_dhashes(splits[name])
+        if known is None or hashes is None or len(known) * len(hashes) > _MOST_PRODUCTS:
             continue
-        samples, others, bits = _nearest(looks, known)
+        samples, others, bits = _nearest(hashes, known)
         same = (splits[name].sizes[samples] == train.sizes[others]) & (splits[name].crcs[samples] == train.crcs[others])
         found.append(Alike(name, samples, others, bits, np.asarray(same)))
     return found
 
 
-def _nearest(looks: Looks, known: Looks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of `looks` that have a row of `known` within MOST_BITS, the nearest of these, and its distance."""
+def _nearest(hashes: Hashes, known: Hashes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of `hashes` that have a row of `known` within MOST_BITS, the nearest of these, and its distance."""
     usable = np.flatnonzero(known.any(axis=1))
     samples, others, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for first in range(0, len(looks), _BLOCK):
-        rows = first + np.flatnonzero(looks[first : first + _BLOCK].any(axis=1))
-        mine = _signs(looks[rows])
+    for first in range(0, len(hashes), _BLOCK):
+        rows = first + np.flatnonzero(hashes[first : first + _BLOCK].any(axis=1))
+        mine = _signs(hashes[rows])
         best, where = np.full(len(rows), 129, np.int64), np.zeros(len(rows), np.int64)
         for start in range(0, len(usable), _BLOCK):
             differ = ((128 - mine @ _signs(known[usable[start : start + _BLOCK]]).T) / 2).astype(np.int64)
@@ -118,8 +118,8 @@ def _nearest(looks: Looks, known: Looks) -> tuple[npt.NDArray[np.int64], npt.NDA
     return np.concatenate(samples), np.concatenate(others), np.concatenate(distances)
 
 
-def _signs(looks: Looks) -> npt.NDArray[np.float32]:
-    bits = np.unpackbits(np.ascontiguousarray(looks, "<u8").view(np.uint8).reshape(len(looks), 16), axis=1)
+def _signs(hashes: Hashes) -> npt.NDArray[np.float32]:
+    bits = np.unpackbits(np.ascontiguousarray(hashes, "<u8").view(np.uint8).reshape(len(hashes), 16), axis=1)
     return 2 * bits.astype(np.float32) - 1
 
 

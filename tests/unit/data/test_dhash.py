@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageEnhance
 
-from dtl.data.looks import LOOKS_NAME, MOST_BITS, find_alike, looks, note_alike, points_of, read_looks
+from dtl.data.dhash import DHASHES_NAME, MOST_BITS, dhashes, find_alike, note_alike, points_of, read_dhashes
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
 
@@ -22,7 +22,7 @@ def picture(seed: int, side: int = 80) -> Image.Image:
 
 
 def look(image: Image.Image) -> npt.NDArray[np.uint64]:
-    return looks(points_of(np.asarray(image.convert("RGB")))[None])[0]
+    return dhashes(points_of(np.asarray(image.convert("RGB")))[None])[0]
 
 
 def differ(one: Image.Image, other: Image.Image) -> int:
@@ -43,7 +43,7 @@ def test_a_copy_looks_alike_and_another_image_does_not() -> None:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shards]:
     """Of 12 training images val/a/copy.jpg is one, smaller; val/a/same.png is one, byte for byte."""
-    photos = tmp_path_factory.mktemp("looks") / "photos"
+    photos = tmp_path_factory.mktemp("dhash") / "photos"
     for split, first, count in (("train", 0, 12), ("val", 100, 4)):
         for name in "ab":
             (photos / split / name).mkdir(parents=True)
@@ -66,15 +66,15 @@ def test_validation_images_that_look_like_a_training_image_are_named(packed: dic
         assert (packed["val"].name(row["sample"]), row["bits"] <= MOST_BITS) == (row["path"], True)
 
 
-def test_packed_before_there_were_looks_or_with_damaged_ones_says_nothing(packed: dict[str, Shards], tmp_path: Path) -> None:
-    file = packed["val"].folder / LOOKS_NAME
+def test_packed_before_there_were_hashes_or_with_damaged_ones_says_nothing(packed: dict[str, Shards], tmp_path: Path) -> None:
+    file = packed["val"].folder / DHASHES_NAME
     kept = file.read_bytes()
-    assert read_looks(packed["val"]) is not None
+    assert read_dhashes(packed["val"]) is not None
     for content in (None, b"", kept[:-8], kept.replace(b"<u8", b"<i8")):
         file.unlink(missing_ok=True)
         if content is not None:
             file.write_bytes(content)
-        assert read_looks(packed["val"]) is None
+        assert read_dhashes(packed["val"]) is None
         assert note_alike(find_alike(packed), packed, tmp_path / "twins.jsonl") == ""
     file.write_bytes(kept)
     assert not (tmp_path / "twins.jsonl").exists()
