@@ -31,7 +31,7 @@ from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import UserError
 from dtl.files import write_whole
 from dtl.inference.assess import RankBatches
-from dtl.inference.labels import FOLDS, deal, find_suspects
+from dtl.inference.labels import FOLDS, cost, deal, find_suspects
 from dtl.models.freeze import checksum, frozen_names
 from dtl.models.network import Network, Normalise
 from dtl.reading import AS_BEFORE, Reading
@@ -43,6 +43,7 @@ FEW = 10
 """Training images; a class of fewer is named."""
 _BATCH = 64
 _MOST_LOOKS = 20_000  # pairs whose pixels are compared
+_LONG = 1200  # seconds that are announced
 _RAISED = (ALIKE, 0.92, 0.96, 0.99)
 KINDS = {
     "two labels": "one image under two labels",
@@ -190,7 +191,7 @@ def audit(
     pairs = _judged(copies, Pairs(numbers[coarse.first], numbers[coarse.second], coarse.cosine), close, looked, notes)
     findings = [_of_pair(images, one) for one in pairs]
     if features is not None:
-        findings += _of_labels(images, features, pairs, notes)
+        findings += _of_labels(images, features, pairs, notes, log)
     order = {kind: place for place, kind in enumerate(KINDS)}
     findings.sort(key=lambda one: (order[one.kind], one.score if one.kind == "label" else -one.score, one.image, one.other))
     return Audit(images, findings, _small(splits), notes, reading)
@@ -408,7 +409,7 @@ def _features(images: Images, network: tuple[Network, Transform], runtime: Runti
     return _Features(_Stacked(parts, images.starts), damaged)
 
 
-def _of_labels(images: Images, features: _Features, pairs: Sequence[_Pair], notes: list[str]) -> list[Finding]:
+def _of_labels(images: Images, features: _Features, pairs: Sequence[_Pair], notes: list[str], log: Log) -> list[Finding]:
     """Labels that are probably wrong, of all splits; twins are in one fold."""
     groups = _joined(len(images), [(pair.first, pair.second) for pair in pairs])
     usable = ~features.damaged & (images.labels >= 0) & (images.labels < len(images.classes))
@@ -421,6 +422,12 @@ def _of_labels(images: Images, features: _Features, pairs: Sequence[_Pair], note
     if len(judged) < 2 or len(np.unique(groups[rows])) < FOLDS:
         notes.append(f"labels are not judged: {counted(len(rows), 'image')} of {counted(len(judged), 'class')} are too few for {FOLDS} folds")
         return []
+    seconds, memory = cost(len(rows), features.values.shape[1], len(judged))
+    if seconds > _LONG:
+        log(
+            f"labels of {len(rows):,} images of {len(judged):,} classes are judged by linear classifiers on this process alone, which may take "
+            f"{seconds / 3600:.1f} hours and {memory / 2**30:.0f} GiB; without --model and --weights only twins are looked for"
+        )
     labels = np.searchsorted(judged, images.labels[rows])
     found = find_suspects(_Rows(features.values, rows), labels, deal(groups[rows], labels, FOLDS), len(judged))
     findings = []

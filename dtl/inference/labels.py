@@ -28,6 +28,7 @@ FALSE_SHARE = 0.1
 _STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
 _TEMPERATURES = np.linspace(0.2, 5, 97)
 _STEPS = 100
+_SPEED = 2e11  # operations a second of one thread, in products of large matrices
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -58,6 +59,13 @@ def deal(groups: Ints, labels: Ints, folds: int) -> Ints:
             have[found[one]] += sizes[one]
             total[found[one]] += sizes[one]
     return np.asarray(found[np.searchsorted(codes, groups)])
+
+
+def cost(number: int, width: int, classes: int) -> tuple[float, float]:
+    """About how many seconds and bytes `find_suspects` takes for [number, width] features: an order of magnitude."""
+    fits = FOLDS * (len(_STRENGTHS) + 2)
+    operations = fits * number * (1 - 1 / FOLDS) * width * classes * 4 * _STEPS
+    return operations / (_SPEED * torch.get_num_threads()), float(number * (classes * (4 * len(_STRENGTHS) + 4 * 8) + 2 * 4 * width))
 
 
 def find_suspects(features: Any, labels: Ints, folds: Ints, num_classes: int) -> Suspects:
