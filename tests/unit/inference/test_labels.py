@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
