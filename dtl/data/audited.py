@@ -57,7 +57,7 @@ class Actions:
     def check(self, source: str) -> None:
         """UserError where a path with an action is in no split, so that its action would be ignored in silence, or in several of them."""
         if self.paths and not self.found:
-            raise UserError(f"data.audit {self.file}: none of its {counted(len(self.paths), 'path')} is in {source}: it is the audit of another data set")
+            raise UserError(f"data.audit {self.file}: not one of its {counted(len(self.paths), 'path')} is in {source}: it is the audit of another data set")
         named = dict.fromkeys(path for row in self.rows for path in (row.path, *([row.other] if row.action == "group" else [])))
         missing = [path for path in named if path not in self.found]
         if missing:

@@ -113,7 +113,7 @@ def test_a_group_in_two_given_splits_is_refused(tmp_path: Path, photos: Path) ->
 def test_an_audit_of_other_images_is_refused(tmp_path: Path, photos: Path) -> None:
     first = names(opened(tmp_path, photos, None)[0].train)[0]
     for rows, message in {
-        (("x/1.jpg", "", "drop"),): r"none of its 1 path is in .*: it is the audit of another data set$",
+        (("x/1.jpg", "", "drop"),): r"not one of its 1 path is in .*: it is the audit of another data set$",
         (("x/1.jpg", "", ""),): r"it is the audit of another data set$",
         (
             (first, "", "drop"),
