@@ -132,9 +132,9 @@ def stopped_in_a_blend() -> None:
 
 def stopped_between_points() -> None:
     """While the statistics of the second point are estimated."""
-    from dtl.training import blend
+    from dtl.training import loop
 
-    real, seen = blend.estimate_statistics, [0]
+    real, seen = loop.estimate_statistics, [0]
 
     def estimate(*given: Any, **named: Any) -> bool:
         seen[0] += 1
@@ -142,7 +142,7 @@ def stopped_between_points() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*given, **named)
 
-    blend.estimate_statistics = estimate
+    loop.estimate_statistics = estimate
 
 
 def at_a_step() -> None:

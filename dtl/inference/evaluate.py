@@ -28,8 +28,8 @@ from dtl.inference.tables import report, write_csv
 from dtl.models.strict_load import strict_load
 from dtl.runs.looks import count_looks, note_look
 from dtl.text import Log, counted, some, to_nobody
-from dtl.training.blend import BATCH, MOST_IMAGES, estimate_statistics
 from dtl.training.dataloaders import choose_workers, rank_cores
+from dtl.training.evaluate import STATISTICS_BATCH, STATISTICS_IMAGES, estimate_statistics
 
 Split = Literal["val", "test"]
 
@@ -89,11 +89,11 @@ def evaluate(
 
 
 def with_statistics(model: RunningModel, tensors: dict[str, Tensor], norms: Sequence[str], data: str, *, log: Log) -> dict[str, Tensor]:
-    """`tensors`, weights of the model's network, with the running statistics that its batch norms `norms` have on images of `data`, as a blend estimates them
-    (`dtl.training.blend`). UserError for data that does not go with the model, and for damaged images. For one process."""
-    shards, workers = open_images(model, data, "val", batch_size=BATCH, workers=None, on_error="fail", allow_pipe=False, log=log)
-    batches = RankBatches(shards, model.stored.transform, batch_size=BATCH, workers=workers, runtime=model.runtime, shuffle=True)
-    num, module = min(batches.num_batches, MOST_IMAGES // BATCH), model.stored.network.module
+    """`tensors`, weights of the model's network, with the running statistics that its batch norms `norms` have on images of `data`, as `after: blend`
+    estimates them. UserError for data that does not go with the model, and for damaged images. For one process."""
+    shards, workers = open_images(model, data, "val", batch_size=STATISTICS_BATCH, workers=None, on_error="fail", allow_pipe=False, log=log)
+    batches = RankBatches(shards, model.stored.transform, batch_size=STATISTICS_BATCH, workers=workers, runtime=model.runtime, shuffle=True)
+    num, module = min(batches.num_batches, STATISTICS_IMAGES // STATISTICS_BATCH), model.stored.network.module
     strict_load(module, tensors, "the mean of the models")
     with closing(iter(batches)) as stream:  # type: ignore[type-var]
         some = ([batch] for batch in islice(readable(stream, skip_damaged=False), num))

@@ -8,7 +8,7 @@ word (timm#1254, pytorch#187298). So a type with a forward of its own is convert
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,6 +65,12 @@ def synchronise_norms(module: nn.Module, *, image_size: ImageSize, agree: Callab
     plain_norms(module)
     keeps = "keeps" if len(norms) == 1 else "keep"
     return frozenset(), f"SyncBatchNorm would change what this network computes: its {counted(len(norms), 'norm')} {keeps} the statistics of each rank"
+
+
+def moved_norms(module: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> list[str]:
+    """The names of the batch norms whose running statistics are not the same at both ends."""
+    norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm)]
+    return [name for name in norms if any(key in start and not torch.equal(start[key], end[key]) for key in (f"{name}.running_mean", f"{name}.running_var"))]
 
 
 def statistics_of_batch(norms: Sequence[_BatchNorm], forward: Callable[[], object]) -> Tensor:

@@ -189,6 +189,23 @@ class ActivePhase:
         return lr
 
 
+def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The weights start + share (end - start), tensor by tensor (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903): those of an end themselves at 0 and 1. What
+    `start` lacks, and what is no floating point number, is the end's.
+
+    A tensor that is the same at both ends is the same at every point, bit for bit.
+    """
+    made = dict(end)
+    for name, first in start.items():
+        last = end[name]
+        if share in (0.0, 1.0):
+            made[name] = first if share == 0.0 else last
+        elif last.is_floating_point():
+            exact = torch.promote_types(last.dtype, torch.float32)
+            made[name] = torch.lerp(first.to(exact), last.to(exact), share).to(last.dtype)
+    return made
+
+
 def set_head(network: Network, phase: Phase, *, init: Init, seed: int) -> bool:
     """A fresh head where the phase's task has another number of outputs; the same values on every rank."""
     if network.num_outputs == phase.num_outputs:

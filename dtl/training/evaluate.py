@@ -10,19 +10,26 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.network import Network, Normalise, eval_mode, forward_logits, to_device
+from dtl.models.norms import statistics_of_batch
 from dtl.optim.losses import Loss
 from dtl.runs.predictions import ImagePredictions
 from dtl.training.phases import Task
+
+STATISTICS_IMAGES = 1024
+"""Of which a norm's running statistics are estimated anew: Wu and Johnson 2021 ("Rethinking Batch in BatchNorm") found 10^3 to be enough on ImageNet."""
+STATISTICS_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -272,3 +279,58 @@ def first_greatest(logits: Tensor) -> Tensor:
 def _float64_device(device: torch.device | str) -> torch.device:
     """Apple's GPUs have no float64; the sums then live on the host (and reading them there does wait)."""
     return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+
+
+def estimate_statistics(
+    forward: ForwardPass,
+    module: nn.Module,
+    names: Sequence[str],
+    num_batches: int,
+    stream: Iterator[list[Batch]],
+    *,
+    stops: Callable[[list[Batch]], bool],
+) -> bool:
+    """Give the batch norms `names` the running statistics that `module` has on `num_batches` batches, of which `stream` gives this rank's stretch: the
+    same statistics at any number of ranks. False: stop (on all ranks).
+
+    `stops(batches)` is called by all ranks before each batch: it takes damaged images, and says whether to stop. Means and variances are those over all images,
+    where each batch has been normalised by its own before it reaches a norm, as in training.
+    """
+    runtime, norms = forward.runtime, [part for name in names if isinstance(part := module.get_submodule(name), _BatchNorm)]
+    width = sum(len(norm.running_mean) for norm in norms if norm.running_mean is not None)
+    most = -(-num_batches // runtime.world_size)
+    rows = torch.zeros(most, 1 + 2 * width, dtype=torch.float64)
+    """Of this rank's batches: the number of images, the means [C] and the variances [C]."""
+    with eval_mode(module), closing(stream):  # type: ignore[type-var]
+        for row in rows:
+            batches = next(stream, [])
+            if stops(batches):
+                return False
+            for batch in batches:
+                images = batch.images[batch.weights > 0]
+                if len(images) > 1:  # a batch of one has no variance where a channel has one value
+                    row[0] = len(images)
+                    row[1:] = statistics_of_batch(norms, partial(forward, images)).flatten().cpu()
+    everyone = torch.cat(runtime.gather_rows(rows))  # rank by rank: in the order of the batches, whatever R is, but for rows of zeros
+    counts, means, variances = everyone[:, :1], everyone[:, 1 : 1 + width], everyone[:, 1 + width :]
+    total = counts.sum()
+    if not total:
+        return True
+    mean, square = ordered_sum(counts * means) / total, ordered_sum(counts * (variances + means**2)) / total
+    place = 0
+    with torch.no_grad():
+        for norm in norms:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            own = slice(place, place := place + len(norm.running_mean))
+            norm.running_mean.copy_(mean[own])
+            norm.running_var.copy_((square - mean**2)[own])
+    return True
+
+
+def ordered_sum(rows: Tensor) -> Tensor:
+    """Over the first dimension, one row after another: rows of zeros in between, of which there are as many as ranks, change no bit."""
+    total = torch.zeros_like(rows[0])
+    for row in rows:
+        total += row
+    return total

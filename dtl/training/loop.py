@@ -28,16 +28,16 @@ from dtl.intervals import Bootstrap, Interval, accuracy_interval
 from dtl.models.build import Network
 from dtl.models.init import head_init
 from dtl.models.network import Normalise
+from dtl.models.norms import moved_norms
 from dtl.models.strict_load import strict_load
 from dtl.optim.losses import build_loss
 from dtl.runs.bad_samples import BadSamples
 from dtl.runs.predictions import TWINS_NAME, ImagePredictions
 from dtl.runs.trace import open_trace
 from dtl.training import micro_batch
-from dtl.training.active import ActivePhase, enter, leave, phase_lines, set_head
-from dtl.training.blend import points
+from dtl.training.active import ActivePhase, between, enter, leave, phase_lines, set_head
 from dtl.training.dataloaders import DataLoaders
-from dtl.training.evaluate import PredictionRows, evaluate
+from dtl.training.evaluate import STATISTICS_BATCH, STATISTICS_IMAGES, ForwardPass, PredictionRows, estimate_statistics, evaluate
 from dtl.training.features import PhaseFeatures
 from dtl.training.keep import ImageResults, PairedError
 from dtl.training.metrics import Monitored, monitored_in
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_SAVES = 15.0
 PAUSED = "the search"
 """Why a run stops that is paused."""
+BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the way from a phase's start to its end, as WiSE-FT's authors look at them. Each costs one evaluation."""
 
 
 class Trainer:
@@ -247,10 +249,22 @@ class Trainer:
 
     def _blend(self, active: ActivePhase) -> None:
         """Evaluate points between the weights that entered the phase and those at its end. Nothing of it is saved, and the end has its checkpoint: a start that
-        is killed or stopped here does all of it anew, and more epochs go on from the end."""
-        for share in points(active, self.loaders, self.runtime, normalise=self.normalise, stops=self._before_feature_step):
-            if share is None:
-                self._saver.stop_at_end()
+        is killed or stopped here does all of it anew, and more epochs go on from the end.
+
+        Running statistics of batch norms. Where both ends have the same ones, bit for bit (`norm_statistics: frozen`, frozen parts), they are constants of the
+        network: it was trained with them, and every point has them. Where they differ, their mean describes the activations of no network (Izmailov et al.
+        2018, "Averaging weights leads to wider optima"; Jordan et al. 2022, "REPAIR"), so each point gets its own: of training images as evaluation sees them.
+        """
+        active.sync_buffers(self.runtime)
+        end, module = active.at_end(self.runtime), active.module
+        norms = self.runtime.agree(moved_norms(module, active.start, end))
+        for share in BLENDS:
+            active.put(between(active.start, end, share), self.runtime)
+            if norms:
+                num, stream = self.loaders.clean_batches(STATISTICS_BATCH, STATISTICS_IMAGES)
+                forward = ForwardPass(module, self.normalise, self.runtime)
+                if not estimate_statistics(forward, module, norms, num, stream, stops=self._before_feature_step):
+                    self._saver.stop_at_end()
             self._evaluate(active, blend=share)
         kept = "no point between its start and its end" if active.blend is None else f"blend {active.blend:g}"
         self.tracker.print(f"phase {active.phase.name} keeps {kept}")

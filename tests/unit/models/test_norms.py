@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from dtl.models import norms
 from dtl.models.build import build, forward_logits
 from dtl.models.freeze import freeze, select, set_train_mode
 from dtl.models.network import Network, eval_mode
-from dtl.models.norms import gathering_norms, norms_alone, plain_norms, synchronise_norms
+from dtl.models.norms import gathering_norms, moved_norms, norms_alone, plain_norms, statistics_of_batch, synchronise_norms
 from dtl.models.strict_load import strict_load
 
 FAMILIES = {
@@ -143,3 +145,36 @@ def test_a_conversion_that_changes_the_outputs_is_undone_on_all_ranks(monkeypatc
     assert names == frozenset()
     assert line == "SyncBatchNorm would change what this network computes: its 1 norm keeps the statistics of each rank"
     assert module[1] is norm
+
+
+class TwoUses(nn.Module):
+    """A norm that is used once, and one that is used twice in a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.second(self.first(images)) * 2 + 1)
+
+
+def test_statistics_are_those_of_the_pass_and_nothing_else_changes() -> None:
+    module, images = TwoUses().eval(), 5 + 2 * torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    module.first.num_batches_tracked += 7
+    mean, variance = statistics_of_batch([module.first, module.second], partial(module, images))
+    assert torch.allclose(mean[:3].float(), images.mean(dim=(0, 2, 3)), atol=1e-5)
+    assert torch.allclose(variance[:3].float(), images.var(dim=(0, 2, 3)), atol=1e-4)
+    # Normalised images come to the second norm (mean 0, variance 1), and then twice these plus 1: means 0 and 1, variances 1 and 4.
+    assert torch.allclose(mean[3:], torch.tensor(0.5, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(variance[3:], torch.tensor(2.5, dtype=torch.float64), rtol=1e-2)
+    assert (module.first.momentum, module.second.momentum, module.first.training) == (0.1, 0.3, False)
+    assert module.first.num_batches_tracked == 7
+
+
+def test_only_norms_whose_statistics_differ_are_estimated() -> None:
+    module = TwoUses()
+    start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert moved_norms(module, start, module.state_dict()) == []
+    module.second.running_var += 1
+    assert moved_norms(module, start, module.state_dict()) == ["second"]
+    assert moved_norms(module, {}, module.state_dict()) == [], "frozen: a checkpoint does not hold them"

@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dtl.errors import UserError
 from dtl.models.norms import norms_alone, plain_norms, synchronise_norms
-from dtl.training.active import ExponentialMovingAverage
+from dtl.training.active import ExponentialMovingAverage, between
+from dtl.training.loop import BLENDS
 
 
 def _module() -> nn.Sequential:
@@ -148,3 +151,23 @@ def test_the_average_of_synchronised_norms_is_that_of_plain_ones_before_and_afte
     assert plain_norms(synchronised) == {"1"}
     averages[1].copy_to(synchronised)  # as at the phase's end
     assert all(torch.equal(synchronised.state_dict()[name], tensor) for name, tensor in one.items())
+
+
+def some_weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    drawn = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))
+    return {"weight": drawn.to(dtype), "frozen": torch.full((2,), 0.1).to(dtype), "num_batches_tracked": torch.tensor(seed)}
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_the_ends_are_the_parents_and_what_both_share_is_the_same_at_every_point(first: int, second: int, dtype: torch.dtype) -> None:
+    start, end = some_weights(first, dtype), some_weights(second, dtype)
+    assert all(between(start, end, 0.0)[name] is tensor for name, tensor in start.items())
+    assert all(between(start, end, 1.0)[name] is tensor for name, tensor in end.items())
+    for share in BLENDS:
+        made = between(start, end, share)
+        assert torch.equal(made["frozen"], start["frozen"])
+        assert made["num_batches_tracked"] == second
+        assert made["weight"].dtype == dtype
+        exact = start["weight"].double() + share * (end["weight"].double() - start["weight"].double())
+        assert torch.allclose(made["weight"].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    assert between({"weight": start["weight"]}, end, 0.0)["frozen"] is end["frozen"], "a checkpoint holds only what the phase may change"

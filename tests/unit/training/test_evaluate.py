@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from dtl.data.loading.batch import Batch
 from dtl.distributed.runtime import Runtime
 from dtl.models.build import build
-from dtl.training.evaluate import ForwardPass
+from dtl.training.evaluate import ForwardPass, ordered_sum
 from dtl.training.phases import task_named
 
 
@@ -26,3 +27,14 @@ def test_rows_are_the_images_as_the_task_makes_them() -> None:
     torch.testing.assert_close(turned.logits[2:4], forward(torch.rot90(images, 1, dims=(2, 3))), rtol=1e-4, atol=1e-4)
     assert not turned.logits.requires_grad
     assert not network.module.training
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_rows_of_zeros_change_no_bit_of_a_sum(ranks: int) -> None:
+    rows = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    most = -(-len(rows) // ranks)
+    spread = torch.zeros(ranks * most, 4, dtype=torch.float64)
+    for rank in range(ranks):
+        own = rows[len(rows) * rank // ranks : len(rows) * (rank + 1) // ranks]
+        spread[rank * most : rank * most + len(own)] = own
+    assert torch.equal(ordered_sum(spread), ordered_sum(rows))
