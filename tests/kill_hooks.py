@@ -157,3 +157,24 @@ def at_a_step() -> None:
         real(self, *given, **more)
 
     Trainer._after_step = after_step  # type: ignore[method-assign]
+
+
+def in_the_audit() -> None:
+    """What an audit does to the first split is listed, and the part that is left of it is not there."""
+    from dtl.data import audited
+
+    def write_part(*given: Any, **more: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    audited.write_part = write_part
+
+
+def in_the_ledger() -> None:
+    """The run folder's ledger of the start before is gone, and the new one is not there."""
+    from dtl.training import run
+
+    def write_ledger(splits: Any, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run.write_ledger = write_ledger

@@ -187,7 +187,8 @@ def _check_data(config: Config, state: TrainState, now: dict[str, str], run: Pat
                     f"{run} was started by a dtl that validated on the test images of data.train: to resume it, name them as data.val "
                     f"(--data.val {config.data.train}), and none is a test set; or {OTHERWISE}"
                 )
-            raise UserError(f"{run} was started with different {split} images (data.{split} has changed); {OTHERWISE}")
+            audit = "" if config.data.audit is None else f", or the decisions in data.audit {config.data.audit}"
+            raise UserError(f"{run} was started with different {split} images (data.{split} has changed{audit}); {OTHERWISE}")
 
 
 def _check_precision(before: str, now: str) -> None:
