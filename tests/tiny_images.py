@@ -17,6 +17,12 @@ def pixels(height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:
     return (smooth + np.random.default_rng(seed).normal(0, 10, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
+def picture(seed: int, side: int = 80) -> Image.Image:
+    """Seven by seven soft spots of any colour: each seed another picture."""
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 255, (7, 7, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+
+
 def encoded(kind: str = "JPEG", *, mode: str = "RGB", height: int = 24, width: int = 32, seed: int = 0, **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels(height, width, seed)).convert(mode).save(buffer, kind, **options)

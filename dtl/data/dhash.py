@@ -8,20 +8,16 @@ Images that are cropped or mirrored are for `dtl audit`.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dtl.data.shards.index import DHASHES_NAME, Shards
+from dtl.data.twins import Twin
 from dtl.errors import UserError
-from dtl.files import write_whole
-from dtl.text import counted
-from dtl.untrusted import as_utf8, read_regular
+from dtl.untrusted import read_regular
 
 MOST_BITS = 8
 """Two images look alike up to this number of bits that differ. Of the 18 million pairs of the CIFAR-10 tenth the first that is none has 11."""
@@ -71,31 +67,17 @@ def read_dhashes(shards: Shards) -> Hashes | None:
     return np.asarray(found[shards.numbers], np.uint64)
 
 
-@dataclass(frozen=True)
-class Alike:
-    """Images of a split with the training image that each looks like."""
-
-    split: str
-    samples: npt.NDArray[np.int64]
-    others: npt.NDArray[np.int64]
-    bits: npt.NDArray[np.int64]
-    """That differ."""
-    copies: npt.NDArray[np.bool_]
-    """Which have the size and the CRC-32 of that image too."""
-
-
-def find_alike(splits: Mapping[str, Shards]) -> list[Alike]:
-    """Of each split but the first, against the first. Nothing where packing kept no hashes, or of very many images."""
+def find_alike(splits: Mapping[str, Shards]) -> list[Twin]:
+    """Images of each split but the first that look like one of the first. Nothing where packing kept no hashes, or of very many images."""
     names = list(splits)
     train = splits[names[0]]
-    known, found = read_dhashes(train), []
+    known, found = read_dhashes(train), list[Twin]()
     for name in names[1:]:
         hashes = None if known is None else read_dhashes(splits[name])
         if known is None or hashes is None or len(known) * len(hashes) > _MOST_PRODUCTS:
             continue
         samples, others, bits = _nearest(hashes, known)
-        same = (splits[name].sizes[samples] == train.sizes[others]) & (splits[name].crcs[samples] == train.crcs[others])
-        found.append(Alike(name, samples, others, bits, np.asarray(same)))
+        found += [Twin(name, *of) for of in zip(samples.tolist(), others.tolist(), bits.tolist())]
     return found
 
 
@@ -121,21 +103,3 @@ def _nearest(hashes: Hashes, known: Hashes) -> tuple[npt.NDArray[np.int64], npt.
 def _signs(hashes: Hashes) -> npt.NDArray[np.float32]:
     bits = np.unpackbits(np.ascontiguousarray(hashes, "<u8").view(np.uint8).reshape(len(hashes), 16), axis=1)
     return 2 * bits.astype(np.float32) - 1
-
-
-def note_alike(found: list[Alike], splits: Mapping[str, Shards], file: Path) -> str:
-    """Write them into `file`, one JSON object a line; returns the line about those that are no exact copies, empty where there are none."""
-    train = next(iter(splits.values()))
-    lines, said = [], []
-    for one in found:
-        shards, new = splits[one.split], np.flatnonzero(~one.copies)
-        for sample, other, bits in zip(one.samples.tolist(), one.others.tolist(), one.bits.tolist()):
-            line = {"split": one.split, "sample": sample, "path": as_utf8(shards.name(sample)), "other": as_utf8(train.name(other)), "bits": bits}
-            lines.append(json.dumps(line) + "\n")
-        if len(new):
-            example = f"such as {shards.name(int(one.samples[new[0]]))} and {train.name(int(one.others[new[0]]))}"
-            kind = {"val": "validation", "test": "test"}[one.split]
-            said.append(f"{len(new):,} of {counted(shards.num_samples, f'{kind} image')} {'looks' if len(new) == 1 else 'look'} like one in train ({example})")
-    if lines:
-        write_whole(file, lambda out: out.write("".join(lines).encode()))
-    return f"{'; '.join(said)}, by the hashes made while packing, so accuracy may be overestimated; all are listed in {file}" if said else ""

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,15 @@ from dtl.config.load import SGD_EPOCHS
 from dtl.config.models import ImageSize
 from dtl.data.loading.batch import Batch, Transform
 from dtl.data.loading.loader import StepLoader
-from dtl.data.near import SCENE, scene_pairs
+from dtl.data.near import scene_pairs
 from dtl.data.remote.address import own_folder
 from dtl.data.sampling.plan import EpochPlan, MicroBatch, RankLayout
 from dtl.data.shards.index import Shards
+from dtl.data.twins import Twin, Twins
 from dtl.distributed.runtime import Runtime
 from dtl.distributed.watchdog import Heartbeat
 from dtl.errors import DamagedSample, UserError
-from dtl.files import fsync_folder, temporary_suffix, write_whole
+from dtl.files import fsync_folder, temporary_suffix
 from dtl.models.network import Network, Normalise, image_shape
 from dtl.optim.solve import too_large
 from dtl.text import counted
@@ -44,7 +45,7 @@ from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
 from dtl.training.evaluate import ForwardPass
 from dtl.training.phases import Phase
-from dtl.untrusted import Count, Record, Text, as_utf8, check_regular, json_lines
+from dtl.untrusted import Count, Record, Text, as_utf8, check_regular
 
 FEATURES_VERSION = 1
 _PROBE_IMAGES = 2
@@ -449,15 +450,6 @@ class FeatureDataset:
 # ---- twins
 
 
-@dataclass(frozen=True)
-class Twin:
-    """A validation image with the training image that its features are nearest to."""
-
-    sample: int
-    other: int
-    cosine: float
-
-
 def find_twins(train: FeatureDataset, val: FeatureDataset) -> list[Twin]:
     """Validation images with a twin among the training images, by their cached features; none where these are of augmented views, or of very many images."""
     num_train, num_val = train.shards.num_samples, val.shards.num_samples
@@ -470,35 +462,9 @@ def find_twins(train: FeatureDataset, val: FeatureDataset) -> list[Twin]:
     found: dict[int, Twin] = {}
     for first, second, cosine in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist()):
         sample = second - num_train
-        if first < num_train <= second and (sample not in found or cosine > found[sample].cosine):
-            found[sample] = Twin(sample, first, cosine)
+        if first < num_train <= second and (sample not in found or cosine > found[sample].near):
+            found[sample] = Twin("val", sample, first, cosine)
     return [found[sample] for sample in sorted(found)]
-
-
-def _lists_cosines(file: Path) -> bool:
-    return file.is_file() and any("cosine" in line for line in json_lines(file))
-
-
-def note_twins(twins: Sequence[Twin], train: Shards, val: Shards, file: Path) -> str:
-    """Write them into `file`, one JSON object a line, beside those that were found by their hashes; returns the line about them, empty where there are none."""
-    lines: list[dict[str, Any]] = [
-        {"split": "val", "sample": one.sample, "path": as_utf8(val.name(one.sample)), "other": as_utf8(train.name(one.other)), "cosine": round(one.cosine, 4)}
-        for one in twins
-    ]
-    known = {("val", one.sample) for one in twins}
-    hashed = [line for line in (json_lines(file) if file.is_file() else []) if "bits" in line]
-    lines += [line for line in hashed if (line.get("split"), line.get("sample")) not in known]
-    file.unlink(missing_ok=True)
-    if lines:
-        write_whole(file, lambda out: out.writelines((json.dumps(line) + "\n").encode() for line in lines))
-    if not twins:
-        return ""
-    best = max(twins, key=lambda one: one.cosine)
-    return (
-        f"{len(twins):,} of {counted(val.num_samples, 'validation image')} {'has a twin' if len(twins) == 1 else 'have twins'} in train by the cached features "
-        f"(whitened cosine of {SCENE:g} or more, such as {val.name(best.sample)} and {train.name(best.other)}), so accuracy may be overestimated; "
-        f"all are listed in {file}"
-    )
 
 
 # ---- of a phase
@@ -520,8 +486,8 @@ class PhaseFeatures:
     cache_dir: Path | None
     heart: Heartbeat
     log: Callable[[str], None]
-    twins: Path | None = None
-    """Where validation images with twins in train are listed."""
+    twins: Twins | None = None
+    """In the main process."""
 
     def choose_cut(self, phase: Phase, trainable: frozenset[str]) -> str | None:
         """The module that `phase` should train on cached features; None to train on images. The same on all ranks."""
@@ -548,6 +514,7 @@ class PhaseFeatures:
         """Compute or find the features of the phase, and feed them from now on. False: all ranks are to stop."""
         phase, loaders = active.phase, self.loaders
         if active.cut is None:
+            self._report_twins()
             return True
         assert self.cache_dir is not None  # run.debug solves no head
         fixed = loaders.train_transform.is_fixed
@@ -575,14 +542,22 @@ class PhaseFeatures:
         # The views are those of the phase's first epochs, and go round. Evaluation is epoch 0 of its own.
         train, val = FeatureDataset(loaders.train, folder, "train", phase.first_epoch), FeatureDataset(loaders.val, folder, "val", 0)
         loaders.cached = {"train": train, "val": val}
-        if self.twins is not None and self.runtime.is_main and not _lists_cosines(self.twins):
-            try:
-                line = note_twins(find_twins(train, val), loaders.train, loaders.val, self.twins)
-            except (OSError, UserError) as error:  # a run does not fail by what it says about its data
-                line = f"twins of validation images were not looked for: {error}"
-            if line:
-                self.log(line)
+        self._report_twins((train, val))
         return True
+
+    def _report_twins(self, cached: tuple[FeatureDataset, FeatureDataset] | None = None) -> None:
+        """One line a run, of the first phase that has something to say."""
+        if self.twins is None:
+            return
+        try:
+            if cached is not None and not self.twins.are_known_by("cosine"):
+                self.twins.record("cosine", find_twins(*cached))
+            line = self.twins.line()
+        except (OSError, UserError) as error:  # a run does not fail by what it says about its data
+            line = f"twins of validation images were not looked for: {error}"
+        if line and not self.twins.told:
+            self.log(line)
+            self.twins.told = True
 
     # ---- a head that is solved
 

@@ -20,6 +20,7 @@ from dtl.data.groups import find_groups
 from dtl.data.loading.batch import Batch
 from dtl.data.remote.address import private_cache
 from dtl.data.shards.index import Shards
+from dtl.data.twins import Twins
 from dtl.distributed.determinism import name_operators
 from dtl.distributed.runtime import Exchange, Flags
 from dtl.distributed.signals import Stopped
@@ -85,7 +86,7 @@ class Trainer:
         self._saver = Saver(session, self._log, self._bad_samples, state)
         data = self.config.data
         cache_dir = None if self.config.run.debug else private_cache(data.cache_dir, shared=data.cache_shared)
-        twins = session.folder.path / TWINS_NAME
+        twins = self._twins()
         self._features = PhaseFeatures(self.runtime, network, loaders, normalise, self.config.run.seed, cache_dir, self.heart, self.tracker.print, twins)
         self._head_is_loaded = head_is_loaded
         self._val_groups = self._groups(loaders.val, self.config.data.val)
@@ -120,6 +121,15 @@ class Trainer:
             del active  # its optimizer, gradients and average make room for the next phase's
         if self.loaders.test is not None:
             self._measure_test()
+
+    def _twins(self) -> Twins | None:
+        """In the main process."""
+        if not self.runtime.is_main:
+            return None
+        train, val, test = self.loaders.train, self.loaders.val, self.loaders.test
+        twins = Twins(self.session.folder.path / TWINS_NAME, {"train": train, "val": val, **({} if test is None else {"test": test})})
+        twins.told = self.state.step > 0 and twins.line() != ""
+        return twins
 
     # ---- a phase
 

@@ -16,8 +16,9 @@ from dtl.config import Config
 from dtl.config.own import needs_record, note_made
 from dtl.data.audited import AUDITED_NAME, write_ledger
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
-from dtl.data.dhash import find_alike, note_alike
+from dtl.data.dhash import find_alike
 from dtl.data.shards.index import Shards
+from dtl.data.twins import Twins
 from dtl.distributed.devices import gpu_expected
 from dtl.distributed.launch import launch_variables
 from dtl.distributed.runtime import Runtime, fp16_instead
@@ -133,7 +134,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
 
 
 def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
-    """One line about images that are in the data more than once, one about those that look like a training image; copies.csv and twins.jsonl list them.
+    """One line about images that are in the data more than once; copies.csv lists them, and twins.jsonl those that look like a training image.
 
     Never a refusal: it may be meant so.
     """
@@ -145,9 +146,7 @@ def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
         session.console.print(line if not copies.num_groups else f"{line}; all are listed in {path}")
     if copies.num_groups:
         copies.write_csv(path)
-    twins = path.with_name(TWINS_NAME)
-    if line := note_alike(find_alike(splits), splits, twins):
-        session.console.print(line)
+    Twins(path.with_name(TWINS_NAME), splits).record("bits", find_alike(splits))
 
 
 def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int], test: Sequence[int] | None = None) -> list[str]:

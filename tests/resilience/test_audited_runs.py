@@ -21,7 +21,7 @@ def audit_csv(folder: Path, *, count: int = 90) -> None:
 def arguments(folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     audit_csv(folder)
-    return ["--config", str(write_recipe(folder)), "--data.audit", "audit.csv", "--data.group-check", "warn"]
+    return ["--config", str(write_recipe(folder, checkpoint={"async": False})), "--data.audit", "audit.csv", "--data.group-check", "warn"]
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, ImageEnhance
+from tiny_images import picture
 
-from dtl.data.dhash import DHASHES_NAME, MOST_BITS, dhashes, find_alike, note_alike, points_of, read_dhashes
+from dtl.data.dhash import DHASHES_NAME, MOST_BITS, dhashes, find_alike, points_of, read_dhashes
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
-
-
-def picture(seed: int, side: int = 80) -> Image.Image:
-    draw = np.random.default_rng(seed)
-    return Image.fromarray(draw.integers(0, 255, (7, 7, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+from dtl.data.twins import Twins
 
 
 def look(image: Image.Image) -> npt.NDArray[np.uint64]:
@@ -56,8 +53,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shards]:
 
 
 def test_validation_images_that_look_like_a_training_image_are_named(packed: dict[str, Shards], tmp_path: Path) -> None:
-    line = note_alike(find_alike(packed), packed, tmp_path / "twins.jsonl")
-    assert line.startswith("1 of 10 validation images looks like one in train (such as val/a/copy.jpg and train/b/3.png), by the hashes made while packing, so")
+    twins = Twins(tmp_path / "twins.jsonl", packed)
+    twins.record("bits", find_alike(packed))
+    line = twins.line()
+    assert line.startswith("1 of 10 validation images has a twin in train (such as val/a/copy.jpg and train/b/3.png), by the hashes made while packing, so")
     listed = [json.loads(row) for row in (tmp_path / "twins.jsonl").read_text().splitlines()]
     assert {(row["split"], row["path"], row["other"]) for row in listed} == {
         ("val", "val/a/copy.jpg", "train/b/3.png"), ("val", "val/a/same.png", "train/a/5.png"),
@@ -66,7 +65,7 @@ def test_validation_images_that_look_like_a_training_image_are_named(packed: dic
         assert (packed["val"].name(row["sample"]), row["bits"] <= MOST_BITS) == (row["path"], True)
 
 
-def test_packed_before_there_were_hashes_or_with_damaged_ones_says_nothing(packed: dict[str, Shards], tmp_path: Path) -> None:
+def test_packed_before_there_were_hashes_or_with_damaged_ones_says_nothing(packed: dict[str, Shards]) -> None:
     file = packed["val"].folder / DHASHES_NAME
     kept = file.read_bytes()
     assert read_dhashes(packed["val"]) is not None
@@ -75,6 +74,5 @@ def test_packed_before_there_were_hashes_or_with_damaged_ones_says_nothing(packe
         if content is not None:
             file.write_bytes(content)
         assert read_dhashes(packed["val"]) is None
-        assert note_alike(find_alike(packed), packed, tmp_path / "twins.jsonl") == ""
+        assert find_alike(packed) == []
     file.write_bytes(kept)
-    assert not (tmp_path / "twins.jsonl").exists()

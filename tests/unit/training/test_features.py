@@ -26,7 +26,7 @@ from dtl.errors import UserError
 from dtl.models.network import Network, Normalise
 from dtl.models.preprocessing import Preprocessing
 from dtl.training import features
-from dtl.training.features import Backbone, FeatureCache, FeatureDataset, Part, decide, find_cut, find_twins, note_twins
+from dtl.training.features import Backbone, FeatureCache, FeatureDataset, Part, decide, find_cut, find_twins
 
 Pair = tuple[Shards, Shards]
 
@@ -240,25 +240,12 @@ def test_each_message_between_nodes_is_a_sign_of_life_of_every_rank(tmp_path: Pa
     assert sent == ([0, 2] * 5 if leads else [])
 
 
-def test_validation_images_with_twins_in_train_are_named_once(tmp_path: Path) -> None:
-    shards = SimpleNamespace(num_samples=3, name=lambda sample: f"{sample}.jpg")
+def test_validation_images_with_twins_in_train_are_found() -> None:
+    shards = SimpleNamespace(num_samples=3)
     train = SimpleNamespace(values=np.eye(3, 5, dtype=np.float32)[None], damaged={}, shards=shards)
     rows = np.array([[0, 2, 0.1, 0, 0], [0, 0, 0, 1, 0], [9, 0, 0, 0, 0]], np.float32)
     val = SimpleNamespace(values=rows[None], damaged={(0, 2): None}, shards=shards)
     twins = find_twins(train, val)  # type: ignore[arg-type]
-    assert [(one.sample, one.other) for one in twins] == [(0, 1)]
-    line = note_twins(twins, shards, shards, tmp_path / "twins.jsonl")  # type: ignore[arg-type]
-    assert line.startswith(
-        "1 of 3 validation images has a twin in train by the cached features (whitened cosine of 0.55 or more, such as 0.jpg and 1.jpg), so accuracy may"
-    )
-    assert json.loads((tmp_path / "twins.jsonl").read_text()) == {"split": "val", "sample": 0, "path": "0.jpg", "other": "1.jpg", "cosine": 0.7179}
-    assert note_twins([], shards, shards, tmp_path / "twins.jsonl") == ""  # type: ignore[arg-type]
-    assert not (tmp_path / "twins.jsonl").exists()
-    looks = [{"split": split, "sample": 0, "path": "0.jpg", "other": "2.jpg", "bits": 3} for split in ("val", "test")]
-    (tmp_path / "twins.jsonl").write_text("".join(json.dumps(one) + "\n" for one in looks))
-    assert note_twins([], shards, shards, tmp_path / "twins.jsonl") == ""  # type: ignore[arg-type]
-    note_twins(twins, shards, shards, tmp_path / "twins.jsonl")  # type: ignore[arg-type]
-    listed = [json.loads(row) for row in (tmp_path / "twins.jsonl").read_text().splitlines()]
-    assert [(one["split"], "cosine" in one) for one in listed] == [("val", True), ("test", False)], "once each"
+    assert [(one.split, one.sample, one.other, round(one.near, 4)) for one in twins] == [("val", 0, 1, 0.7179)]
     train.values = np.repeat(train.values, 2, axis=0)  # two augmented views
     assert find_twins(train, val) == []  # type: ignore[arg-type]
