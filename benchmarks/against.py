@@ -15,8 +15,10 @@ is forced; a .pth file shows it this environment's packages:
     python -c 'import site; print(site.getsitepackages()[0])' > OTHER/lib/python3.11/site-packages/here.pth
     OTHER/bin/pip install fastai==2.8.12
 
-"Times faster" compares the CPU seconds to an accuracy that both reach: the lower one of both at their ends. dtl's count to the end of the command; the
-others' to the first epoch that reached it, without the tests after each epoch that show it. Batches of the others: 16 images for sets under 500, else 64.
+"Times faster" compares the CPU seconds to an accuracy that both reach: the lower one of both at their ends. The others' count to the first epoch that reached
+it, without the tests after each epoch that show it. dtl's count to the end of the command, report and test included; where the first phase of `finetune` has
+the validation loss of `features`, digit for digit, it is that network, so the end of that command is a point of finetune's way. Batches of the others: 16
+images for sets under 500, else 64.
 With `--folder`, runs that lie there are not repeated. `--way NAME=RECIPE[,key=value...]` takes other recipes of dtl, as in benchmarks.judging.
 """
 
@@ -73,8 +75,11 @@ def with_dtl(folder: Path, name: str, seed: int, size: int, way: Way, weights: P
         command = [sys.executable, "-m", "dtl", "train", "--config", way.recipe, *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
         used = spent(command, run, threads=threads)
         results = run / ("runs/run-search/results.json" if "budget" in way.options else "runs/run/status.json")
-        test = json.loads(results.read_text())["test"]
-        return {"top1": test["top1"], "loss": test["loss"], "cpu_seconds": used.cpu_seconds, "memory_mib": used.memory_mib, "curve": []}
+        test, head = json.loads(results.read_text())["test"], None
+        if "budget" not in way.options:
+            events = map(json.loads, (run / "runs/run/history.jsonl").read_text().splitlines())
+            head = next(event["loss"] for event in events if event["event"] == "val" and event["phase"] == "head" and event["step"])
+        return {"top1": test["top1"], "loss": test["loss"], "cpu_seconds": used.cpu_seconds, "memory_mib": used.memory_mib, "curve": [], "head": head}
 
 
 def with_other(folder: Path, name: str, seed: int, size: int, way: str, weights: Path, threads: int, python: str, epochs: int) -> dict[str, Any]:
@@ -104,11 +109,17 @@ def per_set(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def faster(ours: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """How many times less CPU time to the accuracy that both end with at least."""
+def faster(ours: Mapping[str, Any], other: Mapping[str, Any], *, head: Mapping[str, Any] | None = None) -> float:
+    """How many times less CPU time to the accuracy that both end with at least. `head`: the run of `features` on the same images, a point of our way where it
+    has the same head."""
     target = min(ours["top1"], other["top1"])
-    reached = next((seconds for seconds, top1 in other["curve"] if top1 >= target), other["cpu_seconds"])
-    return float(reached / ours["cpu_seconds"])
+    same = head is not None and head.get("head") is not None and head["head"] == ours.get("head")
+    curve = [[head["cpu_seconds"], head["top1"]]] if same and head is not None else []
+
+    def reached(row: Mapping[str, Any], curve: Sequence[Sequence[float]]) -> float:
+        return next((seconds for seconds, top1 in curve if top1 >= target), float(row["cpu_seconds"]))
+
+    return reached(other, other["curve"]) / reached(ours, curve)
 
 
 def marks(found: Sequence[Mapping[str, Any]], ours: Sequence[str]) -> list[list[str]]:
@@ -118,6 +129,7 @@ def marks(found: Sequence[Mapping[str, Any]], ours: Sequence[str]) -> list[list[
     for mine in ours:
         for other, name in OTHERS.items():
             pairs = [(row, by[(*place, other)]) for (*place, way), row in by.items() if way == mine and (*place, other) in by]
+            heads = [by.get((*place, "features")) for (*place, way) in by if way == mine and (*place, other) in by]
             if not pairs:
                 continue
             points = [row["top1"] - theirs["top1"] for row, theirs in pairs]
@@ -134,7 +146,7 @@ def marks(found: Sequence[Mapping[str, Any]], ours: Sequence[str]) -> list[list[
                 cells.append(f"{ratio:.2f} of its CPU seconds")
                 passed.append(ratio <= TIMES_LOGISTIC)
             else:
-                ratio = statistics.median(faster(row, theirs) for row, theirs in pairs)
+                ratio = statistics.median(faster(row, theirs, head=head) for (row, theirs), head in zip(pairs, heads))
                 cells.append(f"{ratio:.1f} times faster")
                 passed.append(ratio >= TIMES_FASTER)
             lines.append([*cells, ", ".join("yes" if one else "no" for one in passed)])
