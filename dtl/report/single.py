@@ -541,6 +541,8 @@ def _errors(record: RunRecord, found: _Predictions | None, examples: Examples | 
         blocks.append(html.Text(f"{what} ({TWINS_NAME} lists them): top-1 is {with_them} with them and {without} without."))
     widths, heights, _ = val.shapes(images.samples)
     tables = [("shorter side", by_size(np.minimum(widths, heights), right))]
+    if not tables[0][1]:  # packing made them all as large as training needs
+        tables = [("longer side", by_size(np.maximum(widths, heights), right))]
     if (groups := groups_of(val, "val", examples.config.data, str(examples.config.data.val or examples.config.data.train))) is not None:
         tables.append(("groups with most mistakes", by_group(groups.names, groups.codes[images.samples], right, MOST_BARS // 3)))
     blocks += [

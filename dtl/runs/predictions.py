@@ -23,7 +23,7 @@ from dtl.untrusted import Count, Record, Sha256, Text
 
 NAME = "predictions.npy"
 TWINS_NAME = "twins.jsonl"
-"""Beside it: the validation images that have a twin in train, where features were cached."""
+"""Beside it: the validation and test images that have a twin in train."""
 _ROW = np.dtype([("sample", "<i8"), ("label", "<i4"), ("predicted", "<i4"), ("probability", "<f4"), ("loss", "<f4")])
 
 

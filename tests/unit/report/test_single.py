@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import harness
+import numpy as np
 import pytest
 from page_reader import Page
 from recipes import write_recipe
 from report_runs import make_config, make_run, write_history
+from tiny_images import picture
 
 from dtl.config import load_config
 from dtl.models.model_json import Calibration, Threshold
@@ -59,6 +62,39 @@ def test_the_report_of_a_trained_run_says_what_the_run_measured(tmp_path: Path, 
     assert len(again.images) == len(page.images)
     for words in (f"all 360 validation images: top-1 {top1}", "with mixup or cutmix", "each image in its four rotations"):
         assert words in again.text
+
+
+def test_where_it_errs_by_size_group_and_class_with_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images of one shorter side, as packing makes large ones; two patients; one with a twin in train."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 8), ("val", 12)):
+        for label in "ab":
+            (tmp_path / "photos" / split / label).mkdir(parents=True)
+            for number in range(count):
+                image = picture(number + (100 if split == "val" else 0) + 200 * (label == "a"), 40).resize((40 + 10 * (number % 2), 40))
+                image.save(tmp_path / "photos" / split / label / f"p{number // 6}_{number}.png")
+    picture(3, 40).resize((50, 40)).save(tmp_path / "photos/val/a/p0_copy.jpg", quality=90)
+    data = {"train": "photos", "workers": 0, "global_batch_size": 8, "group": {"regex": "((?:train|val)/./p[0-9])"}, "augment": {"preset": "none"}}
+    recipe = write_recipe(tmp_path, phases={"head": {"train": "head", "steps": 1, "lr": 1e-6, "cache_features": False}}, data=data)
+    harness.run(["--config", str(recipe), "--run.seed", "2"], cwd=tmp_path)
+    run = tmp_path / "runs/tiny"
+    images, page = np.load(run / "predictions.npy"), Page.read(make_report(run, log=lambda line: None))
+    page.check_self_contained()
+    section = page.text[page.text.index("Where it errs") :]
+    right = images["label"] == images["predicted"]
+    without = right[images["sample"] != json.loads((run / "twins.jsonl").read_text())["sample"]]
+    with_them = f"{percent(right.mean(), 2)} with them and {percent(without.mean(), 2)} without"
+    assert "1 of 25 images has a twin in the training images (twins.jsonl lists them): top-1 is " + with_them.replace("\u00a0", " ") in section
+    assert re.search(r"longer side right images top-1 40 pixels \d+ 12 \S+ % 50 pixels \d+ 13 ", section)
+    assert re.search(r"groups with most mistakes right images top-1 val/./p\d \d+ [67] ", section)
+    assert (~right).sum() > 2
+    for true, name in enumerate("ab"):
+        count = int(((images["label"] == true) & ~right).sum())
+        heading = f"{name}, predicted as {'ba'[true]} ({count} images)"
+        assert (heading in section) == (count > 1)
+        if count > 1:
+            shown = section.partition(heading)[2].partition("predicted as")[0]
+            assert shown.count(f"val/{name}/") == min(count, 8)
 
 
 def test_a_fold_groups_and_a_temperature_are_named(tmp_path: Path) -> None:
