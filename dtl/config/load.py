@@ -558,7 +558,7 @@ def fill_by_family(values: dict[str, Any], names: Iterable[str], *, model: str, 
     lines, found = [], family_of(model)
     for name in names:
         phase = values["phases"].get(name)
-        if not isinstance(phase, dict):
+        if not isinstance(phase, dict) or phase.get("optimizer") == "solve":
             continue
         own = phase.get("optimizer") not in ("auto", None, found.optimizer)
         row = families()[-1] if own else found

@@ -495,17 +495,15 @@ class PhaseConfig(Section):
     """blend: nine points between the weights that entered the phase (with a trained head) and its last ones are candidates of `keep: one_se`, too (WiSE-FT)."""
 
     @model_validator(mode="after")
-    def _solved_alone(self) -> PhaseConfig:
+    def _go_together(self) -> PhaseConfig:
         if self.optimizer == "solve":
+            if self.train == "all":
+                raise ValueError("`optimizer: solve` fits the head alone, not `train: all`; use `train: head`, or `optimizer: sgd`")
             fits = BESIDE_SOLVE | ({"cache_features"} if self.cache_features else set())
             if given := [name for name, field in type(self).model_fields.items() if name not in fits and getattr(self, name) != field.default]:
                 raise ValueError(f"`optimizer: solve` has no use for {', '.join(given)}; leave that out, or use `optimizer: sgd`")
             if self.task != "classify":
                 raise ValueError(f"`optimizer: solve` is for `task: classify`, not for `task: {self.task}`")
-        return self
-
-    @model_validator(mode="after")
-    def _one_duration(self) -> PhaseConfig:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         if self.task == "rotate" and (self.mixup or self.cutmix):

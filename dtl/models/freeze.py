@@ -87,7 +87,7 @@ def checksum(module: nn.Module, names: Iterable[str]) -> str:
 def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary: bool = True, image_size: ImageSize | None = None) -> frozenset[str]:
     """The names in `trainable` that would get no gradient, for DDP, which waits for each of its parameters.
 
-    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass (on the meta device, unless only a head is trained), once for
+    `auxiliary`: the auxiliary heads are in the loss. Found by one forward and backward pass of two images, by a copy, once for
     each set of layers that is trained with a head of one size: the answer depends on nothing that changes between steps.
     """
     size = image_size or network.preprocessing.image_size
@@ -99,14 +99,13 @@ def unused_parameters(network: Network, trainable: Collection[str], *, auxiliary
 
 
 def _unused(network: Network, trainable: Collection[str], size: ImageSize, auxiliary: bool) -> frozenset[str]:
-    # Of a head alone the backward pass is short, and two images cost less than to import what the meta device needs (PyTorch's compiler: seconds).
-    if not set(trainable) <= head_parameters(network):
-        try:
-            return _without_gradient(meta_copy(network.module), trainable, torch.empty(image_shape(network.module, 2, size), device="meta"), auxiliary)
-        except (RuntimeError, NotImplementedError):
-            pass  # A forward that looks at values cannot run on shapes alone. A real fault fails below again.
-    device = next(network.module.parameters()).device
-    return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(image_shape(network.module, 2, size), device=device), auxiliary)
+    # Not on the meta device: two images cost less than to import what that needs (PyTorch's compiler: seconds).
+    device, shape = next(network.module.parameters()).device, image_shape(network.module, 2, size)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return _without_gradient(copy.deepcopy(network.module), trainable, torch.zeros(shape, device=device), auxiliary)
+    except torch.OutOfMemoryError:  # of a network that is trained in 16 bits, one image at a time
+        return _without_gradient(meta_copy(network.module), trainable, torch.empty(shape, device="meta"), auxiliary)
 
 
 def _without_gradient(module: nn.Module, trainable: Collection[str], images: torch.Tensor, auxiliary: bool) -> frozenset[str]:

@@ -396,6 +396,10 @@ def test_what_has_no_place_beside_solve_is_refused_by_name(tmp_path: Path) -> No
             resolve_config(recipe, options)
     with pytest.raises(UserError, match=r"`optimizer: solve` is for `task: classify`, not for `task: rotate`$"):
         resolve_config(recipe, {"phases.head.task": "rotate"})
+    with pytest.raises(UserError, match=r"phases.all: `optimizer: solve` fits the head alone, not `train: all`; use `train: head`, or `optimizer: sgd`$"):
+        resolve_config("finetune", {"data.train": "photos", "phases.all.optimizer": "solve"})
+    with pytest.raises(UserError, match=r"no use for epochs, norm_statistics, warmup; leave"):  # what the recipe says: nothing of the network's family
+        resolve_config("finetune", {"data.train": "photos", "phases.all.optimizer": "solve", "phases.all.train": "head"})
 
 
 @pytest.mark.parametrize("recipe", ["features", "finetune", "configs/features.yaml"])
