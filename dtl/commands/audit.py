@@ -169,6 +169,7 @@ def _write(options: argparse.Namespace, splits: dict[str, Shards], runtime: Any,
 def _page(found: Audit, out: Path, title: str, network: Any) -> None:
     from dtl.inference.audit import FEW, KINDS
     from dtl.report.audit import MOST_SHOWN, TILE_SIDE, Shown, make_audit_page
+    from dtl.report.style import percent
     from dtl.text import counted
 
     images = found.images
@@ -176,7 +177,7 @@ def _page(found: Audit, out: Path, title: str, network: Any) -> None:
     for kind, heading in KINDS.items():
         every = found.of_kind(kind)
         rows = [
-            (one.image, one.other, one.score, "" if one.alternative is None else f"{images.classes[one.alternative[0]]} ({one.alternative[1]:.0%})")
+            (one.image, one.other, one.score, "" if one.alternative is None else f"{found.class_name(one.alternative[0])}, {percent(one.alternative[1], 0)}")
             for one in every[:MOST_SHOWN]
         ]
         kinds.append((kind, heading, len(every), rows))

@@ -137,7 +137,7 @@ class Audit:
             for one in some_of[:5]:
                 other = f" and {names[one.other]}" if one.other >= 0 else ""
                 where = "" if one.other < 0 else f" ({splits[self.images.split_of[one.image]]}, {splits[self.images.split_of[one.other]]})"
-                label = "" if one.alternative is None else f": '{self.label(one.image)}', probably '{self.images.classes[one.alternative[0]]}'"
+                label = "" if one.alternative is None else f": '{self.label(one.image)}', probably '{self.class_name(one.alternative[0])}'"
                 found.append(f"  {one.score:.3f}  {names[one.image]}{other}{where}{label}")
         if self.small:
             found.append(f"classes with fewer than {FEW} training images: {some([f'{name} ({count})' for name, count in self.small])}")
@@ -145,7 +145,13 @@ class Audit:
 
     def label(self, image: int) -> str:
         number = int(self.images.labels[image])
-        return self.images.classes[number] if 0 <= number < len(self.images.classes) else "?"
+        return self.class_name(number) if 0 <= number < len(self.images.classes) else "?"
+
+    def class_name(self, number: int) -> str:
+        """As the column action takes it, and as people call it."""
+        name = self.images.classes[number]
+        shown = next(iter(self.images.splits.values())).manifest.display_names.get(name, name)
+        return name if shown == name else f"{name} ({shown})"
 
     def write_csv(self, path: Path) -> None:
         """audit.csv, its column `action` empty."""

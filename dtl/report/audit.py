@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 48
 """Pairs or images of a kind; all are in audit.csv."""
-TILE_SIDE = 224
+TILE_SIDE = 256
 _ABOUT = {
     "two labels": "The same photo with different labels. One of them is wrong: relabel it, or drop it.",
     "same photo": "Equal, or recompressed, resized, cropped a little, mirrored, or of other brightness: the details agree.",
-    "same scene": "Features agree, details do not: the next shot, or two images that are very much alike. `group` keeps them in one split.",
+    "same scene": "Features agree, details do not: the next shot, or two images that are very much alike. The action group keeps them in one split.",
     "label": "Predicted by classifiers that were not fitted to the image or its twins. The surest first.",
 }
 
@@ -55,15 +55,15 @@ def make_audit_page(
 
 
 def _section(kind: str, heading: str, count: int, some_of: Sequence[tuple[int, int, float, str]], shown: Callable[[int], Shown]) -> html.Section:
-    tiles = list[Tile]()
+    tiles, pairs = list[Tile](), list[tuple[str, Tile, Tile]]()
     for image, other, score, more_probable in some_of:
         one = shown(image)
         if other < 0:
             words = f"labelled {one.label}, a probability of {percent(score)}"
             tiles.append(Tile(one.pixels, more_probable, note=words, file=f"{one.split}: {one.name}"))
-            continue
-        for half in (one, shown(other)):
-            tiles.append(Tile(half.pixels, half.label, note=f"{half.split}, {score:.3f}", file=half.name))
+        else:
+            first, second = (Tile(half.pixels, half.label, note=half.split, file=half.name) for half in (one, shown(other)))
+            pairs.append((f"{'cosine' if kind == 'same scene' else 'agreement'} {score:.3f}", first, second))
     more = f" The first {len(some_of):,} of {counted(count, 'finding')}; all are in audit.csv." if len(some_of) < count else ""
     heading = heading[0].upper() + heading[1:]
-    return html.section(heading, html.Text(_ABOUT[kind] + more, soft=True), html.Tiles(tiles, fours=some_of[0][1] >= 0))
+    return html.section(heading, html.Text(_ABOUT[kind] + more, soft=True), html.Pairs(pairs) if pairs else html.Tiles(tiles, large=True))

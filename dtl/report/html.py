@@ -22,7 +22,7 @@ from dtl.text import printable_lines
 if TYPE_CHECKING:
     from dtl.report.examples import Tile
 
-_TILE_SIDE = 160  # pixels: more than they are shown with, for sharp screens
+_TILE_SIDE, _LARGE_SIDE = 160, 256  # pixels: more than they are shown with, for sharp screens
 _PIXELATED = 64
 
 
@@ -139,16 +139,28 @@ class Beside(Block):
 
 @dataclass(frozen=True)
 class Tiles(Block):
-    """A grid of images that fits the window; with `fours` each row holds whole fours."""
+    """A grid of images that fits the window; with `fours` each row holds whole fours, and `large` ones show what an image is of."""
 
     kind = "tiles"
     tiles: Sequence[Tile]
     fours: bool = False
+    large: bool = False
 
     @property
     def pictures(self) -> list[tuple[Tile, str, Picture, bool]]:
-        """(tile, its mark, its picture, whether the browser enlarges it pixel by pixel)"""
-        return [(tile, MARKS[tile.right], _tile_picture(tile), tile.pixels.shape[1] <= _PIXELATED) for tile in self.tiles]
+        return _pictures(self.tiles, _LARGE_SIDE if self.large else _TILE_SIDE)
+
+
+@dataclass(frozen=True)
+class Pairs(Block):
+    """Two images next to each other, larger than tiles, with words about both."""
+
+    kind = "pairs"
+    pairs: Sequence[tuple[str, Tile, Tile]]
+
+    @property
+    def pictures(self) -> list[tuple[str, list[tuple[Tile, str, Picture, bool]]]]:
+        return [(words, _pictures((one, other), _LARGE_SIDE)) for words, one, other in self.pairs]
 
 
 @dataclass(frozen=True)
@@ -190,11 +202,16 @@ def _embedded(file: Path) -> Picture:
         return Picture(f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", image.width, image.height)
 
 
-def _tile_picture(tile: Tile) -> Picture:
+def _pictures(tiles: Sequence[Tile], side: int) -> list[tuple[Tile, str, Picture, bool]]:
+    """(tile, its mark, its picture, whether the browser enlarges it pixel by pixel)"""
+    return [(tile, MARKS[tile.right], _tile_picture(tile, side), tile.pixels.shape[1] <= _PIXELATED) for tile in tiles]
+
+
+def _tile_picture(tile: Tile, side: int) -> Picture:
     """Small images as they are, enlarged by the browser; photos as JPEG, a tenth of the bytes."""
     from PIL import Image
 
-    image, data = tile_image(tile, _TILE_SIDE), io.BytesIO()
+    image, data = tile_image(tile, side), io.BytesIO()
     if tile.pixels.shape[1] <= _PIXELATED:
         Image.fromarray(tile.pixels).save(data, "PNG")
         kind = "png"

@@ -72,3 +72,10 @@ def test_the_limit_of_pairs_is_of_all_ranks_together(monkeypatch: pytest.MonkeyP
     for world in (1, 2):
         with pytest.raises(UserError, match="more than 1,800 pairs of images are almost the same picture"):
             on_ranks(world, thumbs)
+
+
+def test_a_class_is_called_as_actions_take_it_and_as_people_do() -> None:
+    manifest = SimpleNamespace(display_names={"17": "purple coneflower", "ants": "ants"})
+    shards = SimpleNamespace(num_samples=4, labels=np.array([0, 1, 2, 3]), classes=("17", "ants", "8"), manifest=manifest)
+    found = audit.Audit(audit.Images({"train": shards}), [], [])  # type: ignore[dict-item]
+    assert [found.label(image) for image in range(4)] == ["17 (purple coneflower)", "ants", "8", "?"]
