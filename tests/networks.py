@@ -47,6 +47,24 @@ def diverging(num_classes: int) -> nn.Module:
     return Diverging()
 
 
+def overflowing(num_classes: int) -> nn.Module:
+    """Has a statistic that is infinite once its weights have moved; its loss stays finite."""
+
+    class Overflowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, num_classes)
+            self.register_buffer("first", self.fc.weight.detach().clone())
+            self.register_buffer("running_level", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and not self.fc.weight.is_meta and (self.fc.weight - self.first).abs().max() > 0:
+                self.running_level.fill_(torch.inf)  # type: ignore[operator]
+            return self.fc(x.mean(dim=(2, 3)))
+
+    return Overflowing()
+
+
 def with_dropout(num_classes: int) -> nn.Module:
     """A head in a container with dropout of its own, as in torchvision's MobileNetV2."""
     backbone = nn.Sequential(nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())

@@ -44,7 +44,7 @@ from dtl.training.keep import ImageResults, PairedError
 from dtl.training.metrics import Monitored, monitored_in
 from dtl.training.phases import Judgement, Phase, judge, note_kept, note_result
 from dtl.training.session import Session
-from dtl.training.step import Stepper, solve_head, step_weight
+from dtl.training.step import Stepper, check_weights, solve_head, step_weight
 from dtl.training.throughput import StepLog
 
 if TYPE_CHECKING:
@@ -354,6 +354,7 @@ class Trainer:
         self._log.check_loss(active)
         phase, state = active.phase, self.state
         active.sync_buffers(self.runtime)
+        self._saver.check_weights(active)
         monitor, classes = monitored_in(phase, self.config.checkpoint.monitor), phase.task.class_names(self.loaders.classes)
         monitored = None if monitor in ("top1", "top5", "loss") else Monitored(monitor, classes, self.runtime.device)
         # The run delivers weights of its last phase: what these predict for each image is kept with them.
@@ -472,7 +473,7 @@ class Saver:
         self.log, self.bad_samples, self.state = log, bad_samples, state
         self.stall_seconds = 0.0
         """How long the loop stood still for saving, in this start."""
-        self._saved_step, self._last_save = -1, time.monotonic()
+        self._saved_step, self._checked_step, self._last_save = -1, -1, time.monotonic()
 
     def is_due(self) -> bool:
         """By `checkpoint.every_minutes`, which the main process looks at."""
@@ -483,12 +484,19 @@ class Saver:
         """The last save is long enough ago for an evaluation to be worth another."""
         return time.monotonic() - self._last_save >= SECONDS_BETWEEN_SAVES
 
+    def check_weights(self, active: ActivePhase) -> None:
+        """Once a step."""
+        if self._checked_step != self.state.step:
+            check_weights(active, self.runtime, self.state)
+            self._checked_step = self.state.step
+
     def save(self, active: ActivePhase, *, wait: bool = False) -> None:
         """Called by all ranks together. `wait`: until it is on the disk."""
         self.heart.enter("save", self.state.step)
         self.log.check_loss(active)  # a diverged run must not replace a good checkpoint
         self.log.spend(active.phase)
         active.sync_buffers(self.runtime)
+        self.check_weights(active)
         self.log.store()
         self.state.bad_samples = self.bad_samples.entries
         with self.runtime.together("checkpoint"):
@@ -513,9 +521,7 @@ class Saver:
         if not self.runtime.agree(self.store.saved_step == self.state.step):
             self.save(active, wait=True)
         if not self.runtime.agree(self.store.saved_step == self.state.step):
-            raise UserError(
-                f"stopped by {why} at step {self.state.step}, but its checkpoint could not be written; the newest complete one is step {self.store.saved_step}"
-            )
+            raise UserError(f"stopped by {why}, but {self.runtime.agree(self.store.failure(self.state.step))}")
         raise Stopped(why, step=self.state.step)
 
     def stop_at_end(self) -> None:

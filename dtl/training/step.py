@@ -26,6 +26,7 @@ from dtl.imports import plain_step
 from dtl.keyed import int_key, keys
 from dtl.models.network import Normalise
 from dtl.models.norms import no_rank_is_empty
+from dtl.models.strict_load import first_not_finite
 from dtl.optim.solve import Interrupted, Rows, Solution, Team, deal, solve
 from dtl.training.active import ActivePhase
 from dtl.training.dataloaders import DataLoaders
@@ -193,6 +194,26 @@ def diverged(active: ActivePhase, loaders: DataLoaders, state: TrainState, steps
         f"the loss is not finite at step {step} of phase {phase.name} (lr {lr:.3g}; samples {', '.join(names)} ...): "
         f"lower phases.{phase.name}.lr, add warmup or clip_norm, or look at these samples"
     )
+
+
+def check_weights(active: ActivePhase, runtime: Runtime, state: TrainState) -> None:
+    """Diverged where a trained weight or a running statistic is not finite, though the loss may be: nothing can be kept of it, or resumed from it.
+
+    Called by all ranks together, once the buffers are the same on all.
+    """
+    bad = runtime.agree(first_not_finite(_trained_tensors(active.module)) if runtime.is_main else None)
+    if bad is not None:
+        phase = active.phase
+        rate = f"lower phases.{phase.name}.lr ({phase.config.lr:.3g}), or add warmup or clip_norm"
+        raise Diverged(f"{bad} is not finite after step {state.step} of phase {phase.name}: {rate}")
+
+
+def _trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for prefix, part in module.named_modules():
+        if part.training:
+            found |= {f"{prefix}.{name}".lstrip("."): buffer for name, buffer in part.named_buffers(recurse=False) if name.startswith("running_")}
+    return found
 
 
 def solve_head(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run, start, status, the_line, wait_for
+from harness import history, run, start, status, the_line, wait_for
 from recipes import write_images, write_recipe
 
 
@@ -123,6 +123,16 @@ def test_a_loss_that_is_not_finite_names_step_lr_and_samples(tmp_path: Path) -> 
         assert "the loss is not finite at step 2 of phase all (lr 0.0" in the_line(job)
         assert re.search(r"\(lr 0\.0\d+; samples digits/\d{4}(, digits/\d{4}){3} \.\.\.\)", job.err()), job.err()
         assert status(tmp_path / f"runs/world{world}")["state"] == "failed"
+
+
+def test_statistics_that_are_not_finite_end_a_run_before_they_are_kept(tmp_path: Path) -> None:
+    """Its checkpoint could not be resumed from."""
+    recipe = write_recipe(tmp_path, model={"name": "networks:overflowing"}, phases={"all": {"train": "all", "steps": 9, "lr": 0.1}})
+    for world in (1, 2):
+        job = run(["--config", str(recipe), "--run.name", f"world{world}"], cwd=tmp_path, world=world, code=2)
+        assert re.search(r"running_level is not finite after step \d of phase all: lower phases\.all\.lr \(0\.1\), or add warmup or clip_norm$", the_line(job))
+        assert history(tmp_path / f"runs/world{world}")[-1]["note"] == "diverged"
+        assert not list((tmp_path / f"runs/world{world}/checkpoints").glob("step-*"))
 
 
 def test_a_node_that_sees_other_data_is_told(tmp_path: Path) -> None:

@@ -200,19 +200,20 @@ class CheckpointStore:
         except OSError as error:
             self._failures += 1
             self._last_error = _reason(error)
-            kept = self._numbers()
-            self._log(
-                f"the checkpoint of step {snapshot.step} could not be written to {self.folder}: {self._last_error} "
-                f"(failure {self._failures} in a row, of at most {self.options.max_failures}); "
-                + (f"the checkpoint of step {kept[0]} is kept; " if kept else "there is no earlier checkpoint; ")
-                + "the next save tries again"
-            )
+            of = f" (failure {self._failures} in a row, of at most {self.options.max_failures})"
+            self._log(f"{self.failure(snapshot.step, of)}; the next save tries again")
         except BaseException as error:  # handed to the caller of the next save: a thread has nobody to raise to
             self._fault = error
         else:
             self._failures = 0
             self.saved_step = snapshot.step
             self.save_seconds = max(self.save_seconds, time.perf_counter() - started)
+
+    def failure(self, step: int, of: str = "") -> str:
+        """Why the checkpoint of this step is not there, and what there is instead."""
+        kept = self._numbers()
+        instead = f"the checkpoint of step {kept[0]} is kept" if kept else "there is no earlier checkpoint"
+        return f"the checkpoint of step {step} could not be written to {self.folder}: {self._last_error}{of}; {instead}"
 
     def _write(self, snapshot: _Snapshot) -> None:
         if not self.folder.is_dir():

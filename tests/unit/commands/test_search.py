@@ -169,6 +169,14 @@ def test_networks_cost_one_pass_of_features_each_whoever_comes_first(tmp_path: P
     assert said.count("cached features are read from") >= 4
 
 
+def test_a_trial_whose_statistics_overflow_is_the_last(tmp_path: Path) -> None:
+    """With two trials both reach each rung: it must end there, not at its resume."""
+    prepared(tmp_path)
+    (tmp_path / "space.yaml").write_text("model.name: ['networks:overflowing', 'networks:small']\n")
+    run(["--config", "tiny.yaml", "--space", "space.yaml", "--budget", "2", "--phases.all.epochs", "3"], cwd=tmp_path, command="search")
+    assert [(row["settings"].get("model.name"), row["state"]) for row in results(tmp_path)["trials"]] == [(None, "done"), ("networks:overflowing", "diverged")]
+
+
 def test_train_with_a_budget_is_its_shortest_form(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     job = run(["--config", "tiny.yaml", "--budget", "2", "--phases.all.epochs", "1"], cwd=folder, command="train")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtl.errors import UserError
-from dtl.models.strict_load import all_finite, strict_load
+from dtl.models.strict_load import all_finite, first_not_finite, strict_load
 
 
 def _module() -> nn.Module:
@@ -62,3 +62,8 @@ def test_masks_may_hold_infinities_and_sums_may_overflow() -> None:
     assert not all_finite(torch.tensor([1.0, math.inf]))
     assert all_finite(torch.tensor([3e38, 3e38]))
     assert all_finite(torch.tensor([1, 2]))
+    big, counted = torch.full((2,), 3e38), torch.tensor([1, 2])
+    assert first_not_finite({}) is None
+    assert first_not_finite({"big": big, "counted": counted, "half": torch.full((2,), 6e4, dtype=torch.half)}) is None
+    for bad in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, -math.inf]), torch.tensor([complex(0, math.inf)])):
+        assert first_not_finite({"big": big, "counted": counted, "bad": bad}) == "bad"

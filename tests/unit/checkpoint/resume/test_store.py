@@ -308,6 +308,7 @@ def test_a_full_disk_is_told_and_tried_again(make: Callable[..., CheckpointStore
     assert "2 in a row" in said[1]
     assert os.listdir(store.folder) == ["step-00000001"], "nothing half written is left on a full disk"
     assert store.saved_step == 1
+    assert store.failure(3) == f"the checkpoint of step 3 could not be written to {store.folder}: File too large; the checkpoint of step 1 is kept"
     store.save(4, tensors(4), {}, wait=True)
     assert store.saved_step == 4
     with full_disk(2000):  # the count starts anew after a success
