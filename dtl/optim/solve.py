@@ -2,17 +2,23 @@
 
 N samples with D features, K classes. Minimised over the weights W [K,D] and biases b [K] of a linear layer on standardised features z:
 
-    sum_i w_i * cross_entropy(W z_i + b, y_i) / sum_i w_i  +  strength / 2 * |W|^2
+    sum_i w_i * cross_entropy(W z_i + b, y_i) / sum_i w_i  +  strength / 2 * |W|^2  +  |b|^2 / (2 * sum_i w_i)
 
 w_i is the weight of sample i (its class weight; 0 for a damaged one). z has mean 0 and variance 1 over the samples that count; W and b are given for the
-features as they are. Biases are not penalised. This is scikit-learn's LogisticRegression with C = 1 / (strength * sum_i w_i) (Pedregosa et al., JMLR 12,
-2011). Each Newton step is found by conjugate gradients (Nocedal and Wright, Numerical Optimization, 2006, algorithm 7.1), whose products with the Hessian
-are passes over the rows. They are taken in the basis of the features' principal components: there the Hessian is near a diagonal one, the components'
-variances times the mean of p (1 - p), plus the strength, which is the preconditioner. Fewer samples than features have no more components than samples, so
-that all passes are over [N,N]. All arithmetic is float64 on the CPU, in blocks of rows, so that memory does not grow with N.
+features as they are, and b is that beside z. The last term is as much as a normal prior of variance 1 would say of each bias, which many samples overrule.
+(Without it biases learn how frequent each class is beyond what the features leave open: they take rare classes from a small, long-tailed set, even where the
+samples to come are as long-tailed. The strength in its place costs a large balanced set something.) This is scikit-learn's LogisticRegression at C = 1 /
+(strength * sum_i w_i), without an intercept, with one feature more that is sqrt(1 / C) everywhere (Pedregosa et al., JMLR 12, 2011). Each Newton
+step is found by conjugate gradients (Nocedal and Wright, Numerical Optimization, 2006, algorithm 7.1), whose products with the Hessian are passes over the
+rows. They are taken in the basis of the features' principal components: there the Hessian is near a diagonal one, the components' variances times the mean of
+p (1 - p), plus the strength, which is the preconditioner. Fewer samples than features have no more components than samples, so that all passes are over [N,N].
+The solution is computed in float64 on the CPU, in blocks of rows, so that memory does not grow with N.
 
-The strength is the one with the lowest cross-entropy on samples that were held out, of a path from strong to weak in which each solution starts at the one
-before. Each fold is held out once; of many samples one fold is enough.
+The strength is the one with the lowest cross-entropy on samples that were held out, of a path from strong to weak. Each fold is held out once; of many samples
+one fold is enough. One more is counted beside them, of which each class is as likely as any other (Laplace's rule of succession): where few were held out, that
+none of them was missed does not say that none will be. The folds are solved side by side, at each strength from where the line through the two solutions before
+leads, from rows in float32: that ranks the strengths as float64 does. (To start from the solution before, and to stop as early, does not: what is left of the
+start makes the weak strengths look better than they are.)
 
 Sums are taken over up to LANES parts of the rows, always the same ones, by one thread each, and added in the order of the parts: any number of processes and
 of threads gives the same bits. The first process alone takes the optimizer's decisions, and finds the basis.
@@ -22,14 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from dtl.text import counted
 
@@ -43,13 +48,15 @@ USUAL_STRENGTH = 0.1
 FOLDS = 5
 ONE_FOLD = 20_000
 """From so many samples on one fold is held out, not each of them."""
-PATIENCE = 3
+PATIENCE = 2
 """Strengths in sequence that are no better than the best before them end a path."""
-TOLERANCE, PATH_TOLERANCE = 1e-16, 1e-4
-"""The step by which the objective would fall by less is the last one, at the solution and at those of the folds. Steps converge quadratically: what is left
-after it is far smaller."""
-LEAST_CHANGE = 1e-13
+TOLERANCE, PATH_TOLERANCE = 1e-12, 1e-5
+"""The step by which the objective would fall by less is the last one: at the solution this times the strength, which bounds what is left of the logits, and
+at those of the folds. Steps converge quadratically: what is left after it is far smaller."""
+LEAST_CHANGE, PATH_LEAST_CHANGE = 1e-13, 1e-7
 """Smaller changes of the objective are its rounding."""
+COLUMNS = 256
+"""Classes times folds that are solved side by side, unless a single fold has more."""
 UNSEEN_BIAS = -30.0
 """Of a class that no sample has; the others' biases have mean 0."""
 MAX_STEPS, MAX_PRODUCTS = 100, 200
@@ -99,7 +106,7 @@ class Solution:
     """float32 [K]."""
     strength: float
     path: tuple[tuple[float, float], ...]
-    """Strengths tried with the cross-entropy on held-out samples; empty where one strength was given."""
+    """Strengths tried with the cross-entropy on held-out samples and one more of any class; empty where one strength was given."""
     loss: float
     """Weighted mean of the cross-entropy on the samples that were solved for, without the penalty."""
     passes: int
@@ -140,11 +147,11 @@ def too_large(num_samples: int, num_features: int, num_classes: int) -> str:
 
 def bytes_needed(num_samples: int, num_features: int, num_classes: int) -> int:
     """Of memory in each process, at the most; the features themselves aside."""
-    lanes = _num_lanes(num_samples)
-    layers = 2 * lanes + FOLDS + 16
+    lanes, columns = _num_lanes(num_samples), max(num_classes, min(COLUMNS, FOLDS * num_classes))
+    layers = (2 * lanes + 16) * columns + 2 * FOLDS * num_classes
     basis = 3 * min(num_features, MOST_COMPONENTS) * num_features
     kept = min(num_samples * num_features, KEPT) if num_samples * num_features <= KEPT else 0
-    return 8 * (layers * num_classes * (num_features + 1) + lanes * BLOCK * (2 * num_features + 4 * num_classes) + basis + 2 * kept + 6 * num_samples)
+    return 8 * (layers * (num_features + 1) + lanes * BLOCK * (2 * num_features + 4 * columns) + basis + 2 * kept + (6 + 4 * FOLDS) * num_samples)
 
 
 def _num_lanes(num_samples: int) -> int:
@@ -167,30 +174,60 @@ def solve(
         if len(strengths) > 1 and folds is not None:
             path, start = problem.path(torch.from_numpy(folds), strengths)
             strength = min(path, key=lambda tried: tried[1])[0] if path else strength
-        found, converged = problem.minimise(rows.weights, strength, start, tolerance=TOLERANCE)
-        loss = problem.total(found, rows.weights) / float(rows.weights.sum())
-        weight = (found[:, :-1] if problem.basis is None else found[:, :-1] @ problem.basis.T) / problem.scale
-        bias = found[:, -1] - weight @ problem.mean
-        return Solution(weight.float(), bias.float(), strength, tuple(path), loss, problem.passes, converged)
+        found = problem.minimise([problem.side(rows.weights)], strength, start, tolerance=TOLERANCE * strength)
+        weight = problem.for_features(found.at[0, :, :-1])
+        bias = found.at[0, :, -1] - weight @ problem.mean
+        loss = float(found.losses[0, 0]) / float(rows.weights.sum())
+        return Solution(weight.float(), bias.float(), strength, tuple(path), loss, problem.passes, found.converged)
     finally:
         problem.close()
 
 
-def _conjugate_gradients(product: Callable[[Tensor], Tensor], gradient: Tensor, diagonal: Tensor, enough: float) -> Tensor:
-    """The Newton step, as exactly as it is worth: Hessian times step = -gradient. `diagonal`: near the Hessian's."""
+@dataclass(frozen=True)
+class Side:
+    """Samples to learn from, and others to ask."""
+
+    inside: Tensor
+    """float64 [N]: weights."""
+    known: Tensor
+    """bool [K]: the classes inside."""
+    outside: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """For S sides."""
+
+    at: Tensor
+    """float64 [S,K,P + 1]."""
+    losses: Tensor
+    """float64 [S,3]: weighted sums of the cross-entropy inside, of that outside, and of that outside were each known class as likely as any other."""
+    converged: bool
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[S,1,1]"""
+    return (a * b).sum((1, 2), keepdim=True)
+
+
+def _conjugate_gradients(product: Callable[[Tensor], Tensor], gradient: Tensor, diagonal: Tensor, enough: float, moves: Tensor) -> Tensor:
+    """The Newton steps [S,K,P + 1], as exactly as they are worth: Hessian times step = -gradient. `diagonal`: near the Hessian's. `moves` bool [S,1,1]: the
+    others have no step."""
     step, rest = torch.zeros_like(gradient), -gradient
     direction = rest / diagonal
-    left = first = float((rest * direction).sum())
+    left = first = _dot(rest, direction)
+    small_enough = (first * first.clamp_max(0.0625)).clamp_min(enough)
     for _ in range(MAX_PRODUCTS):
-        if left <= max(first * min(0.0625, first), enough):
+        moves = moves & (left > small_enough)
+        if not moves.any():
             break
         curved = product(direction)
-        length = left / float((direction * curved).sum())
+        length = torch.where(moves, left / _dot(direction, curved), 0.0)
         step += length * direction
         rest -= length * curved
         scaled = rest / diagonal
-        before, left = left, float((rest * scaled).sum())
-        direction = scaled + left / before * direction
+        before, left = left, _dot(rest, scaled)
+        direction = torch.where(moves, scaled + left / before * direction, 0.0)
     return step
 
 
@@ -202,10 +239,13 @@ class _Problem:
         edges = [lane * num_samples // self.num_lanes for lane in range(self.num_lanes + 1)]
         self.lanes = [(edges[lane], edges[lane + 1]) for lane in range(team.rank, self.num_lanes, team.ranks)]
         self._kept: dict[int, Tensor] | None = {} if num_samples * self.num_features <= KEPT else None
-        self._probabilities: dict[int, Tensor] | None = {} if num_samples * num_classes <= KEPT else None
-        """Of the gradient before, by the first row of each block."""
+        self._probabilities: dict[int, Tensor] = {}
+        """Of the gradient before, by the first row of each block; empty where these are too many."""
+        self._dtype = torch.float64
+        """Of the rows."""
         self.basis: Tensor | None = None
-        self._turned = False
+        self._turned: Tensor | None = None
+        """[N,P]: the features in the basis, of fewer samples than features."""
         self.passes = 0
         self._pool = ThreadPoolExecutor(max(1, team.threads))
         self._threads = torch.get_num_threads()
@@ -221,10 +261,12 @@ class _Problem:
         self.mean, self.scale = mean, torch.where(deviation > 1e-7 * mean.abs().clamp_min(1e-30), deviation, torch.ones_like(deviation))
         self.basis, self.variances = team.share(None if team.rank else self._components())
         if self.basis is not None and num_samples < self.num_features:
-            self._kept, self._turned, self.num_features = {}, True, len(self.variances)
+            self.roots = (self.variances * num_samples).sqrt()
+            self._kept, self._turned, self.num_features = {}, self.basis * self.roots, len(self.variances)
 
     def _components(self) -> tuple[Tensor | None, Tensor]:
-        """[D,P] and [P]: the principal components of the features, and their variances. Of many rows some thousands say enough: they only make it fast."""
+        """[D,P] and [P]: the principal components of the features, and their variances. Of many rows some thousands say enough: they only make it fast. Of
+        fewer samples than features [N,P]: each sample's part in each component, of length 1, which is found without the components."""
         num_samples, size = len(self.rows.labels), self.num_features
         if min(num_samples, size) > MOST_COMPONENTS:
             return None, torch.ones(size, dtype=torch.float64)
@@ -233,7 +275,7 @@ class _Problem:
         if num_samples < size:
             values, vectors = torch.linalg.eigh(x @ x.T)
             real = values > values[-1].clamp_min(1e-300) * 1e-12
-            return x.T @ vectors[:, real] / values[real].sqrt(), values[real] / len(x)
+            return vectors[:, real].contiguous(), values[real] / len(x)
         values, vectors = torch.linalg.eigh(x.T @ x)
         return vectors, values.clamp_min(0) / len(x)
 
@@ -241,34 +283,53 @@ class _Problem:
         self._pool.shutdown()
         torch.set_num_threads(self._threads)
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.num_classes, len(self.variances) + 1, dtype=torch.float64)
+    def zeros(self, sides: int = 1) -> Tensor:
+        return torch.zeros(sides, self.num_classes, len(self.variances) + 1, dtype=torch.float64)
 
     def _block(self, part: slice, standardised: bool) -> Tensor:
         kept = None if self._kept is None or not standardised else self._kept.get(part.start)
         if kept is not None:
             return kept
-        # In torch's own memory: a product's last bits may depend on where in memory its rows begin.
-        x = torch.empty(len(range(part.start, part.stop, part.step or 1)), self.rows.features.shape[1], dtype=torch.float64)
-        np.copyto(x.numpy(), self.rows.features[part])
-        if standardised:
-            x.sub_(self.mean).div_(self.scale)
-            if self._turned:
-                assert self.basis is not None
-                x = x @ self.basis
-            if self._kept is not None and part.step is None:
-                self._kept[part.start] = x
+        if standardised and self._turned is not None:
+            x = self._turned[part].clone()
+        else:
+            # In torch's own memory: a product's last bits may depend on where in memory its rows begin.
+            x = torch.empty(len(range(part.start, part.stop, part.step or 1)), self.rows.features.shape[1], dtype=torch.float64)
+            np.copyto(x.numpy(), self.rows.features[part])
+            if standardised:
+                x.sub_(self.mean).div_(self.scale)
+        x = x.to(self._dtype)
+        if standardised and self._kept is not None and part.step is None:
+            self._kept[part.start] = x
         return x
 
-    def _weights(self, at: Tensor) -> Tensor:
-        """[K, D]: the weights of the features as the blocks have them."""
-        return at[:, :-1] if self.basis is None or self._turned else at[:, :-1] @ self.basis.T
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        if self._kept is not None:
+            self._kept = {}
 
-    def _in_basis(self, sums: Tensor) -> Tensor:
-        """[K, P + 1] of the sums [K * D + K] by weights and biases."""
-        size = self.num_classes * self.num_features
-        by_weight = sums[:size].view(self.num_classes, -1)
-        return torch.cat([by_weight if self.basis is None or self._turned else by_weight @ self.basis, sums[size : size + self.num_classes, None]], dim=1)
+    def for_features(self, weights: Tensor) -> Tensor:
+        """[K,D], for features as they are, of weights [K,P] in the basis."""
+        if self._turned is None:
+            return (weights if self.basis is None else weights @ self.basis.T) / self.scale
+        by_sample = weights / self.roots @ self._turned.div(self.roots).T
+        found = torch.zeros(self.num_classes, len(self.scale), dtype=torch.float64)
+        for start in range(0, by_sample.shape[1], BLOCK):
+            part = slice(start, min(start + BLOCK, by_sample.shape[1]))
+            found += by_sample[:, part] @ self._block(part, False).sub_(self.mean).div_(self.scale)
+        return found / self.scale
+
+    def _weights(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """[S * K, D] and [S, K]: the weights of the features as the blocks have them, and the biases."""
+        flat = at[:, :, :-1].reshape(-1, at.shape[2] - 1)
+        return (flat if self.basis is None or self._turned is not None else flat @ self.basis.T).to(self._dtype), at[:, :, -1].to(self._dtype)
+
+    def _in_basis(self, sums: Tensor, sides: int) -> Tensor:
+        """[S, K, P + 1] of the sums [S * K * D + S * K] by weights and biases."""
+        size = sides * self.num_classes * self.num_features
+        by_weight = sums[:size].view(sides * self.num_classes, -1)
+        by_weight = by_weight if self.basis is None or self._turned is not None else by_weight @ self.basis
+        return torch.cat([by_weight.view(sides, self.num_classes, -1), sums[size : size + sides * self.num_classes].view(sides, -1, 1)], dim=2)
 
     def sums(self, of: Callable[[Tensor, slice], Tensor], size: int, *, standardised: bool = True) -> Tensor:
         """[size]: the sum of of(features of some rows, which rows) over all rows of all processes."""
@@ -289,127 +350,145 @@ class _Problem:
             raise Interrupted
         return reduce(torch.add, everyones.unbind())
 
-    def total(self, at: Tensor, weights: Tensor) -> float:
-        """The weighted sum of the cross-entropy."""
+    def side(self, inside: Tensor) -> Side:
+        return Side(inside, torch.bincount(self.rows.labels, weights=inside, minlength=self.num_classes) > 0)
 
-        w = self._weights(at)
-
-        def losses(x: Tensor, part: slice) -> Tensor:
-            used = weights[part].nonzero()[:, 0]
-            logits = x[used] @ w.T + at[:, -1]
-            each = cross_entropy(logits, self.rows.labels[part][used], reduction="none", label_smoothing=self.rows.smoothing)
-            return (each * weights[part][used]).sum()[None]
-
-        return float(self.team.share(float(self.sums(losses, 1)[0])))
-
-    def _gradient(self, at: Tensor, weights: Tensor) -> Tensor:
-        """[K * D + K + 2]: the sums of the gradients by W and by b, of the losses, and of p (1 - p)."""
-        w, b, smoothing = self._weights(at), at[:, -1], self.rows.smoothing
+    def _gradient(self, at: Tensor, sides: Sequence[Side]) -> Tensor:
+        """[S * K * D + S * K + 4 * S]: the sums of the gradients by W and by b, of p (1 - p), and the losses of `Found` [S,3]."""
+        w, b = self._weights(at)
+        smoothing, num_sides, labels = self.rows.smoothing, len(sides), self.rows.labels
+        inside = torch.stack([side.inside for side in sides], dim=1)
+        outside = torch.stack([torch.zeros_like(side.inside) if side.outside is None else side.outside for side in sides], dim=1)
+        known = torch.stack([side.known for side in sides]).to(self._dtype)
+        known /= known.sum(1, keepdim=True).clamp_min(1)
+        self._probabilities = {}
+        keep = len(labels) * num_sides * self.num_classes <= KEPT
 
         def gradient(x: Tensor, part: slice) -> Tensor:
-            labels, weight = self.rows.labels[part], weights[part]
-            logs = torch.log_softmax(x @ w.T + b, dim=1)
-            losses = -(1 - smoothing) * logs.gather(1, labels[:, None])[:, 0] - smoothing * logs.mean(dim=1)
+            label, weight, held = labels[part], inside[part], outside[part]
+            logs = torch.log_softmax((w @ x.T).T.contiguous().view(len(x), num_sides, -1) + b, dim=2)
+            each = torch.arange(len(x))
+            losses = -(1 - smoothing) * logs[each, :, label] - smoothing * logs.mean(dim=2)
+            sums = [(losses * weight).sum(0), (losses * held).sum(0), -((logs * known).sum(2) * held).sum(0)]
             error = logs.exp_()
-            if self._probabilities is not None:
+            if keep:
                 self._probabilities[part.start] = error.clone()
-            curvature = (weight * (1 - error.square().sum(1))).sum()
+            curvature = (weight * (1 - error.square().sum(2))).sum(0)
             error -= smoothing / self.num_classes
-            error[torch.arange(len(labels)), labels] -= 1 - smoothing
-            error *= weight[:, None]
-            return torch.cat([(error.T @ x).flatten(), error.sum(0), (losses * weight).sum()[None], curvature[None]])
+            error[each, :, label] -= 1 - smoothing
+            error *= weight[:, :, None]
+            return torch.cat([(error.view(len(x), -1).T @ x).flatten(), error.sum(0).flatten(), curvature, torch.stack(sums, dim=1).flatten()])
 
-        return self.sums(gradient, self.num_classes * (self.num_features + 1) + 2)
+        return self.sums(gradient, num_sides * (self.num_classes * (self.num_features + 1) + 4))
 
-    def _product(self, direction: Tensor, at: Tensor, weights: Tensor) -> Tensor:
-        """[K * D + K]: the sums of the Hessians at `at`, where the last gradient was taken, times a direction."""
-        w, b, v, c = self._weights(at), at[:, -1], self._weights(direction), direction[:, -1]
+    def _product(self, direction: Tensor, at: Tensor, sides: Sequence[Side]) -> Tensor:
+        """[S * K * D + S * K]: the sums of the Hessians at `at`, where the last gradient was taken, times a direction."""
+        (w, b), (v, c), num_sides = self._weights(at), self._weights(direction), len(sides)
+        inside = torch.stack([side.inside for side in sides], dim=1)
 
         def product(x: Tensor, part: slice) -> Tensor:
-            p = torch.softmax(x @ w.T + b, dim=1) if self._probabilities is None else self._probabilities[part.start]
-            change = (x @ v.T + c).mul_(p)
-            change -= p * change.sum(1, keepdim=True)
-            change *= weights[part][:, None]
-            return torch.cat([(change.T @ x).flatten(), change.sum(0)])
+            p = self._probabilities.get(part.start)
+            if p is None:
+                p = torch.softmax((w @ x.T).T.contiguous().view(len(x), num_sides, -1) + b, dim=2)
+            change = ((v @ x.T).T.contiguous().view(len(x), num_sides, -1) + c).mul_(p)
+            change -= p * change.sum(2, keepdim=True)
+            change *= inside[part][:, :, None]
+            return torch.cat([(change.view(len(x), -1).T @ x).flatten(), change.sum(0).flatten()])
 
-        return self.sums(product, self.num_classes * (self.num_features + 1))
+        return self.sums(product, num_sides * self.num_classes * (self.num_features + 1))
 
-    def minimise(self, weights: Tensor, strength: float, start: Tensor, *, tolerance: float) -> tuple[Tensor, bool]:
-        """The solution for samples of these weights, and whether it was reached."""
+    def minimise(self, sides: Sequence[Side], strength: float, start: Tensor, *, tolerance: float) -> Found:
+        """The solutions for the samples inside, from `start` [S,K,P + 1], and whether all were reached."""
         share = self.team.share
         if self.team.rank:  # the first process says which sums are wanted, and where
             while (wanted := share(None)) is not None:
                 at, direction = wanted
-                self._gradient(at, weights) if direction is None else self._product(direction, at, weights)
-            found: tuple[Tensor, bool] = share(None)
-            return found
-        denominator = float(weights.sum())
+                self._gradient(at, sides) if direction is None else self._product(direction, at, sides)
+            everyones: Found = share(None)
+            return everyones
+        num, least = len(sides), LEAST_CHANGE if self._dtype == torch.float64 else PATH_LEAST_CHANGE
+        denominator = torch.stack([side.inside.sum() for side in sides])
         # The bias of a class without a sample would fall for ever.
-        unseen = torch.bincount(self.rows.labels, weights=weights, minlength=self.num_classes) == (0 if self.rows.smoothing == 0 else -1)
-        penalty = torch.full((len(self.variances) + 1,), strength, dtype=torch.float64)
-        penalty[-1] = 0.0
+        unseen = torch.stack([~side.known & (self.rows.smoothing == 0) for side in sides])
 
-        def look(at: Tensor) -> tuple[float, Tensor, Tensor]:
+        def look(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             share((at, None))
-            sums = self._gradient(at, weights) / denominator
-            gradient = self._in_basis(sums) + penalty * at
+            sums = self._gradient(at, sides)
+            gradient = self._in_basis(sums, num) / denominator[:, None, None] + penalty * at
             gradient[unseen] = 0.0
-            return float(sums[-2] + strength / 2 * at[:, :-1].square().sum()), gradient, sums[-1] / self.num_classes
+            curvature, losses = sums[-4 * num : -3 * num] / denominator / self.num_classes, sums[-3 * num :].view(num, 3)
+            return losses[:, 0] / denominator + _dot(penalty, at.masked_fill(unseen[:, :, None], 0.0).square())[:, 0, 0] / 2, gradient, curvature, losses
 
         def product(direction: Tensor, at: Tensor) -> Tensor:
             share((at, direction))
-            found = self._in_basis(self._product(direction, at, weights) / denominator) + penalty * direction
+            found = self._in_basis(self._product(direction, at, sides), num) / denominator[:, None, None] + penalty * direction
             found[unseen] = 0.0
             return found
 
+        variances = torch.cat([self.variances, torch.ones(1, dtype=torch.float64)])
+        penalty = torch.full((num, 1, len(variances)), strength, dtype=torch.float64)
+        penalty[:, 0, -1] = 1 / denominator
         at = start.clone()
-        at[unseen], at[unseen, -1] = 0.0, UNSEEN_BIAS
-        value, gradient, curvature = look(at)
-        fall = float("inf")
+        at[unseen] = 0.0
+        at[:, :, -1][unseen] = UNSEEN_BIAS
+        value, gradient, curvature, losses = look(at)
+        moves = torch.ones(num, dtype=torch.bool)
+        fall = torch.full((num,), float("inf"), dtype=torch.float64)
         for _ in range(MAX_STEPS):
-            diagonal = torch.cat([curvature * self.variances + strength, curvature[None] + 1e-12])
-            step = _conjugate_gradients(lambda direction, at=at: product(direction, at), gradient, diagonal, tolerance)  # type: ignore[misc]
-            slope, size = float((gradient * step).sum()), 1.0
-            fall = -slope / 2
-            if fall <= 0:
+            diagonal = curvature[:, None, None] * variances + penalty
+            step = _conjugate_gradients(lambda direction, at=at: product(direction, at), gradient, diagonal, tolerance, moves[:, None, None])  # type: ignore[misc]
+            slope = _dot(gradient, step)[:, 0, 0]
+            fall = torch.where(moves, -slope / 2, fall)
+            moves = moves & (fall > 0)
+            if not moves.any():
                 break
+            size = moves.double()
             while True:
-                tried = look(at + size * step)
-                if tried[0] <= value + 1e-4 * size * slope + LEAST_CHANGE or size < 1e-6:
+                tried = look(at + size[:, None, None] * step)
+                good = (tried[0] <= value + 1e-4 * size * slope + least) | (size < 1e-6)
+                if good.all():
                     break
-                size /= 2
-            at, (value, gradient, curvature) = at + size * step, tried
-            if fall <= tolerance:
+                size = torch.where(good, size, size / 2)
+            at, (value, gradient, curvature, losses) = at + size[:, None, None] * step, tried
+            moves = moves & (fall > tolerance)
+            if not moves.any():
                 break
         share(None)
-        return share((at, fall <= tolerance))  # type: ignore[no-any-return]
+        found: Found = share(Found(at, losses, bool((fall <= tolerance).all())))
+        return found
 
     def path(self, folds: Tensor, strengths: Sequence[float]) -> tuple[list[tuple[float, float]], Tensor]:
         """The strengths tried with their losses on held-out samples, and the mean of the folds' solutions at the best one.
 
         A class that a fold leaves no sample of to learn from is not asked about there.
         """
-        sides, starts = [], []
+        sides = []
         for fold in range(int(folds.max()) + 1):
-            inside, outside = self.rows.weights * (folds != fold), self.rows.weights * (folds == fold)
-            known = torch.bincount(self.rows.labels, weights=inside, minlength=self.num_classes) > 0
-            outside = outside * known[self.rows.labels]
+            side = self.side(self.rows.weights * (folds != fold))
+            outside = self.rows.weights * (folds == fold) * side.known[self.rows.labels]
             if outside.any():
-                sides.append((inside, outside))
-                starts.append(self.zeros())
+                sides.append(replace(side, outside=outside))
         tried: list[tuple[float, float]] = []
+        if not sides:
+            return tried, self.zeros()
+        at_once = max(1, COLUMNS // self.num_classes)
+        parts = [sides[first : first + at_once] for first in range(0, len(sides), at_once)]
+        starts, before = [self.zeros(len(part)) for part in parts], list[Tensor]()
+        outsides = [side.outside for side in sides if side.outside is not None]
+        total, count = float(sum(outside.sum() for outside in outsides)), sum(int(outside.count_nonzero()) for outside in outsides)
         best, since, found = float("inf"), 0, self.zeros()
-        total = float(sum(float(outside.sum()) for _, outside in sides))
-        for strength in strengths if sides else ():
-            held_out = 0.0
-            for number, (inside, outside) in enumerate(sides):
-                starts[number], _ = self.minimise(inside, strength, starts[number], tolerance=PATH_TOLERANCE)
-                held_out += self.total(starts[number], outside)
-            loss = self.team.share(held_out / total)
+        self._compute_in(torch.float32)
+        for strength in strengths:
+            leads = [2 * one - earlier for one, earlier in zip(starts, before)] or starts
+            parts_found = [self.minimise(part, strength, lead, tolerance=PATH_TOLERANCE) for part, lead in zip(parts, leads)]
+            before, starts = starts if tried else [], [one.at for one in parts_found]
+            _, held_out, of_any = (float(value) / total for value in reduce(torch.add, [one.losses.sum(0) for one in parts_found]))
+            loss = self.team.share((held_out * count + of_any) / (count + 1))
             tried.append((strength, loss))
             since += 1
             if loss < best:
-                best, since, found = loss, 0, reduce(torch.add, starts) / len(starts)
+                best, since, found = loss, 0, reduce(torch.add, [one.sum(0, keepdim=True) for one in starts]) / len(sides)
             if since == PATIENCE:
                 break
+        self._compute_in(torch.float64)
         return tried, found

@@ -74,18 +74,21 @@ def test_at_a_fixed_strength_the_probabilities_are_scikit_learns(strength: float
     found = solve(rows, num_classes=4, folds=None, strengths=[strength])
     used = weights.numpy() > 0
     mean, scale = rows.features[used].astype(np.float64).mean(0), rows.features[used].astype(np.float64).std(0)
-    theirs = linear_model.LogisticRegression(C=1 / (strength * float(weights.sum())), tol=1e-10, max_iter=5000)
-    theirs.fit((rows.features - mean) / scale, rows.labels.numpy(), weights.numpy())
-    assert np.abs(_probabilities(found, rows.features) - theirs.predict_proba((rows.features - mean) / scale)).max() < 1e-5
+    penalty = strength * float(weights.sum())
+    standardised = np.hstack([(rows.features - mean) / scale, np.full((num_samples, 1), penalty**0.5)])  # the bias is the weight of the last one, times it
+    theirs = linear_model.LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-10, max_iter=5000)
+    theirs.fit(standardised, rows.labels.numpy(), weights.numpy())
+    assert np.abs(_probabilities(found, rows.features) - theirs.predict_proba(standardised)).max() < 1e-5
     assert found.converged
     assert found.strength == strength
     assert found.path == ()
 
 
-def test_any_number_of_ranks_and_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_samples", "num_features"), [(330, 8), (90, 120)])
+def test_any_number_of_ranks_and_threads_gives_the_same_bits(num_samples: int, num_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", 20)
     monkeypatch.setattr(module, "LANES", 4)  # of several blocks
-    rows = _rows(330, 8)
+    rows = _rows(num_samples, num_features)
     folds = _folds(rows)
 
     def work(team: Team) -> Solution:
@@ -108,16 +111,53 @@ def test_the_strength_is_that_with_the_lowest_held_out_loss() -> None:
     assert np.abs(_probabilities(again, rows.features) - _probabilities(found, rows.features)).max() < 1e-5  # wherever it starts
 
 
+def _held_out(rows: Rows, folds: np.ndarray, strength: float) -> float:
+    """What a path says of a strength, by scikit-learn's solutions; the features are standardised once, not in each fold."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    standardised = (rows.features - rows.features.mean(0)) / rows.features.std(0)
+    labels, right, other = rows.labels.numpy(), 0.0, 0.0
+    for fold in range(FOLDS):
+        inside, outside = folds != fold, folds == fold
+        penalty = strength * inside.sum()
+        features = np.hstack([standardised, np.full((len(folds), 1), penalty**0.5)]).astype(np.float64)
+        theirs = linear_model.LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-8, max_iter=5000)
+        logs = theirs.fit(features[inside], labels[inside]).predict_log_proba(features[outside])
+        right -= float(logs[np.arange(len(logs)), labels[outside]].sum())
+        other -= float(logs.mean(1).sum())
+    return (right + other / len(folds)) / (len(folds) + 1)
+
+
+@pytest.mark.parametrize("columns", [256, 8])
+def test_a_path_ranks_the_strengths_as_exact_solutions_do(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COLUMNS", columns)  # of 4 classes two folds at once
+    rows = _rows(150, 200, spread=0.15)
+    folds = _folds(rows)
+    found = solve(rows, num_classes=4, folds=folds)
+    path = found.path
+    exact = [_held_out(rows, folds, strength) for strength, _ in path]
+    assert np.argmin(exact) == np.argmin([loss for _, loss in path])
+    assert [loss for _, loss in path] == pytest.approx(exact, rel=0.01)
+    assert columns < 256 or found.passes < 80  # it is what a head costs
+
+
+def test_samples_that_were_all_told_apart_ask_for_no_weaker_strength_than_they_can_answer_for() -> None:
+    rows = _rows(60, 100, spread=3)
+    found = solve(rows, num_classes=4, folds=_folds(rows))
+    assert _probabilities(found, rows.features).max() < 1 - 1e-6
+    assert found.strength > module.STRENGTHS[-1]
+    assert len(found.path) < len(module.STRENGTHS)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_gradient_of_the_objective_is_zero_at_the_solution(smoothing: float) -> None:
     rows = _rows(smoothing=smoothing)
     found = solve(rows, num_classes=4, folds=None, strengths=[0.01])
     features = torch.from_numpy(rows.features).double()
     mean, scale = features.mean(0), features.std(0, correction=0)
-    weight, bias = (found.weight.double() * scale).requires_grad_(), found.bias.double().requires_grad_()
-    logits = (features - mean) / scale @ weight.T + bias + (found.weight.double() @ mean)
+    weight, bias = (found.weight.double() * scale).requires_grad_(), (found.bias.double() + found.weight.double() @ mean).requires_grad_()
+    logits = (features - mean) / scale @ weight.T + bias
     loss = torch.nn.functional.cross_entropy(logits, rows.labels, label_smoothing=smoothing)
-    (loss + 0.005 * weight.square().sum()).backward()
+    (loss + 0.005 * weight.square().sum() + bias.square().sum() / (2 * len(rows.labels))).backward()
     assert float(loss.detach()) == pytest.approx(found.loss, abs=1e-6)
     assert weight.grad is not None
     assert bias.grad is not None
@@ -134,15 +174,16 @@ def test_constant_features_have_no_part_in_it() -> None:
 
 
 def test_rare_and_missing_classes_are_no_obstacle() -> None:
-    rows = _rows(num_classes=3)
-    labels = rows.labels.clone()
-    labels[0] = 3  # a class of one sample, which no fold learns from where it is held out; and class 4 has none
-    found = solve(Rows(rows.features, labels, rows.weights), num_classes=5, folds=_folds(rows))
+    rows = _rows(400, spread=1.0)
+    single = int((rows.labels == 3).nonzero()[0])
+    kept = ((rows.labels != 3) | (torch.arange(400) == single)).numpy()
+    rows = Rows(rows.features[kept], rows.labels[kept], rows.weights[kept])  # class 3 has one sample, no fold learns it where it is held out; class 4 has none
+    found = solve(rows, num_classes=5, folds=_folds(rows))
     assert found.converged
     assert np.isfinite([loss for _, loss in found.path]).all()
     assert found.path[-1][1] < np.log(5)
     assert _probabilities(found, rows.features)[:, 4].max() < 1e-3
-    assert _probabilities(found, rows.features)[0].argmax() == 3
+    assert _probabilities(found, rows.features)[rows.labels == 3].argmax() == 3
 
 
 def test_where_nothing_can_be_held_out_the_usual_strength_is_taken() -> None:
