@@ -426,7 +426,8 @@ def _of_labels(images: Images, features: _Features, pairs: Sequence[_Pair], note
         notes.append(f"labels are not judged of {counted(len(alone), 'class')} with a single image or a single group of twins: {some(alone)}")
     rows = np.flatnonzero(usable & np.isin(images.labels, judged))
     if len(judged) < 2 or len(np.unique(groups[rows])) < FOLDS:
-        notes.append(f"labels are not judged: {counted(len(rows), 'image')} of {counted(len(judged), 'class')} are too few for {FOLDS} folds")
+        single = len(np.unique(groups[rows]))
+        notes.append(f"labels are not judged: {FOLDS} folds of two classes need {FOLDS} images that are no twins; there are {single} of {len(judged)}")
         return []
     seconds, memory = cost(len(rows), features.values.shape[1], len(judged))
     if seconds > _LONG:

@@ -460,9 +460,9 @@ def _refused(report: TransferReport, weights: SourceWeights, network: Network, f
     if folder is not None and log is not to_nobody:
         report.to_json(folder / REFUSED_TRANSFER)
     where = "" if folder is None else f" (the whole report: {folder / REFUSED_TRANSFER})"
-    if (likely := looks_like(specs_of(weights.tensors), network.name)) is not None:
-        log(f"the weights look like {likely}")
-    return TransferRefused(f"transfer from {report.source} refused{where}: {report.plan.refusals[0]}")
+    likely = looks_like(specs_of(weights.tensors), network.name)
+    hint = "" if likely is None else f"; the weights look like {likely}"
+    return TransferRefused(f"transfer from {report.source} refused{where}: {report.plan.refusals[0]}{hint}")
 
 
 def _plan_transfer(config: Config, network: Network, train: Shards, weights: SourceWeights) -> TransferPlan:

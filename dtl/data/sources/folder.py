@@ -256,7 +256,11 @@ def _train_classes(tree: Tree, inside: str, counts: dict[str, int], notes: _Note
         notes.lines.append(f"class folders without an image left out: {_few(empty)}")
     if len(order) == 1:
         inner = [] if tree.is_archive else folders_in(tree, joined(inside, order[0]))
-        hint = f"; did you mean {place / order[0]}, which has {len(inner)} folders?" if len(inner) > 1 else "; a classifier needs two or more"
+        hint = (
+            f"; did you mean {place / order[0]}, which has {len(inner)} folders?"
+            if len(inner) > 1
+            else f"; a classifier needs two or more{', and more than its one image' if counts[order[0]] == 1 else ''}"
+        )
         raise UserError(f"{place} has only one class, '{order[0]}'{hint}; without labels, use the task rotate")
     return order
 

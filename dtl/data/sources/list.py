@@ -40,7 +40,8 @@ def open_list(
     numeric = all(map(_NUMBER.fullmatch, rows.label_names))
     order = tuple(classes) if classes is not None else tuple(sorted(rows.label_names, key=lambda name: (int(name) if numeric else 0, name)))
     if classes is None and len(order) == 1 and labelled:
-        raise UserError(f"{path} has only one class, '{order[0]}'; a classifier needs two or more")
+        single = ", and more than its one image" if len(rows.lines) == 1 else ""
+        raise UserError(f"{path} has only one class, '{order[0]}'; a classifier needs two or more{single}")
     number = {name: position for position, name in enumerate(order)}
     for code, label in enumerate(rows.label_names):
         if label not in number:

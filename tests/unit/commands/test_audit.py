@@ -6,8 +6,10 @@ import csv
 import io
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
+import torch
 from harness import run, the_line
 from page_reader import Page
 from PIL import Image, ImageOps
@@ -97,10 +99,26 @@ def test_a_run_audits_its_own_images_and_trains_on_what_is_decided(place: Path) 
 
 
 def test_what_cannot_be_audited_is_refused_in_one_line(place: Path) -> None:
+    (place / "single/dark").mkdir(parents=True)
+    picture(60, 1).save(place / "single/dark/1.png")
+    torch.save({"other.weight": torch.zeros(3, 3)}, place / "other.pt")
     for arguments, message in {
         ("nowhere",): "nowhere",
+        ("single",): "single has only one class, 'dark'; a classifier needs two or more, and more than its one image",
+        ("photos", "--model", "networks:small", "--weights", "other.pt"): "transfer from other.pt refused: nothing matches",
         ("photos", "--model", "networks:small"): "--model names the network, and --weights its weights: give both",
         ("photos", "--out", "tiny.yaml"): "--out .*tiny.yaml is a file; give a folder",
         ("runs/tiny", "--data.image_size", "32"): "runs/tiny is a run, whose own network and settings are used: leave out --data.image_size",
     }.items():
         assert message.split(".*")[-1] in the_line(run(list(arguments), cwd=place, command="audit", code=2))
+
+
+def test_of_fewer_images_than_folds_no_label_is_judged_and_a_line_says_why(place: Path) -> None:
+    for number, name in enumerate(("dark", "mid")):
+        (place / "few" / name).mkdir(parents=True)
+        for image in range(2):
+            picture(60 + 70 * number, 50 * number + image).save(place / f"few/{name}/{image}.png")
+    torch.save(networks.small(2).state_dict(), place / "small.pt")
+    job = run(["few", "--model", "networks:small", "--weights", "small.pt", "--threshold", "0.99999", "--out", "of-few"], cwd=place, command="audit")
+    assert "labels are not judged: 5 folds of two classes need 5 images that are no twins; there are 4 of 2" in job.out()
+    assert rows(place, "of-few") == []

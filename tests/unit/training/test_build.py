@@ -10,6 +10,7 @@ from typing import Any
 import networks
 import pytest
 import torch
+import torchvision
 from model_folders import model_folder
 from recipes import write_images
 from timm.layers import resample_abs_pos_embed
@@ -204,6 +205,15 @@ def test_refused_weights_are_one_line_a_short_table_and_a_file(tmp_path: Path, d
     report = json.loads((tmp_path / "transfer_refused.json").read_text())
     assert report["refusals"][0] in str(refused.value)
     assert len(report["outcomes"]) == len(network.module.state_dict()) + 40
+
+
+def test_refused_weights_that_look_like_another_network_say_so_in_the_line(digits: Pair, runtime: Runtime, tmp_path: Path) -> None:
+    """Where the log is not shown, too."""
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "w.pth")
+    config = config_of("--model.name", "timm/vit_tiny_patch16_224", "--transfer.source", str(tmp_path / "w.pth"))
+    network = build.build_network(config, 10, runtime)
+    with pytest.raises(UserError, match=r"refused: nothing matches.*; the weights look like torchvision/squeezenet1_1 \(50 of 50 tensors fit"):
+        build.load_pretrained(config, network, runtime, digits[0], lambda line: None)
 
 
 def test_a_network_of_ones_own_has_no_published_weights(digits: Pair, runtime: Runtime) -> None:

@@ -218,6 +218,8 @@ def _make(root: Path, case: str) -> Path:
     root.mkdir()
     if case == "one class":
         return image_folder(root, {"only": 3})
+    if case == "one image":
+        return image_folder(root, {"only": 1})
     if case == "train alone":
         image_folder(root / "train", {"a": 1, "b": 1})
     elif case == "loose images":
@@ -239,6 +241,7 @@ def _make(root: Path, case: str) -> Path:
     [
         ("empty", r"photos holds no images$"),
         ("one class", r"photos has only one class, 'only'; a classifier needs two or more"),
+        ("one image", r"photos has only one class, 'only'; a classifier needs two or more, and more than its one image"),
         ("train alone", r"has only one class, 'train'; did you mean .*photos/train, which has 2 folders\?"),
         (
             "loose images",
