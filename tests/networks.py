@@ -47,6 +47,16 @@ def diverging(num_classes: int) -> nn.Module:
     return Diverging()
 
 
+def failing(num_classes: int) -> nn.Module:
+    """A mistake in the user's own code."""
+
+    class Failing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ZeroDivisionError("division by zero")
+
+    return nn.Sequential(OrderedDict(body=nn.Flatten(), fc=Failing(3, num_classes)))
+
+
 def overflowing(num_classes: int) -> nn.Module:
     """Has a statistic that is infinite once its weights have moved; its loss stays finite."""
 

@@ -25,7 +25,7 @@ at least two to their end (synchronous successive halving). The options are thos
 trial 1 is the recipe as it is. Trials that train only a head share the cached features of their network.
 
 A space is a YAML file that gives config keys ranges:
-  phases.head.lr: {log: [0.001, 0.3]}          or uniform, integers, log_integers
+  phases.all.lr: {log: [0.0001, 0.01]}         or uniform, integers, log_integers
   model.name: [torchvision/resnet18, timm/convnext_tiny]
   model.name, transfer.source: [[torchvision/resnet18, pretrained], [timm/vit_small_patch16_224, vit.pt]]
 
@@ -68,11 +68,12 @@ def run(arguments: Sequence[str]) -> int:
     slots = options.slots or _num_gpus(config.run.device)
     with _stopping() as stopped:
         status = _work_alone(search, slots, stopped, log) if slots == 1 or options.worker else _work_together(list(arguments), slots, stopped, log)
-        if status or options.worker:
+        if options.worker or status == EXIT_WRONG_INPUT or (status and stopped()):
             return status
         if search.look()[0]:
-            log("dtl: all workers have ended before the search; the same command continues it")
-            return EXIT_FAULT
+            if not status:
+                log("dtl: all workers have ended before the search; the same command continues it")
+            return status or EXIT_FAULT
     return _print(search, words, options)
 
 
@@ -154,7 +155,7 @@ def _work_together(arguments: list[str], slots: int, stopped: Callable[[], bool]
     codes = [worker.returncode for worker in workers]
     for number, code in enumerate(codes, 1):
         if code not in (0, EXIT_STOPPED, EXIT_WRONG_INPUT):
-            log(f"worker {number} ended with status {code}; others took over its trial")
+            log(f"worker {number} ended with status {code}{'; others took over its trial' if 0 in codes else ''}")
     return EXIT_WRONG_INPUT if EXIT_WRONG_INPUT in codes else EXIT_STOPPED if told or EXIT_STOPPED in codes else 0
 
 

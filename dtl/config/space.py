@@ -153,12 +153,16 @@ def candidates(config: Config) -> Space:
     """Good first candidates for any recipe, in the order in which they are tried: the space of `dtl train --budget`."""
     name = next((name for name in reversed(config.phases) if _by_steps(config.phases[name])), None)
     if name is None:
-        raise UserError("every phase is solved, so its settings are found already; to compare networks, use dtl search with a space of model.name")
+        raise UserError(
+            "every phase is solved, so its settings are found already: --config finetune trains the whole network, whose settings can be searched; "
+            "`dtl search --space FILE` with `model.name: [NAME, NAME]` in FILE compares networks"
+        )
     phase, rows = config.phases[name], list[Settings]()
-    duration, length = ("steps", phase.steps) if phase.steps is not None else ("epochs", phase.epochs or 1.0)
+    duration, length = ("steps", phase.steps) if phase.steps is not None else ("epochs", phase.epochs or 1)
     for rate, longer in _CANDIDATES:
         row: Settings = {} if rate == 1 else {f"phases.{name}.lr": float(f"{phase.lr * rate:.{_DIGITS}g}")}
-        rows.append(row if longer == 1 else {**row, f"phases.{name}.{duration}": length * longer})
+        whole = length * longer
+        rows.append(row if longer == 1 else {**row, f"phases.{name}.{duration}": int(whole) if whole == int(whole) else whole})
     return Space("the built-in candidates", (), tuple(rows))
 
 

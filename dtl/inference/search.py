@@ -82,17 +82,21 @@ def promoted(scores: Mapping[int, Score]) -> list[int]:
     return sorted(best[: num_promoted(len(scores))])
 
 
-def trials_within(seconds: float, *, fixed: float, per_epoch: float, rungs: Sequence[int]) -> int:
-    """How many trials a search of so many seconds of all workers together has, if each start costs `fixed` seconds and each epoch `per_epoch`."""
+def seconds_of(lengths: Sequence[int], *, fixed: float, per_epoch: float, rungs: Sequence[int]) -> float:
+    """What a search of trials of so many epochs takes, of all workers together, if each start costs `fixed` seconds and each epoch `per_epoch`. Which trials
+    are promoted nobody knows: the longest."""
+    total, before, left = 0.0, 0, sorted(lengths, reverse=True)
+    for rung in rungs:
+        parts = [min(length, rung) - before for length in left if length > before]
+        total += len(parts) * fixed + sum(parts) * per_epoch
+        left, before = left[: num_promoted(len(left))], rung
+    return total
 
-    def cost(number: int) -> float:
-        total, before = 0.0, 0
-        for rung in rungs:
-            total += number * (fixed + (rung - before) * per_epoch)
-            number, before = num_promoted(number), rung
-        return total
 
-    return max((number for number in range(1, _MOST_MEASURED + 1) if cost(number) <= seconds), default=0)
+def trials_within(seconds: float, lengths: Sequence[int], *, fixed: float, per_epoch: float, rungs: Sequence[int]) -> int:
+    """How many of the trials of these `lengths`, in their order, a search has that takes at most so many seconds (`seconds_of`)."""
+    fit = (number for number in range(1, len(lengths) + 1) if seconds_of(lengths[:number], fixed=fixed, per_epoch=per_epoch, rungs=rungs) <= seconds)
+    return max(fit, default=0)
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,19 @@ class BudgetFile(Record):
     trials: Count
 
 
+def _shown_seconds(seconds: float) -> str:
+    return f"{seconds:.3g} seconds" if seconds < 60 else "1 minute" if seconds == 60 else f"{seconds / 60:.4g} minutes"
+
+
 @dataclass(frozen=True)
 class Budget:
     trials: int | None = None
     minutes: float | None = None
 
     def __str__(self) -> str:
-        return counted(self.trials, "trial") if self.trials is not None else f"{self.minutes:g} minutes"
+        if self.minutes is None:
+            return counted(self.trials or 0, "trial")
+        return _shown_seconds(60 * self.minutes)
 
 
 @dataclass(frozen=True)
@@ -199,11 +209,41 @@ class Search:
     @cached_property
     def rungs(self) -> list[int]:
         """In epochs."""
-        names = list(self.config.phases)
-        changed = [names.index(key.split(".")[1]) for key in self.space.keys if key.startswith("phases.")]
-        before = names[: max(changed, default=0)]
         configs = [config for _, config in self._drawn]
-        return rungs_of(max(map(self._epochs, configs)), first=max(self._epochs(config, before) for config in configs))
+        before = list(self.config.phases)[: self._last_changed]
+        return rungs_of(max(self.lengths), first=max(self._epochs(config, before) for config in configs))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the trials, in epochs."""
+        return [self._epochs(config) for _, config in self._drawn]
+
+    @property
+    def _last_changed(self) -> int:
+        """The number of the last phase that the space changes: rungs begin in it. 0 where it changes none, and so all of them."""
+        changed = {key.split(".")[1] for key in self.space.keys if key.startswith("phases.")}
+        return max((number for number, name in enumerate(self.config.phases) if name in changed), default=0)
+
+    def check_trials(self) -> None:
+        """UserError for trials that cannot be compared, and for a mistyped network, of the last trial too, before anything is trained."""
+        seen = set[tuple[str, str]]()
+        for settings, config in self._drawn:
+            where = f"{self.space.origin}: {described(settings)}: " if settings else ""
+            phases = list(config.phases.items())[self._last_changed :]
+            if pretext := next((name for name, phase in phases if phase.task != "classify"), None):
+                raise UserError(
+                    f"{where}phase {pretext} does not classify, so trials cannot be compared in it: train it first, and search without it from its weights "
+                    f"(--phases.{pretext} null --transfer.source runs/NAME)"
+                )
+            network = config.model.name, "pretrained" if config.transfer is None else config.transfer.source
+            try:
+                if network not in seen:
+                    find(network[0], own=True)
+                    if network[1] != "pretrained":
+                        check_is_there(network[1])
+            except UserError as error:
+                raise UserError(f"{where}{error}") from error
+            seen.add(network)
 
     def _epochs(self, config: Config, names: Sequence[str] | None = None) -> int:
         """Of these phases together, as history.jsonl counts them."""
@@ -267,27 +307,17 @@ def open_search(config: Config, name: str, space: Space, resolve: Resolve, budge
         raise UserError("run.debug is for one run: dtl train --run.debug true")
     if config.run.resume != "auto":
         raise UserError(f"run.resume {config.run.resume} is for one run; a search goes on where it was, and another gets another name (--run.name NEW)")
-    if pretext := next((phase for phase, options in config.phases.items() if options.task != "classify"), None):
-        raise UserError(f"phase {pretext} does not classify, so trials cannot be compared in it: train it first, and start from its weights (transfer.source)")
     if config.data.val is None and {"data.train", "data.names"} & set(space.keys):
         raise UserError(f"{space.origin}: with another data.train other images validate, and trials could not be compared; give --data.val")
     folder = Path(config.run.dir) / f"{name}{SEARCH_END}"
     before = SearchFile.read(folder / SEARCH_NAME) if (folder / SEARCH_NAME).exists() else None
     budget = budget or (Budget(27) if before is None else Budget(before.trials, before.minutes))
     search = Search(folder, config, space, resolve, open_splits(config.data, log=log, progress=log is not to_nobody), budget)
-    _check_names(search)
+    search.check_trials()
     if before is not None:
         _compare(search, before)
         search.threads = before.threads
     return search
-
-
-def _check_names(search: Search) -> None:
-    """A mistyped network of the last trial is refused now."""
-    for config in {(one.model.name, one.transfer.source if one.transfer is not None else ""): one for _, one in search._drawn}.values():
-        find(config.model.name, own=True)
-        if config.transfer is not None and config.transfer.source != "pretrained":
-            check_is_there(config.transfer.source)
 
 
 def begin(search: Search) -> None:
@@ -408,6 +438,9 @@ def _train(search: Search, task: Task, *, workers: int, started: float, log: Log
         if isinstance(error.__cause__, Occupied):  # another worker was faster
             return True
         raise UserError(f"{trial.name} ({described(trial.settings)}): {error}") from error
+    except Exception:  # what follows, a line or a traceback, does not name the trial
+        log(f"{trial.name} ({described(trial.settings)}) ended with an error, and this worker with it:")
+        raise
     if result.state == "stopped" and read_status(result.folder).why != PAUSED:
         return False
     if measures:
@@ -420,12 +453,12 @@ def _write_budget(search: Search, seconds: float, workers: int, log: Log) -> Non
     assert search.budget.minutes is not None
     training = sum(row["seen"] / max(row["images_per_second"], 1e-9) for row in json_lines(search.place(1) / "history.jsonl") if row.get("event") == "epoch")
     rungs = search.rungs
-    per_epoch = min(training, seconds) / rungs[0]
+    per_epoch = min(training, seconds) / min(rungs[0], search.lengths[0])
     fixed = max(0.0, seconds - training)
-    number = trials_within(60 * search.budget.minutes * workers, fixed=fixed, per_epoch=per_epoch, rungs=rungs)
+    number = trials_within(60 * search.budget.minutes * workers, search.lengths, fixed=fixed, per_epoch=per_epoch, rungs=rungs)
     if number < 1:
-        one = len(rungs) * fixed + rungs[-1] * per_epoch
-        raise UserError(f"--budget: {search.budget} are too few for one trial, which takes about {one / 60:.2g} minutes ({one:.0f} s); give more")
+        one = seconds_of(search.lengths[:1], fixed=fixed, per_epoch=per_epoch, rungs=rungs)
+        raise UserError(f"--budget: {search.budget} are too few for one trial, which takes about {_shown_seconds(one)}; the same command with more goes on")
     facts = {"trials": number, "workers": workers, "seconds_per_start": round(fixed, 3), "seconds_per_epoch": round(per_epoch, 5)}
     with closing(open_lock(search.folder / ".search.lock")) as lock:
         flock(lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -136,5 +137,13 @@ def test_the_candidates_of_a_budget_are_about_the_last_phase_in_a_fixed_order() 
     assert epochs is not None
     assert trials[:4] == [{}, {"phases.all.lr": 3 * lr}, {"phases.all.lr": pytest.approx(lr / 3, rel=1e-3)}, {"phases.all.epochs": 2 * epochs}]
     assert len(trials) == 9
+    page = (Path(__file__).parents[3] / "docs/search.md").read_text()
+    rates, longer = (row.split("|")[2:-1] for row in page.splitlines() if row.startswith(("| `lr`, times", "| `epochs` (or `steps`), times")))
+    assert [(Fraction(rate), int(times)) for rate, times in zip(rates, longer)] == [
+        (Fraction(row.get("phases.all.lr", lr) / lr).limit_denominator(10), row.get("phases.all.epochs", epochs) // epochs) for row in trials
+    ]
+    with pytest.raises(UserError, match=r"every phase is solved, .* --config finetune trains the whole network"):
+        candidates(resolver("features", {"data.train": "photos"})({}))
+    assert isinstance(trials[3]["phases.all.epochs"], int), "a command line repeats it"
     steps = resolver("finetune", {"data.train": "photos", "phases.all.steps": 50})
     assert {"phases.all.steps": 100} in [settings for settings, _ in candidates(steps({})).first(9, 0, steps)]

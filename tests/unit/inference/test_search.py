@@ -61,14 +61,25 @@ def test_any_workers_in_any_order_come_to_the_same_end(seed: int) -> None:
 
 
 def test_a_budget_in_time_is_a_number_of_trials() -> None:
-    rungs = [1, 3, 9]
+    rungs, lengths = [1, 3, 9], [9] * 243
     one = 3 * 2.0 + 9 * 10.0
-    assert trials_within(one - 0.1, fixed=2.0, per_epoch=10.0, rungs=rungs) == 0
-    assert trials_within(one, fixed=2.0, per_epoch=10.0, rungs=rungs) == 1
+    assert trials_within(one - 0.1, lengths, fixed=2.0, per_epoch=10.0, rungs=rungs) == 0
+    assert trials_within(one, lengths, fixed=2.0, per_epoch=10.0, rungs=rungs) == 1
     nine = 9 * 12 + 3 * 22 + 2 * 62
-    assert trials_within(nine, fixed=2.0, per_epoch=10.0, rungs=rungs) == 9
-    assert trials_within(nine - 0.1, fixed=2.0, per_epoch=10.0, rungs=rungs) == 8
-    assert trials_within(1e9, fixed=0.0, per_epoch=0.0, rungs=rungs) == 243
+    assert trials_within(nine, lengths, fixed=2.0, per_epoch=10.0, rungs=rungs) == 9
+    assert trials_within(nine - 0.1, lengths, fixed=2.0, per_epoch=10.0, rungs=rungs) == 8
+    assert trials_within(1e9, lengths, fixed=0.0, per_epoch=0.0, rungs=rungs) == 243
+
+
+def test_a_budget_in_time_knows_how_long_each_trial_is() -> None:
+    """A recipe of ten epochs, and as the last candidate one of forty: the recipe alone does not take as long as that."""
+    rungs, lengths = [4, 13, 40], [10, 10, 10, 40]
+    alone = (2.0 + 4 * 1.0) + (2.0 + 6 * 1.0)  # it ends before the last rung
+    assert trials_within(alone, lengths, fixed=2.0, per_epoch=1.0, rungs=rungs) == 1
+    assert trials_within(alone - 0.1, lengths, fixed=2.0, per_epoch=1.0, rungs=rungs) == 0
+    four = 4 * (2.0 + 4) + (2.0 + 9) + (2.0 + 6) + (2.0 + 27)
+    assert trials_within(four, lengths, fixed=2.0, per_epoch=1.0, rungs=rungs) == 4
+    assert trials_within(four - 0.1, lengths, fixed=2.0, per_epoch=1.0, rungs=rungs) == 3
 
 
 def run_with(folder: Path, rows: list[dict[str, object]], **status: object) -> Path:
