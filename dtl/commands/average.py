@@ -86,6 +86,8 @@ def run(arguments: Sequence[str]) -> int:
                 else f"they were estimated anew on images of {options.data}"
             )
         )
+    elif options.data is not None:
+        to_stdout(f"running statistics of norm layers are the same in all models: nothing is estimated on {options.data}")
     return 0
 
 

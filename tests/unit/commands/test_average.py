@@ -73,6 +73,8 @@ def test_what_is_the_same_in_all_models_stays_the_same_and_statistics_that_diffe
     change_weights(Path(b), lambda tensors: tensors.update({name: part for name, part in load_model_tensors(Path(a)).items() if "running" in name}))
     assert run([a, b, "--out", str(tmp_path / "soup"), "--overwrite"]) == 0
     assert "running" not in capsys.readouterr().out
+    assert run([a, b, "--out", str(tmp_path / "soup"), "--overwrite", "--data", "images"]) == 0
+    assert "running statistics of norm layers are the same in all models: nothing is estimated on images\n" in capsys.readouterr().out
     parts = [load_model_tensors(folder) for folder in (tmp_path / "soup", Path(a))]
     assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items() if "running" in name)
 
