@@ -162,7 +162,7 @@ def _work_together(arguments: list[str], slots: int, stopped: Callable[[], bool]
 def worker(parent: str, *arguments: str) -> None:
     """The process of one slot."""
     from dtl.errors import UserError
-    from dtl.machine import end_with_parent
+    from dtl.machine import end_with_parent, why_no_memory
 
     end_with_parent(int(parent))
     try:
@@ -170,6 +170,12 @@ def worker(parent: str, *arguments: str) -> None:
     except UserError as error:
         to_stderr(f"dtl: {error}")
         status = EXIT_WRONG_INPUT
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:  # as `dtl.cli` tells it
+        why = why_no_memory(error)
+        if why is None:
+            raise
+        to_stderr(f"dtl: {why}")
+        status = EXIT_FAULT
     sys.exit(status)
 
 

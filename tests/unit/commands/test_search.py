@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,18 @@ def test_of_two_slots_one_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtl.machine.fresh_python", lambda *words: ["python3", "-c", script])
     assert command._work_together([], 2, lambda: False, lines.append) == 0
     assert lines == ["worker 2 ended with status -9; others took over its trial"]
+
+
+def test_a_worker_without_memory_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def fails(arguments: Sequence[str]) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(command, "run", fails)
+    monkeypatch.setattr("dtl.machine.end_with_parent", lambda parent: None)
+    with pytest.raises(SystemExit) as ended:
+        command.worker("1")
+    assert ended.value.code == 1
+    assert capfd.readouterr().err.startswith("dtl: there is not enough memory")
 
 
 def test_a_stop_reaches_all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
