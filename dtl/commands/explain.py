@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Draw what in an image speaks for a class: a PNG of each image as the network sees it, and beside it with a heat map. Networks with convolutions get Grad-CAM of
-their last convolution, others (vision transformers) the gradient by the pixels. Needs captum: pip install 'dtl-train[explain]'.
+their last convolution, others (vision transformers) integrated gradients by the pixels. Needs captum: pip install 'dtl-train[explain]'.
 
 A heat map is a hint, no proof: it shows where the logit of the class is sensitive, not why.
 """

@@ -1,7 +1,8 @@
 """Where in an image a network looks: a heat map for one class, by captum (Kokhlikyan et al. 2020, arXiv 2009.07896).
 
 Networks with convolutions: Grad-CAM (Selvaraju et al. 2017) at the last layer that still has places. Others, such as vision transformers, have their
-convolution at the beginning, where it says nothing: of these the gradient of the class's logit by the pixels, averaged over patches (Simonyan et al. 2014).
+convolution at the beginning, where it says nothing: of these integrated gradients of the class's logit by the pixels, from a uniform image on (Sundararajan
+et al. 2017), summed over patches. The gradient alone is small where the network is sure.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dtl.inference.model import RunningModel
 from dtl.inference.predict import fill
 from dtl.models.network import forward_logits
 
-CAM, GRADIENT = "Grad-CAM", "gradient"
-_PATCHES = 14  # of a side, for gradients
+CAM, GRADIENTS = "Grad-CAM", "integrated gradients"
+_PATCHES, _STEPS = 14, 16  # patches of a side and images on the way, for gradients
 _OF_A_BLOCK = 2  # linear layers that come after the convolution of a ConvNeXt block
 
 
@@ -55,7 +56,7 @@ class Explainer:
 
     @property
     def method(self) -> str:
-        return GRADIENT if self._layer is None else CAM
+        return GRADIENTS if self._layer is None else CAM
 
     def explain(self, inputs: ImageInputs, number: int, label: int | None = None) -> Explanation | str:
         """For a class, or the predicted one; why the image cannot be read."""
@@ -78,13 +79,13 @@ class Explainer:
 
         images = images.clone().requires_grad_(True)  # made under inference mode
         if self._layer is None:
-            found = self._captum.Saliency(logits).attribute(images, target=label).amax(1, keepdim=True)
-            found = nn.functional.adaptive_avg_pool2d(found, _PATCHES)
+            found = self._captum.IntegratedGradients(logits).attribute(images, target=label, n_steps=_STEPS).sum(1, keepdim=True)
+            found = nn.functional.adaptive_avg_pool2d(found, _PATCHES).relu()
         else:
             found = self._captum.LayerGradCam(logits, self._layer).attribute(images, target=label, relu_attributions=True)
         found = nn.functional.interpolate(found.detach().float().cpu(), tuple(size), mode="bilinear", align_corners=False)[0, 0]
-        low, high = (float(found.min()) if self._layer is None else 0.0), float(found.max())
-        heat: npt.NDArray[np.float32] = ((found - low) / (high - low) if high > low else torch.zeros_like(found)).numpy()
+        high = float(found.max())
+        heat: npt.NDArray[np.float32] = (found / high if high > 0 else torch.zeros_like(found)).numpy()
         return heat
 
 

@@ -1,4 +1,4 @@
-"""Heat maps: convolutions get Grad-CAM at their last layer with places, others the gradient; what speaks for the class is warm."""
+"""Heat maps: convolutions get Grad-CAM at their last layer with places, others integrated gradients; what speaks for the class is warm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtl.data.transforms.transforms import eval_transform
 from dtl.distributed.runtime import Runtime
-from dtl.inference.explain import CAM, GRADIENT, Explainer, Explanation, last_layer_with_places, overlaid
+from dtl.inference.explain import CAM, GRADIENTS, Explainer, Explanation, last_layer_with_places, overlaid
 from dtl.inference.images import find_images
 from dtl.models.network import Network
 from dtl.models.preprocessing import Preprocessing
@@ -32,6 +32,24 @@ class Tokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         found: Tensor = self.head(self.blocks(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+        return found
+
+
+class Sure(Tokens):
+    """Its second class is bright patches. It is sure of them, so that its gradient is there the smallest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.patches.weight.fill_(1 / 192)
+            for block in self.blocks:
+                block.weight.copy_(torch.eye(4))
+            self.head.weight[1] = 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.tanh(5 * self.blocks(self.patches(images).flatten(2).transpose(1, 2))).mean(1))
         return found
 
 
@@ -60,7 +78,7 @@ def test_the_layer_is_the_last_convolution_unless_that_is_where_the_network_begi
     assert last_layer_with_places(model(Tokens().eval())) is None
 
 
-@pytest.mark.parametrize(("module", "method"), [(bright_spots(), CAM), (Tokens().eval(), GRADIENT)])
+@pytest.mark.parametrize(("module", "method"), [(bright_spots(), CAM), (Tokens().eval(), GRADIENTS), (Sure().eval(), GRADIENTS)])
 def test_a_heat_map_of_each_kind(module: nn.Module, method: str) -> None:
     pytest.importorskip("captum")
     explainer = Explainer(model(module))
@@ -73,6 +91,8 @@ def test_a_heat_map_of_each_kind(module: nn.Module, method: str) -> None:
     assert found.heat.shape == (32, 32)
     assert 0 <= found.heat.min() <= found.heat.max() <= 1 + 1e-6
     assert np.array_equal(explainer.explain(inputs, 0, 1).heat, found.heat)  # type: ignore[union-attr]
+    if isinstance(module, Sure):
+        assert found.heat[4:12, 20:28].mean() > 5 * found.heat.mean()
     if method == CAM:
         assert found.heat[4:12, 20:28].mean() > 5 * found.heat.mean()
         assert found.heat[20:].max() == 0
