@@ -3,7 +3,7 @@
     DTL_DATA=FOLDER python -m benchmarks.planted --weights FILE [--images 160] [--seed 1] [--out FILE]
 
 FOLDER and FILE as for benchmarks.held_out. The photos are those of flowers/valid and hymenoptera_data/val; their copies lie in another split. A copy is found
-where audit.csv names it beside its own photo. `other pairs` are all that it names besides, true or not: look at them.
+where audit.csv names it beside its own photo, and says that it is the same photo. `other pairs` are all that it names besides, true or not: look at them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def found(file: Path, planted: dict[tuple[str, str], str]) -> tuple[dict[str, in
     """How many of each kind audit.csv names, and its other pairs."""
     with file.open(encoding="utf-8", newline="") as text:
         pairs = {(row["path"], row["other"]): row for row in csv.DictReader(text) if row["kind"].startswith("same ")}
-    named = {tuple(sorted(pair)) for pair in pairs}
+    named = {tuple(sorted(pair)) for pair, row in pairs.items() if row["kind"] == "same photo"}
     counts = {kind: sum(pair in named for pair, own in planted.items() if own == kind) for kind in KINDS}
     return counts, [f"{first} {second} {row['kind']} {row['score']}" for (first, second), row in pairs.items() if tuple(sorted((first, second))) not in planted]
 

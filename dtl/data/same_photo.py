@@ -15,14 +15,17 @@ from torch.nn import functional
 
 from dtl.data.near import Pairs
 
-SIDE = 64
-"""Pixels of the images that `registered` compares, whatever their proportions."""
+SIDE, FINE = 64, 128
+"""Pixels of the images that `registered` compares, whatever their proportions: of each pair, and of a pair that agrees and is LARGE. Two photos of one kind
+on an empty ground have the same outline, and other details."""
+LARGE = 2 * FINE
+"""The shorter side from which on the finer look is fair: each of its pixels is the mean of four or more, and the traces of compression are none."""
 ALIKE = 0.85
 """Cosine of two thumbnails from which on a pair is looked at; in a set where that are too many, it is raised."""
 SAME = 0.75
 """Correlation of the details from which on it is the same photo. Both numbers were chosen on CIFAR-10 (benchmarks/audit.py)."""
 _THUMBNAIL = 8
-_TEMPLATE = 44
+_TEMPLATE = 44  # of SIDE
 _SCALES = (64, 66, 68, 70, 73)
 _BLUR = 9
 _FLAT = 1e-3  # of the pixels' range: an image without details is like any other one
@@ -60,26 +63,39 @@ def of_images(found: Pairs, number: int) -> Pairs:
 
 
 def registered(one: Tensor, other: Tensor) -> float:
-    """How well the details of two gray images [SIDE,SIDE] agree, the one laid over the other: at most 1."""
+    """How well the details of two gray images [S,S] agree, the one laid over the other: at most 1."""
     return max(_laid_over(one, other), _laid_over(other, one))
 
 
 def _laid_over(wide: Tensor, narrow: Tensor) -> float:
-    edge = (SIDE - _TEMPLATE) // 2
+    side = len(wide)
+    size = _TEMPLATE * side // SIDE
+    edge = (side - size) // 2
     template = _details(narrow)[edge:-edge, edge:-edge]
     template = template - template.mean()
-    size = template.norm()
-    if size < _FLAT * _TEMPLATE:
+    norm = template.norm()
+    if norm < _FLAT * size:
         return 0.0
-    kernels = torch.stack([template, template.flip(1)])[:, None] / size
+    area = torch.ones_like(template)
+    kernels = torch.stack([template / norm, template.flip(1) / norm, area])
     best = 0.0
-    for side in _SCALES:
-        details = _details(functional.interpolate(wide[None, None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0, 0])[None, None]
-        area = torch.ones(1, 1, _TEMPLATE, _TEMPLATE)
-        energy = functional.conv2d(details.square(), area) - functional.conv2d(details, area).square() / area.numel()
-        found = functional.conv2d(details, kernels) / energy.clamp(min=(_FLAT * _TEMPLATE) ** 2).sqrt()
-        best = max(best, float(found.max()))
+    for scale in _SCALES:
+        scaled = functional.interpolate(wide[None, None], [scale * side // SIDE] * 2, mode="bilinear", align_corners=False, antialias=True)
+        details = _details(scaled[0, 0])
+        straight, mirrored, total = _sums(details, kernels)
+        energy = _sums(details.square(), area[None])[0] - total.square() / area.numel()
+        best = max(best, float((torch.maximum(straight, mirrored) / energy.clamp(min=(_FLAT * size) ** 2).sqrt()).max()))
     return best
+
+
+def _sums(image: Tensor, kernels: Tensor) -> Tensor:
+    """[K,P,P]: what each kernel [K,T,T] and the image [S,S] under it have in common, at all P x P places.
+
+    By Fourier transforms, as templates are large; NumPy's, because threads of torch's take longer over images as small as these.
+    """
+    size, places = tuple(image.shape), len(image) - kernels.shape[1] + 1
+    spectrum = np.fft.rfft2(image.numpy()) * np.fft.rfft2(kernels.numpy(), s=size).conj()
+    return torch.from_numpy(np.fft.irfft2(spectrum, s=size)[:, :places, :places])
 
 
 def _details(image: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from dtl.data.audited import COLUMNS, names_in
 from dtl.data.copies import find_copies
 from dtl.data.loading.loader import BatchDataset
 from dtl.data.near import MOST_PAIRS, SCENE, Pairs, near_pairs, scene_pairs
-from dtl.data.same_photo import ALIKE, SAME, SIDE, gray, of_images, registered, thumbnails, with_mirrored
+from dtl.data.same_photo import ALIKE, FINE, LARGE, SAME, SIDE, gray, of_images, registered, thumbnails, with_mirrored
 from dtl.data.sampling.plan import MicroBatch
 from dtl.data.shards.index import Shards
 from dtl.data.transforms.transforms import Transform, eval_transform
@@ -308,7 +308,9 @@ class _Pixels:
 
     def __init__(self, images: Images, reading: Reading, workers: int, runtime: Runtime) -> None:
         self.images, self.workers, self.runtime = images, workers, runtime
-        self.transform = eval_transform(image_size=SIDE, crop_ratio=1.0, fit="stretch", fill=(0,) * reading.channels, reading=reading)
+        self.transform, self.fine = (
+            eval_transform(image_size=side, crop_ratio=1.0, fit="stretch", fill=(0,) * reading.channels, reading=reading) for side in (SIDE, FINE)
+        )
         self._kept: dict[int, torch.Tensor] = {}
 
     def thumbnails(self) -> npt.NDArray[np.float32]:
@@ -329,7 +331,16 @@ class _Pixels:
 
     def registered(self, one: int, other: int) -> float:
         a, b = self._image(one), self._image(other)
-        return 0.0 if a is None or b is None else registered(a, b)
+        score = 0.0 if a is None or b is None else registered(a, b)
+        if score < SAME or min(self._shorter_side(one), self._shorter_side(other)) < LARGE:
+            return score
+        a, b = (_loaded(*self.images.place(image)[1:], self.fine) for image in (one, other))
+        return 0.0 if a is None or b is None else min(score, registered(gray(a[None])[0], gray(b[None])[0]))
+
+    def _shorter_side(self, image: int) -> int:
+        _, shards, sample = self.images.place(image)
+        widths, heights, _ = shards.shapes(np.array([sample]))
+        return int(min(widths[0], heights[0]))
 
     def _image(self, image: int) -> torch.Tensor | None:
         if image not in self._kept:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dtl.data.near import Pairs, near_pairs
-from dtl.data.same_photo import ALIKE, SAME, SIDE, of_images, registered, thumbnails, with_mirrored
+from dtl.data.same_photo import ALIKE, FINE, SAME, SIDE, of_images, registered, thumbnails, with_mirrored
 
 
 def photo(seed: int, *, side: int = 160) -> Tensor:
@@ -22,8 +22,8 @@ def photo(seed: int, *, side: int = 160) -> Tensor:
     return (image - image.min()) / (image.max() - image.min())
 
 
-def small(image: Tensor) -> Tensor:
-    return interpolate(image[None, None], (SIDE, SIDE), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+def small(image: Tensor, side: int = SIDE) -> Tensor:
+    return interpolate(image[None, None], (side, side), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
 
 
 def alike(images: list[Tensor], least: float = ALIKE) -> Pairs:
@@ -50,6 +50,22 @@ def test_a_changed_photo_is_the_same_one(change: str) -> None:
         assert found.cosine[0] >= ALIKE
         assert registered(one, other) >= SAME
         assert registered(one, other) == registered(other, one)
+        if len(CHANGES[change](photo(seed))) >= FINE:
+            assert registered(small(photo(seed), FINE), small(CHANGES[change](photo(seed)), FINE)) >= SAME
+
+
+def test_photos_of_one_outline_with_other_details_are_told_apart_by_the_finer_look() -> None:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 256), torch.linspace(-1, 1, 256), indexing="ij")
+    outline = 0.05 + torch.sigmoid((1 - ((x / 0.5) ** 2 + (y / 0.7) ** 2).sqrt()) / 0.03)
+
+    def one_of_them(seed: int) -> Tensor:
+        details = torch.randn(1, 1, 100, 100, generator=torch.Generator().manual_seed(seed))
+        return (outline * (0.6 + 0.1 * interpolate(details, (256, 256), mode="bicubic")[0, 0])).clamp(0, 1)
+
+    one, other = one_of_them(1), one_of_them(2)
+    assert registered(small(one), small(other)) >= SAME
+    assert registered(small(one, FINE), small(other, FINE)) < SAME
+    assert registered(small(one, FINE), small(one[6:-6, 6:-6], FINE)) >= SAME
 
 
 def test_other_photos_are_others() -> None:
