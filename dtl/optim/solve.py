@@ -1,18 +1,24 @@
 """Multinomial logistic regression on features, solved by Newton's method: what SGD on a linear head goes towards, reached and not approached.
 
-N samples with D features, K classes. Minimised over the weights W [K,D] and biases b [K] of a linear layer on standardised features z:
+N samples with D features, K classes. Minimised over the weights W [K,D] and biases b [K] of a linear layer on features z, m their mean:
 
-    sum_i w_i * cross_entropy(W z_i + b, y_i) / sum_i w_i  +  strength / 2 * |W|^2  +  |b|^2 / (2 * sum_i w_i)
+    sum_i w_i * cross_entropy(W z_i + b, y_i) / sum_i w_i  +  strength / 2 * (|W|^2 + |b|^2)  +  |W m + b|^2 / (2 * sum_i w_i)
 
-w_i is the weight of sample i (its class weight; 0 for a damaged one). z has mean 0 and variance 1 over the samples that count; W and b are given for the
-features as they are, and b is that beside z. The last term is as much as a normal prior of variance 1 would say of each bias, which many samples overrule.
-(Without it biases learn how frequent each class is beyond what the features leave open: they take rare classes from a small, long-tailed set, even where the
-samples to come are as long-tailed. The strength in its place costs a large balanced set something.) This is scikit-learn's LogisticRegression at C = 1 /
-(strength * sum_i w_i), without an intercept, with one feature more that is sqrt(1 / C) everywhere (Pedregosa et al., JMLR 12, 2011). Each Newton
-step is found by conjugate gradients (Nocedal and Wright, Numerical Optimization, 2006, algorithm 7.1), whose products with the Hessian are passes over the
-rows. They are taken in the basis of the features' principal components: there the Hessian is near a diagonal one, the components' variances times the mean of
-p (1 - p), plus the strength, which is the preconditioner. Fewer samples than features have no more components than samples, so that all passes are over [N,N].
-The solution is computed in float64 on the CPU, in blocks of rows, so that memory does not grow with N.
+w_i is the weight of sample i (its class weight; 0 for a damaged one). z are the features divided by one number, the root of their mean variance over the
+samples that count; W and b are given for the features as they are. What the terms are for (docs/results.md has the numbers):
+
+- One number, and not one for each feature: a pretrained network's features have sizes that mean something; features that hardly vary are mostly noise.
+- A bias is penalised as the weight of one feature more that is 1, and features keep their mean. So classes are told apart by a sample's direction, and less
+  by its length, which says little of the class (Wang et al. 2019, "SimpleShot", arXiv 1911.04623).
+- The last term is as much as a normal prior of variance 1 would say of the mean sample's logits, which many samples overrule. Without it a class's frequency
+  is learned beyond what the features leave open: rare classes are taken from a small, long-tailed set, even where the samples to come are as long-tailed.
+
+This is scikit-learn's LogisticRegression without an intercept on features that are turned so that both penalties are one (Pedregosa et al., JMLR 12, 2011;
+tests/unit/optim/test_solve.py). Each Newton step is found by conjugate gradients (Nocedal and Wright, Numerical Optimization, 2006, algorithm 7.1), whose
+products with the Hessian are passes over the rows. They are taken in the basis of the features' principal components (about 0): there the Hessian is near a
+diagonal one, the components' mean squares times the mean of p (1 - p), plus the penalties, which is the preconditioner. Fewer samples than features have no
+more components than samples, so that all passes are over [N,N]. The solution is computed in float64 on the CPU, in blocks of rows, so that memory does not
+grow with N.
 
 The strength is the one with the lowest cross-entropy on samples that were held out, of a path from strong to weak. Each fold is held out once; of many samples
 one fold is enough. One more is counted beside them, of which each class is as likely as any other (Laplace's rule of succession): where few were held out, that
@@ -64,7 +70,7 @@ MAX_STEPS, MAX_PRODUCTS = 100, 200
 MOST_COMPONENTS = 2048
 """More are not looked for; the features are then taken as they are."""
 KEPT = 1 << 25
-"""Features up to this number (256 MiB) stay in memory, standardised."""
+"""Features up to this number (256 MiB) stay in memory, scaled."""
 MOST_VALUES, MOST_BYTES = 1 << 31, 4 << 30
 """Features beyond this number would be passed over for days; beyond this memory a head is too large."""
 
@@ -101,7 +107,7 @@ class Team:
 @dataclass(frozen=True)
 class Solution:
     weight: Tensor
-    """float32 [K,D], for features as they are (the standardisation is folded in)."""
+    """float32 [K,D], for features as they are (their scale is folded in)."""
     bias: Tensor
     """float32 [K]."""
     strength: float
@@ -176,7 +182,7 @@ def solve(
             strength = min(path, key=lambda tried: tried[1])[0] if path else strength
         found = problem.minimise([problem.side(rows.weights)], strength, start, tolerance=TOLERANCE * strength)
         weight = problem.for_features(found.at[0, :, :-1])
-        bias = found.at[0, :, -1] - weight @ problem.mean
+        bias = found.at[0, :, -1] - weight @ problem.constant
         loss = float(found.losses[0, 0]) / float(rows.weights.sum())
         return Solution(weight.float(), bias.float(), strength, tuple(path), loss, problem.passes, found.converged)
     finally:
@@ -191,6 +197,8 @@ class Side:
     """float64 [N]: weights."""
     known: Tensor
     """bool [K]: the classes inside."""
+    mean: Tensor
+    """float64 [P + 1]: of those inside, and the 1 that a bias is the weight of."""
     outside: Tensor | None = None
 
 
@@ -250,23 +258,24 @@ class _Problem:
         self._pool = ThreadPoolExecutor(max(1, team.threads))
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a product split among threads adds in another order
-        self.mean, self.scale = torch.zeros(self.num_features, dtype=torch.float64), torch.ones(self.num_features, dtype=torch.float64)
         used = (rows.weights > 0).double()
         size = self.num_features
         count = float(used.sum())
-        mean = self.sums(lambda x, part: used[part] @ x, size, standardised=False) / count
-        squares = self.sums(lambda x, part: used[part] @ (x - mean).square_(), size, standardised=False)
-        deviation = (squares / count).sqrt()
-        # A feature that is constant stays so, whatever rounding makes of it.
-        self.mean, self.scale = mean, torch.where(deviation > 1e-7 * mean.abs().clamp_min(1e-30), deviation, torch.ones_like(deviation))
+        mean = self.sums(lambda x, part: used[part] @ x, size, scaled=False) / count
+        squares = self.sums(lambda x, part: used[part] @ (x - mean).square_(), size, scaled=False)
+        variances = squares / count
+        # A feature that is constant would be a second bias, and stays constant, whatever rounding makes of it: it is taken away.
+        varies = variances.sqrt() > 1e-7 * mean.abs().clamp_min(1e-30)
+        self.constant = mean.masked_fill(varies, 0.0)
+        self.scale = float(variances[varies].mean().sqrt()) if varies.any() else 1.0
         self.basis, self.variances = team.share(None if team.rank else self._components())
         if self.basis is not None and num_samples < self.num_features:
             self.roots = (self.variances * num_samples).sqrt()
             self._kept, self._turned, self.num_features = {}, self.basis * self.roots, len(self.variances)
 
     def _components(self) -> tuple[Tensor | None, Tensor]:
-        """[D,P] and [P]: the principal components of the features, and their variances. Of many rows some thousands say enough: they only make it fast. Of
-        fewer samples than features [N,P]: each sample's part in each component, of length 1, which is found without the components."""
+        """[D,P] and [P]: the principal components of the features about 0, and their mean squares. Of many rows some thousands say enough: they only make it
+        fast. Of fewer samples than features [N,P]: each sample's part in each component, of length 1, which is found without the components."""
         num_samples, size = len(self.rows.labels), self.num_features
         if min(num_samples, size) > MOST_COMPONENTS:
             return None, torch.ones(size, dtype=torch.float64)
@@ -286,20 +295,20 @@ class _Problem:
     def zeros(self, sides: int = 1) -> Tensor:
         return torch.zeros(sides, self.num_classes, len(self.variances) + 1, dtype=torch.float64)
 
-    def _block(self, part: slice, standardised: bool) -> Tensor:
-        kept = None if self._kept is None or not standardised else self._kept.get(part.start)
+    def _block(self, part: slice, scaled: bool) -> Tensor:
+        kept = None if self._kept is None or not scaled else self._kept.get(part.start)
         if kept is not None:
             return kept
-        if standardised and self._turned is not None:
+        if scaled and self._turned is not None:
             x = self._turned[part].clone()
         else:
             # In torch's own memory: a product's last bits may depend on where in memory its rows begin.
             x = torch.empty(len(range(part.start, part.stop, part.step or 1)), self.rows.features.shape[1], dtype=torch.float64)
             np.copyto(x.numpy(), self.rows.features[part])
-            if standardised:
-                x.sub_(self.mean).div_(self.scale)
+            if scaled:
+                x.sub_(self.constant).div_(self.scale)
         x = x.to(self._dtype)
-        if standardised and self._kept is not None and part.step is None:
+        if scaled and self._kept is not None and part.step is None:
             self._kept[part.start] = x
         return x
 
@@ -313,10 +322,10 @@ class _Problem:
         if self._turned is None:
             return (weights if self.basis is None else weights @ self.basis.T) / self.scale
         by_sample = weights / self.roots @ self._turned.div(self.roots).T
-        found = torch.zeros(self.num_classes, len(self.scale), dtype=torch.float64)
+        found = torch.zeros(self.num_classes, len(self.constant), dtype=torch.float64)
         for start in range(0, by_sample.shape[1], BLOCK):
             part = slice(start, min(start + BLOCK, by_sample.shape[1]))
-            found += by_sample[:, part] @ self._block(part, False).sub_(self.mean).div_(self.scale)
+            found += by_sample[:, part] @ self._block(part, False).sub_(self.constant).div_(self.scale)
         return found / self.scale
 
     def _weights(self, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,21 +333,21 @@ class _Problem:
         flat = at[:, :, :-1].reshape(-1, at.shape[2] - 1)
         return (flat if self.basis is None or self._turned is not None else flat @ self.basis.T).to(self._dtype), at[:, :, -1].to(self._dtype)
 
-    def _in_basis(self, sums: Tensor, sides: int) -> Tensor:
+    def _in_basis(self, sums: Tensor, sides: int, classes: int) -> Tensor:
         """[S, K, P + 1] of the sums [S * K * D + S * K] by weights and biases."""
-        size = sides * self.num_classes * self.num_features
-        by_weight = sums[:size].view(sides * self.num_classes, -1)
+        size = sides * classes * self.num_features
+        by_weight = sums[:size].view(sides * classes, -1)
         by_weight = by_weight if self.basis is None or self._turned is not None else by_weight @ self.basis
-        return torch.cat([by_weight.view(sides, self.num_classes, -1), sums[size : size + sides * self.num_classes].view(sides, -1, 1)], dim=2)
+        return torch.cat([by_weight.view(sides, classes, -1), sums[size : size + sides * classes].view(sides, -1, 1)], dim=2)
 
-    def sums(self, of: Callable[[Tensor, slice], Tensor], size: int, *, standardised: bool = True) -> Tensor:
+    def sums(self, of: Callable[[Tensor, slice], Tensor], size: int, *, scaled: bool = True) -> Tensor:
         """[size]: the sum of of(features of some rows, which rows) over all rows of all processes."""
 
         def lane(edges: tuple[int, int]) -> Tensor:
             total = torch.zeros(size, dtype=torch.float64)
             for start in range(edges[0], edges[1], BLOCK):
                 part = slice(start, min(start + BLOCK, edges[1]))
-                total += of(self._block(part, standardised), part)
+                total += of(self._block(part, scaled), part)
             return total
 
         everyones = torch.zeros(self.num_lanes, size, dtype=torch.float64)
@@ -351,7 +360,9 @@ class _Problem:
         return reduce(torch.add, everyones.unbind())
 
     def side(self, inside: Tensor) -> Side:
-        return Side(inside, torch.bincount(self.rows.labels, weights=inside, minlength=self.num_classes) > 0)
+        used = (inside > 0).double()
+        mean = self._in_basis(torch.cat([self.sums(lambda x, part: used[part] @ x, self.num_features), used.sum()[None]]), 1, 1)[0, 0]
+        return Side(inside, torch.bincount(self.rows.labels, weights=inside, minlength=self.num_classes) > 0, mean / mean[-1])
 
     def _gradient(self, at: Tensor, sides: Sequence[Side]) -> Tensor:
         """[S * K * D + S * K + 4 * S]: the sums of the gradients by W and by b, of p (1 - p), and the losses of `Found` [S,3]."""
@@ -411,23 +422,28 @@ class _Problem:
         # The bias of a class without a sample would fall for ever.
         unseen = torch.stack([~side.known & (self.rows.smoothing == 0) for side in sides])
 
+        means = torch.stack([side.mean for side in sides])[:, None]
+
+        def pull(at: Tensor) -> Tensor:
+            """The gradient of the penalty: of weights and biases, and of the logits of the mean sample."""
+            return strength * at + (at * means).sum(2, keepdim=True) / denominator[:, None, None] * means
+
         def look(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             share((at, None))
             sums = self._gradient(at, sides)
-            gradient = self._in_basis(sums, num) / denominator[:, None, None] + penalty * at
+            gradient = self._in_basis(sums, num, self.num_classes) / denominator[:, None, None] + pull(at)
             gradient[unseen] = 0.0
             curvature, losses = sums[-4 * num : -3 * num] / denominator / self.num_classes, sums[-3 * num :].view(num, 3)
-            return losses[:, 0] / denominator + _dot(penalty, at.masked_fill(unseen[:, :, None], 0.0).square())[:, 0, 0] / 2, gradient, curvature, losses
+            seen = at.masked_fill(unseen[:, :, None], 0.0)
+            return losses[:, 0] / denominator + _dot(seen, pull(seen))[:, 0, 0] / 2, gradient, curvature, losses
 
         def product(direction: Tensor, at: Tensor) -> Tensor:
             share((at, direction))
-            found = self._in_basis(self._product(direction, at, sides), num) / denominator[:, None, None] + penalty * direction
+            found = self._in_basis(self._product(direction, at, sides), num, self.num_classes) / denominator[:, None, None] + pull(direction)
             found[unseen] = 0.0
             return found
 
         variances = torch.cat([self.variances, torch.ones(1, dtype=torch.float64)])
-        penalty = torch.full((num, 1, len(variances)), strength, dtype=torch.float64)
-        penalty[:, 0, -1] = 1 / denominator
         at = start.clone()
         at[unseen] = 0.0
         at[:, :, -1][unseen] = UNSEEN_BIAS
@@ -435,7 +451,7 @@ class _Problem:
         moves = torch.ones(num, dtype=torch.bool)
         fall = torch.full((num,), float("inf"), dtype=torch.float64)
         for _ in range(MAX_STEPS):
-            diagonal = curvature[:, None, None] * variances + penalty
+            diagonal = curvature[:, None, None] * variances + strength + means.square() / denominator[:, None, None]
             step = _conjugate_gradients(lambda direction, at=at: product(direction, at), gradient, diagonal, tolerance, moves[:, None, None])  # type: ignore[misc]
             slope = _dot(gradient, step)[:, 0, 0]
             fall = torch.where(moves, -slope / 2, fall)

@@ -39,6 +39,17 @@ def _probabilities(found: Solution, features: np.ndarray) -> np.ndarray:
     return torch.softmax(torch.from_numpy(features).double() @ found.weight.double().T + found.bias.double(), dim=1).numpy()
 
 
+def _theirs(rows: Rows, inside: np.ndarray, strength: float, *, scale: float) -> np.ndarray:
+    """The logarithms of the probabilities of all rows by scikit-learn, from those `inside`: its penalty is that of turned features."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features = np.hstack([rows.features / scale, np.ones((len(rows.labels), 1))])
+    mean, weights = features[inside].mean(0), rows.weights.numpy()[inside]
+    turn = np.linalg.cholesky(strength * weights.sum() * np.eye(len(mean)) + np.outer(mean, mean))
+    turned = np.linalg.solve(turn, features.T).T
+    theirs = linear_model.LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10, max_iter=5000).fit(turned[inside], rows.labels.numpy()[inside], weights)
+    return np.asarray(theirs.predict_log_proba(turned))
+
+
 def _ranks(number: int, work: Callable[[Team], Solution], threads: int = 1, stop_at: int = -1) -> list[Solution]:
     """`work` in `number` threads that share and gather as processes do."""
     barrier, boxes = threading.Barrier(number), list[Any]([None] * number)
@@ -67,18 +78,13 @@ def _ranks(number: int, work: Callable[[Team], Solution], threads: int = 1, stop
 
 @pytest.mark.parametrize(("strength", "num_samples", "num_features"), [(1.0, 300, 24), (1e-2, 300, 24), (1e-4, 300, 24), (1e-2, 60, 100), (1e-5, 60, 100)])
 def test_at_a_fixed_strength_the_probabilities_are_scikit_learns(strength: float, num_samples: int, num_features: int) -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
     rows = _rows(num_samples, num_features)
     weights = torch.from_numpy(np.random.default_rng(1).choice([0.0, 0.5, 3.0], len(rows.labels)))  # classes have weights, damaged samples none
     rows = Rows(rows.features, rows.labels, weights)
     found = solve(rows, num_classes=4, folds=None, strengths=[strength])
     used = weights.numpy() > 0
-    mean, scale = rows.features[used].astype(np.float64).mean(0), rows.features[used].astype(np.float64).std(0)
-    penalty = strength * float(weights.sum())
-    standardised = np.hstack([(rows.features - mean) / scale, np.full((num_samples, 1), penalty**0.5)])  # the bias is the weight of the last one, times it
-    theirs = linear_model.LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-10, max_iter=5000)
-    theirs.fit(standardised, rows.labels.numpy(), weights.numpy())
-    assert np.abs(_probabilities(found, rows.features) - theirs.predict_proba(standardised)).max() < 1e-5
+    theirs = _theirs(rows, used, strength, scale=rows.features[used].astype(np.float64).var(0).mean() ** 0.5)
+    assert np.abs(_probabilities(found, rows.features) - np.exp(theirs)).max() < 1e-5
     assert found.converged
     assert found.strength == strength
     assert found.path == ()
@@ -112,16 +118,12 @@ def test_the_strength_is_that_with_the_lowest_held_out_loss() -> None:
 
 
 def _held_out(rows: Rows, folds: np.ndarray, strength: float) -> float:
-    """What a path says of a strength, by scikit-learn's solutions; the features are standardised once, not in each fold."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    standardised = (rows.features - rows.features.mean(0)) / rows.features.std(0)
+    """What a path says of a strength, by scikit-learn's solutions; the features are scaled once, not in each fold."""
     labels, right, other = rows.labels.numpy(), 0.0, 0.0
+    scale = rows.features.astype(np.float64).var(0).mean() ** 0.5
     for fold in range(FOLDS):
-        inside, outside = folds != fold, folds == fold
-        penalty = strength * inside.sum()
-        features = np.hstack([standardised, np.full((len(folds), 1), penalty**0.5)]).astype(np.float64)
-        theirs = linear_model.LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-8, max_iter=5000)
-        logs = theirs.fit(features[inside], labels[inside]).predict_log_proba(features[outside])
+        outside = folds == fold
+        logs = _theirs(rows, ~outside, strength, scale=scale)[outside]
         right -= float(logs[np.arange(len(logs)), labels[outside]].sum())
         other -= float(logs.mean(1).sum())
     return (right + other / len(folds)) / (len(folds) + 1)
@@ -153,11 +155,11 @@ def test_the_gradient_of_the_objective_is_zero_at_the_solution(smoothing: float)
     rows = _rows(smoothing=smoothing)
     found = solve(rows, num_classes=4, folds=None, strengths=[0.01])
     features = torch.from_numpy(rows.features).double()
-    mean, scale = features.mean(0), features.std(0, correction=0)
-    weight, bias = (found.weight.double() * scale).requires_grad_(), (found.bias.double() + found.weight.double() @ mean).requires_grad_()
-    logits = (features - mean) / scale @ weight.T + bias
-    loss = torch.nn.functional.cross_entropy(logits, rows.labels, label_smoothing=smoothing)
-    (loss + 0.005 * weight.square().sum() + bias.square().sum() / (2 * len(rows.labels))).backward()
+    scale = features.var(0, correction=0).mean().sqrt()
+    weight, bias = (found.weight.double() * scale).requires_grad_(), found.bias.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(features / scale @ weight.T + bias, rows.labels, label_smoothing=smoothing)
+    prior = (features.mean(0) / scale @ weight.T + bias).square().sum() / (2 * len(rows.labels))
+    (loss + 0.005 * (weight.square().sum() + bias.square().sum()) + prior).backward()
     assert float(loss.detach()) == pytest.approx(found.loss, abs=1e-6)
     assert weight.grad is not None
     assert bias.grad is not None
