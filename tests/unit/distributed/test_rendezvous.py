@@ -88,6 +88,34 @@ def test_without_rank_0_the_others_wait_for_it_until_it_comes() -> None:
     assert late.communicate(timeout=120)[0].splitlines()[-1] == "met 2"
 
 
+LAUNCHER = """
+import os, subprocess, sys, time
+for rank in "01":
+    subprocess.Popen([sys.executable, "-c", sys.argv[1], "5"], env={**os.environ, "RANK": rank, "LOCAL_RANK": rank})
+time.sleep(float(sys.argv[2]))
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 7.0])  # while they import, and while they wait
+def test_ranks_whose_launcher_is_killed_before_they_come_end_with_one_line(seconds: float) -> None:
+    """Its store has died with it: they waited for it until run.timeout_minutes."""
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "none",
+    }
+    environment = {**os.environ, **place, "PYTHONPATH": f"{ROOT}", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK, str(seconds)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    errors = launcher.communicate(timeout=120)[1]  # until the last process that may write there has ended
+    lines = [line for line in errors.splitlines() if line.startswith("dtl:") and "waiting for" not in line]
+    assert lines == [f"dtl: the launcher was lost before the 2 ranks had met at 127.0.0.1:{place['MASTER_PORT']}; start it again"]
+
+
 def test_who_is_missing_is_known_between_two_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lines come after 10, 20, 40 s ...: at the end of the time limit most of the time since the last one has passed."""
     from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
