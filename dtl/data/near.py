@@ -28,8 +28,8 @@ from dtl.errors import UserError
 
 MOST_PAIRS = 2_000_000
 SCENE = 0.55
-"""Cosine of the whitened features from which on two images are of one scene. Chosen on CIFAR-10, where at 0.5 more than 1 % of the images are named falsely
-(aeroplanes before a blank sky), and on next shots made of ants and bees, of which five in six reach it and no other pair does."""
+"""Cosine of the whitened features from which on two images are of one scene. Chosen on CIFAR-10 (`benchmarks.planted --scenes`): the highest at which nearly
+all next shots that were made of its images are named. At 0.5 images are named falsely that have little more than a blank sky in common."""
 _BLOCK = 4096  # rows; a block of products takes 64 MB
 _SAMPLE = 2048  # rows by which the directions and their number are chosen
 _NUMBERS = (32, 64, 128, 256, 512)  # of directions
