@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dtl.data.shards.index import DHASHES_NAME, Shards
-from dtl.data.twins import Twin
 from dtl.errors import UserError
 from dtl.untrusted import read_regular
 
@@ -67,17 +66,18 @@ def read_dhashes(shards: Shards) -> Hashes | None:
     return np.asarray(found[shards.numbers], np.uint64)
 
 
-def find_alike(splits: Mapping[str, Shards]) -> list[Twin]:
-    """Images of each split but the first that look like one of the first. Nothing where packing kept no hashes, or of very many images."""
+def find_alike(splits: Mapping[str, Shards]) -> list[tuple[str, int, int, int]]:
+    """Images of each split but the first that look like one of the first: split, sample, that one, and how many bits differ. Nothing where packing kept no
+    hashes, or of very many images."""
     names = list(splits)
     train = splits[names[0]]
-    known, found = read_dhashes(train), list[Twin]()
+    known, found = read_dhashes(train), list[tuple[str, int, int, int]]()
     for name in names[1:]:
         hashes = None if known is None else read_dhashes(splits[name])
         if known is None or hashes is None or len(known) * len(hashes) > _MOST_PRODUCTS:
             continue
         samples, others, bits = _nearest(hashes, known)
-        found += [Twin(name, *of) for of in zip(samples.tolist(), others.tolist(), bits.tolist())]
+        found += [(name, *of) for of in zip(samples.tolist(), others.tolist(), bits.tolist())]
     return found
 
 

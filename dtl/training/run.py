@@ -18,7 +18,7 @@ from dtl.data.audited import AUDITED_NAME, write_ledger
 from dtl.data.copies import COPIES_NAME, describe_copies, find_copies_quickly
 from dtl.data.dhash import find_alike
 from dtl.data.shards.index import Shards
-from dtl.data.twins import Twins
+from dtl.data.twins import Twin, Twins
 from dtl.distributed.devices import gpu_expected
 from dtl.distributed.launch import launch_variables
 from dtl.distributed.runtime import Runtime, fp16_instead
@@ -146,7 +146,7 @@ def report_copies(session: Session, splits: Mapping[str, Shards]) -> None:
         session.console.print(line if not copies.num_groups else f"{line}; all are listed in {path}")
     if copies.num_groups:
         copies.write_csv(path)
-    Twins(path.with_name(TWINS_NAME), splits).record("bits", find_alike(splits))
+    Twins(path.with_name(TWINS_NAME), splits).record("bits", [Twin(*one) for one in find_alike(splits)])
 
 
 def classes_without_images(classes: Sequence[str], train: Sequence[int], val: Sequence[int], test: Sequence[int] | None = None) -> list[str]:

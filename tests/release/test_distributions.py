@@ -51,7 +51,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     call(sys.executable, "-c", _BUILD, "sdist", folder, cwd=source)
     (sdist,) = folder.glob("dtl_train-*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
     unpacked = folder / sdist.name.removesuffix(".tar.gz")
     call(sys.executable, "-c", _BUILD, "wheel", folder, cwd=unpacked)
     (wheel,) = folder.glob("dtl_train-*.whl")

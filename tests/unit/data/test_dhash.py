@@ -15,7 +15,7 @@ from tiny_images import picture
 from dtl.data.dhash import DHASHES_NAME, MOST_BITS, dhashes, find_alike, points_of, read_dhashes
 from dtl.data.packing.pack import pack
 from dtl.data.shards.index import Shards
-from dtl.data.twins import Twins
+from dtl.data.twins import Twin, Twins
 
 
 def look(image: Image.Image) -> npt.NDArray[np.uint64]:
@@ -54,7 +54,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shards]:
 
 def test_validation_images_that_look_like_a_training_image_are_named(packed: dict[str, Shards], tmp_path: Path) -> None:
     twins = Twins(tmp_path / "twins.jsonl", packed)
-    twins.record("bits", find_alike(packed))
+    twins.record("bits", [Twin(*one) for one in find_alike(packed)])
     line = twins.line()
     assert line.startswith("1 of 10 validation images has a twin in train (such as val/a/copy.jpg and train/b/3.png), by the hashes made while packing, so")
     listed = [json.loads(row) for row in (tmp_path / "twins.jsonl").read_text().splitlines()]
