@@ -584,6 +584,10 @@ def _fill_by_family(values: dict[str, Any], names: Iterable[str]) -> tuple[str, 
     if not (isinstance(model, dict) and isinstance(data, dict) and isinstance(phases, dict)):
         return ()
     name, batch, options = model.get("name", ModelConfig().name), data.get("global_batch_size", DataConfig().global_batch_size), model.get("options") or {}
-    if not (isinstance(name, str) and isinstance(batch, int) and batch > 0 and isinstance(options, dict)):
+    try:
+        batch = TypeAdapter(int).validate_python(batch)  # as the config takes it: "16" and 16.0, too
+    except ValidationError:
+        return ()
+    if not (isinstance(name, str) and batch > 0 and isinstance(options, dict)):
         return ()
     return fill_by_family(values, names, model=name, global_batch_size=batch, given=options)

@@ -41,6 +41,14 @@ def test_every_row_says_whose_it_is_and_whether_it_was_measured() -> None:
     assert family_of("resnet18").lr_of(512) == family_of("resnet18").lr_of(64) == 0.001
 
 
+@pytest.mark.parametrize("batch", ["32", 32.0])
+def test_a_batch_size_in_other_words_is_one(batch: object) -> None:
+    """`dtl.fit(recipe, {"data.global_batch_size": "32"})`: it was taken, and `auto` came to the first step."""
+    config = finetune(data__global_batch_size=batch, model__name="timm/vit_base_patch16_224")
+    phase = config.phases["all"]
+    assert (config.data.global_batch_size, phase.optimizer, phase.lr) == (32, "adamw", pytest.approx(0.0000625))
+
+
 def test_the_table_of_the_docs_is_that_of_the_package() -> None:
     page = (Path(__file__).parents[3] / "docs/recipes.md").read_text()
     for row in families():
