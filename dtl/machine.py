@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _ROOT = str(Path(__file__).resolve().parents[1])
 T = TypeVar("T")
+PARENT = os.getppid()
+"""The process that started this one, taken before PyTorch is imported, which takes seconds in which it may be lost."""
 
 
 class NoAnswer(TimeoutError):

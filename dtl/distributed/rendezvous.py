@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from dtl.errors import UserError
+from dtl.machine import PARENT
 from dtl.text import counted, some, to_stderr
 
 FIRST_LINE = 10.0
@@ -55,7 +56,7 @@ class Arrivals:
     """While the process group is made: reports which ranks have not come, and turns the end of the time limit into a UserError.
 
     torch waits in silence, and does not know for whom. So each rank writes its number into the store, by a connection of its own. Where there is no store, and
-    the process that started this one is gone, no one will come any more (the store of torchrun and accelerate is their own process's): the rank ends.
+    the torchrun (accelerate launch is one, too) that started this process is gone, no one will come any more: the rank ends. A shell may well be gone.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -65,7 +66,7 @@ class Arrivals:
         self._place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         # The agent's store outlives a restart of the ranks.
         self._key = f"dtl/arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._complete, self._parent = threading.Event(), os.getppid()
+        self._complete = threading.Event()
         self._missing = ""
         self._thread = threading.Thread(target=self._watch, name="arrivals", daemon=True)
 
@@ -99,7 +100,7 @@ class Arrivals:
                 prints = self._rank == min(set(range(self._world)).difference(away))
             except RuntimeError:  # nobody listens
                 away, prints, store = [0], self._speaks_alone, None
-                if self._is_alone() and not self._complete.is_set():
+                if os.getppid() != PARENT and "TORCHELASTIC_RUN_ID" in os.environ and not self._complete.is_set():
                     if prints:
                         to_stderr(f"dtl: the launcher was lost before the {self._world} ranks had met at {self._place}; start it again")
                     os._exit(1)
@@ -111,7 +112,3 @@ class Arrivals:
                         f"dtl: waiting for {self._missing} of {self._world} at {self._place} (MASTER_ADDR:MASTER_PORT), for {age:.0f} s; "
                         f"if this should be {counted(1, 'process')}, stop it and run `unset {' '.join(_NAMES)}`"
                     )
-
-    def _is_alone(self) -> bool:
-        """The launcher was lost while this process waits, or (a torchrun is seldom process 1) while it was importing."""
-        return os.getppid() != self._parent or (self._parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ)

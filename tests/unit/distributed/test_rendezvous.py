@@ -48,6 +48,7 @@ def test_leftovers_of_another_launch_are_one_line(variables: dict[str, str], mes
 
 RANK = """
 import sys
+import dtl.machine  # first, as in dtl.cli
 from dtl.distributed import rendezvous
 rendezvous.FIRST_LINE = 1.0
 from dtl.distributed.runtime import Runtime, MARGIN
@@ -97,23 +98,25 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("seconds", [0.0, 7.0])  # while they import, and while they wait
+@pytest.mark.parametrize("seconds", [1.0, 7.0])  # while they import, and while they wait
 def test_ranks_whose_launcher_is_killed_before_they_come_end_with_one_line(seconds: float) -> None:
     """Its store has died with it: they waited for it until run.timeout_minutes."""
-    place = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": "none",
-    }
-    environment = {**os.environ, **place, "PYTHONPATH": f"{ROOT}", "GLOO_SOCKET_IFNAME": "lo"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = {**os.environ, **place, **torchrun, "PYTHONPATH": f"{ROOT}", "GLOO_SOCKET_IFNAME": "lo"}
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, RANK, str(seconds)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     errors = launcher.communicate(timeout=120)[1]  # until the last process that may write there has ended
     lines = [line for line in errors.splitlines() if line.startswith("dtl:") and "waiting for" not in line]
     assert lines == [f"dtl: the launcher was lost before the 2 ranks had met at 127.0.0.1:{place['MASTER_PORT']}; start it again"]
+
+
+def test_ranks_whose_shell_has_ended_meet() -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment = {**os.environ, **place, "PYTHONPATH": f"{ROOT}", "GLOO_SOCKET_IFNAME": "lo"}
+    shell = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK, "0.5"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert shell.communicate(timeout=120)[0].splitlines().count("met 2") == 2
 
 
 def test_who_is_missing_is_known_between_two_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
