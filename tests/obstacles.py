@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import itertools
 import os
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import networks
@@ -195,20 +198,34 @@ def failing_step() -> None:
 
 
 def waiting_device() -> None:
-    """While there is a file named `device`, the host waits in a step for its device without an end, as behind an all-reduce of a peer that is gone:
-    no error reaches it. The rank in $RAISE_ON raises one instead."""
+    """While there is a file named `device`, the host waits in step $HOLD_FROM (in its first) for its device without an end, as behind an all-reduce of a
+    peer that is gone: no error reaches it. The rank in $RAISE_ON raises one instead, when the others wait."""
     from dtl.training.step import Stepper
 
-    step = Stepper.step
+    step, number = Stepper.step, itertools.count(1)
 
     def held(self, batches, **more):  # type: ignore[no-untyped-def]
-        while Path("device").exists():
+        waits = next(number) >= int(os.environ.get("HOLD_FROM", "1"))
+        while waits and Path("device").exists():
             if os.environ.get("RAISE_ON") == os.environ["RANK"]:
+                time.sleep(1.0)
                 raise ZeroDivisionError("of one rank alone")
             time.sleep(0.1)
         return step(self, batches, **more)
 
     Stepper.step = held  # type: ignore[method-assign]
+
+
+def begun_by_another() -> None:
+    """Whenever this process lists a folder of runs (NAME-search, NAME-folds), another has just put the files of the folder `meanwhile` into it."""
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        for file in list(os.scandir("meanwhile")) if path.name.endswith(("-search", "-folds")) else ():
+            shutil.copy(file.path, path)
+        return listed(path)
+
+    Path.iterdir = iterdir  # type: ignore[method-assign]
 
 
 def no_proc() -> None:

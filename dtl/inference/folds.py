@@ -136,7 +136,7 @@ def begin(folds: Folds) -> None:
     digest = None if folds.groups is None else folds.groups.digest
     now = FoldsFile(folds=fold.of, seed=fold.seed, data=folds.shards.dataset_id, groups=digest, images=tuple(sizes))
     with written(folder):
-        if folder.is_dir() and not (folder / FOLDS_NAME).exists():
+        if folder.is_dir():
             _check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with closing(open_lock(folder / ".folds.lock")) as lock:
@@ -152,9 +152,9 @@ def begin(folds: Folds) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Folds that an array of jobs has trained lie there without a folds.json."""
+    """UserError where other files lie there than runs of folds, which an array of jobs may have trained, and no folds.json with them."""
     others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith((".", "fold-")) and entry.name not in (REFIT, "slurm"))
-    if others:
+    if others and not (folder / FOLDS_NAME).exists():  # asked last: another process may begin the folds meanwhile
         raise UserError(f"{folder} is not empty (it holds '{others[0]}'), and no folds are in it; choose another name with --run.name NEW")
 
 

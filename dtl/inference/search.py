@@ -324,9 +324,9 @@ def begin(search: Search) -> None:
     """Write search.json, or compare it. Several processes may do so at once."""
     folder, config = search.folder, search.config
     with written(folder):
-        if folder.is_dir() and not (folder / SEARCH_NAME).exists():
+        if folder.is_dir():
             others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name != "slurm")
-            if others:
+            if others and not (folder / SEARCH_NAME).exists():  # asked last: another process may begin the search meanwhile
                 raise UserError(f"{folder} is not empty (it holds '{others[0]}'), and no search is in it; choose another name with --run.name NEW")
         folder.mkdir(parents=True, exist_ok=True)
         with closing(open_lock(folder / ".search.lock")) as lock:

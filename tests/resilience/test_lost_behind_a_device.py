@@ -18,9 +18,9 @@ SECONDS = 20.0
 def begin(folder: Path, *options: str, world: int, **env: str) -> Job:
     recipe = write_recipe(folder, phases={"all": {"train": "all", "epochs": 500, "lr": 0.01}}, data={"workers": 0}, tracking={"log_every": 1})
     held = {rank: {"before": "obstacles:waiting_device"} for rank in range(world)}
-    job = start(["--config", str(recipe), *options], cwd=folder, world=world, env=env, by_rank=held)
-    wait_for(lambda: not all(process.is_alive() for process in job.processes) or steps_done(folder / "runs/tiny") > 2, what="some steps")
     (folder / "device").touch()
+    job = start(["--config", str(recipe), *options], cwd=folder, world=world, env={"HOLD_FROM": "8", **env}, by_rank=held)
+    wait_for(lambda: not all(process.is_alive() for process in job.processes) or steps_done(folder / "runs/tiny") > 2, what="some steps")
     time.sleep(1.0)
     return job
 

@@ -160,3 +160,13 @@ def test_refit_is_the_last(reference: Path) -> None:
     again = run([*FOLDS, "--refit", "--json", "-"], cwd=reference, command="folds")
     assert "runs/tiny-folds/refit is done" in again.err()
     assert json.loads(again.out()) == results(reference)
+
+
+def test_another_process_may_begin_them_at_the_same_moment(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference / "photos", tmp_path / "photos")
+    shutil.copy(reference / "tiny.yaml", tmp_path)
+    (tmp_path / "meanwhile").mkdir()
+    shutil.copy(reference / "runs/tiny-folds/folds.json", tmp_path / "meanwhile")
+    (tmp_path / "runs/tiny-folds").mkdir(parents=True)
+    run([*FOLDS, "--fold", "1"], cwd=tmp_path, command="folds", by_rank={0: {"before": "obstacles:begun_by_another"}})
+    assert status(tmp_path / "runs/tiny-folds/fold-1")["state"] == "done"

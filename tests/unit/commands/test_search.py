@@ -171,6 +171,15 @@ def test_networks_cost_one_pass_of_features_each_whoever_comes_first(tmp_path: P
     assert said.count("cached features are read from") >= 4
 
 
+def test_another_process_may_begin_it_at_the_same_moment(reference: Path, tmp_path: Path) -> None:
+    prepared(tmp_path)
+    (tmp_path / "meanwhile").mkdir()
+    shutil.copy(reference / "runs/tiny-search/search.json", tmp_path / "meanwhile")
+    (tmp_path / "runs/tiny-search").mkdir(parents=True)
+    run(SEARCH, cwd=tmp_path, command="search", by_rank={0: {"before": "obstacles:begun_by_another"}})
+    assert results(tmp_path)["winner"] == results(reference)["winner"]
+
+
 def test_a_pretext_is_trained_in_each_trial_before_they_are_compared(tmp_path: Path) -> None:
     run(["--config", "tiny.yaml", "--budget", "3", "--phases.head.task", "rotate", "--phases.all.epochs", "2"], cwd=prepared(tmp_path), command="train")
     assert results(tmp_path)["rungs"] == [2, 3], "an epoch of rotations, and then those of the classes"
