@@ -70,22 +70,23 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
             "auto_workers": options.workers is None,
         }
     from dtl.config import load_config
+    from dtl.config.auto import BATCH_SIZES, STEPS_AIMED_AT, batch_size_of
 
     # The doctor needs no data of its own: a recipe that takes it from the command line is complete without.
     source = ["--data.train", options.data or "digits"] if options.config not in (None, "digits") else []
     config, _ = load_config(["--config", options.config, *source, "--data.val", "null", "--data.val-fraction", "0.1"])
-    data = config.data
+    data, batch_size = config.data, batch_size_of(config.data, BATCH_SIZES[0] * STEPS_AIMED_AT)  # of enough images, for they are not looked at
     workers = data.workers if options.workers is None else options.workers
     return {
         "run_dir": user_path(options.run_dir or config.run.dir),
         "cache_dir": user_path(options.cache_dir or data.cache_dir or default_cache_dir()),
         "model": config.model.model_copy(update={"name": options.model, "options": {}, "pool": None} if options.model else {}),
         "precision": config.precision,
-        "global_batch_size": data.global_batch_size if data.micro_batch_size == "auto" else None,
+        "global_batch_size": batch_size if data.micro_batch_size == "auto" else None,
         "keep": config.checkpoint.keep,
         "need": Need(
             image_size=_largest_size(config),
-            batch_size=-(-data.global_batch_size // ranks) if data.micro_batch_size == "auto" else data.micro_batch_size,
+            batch_size=-(-batch_size // ranks) if data.micro_batch_size == "auto" else data.micro_batch_size,
             workers=0 if workers == "auto" else workers,
             ranks=ranks,
         ),

@@ -8,26 +8,24 @@ takes text takes it as it stands: `--run.name 4711` and `--data.train no` need n
 from __future__ import annotations
 
 import difflib
-import fnmatch
-import math
 import os
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from dtl.config.models import BESIDE_SOLVE, Config, DataConfig, ModelConfig, PhaseConfig, Section
+from dtl.config import auto
+from dtl.config.models import BESIDE_SOLVE, Config, PhaseConfig, Section
 from dtl.credentials import is_address
 from dtl.errors import UserError
 from dtl.files import user_path
 from dtl.text import some
-from dtl.untrusted import MAX_YAML_BYTES, NotYaml, check_values, in_words, parse_yaml, read_yaml
+from dtl.untrusted import MAX_YAML_BYTES, NotYaml, check_values, in_words, parse_yaml
 
 __all__ = ["Config", "PhaseConfig", "Section", "builtin_recipes", "config_from_dict", "load_config", "resolve_config"]
 
@@ -65,12 +63,12 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
     _check_phases(values, changes, origin)
     shipped = set() if isinstance(recipe, Mapping) or text not in builtin_recipes().values() else {path for path, _ in _leaves((), values)}
     solved = _solved(values)
-    by_family = phases_by_family(values)
+    by_family = auto.phases_by_family(values)
     for path, value in changes.items():
         _merge(values, path, value)
     given = _Given(origin, dict(leaf for path, value in changes.items() for leaf in _leaves(path, value)))
     _replace_durations(values, given.options)
-    notes = (*_replace_solve(values, given.options, solved, shipped), *_fill_by_family(values, dict.fromkeys([*by_family, *phases_by_family(values)])))
+    notes = (*_replace_solve(values, given.options, solved, shipped), *auto.fill(values, dict.fromkeys([*by_family, *auto.phases_by_family(values)])))
     config = _validate(values, given)
     config._notes = notes
     config._shipped = frozenset(".".join(path) for path in shipped - set(given.options))
@@ -392,7 +390,7 @@ def with_sgd(config: Config, name: str, why: str) -> Config:
     """`config` with a phase that is trained by SGD, not solved, and a note that says why."""
     phase = config.phases[name].model_copy(update={"optimizer": "sgd", "epochs": SGD_EPOCHS})
     changed = config.model_copy(update={"phases": {**config.phases, name: phase}})
-    changed._notes = (*config.notes, f"phase {name}: {_by_steps(dict(phase))}, since {why}")
+    changed._notes = (*config._notes, f"phase {name}: {_by_steps(dict(phase))}, since {why}")
     return changed
 
 
@@ -496,98 +494,9 @@ def _check_whole(config: Config, given: _Given) -> None:
         if place is not None and is_address(place):
             raise UserError(f"{given.of(key)}: {key} is an address ({place}); give a folder of this machine")
     micro, batch = config.data.micro_batch_size, config.data.global_batch_size
-    if micro != "auto" and micro > batch:
+    if micro != "auto" and batch != "auto" and micro > batch:
         where = given.of("data.micro_batch_size", "data.global_batch_size")
         raise UserError(f"{where}: data.micro_batch_size {micro} is larger than data.global_batch_size {batch}")
     rotated = [name for name, phase in config.phases.items() if phase.task == "rotate"]
     if rotated and list(config.phases)[-1] in rotated and len(config.phases) > len(rotated):
         raise UserError(f"{origin}: phase {rotated[-1]} (rotate) is the last phase; put pretext phases before the phases that classify")
-
-
-# ---- settings by the network's family
-
-TABLE = Path(__file__).with_name("families.yaml")
-_FILLED = ("optimizer", "lr", "weight_decay", "layer_decay")
-
-
-class Family(BaseModel):
-    """A row of families.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    family: str
-    networks: tuple[str, ...]
-    optimizer: Literal["sgd", "adamw"]
-    lr: float
-    batch: int
-    scale: Literal["linear", "sqrt", "none"]
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
-    measured: bool
-    source: str
-
-    def lr_of(self, global_batch_size: int) -> float:
-        """For a global batch of this size, in three digits."""
-        ratio = global_batch_size / self.batch
-        return float(f"{self.lr * {'linear': ratio, 'sqrt': math.sqrt(ratio), 'none': 1.0}[self.scale]:.3g}")
-
-
-@cache
-def families() -> tuple[Family, ...]:
-    return tuple(TypeAdapter(list[Family]).validate_python(read_yaml(TABLE)))
-
-
-def family_of(model: str) -> Family:
-    """By the name of a network, with or without its library; the last row is for all others."""
-    short = model.rpartition("/")[2].lower()
-    return next(row for row in families() if any(fnmatch.fnmatchcase(short, pattern) for pattern in row.networks))
-
-
-def phases_by_family(values: Mapping[str, Any]) -> list[str]:
-    """The phases of a recipe that say `optimizer: auto`."""
-    phases = values.get("phases")
-    return [name for name, phase in phases.items() if isinstance(phase, dict) and phase.get("optimizer") == "auto"] if isinstance(phases, dict) else []
-
-
-def fill_by_family(values: dict[str, Any], names: Iterable[str], *, model: str, global_batch_size: int, given: Collection[str]) -> tuple[str, ...]:
-    """Put the settings of the network's family into these phases, where they have none of their own; a line for each phase.
-
-    A phase with an optimizer of another kind than the family's (`--phases.all.optimizer sgd`) gets the other settings of the last row.
-    `given`: options of the network that were given.
-    """
-    lines, found = [], family_of(model)
-    for name in names:
-        phase = values["phases"].get(name)
-        if not isinstance(phase, dict) or phase.get("optimizer") == "solve":
-            continue
-        own = phase.get("optimizer") not in ("auto", None, found.optimizer)
-        row = families()[-1] if own else found
-        settings: dict[str, Any] = {**row.model_dump(include=set(_FILLED)), "lr": row.lr_of(global_batch_size)}
-        if phase.get("optimizer") in ("auto", None):
-            phase.pop("optimizer", None)
-        taken = {key: value for key, value in settings.items() if phase.get(key) is None}
-        phase.update(taken)
-        if not own and row.drop_path and model.startswith("timm/") and "drop_path_rate" not in given:
-            values.setdefault("model", {}).setdefault("options", {}).setdefault("drop_path_rate", row.drop_path)
-            taken["drop_path_rate"] = row.drop_path
-        if not taken:
-            continue
-        shown = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in taken.items())
-        why = "" if row.measured else "; not measured with dtl"
-        lines.append(f"phase {name}: {shown}, as for {row.family} networks ({row.source}{why})")
-    return tuple(lines)
-
-
-def _fill_by_family(values: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
-    """`optimizer: auto`; values of wrong types are left to validation."""
-    model, data, phases = values.get("model") or {}, values.get("data") or {}, values.get("phases")
-    if not (isinstance(model, dict) and isinstance(data, dict) and isinstance(phases, dict)):
-        return ()
-    name, batch, options = model.get("name", ModelConfig().name), data.get("global_batch_size", DataConfig().global_batch_size), model.get("options") or {}
-    try:
-        batch = TypeAdapter(int).validate_python(batch)  # as the config takes it: "16" and 16.0, too
-    except ValidationError:
-        return ()
-    if not (isinstance(name, str) and batch > 0 and isinstance(options, dict)):
-        return ()
-    return fill_by_family(values, names, model=name, global_batch_size=batch, given=options)

@@ -277,8 +277,8 @@ class DataConfig(Section):
     """Whether images are turned as their EXIF orientation says; auto: yes, but for shards that an older dtl packed, where it is not known."""
     channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 3
     """Of the images: 3 are red, green and blue; 1 is gray; others are what the files hold (TIFF with so many pages, .npy). Then mean and std are measured."""
-    global_batch_size: Count = 64
-    """Samples per step, over all ranks and all gradient accumulation."""
+    global_batch_size: Literal["auto"] | Count = 64
+    """Samples per step, over all ranks and all gradient accumulation; auto: 64, or 32 or 16 where 64 would leave an epoch fewer than 20 steps."""
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Samples per forward pass on one rank; auto: its whole share of the global batch, halved until it fits into memory (on GPUs with 5 % to spare)."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
@@ -554,7 +554,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    _notes: tuple[str, ...] = PrivateAttr(())
+    _notes: tuple[object, ...] = PrivateAttr(())
     _shipped: frozenset[str] = PrivateAttr(frozenset())
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -570,7 +570,7 @@ class Config(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """What its reader should be told of how the options were understood."""
-        return self._notes
+        return tuple(map(str, self._notes))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.to_dict() == other.to_dict()

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from dtl.checkpoint.resume.resume import FREE_SETTINGS
 from dtl.checkpoint.resume.state import config_conflicts
 from dtl.config import Config
+from dtl.config.auto import with_batch_size
 from dtl.config.models import DataConfig, FoldConfig, num_pixels
 from dtl.config.own import stored_config
 from dtl.data.groups import Groups
@@ -148,7 +149,7 @@ def begin(folds: Folds) -> None:
     for number in (*range(1, fold.of + 1), 0):
         place = folder / folds.name(number)
         if (place / "config.yaml").is_file():
-            _compare_settings(place, stored_config(place).config, folds.config_of(number))
+            _compare_settings(place, stored_config(place).config, _as_trained(folds.config_of(number)))
 
 
 def _check_folder(folder: Path) -> None:
@@ -170,6 +171,13 @@ def _compare(folder: Path, before: FoldsFile, now: FoldsFile) -> None:
 
 
 _OTHERWISE = "give the same again, or begin other folds with --run.name NEW"
+
+
+def _as_trained(config: Config) -> Config:
+    """With the batch size that its images give it."""
+    if config.data.global_batch_size != "auto":
+        return config
+    return with_batch_size(config, open_splits(config.data, progress=False, log=to_nobody).train.num_samples)
 
 
 def _compare_settings(place: Path, before: Config, now: Config) -> None:

@@ -27,6 +27,7 @@ from dtl.checkpoint.resume.resume import FREE_SETTINGS
 from dtl.checkpoint.resume.state import config_conflicts
 from dtl.checkpoint.transfer.source.read import check_is_there
 from dtl.config import Config
+from dtl.config.auto import epoch_steps, with_batch_size
 from dtl.config.models import flat
 from dtl.config.own import stored_config
 from dtl.config.space import Resolve, Settings, Space, described
@@ -186,7 +187,8 @@ class Search:
 
     @cached_property
     def _drawn(self) -> list[tuple[Settings, Config]]:
-        return self.space.first(self.budget.trials or _MOST_MEASURED, self.config.run.seed, self.resolve)
+        drawn = self.space.first(self.budget.trials or _MOST_MEASURED, self.config.run.seed, self.resolve)
+        return [(settings, with_batch_size(config, self.splits.train.num_samples)) for settings, config in drawn]
 
     @property
     def num_trials(self) -> int | None:
@@ -247,8 +249,7 @@ class Search:
 
     def _epochs(self, config: Config, names: Sequence[str] | None = None) -> int:
         """Of these phases together, as history.jsonl counts them."""
-        images, batch = self.splits.train.num_samples, config.data.global_batch_size
-        steps = max(1, images // batch if config.data.last == "drop" else -(-images // batch))
+        steps = epoch_steps(config.data, self.splits.train.num_samples)
         return sum(-(-phase.num_steps(steps) // steps) for name, phase in config.phases.items() if names is None or name in names)
 
     def trial(self, number: int) -> Trial:

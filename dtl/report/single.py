@@ -221,7 +221,7 @@ def _lead(record: RunRecord, examples: Examples | None) -> list[html.Block]:
             ("Training data", f"{record.settings['data.train']}{images}"),
             ("Pretrained weights", config.transfer.source if config.transfer else "none"),
             ("Image size", _image_size(record)),
-            ("Global batch", counted(config.data.global_batch_size, "image")),
+            ("Global batch", counted(record.settings["data.global_batch_size"], "image")),
             ("Seed", str(config.run.seed)),
         ]
     facts += _splits(record)

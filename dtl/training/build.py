@@ -21,6 +21,7 @@ from dtl.checkpoint.transfer.plan import TransferPlan, plan_weights
 from dtl.checkpoint.transfer.source.hubs import source_named
 from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, preprocessing_for, read_weights
 from dtl.config import Config
+from dtl.config.auto import batch_size_of, with_batch_size
 from dtl.config.load import is_shipped, with_sgd
 from dtl.config.models import DataConfig, ImageSize, shown_size
 from dtl.data.loading import device as device_decode
@@ -62,7 +63,7 @@ class Parts:
     """What a run is made of, before anything of it is on a device or in the run folder."""
 
     config: Config
-    """As it was given; a head that a recipe of dtl would solve, but cannot, is trained by SGD."""
+    """As it was given, with the batch size that `auto` comes to; a head that a recipe of dtl would solve, but cannot, is trained by SGD."""
     network: Network
     loaders: DataLoaders
     phases: list[Phase]
@@ -80,7 +81,7 @@ def prepare(config: Config, folder: RunFolder, store: CheckpointStore, runtime: 
     data = open_data(config, runtime, log)
     enter("model")
     network = build_network(config, data.train.num_classes, runtime)
-    config = sgd_where_unsolvable(config, network, data.train.num_samples, runtime)
+    config = sgd_where_unsolvable(with_batch_size(config, data.train.num_samples), network, data.train.num_samples, runtime)
     checkpoint, state = find_checkpoint(config, store, runtime, data.ids())
     weights = None if checkpoint else read_pretrained(config, network, runtime)
     facts = data_facts(config, runtime, data)
@@ -183,12 +184,14 @@ def open_data(config: Config, runtime: Runtime, log: Log, *, again: bool = False
 
 
 def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network: Network) -> DataLoaders:
-    data, train = config.data, splits.train
+    train = splits.train
+    data, batch_size = config.data, batch_size_of(config.data, train.num_samples)
     ranks_here, cores = runtime.gather(gethostname()).count(gethostname()), rank_cores(runtime)
     with runtime.together("batches"):
-        if data.global_batch_size < runtime.world_size:
+        if batch_size < runtime.world_size:
             raise UserError(
-                f"data.global_batch_size {data.global_batch_size} is smaller than the {runtime.world_size} processes; each needs at least one sample per step"
+                f"data.global_batch_size {batch_size} is smaller than the {runtime.world_size} processes, each of which needs a sample per step; "
+                f"give --data.global_batch_size {runtime.world_size} or more, or start fewer processes"
             )
         facts = with_settings(config, network.preprocessing)
         views = {name: _view(data, replace(facts, image_size=size)) for name, size in phase_sizes(config, facts).items()}
@@ -209,7 +212,7 @@ def build_dataloaders(config: Config, runtime: Runtime, splits: Splits, network:
             rank=runtime.rank,
             world_size=runtime.world_size,
             image_size=view.image_size,
-            global_batch_size=data.global_batch_size,
+            global_batch_size=batch_size,
             micro_batch_size=None if data.micro_batch_size == "auto" else data.micro_batch_size,
             workers=0,
             cores=cores,

@@ -122,7 +122,7 @@ def _begin(session: Session, trainer: Trainer, transfer: TransferReport | None) 
         log(warning)
     for line in [
         *config.notes,
-        *(too_few_steps(train.num_samples, config.data.global_batch_size, last.steps_per_epoch) if last.config.optimizer != "solve" else ()),
+        *(too_few_steps(train.num_samples, trainer.loaders.global_batch_size, last.steps_per_epoch) if last.config.optimizer != "solve" else ()),
         *idle,
         *fp16_instead(config.precision, runtime),
     ]:

@@ -167,7 +167,8 @@ def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
     old = config_from_dict(checkpoint.state["config"], str(checkpoint.path)).to_dict()
     new = config.to_dict()
     last = list(config.phases)[-1]
-    free = (*FREE_SETTINGS, f"phases.{last}.epochs", f"phases.{last}.steps")
+    lengths = f"phases.{last}.epochs", f"phases.{last}.steps"
+    free = (*FREE_SETTINGS, *(lengths if any(_given(config, key) for key in lengths) else ()))  # a recipe of dtl may have changed its own
     conflicts = config_conflicts(old, new, ignored=free)
     if conflicts:
         name, before, after = conflicts[0]

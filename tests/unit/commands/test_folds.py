@@ -15,6 +15,7 @@ from page_reader import Page
 from recipes import weights_hash, write_images, write_recipe
 
 from dtl.cli import main
+from dtl.config.own import stored_config
 
 PHASES = {"all": {"train": "all", "steps": 6, "lr": 0.05}}
 DATA = {"train": "photos", "global_batch_size": 12, "augment": {"preset": "cifar"}, "workers": 0, "val_fraction": 0.2}
@@ -170,3 +171,16 @@ def test_another_process_may_begin_them_at_the_same_moment(reference: Path, tmp_
     (tmp_path / "runs/tiny-folds").mkdir(parents=True)
     run([*FOLDS, "--fold", "1"], cwd=tmp_path, command="folds", by_rank={0: {"before": "obstacles:begun_by_another"}})
     assert status(tmp_path / "runs/tiny-folds/fold-1")["state"] == "done"
+
+
+def test_the_batch_size_that_the_images_give_is_the_runs_own(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference / "photos", tmp_path / "photos")
+    shutil.copy(reference / "tiny.yaml", tmp_path)
+    auto = [*FOLDS, "--data.global_batch_size", "auto"]
+    run([*auto, "--fold", "1"], cwd=tmp_path, command="folds")
+    said = run(auto, cwd=tmp_path, command="folds").err()
+    assert "fold-1" not in said, "it is done"
+    assert said.count("data.global_batch_size auto: 16, which is 1 step an epoch") == 2
+    assert {stored_config(tmp_path / f"runs/tiny-folds/fold-{number}").config.data.global_batch_size for number in (1, 2, 3)} == {16}
+    line = the_line(run([*FOLDS, "--data.global_batch_size", "20"], cwd=tmp_path, command="folds", code=2))
+    assert "fold-1 was trained with data.global_batch_size 16, now it is 20: all folds need the same settings" in line

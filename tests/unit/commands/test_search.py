@@ -23,6 +23,7 @@ from recipes import weights_hash, write_recipe
 
 from dtl.cli import main
 from dtl.commands import search as command
+from dtl.config.own import stored_config
 
 PHASES = {"head": {"train": "head", "epochs": 1, "lr": 0.1}, "all": {"train": "all", "epochs": 6, "lr": 0.05, "ema": 0.9, "mixup": 0.2}}
 DATA = {
@@ -178,6 +179,17 @@ def test_another_process_may_begin_it_at_the_same_moment(reference: Path, tmp_pa
     (tmp_path / "runs/tiny-search").mkdir(parents=True)
     run(SEARCH, cwd=tmp_path, command="search", by_rank={0: {"before": "obstacles:begun_by_another"}})
     assert results(tmp_path)["winner"] == results(reference)["winner"]
+
+
+def test_the_batch_size_that_the_images_give_is_the_trials_own(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    (tmp_path / "space.yaml").write_text("data.global_batch_size: [24, 8]\n")
+    options = [*SEARCH[:-1], "3", "--data.global_batch_size", "auto", "--phases.all.epochs", "2"]
+    run(options, cwd=tmp_path, command="search")
+    assert [stored_config(trial(tmp_path, number)).config.data.global_batch_size for number in (1, 2, 3)] in ([16, 24, 8], [16, 8, 24])
+    run(options, cwd=tmp_path, command="search")
+    line = the_line(run([*options[:-2], "--phases.all.epochs", "3"], cwd=tmp_path, command="search", code=2))
+    assert "trial-1 was trained with phases.all.epochs 2.0, now it is 3.0" in line
 
 
 def test_a_pretext_is_trained_in_each_trial_before_they_are_compared(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from dtl.checkpoint.resume.resume import FREE_SETTINGS, _check_settings, check_plan, check_transforms, checkpoint_state, note_changes
 from dtl.checkpoint.resume.state import TrainState
 from dtl.config import Config, resolve_config
+from dtl.config.auto import with_batch_size
 from dtl.config.help import sections
 from dtl.data.sampling.plan import PLAN_VERSION
 from dtl.data.transforms.transforms import VERSIONS
@@ -73,23 +74,34 @@ def test_every_free_setting_exists_and_of_the_checkpoints_only_the_monitor_is_no
     assert {"run.seed", "run.gradient_compression", "data.image_size", "data.global_batch_size", "data.window", "data.balance", "data.last"} <= set(held)
 
 
-@pytest.mark.parametrize(("key", "was", "shown", "now"), [("norm_statistics", "batch", "'batch'", "'frozen'"), ("label_smoothing", 0.1, "0.1", "0.0")])
+@pytest.mark.parametrize(
+    ("key", "was", "shown", "now"),
+    [
+        ("phases.all.norm_statistics", "batch", "'batch'", "'frozen'"),
+        ("phases.all.label_smoothing", 0.1, "0.1", "0.0"),
+        ("phases.all.epochs", 10, "10.0", "20.0"),
+        ("data.global_batch_size", 64, "64", "16"),
+    ],
+)
 def test_a_run_of_finetune_from_before_a_default_changed_names_the_key(key: str, was: Any, shown: str, now: str) -> None:
-    config = resolve_config("finetune", {"data.train": "photos"})[0]
-    stored = resolve_config("finetune", {"data.train": "photos", f"phases.all.{key}": was})[0].to_dict()
-    if key == "norm_statistics":  # the key is newer than such a run
-        del stored["phases"]["all"][key]
+    def config(**options: Any) -> Config:
+        return with_batch_size(resolve_config("finetune", {"data.train": "photos", **options})[0], 100)
+
+    stored = config(**{key: was}).to_dict()
+    if key == "phases.all.norm_statistics":  # the key is newer than such a run
+        del stored["phases"]["all"]["norm_statistics"]
     before: Any = SimpleNamespace(state={"config": stored}, path=Path("runs/finetune/checkpoints/step-00000010"))
     with pytest.raises(
         UserError,
-        match=rf"runs/finetune was started with phases.all.{key} {shown}, now it is {now}, its default, which may have changed: "
-        rf"go on with --phases.all.{key} {was}; .*--run.name NEW",
+        match=rf"runs/finetune was started with {key} {shown}, now it is {now}, its default, which may have changed: "
+        rf"go on with --{key} {float(was) if key.endswith('epochs') else was}; .*--run.name NEW",
     ):
-        _check_settings(config, before, Path("runs/finetune"))
-    _check_settings(resolve_config("finetune", {"data.train": "photos", f"phases.all.{key}": was})[0], before, Path("runs/finetune"))
+        _check_settings(config(), before, Path("runs/finetune"))
+    _check_settings(config(**{key: was}), before, Path("runs/finetune"))
+    _check_settings(config(**{key: was, "phases.all.epochs": 30}), before, Path("runs/finetune"))
 
 
-@pytest.mark.parametrize(("recipe", "kept"), [("finetune", {"lr": 0.05, "epochs": 3}), ("features", {"lr": 0.05})])
+@pytest.mark.parametrize(("recipe", "kept"), [("finetune", {"lr": 0.05, "epochs": 3}), ("features", {"lr": 0.05, "epochs": 10})])
 def test_a_run_from_before_heads_were_solved_names_the_options_that_continue_it(recipe: str, kept: dict[str, float]) -> None:
     before = {"phases.head.optimizer": "sgd", **{f"phases.head.{key}": value for key, value in kept.items()}}
     stored: Any = SimpleNamespace(state={"config": resolve_config(recipe, {"data.train": "photos", **before})[0].to_dict()}, path=Path("runs/a/checkpoints"))

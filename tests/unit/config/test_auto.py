@@ -1,4 +1,4 @@
-"""Settings by the network's family: in `optimizer: auto`, beside what is given, with their source."""
+"""`auto`: settings by the network's family, beside what is given, with their source; samples per step by the number of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtl.config import Config, config_from_dict, resolve_config
-from dtl.config.load import families, family_of
+from dtl.config.auto import epoch_steps, families, family_of, with_batch_size
 
 
 def finetune(**options: object) -> Config:
@@ -88,3 +88,33 @@ def test_what_is_given_stays() -> None:
     adam = finetune(phases__all__optimizer="adam").phases["all"]
     assert (adam.optimizer, adam.lr, adam.layer_decay) == ("adam", 0.001, 0.7)
     assert not finetune(phases__all=None, phases__top={"train": "last:2", "epochs": 1}).notes
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "steps"),
+    [(1, 16, 1), (73, 16, 5), (320, 16, 20), (639, 16, 40), (640, 32, 20), (1279, 32, 40), (1280, 64, 20), (50_000, 64, 782)],
+)
+def test_few_images_make_smaller_batches(images: int, size: int, steps: int) -> None:
+    config = with_batch_size(finetune(), images)
+    assert config.data.global_batch_size == size
+    assert epoch_steps(config.data, images) == epoch_steps(finetune().data, images) == steps
+    assert config.notes[-1] == f"data.global_batch_size auto: {size}, which is {steps} step{'s' * (steps > 1)} an epoch"
+    assert with_batch_size(config, 7).to_dict() == config.to_dict(), "what was settled stays"
+
+
+def test_what_follows_from_the_batch_size_is_as_if_it_was_given() -> None:
+    vit = {"model__name": "timm/vit_base_patch16_224", "phases__all__warmup": 0.25}
+    for images, size in ((100, 16), (700, 32), (5000, 64)):
+        found, given = with_batch_size(finetune(**vit), images), finetune(**vit, data__global_batch_size=size)
+        assert found.to_dict() == given.to_dict()
+        assert found.notes[:-1] == given.notes
+    own = with_batch_size(finetune(**vit, phases__all__lr=0.003), 100)
+    assert own.phases["all"].lr == 0.003
+    assert "lr 0.003" not in own.notes[0]
+
+
+def test_a_micro_batch_is_not_larger_than_the_batch() -> None:
+    assert with_batch_size(finetune(data__micro_batch_size=24), 100).data.global_batch_size == 24
+    assert with_batch_size(finetune(data__micro_batch_size=8), 100).data.global_batch_size == 16
+    drop = finetune(data__last="drop").data
+    assert [epoch_steps(drop, images) for images in (7, 73, 1279)] == [1, 4, 39]
