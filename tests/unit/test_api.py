@@ -187,7 +187,7 @@ def test_images_in_memory_have_the_probabilities_of_their_files(tmp_path: Path) 
     Image.open(files[1]).convert("RGBA").save(alpha)
     Image.open(files[2]).convert("P").save(palette)
     files += [gray, alpha, palette]
-    expected = [one["probability"] for one in dtl.predict(folder, files)]
+    expected = [pytest.approx(one["probability"], abs=1e-6) for one in dtl.predict(folder, files)]  # a CPU may round otherwise in batches of other sizes
     opened = [Image.open(file) for file in files]
     arrays = [np.asarray(image.convert("RGB")) for image in opened]
     tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
