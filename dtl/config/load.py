@@ -366,8 +366,8 @@ def _replace_solve(values: dict[str, Any], options: Mapping[_Path, Any], solved:
         if not has_length:
             phase["epochs"] = SGD_EPOCHS
         if own is None or not has_length:
-            why = ", ".join(f"--phases.{name}.{key}" for key in (unfit if own is None else ["optimizer"])) or "--run.debug"
-            notes.append(f"phase {name}: {why} means {_by_steps(phase)}")
+            why = [f"--phases.{name}.{key}" for key in (unfit if own is None else ["optimizer"])] or ["--run.debug"]
+            notes.append(f"phase {name}: {', '.join(why)} mean{'s' * (len(why) == 1)} {_by_steps(phase)}")
     return tuple(notes)
 
 

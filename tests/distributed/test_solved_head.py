@@ -78,7 +78,7 @@ def test_a_kill_inside_repeats_it(solved: Path) -> None:
 
 def test_an_option_of_sgd_trains_by_sgd_in_one_line(solved: Path) -> None:
     job = run([*recipe(solved, "sgd"), "--phases.head.lr", "0.5", "--phases.head.steps", "4"], cwd=solved)
-    line = "phase head: --phases.head.lr, --phases.head.steps means optimizer sgd in place of solve: 4 steps, lr 0.5"
+    line = "phase head: --phases.head.lr, --phases.head.steps mean optimizer sgd in place of solve: 4 steps, lr 0.5"
     assert job.err().splitlines().count(line) == 1
     assert {event["event"] for event in history(solved / "runs/sgd")} == {"train", "epoch", "val"}
 
