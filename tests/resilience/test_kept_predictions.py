@@ -51,7 +51,8 @@ def check(folder: Path, *, precision: str = "no") -> np.ndarray:
     with (folder.parent.parent / "images.csv").open(newline="") as file:
         again = list(csv.DictReader(file))
     assert [row["prediction"] for row in again] == [shards.classes[k] for k in rows["predicted"]]
-    np.testing.assert_allclose([float(row["loss"]) for row in again], rows["loss"], rtol=1e-3, atol=1e-5)
+    # `dtl evaluate` has batches of another size, in which a CPU may add up otherwise: in bf16 by one unit in the last of its eight bits.
+    np.testing.assert_allclose([float(row["loss"]) for row in again], rows["loss"], rtol=2**-7 if precision == "bf16" else 1e-3, atol=1e-5)
     assert json.loads((folder.parent.parent / "evaluation.json").read_text())["top1"] == event["top1"]
     return rows
 
@@ -131,4 +132,4 @@ def test_in_the_precision_of_the_run_and_from_cached_features(tmp_path: Path, ca
     else:
         folder = train(tmp_path, {"train": "head", "epochs": 2, "lr": 0.05, "cache_features": True})
         assert list(tmp_path.glob("cache/**/features/*/val.npy"))
-    check(folder)
+    check(folder, precision="bf16" if case == "bf16" else "no")
