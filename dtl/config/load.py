@@ -67,7 +67,7 @@ def resolve_config(recipe: str | Path | Mapping[str, Any] | None, options: Mappi
     for path, value in changes.items():
         _merge(values, path, value)
     given = _Given(origin, dict(leaf for path, value in changes.items() for leaf in _leaves(path, value)))
-    _replace_durations(values, given.options)
+    _replace_rivals(values, given.options)
     notes = (*_replace_solve(values, given.options, solved, shipped), *auto.fill(values, dict.fromkeys([*by_family, *auto.phases_by_family(values)])))
     config = _validate(values, given)
     config._notes = notes
@@ -320,10 +320,11 @@ def _leaves(path: _Path, value: Any) -> Iterator[tuple[_Path, Any]]:
         yield path, value
 
 
-def _replace_durations(values: dict[str, Any], options: Mapping[_Path, Any]) -> None:
-    """`--phases.all.steps 50` takes the place of the recipe's epochs, and the other way round; both as options stay a contradiction."""
+def _replace_rivals(values: dict[str, Any], options: Mapping[_Path, Any]) -> None:
+    """`--phases.all.steps 50` takes the place of the recipe's epochs, and the other way round; `--phases.all.after blend` that of its rule of kept weights.
+    Both as options stay a contradiction."""
     for path, value in options.items():
-        other = {"epochs": "steps", "steps": "epochs"}.get(path[-1])
+        other = {"epochs": "steps", "steps": "epochs", "after": "keep"}.get(path[-1])
         if other and value is not None and len(path) == 3 and path[0] == "phases" and (*path[:2], other) not in options:
             phase = values["phases"].get(path[1]) if isinstance(values.get("phases"), dict) else None
             if isinstance(phase, dict):  # else a later option took it away

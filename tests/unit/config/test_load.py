@@ -110,6 +110,15 @@ def test_a_duration_on_the_command_line_replaces_the_other_kind(tmp_path: Path, 
     assert (phase.steps, phase.epochs) == (None, 3)
 
 
+def test_a_blend_on_the_command_line_replaces_the_rule_of_kept_weights() -> None:
+    words = ["--config", "finetune", "--data.train", "photos"]
+    assert load_config(words)[0].phases["all"].keep == "last"
+    phase = load_config([*words, "--phases.all.after", "blend"])[0].phases["all"]
+    assert (phase.after, phase.keep) == ("blend", "one_se")
+    with pytest.raises(UserError, match="`after: blend` chooses by `keep: one_se`, not by `keep: last`; leave out one of them"):
+        load_config([*words, "--phases.all.after", "blend", "--phases.all.keep", "last"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -377,7 +386,7 @@ def test_an_option_of_sgd_takes_the_place_of_a_recipes_solve(
     head = config.phases["head"]
     assert (head.optimizer, head.epochs, head.steps, head.lr) == ("sgd", epochs, steps, lr)
     length = f"{epochs} epochs" if epochs else f"{steps} steps"
-    assert config.notes == (f"phase head: {given} means optimizer sgd in place of solve: {length}, lr {lr}",)
+    assert config.notes == (f"phase head: {given} {'mean' if ',' in given else 'means'} optimizer sgd in place of solve: {length}, lr {lr}",)
 
 
 def test_what_has_no_place_beside_solve_is_refused_by_name(tmp_path: Path) -> None:

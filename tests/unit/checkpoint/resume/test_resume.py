@@ -80,6 +80,7 @@ def test_every_free_setting_exists_and_of_the_checkpoints_only_the_monitor_is_no
         ("phases.all.norm_statistics", "batch", "'batch'", "'frozen'"),
         ("phases.all.label_smoothing", 0.1, "0.1", "0.0"),
         ("phases.all.epochs", 10, "10.0", "20.0"),
+        ("phases.all.keep", "one_se", "'one_se'", "'last'"),
         ("data.global_batch_size", 64, "64", "16"),
     ],
 )
