@@ -79,7 +79,7 @@ def find_checkpoint(config: Config, store: CheckpointStore, runtime: Runtime, da
             if missing := _groups_needed(checkpoint) - set(checkpoint.groups):
                 raise UserError(f"{checkpoint.path} is incomplete: it has no {min(missing)}.safetensors, which its state.json requires; {OTHERWISE}")
             state = TrainState.from_json(checkpoint.state["train"])
-            _check_settings(config, checkpoint, store.folder.parent)
+            _check_settings(config, checkpoint, store.folder.parent, other_images=state.dataset_ids.get("train") != datasets.get("train"))
             _check_data(config, state, datasets, store.folder.parent)
             _check_precision(str(checkpoint.state["precision"]), runtime.precision)
             check_transforms(checkpoint.state, store.folder.parent)
@@ -163,12 +163,14 @@ def check_plan(state: dict[str, Any], run: Path) -> None:
         )
 
 
-def _check_settings(config: Config, checkpoint: Checkpoint, run: Path) -> None:
+def _check_settings(config: Config, checkpoint: Checkpoint, run: Path, *, other_images: bool = False) -> None:
     old = config_from_dict(checkpoint.state["config"], str(checkpoint.path)).to_dict()
     new = config.to_dict()
     last = list(config.phases)[-1]
     lengths = f"phases.{last}.epochs", f"phases.{last}.steps"
     free = (*FREE_SETTINGS, *(lengths if any(_given(config, key) for key in lengths) else ()))  # a recipe of dtl may have changed its own
+    if other_images and not _given(config, "data.global_batch_size"):
+        free = (*free, "data.global_batch_size")  # it follows from their number, and `_check_data` names the cause
     conflicts = config_conflicts(old, new, ignored=free)
     if conflicts:
         name, before, after = conflicts[0]

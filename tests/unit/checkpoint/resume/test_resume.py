@@ -102,6 +102,18 @@ def test_a_run_of_finetune_from_before_a_default_changed_names_the_key(key: str,
     _check_settings(config(**{key: was, "phases.all.epochs": 30}), before, Path("runs/finetune"))
 
 
+def test_a_batch_size_that_follows_from_other_images_is_not_blamed_for_them() -> None:
+    def config(images: int, **options: Any) -> Config:
+        return with_batch_size(resolve_config("finetune", {"data.train": "photos", **options})[0], images)
+
+    before: Any = SimpleNamespace(state={"config": config(100).to_dict()}, path=Path("runs/finetune/checkpoints/step-00000010"))
+    _check_settings(config(5000), before, Path("runs/finetune"), other_images=True)
+    with pytest.raises(UserError, match=r"data.global_batch_size 16, now it is 64"):
+        _check_settings(config(5000), before, Path("runs/finetune"))
+    with pytest.raises(UserError, match=r"data.global_batch_size 16, now it is 64; "):
+        _check_settings(config(5000, **{"data.global_batch_size": 64}), before, Path("runs/finetune"), other_images=True)
+
+
 @pytest.mark.parametrize(("recipe", "kept"), [("finetune", {"lr": 0.05, "epochs": 3}), ("features", {"lr": 0.05, "epochs": 10})])
 def test_a_run_from_before_heads_were_solved_names_the_options_that_continue_it(recipe: str, kept: dict[str, float]) -> None:
     before = {"phases.head.optimizer": "sgd", **{f"phases.head.{key}": value for key, value in kept.items()}}
