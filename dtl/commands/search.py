@@ -58,8 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     words = [*(["--config", options.config] if options.config else []), *rest]
     recipe, given = read_options(words)
     config, name = resolve_config(recipe, given)
-    space, resolve = candidates(config) if options.space is None else read_space(options.space), resolver(recipe, given)
-    space.check(resolve)
+    space, resolve = None if options.space is None else read_space(options.space), resolver(recipe, given)
+    (space or candidates(config)).check(resolve)
     from dtl.inference.search import begin, open_search
 
     log = to_stderr

@@ -30,7 +30,7 @@ from dtl.config import Config
 from dtl.config.auto import epoch_steps, with_batch_size
 from dtl.config.models import flat
 from dtl.config.own import stored_config
-from dtl.config.space import Resolve, Settings, Space, described
+from dtl.config.space import Resolve, Settings, Space, candidates, described
 from dtl.credentials import redact
 from dtl.data.splits_of_run import Splits, open_splits
 from dtl.errors import EXIT_STOPPED, Diverged, Occupied, UserError
@@ -301,19 +301,22 @@ def score_of(run: Path, epochs: int | None, monitor: str) -> Score | None:
     return kept if _is_done(run) else None
 
 
-def open_search(config: Config, name: str, space: Space, resolve: Resolve, budget: Budget | None, *, log: Log) -> Search:
-    """The search of a recipe and a space; its images are packed if they are not yet. Writes nothing into the run folder. UserError where it cannot be
-    carried out, or is another one than the folder's."""
+def open_search(config: Config, name: str, space: Space | None, resolve: Resolve, budget: Budget | None, *, log: Log) -> Search:
+    """The search of a recipe and a space (None: the built-in candidates); its images are packed if they are not yet. Writes nothing into the run folder.
+    UserError where it cannot be carried out, or is another one than the folder's."""
     if config.run.debug:
         raise UserError("run.debug is for one run: dtl train --run.debug true")
     if config.run.resume != "auto":
         raise UserError(f"run.resume {config.run.resume} is for one run; a search goes on where it was, and another gets another name (--run.name NEW)")
-    if config.data.val is None and {"data.train", "data.names"} & set(space.keys):
+    if space is not None and config.data.val is None and {"data.train", "data.names"} & set(space.keys):
         raise UserError(f"{space.origin}: with another data.train other images validate, and trials could not be compared; give --data.val")
     folder = Path(config.run.dir) / f"{name}{SEARCH_END}"
     before = SearchFile.read(folder / SEARCH_NAME) if (folder / SEARCH_NAME).exists() else None
     budget = budget or (Budget(27) if before is None else Budget(before.trials, before.minutes))
-    search = Search(folder, config, space, resolve, open_splits(config.data, log=log, progress=log is not to_nobody), budget)
+    splits = open_splits(config.data, log=log, progress=log is not to_nobody)
+    if space is None:
+        space = candidates(with_batch_size(config, splits.train.num_samples))  # around the learning rates of that size
+    search = Search(folder, config, space, resolve, splits, budget)
     search.check_trials()
     if before is not None:
         _compare(search, before)

@@ -24,6 +24,9 @@ from recipes import weights_hash, write_recipe
 from dtl.cli import main
 from dtl.commands import search as command
 from dtl.config.own import stored_config
+from dtl.config.space import resolver
+from dtl.inference.search import Budget, open_search
+from dtl.text import to_nobody
 
 PHASES = {"head": {"train": "head", "epochs": 1, "lr": 0.1}, "all": {"train": "all", "epochs": 6, "lr": 0.05, "ema": 0.9, "mixup": 0.2}}
 DATA = {
@@ -190,6 +193,18 @@ def test_the_batch_size_that_the_images_give_is_the_trials_own(tmp_path: Path) -
     run(options, cwd=tmp_path, command="search")
     line = the_line(run([*options[:-2], "--phases.all.epochs", "3"], cwd=tmp_path, command="search", code=2))
     assert "trial-1 was trained with phases.all.epochs 2.0, now it is 3.0" in line
+
+
+def test_the_built_in_rates_are_around_that_of_the_batch_size(tmp_path: Path) -> None:
+    """By the family's rule of a vision transformer, which takes its rate in proportion to the batch."""
+    prepared(tmp_path)
+    options = {"data.train": str(tmp_path / "photos"), "data.val_fraction": 0.2, "data.cache_dir": str(tmp_path / "cache"), "run.dir": str(tmp_path)}
+    resolve = resolver("finetune", {**options, "model.name": "timm/vit_tiny_patch16_224"})
+    search = open_search(resolve({}), "vit", None, resolve, Budget(3), log=to_nobody)
+    first, *others = (search.trial(number).config for number in (1, 2, 3))
+    rate = first.phases["all"].lr
+    assert (first.data.global_batch_size, rate) == (16, pytest.approx(0.0005 * 16 / 256, rel=0.01))
+    assert [config.phases["all"].lr for config in others] == pytest.approx([3 * rate, rate / 3], rel=0.01)
 
 
 def test_a_pretext_is_trained_in_each_trial_before_they_are_compared(tmp_path: Path) -> None:
