@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.held_out import prepare
-from benchmarks.judging import CHOOSING, JUDGED, JUDGING, Way, admitted, difference, draw, low_end
+from benchmarks.judging import CHOOSING, JUDGING, Way, difference, draw, low_end, note_look
 from benchmarks.measure import machine, report, spent, table
 from benchmarks.measure import parser as benchmark_parser
 
@@ -47,6 +47,8 @@ OTHERS = {
     "loop": "a plain loop",
     "logistic": "logistic regression on features",
 }
+KEPT = "against.jsonl"
+"""The rows so far."""
 SMALL, BATCHES = 500, (16, 64)
 POINTS, TIMES_FASTER, TIMES_LOGISTIC = -1.0, 3.0, 1.2
 """The marks: lower end of the difference in points; to the same accuracy; all in, of logistic regression's CPU seconds."""
@@ -175,12 +177,15 @@ def main() -> None:
     ways = options.ways or [Way.parse(text) for text in OURS]
     others = [name for name in options.others.split(",") if name]
     names = options.sets.split(",") if options.sets else list(JUDGING if options.judge else CHOOSING)
-    line = admitted(options.judge, [*ways, *(Way(name, "others", {}) for name in others)]) if options.judge else None
+    if options.judge:
+        looks = [f"{name}, {size} px" for name in names for size in options.sizes.split(",")]
+        goes_on = options.folder is not None and (options.folder / KEPT).exists()
+        note_look(options.judge, [*ways, *(Way(name, "others", {}) for name in others)], looks, goes_on=goes_on)
     facts, weights, threads = machine(), options.weights.absolute(), options.threads
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary).absolute()
         prepare(folder)
-        kept = folder / "against.jsonl"
+        kept = folder / KEPT
         found = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
         for name in names:
             for number in range(options.seeds):
@@ -198,9 +203,6 @@ def main() -> None:
                         print(json.dumps({key: value for key, value in found[-1].items() if key != "curve"}), flush=True)
                         with kept.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(found[-1]) + "\n")
-    if line is not None:
-        with JUDGED.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "date": facts["date"], "sets": names}) + "\n")
     lines = [*table(MARK_COLUMNS, marks(found, [way.name for way in ways])), "", *table(SET_COLUMNS, per_set(found))]
     title = "Judged" if options.judge else "On the choosing sets"
     report(f"{title}: dtl against others, MobileNetV2, {threads} thread{'s' * (threads > 1)}, load {os.getloadavg()[0]:.0f}", lines, found, facts, options.out)

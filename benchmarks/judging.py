@@ -7,7 +7,7 @@ seed. With `start=NAME` among its keys a way goes on from the weights that the w
 
 A default is chosen on CHOOSING only: their training, validation and test images come out of the training folders. JUDGING are other classes, seeds and
 splits: their test images come out of the other folders, which no set of CHOOSING opens. They are for the end: a run on them needs `--judge WHY`, a
-checkout without changes, and adds a line to benchmarks/results/judged.jsonl, which stays in the repository; a commit judges the same ways once.
+checkout without changes, and first adds a line to benchmarks/results/judged.jsonl, which stays in the repository; a commit judges the same ways on a set once.
 (Older benchmarks, held_out and recipes, measured on these test images too: they are new to the defaults chosen here, not to dtl.)
 """
 
@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,17 +200,22 @@ def rows(found: Sequence[Mapping[str, Any]], ways: Sequence[Way]) -> list[list[s
 COLUMNS = ("set, runs x test images", "way", "test top1", "change in points (95 %)", "test loss", "change (95 %)", "CPU seconds")
 
 
-def admitted(why: str, ways: Sequence[Way], judged: Path = JUDGED) -> dict[str, Any]:
-    """The line of a look at the judging sets; SystemExit where there may be none."""
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    if changes.strip():
+def note_look(why: str, ways: Sequence[Way], sets: Sequence[str], *, goes_on: bool = False) -> None:
+    """Write a look at the judging sets down, before anything of it is measured; SystemExit where there may be none. `goes_on`: earlier runs lie there, which
+    are not repeated, so the line of their start may be there too."""
+    git = ["git", "-C", str(ROOT)]
+    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.splitlines()
+    if any(not line.endswith(JUDGED.name) for line in changes):
         raise SystemExit("--judge needs a checkout without changes: what is judged must be a commit")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     line = {"commit": commit, "ways": [[way.name, way.recipe, dict(way.options), way.start] for way in ways], "why": why}
-    earlier = [json.loads(text) for text in judged.read_text().splitlines()] if judged.exists() else []
-    if any(old["commit"] == commit and old["ways"] == line["ways"] for old in earlier):
-        raise SystemExit(f"commit {commit[:12]} has judged these ways already; see {judged.name}")
-    return line
+    earlier = [json.loads(text) for text in JUDGED.read_text().splitlines()] if JUDGED.exists() else []
+    same = [old for old in earlier if old["commit"] == commit and old["ways"] == line["ways"] and set(old["sets"]) & set(sets)]
+    if same and not goes_on:
+        raise SystemExit(f"commit {commit[:12]} has judged these ways already; see {JUDGED.name}")
+    if not any(old["sets"] == list(sets) for old in same):
+        with JUDGED.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "date": f"{datetime.now(UTC):%Y-%m-%d}", "sets": list(sets)}) + "\n")
 
 
 def main() -> None:
@@ -223,15 +229,13 @@ def main() -> None:
     add("--folder", type=Path, help="where runs lie and are continued (default: a temporary folder)")
     options = made.parse_args()
     names = options.sets.split(",") if options.sets else list(JUDGING if options.judge else CHOOSING)
-    line = admitted(options.judge, options.ways) if options.judge else None
+    if options.judge:
+        note_look(options.judge, options.ways, names, goes_on=options.folder is not None and (options.folder / "runs").is_dir())
     facts = machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary).absolute()
         prepare(folder)
         found = measured(folder, names, options.seeds, options.ways, options.weights.absolute(), options.judge)
-    if line is not None:
-        with JUDGED.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "date": facts["date"], "sets": names}) + "\n")
     title = "Judged" if options.judge else "Ways compared on the choosing sets"
     report(f"{title}: weights of the last step, {options.seeds} seeds", table(COLUMNS, rows(found, options.ways)), found, facts, options.out)
 

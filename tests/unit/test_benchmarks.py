@@ -260,17 +260,22 @@ def test_a_commit_judges_the_same_ways_once(tmp_path: Path, monkeypatch: pytest.
     ways, judged = [judging.Way.parse("start=features,phases.head.lr=0.01"), judging.Way.parse("tuned=finetune,start=start")], tmp_path / "judged.jsonl"
     assert ways[1].start == "start"
     assert not ways[1].options
-    line = judging.admitted("the end", ways, judged)
+    monkeypatch.setattr(judging, "JUDGED", judged)
     (tmp_path / "new.py").touch()
     with pytest.raises(SystemExit, match="needs a checkout without changes"):
-        judging.admitted("the end", ways, judged)
+        judging.note_look("the end", ways, ["a", "b"])
+    assert not judged.exists()
     (tmp_path / "new.py").unlink()
-    (tmp_path / ".git/info").mkdir(exist_ok=True)
-    (tmp_path / ".git/info/exclude").write_text("judged.jsonl\n")
-    judged.write_text(json.dumps(line) + "\n")
-    with pytest.raises(SystemExit, match="has judged these ways already"):
-        judging.admitted("the end", ways, judged)
-    judging.admitted("the end", ways[:1], judged)
+    judging.note_look("the end", ways, ["a", "b"])
+    before = judged.read_text()
+    for sets in (["a", "b"], ["b"], ["b", "c"]):
+        with pytest.raises(SystemExit, match="has judged these ways already"):
+            judging.note_look("the end", ways, sets)
+    judging.note_look("the end", ways, ["a", "b"], goes_on=True)
+    assert judged.read_text() == before, "its line was written when it began"
+    judging.note_look("the end", ways, ["c"])
+    judging.note_look("the end", ways[:1], ["a"])
+    assert [json.loads(line)["sets"] for line in judged.read_text().splitlines()] == [["a", "b"], ["c"], ["a"]]
 
 
 def test_ways_are_compared_seed_by_seed() -> None:
