@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,19 +188,22 @@ def test_images_in_memory_have_the_probabilities_of_their_files(tmp_path: Path) 
     Image.open(files[1]).convert("RGBA").save(alpha)
     Image.open(files[2]).convert("P").save(palette)
     files += [gray, alpha, palette]
-    expected = [pytest.approx(one["probability"], abs=1e-6) for one in dtl.predict(folder, files)]  # a CPU may round otherwise in batches of other sizes
+
+    def of_files(some: Sequence[Path]) -> list[float]:
+        return [one["probability"] for one in dtl.predict(folder, some, batch_size=2)]  # a CPU may round otherwise in batches of other sizes
+
     opened = [Image.open(file) for file in files]
     arrays = [np.asarray(image.convert("RGB")) for image in opened]
     tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
     for images in (opened, arrays, tensors, np.stack(arrays[:3]), torch.stack(tensors[:3]), [opened[0], files[1], tensors[2], arrays[3]]):
         found = dtl.predict(folder, images, batch_size=2)
-        assert [one["probability"] for one in found] == expected[: len(found)]
+        assert [one["probability"] for one in found] == of_files(files[: len(images)])
     assert [one["path"] for one in dtl.predict(folder, [opened[0], files[1], np.stack(arrays[:2])])] == ["image 0", str(files[1]), "image 1", "image 2"]
-    assert dtl.predict(folder, opened[0])[0]["probability"] == expected[0]
-    assert dtl.predict(folder, np.asarray(Image.open(gray)))[0]["probability"] == expected[3]
-    assert dtl.predict(folder, torch.from_numpy(np.asarray(Image.open(gray)).copy()))[0]["probability"] == expected[3]
-    assert dtl.predict(folder, np.asarray(Image.open(alpha)))[0]["probability"] == expected[4]
-    assert dtl.predict(folder, opened, workers=2)[5]["probability"] == expected[5]
+    assert [dtl.predict(folder, opened[0])[0]["probability"]] == of_files(files[:1])
+    assert [dtl.predict(folder, np.asarray(Image.open(gray)))[0]["probability"]] == of_files([gray])
+    assert [dtl.predict(folder, torch.from_numpy(np.asarray(Image.open(gray)).copy()))[0]["probability"]] == of_files([gray])
+    assert [dtl.predict(folder, np.asarray(Image.open(alpha)))[0]["probability"]] == of_files([alpha])
+    assert [one["probability"] for one in dtl.predict(folder, opened, workers=2, batch_size=2)] == of_files(files)
 
 
 @pytest.mark.parametrize(
