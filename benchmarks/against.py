@@ -5,8 +5,9 @@
 
 FOLDER and FILE as for benchmarks.held_out; sets, seeds and the rule of the judging sets (`--judge WHY`) as for benchmarks.judging. Each run is a command of
 its own, one at a time, on `--threads` threads: `dtl train` as it is called, with empty caches, and the others in benchmarks/others.py, which says what they
-follow. CPU seconds (user and system) and peak memory (proportional set size, summed) are those of all processes of a command, imports, tests and report
-included. The accuracy is that of the test images by the weights that a way delivers; nothing has chosen by these images.
+follow. CPU seconds (user and system) and peak memory (proportional set size, summed) are those of all processes of a command, imports and report included,
+without the test images: dtl's are measured by a `dtl evaluate` afterwards, the others' in their command, whose count leaves that out. The accuracy is that of
+the test images by the weights that a way delivers; nothing has chosen by these images.
 
 fastai lies in an environment of its own, which `--python` names. It takes the torch that is installed here (fastai 2.8.12 asks for torch below 3), nothing
 is forced; a .pth file shows it this environment's packages:
@@ -16,7 +17,7 @@ is forced; a .pth file shows it this environment's packages:
     OTHER/bin/pip install fastai==2.8.12
 
 "Times faster" compares the CPU seconds to an accuracy that both reach: the lower one of both at their ends. The others' count to the first epoch that reached
-it, without the tests after each epoch that show it. dtl's count to the end of the command, report and test included; where the first phase of `finetune` has
+it, without the tests after each epoch that show it. dtl's count to the end of the command, report included; where the first phase of `finetune` has
 the validation loss of `features`, digit for digit, it is that network, so the end of that command is a point of finetune's way. Batches of the others: 16
 images for sets under 500, else 64.
 With `--folder`, runs that lie there are not repeated. `--way NAME=RECIPE[,key=value...]` takes other recipes of dtl, as in benchmarks.judging.
@@ -71,16 +72,20 @@ def linked(folder: Path, name: str, seed: int) -> tuple[Path, int]:
 def with_dtl(folder: Path, name: str, seed: int, size: int, way: Way, weights: Path, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary)
-        given: dict[str, Any] = {f"data.{split}": folder / f"{name}-{seed}-{split}.csv" for split in ("train", "val", "test")}
+        given: dict[str, Any] = {f"data.{split}": folder / f"{name}-{seed}-{split}.csv" for split in ("train", "val")}
         given |= {"data.image-size": size, "model.name": "torchvision/mobilenet_v2", "transfer.source": weights, "transfer.by": "order"}
         given |= {"run.name": "run", "run.seed": seed, "run.device": "cpu", **way.options}
-        command = [sys.executable, "-m", "dtl", "train", "--config", way.recipe, *(str(word) for key, value in given.items() for word in (f"--{key}", value))]
-        used = spent(command, run, threads=threads)
-        results = run / ("runs/run-search/results.json" if "budget" in way.options else "runs/run/status.json")
-        test, head = json.loads(results.read_text())["test"], None
-        if "budget" not in way.options:
-            events = map(json.loads, (run / "runs/run/history.jsonl").read_text().splitlines())
+        dtl, words = [sys.executable, "-m", "dtl"], [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+        used = spent([*dtl, "train", "--config", way.recipe, *words], run, threads=threads)
+        delivered, head = run / "runs/run", None
+        if "budget" in way.options:
+            searched = run / "runs/run-search"
+            delivered = searched / f"trial-{json.loads((searched / 'results.json').read_text())['winner']}"
+        else:
+            events = map(json.loads, (delivered / "history.jsonl").read_text().splitlines())
             head = next(event["loss"] for event in events if event["event"] == "val" and event["phase"] == "head" and event["step"])
+        measure = [*dtl, "evaluate", str(delivered / "model"), "--data.val", str(folder / f"{name}-{seed}-test.csv"), "--device", "cpu", "--json", "-"]
+        test = json.loads(spent(measure, run, threads=threads).output)
         return {"top1": test["top1"], "loss": test["loss"], "cpu_seconds": used.cpu_seconds, "memory_mib": used.memory_mib, "curve": [], "head": head}
 
 

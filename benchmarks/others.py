@@ -3,7 +3,7 @@
     python -m benchmarks.others WAY --images FOLDER --weights FILE --image-size 128 --batch 16 --epochs 10 --seed 0
 
 FOLDER has train/CLASS, val/CLASS and test/CLASS. Prints one line of JSON: `top1` and `loss` of the test images by the weights that the way delivers, `curve`
-with [CPU seconds of the process so far, top1 of the test images] after each epoch, and `not_counted`, the CPU seconds that the curve cost. All load the
+with [CPU seconds of the process so far, top1 of the test images] after each epoch, and `not_counted`, the CPU seconds that the test images cost. All load the
 same ImageNet MobileNetV2. Loaders have no processes of their own: with so few images these would cost more than they bring. What the ways follow:
 
 - fastai: `vision_learner(...).fine_tune(EPOCHS)` as in its tutorial of pets: Resize(460) on items and aug_transforms(size=224) on batches (or these times
@@ -21,10 +21,11 @@ same ImageNet MobileNetV2. Loaders have no processes of their own: with so few i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
+Batches = Sequence[tuple[Tensor, Tensor]]  # images (standardised), labels
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,20 +51,28 @@ class Case:
 
 @dataclass
 class Clock:
-    """Test images after each epoch, which do not count."""
+    """Test images, whose CPU seconds do not count."""
 
-    batches: Sequence[tuple[Tensor, Tensor]]
-    """images (standardised), labels"""
     curve: list[tuple[float, float]] = field(default_factory=list)
     not_counted: float = 0.0
 
-    def epoch(self, network: nn.Module) -> None:
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
         began = time.process_time()
-        self.curve.append((began - self.not_counted, measured(network, self.batches)[0]))
+        yield
         self.not_counted += time.process_time() - began
 
+    def epoch(self, network: nn.Module, batches: Batches) -> None:
+        reached = time.process_time() - self.not_counted
+        with self.stopped():
+            self.curve.append((reached, measured(network, batches)[0]))
 
-def measured(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]] | DataLoader[Any]) -> tuple[float, float]:
+    def end(self, network: nn.Module, batches: Batches) -> tuple[Clock, float, float]:
+        with self.stopped():
+            return self, *measured(network, batches)
+
+
+def measured(network: nn.Module, batches: Batches | DataLoader[Any]) -> tuple[float, float]:
     """(top1, cross-entropy); the network is left in the mode in which it was."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -119,22 +129,19 @@ def fastai(case: Case) -> tuple[Clock, float, float]:
     def network(pretrained: bool = True) -> nn.Module:
         return nn.Sequential(loaded(models.mobilenet_v2(), case.weights).features, nn.AdaptiveAvgPool2d(1))  # it cuts in front of the last pooling layer
 
-    def tests() -> list[tuple[Tensor, Tensor]]:
-        files = fast.get_image_files(case.images / "test")
-        return [(images.as_subclass(Tensor), labels.as_subclass(Tensor)) for images, labels in data.test_dl(files, with_labels=True, bs=64)]
-
-    began = time.process_time()
-    clock = Clock(tests())
-    clock.not_counted = time.process_time() - began
+    clock = Clock()
+    with clock.stopped():
+        tests = data.test_dl(fast.get_image_files(case.images / "test"), with_labels=True, bs=64)
+        batches = [(images.as_subclass(Tensor), labels.as_subclass(Tensor)) for images, labels in tests]
 
     class Curve(fast.Callback):  # type: ignore[misc]
         def after_epoch(self) -> None:
-            clock.epoch(self.learn.model)
+            clock.epoch(self.learn.model, batches)
 
     learner = fast.vision_learner(data, network, metrics=fast.accuracy, cbs=[Curve()])
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(case.epochs)
-    return clock, *measured(learner.model, tests())
+    return clock.end(learner.model, batches)
 
 
 def timm_parts(case: Case) -> tuple[Clock, float, float]:
@@ -165,9 +172,9 @@ def timm_parts(case: Case) -> tuple[Clock, float, float]:
         return parts.data.create_loader(images, batch_size=64, is_training=False, interpolation="bicubic", crop_pct=0.875, **common)
 
     train, val = loader("train"), loader("val")
-    began = time.process_time()
-    clock = Clock(list(loader("test")))
-    clock.not_counted = time.process_time() - began
+    clock = Clock()
+    with clock.stopped():
+        batches = list(loader("test"))
     optimizer = parts.optim.create_optimizer_v2(network, opt="adamw", lr=5e-4, weight_decay=0.01)
     scheduler, epochs = parts.scheduler.create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=case.epochs, warmup_epochs=1, warmup_lr=0.0, min_lr=0.0, step_on_epochs=False, updates_per_epoch=len(train)
@@ -186,18 +193,18 @@ def timm_parts(case: Case) -> tuple[Clock, float, float]:
             scheduler.step_update(num_updates=update)
         saver.save_checkpoint(epoch, metric=measured(network, val)[0])
         scheduler.step(epoch + 1)
-        clock.epoch(network)
+        clock.epoch(network, batches)
     network.load_state_dict(torch.load(folder / "model_best.pth.tar", weights_only=False)["state_dict"])
-    return clock, *measured(network, loader("test"))
+    return clock.end(network, batches)
 
 
 def loop(case: Case) -> tuple[Clock, float, float]:
     torch.manual_seed(case.seed)
     crops = [transforms.RandomResizedCrop(case.image_size, scale=(0.5, 1.0)), transforms.RandomHorizontalFlip()]
     loaders = folders(case, transforms.Compose([*crops, transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]))
-    began = time.process_time()
-    clock = Clock(list(loaders["test"]))
-    clock.not_counted = time.process_time() - began
+    clock = Clock()
+    with clock.stopped():
+        batches = list(loaders["test"])
     network = loaded(models.mobilenet_v2(), case.weights)
     network.classifier[1] = nn.Linear(network.last_channel, num_classes(case))
     loss_of, best, kept = nn.CrossEntropyLoss(label_smoothing=0.1), float("inf"), None
@@ -219,9 +226,9 @@ def loop(case: Case) -> tuple[Clock, float, float]:
             loss = measured(network, loaders["val"])[1]
             if loss <= best:
                 best, kept = loss, {name: value.clone() for name, value in network.state_dict().items()}
-            clock.epoch(network)
+            clock.epoch(network, batches)
     network.load_state_dict(kept)
-    return clock, *measured(network, loaders["test"])
+    return clock.end(network, batches)
 
 
 def logistic(case: Case) -> tuple[Clock, float, float]:
@@ -234,19 +241,23 @@ def logistic(case: Case) -> tuple[Clock, float, float]:
     network = loaded(models.mobilenet_v2(), case.weights)
     network.classifier = nn.Identity()
     network.eval()
-    found = {}
-    with torch.inference_mode():
-        for split, loader in folders(case).items():
-            if split != "val":
-                rows = [(network(images), labels) for images, labels in loader]
-                found[split] = tuple(torch.cat(column).numpy() for column in zip(*rows))
-    features, labels = found["train"]
+
+    def features(split: str) -> tuple[Any, Any]:
+        with torch.inference_mode():
+            rows = [(network(images), labels) for images, labels in loaders[split]]
+        values, labels = (torch.cat(column).numpy() for column in zip(*rows))
+        return values, labels
+
+    loaders, clock = folders(case), Clock()
+    values, labels = features("train")
     folds = min(5, int(np.bincount(labels).min()))
     by_strength = LogisticRegressionCV(Cs=10, cv=folds, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0,), use_legacy_attributes=False)
-    fitted = make_pipeline(StandardScaler(), by_strength).fit(features, labels)
-    probabilities = fitted.predict_proba(found["test"][0])
-    top1 = float((probabilities.argmax(1) == found["test"][1]).mean())
-    return Clock([]), top1, float(log_loss(found["test"][1], probabilities, labels=range(probabilities.shape[1])))
+    fitted = make_pipeline(StandardScaler(), by_strength).fit(values, labels)
+    with clock.stopped():
+        values, labels = features("test")
+        probabilities = fitted.predict_proba(values)
+        top1 = float((probabilities.argmax(1) == labels).mean())
+        return clock, top1, float(log_loss(labels, probabilities, labels=range(probabilities.shape[1])))
 
 
 WAYS: dict[str, Callable[[Case], tuple[Clock, float, float]]] = {"fastai": fastai, "timm": timm_parts, "loop": loop, "logistic": logistic}
