@@ -32,7 +32,7 @@ def test_a_start_that_fails_leaves_the_reason_only_and_can_be_mended(tmp_path: P
     }
     left = ["lock", "status.json"]
     for words, arguments in mistakes.items() if world == 1 else [*mistakes.items()][2:]:
-        job = run(["--config", str(recipe), *arguments], cwd=tmp_path, world=world, code=2, env={"WANDB_MODE": "offline"})
+        job = run(["--config", str(recipe), *arguments], cwd=tmp_path, world=world, code=2, env={"WANDB_MODE": "offline"}, packed=False)
         assert words in job.err()
         assert ("packing" in job.err()) == (words == "other.pt"), "names are looked at first"
         assert "wandb" not in job.err()

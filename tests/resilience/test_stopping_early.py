@@ -28,7 +28,7 @@ def recipe(folder: Path, *, model: str = "networks:small", **sections: Any) -> l
 def begin(folder: Path, words: list[str], *, world: int, hook: str | None = "slow_children") -> Job:
     """A run that has come to where it is held."""
     (folder / "hold").touch()
-    job = start(words, cwd=folder, world=world, by_rank={} if hook is None else {0: {"before": f"packing_hooks:{hook}"}})
+    job = start(words, cwd=folder, world=world, by_rank={} if hook is None else {0: {"before": f"packing_hooks:{hook}"}}, packed=False)
     wait_for(lambda: (folder / "held").exists() or not job.processes[0].is_alive(), what="the stage that is held")
     time.sleep(0.5)  # the other ranks wait for it
     assert all(process.is_alive() for process in job.processes), job.err()

@@ -28,7 +28,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def test_it_says_what_the_run_would_be_and_leaves_no_folder(tmp_path: Path) -> None:
     recipe = ["--config", str(write_recipe(tmp_path))]
-    err = run([*recipe, "--dry-run"], cwd=tmp_path).err()
+    err = run([*recipe, "--dry-run"], cwd=tmp_path, packed=False).err()
+    assert "packing digits" in err
     assert not (tmp_path / "runs").exists()
     assert "data: 1,437 training images of 10 classes in " in err
     assert "network: networks:small, " in err
