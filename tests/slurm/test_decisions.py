@@ -32,7 +32,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "wrong_input": {"does": "say failed 'input: photos/train: no such folder'; exit 1"},
     "wrong_option": {"does": "say done", "arguments": ["--phases.all.lrr", "1"]},
     "left_done": {"does": "exit 1", "environment": {"DTL_MAX_TRIES": "1"}, "left": '{\n "state": "done",\n "why": ""\n}\n'},
-    "cancelled": {"does": "trap 'sleep 1; say stopped signal; exit 1' TERM; touch started; while :; do sleep 0.1; done"},
+    # Slurm's signal goes to each `sleep`, too, and may come twice: one that ends by it must not end the script (set -e).
+    "cancelled": {"does": "trap 'sleep 1 || :; say stopped signal; exit 1' TERM; touch started; while :; do sleep 0.1 || :; done"},
     "listens_late": {
         "does": '[[ -e started ]] && { say done; exit 0; }; "$DTL_PYTHON" -c "$LISTENS_LATE"; say stopped signal; exit 1',
         "environment": {"LISTENS_LATE": LISTENS_LATE},

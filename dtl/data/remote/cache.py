@@ -191,7 +191,8 @@ class ShardCache:
                 if not locked or isinstance(error, OSError):  # of the disk, which may be full
                     part.unlink(missing_ok=True)
                 raise  # a part to resume from has the plain name
-            part.replace(final)
+            with self._folder_lock():  # who counts what is there (_reserve) would find neither name, if it changed meanwhile
+                part.replace(final)
             fsync_folder(self.folder)
             return True
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,36 @@ def test_the_limit_is_kept_and_the_fewest_are_fetched(tmp_path_factory: pytest.T
     assert held == set(range(NUM))
     assert fetched <= NUM + (NUM - room) + least, "at most what does not fit is fetched twice"
     assert fetched == NUM or room < NUM
+
+
+def test_a_shard_that_comes_while_another_process_counts_is_counted(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing that goes on while a file changes its name may have neither name."""
+    cache = cache_of(server, tmp_path, cache_gb=SIZE / 1e9)
+    here, may_come, real_fetch = threading.Event(), threading.Event(), shard_cache.fetch
+
+    def held(*arguments: Any, **options: Any) -> None:
+        real_fetch(*arguments, **options)
+        here.set()
+        may_come.wait(20)
+
+    monkeypatch.setattr(shard_cache, "fetch", held)
+    first = threading.Thread(target=cache.fetch, args=[0])
+    first.start()
+    assert here.wait(20)
+
+    def entries(self: ShardCache, but: str) -> tuple[list[int], list[int]]:
+        _, before = real_entries(self, but)
+        may_come.set()
+        first.join(0.5)
+        tars, parts = real_entries(self, but)
+        return [number for number in tars if number not in before], parts
+
+    real_entries = ShardCache._entries
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardCache, "_entries", entries)
+        assert not cache.fetch(1, ahead=True), "the other shard has its place"
+    first.join()
+    assert cache.here().tolist() == [0]
 
 
 def test_what_is_open_stays_readable(server: Server, tmp_path: Path) -> None:
