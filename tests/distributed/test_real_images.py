@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("world", [1, 2])
 def test_ants_and_bees_by_order(tmp_path: Path, world: int, real_images: Path, imagenet_weights: Path) -> None:
     arguments = ["--config", str(ROOT / "configs/transfer_by_order.yaml"), "--data.train", f"{real_images}/hymenoptera_data"]
-    short = ["--phases.head.epochs", "2", "--phases.all.epochs", "0.5", "--tracking.report", "false", "--tracking.wandb", "off"]
+    short = ["--phases.head.epochs", "2", "--phases.all.epochs", "0.5", "--data.image-size", "160", "--tracking.report", "false", "--tracking.wandb", "off"]
     run([*arguments, "--transfer.source", str(imagenet_weights), *short], cwd=tmp_path, world=world, timeout=900)
     folder = tmp_path / "runs/transfer_by_order"
     result = status(folder)["phases"]
