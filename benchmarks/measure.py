@@ -80,6 +80,7 @@ def spent(command: Sequence[str], folder: Path, *, threads: int) -> Spent:
     began, cpu, peak = time.monotonic(), _of_children(), 0
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "DTL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # on which a command compiles this checkout, but nothing that is installed, each time
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=errors) as process:
             while process.poll() is None:
