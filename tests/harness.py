@@ -241,12 +241,12 @@ def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())  # type: ignore[no-any-return]
 
 
-def wait_for(condition: Any, *, seconds: float = 60.0, what: str = "it") -> Any:
+def wait_for(condition: Any, *, seconds: float = 60.0, what: str = "it", every: float = 0.02) -> Any:
     """Poll until `condition()` is true; its value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
-        time.sleep(0.02)
+        time.sleep(every)
     raise AssertionError(f"waited {seconds} s for {what}")

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from networks import small as build_small
-from torch import nn
-
 from dtl.data import open as cache
 from dtl.data import workers as pack_pool
 from dtl.data.packing import pack
@@ -67,12 +64,14 @@ def count_work_of_another_node() -> None:
     count_work()
 
 
-def slow_network(num_classes: int) -> nn.Module:
+def slow_network(num_classes: int) -> Any:
     """`networks:small`, whose building waits on rank 0 while there is a file `hold`."""
+    from networks import small  # torch, which the processes of packing do not need
+
     while os.environ.get("RANK", "0") == "0" and Path("hold").exists():
         Path("held").touch()
         time.sleep(0.05)
-    return build_small(num_classes)
+    return small(num_classes)
 
 
 def _counting(name: str, work: Callable[..., Any]) -> Callable[..., Any]:

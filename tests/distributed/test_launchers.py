@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import free_port, kind, status
+from harness import free_port, kind, start, status
 from launchers import ACCELERATE, ROOT, SCRIPT, launch, port
 from recipes import write_recipe
 
@@ -67,11 +67,11 @@ def test_variables_that_a_shell_or_a_job_has_set(tmp_path: Path, variables: dict
     if kind() != "cpu" and message and "PyTorch sees no" in message:
         pytest.skip("PyTorch sees GPUs here, so nothing has to say that it sees none; the run on CPUs covers this")
     recipe, more = write_recipe(tmp_path, phases=PHASES), [variables["RUN"]] if "RUN" in variables else []
-    done = launch([sys.executable, SCRIPT, "--config", str(recipe), *more], tmp_path, ACCELERATE_USE_CPU="false", **variables)
-    assert "Traceback" not in done.stderr
-    assert (done.stderr.count(message) == 1) if message else done.returncode == 0, done.stderr
+    job = start(["--config", str(recipe), *more], cwd=tmp_path, env={"ACCELERATE_USE_CPU": "false", **variables}).wait()
+    assert "Traceback" not in job.err()
+    assert message is None or job.err().count(message) == 1, job.err()
     refused = message is not None and not message.startswith("warning")
-    assert done.returncode == (2 if refused else 0)
+    job.check(2 if refused else 0)
     if not refused:
         assert status(tmp_path / "runs/tiny")["launch"].keys() <= {
             "ACCELERATE_USE_CPU",

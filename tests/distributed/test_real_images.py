@@ -11,7 +11,7 @@ from harness import run, status
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_ants_and_bees_by_order(tmp_path: Path, world: int, real_images: Path, imagenet_weights: Path) -> None:
     arguments = ["--config", str(ROOT / "configs/transfer_by_order.yaml"), "--data.train", f"{real_images}/hymenoptera_data"]
     short = ["--phases.head.epochs", "2", "--phases.all.epochs", "0.5", "--data.image-size", "160", "--tracking.report", "false", "--tracking.wandb", "off"]

@@ -13,6 +13,7 @@ from lab import SlurmLab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 150.0  # for anything a job does; a start takes 5 s on an idle machine, and a minute on one that is busy
+POLL = 0.3  # seconds; each question starts processes, which take the time of the jobs that it is about
 
 
 @dataclass
@@ -39,7 +40,7 @@ class SlurmJob:
 
     def wait(self, what: str, condition: Callable[[], object]) -> None:
         try:
-            wait_for(condition, seconds=SECONDS, what=f"job {self.number} {what}")
+            wait_for(condition, seconds=SECONDS, what=f"job {self.number} {what}", every=POLL)
         except AssertionError as error:
             raise AssertionError(f"{error}; it is {self.lab.job(self.number)}\n{self.log[-6000:]}\n{self.lab.logs()}") from None
 
@@ -87,4 +88,4 @@ class Desk:
         """Ends what was submitted from here."""
         for number in self.jobs:
             self.lab.call("scancel", number)
-        wait_for(lambda: not self.lab.call("squeue", "--noheader", f"--jobs={','.join(self.jobs)}"), seconds=60, what="all jobs to be gone")
+        wait_for(lambda: not self.lab.call("squeue", "--noheader", f"--jobs={','.join(self.jobs)}"), seconds=60, what="all jobs to be gone", every=POLL)

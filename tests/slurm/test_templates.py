@@ -86,7 +86,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next_round(reference: 
 
 def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(desk: Desk, lab: SlurmLab, reference: dict[int, Path]) -> None:
     desk.hold.touch()
-    job = desk.submit("single_node.sbatch", recipe(desk.folder), options=["--gpus-per-node=2"])
+    job = desk.submit("single_node.sbatch", recipe(desk.folder), options=["--gpus-per-node=2"], DTL_DRY_RUN="off")
     job.wait_for_step(6)
     lab.call("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2", cwd=desk.folder)
     job.wait_for_state("PENDING")
@@ -98,7 +98,7 @@ def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(desk: Desk, lab: 
 
 def test_a_job_that_loses_a_node_goes_on_with_others(desk: Desk, lab: SlurmLab, reference: dict[int, Path]) -> None:
     desk.hold.touch()
-    job = desk.submit("multi_node.sbatch", recipe(desk.folder), options=["--gpus-per-node=1"])
+    job = desk.submit("multi_node.sbatch", recipe(desk.folder), options=["--gpus-per-node=1"], DTL_DRY_RUN="off")
     job.wait_for_step(6)
     try:
         lab.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
@@ -138,7 +138,7 @@ def test_a_sweep_leaves_its_results_side_by_side(desk: Desk, reference: dict[int
     lines = ["# the first is the recipe as it is", "--run.seed 0", "", "--phases.all.lr 0.02 --run.seed '1'", "--phases.all.lrr 1"]
     (desk.folder / "lr.txt").write_text("\n".join(lines) + "\n")
     config, options = recipe(desk.folder), ["--array=1-3", "--gpus-per-node=0"]
-    job = desk.submit("array_sweep.sbatch", config, "lr.txt", "--data.workers", "0", options=options, DTL_LAUNCH="")
+    job = desk.submit("array_sweep.sbatch", config, "lr.txt", "--data.workers", "0", options=options, DTL_LAUNCH="", DTL_DRY_RUN="off")
     folder = desk.folder / "runs/lr"
     names = ["1-seed0", "2-lr0.02-seed1"]
     job.wait("to end", lambda: not job.lab.call("squeue", "--noheader", f"--jobs={job.number}"))

@@ -70,6 +70,8 @@ class World:
             "HF_HUB_OFFLINE": "1",
             "PATH": f"{_pretend_ssh(folder)}{os.pathsep}{os.environ['PATH']}",
         }
+        self.submitted: list[list[str]] = []
+        """What templates have trained."""
         self._made: dict[str, Path] = {}
         self._num_entered = 0
         self._entered: list[Path] = []

@@ -14,6 +14,7 @@ load: `dtl.load_pretrained` of a file with renamed layers into a ResNet-18 with 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -32,22 +33,31 @@ class Recorder:
     """The files of dtl that functions run in, while `on`. Bodies of modules and classes, which run once at an import, do not count."""
 
     def __init__(self) -> None:
-        self.on = False
+        self._on = False
         self.files: set[str] = set()
+
+    @property
+    def on(self) -> bool:
+        return self._on
+
+    @on.setter
+    def on(self, on: bool) -> None:
+        """While it is off, Python does not call it: a run would take three times as long."""
+        self._on = on
+        sys.setprofile(self if on else None)
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
-        if self.on and event == "call" and code.co_filename.startswith(PACKAGE) and code.co_flags & inspect.CO_NEWLOCALS:
+        if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_flags & inspect.CO_NEWLOCALS:
             self.files.add(os.path.relpath(code.co_filename, ROOT))
 
 
 def recorded(work: Callable[[Recorder], Any]) -> list[str]:
     recorder = Recorder()
-    sys.setprofile(recorder)
     try:
         work(recorder)
     finally:
-        sys.setprofile(None)
+        recorder.on = False
     return sorted(recorder.files)
 
 
@@ -57,7 +67,8 @@ def train(*arguments: str, workers: int = 0) -> None:
     phases = ["--phases", "{pretext: null, head: null, all: {train: all, steps: 12, eval_every: 12, lr: 0.01}}"]
     quiet = ["--tracking.log-every", "50", "--tracking.wandb", "off", "--tracking.report", "false", "--run.device", "cpu", "--checkpoint.every-steps", "6"]
     small = ["--model.name", "torchvision/resnet18", "--data.image-size", "32", "--data.global-batch-size", "16", "--data.workers", str(workers)]
-    assert run([*quiet, *small, *phases, *arguments]) == 0
+    with contextlib.redirect_stdout(sys.stderr):
+        assert run([*quiet, *small, *phases, *arguments]) == 0
 
 
 def one_step(recorder: Recorder) -> None:
@@ -132,13 +143,14 @@ def one_load(recorder: Recorder) -> None:
     assert report.coverage == 1
 
 
+def main(what: str) -> int:
+    """In the folder that one is in."""
+    os.environ |= {"WANDB_MODE": "disabled", "DTL_CACHE": "cache"}
+    print(json.dumps(recorded({"step": one_step, "sample": one_sample, "resume": one_resume, "load": one_load}[what])))
+    return 0
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    os.environ["WANDB_MODE"] = "disabled"
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        os.environ["DTL_CACHE"] = folder
-        out, sys.stdout = sys.stdout, sys.stderr
-        found = recorded({"step": one_step, "sample": one_sample, "resume": one_resume, "load": one_load}[sys.argv[1]])
-        os.chdir("/")
-    print(json.dumps(found), file=out)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        main(sys.argv[1])

@@ -206,7 +206,9 @@ def submit(world: World, place: Path, words: list[str]) -> None:
         rest += settings[-1].split()
     if "--data.train" not in rest:
         rest += ["--data.train", "photos/train", "--data.val", "photos/val"]
-    train(world, place, ["--config", *rest])
+    if rest not in world.submitted:  # most templates start the same training
+        world.submitted.append(rest)
+        train(world, place, ["--config", *rest])
 
 
 def load_config_in(place: Path, words: list[str]) -> tuple[dict[str, Any], str]:

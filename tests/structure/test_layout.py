@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from harness import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dtl"
@@ -200,12 +201,9 @@ def test_every_module_has_its_test_file() -> None:
 
 
 @pytest.mark.parametrize("what", sorted(OPENED))
-def test_few_files_are_opened(what: str) -> None:
+def test_few_files_are_opened(tmp_path: Path, what: str) -> None:
     """The number stands in docs/architecture.md, for whoever is about to read them."""
-    command = [sys.executable, str(Path(__file__).with_name("files_opened.py")), what]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    files = json.loads(done.stdout)
+    files = json.loads(run([what], cwd=tmp_path, command="files_opened:main").out())
     assert len(files) > 5
     assert len(files) <= OPENED[what], "\n".join(files)
     page = (ROOT / "docs/architecture.md").read_text()

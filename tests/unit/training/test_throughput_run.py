@@ -26,7 +26,7 @@ def test_each_epoch_says_how_fast_it_was(tmp_path: Path, world: int) -> None:
 
 def test_slow_loading_is_told_with_what_to_change(tmp_path: Path) -> None:
     """Without loader processes, heavy augmentation of large pictures, and a network that does next to nothing."""
-    data = {"image_size": 256, "workers": 0, "augment": {"preset": "imagenet", "randaugment": [6, 15], "color_jitter": 0.4}}
+    data = {"image_size": 256, "global_batch_size": 40, "workers": 0, "augment": {"preset": "imagenet", "randaugment": [6, 15], "color_jitter": 0.4}}
     recipe = recipes.write_recipe(tmp_path, data=data, model={"name": "networks:mean_colour"}, phases={"all": {"train": "all", "steps": 14, "lr": 0.05}})
     job = harness.run(["--config", str(recipe)], cwd=tmp_path)
     said = [line for line in job.err().splitlines() if "data loading is the bottleneck" in line]

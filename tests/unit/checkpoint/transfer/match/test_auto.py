@@ -119,7 +119,7 @@ _DIGEST = """
 import sys; sys.path.insert(0, {folder!r})
 from small_networks import *
 from dtl.checkpoint import plan_transfer
-plans = [plan_transfer(state(net(), c), net((3, 2), classes=5), on_ambiguous="fresh", min_coverage=0.1, assume_order=a)
+plans = [plan_transfer(state(Net(), c), Net((3, 2), classes=5), on_ambiguous="fresh", min_coverage=0.1, assume_order=a)
          for c in (str, hashed, lambda n: n.replace("layer", "stage")) for a in (False, True)]
 print(" ".join(p.digest + str(p.flagged)[:200].replace(" ", "") for p in plans))
 """

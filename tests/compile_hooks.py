@@ -1,0 +1,31 @@
+"""A training whose compilations are counted, by `command` of the harness."""
+
+from __future__ import annotations
+
+import json
+from functools import partialmethod
+from typing import Any
+
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dtl.config import load_config
+from dtl.training import micro_batch, run
+
+
+def train(recipe: str) -> int:
+    # Dynamo as it is; without the code generator behind it, which takes a minute and decides nothing about when to compile.
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]
+    fit, stats = micro_batch.fit, counters["stats"]
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        before = stats["unique_graphs"]
+        halved = fit(*arguments, **options)
+        assert stats["unique_graphs"] == before, "the trial of a micro-batch was compiled"
+        print("tried", flush=True)
+        return halved
+
+    micro_batch.fit = watched
+    assert run.run(*load_config(["--config", recipe])).state == "done"
+    print(json.dumps({"graphs": stats["unique_graphs"], "breaks": len(counters["graph_break"])}))
+    return 0
