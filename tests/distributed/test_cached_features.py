@@ -19,7 +19,9 @@ PLAIN: dict[str, Any] = {"preset": "none", "erasing": 0.0}
 
 def recipe(folder: Path, name: str, augment: dict[str, Any] | None = None, model: str = "networks:small", **head: Any) -> list[str]:
     augment = PLAIN if augment is None else augment
-    file = write_recipe(folder, name, data={"augment": augment}, model={"name": model}, phases={"head": {**HEAD, **head}}, checkpoint={"every_steps": 8})
+    file = write_recipe(
+        folder, name, data={"augment": augment, "workers": 0}, model={"name": model}, phases={"head": {**HEAD, **head}}, checkpoint={"every_steps": 8}
+    )
     return ["--config", str(file)]
 
 

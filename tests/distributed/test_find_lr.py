@@ -15,7 +15,7 @@ import torch
 
 STEPS = ["--steps", "24", "--from", "1e-4", "--to", "30"]
 PHASES = {"head": {"train": "head", "steps": 2}, "all": {"train": "all", "epochs": 1, "lr": 0.1, "ema": 0.9}}
-PLAIN = {"model": {"name": "networks:without_norms"}, "phases": PHASES}
+PLAIN = {"model": {"name": "networks:without_norms"}, "data": {"workers": 0}, "phases": PHASES}
 
 
 @pytest.mark.parametrize("phase", ["all", "head"])

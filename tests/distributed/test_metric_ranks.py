@@ -40,7 +40,7 @@ def test_a_run_keeps_the_weights_that_are_best_by_the_metric(tmp_path: Path, mon
         "turns": {"task": "rotate", "steps": 2, "lr": 0.05},
         "all": {"steps": 8, "lr": 0.05, "eval_every": 0.1, "early_stop": {"patience": 50}, "keep": "best"},
     }
-    recipe = write_recipe(tmp_path, phases=phases, checkpoint={"monitor": monitor})
+    recipe = write_recipe(tmp_path, phases=phases, data={"workers": 0}, checkpoint={"monitor": monitor})
     run(["--config", str(recipe)], cwd=tmp_path, world=world)
     values = [event for event in history(tmp_path / "runs/tiny") if event["event"] == "val" and event["phase"] == "all"]
     best = max(values, key=lambda event: (event[monitor], -event["loss"]))
@@ -80,7 +80,8 @@ def test_a_run_by_the_default_rule_on_three_processes_is_that_on_one(tmp_path: P
     for world in (1, 3):
         folder = tmp_path / str(world)
         folder.mkdir()
-        recipe = write_recipe(folder, model={"name": "networks:without_norms"}, phases=phases, checkpoint={"monitor": "auroc", "every_steps": 100})
+        checkpoint = {"monitor": "auroc", "every_steps": 100}
+        recipe = write_recipe(folder, model={"name": "networks:without_norms"}, data={"workers": 0}, phases=phases, checkpoint=checkpoint)
         run(["--config", str(recipe)], cwd=folder, world=world, env={"DTL_CACHE": str(tmp_path / "cache")})
         runs[world] = folder / "runs/tiny"
         row = status(runs[world])["phases"][-1]
@@ -96,7 +97,7 @@ def test_a_run_by_the_default_rule_on_three_processes_is_that_on_one(tmp_path: P
 
 
 def test_a_metric_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path, data={"workers": 0})
     job = run(["--config", str(recipe), "--checkpoint.monitor", "recall:eleven"], cwd=tmp_path, code=2)
     assert "checkpoint.monitor is recall:eleven, but there is no class 'eleven'" in the_line(job)
     job = run(["--config", str(recipe), "--checkpoint.monitor", "aucroc"], cwd=tmp_path, code=2)

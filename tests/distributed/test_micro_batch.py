@@ -14,7 +14,7 @@ PHASES = {"head": {"train": "head", "steps": 2}, "all": {"train": "all", "steps"
 
 def recipe(folder: Path, **options: Any) -> list[str]:
     """120 images a step; `fits`: how many the network takes at once, `least`: how many on the last rank."""
-    return ["--config", str(recipes.write_recipe(folder, model={"name": "networks:hungry", "options": options}, phases=PHASES))]
+    return ["--config", str(recipes.write_recipe(folder, data={"workers": 0}, model={"name": "networks:hungry", "options": options}, phases=PHASES))]
 
 
 @pytest.mark.parametrize(("world", "options", "fits"), [(1, {"fits": 16}, 15), (2, {"fits": 40, "least": 8, "in_backward": True}, 8)])
