@@ -203,7 +203,7 @@ def test_every_module_has_its_test_file() -> None:
 @pytest.mark.parametrize("what", sorted(OPENED))
 def test_few_files_are_opened(tmp_path: Path, what: str) -> None:
     """The number stands in docs/architecture.md, for whoever is about to read them."""
-    files = json.loads(run([what], cwd=tmp_path, command="files_opened:main").out())
+    files = json.loads(run([what], cwd=tmp_path, command="files_opened:main", device="cpu").out())
     assert len(files) > 5
     assert len(files) <= OPENED[what], "\n".join(files)
     page = (ROOT / "docs/architecture.md").read_text()
