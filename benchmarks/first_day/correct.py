@@ -67,14 +67,17 @@ def correctness(day: Day, section: Section) -> None:
 
 def _end_to_end(day: Day, section: Section, world: int) -> None:
     """The built-in recipe and what comes after it. Its top1 on CPUs is 98.3 to 99.2 %, by seed and number of processes."""
-    folder, least = day.folder(), 0.0 if day.small else 0.97
+    folder = day.folder()
     shorter = [word for phase in ("pretext", "head", "all") for word in (f"--phases.{phase}.epochs", "0.1")]
     smaller = [*shorter, "--data.image-size", "16", "--tracking.report", "false"] if day.small else []
     day.run("train", "--config", "digits", *smaller, "--tracking.wandb", "off", folder=folder, world=world)
     where = f"the recipe digits on {world} GPU{'s' * (world > 1)}"
     run = folder / "runs/digits"
-    top1 = harness.history(run)[-1].get("top1", 0.0) if day.small else check_commands(day, section, run, where)
-    section.mark(f"{where} is as accurate as on CPUs", top1 >= least, f"top1 {100 * top1:.1f} %, at least {100 * least:.0f}")
+    if day.small:  # a few steps: how accurate they are says nothing
+        section.mark(f"{where} ends", harness.status(run)["state"] == "done", harness.status(run)["state"])
+        return
+    top1 = check_commands(day, section, run, where)
+    section.mark(f"{where} is as accurate as on CPUs", top1 >= 0.97, f"top1 {100 * top1:.1f} %, at least 97")
 
 
 def check_commands(day: Day, section: Section, run: Path, where: str, images: Path | None = None) -> float:
