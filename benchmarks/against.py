@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.held_out import prepare
-from benchmarks.judging import CHOOSING, JUDGING, Way, difference, draw, low_end, note_look
+from benchmarks.judging import CHOOSING, JUDGING, Way, difference, draw, low_end, named, note_look
 from benchmarks.measure import machine, report, spent, table
 from benchmarks.measure import parser as benchmark_parser
 
@@ -171,7 +171,7 @@ def main() -> None:
     add("--way", type=Way.parse, action="append", dest="ways", help=f"NAME=RECIPE[,key=value...] of dtl (default: {'; '.join(OURS)})")
     add("--others", default=",".join(OTHERS), help="some of %(default)s")
     add("--python", default=sys.executable, help="the interpreter that has fastai, timm and scikit-learn (default: this one)")
-    add("--sets", help=f"some of {','.join(CHOOSING)}")
+    add("--sets", help=f"some of {','.join(CHOOSING)}; with --judge of {','.join(JUDGING)}")
     add("--judge", default="", metavar="WHY", help="measure on the judging sets; WHY is written down")
     add("--sizes", default="128,224")
     add("--seeds", type=int, default=3)
@@ -181,7 +181,7 @@ def main() -> None:
     options = made.parse_args()
     ways = options.ways or [Way.parse(text) for text in OURS]
     others = [name for name in options.others.split(",") if name]
-    names = options.sets.split(",") if options.sets else list(JUDGING if options.judge else CHOOSING)
+    names = named(options.sets, judge=options.judge)
     if options.judge:
         looks = [f"{name}, {size} px" for name in names for size in options.sizes.split(",")]
         goes_on = options.folder is not None and (options.folder / KEPT).exists()

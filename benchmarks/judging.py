@@ -75,6 +75,15 @@ JUDGING = {
 IMAGE_SIZE = 96
 
 
+def named(text: str | None, *, judge: str = "") -> list[str]:
+    """The sets of `text` (`a,b`; None: all); SystemExit for one that is not of those that choose or, with `judge`, of those that judge."""
+    known = list(JUDGING if judge else CHOOSING)
+    names = text.split(",") if text else known
+    if wrong := [name for name in names if name not in known]:
+        raise SystemExit(f"--sets: {', '.join(wrong)} not among the sets that {'judge' if judge else 'choose'}: {', '.join(known)}")
+    return names
+
+
 def draw(folder: Path, name: str, number: int, *, judge: str = "") -> int:
     """NAME-SEED-{train,val,test}.csv in `folder`; the seed of the set's run `number`. A set of JUDGING is drawn only for `judge`, the reason."""
     if name in JUDGING and not judge:
@@ -223,12 +232,12 @@ def main() -> None:
     add = made.add_argument
     add("--weights", type=Path, required=True, help="ImageNet MobileNetV2 (configs/transfer_by_order.yaml says where it is from)")
     add("--way", type=Way.parse, action="append", required=True, dest="ways", help="NAME=RECIPE[,key=value...]; the first is what others are compared with")
-    add("--sets", help=f"some of {','.join(CHOOSING)}")
+    add("--sets", help=f"some of {','.join(CHOOSING)}; with --judge of {','.join(JUDGING)}")
     add("--judge", default="", metavar="WHY", help="measure on the judging sets; WHY is written down")
     add("--seeds", type=int, default=3)
     add("--folder", type=Path, help="where runs lie and are continued (default: a temporary folder)")
     options = made.parse_args()
-    names = options.sets.split(",") if options.sets else list(JUDGING if options.judge else CHOOSING)
+    names = named(options.sets, judge=options.judge)
     if options.judge:
         note_look(options.judge, options.ways, names, goes_on=options.folder is not None and (options.folder / "runs").is_dir())
     facts = machine()

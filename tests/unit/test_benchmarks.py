@@ -251,6 +251,20 @@ def test_the_sets_that_choose_do_not_open_those_that_judge(tmp_path: Path) -> No
         draw(tmp_path, "twenty_judge", 0)
 
 
+def test_sets_are_named_among_those_that_choose_or_those_that_judge() -> None:
+    """A choosing set beside --judge was measured, and written down as a look at those that judge."""
+    from benchmarks.judging import CHOOSING, JUDGING, named
+
+    assert named(None) == list(CHOOSING)
+    assert named(None, judge="the end") == list(JUDGING)
+    assert named("twenty,flowers") == ["twenty", "flowers"]
+    assert named("twenty_judge", judge="the end") == ["twenty_judge"]
+    with pytest.raises(SystemExit, match=r"^--sets: twenty not among the sets that judge: ants_bees_judge, .*twenty_judge$"):
+        named("twenty,flowers_judge", judge="the end")
+    with pytest.raises(SystemExit, match=r"^--sets: twenty_judge, tens not among the sets that choose: ants_bees, .*twenty$"):
+        named("twenty_judge,tens")
+
+
 def test_a_commit_judges_the_same_ways_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import judging
 
