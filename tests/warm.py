@@ -7,8 +7,11 @@ warnings.filterwarnings("ignore")
 
 import accelerate  # noqa: E402, F401
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  (optimizers pull it in: 4 s)
-import torchvision  # noqa: E402, F401
+
+from dtl.imports import without_compiler  # noqa: E402
+
+with without_compiler():  # as in a user's process, which steps without it (dtl.imports.plain_step)
+    import torchvision  # noqa: F401
 
 import dtl.cli  # noqa: E402
 import dtl.commands.train  # noqa: E402

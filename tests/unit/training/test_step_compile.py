@@ -1,4 +1,4 @@
-"""`model.compile`: batches have one size by design, so that each phase is compiled once."""
+"""`model.compile`: batches have one size by design, so that each phase is compiled once; and steps without it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def test_each_phase_is_compiled_once(tmp_path: Path, size: int | str) -> None:
     phases = {"head": {"train": "head", "steps": 2, "lr": 0.1, "cache_features": False}, "all": {"train": "all", "epochs": 2, "lr": 0.05}}
     data = {"global_batch_size": 119, "micro_batch_size": size, "workers": 0}
     recipe = write_recipe(tmp_path, model={"name": "networks:small", "compile": True}, data=data, phases=phases)
-    out = run([str(recipe)], cwd=tmp_path, command="compile_hooks:train").out()
+    out = run([str(recipe)], cwd=tmp_path, command="compile_hooks:compiled").out()
     assert out.count("tried\n") == (2 if size == "auto" else 0)
     assert json.loads(out.splitlines()[-1]) == {"graphs": 2, "breaks": 0}
+
+
+def test_runs_of_the_harness_step_without_the_compiler_as_users_do(tmp_path: Path) -> None:
+    """With it in memory they would take `optimizer.step`, where users' take dtl.imports.plain_step."""
+    phases = {"all": {"train": "all", "steps": 1, "lr": 0.05, "optimizer": "adamw"}}
+    out = run([str(write_recipe(tmp_path, phases=phases))], cwd=tmp_path, command="compile_hooks:usual").out()
+    assert json.loads(out.splitlines()[-1]) is False
