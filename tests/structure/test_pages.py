@@ -17,6 +17,8 @@ from dtl.config.help import sections
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {name.replace("phases.NAME", "phases.all") for _, rows in sections() for name, *_ in rows}
+PUBLISHED = {"configs/swin/swin_base_patch4_window7_224_22kto1k_finetune.yaml"}
+"""Files of other people's repositories."""
 # Spans in sentences; configuration.md is made from the keys themselves.
 TEXTS = {page: re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL) for page in PAGES if page.name != "configuration.md"}
 
@@ -76,3 +78,12 @@ def test_every_page_is_linked_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for page in sorted((ROOT / "docs").glob("*.md")):
         assert f"docs/{page.name}" in readme, f"README.md does not lead to docs/{page.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_of_the_repository_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    files = re.findall(r"(?<![\w/.-])(?:dtl|tests|benchmarks|configs|launch|sweeps)/[\w/-]+\.(?:py|yaml|md|json)\b", text)
+    files += [module.replace(".", "/") + ".py" for module in re.findall(r"(?<![\w/.-])benchmarks\.[a-z_]\w*", text)]
+    missing = {file for file in files if not re.search("[A-Z]{3}", file) and not (ROOT / file).exists() and not (ROOT / file).with_suffix("").is_dir()}
+    assert missing - PUBLISHED == set()
