@@ -48,6 +48,9 @@ class UserError(Exception):
 class Diverged(UserError):
     """A training loss that is not finite."""
 
+    stop_requested = False
+    """A signal had come before: nothing is to be started after this run."""
+
 
 class Occupied(UserError):
     """A run folder that another process works in."""

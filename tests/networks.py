@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import OrderedDict
 from typing import Any
 
@@ -55,6 +56,18 @@ def failing(num_classes: int) -> nn.Module:
             raise ZeroDivisionError("division by zero")
 
     return nn.Sequential(OrderedDict(body=nn.Flatten(), fc=Failing(3, num_classes)))
+
+
+def stopped_and_diverging(num_classes: int) -> nn.Module:
+    """`diverging`, and its process gets SIGTERM just before."""
+    network = diverging(num_classes)
+
+    def before(module: nn.Module, _: object) -> None:
+        if module.training and not module.fc.weight.is_meta and (module.fc.weight - module.first).abs().max() > 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    network.register_forward_pre_hook(before)
+    return network
 
 
 def overflowing(num_classes: int) -> nn.Module:

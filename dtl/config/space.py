@@ -12,11 +12,12 @@ are the same, so that a space of choices is gone through without a repetition. N
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, combinations, count, islice
 from typing import Any
 
 import yaml
@@ -36,7 +37,7 @@ _KINDS = ("uniform", "log", "integers", "log_integers")
 MOST_TRIALS = 1000
 # What trials are compared by, and where they are, is the same for all.
 _FIXED = ("run.name", "run.dir", "run.resume", "run.debug", "data.val", "data.val_fraction", "data.test", "data.test_fraction", "data.fold", "data.group",
-          "data.group_check", "checkpoint.monitor")  # fmt: skip
+          "data.group_check", "data.audit", "checkpoint.monitor")  # fmt: skip
 Settings = dict[str, Any]
 """Of a trial, by dotted keys."""
 Resolve = Callable[[Mapping[str, Any]], Config]
@@ -192,19 +193,31 @@ def read_space(file: str) -> Space:
     ranges = tuple(_range(str(path), str(name), value) for name, value in values.items())
     space = Space(str(path), ranges)
     keys = [key for one in ranges for key in one.keys]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"{path}: {twice[0]} has two ranges")
+    for first, second in combinations(keys, 2):
+        one, other = (key.replace("-", "_") for key in (first, second))
+        if one == other:
+            raise UserError(f"{path}: {second} has two ranges")
+        if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}."):
+            raise UserError(f"{path}: {first} and {second} set the same; give a range to one of them")
     return space
 
 
 def _read_as_settings(root: yaml.Node) -> None:
-    """Choices are read as the recipe would read them: `[no, 4711]` of a setting that takes text is text."""
+    """Values are read as the recipe would read them: `[no, 4711]` of a setting that takes text is text, and 1e-4 a number."""
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         names = _names(key.value) if isinstance(key, yaml.ScalarNode) else []
-        for one in value.value if isinstance(value, yaml.SequenceNode) else ():
+        lists = [ends for _, ends in value.value] if isinstance(value, yaml.MappingNode) else [value]  # {log: [1e-4, 1e-2]}, or choices
+        for one in [one for values in lists if isinstance(values, yaml.SequenceNode) for one in values.value]:
             together = one.value if len(names) > 1 and isinstance(one, yaml.SequenceNode) else [one]
             for name, node in zip(names, together):
                 read_value_as(node, name)
+
+
+def _inner(key: str, value: Any) -> list[str]:
+    """The keys that a choice sets below `key`: data.val of {val: photos}."""
+    if not isinstance(value, dict):
+        return []
+    return [name for inner, below in value.items() for name in (f"{key}.{inner}", *_inner(f"{key}.{inner}", below))]
 
 
 def _names(text: str) -> list[str]:
@@ -213,7 +226,12 @@ def _names(text: str) -> list[str]:
 
 def _range(origin: str, name: str, value: Any) -> Range:
     keys = tuple(_names(name))
-    for key in keys:
+    choices = value.get("choices") if isinstance(value, dict) else value
+    given = list(keys)
+    for choice in choices if isinstance(choices, list) else ():
+        for key, one in zip(keys, choice if len(keys) > 1 and isinstance(choice, list) else [choice]):
+            given += _inner(key, one)
+    for key in given:
         if fixed := next((one for one in _FIXED if key.replace("-", "_") == one or key.replace("-", "_").startswith(f"{one}.")), None):
             raise UserError(f"{origin}: {key}: {fixed} is the same for all trials of a search, which are compared with each other; set it as an option")
     if isinstance(value, list):
@@ -227,6 +245,7 @@ def _range(origin: str, name: str, value: Any) -> Range:
         raise UserError(f"{origin}: {name}: unknown kind of range {kind!r}{nearest(str(kind), _KINDS)}; there are {', '.join(_KINDS)}, and lists of choices")
     if len(keys) > 1:
         raise UserError(f"{origin}: {name}: several keys have choices, with a value for each key")
+    ends = [_as_number(end) for end in ends] if isinstance(ends, list) else ends
     numbers = int if "integers" in kind else int | float
     if not (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, numbers) and not isinstance(end, bool) for end in ends) and ends[0] < ends[1]):
         what = "whole numbers" if "integers" in kind else "numbers"
@@ -234,6 +253,13 @@ def _range(origin: str, name: str, value: Any) -> Range:
     if "log" in kind and ends[0] <= 0:
         raise UserError(f"{origin}: {name}: {kind} takes numbers above 0 (got {ends[0]!r})")
     return Range(keys, kind, tuple(ends))
+
+
+def _as_number(end: Any) -> Any:
+    """1e-4, which YAML 1.1 reads as text."""
+    with contextlib.suppress(ValueError):
+        return float(end) if isinstance(end, str) and math.isfinite(float(end)) else end
+    return end
 
 
 def _choices(origin: str, keys: tuple[str, ...], values: list[Any]) -> Range:

@@ -436,8 +436,13 @@ def _train(search: Search, task: Task, *, workers: int, started: float, log: Log
     try:
         result = run_training(config, trial.name, started=started, pause=None if last else search.rungs[task.rung], measure_test=False)
     except Diverged as error:
+        if measures and not error.stop_requested:
+            raise UserError(
+                f"{trial.name} ({described(trial.settings)}): {error}; a budget in minutes is measured on this trial: "
+                "give a number of trials, with another --run.name, or change the recipe"
+            ) from error
         log(f"{trial.name}: {error}")
-        return True
+        return not error.stop_requested
     except UserError as error:
         if isinstance(error.__cause__, Occupied):  # another worker was faster
             return True

@@ -268,7 +268,9 @@ class _Problem:
         varies = variances.sqrt() > 1e-7 * mean.abs().clamp_min(1e-30)
         self.constant = mean.masked_fill(varies, 0.0)
         self.scale = float(variances[varies].mean().sqrt()) if varies.any() else 1.0
-        self.basis, self.variances = team.share(None if team.rank else self._components())
+        # Where no feature varies they are all 0 now, and have no components.
+        usual = None, torch.ones(size, dtype=torch.float64)
+        self.basis, self.variances = team.share(None if team.rank else self._components() if varies.any() else usual)
         if self.basis is not None and num_samples < self.num_features:
             self.roots = (self.variances * num_samples).sqrt()
             self._kept, self._turned, self.num_features = {}, self.basis * self.roots, len(self.variances)

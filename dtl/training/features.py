@@ -90,6 +90,8 @@ def _tried(module: nn.Module, cut: str, image_size: ImageSize) -> tuple[str | No
         finally:
             for part, mode in modes.items():
                 part.training = mode
+    if not features.isfinite().all():
+        return None, "the frozen part gives values that are not finite (its weights are too large, or not finite)"
     if not torch.equal(features, again):
         return None, "the frozen part is random (dropout or stochastic depth)"
     if not isinstance(first.output, Tensor) or first.output.shape != expected.shape or not torch.equal(first.output, expected):

@@ -172,6 +172,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 self._stopped(error.why, error.step)
             elif error is not None and self.tracker is not None:
                 if isinstance(error, Diverged):
+                    error.stop_requested = self.runtime.stop_signal is not None
                     self.tracker.note("diverged", why=str(error))
                 self.tracker.close("failed")
         finally:

@@ -228,6 +228,28 @@ def test_a_trial_whose_statistics_overflow_is_the_last(tmp_path: Path) -> None:
     assert [(row["settings"].get("model.name"), row["state"]) for row in results(tmp_path)["trials"]] == [(None, "done"), ("networks:overflowing", "diverged")]
 
 
+def test_a_budget_in_minutes_ends_where_the_trial_that_measures_diverges(tmp_path: Path) -> None:
+    """It began this trial again and again."""
+    folder = prepared(tmp_path)
+    words = ["--config", "tiny.yaml", "--space", "space.yaml", "--phases.all.epochs", "1", "--model.name", "networks:diverging"]
+    (folder / "space.yaml").write_text("phases.all.lr: [0.02, 0.05]\n")
+    line = the_line(run([*words, "--budget", "2h"], cwd=folder, command="search", code=2))
+    assert line.startswith("dtl: trial-1 (the recipe as it is): ")
+    assert "not finite" in line
+    assert line.endswith("a budget in minutes is measured on this trial: give a number of trials, with another --run.name, or change the recipe")
+    line = the_line(run([*words, "--budget", "2", "--run.name", "another"], cwd=folder, command="search", code=2))
+    assert "no trial came to its end: all diverged" in line
+    history = [json.loads(text) for text in (folder / "runs/another-search/trial-2/history.jsonl").read_text().splitlines()]
+    assert [event["note"] for event in history if event["event"] == "note"][-1] == "diverged", "a number of trials goes on after it"
+
+
+def test_a_signal_ends_a_search_although_the_trial_diverges(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    (folder / "space.yaml").write_text("model.name: ['networks:stopped_and_diverging']\nphases.all.lr: [0.02, 0.05]\n")
+    run(["--config", "tiny.yaml", "--space", "space.yaml", "--budget", "3", "--phases.all.epochs", "1"], cwd=folder, command="search", code=75)
+    assert not (folder / "runs/tiny-search/trial-3").exists()
+
+
 def test_train_with_a_budget_is_its_shortest_form(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     job = run(["--config", "tiny.yaml", "--budget", "2", "--phases.all.epochs", "1"], cwd=folder, command="train")

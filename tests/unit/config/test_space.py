@@ -78,6 +78,8 @@ def test_choices_are_read_as_the_recipe_reads_them(tmp_path: Path) -> None:
     assert space.ranges[0].values == (("no",), ("4711",))
     assert space.ranges[1].values == ((0.5,), (None,))
     assert described({}) == "the recipe as it is"
+    space = read_space(written(tmp_path, "phases.all.lr: {log: [1e-4, 1e-2]}\nmodel.name: {choices: [no]}\n"))
+    assert [one.values for one in space.ranges] == [(1e-4, 1e-2), (("no",),)], "1e-4 is text to YAML"
 
 
 @pytest.mark.parametrize(
@@ -96,9 +98,15 @@ def test_choices_are_read_as_the_recipe_reads_them(tmp_path: Path) -> None:
         ("data.val_fraction: [0.1, 0.2]", "data.val_fraction: data.val_fraction is the same for all trials of a search, which are compared with each other"),
         ("data.group.regex: ['a(.)']", "data.group is the same for all trials"),
         ("run.name: [a, b]", "run.name is the same for all trials"),
+        ("data.audit: [a.csv]", "data.audit is the same for all trials"),
+        ("data: [{image_size: 32}, {val: photos}]", "data.val: data.val is the same for all trials"),
+        ("model.name, checkpoint: {choices: [[a, {monitor: loss}]]}", "checkpoint.monitor is the same for all trials"),
+        ("phases.head.lr: {choices: 3}", "unknown kind of range 'choices'"),
         ("model.name, transfer.source: [[a], [b]]", "each choice is a list with a value for each of the 2 keys (got ['a'])"),
         ("model.name, transfer.source: {log: [1, 2]}", "several keys have choices, with a value for each key"),
         ("phases.head.lr: [0.1]\n'phases.head.lr, model.name': [[1, a]]", "phases.head.lr has two ranges"),
+        ("phases.head.weight_decay: [0.1]\nphases.head.weight-decay: [0.2]", "phases.head.weight-decay has two ranges"),
+        ("phases.head.momentum: [0.1]\nphases.head: [{momentum: 0.5}]", "phases.head.momentum and phases.head set the same; give a range to one of them"),
         ("[1, 2]", "a space is a mapping of config keys to ranges, such as"),
         ("", "a space is a mapping of config keys to ranges"),
         ("a: [", "space.yaml"),

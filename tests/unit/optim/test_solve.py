@@ -175,6 +175,17 @@ def test_constant_features_have_no_part_in_it() -> None:
     assert np.abs(_probabilities(found, wider.features) - _probabilities(plain, rows.features)).max() < 1e-5
 
 
+@pytest.mark.parametrize("size", [3, 50])
+def test_where_all_features_are_constant_only_biases_are_left(size: int) -> None:
+    """Images of one colour, fewer or more of them than features."""
+    labels = torch.tensor([0] * 6 + [1] * 3)
+    rows = Rows(np.full((9, size), 7.0, np.float32), labels, torch.ones(9, dtype=torch.float64))
+    found = solve(rows, num_classes=2, folds=_folds(rows))
+    assert found.converged
+    assert not found.weight.any()
+    assert found.bias[0] > found.bias[1]
+
+
 def test_rare_and_missing_classes_are_no_obstacle() -> None:
     rows = _rows(400, spread=1.0)
     single = int((rows.labels == 3).nonzero()[0])

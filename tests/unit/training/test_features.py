@@ -86,6 +86,15 @@ def test_a_network_that_cannot_be_cut_is_told_with_the_reason(kind: str, why: st
     assert cut_of(Odd(kind), "fc") == (None, why)
 
 
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_named_as_such(factor: float) -> None:
+    module = Odd("plain")
+    with torch.no_grad():
+        for value in module.body.parameters():
+            value.mul_(factor)
+    assert cut_of(module, "fc") == (None, "the frozen part gives values that are not finite (its weights are too large, or not finite)")
+
+
 def test_what_changes_from_step_to_step_is_not_cached() -> None:
     assert cut_of(Odd("plain"), "fc", "body.2.") == (None, "more than the head is trained")
     assert cut_of(networks.with_dropout(4), "classifier.1", norms=True)[1].startswith("norm layers of the backbone update their running statistics")
