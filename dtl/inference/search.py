@@ -439,7 +439,7 @@ def _train(search: Search, task: Task, *, workers: int, started: float, log: Log
         if measures and not error.stop_requested:
             raise UserError(
                 f"{trial.name} ({described(trial.settings)}): {error}; a budget in minutes is measured on this trial: "
-                "give a number of trials, with another --run.name, or change the recipe"
+                "give a number of trials, or change the recipe, both with another --run.name"
             ) from error
         log(f"{trial.name}: {error}")
         return not error.stop_requested

@@ -236,7 +236,9 @@ def test_a_budget_in_minutes_ends_where_the_trial_that_measures_diverges(tmp_pat
     line = the_line(run([*words, "--budget", "2h"], cwd=folder, command="search", code=2))
     assert line.startswith("dtl: trial-1 (the recipe as it is): ")
     assert "not finite" in line
-    assert line.endswith("a budget in minutes is measured on this trial: give a number of trials, with another --run.name, or change the recipe")
+    assert line.endswith("a budget in minutes is measured on this trial: give a number of trials, or change the recipe, both with another --run.name")
+    job = run([*words, "--budget", "2h", "--slots", "2", "--run.name", "slots"], cwd=folder, command="search", code=2)
+    assert (job.out() + job.err()).count("a budget in minutes is measured on this trial") == 1, "of several workers one says so"
     line = the_line(run([*words, "--budget", "2", "--run.name", "another"], cwd=folder, command="search", code=2))
     assert "no trial came to its end: all diverged" in line
     history = [json.loads(text) for text in (folder / "runs/another-search/trial-2/history.jsonl").read_text().splitlines()]
