@@ -9,12 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dtl.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_WRONG_INPUT, UserError
-from dtl.text import Log, OptionParser, at_least, to_stderr, to_stdout
+from dtl.text import Log, OptionParser, at_least, printable, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from dtl.inference.search import Budget, Search
@@ -68,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     slots = options.slots or _num_gpus(config.run.device)
     with _stopping() as stopped:
         status = _work_alone(search, slots, stopped, log) if slots == 1 or options.worker else _work_together(list(arguments), slots, stopped, log)
-        if options.worker or status == EXIT_WRONG_INPUT or (status and stopped()):
+        if options.worker or (status and stopped()):
             return status
         if search.look()[0]:
             if not status:
@@ -129,15 +130,32 @@ def _work_alone(search: Search, slots: int, stopped: Callable[[], bool], log: Lo
 
 
 def _work_together(arguments: list[str], slots: int, stopped: Callable[[], bool], log: Log) -> int:
-    """Start workers, each with a GPU of its own where there are some, and wait for them. One that dies is replaced by the others."""
+    """Start workers, each with a GPU of its own where there are some, and wait for them. One that dies is replaced by the others.
+
+    UserError with the line of the first one that cannot use its input, on which the others are stopped.
+    """
     from dtl.machine import fresh_python
 
-    gpus = _gpu_names()
-    command = fresh_python("dtl.commands.search", "worker", str(os.getpid()), *arguments, "--slots", str(slots), "--worker")
-    workers = []
-    for number in range(slots):
-        own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        workers.append(subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL))
+    gpus, workers = _gpu_names(), list[subprocess.Popen[bytes]]()
+    with tempfile.TemporaryFile() as lines:
+        command = fresh_python("dtl.commands.search", "worker", str(os.getpid()), str(lines.fileno()), *arguments, "--slots", str(slots), "--worker")
+        for number in range(slots):
+            own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+            workers.append(subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL, pass_fds=[lines.fileno()]))
+        told = _wait(workers, stopped)
+        lines.seek(0)
+        if line := lines.readline().decode().rstrip("\n"):
+            raise UserError(line)
+    codes = [worker.returncode for worker in workers]
+    for number, code in enumerate(codes, 1):
+        ended_by_us = told and code == -signal.SIGTERM  # before it had its handler
+        if code not in (0, EXIT_STOPPED) and not ended_by_us:
+            log(f"worker {number} ended with status {code}{'; others took over its trial' if 0 in codes else ''}")
+    return EXIT_STOPPED if told or EXIT_STOPPED in codes else 0
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], stopped: Callable[[], bool]) -> bool:
+    """Until all have ended. Returns whether they were told to: after a signal, or when one could not use its input."""
     told = False
     while any(worker.poll() is None for worker in workers):
         wrong = any(worker.poll() == EXIT_WRONG_INPUT for worker in workers)
@@ -152,23 +170,18 @@ def _work_together(arguments: list[str], slots: int, stopped: Callable[[], bool]
                 break
             except subprocess.TimeoutExpired:
                 pass
-    codes = [worker.returncode for worker in workers]
-    for number, code in enumerate(codes, 1):
-        if code not in (0, EXIT_STOPPED, EXIT_WRONG_INPUT):
-            log(f"worker {number} ended with status {code}{'; others took over its trial' if 0 in codes else ''}")
-    return EXIT_WRONG_INPUT if EXIT_WRONG_INPUT in codes else EXIT_STOPPED if told or EXIT_STOPPED in codes else 0
+    return told
 
 
-def worker(parent: str, *arguments: str) -> None:
-    """The process of one slot."""
-    from dtl.errors import UserError
+def worker(parent: str, lines: str, *arguments: str) -> None:
+    """The process of one slot. `lines`: the file descriptor that takes the line of an error of the user, so that it appears once."""
     from dtl.machine import end_with_parent, why_no_memory
 
     end_with_parent(int(parent))
     try:
         status = run(arguments)
     except UserError as error:
-        to_stderr(f"dtl: {error}")
+        os.write(int(lines), f"{printable(str(error))}\n".encode())
         status = EXIT_WRONG_INPUT
     except (MemoryError, OSError, RuntimeError, ImportError) as error:  # as `dtl.cli` tells it
         why = why_no_memory(error)

@@ -25,6 +25,7 @@ from dtl.cli import main
 from dtl.commands import search as command
 from dtl.config.own import stored_config
 from dtl.config.space import resolver
+from dtl.errors import UserError
 from dtl.inference.search import Budget, open_search
 from dtl.text import to_nobody
 
@@ -323,7 +324,6 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
     [
         ("import sys; sys.exit(0)", 0),
         ("import sys; sys.exit(75)", 75),
-        ("import os, sys; sys.exit(2 * (os.environ['CUDA_VISIBLE_DEVICES'] == 'b'))", 2),
         ("import os; os.kill(os.getpid(), 9)", 0),
     ],
 )
@@ -333,6 +333,18 @@ def test_slots_are_processes_with_a_gpu_each(monkeypatch: pytest.MonkeyPatch, sc
     monkeypatch.setattr("dtl.machine.fresh_python", lambda *words: ["python3", "-c", script])
     assert command._work_together(["--config", "x"], 2, lambda: False, lines.append) == found
     assert lines == ([f"worker {number} ended with status -9" for number in (1, 2)] if "kill" in script else [])
+
+
+def test_an_error_of_the_user_is_told_once_for_all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second says it too, or is ended by the first one's: neither is told."""
+    lines: list[str] = []
+    for ends in ("sys.exit(2)", "time.sleep(60)"):
+        script = f"import os, sys, time; os.write(int(sys.argv[1]), b'wrong\\n'); sys.exit(2) if os.environ['CUDA_VISIBLE_DEVICES'] == 'a' else {ends}"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a, b")
+        monkeypatch.setattr("dtl.machine.fresh_python", lambda *words, script=script: ["python3", "-c", script, words[3]])
+        with pytest.raises(UserError, match=r"^wrong$"):
+            command._work_together([], 2, lambda: False, lines.append)
+    assert not lines
 
 
 def test_of_two_slots_one_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +363,7 @@ def test_a_worker_without_memory_says_so_in_one_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(command, "run", fails)
     monkeypatch.setattr("dtl.machine.end_with_parent", lambda parent: None)
     with pytest.raises(SystemExit) as ended:
-        command.worker("1")
+        command.worker("1", "2")
     assert ended.value.code == 1
     assert capfd.readouterr().err.startswith("dtl: there is not enough memory")
 
