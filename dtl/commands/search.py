@@ -104,9 +104,9 @@ def _budget(text: str | None) -> Budget | None:
 
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", text)
     if found is None or (not found[2] and "." in found[1]):
-        raise UserError(f"--budget {text}: give a number of trials (27), or minutes (30m) or hours (2h)")
+        raise UserError(f"--budget {text[:40]}: give a number of trials (27), or minutes (30m) or hours (2h)")
     if float(found[1]) == 0:
         raise UserError(f"--budget {text} is too small for one trial")
     return Budget(minutes=float(found[1]) * _UNITS[found[2]]) if found[2] else Budget(trials=_at_most(int(found[1])))

@@ -141,8 +141,10 @@ class Space:
                 try:
                     resolve(settings)
                 except UserError as error:
-                    # The error names the option, which stands in the file here.
-                    raise UserError(f"{self.origin}: {re.sub('^(.* with )?--', '', str(error))}") from error
+                    text = re.sub("^.* with (?=--)", "", str(error))
+                    for key in settings:  # which the error names as an option, and which stands in the file here
+                        text = text.replace(f"--{key}", key).replace(f"--{key.replace('-', '_')}", key)
+                    raise UserError(f"{self.origin}: {text}") from error
 
 
 # Of the last phase that is trained by steps: what its learning rate and its duration are multiplied with. Too low and too high a rate cost more than anything
@@ -241,6 +243,8 @@ def _range(origin: str, name: str, value: Any) -> Range:
     [(kind, ends)] = value.items()
     if kind == "choices" and isinstance(ends, list):
         return _choices(origin, keys, ends)
+    if kind == "choices":
+        raise UserError(f"{origin}: {name}: choices takes a list (got {ends!r})")
     if kind not in _KINDS:
         raise UserError(f"{origin}: {name}: unknown kind of range {kind!r}{nearest(str(kind), _KINDS)}; there are {', '.join(_KINDS)}, and lists of choices")
     if len(keys) > 1:

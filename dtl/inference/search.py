@@ -35,10 +35,11 @@ from dtl.credentials import redact
 from dtl.data.splits_of_run import Splits, open_splits
 from dtl.errors import EXIT_STOPPED, Diverged, Occupied, UserError
 from dtl.files import flock, open_lock, write_json_whole, written
-from dtl.models.catalog import find
+from dtl.models.network import Network
 from dtl.runs.folder import heartbeat, read_status
 from dtl.runs.looks import SEARCH_END
 from dtl.text import Log, counted, to_nobody
+from dtl.training.build import check_phase, network_to_check
 from dtl.training.loop import PAUSED
 from dtl.training.run import run as run_training
 from dtl.untrusted import Count, NumbersObject, Record, Text, json_lines, only_version
@@ -47,6 +48,7 @@ SEARCH_NAME, BUDGET_NAME, RESULTS_NAME = "search.json", "budget.json", "results.
 ETA = 3  # of the trials of a rung one in so many is promoted
 _RUNGS = 3
 _MOST_MEASURED = 243  # trials of a budget in minutes
+_MOST_NETWORKS = 100  # that are looked at before anything is trained: a range of numbers below `model` makes one for each trial
 _LEAST_FINALISTS = 2  # so that there is a runner-up
 _VERSION = 1  # of search.json, of how settings are drawn and how trials are promoted
 _LOOK_SECONDS, _SILENT_SECONDS = 0.5, 30.0
@@ -139,6 +141,8 @@ class SearchFile(Record):
     minutes: float | None
     threads: Count
     """Of each trial: sums depend on it."""
+    test: Text | None = None
+    """Dataset id; empty: there is no test set. None: an older dtl began the search."""
 
 
 class BudgetFile(Record):
@@ -227,8 +231,8 @@ class Search:
         return max((number for number, name in enumerate(self.config.phases) if name in changed), default=0)
 
     def check_trials(self) -> None:
-        """UserError for trials that cannot be compared, and for a mistyped network, of the last trial too, before anything is trained."""
-        seen = set[tuple[str, str]]()
+        """UserError for trials that cannot be compared, and for a network or a phase that cannot be, of the last trial too, before anything is trained."""
+        train, sources, networks, phases_seen = self.splits.train, set[str](), dict[str, Network](), set[tuple[str, str]]()
         for settings, config in self._drawn:
             where = f"{self.space.origin}: {described(settings)}: " if settings else ""
             phases = list(config.phases.items())[self._last_changed :]
@@ -237,15 +241,19 @@ class Search:
                     f"{where}phase {pretext} does not classify, so trials cannot be compared in it: train it first, and search without it from its weights "
                     f"(--phases.{pretext} null --transfer.source runs/NAME)"
                 )
-            network = config.model.name, "pretrained" if config.transfer is None else config.transfer.source
+            source, identity = "pretrained" if config.transfer is None else config.transfer.source, repr(config.model)
             try:
-                if network not in seen:
-                    find(network[0], own=True)
-                    if network[1] != "pretrained":
-                        check_is_there(network[1])
+                if source not in {"pretrained", *sources}:
+                    check_is_there(source)
+                    sources.add(source)
+                if identity not in networks and len(networks) < _MOST_NETWORKS:
+                    networks[identity] = network_to_check(config, train.num_classes)
+                for name, phase in config.phases.items() if identity in networks and config.data == self.config.data else ():
+                    if (identity, repr((name, phase))) not in phases_seen:
+                        check_phase(name, phase, networks[identity], train)
+                        phases_seen.add((identity, repr((name, phase))))
             except UserError as error:
                 raise UserError(f"{where}{error}") from error
-            seen.add(network)
 
     def _epochs(self, config: Config, names: Sequence[str] | None = None) -> int:
         """Of these phases together, as history.jsonl counts them."""
@@ -341,7 +349,13 @@ def begin(search: Search) -> None:
             search.threads = torch.get_num_threads() if before is None else before.threads
             ids = search.splits.ids()
             now = SearchFile(
-                space=redact(search.space.describe()), seed=config.run.seed, train=ids["train"], val=ids["val"], threads=search.threads, **vars(search.budget)
+                space=redact(search.space.describe()),
+                seed=config.run.seed,
+                train=ids["train"],
+                val=ids["val"],
+                test=ids.get("test", ""),
+                threads=search.threads,
+                **vars(search.budget),
             )
             if now != before:
                 write_json_whole(folder / SEARCH_NAME, asdict(now))
@@ -356,13 +370,16 @@ def _compare(search: Search, before: SearchFile) -> None:
         raise UserError(f"{folder} was begun with run.seed {before.seed}, now it is {search.config.run.seed}; {_OTHERWISE}")
     if (before.train, before.val) != (ids["train"], ids["val"]):
         raise UserError(f"{folder} was begun with other images: data.train or data.val has changed; {_OTHERWISE}")
+    if before.test is not None and before.test != (test := ids.get("test", "")):
+        begun = "without a test set" if not before.test else "with another test set" if test else "with a test set, now there is none"
+        raise UserError(f"{folder} was begun {begun}; {_OTHERWISE} (dtl evaluate {folder}/trial-N --data.val SRC measures a trial on any images)")
     then, counted_out = Budget(before.trials, before.minutes), before.trials is not None or (folder / BUDGET_NAME).exists()
     if then != search.budget and (counted_out or search.budget.minutes is None):
         raise UserError(f"{folder} was begun with a budget of {then}, now it is {search.budget}; {_OTHERWISE}")
     known = [number for number in range(1, len(search._drawn) + 1) if (search.place(number) / "config.yaml").is_file()]
     for number in known[:1]:
-        old, now = stored_config(search.place(number)).config.to_dict(), search.trial(number).config.to_dict()
-        for name, was, value in config_conflicts(old, now, ignored=FREE_SETTINGS)[:1]:
+        old, new = stored_config(search.place(number)).config.to_dict(), search.trial(number).config.to_dict()
+        for name, was, value in config_conflicts(old, new, ignored=FREE_SETTINGS)[:1]:
             raise UserError(f"{search.place(number)} was trained with {name} {was!r}, now it is {value!r}: all trials need the same recipe; {_OTHERWISE}")
 
 

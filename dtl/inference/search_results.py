@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,19 @@ def conclude(search: Search, words: Sequence[str], *, log: Log) -> dict[str, Any
     with written(search.folder), closing(open_lock(search.folder / ".results.lock")) as lock:
         flock(lock)
         if (search.folder / RESULTS_NAME).is_file():
-            return dict(read_json(search.folder / RESULTS_NAME))
+            return _stored(search.folder / RESULTS_NAME)
         values: dict[str, Any] = redact(_results(search, words, log))
         write_json_whole(search.folder / RESULTS_NAME, values)
         return values
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    values = read_json(file)
+    try:
+        lines(values)
+        return dict(values)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__} {error}); without it the same command writes it again") from error
 
 
 def _results(search: Search, words: Sequence[str], log: Log) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from torch.nn.functional import log_softmax, one_hot
 from dtl.errors import UserError
 from dtl.untrusted import read_json
 
+_MOST_WEIGHT = 1_000_000_000  # of a class; sums of float32 hold it
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -174,8 +176,8 @@ def _weights_of_file(path: Path, classes: Sequence[str]) -> Tensor:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise UserError(f"{path}: {what} class {', '.join(map(repr, names[:5]))}{more}; it must name every class once")
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise UserError(f"{path}: the weight of class {name!r} is {value!r}; it must be a number, 0 or more")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST_WEIGHT:
+            raise UserError(f"{path}: the weight of class {name!r} is {repr(value)[:40]}; it must be a number from 0 to {_MOST_WEIGHT:,}")
     if not any(given.values()):
         raise UserError(f"{path}: every weight is 0; at least one class must count")
     return torch.tensor([float(given[name]) for name in classes], dtype=torch.float32)

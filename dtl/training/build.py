@@ -23,7 +23,7 @@ from dtl.checkpoint.transfer.source.read import SourceWeights, check_is_there, p
 from dtl.config import Config
 from dtl.config.auto import batch_size_of, with_batch_size
 from dtl.config.load import is_shipped, with_sgd
-from dtl.config.models import DataConfig, ImageSize, shown_size
+from dtl.config.models import DataConfig, ImageSize, PhaseConfig, shown_size
 from dtl.data.loading import device as device_decode
 from dtl.data.loading.shared_memory import check_shared_memory, fits
 from dtl.data.open import channel_statistics, check_reading, reading_of
@@ -124,17 +124,22 @@ def check_phases(phases: Sequence[Phase], network: Network, loaders: DataLoaders
             if config.task == "rotate" and not isinstance(size := loaders.size_of(phase), int):
                 setting = "data.image_size" if config.image_size is None else f"phases.{phase.name}.image_size"
                 raise UserError(f"phase {phase.name}: the task rotate needs square images, but {setting} is {shown_size(size)}; give one number")
-            try:
-                trained = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
-                if config.optimizer == "solve" and trained != (heads := select(network, "head")):
-                    raise UserError(
-                        f"optimizer solve trains the head alone, but `train` has {counted(len(trained - heads), 'other parameter')}, such as "
-                        f"{min(trained - heads, default='none')}; use `train: head`, or optimizer sgd"
-                    )
-                if config.task == "classify":
-                    class_weights(config.class_weights, loaders.class_counts, loaders.classes)
-            except UserError as error:
-                raise UserError(f"phase {phase.name}: {error}") from error
+            check_phase(phase.name, config, network, loaders.train)
+
+
+def check_phase(name: str, config: PhaseConfig, network: Network, train: Shards) -> None:
+    """UserError for what a phase cannot train of this network, or with these classes. The network may be on the meta device."""
+    try:
+        trained = select(network, list(config.train) if isinstance(config.train, tuple) else config.train)
+        if config.optimizer == "solve" and trained != (heads := select(network, "head")):
+            raise UserError(
+                f"optimizer solve trains the head alone, but `train` has {counted(len(trained - heads), 'other parameter')}, such as "
+                f"{min(trained - heads, default='none')}; use `train: head`, or optimizer sgd"
+            )
+        if config.task == "classify":
+            class_weights(config.class_weights, list(train.manifest.class_counts), train.classes)
+    except UserError as error:
+        raise UserError(f"phase {name}: {error}") from error
 
 
 def head_is_loaded(network: Network, transfer: TransferReport | None) -> bool:
@@ -343,6 +348,12 @@ def build_network(config: Config, num_classes: int, runtime: Runtime) -> Network
     """The network with its initial values, the same on every rank; no weights transferred yet. `config` is the user's own, not one that a run stored."""
     with runtime.together("model"):
         return _build(config, num_classes, options_of(config.model, config.data.channels))
+
+
+def network_to_check(config: Config, num_classes: int) -> Network:
+    """`build_network`, for questions about its layers: on the meta device, if it is no function of the user's, which may compute with its values."""
+    on_meta = find(config.model.name, own=True).library != "function"
+    return _build(config, num_classes, options_of(config.model, config.data.channels), meta=on_meta)
 
 
 def network_for(preprocessing: Preprocessing, config: Config, network: Network, runtime: Runtime, *, pretrained: bool = False) -> Network:

@@ -162,6 +162,12 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(reference: Path, tmp_pat
     again = run(SEARCH[:-2], cwd=tmp_path, command="search")  # the budget is written down
     assert again.out() == (reference / "said.txt").read_text()
     assert run([*SEARCH, "--json"], cwd=tmp_path, command="search").out() == json.dumps(results(reference)) + "\n"
+    file = tmp_path / "runs/tiny-search/results.json"
+    file.write_text("[1]")
+    assert "results.json is damaged (TypeError " in the_line(run(SEARCH, cwd=tmp_path, command="search", code=2))
+    file.unlink()  # as the line advises
+    run(SEARCH, cwd=tmp_path, command="search")
+    assert results(tmp_path) == results(reference)
 
 
 def test_networks_cost_one_pass_of_features_each_whoever_comes_first(tmp_path: Path) -> None:
@@ -261,6 +267,29 @@ def test_train_with_a_budget_is_its_shortest_form(tmp_path: Path) -> None:
     assert (trial(folder, results(folder)["winner"]) / "model/model.safetensors").is_file()
 
 
+def test_the_test_set_stays_the_same(tmp_path: Path) -> None:
+    """A finished search said that there was none."""
+    folder = prepared(tmp_path)
+    for label, brightness in (("a", 70), ("b", 120), ("c", 170)):
+        for name in ("test", "other"):
+            (folder / name / label).mkdir(parents=True)
+            Image.new("RGB", (16, 12), (brightness, len(name), 0)).save(folder / name / label / "1.png")
+    words = ["--config", "tiny.yaml", "--space", "space.yaml", "--budget", "2", "--phases.all.epochs", "1", "--data.test_fraction", "0"]
+    for name, begun, now, was in [
+        ("without", [], ["--data.test", "test"], "without a test set"),
+        ("with", ["--data.test", "test"], ["--data.test", "other"], "with another test set"),
+        ("with", ["--data.test", "test"], [], "with a test set, now there is none"),
+    ]:
+        run([*words, *begun, "--run.name", name], cwd=folder, command="search")
+        line = the_line(run([*words, *now, "--run.name", name], cwd=folder, command="search", code=2))
+        assert f"runs/{name}-search was begun {was}; give the same again, or begin another search with --run.name NEW" in line
+    assert run(["runs/without-search/trial-1", "--data.val", "test"], cwd=folder, command="evaluate").out().startswith("3 images: top1 "), "as the line advises"
+    search = folder / "runs/without-search/search.json"
+    search.write_text(json.dumps({key: value for key, value in json.loads(search.read_text()).items() if key != "test"}))
+    run([*words, "--run.name", "without"], cwd=folder, command="search")  # an older dtl began it
+    assert json.loads(search.read_text())["test"] == ""
+
+
 def test_a_budget_in_minutes_becomes_a_number_of_trials_once(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     (folder / "space.yaml").write_text("phases.all.lr: [0.02, 0.05]\n")
@@ -285,6 +314,10 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
     (tmp_path / "typo.yaml").write_text("phases.alls.lr: {log: [0.1, 0.2]}\n")
     (tmp_path / "network.yaml").write_text("model.name: ['networks:small', torchvision/resnet19]\n")
     (tmp_path / "networks.yaml").write_text("model.name: ['networks:small', 'networks:without_norms']\n")
+    (tmp_path / "options.yaml").write_text("model.options: [{}, {widht: 8}]\n")
+    (tmp_path / "steps.yaml").write_text("phases.all.steps: [10, 20]\n")
+    (tmp_path / "groups.yaml").write_text("phases.all.train: [all, 'last:99']\n")
+    (tmp_path / "weights.yaml").write_text("phases.all.class_weights: [none, missing.json]\n")
     (reference / "runs/full-search").mkdir()
     (reference / "runs/full-search/thesis.txt").write_text("mine")
     for options, line in [
@@ -295,10 +328,18 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
         (["--budget", "0"], "--budget 0 is too small for one trial"),
         (["--budget", "0m"], "--budget 0m is too small for one trial"),
         (["--budget", "soon"], "--budget soon: give a number of trials (27), or minutes (30m) or hours (2h)"),
+        (["--budget", "9" * 5000], "give a number of trials (27), or minutes (30m) or hours (2h)"),
+        (
+            ["--space", str(tmp_path / "steps.yaml"), "--phases.all.epochs", "2", "--run.name", "n"],
+            "steps.yaml: --phases.all.epochs, phases.all.steps: ",
+        ),
         (["--budget", "1001"], "--budget 1001: a search has at most 1,000 trials"),
         (["--run.seed", "1"], "was begun with run.seed 0, now it is 1"),
         (["--phases.head.lr", "0.2"], "was trained with phases.head.lr 0.1, now it is 0.2: all trials need the same recipe"),
         (["--data.test-fraction", "0.3"], "was begun with other images: data.train or data.val has changed"),
+        (["--space", str(tmp_path / "options.yaml"), "--run.name", "n"], "options.yaml: model.options {'widht': 8}: "),
+        (["--space", str(tmp_path / "groups.yaml"), "--run.name", "n"], "groups.yaml: phases.all.train last:99: phase all: "),
+        (["--space", str(tmp_path / "weights.yaml"), "--run.name", "n"], "weights.yaml: phases.all.class_weights missing.json: phase all: class_weights is"),
         (["--run.name", "full"], "full-search is not empty (it holds 'thesis.txt'), and no search is in it"),
         (["--run.resume", "never"], "run.resume never is for one run"),
         (["--run.debug", "true"], "run.debug is for one run: dtl train --run.debug true"),

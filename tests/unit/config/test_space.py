@@ -101,7 +101,7 @@ def test_choices_are_read_as_the_recipe_reads_them(tmp_path: Path) -> None:
         ("data.audit: [a.csv]", "data.audit is the same for all trials"),
         ("data: [{image_size: 32}, {val: photos}]", "data.val: data.val is the same for all trials"),
         ("model.name, checkpoint: {choices: [[a, {monitor: loss}]]}", "checkpoint.monitor is the same for all trials"),
-        ("phases.head.lr: {choices: 3}", "unknown kind of range 'choices'"),
+        ("phases.head.lr: {choices: 3}", "phases.head.lr: choices takes a list (got 3)"),
         ("model.name, transfer.source: [[a], [b]]", "each choice is a list with a value for each of the 2 keys (got ['a'])"),
         ("model.name, transfer.source: {log: [1, 2]}", "several keys have choices, with a value for each key"),
         ("phases.head.lr: [0.1]\n'phases.head.lr, model.name': [[1, a]]", "phases.head.lr has two ranges"),
