@@ -1,8 +1,9 @@
-"""torchvision, timm and torch.optim without PyTorch's compiler: its import takes 2 to 3 CPU seconds of each start, and only `model.compile` needs it.
+"""torchvision, timm, torch.optim and DistributedDataParallel without PyTorch's compiler: its import takes 2 to 3 CPU seconds of each start, and only
+`model.compile` needs it.
 
-Neither library has a switch for it, and `importlib.util.LazyLoader` cannot help: `from module import name` asks a lazy module for the name at once. So one
-module has a stand-in in `sys.modules`, for as long as an import takes, and two private marks of PyTorch are set and taken back. A PyTorch that has other
-names for these imports its compiler as ever, which is slow and right; with the compiler in memory nothing here does anything.
+None of them has a switch for it, and `importlib.util.LazyLoader` cannot help: `from module import name` asks a lazy module for the name at once. So two
+modules have a stand-in in `sys.modules`, for as long as an import or a constructor takes, and two private marks of PyTorch are set and taken back. A PyTorch
+that has other names for these imports its compiler as ever, which is slow and right; with the compiler in memory nothing here does anything.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType, ModuleType
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _COMPILER, _UTILS, _MARK = "torch._dynamo", "torch._dynamo.utils", "__dynamo_disable"
 
@@ -53,6 +55,43 @@ class _Later(ModuleType):
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return importlib.import_module(self.__name__)
+
+
+@contextmanager
+def ddp_without_compiler() -> Iterator[None]:
+    """Within it DistributedDataParallel wraps a module without importing the compiler, only to ask whether that is to exchange the gradients: by default it
+    is not."""
+    if _COMPILER in sys.modules:
+        yield
+        return
+    later = _LaterCompiler(_COMPILER)
+    sys.modules[_COMPILER] = later
+    try:
+        yield
+    finally:
+        if sys.modules.get(_COMPILER) is later:
+            del sys.modules[_COMPILER]
+
+
+class _LaterCompiler(_Later):
+    """Answers the one question of DistributedDataParallel as a compiler does that nobody has set up; is imported at any other."""
+
+    utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__path__":  # a module of the package is imported
+            return self._real().__path__
+        return super().__getattr__(name)
+
+
+def plain_forward(wrapped: nn.Module) -> None:
+    """Let a DistributedDataParallel run forward as it does, without what imports the compiler to tell it that one of its methods is not for it."""
+    inner: Any = getattr(type(wrapped), "_inside_ddp_forward", None)
+    if _COMPILER in sys.modules or inner is None:
+        return
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    wrapped.__dict__["_inside_ddp_forward"] = MethodType(contextmanager(inner), wrapped)
 
 
 @contextmanager

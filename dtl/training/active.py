@@ -21,6 +21,7 @@ from dtl.config.models import ImageSize, shown_size
 from dtl.distributed.determinism import fix_buckets
 from dtl.distributed.runtime import Runtime
 from dtl.errors import UserError
+from dtl.imports import ddp_without_compiler, plain_forward
 from dtl.keyed import key
 from dtl.models.build import Network, forward_logits, replace_head
 from dtl.models.freeze import checksum, freeze, frozen_names, select, set_train_mode, unused_parameters
@@ -273,12 +274,13 @@ def enter(
     trained: nn.Module = Trained(network.module if cut is None else network.module.get_submodule(cut))
     if compile_network:
         trained.compile()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ddp_without_compiler():
         # torch 2.14 has another name for it, which older ones do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         # Everything is on its device: to look whether it should be moved, Accelerate imports what shards tensors, and with it PyTorch's compiler.
         wrapped = runtime.accelerator.prepare_model(trained, device_placement=False)
     fix_buckets(wrapped)
+    plain_forward(wrapped)
     return ActivePhase(
         phase=phase,
         network=network,

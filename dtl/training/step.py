@@ -124,7 +124,9 @@ class Stepper:
                 (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             window.add(step + 1, loss_sum.detach())
         if active.phase.config.clip_norm is not None:
-            accelerator.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
+            accelerator.unscale_gradients()
+            # Not Accelerate's, which imports what shards tensors, to look for such ones: a second of each start.
+            torch.nn.utils.clip_grad_norm_(active.parameters, active.phase.config.clip_norm)
         self._update()
         for parameter in active.parameters:
             parameter.grad = None  # as `zero_grad` does, which opens a range for the profiler each time

@@ -94,8 +94,54 @@ import torch
 assert roi_align(torch.ones(1, 1, 8, 8), torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), 2).shape == (1, 1, 2, 2)
 """
 
+DDP = """
+import sys, torch
+from contextlib import nullcontext
+from dtl.imports import ddp_without_compiler, plain_forward
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def trained(context, lean):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+    with context:
+        wrapped = torch.nn.parallel.DistributedDataParallel(layers)
+    if lean:
+        plain_forward(wrapped)
+    active = []
+    layers.register_forward_hook(lambda *_: active.append(wrapped._get_active_ddp_module() is wrapped))
+    for number in range(3):
+        wrapped(torch.randn(4, 5, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+    assert active == [True] * 3
+    assert wrapped._get_active_ddp_module() is None
+    return [parameter.grad for parameter in layers.parameters()], wrapped._use_python_reducer
+gradients, python_reducer = trained(ddp_without_compiler(), True)
+assert "torch._dynamo" not in sys.modules
+usual, as_torch_decides = trained(nullcontext(), False)
+assert "torch._dynamo" in sys.modules
+assert python_reducer == as_torch_decides
+assert all(torch.equal(one, other) for one, other in zip(gradients, usual))
+"""
+LATER_COMPILER = """
+import sys
+from dtl.imports import ddp_without_compiler
+import torch
+with ddp_without_compiler():
+    assert torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+    real = torch._dynamo.eval_frame
+    assert real is sys.modules["torch._dynamo"].eval_frame
+assert torch._dynamo.utils.get_optimize_ddp_mode.__module__ == "torch._dynamo.utils"
+assert torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+"""
+PACKAGE = """
+import sys
+from dtl.imports import ddp_without_compiler
+with ddp_without_compiler():
+    from torch._dynamo.eval_frame import OptimizedModule
+import torch
+assert torch._dynamo.eval_frame.OptimizedModule is OptimizedModule
+"""
 
-@pytest.mark.parametrize("code", [LATER, ROI], ids=["optimizers", "roi_align"])
+
+@pytest.mark.parametrize("code", [LATER, ROI, DDP, LATER_COMPILER, PACKAGE], ids=["optimizers", "roi_align", "ddp", "its other names", "its modules"])
 def test_what_stands_in_for_the_compiler_does_the_same(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
