@@ -204,7 +204,8 @@ def restored_afterwards(active: ActivePhase, runtime: Runtime) -> Iterator[None]
             with torch.no_grad():
                 for tensor, value in zip(tensors, kept):
                     tensor.copy_(value)
-            active.optimizer.zero_grad(set_to_none=True)
+            for parameter in active.parameters:
+                parameter.grad = None  # as in a step: `zero_grad` imports PyTorch's compiler
             optimizer.state.clear()
             optimizer.state.update(state)
             for group, options in zip(optimizer.param_groups, groups):

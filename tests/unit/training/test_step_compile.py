@@ -21,8 +21,12 @@ def test_each_phase_is_compiled_once(tmp_path: Path, size: int | str) -> None:
     assert json.loads(out.splitlines()[-1]) == {"graphs": 2, "breaks": 0}
 
 
-@pytest.mark.parametrize(("world", "options"), [(1, ""), (2, ""), (2, "--run.gradient-compression bf16 --precision bf16")])
-def test_runs_of_the_harness_step_without_the_compiler_as_users_do(tmp_path: Path, world: int, options: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "world", "options"),
+    [("train", 1, ""), ("train", 2, ""), ("train", 2, "--run.gradient-compression bf16 --precision bf16"), ("find-lr", 1, "--steps 20")],
+)
+def test_runs_of_the_harness_step_without_the_compiler_as_users_do(tmp_path: Path, command: str, world: int, options: str) -> None:
     """With it in memory they would take `optimizer.step`, where users' take dtl.imports.plain_step. The recipe clips, averages and mixes."""
-    job = run(["--config", str(write_recipe(tmp_path)), *options.split()], cwd=tmp_path, world=world, command="compile_hooks:usual")
+    words = [command, "--config", str(write_recipe(tmp_path)), *options.split()]
+    job = run(words, cwd=tmp_path, world=world, command="compile_hooks:usual")
     assert [json.loads(job.out(rank).splitlines()[-1]) for rank in range(world)] == [[]] * world
