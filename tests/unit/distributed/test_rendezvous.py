@@ -47,7 +47,7 @@ def test_leftovers_of_another_launch_are_one_line(variables: dict[str, str], mes
 
 
 RANK = """
-import sys
+import os, sys
 import dtl.machine  # first, as in dtl.cli
 from dtl.distributed import rendezvous
 rendezvous.FIRST_LINE = 1.0
@@ -58,7 +58,7 @@ from datetime import timedelta
 runtime.MARGIN = timedelta(0)
 try:
     with Runtime(device="cpu", timeout_minutes=float(sys.argv[1])) as made:
-        print("met", made.world_size)
+        os.write(1, f"met {made.world_size}\\n".encode())  # in one piece, into the pipe that others write to as well
 except UserError as error:
     print(error)
 """
