@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +22,26 @@ if TYPE_CHECKING:
 _COMPILER, _UTILS, _MARK = "torch._dynamo", "torch._dynamo.utils", "__dynamo_disable"
 
 
-@contextmanager
-def without_compiler() -> Iterator[None]:
+def without_compiler() -> AbstractContextManager[None]:
     """Within it an import of torchvision does not import the compiler: torchvision's roi_align asks it for one function, for a call that may never come.
 
     What is asked for gets a module that imports the real one when it is used.
     """
-    if _COMPILER in sys.modules or _UTILS in sys.modules:
+    return nullcontext() if _COMPILER in sys.modules else _stand_in(_Later(_UTILS))
+
+
+@contextmanager
+def _stand_in(later: _Later) -> Iterator[None]:
+    """In `sys.modules` until the block ends or the real one is imported; not where that is in memory."""
+    if later.__name__ in sys.modules:
         yield
         return
-    later = _Later(_UTILS)
-    sys.modules[_UTILS] = later
+    sys.modules[later.__name__] = later
     try:
         yield
     finally:
-        if sys.modules.get(_UTILS) is later:
-            del sys.modules[_UTILS]
+        if sys.modules.get(later.__name__) is later:
+            del sys.modules[later.__name__]
 
 
 class _Later(ModuleType):
@@ -57,20 +61,10 @@ class _Later(ModuleType):
         return importlib.import_module(self.__name__)
 
 
-@contextmanager
-def ddp_without_compiler() -> Iterator[None]:
+def ddp_without_compiler() -> AbstractContextManager[None]:
     """Within it DistributedDataParallel wraps a module without importing the compiler, only to ask whether that is to exchange the gradients: by default it
     is not."""
-    if _COMPILER in sys.modules:
-        yield
-        return
-    later = _LaterCompiler(_COMPILER)
-    sys.modules[_COMPILER] = later
-    try:
-        yield
-    finally:
-        if sys.modules.get(_COMPILER) is later:
-            del sys.modules[_COMPILER]
+    return _stand_in(_LaterCompiler(_COMPILER))
 
 
 class _LaterCompiler(_Later):
